@@ -1,0 +1,103 @@
+# Everything runs in .venv, made on first use. VENV=path names a prepared environment instead:
+# it must hold every dependency, nothing is downloaded, and only gpu_embed itself is put into it.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+# An empty VENV would otherwise name the system's /bin/python3.
+env_dir := $(or $(strip $(VENV)),.venv)
+env_python := $(env_dir)/bin/python3
+
+.DEFAULT_GOAL := help
+# Two pips at once in one environment break it.
+.NOTPARALLEL:
+.PHONY: help demo test lint format gpu clean FORCE
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "PYTEST_ARGS='-k name -n0' and DEMO_ARGS=... are passed on; PYTHON=python3.12 makes .venv with another"
+	@echo "Python; VENV=path uses a prepared environment, with no download."
+
+ifeq ($(env_dir),.venv)
+# A stamp carries the checkout's place and both files' contents: a moved copy or a new pin installs again.
+KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' ' -f 1)
+demo_env := .venv/.demo-$(KEY)
+test_env := .venv/.test-$(KEY)
+dev_env := .venv/.dev-$(KEY)
+
+# $(1): the extra; $(2): the stamps it earns, as each extra contains the one before: demo, test, dev.
+# The old stamps go first, so that an interrupted install leaves none.
+define install
+rm -f .venv/.demo-* .venv/.test-* .venv/.dev-*
+.venv/bin/python3 -m pip install --no-build-isolation -c constraints.txt -e '.[$(1)]'
+touch $(2)
+endef
+
+# A .venv that was being made when make was stopped is made anew.
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gpu_embed needs Python 3.10 or newer: make PYTHON=...")'
+	@if [ -e .venv/.making ]; then rm -rf .venv; fi
+	@mkdir -p .venv && touch .venv/.making
+	$(PYTHON) -m venv .venv
+	.venv/bin/python3 -m pip install --upgrade -c constraints.txt pip setuptools
+	@mv .venv/.making .venv/.made
+
+$(demo_env): | .venv/.made
+	$(call install,demo,$(demo_env))
+
+$(test_env): | .venv/.made
+	$(call install,test,$(demo_env) $(test_env))
+
+$(dev_env): | .venv/.made
+	$(call install,dev,$(demo_env) $(test_env) $(dev_env))
+else
+# No stamp: another checkout may have put itself into the same environment meanwhile.
+demo_env := $(env_python)
+test_env := $(demo_env)
+dev_env := $(demo_env)
+
+$(env_python): FORCE
+	@if [ ! -x $@ ]; then echo "VENV=$(env_dir) has no bin/python3; without VENV=, make makes .venv itself" >&2; exit 1; fi
+	$@ -m pip install --no-deps --no-build-isolation -e .
+endif
+
+FORCE:
+
+demo: $(demo_env) ## install, train two small models on real text and draw the curves
+	$(env_python) -m gpu_embed.demo $(DEMO_ARGS)
+
+# One thread for each worker: the workers are the parallelism.
+test: $(test_env) ## install, run the whole suite; GPU tests are skipped without a GPU
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(env_python) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+lint: $(dev_env) ## check format, lint and types
+	$(env_python) -m ruff format --check .
+	$(env_python) -m ruff check .
+	$(env_python) -m mypy
+
+format: $(dev_env) ## rewrite the code in the project's format
+	$(env_python) -m ruff check --fix-only .
+	$(env_python) -m ruff format .
+
+# Every part runs, so that one failure hides no other.
+# Without torch's caching allocator memcheck sees where each tensor ends.
+gpu: ## in the current python3, no download: GPU tests that must not skip, then compute-sanitizer
+	$(PYTHON) -m pip install --no-deps --no-build-isolation -e .
+	@failed=; \
+	export GPU_EMBED_REQUIRE_GPU=1; \
+	run() { echo "$$*"; "$$@" || failed="$$failed $$part"; }; \
+	part=pytest; run $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS); \
+	if command -v compute-sanitizer >/dev/null; then \
+		export PYTORCH_NO_CUDA_MEMORY_CACHING=1; \
+		for part in memcheck racecheck; do \
+			run compute-sanitizer --tool $$part --error-exitcode 1 $(PYTHON) -m pytest -m gpu -k sanitizer; \
+		done; \
+	else \
+		echo "compute-sanitizer is not on the PATH: memcheck and racecheck did not run"; \
+	fi; \
+	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
+
+clean: ## remove .venv and everything that was built or cached
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find gpu_embed kernels bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,1 @@
+"""The benchmark, installed as `gpu_embed.bench`."""

@@ -1,0 +1,222 @@
+"""What is installed, under which names, and what importing it costs."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Where each folder of the repo lies once installed.
+INSTALLED_AS = {
+    "gpu_embed": "gpu_embed",
+    "kernels": "gpu_embed/kernels",
+    "bench": "gpu_embed/bench",
+}
+DEVICE_CODE = {".py", ".cu", ".cuh", ".h"}
+
+
+def run_python(code: str, *, cwd: Path, **environ: str) -> str:
+    """Run code in a fresh interpreter that sees what is installed and none of our settings."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "PYTHONPATH" and not name.startswith(("GPU_EMBED_", "TRITON_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**inherited, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel; built from a copy, as a build leaves files beside its source."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in INSTALLED_AS:
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(target), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = target.glob("gpu_embed-*.whl")
+    return built
+
+
+def test_wheel_holds_every_source_file(wheel: Path) -> None:
+    """Packaging: a new package or source file that pyproject.toml does not name fails here."""
+    expected = {
+        f"{installed}/{file.relative_to(ROOT / folder).as_posix()}"
+        for folder, installed in INSTALLED_AS.items()
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in DEVICE_CODE and "__pycache__" not in file.parts
+    }
+    assert {"gpu_embed/kernels/__init__.py", "gpu_embed/bench/__init__.py"} <= expected
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert not expected - names
+    assert "gpu_embed/py.typed" in names
+
+
+def test_wheel_claims_no_other_top_level_name(wheel: Path) -> None:
+    """Packaging: `kernels` is another package's name on PyPI, so gpu_embed is our only one."""
+    names = zipfile.ZipFile(wheel).namelist()
+    top_level = {name.split("/")[0] for name in names}
+    assert top_level == {"gpu_embed", f"gpu_embed-{wheel.name.split('-')[1]}.dist-info"}
+
+
+def test_wheel_carries_the_license(wheel: Path) -> None:
+    """Packaging: Apache-2.0 asks that a copy of the license goes with the code."""
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    assert "License-Expression: Apache-2.0" in archive.read(metadata).decode()
+    assert metadata.replace("METADATA", "licenses/LICENSE") in archive.namelist()
+
+
+def test_unpacked_wheel_imports(wheel: Path, tmp_path: Path) -> None:
+    """Packaging: the three folders come together as one package away from the repo."""
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import gpu_embed.kernels as k, gpu_embed.bench as b; print(k.__file__, b.__file__)"
+    printed = run_python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    expected = [tmp_path / "gpu_embed" / name / "__init__.py" for name in ("kernels", "bench")]
+    assert printed.split() == [str(path) for path in expected]
+
+
+def test_kernels_init_is_a_docstring_alone() -> None:
+    """Packaging: an import or a __version__ there breaks `import transformers` in the repo root."""
+    body = ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8")).body
+    assert len(body) == 1
+    assert ast.get_docstring(ast.Module(body=body, type_ignores=[]))
+
+
+@pytest.mark.parametrize("name", ["kernels", "bench"])
+def test_folder_is_not_importable_by_its_own_name(name: str, tmp_path: Path) -> None:
+    """Packaging: outside the repo root the name `kernels` finds another's package or none."""
+    code = f"""
+from importlib.util import find_spec
+spec = find_spec({name!r})
+print("" if spec is None else [spec.origin, *(spec.submodule_search_locations or [])])
+"""
+    assert str(ROOT) not in run_python(code, cwd=tmp_path)
+
+
+def test_import_brings_in_neither_triton_nor_cupy(tmp_path: Path) -> None:
+    """Contract 10: import costs nothing. Torch's own imports are not counted."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import gpu_embed
+added = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(added & {"triton", "cupy", "cupy_backends"}))
+"""
+    assert run_python(code, cwd=tmp_path).strip() == "[]"
+
+
+def test_works_where_neither_triton_nor_cupy_is_installed(tmp_path: Path) -> None:
+    """Contract 10: import, a lookup and its gradient work where neither is installed."""
+    code = '''
+import sys
+
+class Without:
+    """A finder that does not find them, as where they are not installed."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in ("triton", "cupy", "cupy_backends"):
+            return self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+import torch
+import gpu_embed
+
+layer = gpu_embed.Embedding(7, 2)
+ids = torch.tensor([5, 1, 2, 3, 6])
+rows = layer(ids)
+assert torch.equal(rows, layer.weight[ids])
+rows.sum().backward()
+assert torch.equal(layer.weight.grad[:, 0], torch.tensor([0.0, 1, 1, 1, 0, 1, 1]))
+gpu_embed.available_backends()
+assert not {"triton", "cupy"} & set(sys.modules)
+print("ok")
+'''
+    assert run_python(code, cwd=tmp_path).strip() == "ok"
+
+
+def test_public_names_exist(tmp_path: Path) -> None:
+    """Packaging: every name in `__all__` is there."""
+    code = """
+import gpu_embed
+assert gpu_embed.__all__, "gpu_embed names its public API in __all__"
+print([name for name in gpu_embed.__all__ if not hasattr(gpu_embed, name)])
+"""
+    assert run_python(code, cwd=tmp_path).strip() == "[]"
+
+
+def make_targets() -> set[str]:
+    return set(
+        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+
+
+def make_commands(document: str) -> set[str]:
+    """The targets that a page's code names, inline or in a block; its prose may say make sure."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = "\n".join(re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    in_blocks = re.findall(r"^\s*(?:\$ )?make ([a-z]+)", blocks, re.MULTILINE)
+    return {*in_blocks, *re.findall(r"`make ([a-z]+)", text)}
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_documented_make_commands_exist(document: str) -> None:
+    """Packaging: a command that a page tells the reader to type is there."""
+    commands = make_commands(document)
+    assert {"demo", "test"} <= commands
+    assert not commands - make_targets()
+
+
+def test_every_make_command_is_described() -> None:
+    """Packaging: `make help` lists each command."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert set(re.findall(r"^([a-z]+):.*## \S", text, re.MULTILINE)) == make_targets()
+
+
+def canonical_name(requirement: str) -> str:
+    """The name of a requirement such as `a_b[extra]>=1; marker`, spelled as PyPI does."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    """Packaging: a fresh machine gets exactly what was tested, extras that need a GPU aside."""
+    # Not the installed metadata: an old egg-info in the repo root would answer for it.
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    project = project["project"]
+    required = set(project["dependencies"]).union(*project["optional-dependencies"].values())
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {canonical_name(pin) for pin in pins if pin and not pin.startswith("#")}
+    missing = {canonical_name(requirement) for requirement in required} - pinned
+    assert missing == {"gpu-embed", "cupy-cuda13x"}
