@@ -1,0 +1,18 @@
+"""Embedding tables for GPUs: a drop-in torch.nn.Embedding on hand-written kernels."""
+
+from . import functional
+from .backends import available_backends, use_backend
+from .backends.gradient_method import use_gradient_method
+from .bounds import check_bounds, set_bounds_check
+from .nn import Embedding
+
+__all__ = [
+    "Embedding",
+    "available_backends",
+    "check_bounds",
+    "functional",
+    "set_bounds_check",
+    "use_backend",
+    "use_gradient_method",
+]
+__version__ = "0.1.0"

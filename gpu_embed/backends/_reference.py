@@ -1,0 +1,54 @@
+"""The NumPy reference behind the `Backend` protocol: any device, by way of host copies."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..bounds import BoundsRecord
+
+
+class ReferenceBackend:
+    """`Backend` on `gpu_embed.reference`. For checking, not for speed: CUDA tensors travel to the host."""
+
+    name = "reference"
+
+    def unusable_reason(self, device: torch.device) -> str | None:
+        return None
+
+    def embedding(
+        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+    ) -> Tensor:
+        if record is not None:
+            record.write(indices, weight.shape[0])
+        # NumPy does not know every dtype, but a lookup copies bytes.
+        table = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+        rows = reference.embedding(table, indices.cpu().numpy(), zero_idx)
+        return torch.from_numpy(rows).view(weight.dtype).to(weight.device)
+
+    def embedding_dense_backward(
+        self,
+        grad_output: Tensor,
+        indices: Tensor,
+        num_embeddings: int,
+        padding_idx: int,
+        scale_grad_by_freq: bool,
+    ) -> Tensor:
+        grad_weight = reference.embedding_dense_backward(
+            grad_output.detach().cpu().double().numpy(),
+            indices.cpu().numpy(),
+            num_embeddings,
+            padding_idx,
+            scale_grad_by_freq,
+        )
+        return torch.from_numpy(grad_weight).to(grad_output)
+
+    def embedding_renorm_(
+        self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
+    ) -> None:
+        table = weight.detach().cpu().double().numpy()
+        renormed = reference.embedding_renorm(table, indices.cpu().numpy(), max_norm, norm_type)
+        weight.copy_(torch.from_numpy(renormed))
+
+    def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
+        counts = reference.embedding_counts(indices.cpu().numpy(), num_embeddings)
+        return torch.from_numpy(counts).to(indices.device)

@@ -1,0 +1,393 @@
+"""The Triton kernels behind the `Backend` protocol: allocation, launch settings, launch."""
+
+import threading
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bounds import BoundsRecord
+from .gradient_method import choose
+from .layout import WordLayout, flat_ids, sort_key_dtype, vector_width, word_layout
+
+# Triton compiles for these and newer cards only.
+MIN_CAPABILITY = (8, 0)
+# Partial sums of the sorted gradient may take this much memory; longer chunks make them fewer.
+MAX_PARTIAL_BYTES = 48 * 2**20
+
+
+@dataclass(frozen=True)
+class RowsLaunch:
+    """gather_rows_kernel: a tile of BLOCK_N rows by BLOCK_D words."""
+
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class FlatLaunch:
+    """A kernel over a flat range: BLOCK vectors, ids or keys a program."""
+
+    BLOCK: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class SegmentLaunch:
+    """segment_sum_kernel: BLOCK_C chunks by BLOCK_D columns.
+
+    One warp a program: it needs no barrier, and every lane loads 16 bytes of a row.
+    """
+
+    BLOCK_C: int
+    BLOCK_D: int
+    UNROLL: int = 4
+    num_warps: int = 1
+
+
+# The settings below follow from the code that they compile to (16-byte accesses, no spills, four loads in
+# flight a thread); they are starting points until they are measured.
+
+# Rows of a power of two of words, by words a row: 8 KiB a program.
+GATHER_ROWS = {
+    1: RowsLaunch(1024, 1),
+    2: RowsLaunch(512, 2),
+    4: RowsLaunch(256, 4),
+    8: RowsLaunch(128, 8),
+    16: RowsLaunch(64, 16),
+    32: RowsLaunch(32, 32),
+    64: RowsLaunch(16, 64),
+    128: RowsLaunch(8, 128),
+    256: RowsLaunch(4, 256),
+    512: RowsLaunch(2, 512),
+}
+GATHER_FLAT = FlatLaunch(512)
+SCATTER_ADD = FlatLaunch(256)
+COUNTS = FlatLaunch(512)
+SORT_KEYS = FlatLaunch(1024)
+RENORM_ITEMS = 1024
+
+
+class TritonBackend:
+    """`Backend` on the kernels in gpu_embed.kernels.
+
+    With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run in its
+    interpreter and take CPU tensors too.
+    """
+
+    name = "triton"
+
+    def unusable_reason(self, device: torch.device) -> str | None:
+        if find_spec("triton") is None:
+            return "triton is not installed (pip install triton; Linux only)"
+        if self._interpreted:
+            return None
+        if device.type != "cuda":
+            return (
+                f"triton kernels need a CUDA device, not {device.type} "
+                "(or TRITON_INTERPRET=1 in the environment)"
+            )
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if torch.version.hip is not None:
+            return "only NVIDIA cards are supported"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return (
+                f"triton needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, "
+                f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+            )
+        return None
+
+    def embedding(
+        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+    ) -> Tensor:
+        if weight.element_size() == 16 and weight.stride(1) != 1:
+            weight = weight.contiguous()
+        num_embeddings, embedding_dim = weight.shape
+        output = weight.new_empty((*indices.shape, embedding_dim))
+        ids = flat_ids(indices)
+        layout = word_layout(weight)
+        word = self._words[layout.word_bytes]
+        reinterpret = self._triton.reinterpret
+        kernel, grid, settings = self._gather_launch(ids.numel(), layout)
+        self._launch(
+            kernel,
+            grid,
+            weight.device,
+            reinterpret(weight, word),
+            ids,
+            reinterpret(output, word),
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            ids.numel(),
+            num_embeddings,
+            zero_idx,
+            layout.row_stride // layout.vec,
+            layout.col_stride,
+            D=layout.row_words,
+            VEC=layout.vec,
+            **settings,
+        )
+        return output
+
+    def embedding_dense_backward(
+        self,
+        grad_output: Tensor,
+        indices: Tensor,
+        num_embeddings: int,
+        padding_idx: int,
+        scale_grad_by_freq: bool,
+    ) -> Tensor:
+        ids = flat_ids(indices)
+        embedding_dim = grad_output.shape[-1]
+        grad_output = grad_output.reshape(ids.numel(), embedding_dim)
+        grad_weight = grad_output.new_zeros((num_embeddings, embedding_dim))
+        method = choose(
+            ids.numel(),
+            num_embeddings,
+            embedding_dim,
+            grad_output.dtype,
+            torch.are_deterministic_algorithms_enabled(),
+            scale_grad_by_freq,
+        )
+        if method == "atomic":
+            self._scatter_add(grad_output, ids, grad_weight, padding_idx)
+        else:
+            self._segment_sum(grad_output, ids, grad_weight, padding_idx, scale_grad_by_freq)
+        return grad_weight
+
+    def embedding_renorm_(
+        self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        keys, _ = self._sorted_keys(flat_ids(indices), num_embeddings, padding_idx=-1)
+        block_d = min(_next_power_of_2(embedding_dim), RENORM_ITEMS)
+        block_n = RENORM_ITEMS // block_d
+        self._launch(
+            self._kernels.renorm,
+            (_cdiv(keys.numel(), block_n),),
+            weight.device,
+            weight,
+            keys,
+            keys.numel(),
+            num_embeddings,
+            *weight.stride(),
+            max_norm=float(max_norm),
+            norm_type=float(norm_type),
+            D=embedding_dim,
+            NORM=norm_name(norm_type),
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+        )
+
+    def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
+        ids = flat_ids(indices)
+        counts = torch.zeros(num_embeddings, dtype=torch.int32, device=ids.device)
+        self._launch(
+            self._kernels.counts,
+            (_cdiv(ids.numel(), COUNTS.BLOCK),),
+            ids.device,
+            ids,
+            counts,
+            ids.numel(),
+            num_embeddings,
+            **asdict(COUNTS),
+        )
+        return counts
+
+    def _scatter_add(
+        self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
+    ) -> None:
+        num_embeddings, embedding_dim = grad_weight.shape
+        vec = vector_width(grad_output)
+        num_vectors = ids.numel() * embedding_dim // vec
+        self._launch(
+            self._kernels.scatter_add,
+            (_cdiv(num_vectors, SCATTER_ADD.BLOCK),),
+            ids.device,
+            grad_output,
+            ids,
+            grad_weight,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            **asdict(SCATTER_ADD),
+        )
+
+    def _segment_sum(
+        self,
+        grad_output: Tensor,
+        ids: Tensor,
+        grad_weight: Tensor,
+        padding_idx: int,
+        scale_grad_by_freq: bool,
+    ) -> None:
+        num_embeddings, embedding_dim = grad_weight.shape
+        order: Tensor | None
+        keys, order = self._sorted_keys(ids, num_embeddings, padding_idx)
+        acc_dtype = torch.promote_types(grad_weight.dtype, torch.float32)
+        values: Tensor = grad_output
+        counts: Tensor | None = None
+        chunk = chunk_size(keys.numel(), embedding_dim, acc_dtype.itemsize)
+        # Level by level: sum the runs of each chunk, then the partial sums that runs left at its ends.
+        while True:
+            num_chunks = _cdiv(keys.numel(), chunk)
+            partial_values = values.new_empty((2 * num_chunks, embedding_dim), dtype=acc_dtype)
+            partial_keys = ids.new_empty(2 * num_chunks, dtype=torch.int64)
+            partial_counts = ids.new_empty(2 * num_chunks, dtype=torch.int32)
+            vec = vector_width(values)
+            launch = segment_launch(embedding_dim, vec)
+            self._launch(
+                self._kernels.segment_sum,
+                (_cdiv(num_chunks, launch.BLOCK_C), _cdiv(embedding_dim, launch.BLOCK_D)),
+                ids.device,
+                values,
+                order,
+                keys,
+                counts,
+                grad_weight,
+                partial_values,
+                partial_keys,
+                partial_counts,
+                keys.numel(),
+                num_embeddings,
+                values.stride(0) // vec,
+                values.stride(1),
+                D=embedding_dim,
+                VEC=vec,
+                SCALE_GRAD_BY_FREQ=scale_grad_by_freq,
+                CHUNK=chunk,
+                **asdict(launch),
+            )
+            if num_chunks == 1:
+                return
+            values, keys, order = partial_values, partial_keys, None
+            counts = partial_counts if scale_grad_by_freq else None
+
+    def _sorted_keys(
+        self, ids: Tensor, num_embeddings: int, padding_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """The ids [N] in ascending order, and the position that each came from.
+
+        Ids out of range and padding become num_embeddings, so they come last.
+        """
+        keys = ids.new_empty(ids.numel(), dtype=sort_key_dtype(num_embeddings))
+        self._launch(
+            self._kernels.sort_keys,
+            (_cdiv(ids.numel(), SORT_KEYS.BLOCK),),
+            ids.device,
+            ids,
+            keys,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            **asdict(SORT_KEYS),
+        )
+        # Stable, or the order of the additions would change from run to run.
+        keys, order = torch.sort(keys, stable=True)
+        return keys, order
+
+    def _gather_launch(
+        self, num_indices: int, layout: WordLayout
+    ) -> tuple[Any, tuple[int, ...], dict[str, int]]:
+        """Whole rows where a power of two of words makes full tiles of them, else a flat range."""
+        widest = max(GATHER_ROWS)
+        rows = GATHER_ROWS.get(min(layout.row_words, widest))
+        if rows is not None and layout.row_words % rows.BLOCK_D == 0:
+            grid = (_cdiv(num_indices, rows.BLOCK_N), _cdiv(layout.row_words, rows.BLOCK_D))
+            return self._kernels.gather_rows, grid, asdict(rows)
+        num_vectors = num_indices * layout.row_words // layout.vec
+        blocks = _cdiv(num_vectors, GATHER_FLAT.BLOCK)
+        return self._kernels.gather_flat, (blocks,), asdict(GATHER_FLAT)
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
+    ) -> None:
+        with self._guard(device):
+            kernel[grid](*args, **settings)
+
+    def _guard(self, device: torch.device) -> Any:
+        """Triton launches on the current device; its interpreter runs one kernel at a time."""
+        if self._interpreted:
+            return _interpreter_lock
+        if device.index is None or device.index == torch.cuda.current_device():
+            return nullcontext()
+        return torch.cuda.device(device)
+
+    @cached_property
+    def _interpreted(self) -> bool:
+        return not isinstance(self._kernels.gather_rows, self._triton.JITFunction)
+
+    @cached_property
+    def _triton(self) -> Any:
+        import triton
+
+        return triton
+
+    @cached_property
+    def _words(self) -> dict[int, Any]:
+        """Triton's integer of so many bytes."""
+        from triton import language as tl
+
+        return {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+    @cached_property
+    def _kernels(self) -> SimpleNamespace:
+        if self._triton.knobs.runtime.interpret:
+            from ._triton_interpreter import round_to_nearest
+
+            round_to_nearest()
+        from ..kernels import counts, gather, renorm, scatter_add, segment_sum
+
+        return SimpleNamespace(
+            gather_rows=gather.gather_rows_kernel,
+            gather_flat=gather.gather_flat_kernel,
+            scatter_add=scatter_add.scatter_add_kernel,
+            sort_keys=segment_sum.sort_keys_kernel,
+            segment_sum=segment_sum.segment_sum_kernel,
+            renorm=renorm.renorm_kernel,
+            counts=counts.counts_kernel,
+        )
+
+
+def segment_launch(embedding_dim: int, vec: int) -> SegmentLaunch:
+    """One warp wide, `vec` columns a lane; narrow rows put several chunks side by side."""
+    columns = 32 * vec
+    block_d = min(_next_power_of_2(embedding_dim), columns)
+    return SegmentLaunch(BLOCK_C=columns // block_d, BLOCK_D=block_d)
+
+
+def chunk_size(num_keys: int, embedding_dim: int, acc_bytes: int) -> int:
+    """Keys a chunk: short for parallelism, longer where the partial sums would take too much memory."""
+    chunk = 32
+    while 2 * _cdiv(num_keys, chunk) * embedding_dim * acc_bytes > MAX_PARTIAL_BYTES:
+        chunk *= 2
+    return chunk
+
+
+def norm_name(norm_type: float) -> str:
+    """Which of renorm_kernel's formulas computes this norm."""
+    special = {float("inf"): "inf", float("-inf"): "-inf", 0.0: "0", 1.0: "1", 2.0: "2"}
+    return special.get(float(norm_type), "p")
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+_interpreter_lock = threading.RLock()

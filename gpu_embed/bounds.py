@@ -1,0 +1,185 @@
+"""Out-of-range ids: kernels mask them and write a record; the host raises IndexError from it.
+
+On CUDA the record lives on the device and a flag in pinned host memory, so looking for an error is a read
+of host memory and never waits for the GPU. Only once the flag is up does the host wait and read the rest.
+
+Modes (`set_bounds_check`, or `GPU_EMBED_BOUNDS_CHECK` in the environment):
+
+* ``"raise"``: IndexError at the first later point that needs no stall: that call's backward, the next
+  gpu_embed call on the device, or `check_bounds()`. On the CPU, at once.
+* ``"sync"``: IndexError at the offending call; every call on CUDA then waits for the GPU.
+* ``"off"``: nothing is recorded. An id out of range still reads as zeros and has no gradient.
+"""
+
+import threading
+
+import torch
+from torch import Tensor
+
+from .settings import BOUNDS_CHECK, Restore
+
+
+class BoundsRecord:
+    """One device's record of the first id out of range since the last error.
+
+    Attributes:
+        words: int64 [4] on the device: claimed (0 or 1), flat position, id, rows of the table.
+        flag: int32 [1] in host memory (pinned for CUDA): 1 once `words` is claimed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.words = torch.zeros(4, dtype=torch.int64, device=device)
+        self.flag = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        # A NumPy view reads in 50 ns where Tensor.item() takes microseconds.
+        self._flag_view = self.flag.numpy()
+        self._lock = threading.Lock()
+
+    def write(self, indices: Tensor, num_embeddings: int) -> None:
+        """Record the first of these ids that is out of range, with torch's operators.
+
+        For lookups that no kernel of ours serves. Never waits for the GPU.
+        """
+        flat = indices.reshape(-1).to(torch.int64)
+        out_of_range = (flat < 0) | (flat >= num_embeddings)
+        places = torch.arange(flat.numel(), device=self.device)
+        position = torch.where(out_of_range, places, flat.numel() - 1).min()
+        found = torch.stack(
+            [
+                torch.ones_like(position),
+                position,
+                flat[position],
+                torch.full_like(position, num_embeddings),
+            ]
+        )
+        self.words.copy_(torch.where(out_of_range.any() & (self.words[0] == 0), found, self.words))
+        self.flag.copy_(self.words[:1], non_blocking=True)
+
+    def finish_lookup(self, shape: torch.Size) -> None:
+        """Report a lookup's own ids before it returns: always on the CPU, in mode "sync" on CUDA."""
+        if self.device.type == "cuda":
+            if BOUNDS_CHECK.value != "sync" or torch.cuda.is_current_stream_capturing():
+                return
+            torch.cuda.current_stream(self.device).synchronize()
+        self.raise_if_claimed(shape)
+
+    def raise_if_claimed(self, shape: torch.Size | None = None) -> None:
+        """Raise IndexError if an id out of range was recorded, and clear the record.
+
+        Args:
+            shape: the ids' shape where the caller knows which call is at fault.
+        """
+        if not self._flag_view[0]:
+            return
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return  # The record cannot be read during capture; the next call reports it.
+        with self._lock:
+            if not self._flag_view[0]:
+                return
+            self._wait()
+            _, position, index, num_embeddings = self.words.tolist()
+            self.words.zero_()
+            self._wait()
+            self._flag_view[0] = 0
+        raise out_of_range_error(index, position, num_embeddings, shape)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def out_of_range_error(
+    index: int, position: int, num_embeddings: int, shape: torch.Size | None = None
+) -> IndexError:
+    """The error for one id out of range, torch's wording first."""
+    where = f"flat position {position}"
+    if shape is not None and len(shape) > 1:
+        coordinates = []
+        rest = position
+        for size in reversed(shape):
+            coordinates.append(rest % size)
+            rest //= size
+        where = f"position {tuple(reversed(coordinates))}"
+    rule = (
+        f"the table has {num_embeddings} rows, so ids go from 0 to {num_embeddings - 1}"
+        if num_embeddings
+        else "the table has 0 rows"
+    )
+    return IndexError(
+        f"index out of range in self: id {index} at {where} of the input; {rule}. "
+        "The table and the ids are unchanged."
+    )
+
+
+def set_bounds_check(mode: str) -> Restore:
+    """Set what happens when an id is out of range: ``"raise"`` (default), ``"sync"`` or ``"off"``.
+
+    A plain call sets the mode for the process; in a `with` statement it holds until the block ends.
+    Raises ValueError for any other mode.
+
+    Example::
+
+        gpu_embed.set_bounds_check("sync")  # from here on
+        with gpu_embed.set_bounds_check("off"):  # inside the block
+            ...
+    """
+    return BOUNDS_CHECK.set(mode, "set_bounds_check")
+
+
+def check_bounds(device: torch.device | str | int | None = None) -> None:
+    """Wait for the GPU and raise IndexError if any lookup so far met an id out of range.
+
+    Args:
+        device: the CUDA device to check; None: every device that was used.
+
+    The place for this call is where a program waits anyway: before a checkpoint, after the last step.
+    """
+    if device is None:
+        records = list(_cuda_records.values())
+    else:
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        record = _cuda_records.get(_cuda_index(device)) if device.type == "cuda" else None
+        records = [] if record is None else [record]
+    for record in records:
+        torch.cuda.synchronize(record.device)
+        record.raise_if_claimed()
+
+
+def raise_pending(device: torch.device) -> None:
+    """Raise IndexError if an earlier call on this CUDA device met an id out of range; never waits."""
+    if device.type == "cuda" and _cuda_records:
+        record = _cuda_records.get(_cuda_index(device))
+        if record is not None:
+            record.raise_if_claimed()
+
+
+def record_for(device: torch.device) -> BoundsRecord | None:
+    """The record that a lookup on this device writes to; None in mode "off"."""
+    if BOUNDS_CHECK.value == "off":
+        return None
+    if device.type != "cuda":
+        # One a thread, so that no thread raises another's error.
+        if not hasattr(_cpu_records, "record"):
+            _cpu_records.record = BoundsRecord(torch.device("cpu"))
+        record: BoundsRecord = _cpu_records.record
+        return record
+    index = _cuda_index(device)
+    if index not in _cuda_records:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "gpu_embed: the first lookup on a device allocates the record of out-of-range ids, "
+                "which a CUDA graph cannot capture; run the code once before capturing it"
+            )
+        with _creation_lock:
+            if index not in _cuda_records:
+                _cuda_records[index] = BoundsRecord(torch.device("cuda", index))
+    return _cuda_records[index]
+
+
+def _cuda_index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+_cuda_records: dict[int, BoundsRecord] = {}
+_cpu_records = threading.local()
+_creation_lock = threading.Lock()

@@ -1,0 +1,121 @@
+"""torch.nn.functional's signatures on our kernels; every user error is raised here."""
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from . import ops
+
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+# Tensors whose data (or stand-in for data) our ops can take; other subclasses bring their own embedding.
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of `weight` at the ids in `input`: `torch.nn.functional.embedding` on our kernels.
+
+    Args:
+        input: ids, any shape; int64, int32, int16 or uint8; on the table's device.
+        weight: the table, `[num_embeddings, embedding_dim]`, any dtype, any strides.
+        padding_idx: its row is returned as stored and gets no gradient; negative counts from the end.
+        max_norm: rows looked up whose norm exceeds it are first scaled down to it, in place.
+        norm_type: the p of that norm; any number, infinities and 0 too.
+        scale_grad_by_freq: divide each row's gradient by how often its id occurs in `input`.
+        sparse: the gradient is a sparse COO tensor (uncoalesced, ids in input order).
+
+    Returns:
+        `[*input.shape, embedding_dim]`, contiguous, the table's dtype, bit-equal to `weight[input]`.
+
+    Raises:
+        IndexError: an id is out of range; when, is set by `gpu_embed.set_bounds_check`.
+        AssertionError: padding_idx is outside the table.
+        RuntimeError: ids are not integers, weight is not 2-D, or the two are on different devices.
+        TypeError: an argument is no tensor.
+
+    A weight or input of another tensor subclass (DTensor, torchao) goes to torch's own function.
+    """
+    if type(weight) not in PLAIN_TYPES or type(input) not in PLAIN_TYPES:
+        return _embedding_of_subclass(
+            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
+    _check_tensors(input, weight)
+    _check_scalars(padding_idx, scale_grad_by_freq, sparse)
+    padding_idx = _wrap_padding_idx(padding_idx, weight.size(0))
+    if max_norm is not None:
+        _check_norm(weight, max_norm, norm_type)
+        with torch.no_grad():
+            ops.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
+    return ops.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
+
+
+def _embedding_of_subclass(input: Tensor, weight: Tensor, *arguments: object) -> Tensor:
+    for name, position, value in (("weight", 1, weight), ("indices", 2, input)):
+        if not isinstance(value, Tensor):
+            raise _wrong_type("embedding", name, position, "Tensor", value)
+    return torch.nn.functional.embedding(input, weight, *arguments)  # type: ignore[arg-type]
+
+
+def _check_tensors(input: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2:
+        raise RuntimeError("'weight' must be 2-D")
+    if input.dtype not in INDEX_DTYPES:
+        raise RuntimeError(
+            "Expected tensor for argument #1 'indices' to have one of the following scalar types: "
+            f"Long, Int; but got {input.type()} instead (while checking arguments for embedding)"
+        )
+    if input.device != weight.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but got index is on "
+            f"{input.device}, different from other tensors on {weight.device} "
+            "(when checking argument in method gpu_embed.functional.embedding)"
+        )
+
+
+def _check_scalars(padding_idx: object, scale_grad_by_freq: object, sparse: object) -> None:
+    if padding_idx is not None and (
+        not isinstance(padding_idx, (int, torch.SymInt)) or isinstance(padding_idx, bool)
+    ):
+        raise _wrong_type("embedding", "padding_idx", 3, "int", padding_idx)
+    if not isinstance(scale_grad_by_freq, bool):
+        raise _wrong_type("embedding", "scale_grad_by_freq", 4, "bool", scale_grad_by_freq)
+    if not isinstance(sparse, bool):
+        raise _wrong_type("embedding", "sparse", 5, "bool", sparse)
+
+
+def _check_norm(weight: Tensor, max_norm: object, norm_type: object) -> None:
+    if not isinstance(max_norm, (int, float)):
+        raise _wrong_type("embedding_renorm_", "max_norm", 3, "float", max_norm)
+    if not isinstance(norm_type, (int, float)):
+        raise _wrong_type("embedding_renorm_", "norm_type", 4, "float", norm_type)
+    if not (weight.is_floating_point() or weight.is_complex()):
+        name = weight.type().removeprefix("torch.").removesuffix("Tensor")
+        raise RuntimeError(
+            f"norm(): input dtype should be either floating point or complex. Got {name} instead."
+        )
+
+
+def _wrong_type(
+    function: str, argument: str, position: int, expected: str, value: object
+) -> TypeError:
+    return TypeError(
+        f"{function}(): argument '{argument}' (position {position}) must be {expected}, "
+        f"not {type(value).__name__}"
+    )
+
+
+def _wrap_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
+    """The row that gets no gradient; -1: none."""
+    if padding_idx is None:
+        return -1
+    if not -num_embeddings <= padding_idx < max(num_embeddings, 1):
+        raise AssertionError("Padding_idx must be within num_embeddings")
+    return padding_idx + num_embeddings if padding_idx < 0 else padding_idx

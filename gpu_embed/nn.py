@@ -1,0 +1,33 @@
+"""The layer: torch.nn.Embedding with another forward."""
+
+import torch
+from torch import Tensor
+
+from . import functional
+
+
+class Embedding(torch.nn.Embedding):
+    """A trainable table of `num_embeddings` rows of `embedding_dim` numbers, looked up by integer ids.
+
+    Everything but `forward` is `torch.nn.Embedding`'s own: arguments, attributes, initialisation,
+    `state_dict` keys, `from_pretrained`, `extra_repr`. Input: ids of any shape, int64 or int32 as in torch, or
+    int16 or uint8. Output: `[*input.shape, embedding_dim]` in the table's dtype, bit-equal to `weight[input]`.
+
+    Errors are those of `gpu_embed.functional.embedding`.
+
+    Example::
+
+        table = gpu_embed.Embedding(200, 32, device="cuda")
+        rows = table(torch.tensor([[4, 7, 199]], device="cuda"))  # [1, 3, 32]
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.embedding(
+            input,
+            self.weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )

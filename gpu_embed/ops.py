@@ -1,0 +1,402 @@
+"""The gpu_embed::* operators: schemas, shapes without data, gradients and vmap rules.
+
+Three of them are linear in their first argument and adjoint to one another, which is all that autograd needs
+to differentiate them any number of times, in both directions:
+
+    embedding                       weight [V, D]       -> output [..., D]
+    embedding_dense_backward        grad_output [..., D] -> grad_weight [V, D]
+    embedding_dense_double_backward grad [V, D]          -> [..., D], zero at padding_idx, over the counts
+
+They are registered with the dispatcher directly: `torch.library.custom_op` costs twice the host time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
+
+from . import backends, bounds
+
+_library = torch.library.Library("gpu_embed", "DEF")
+_library.define(
+    "embedding(Tensor weight, Tensor indices, SymInt padding_idx, "
+    "bool scale_grad_by_freq, bool sparse) -> Tensor"
+)
+_library.define(
+    "embedding_dense_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, "
+    "SymInt padding_idx, bool scale_grad_by_freq) -> Tensor"
+)
+_library.define(
+    "embedding_dense_double_backward(Tensor grad, Tensor indices, "
+    "SymInt padding_idx, bool scale_grad_by_freq) -> Tensor"
+)
+_library.define(
+    "embedding_renorm_(Tensor(a!) weight, Tensor indices, float max_norm, float norm_type) -> ()"
+)
+embedding = torch.ops.gpu_embed.embedding.default
+embedding_dense_backward = torch.ops.gpu_embed.embedding_dense_backward.default
+embedding_dense_double_backward = torch.ops.gpu_embed.embedding_dense_double_backward.default
+embedding_renorm_ = torch.ops.gpu_embed.embedding_renorm_.default
+
+
+# Kernels: what runs below autograd, on every device.
+
+
+def _embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
+) -> Tensor:
+    bounds.raise_pending(weight.device)
+    record = bounds.record_for(weight.device)
+    if indices.numel() == 0:
+        return weight.new_empty((*indices.shape, weight.shape[1]))
+    if weight.shape[1] == 0:
+        output = weight.new_empty((*indices.shape, 0))
+        if record is not None:
+            record.write(indices, weight.shape[0])
+    else:
+        output = backends.select(weight.device).embedding(weight, indices, -1, record)
+    if record is not None:
+        record.finish_lookup(indices.shape)
+    return output
+
+
+def _embedding_dense_backward(
+    grad_output: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    bounds.raise_pending(grad_output.device)
+    dtype = grad_output.dtype
+    if dtype.is_complex:
+        parts = torch.view_as_real(grad_output).flatten(-2)
+        grad_weight = _embedding_dense_backward(
+            parts, indices, num_embeddings, padding_idx, scale_grad_by_freq
+        )
+        return torch.view_as_complex(grad_weight.unflatten(-1, (-1, 2)))
+    if dtype not in GRADIENT_DTYPES:
+        name = str(dtype).removeprefix("torch.").capitalize()
+        raise NotImplementedError(f"\"embedding_backward\" not implemented for '{name}'")
+    if grad_output.numel() == 0:
+        return grad_output.new_zeros((num_embeddings, grad_output.shape[-1]))
+    return backends.select(grad_output.device).embedding_dense_backward(
+        grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq
+    )
+
+
+GRADIENT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _embedding_dense_double_backward(
+    grad: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    bounds.raise_pending(grad.device)
+    shape = (*indices.shape, grad.shape[1])
+    if indices.numel() == 0 or grad.shape[1] == 0:
+        return grad.new_empty(shape)
+    backend = backends.select(grad.device)
+    output = backend.embedding(grad, indices, padding_idx, None)
+    if scale_grad_by_freq:
+        counts = backend.embedding_counts(indices, grad.shape[0])
+        # Looked up by the same kernel: it alone can be trusted with an id out of range.
+        output /= backend.embedding(counts[:, None], indices, -1, None).clamp_(min=1)
+    return output
+
+
+def _embedding_renorm_(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
+    bounds.raise_pending(weight.device)
+    if indices.numel() and weight.numel():
+        backend = backends.select(weight.device)
+        if weight.dtype not in GRADIENT_DTYPES:
+            # No kernel of ours has the norm of complex numbers; torch decides on the rest.
+            backend = backends.load("torch")
+        backend.embedding_renorm_(weight, indices, max_norm, norm_type)
+
+
+for _name, _kernel in (
+    ("embedding", _embedding),
+    ("embedding_dense_backward", _embedding_dense_backward),
+    ("embedding_dense_double_backward", _embedding_dense_double_backward),
+    ("embedding_renorm_", _embedding_renorm_),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+# Shapes without data.
+
+
+@torch.library.register_fake("gpu_embed::embedding", lib=_library)
+def _embedding_fake(
+    weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
+) -> Tensor:
+    return weight.new_empty((*indices.shape, weight.shape[1]))
+
+
+@torch.library.register_fake("gpu_embed::embedding_dense_backward", lib=_library)
+def _embedding_dense_backward_fake(
+    grad_output: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    return grad_output.new_empty((num_embeddings, grad_output.shape[-1]))
+
+
+@torch.library.register_fake("gpu_embed::embedding_dense_double_backward", lib=_library)
+def _embedding_dense_double_backward_fake(
+    grad: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    return grad.new_empty((*indices.shape, grad.shape[1]))
+
+
+@torch.library.register_fake("gpu_embed::embedding_renorm_", lib=_library)
+def _embedding_renorm_fake(
+    weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
+) -> None:
+    return None
+
+
+# Gradients.
+
+
+def _embedding_adjoint(
+    grad: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> Tensor:
+    if sparse:
+        return _sparse_gradient(grad, indices, num_embeddings, padding_idx, scale_grad_by_freq)
+    return embedding_dense_backward(grad, indices, num_embeddings, padding_idx, scale_grad_by_freq)
+
+
+def _embedding_dense_backward_adjoint(
+    grad: Tensor,
+    indices: Tensor,
+    _: int,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    return embedding_dense_double_backward(grad, indices, padding_idx, scale_grad_by_freq)
+
+
+def _sparse_gradient(
+    grad_output: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    """torch's sparse gradient: COO, int64 ids in input order, duplicates kept, padding dropped.
+
+    Differentiable, since it is made of torch's own operators.
+    """
+    if scale_grad_by_freq:
+        raise RuntimeError(
+            "embedding_backward: scale_grad_by_freq not supported with sparse gradients"
+        )
+    bounds.raise_pending(grad_output.device)
+    ids = indices.reshape(-1).to(torch.int64)
+    values = grad_output.reshape(ids.numel(), grad_output.shape[-1])
+    kept = (ids >= 0) & (ids < num_embeddings)
+    if padding_idx >= 0:
+        kept &= ids != padding_idx
+        ids, values = ids[kept], values[kept]
+    elif ids.is_cuda:
+        # Dropping entries would wait for the GPU; a zero added to row 0 does no harm.
+        ids, values = torch.where(kept, ids, 0), torch.where(kept[:, None], values, 0)
+    elif not kept.all():
+        ids, values = ids[kept], values[kept]
+    size = (num_embeddings, grad_output.shape[-1])
+    return torch.sparse_coo_tensor(ids[None], values, size, check_invariants=False)
+
+
+def _register_linear(
+    op: torch._ops.OpOverload, adjoint: Callable[..., Tensor], num_arguments: int
+) -> None:
+    """Register the gradients of an operator that is linear in its first argument.
+
+    Args:
+        op: op(x, indices, *arguments).
+        adjoint: adjoint(grad, indices, x.shape[0], *arguments) -> gradient of x.
+        num_arguments: how many arguments follow `indices`.
+    """
+    # functorch hands each of its levels to this dispatch key in turn, so one level is what we differentiate.
+    after_autograd = torch._C._after_autograd_keyset
+
+    class Linear(_SingleLevelFunction):
+        @staticmethod
+        def forward(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
+            if torch._C._are_functorch_transforms_active():
+                # The levels below differentiate too, and this one has switched their modes off.
+                with torch.enable_grad(), _set_fwd_grad_enabled(True):
+                    return below_autograd(keyset, x, indices, *arguments)
+            return below_autograd(keyset, x, indices, *arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            _, x, indices, *ctx.arguments = inputs
+            ctx.num_rows = x.shape[0]
+            # Saved, so that autograd notices ids that were changed in place.
+            ctx.save_for_backward(indices)
+            ctx.save_for_forward(indices)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            (indices,) = ctx.saved_tensors
+            grad_x = adjoint(grad, indices, ctx.num_rows, *ctx.arguments)
+            return (None, grad_x, None, *(None,) * num_arguments)
+
+        @staticmethod
+        def jvp(ctx: Any, _: None, tangent: Tensor | None, *rest: None) -> Tensor | None:
+            if tangent is None:
+                return None
+            (indices,) = ctx.saved_tensors
+            return op(tangent, indices, *ctx.arguments)
+
+    apply: Callable[..., Tensor] = Linear.apply
+
+    def below_autograd(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & after_autograd, x, indices, *arguments)
+
+    def autograd(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        if not differentiated and torch.autograd.forward_ad._current_level < 0:
+            return below_autograd(keyset, x, indices, *arguments)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return apply(keyset, x, indices, *arguments)
+        return apply(keyset, x, indices, *arguments)
+
+    name = op._schema.name.removeprefix("gpu_embed::")
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+_register_linear(embedding, _embedding_adjoint, num_arguments=3)
+_register_linear(embedding_dense_backward, _embedding_dense_backward_adjoint, num_arguments=3)
+_register_linear(embedding_dense_double_backward, embedding_dense_backward, num_arguments=2)
+
+
+def _renorm_in_place(keyset: Any, weight: Tensor, *arguments: Any) -> None:
+    torch.autograd.graph.increment_version(weight)
+    embedding_renorm_.redispatch(
+        keyset & torch._C._after_ADInplaceOrView_keyset, weight, *arguments
+    )
+
+
+_library.impl("embedding_renorm_", _renorm_in_place, "ADInplaceOrView", with_keyset=True)
+
+
+# vmap: B tables are one table of B * V rows, in which example b's ids are shifted by b * V.
+
+
+def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """The tensor with its vmapped dimension in front, made by expansion if it has none."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _shifted(indices: Tensor, num_embeddings: int, dropped_idx: int) -> Tensor:
+    """Ids [B, ...] into the stacked tables; ids out of range and dropped_idx become -1."""
+    indices = indices.to(torch.int64)
+    shift = torch.arange(len(indices), device=indices.device) * num_embeddings
+    shift = shift.view(-1, *[1] * (indices.dim() - 1))
+    kept = (indices >= 0) & (indices < num_embeddings) & (indices != dropped_idx)
+    return torch.where(kept, indices + shift, -1)
+
+
+@torch.library.register_vmap("gpu_embed::embedding", lib=_library)
+def _embedding_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+) -> tuple[Tensor, int]:
+    if in_dims[0] is None:
+        indices = _batched(indices, in_dims[1], info.batch_size)
+        return embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse), 0
+    weight = _batched(weight, in_dims[0], info.batch_size)
+    indices = _batched(indices, in_dims[1], info.batch_size)
+    num_embeddings = weight.shape[1]
+    # Reports ids out of range as the caller wrote them; there is nothing to read in a table without columns.
+    embedding(weight.new_empty((num_embeddings, 0)), indices, -1, False, False)
+    shifted = _shifted(indices, num_embeddings, -1)
+    output = embedding(weight.flatten(0, 1), shifted, -1, scale_grad_by_freq, sparse)
+    if padding_idx >= 0:
+        output = torch.where((indices == padding_idx)[..., None], output.detach(), output)
+    return output, 0
+
+
+@torch.library.register_vmap("gpu_embed::embedding_dense_backward", lib=_library)
+def _embedding_dense_backward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    grad_output: Tensor,
+    indices: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> tuple[Tensor, int]:
+    grad_output = _batched(grad_output, in_dims[0], info.batch_size)
+    if in_dims[1] is None:
+        # One set of ids: the examples lie side by side in one wider row.
+        wide = grad_output.movedim(0, -2).flatten(-2)
+        grad_weight = embedding_dense_backward(
+            wide, indices, num_embeddings, padding_idx, scale_grad_by_freq
+        )
+        return grad_weight.unflatten(1, (info.batch_size, grad_output.shape[-1])), 1
+    indices = indices.movedim(in_dims[1], 0)
+    grad_weight = embedding_dense_backward(
+        grad_output,
+        _shifted(indices, num_embeddings, padding_idx),
+        info.batch_size * num_embeddings,
+        -1,
+        scale_grad_by_freq,
+    )
+    return grad_weight.unflatten(0, (info.batch_size, num_embeddings)), 0
+
+
+@torch.library.register_vmap("gpu_embed::embedding_dense_double_backward", lib=_library)
+def _embedding_dense_double_backward_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    grad: Tensor,
+    indices: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> tuple[Tensor, int]:
+    grad = _batched(grad, in_dims[0], info.batch_size)
+    indices = _batched(indices, in_dims[1], info.batch_size)
+    shifted = _shifted(indices, grad.shape[1], padding_idx)
+    output = embedding_dense_double_backward(grad.flatten(0, 1), shifted, -1, scale_grad_by_freq)
+    return output, 0
+
+
+@torch.library.register_vmap("gpu_embed::embedding_renorm_", lib=_library)
+def _embedding_renorm_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    weight: Tensor,
+    indices: Tensor,
+    max_norm: float,
+    norm_type: float,
+) -> tuple[None, None]:
+    if in_dims[0] is None:
+        embedding_renorm_(weight, indices, max_norm, norm_type)
+        return None, None
+    examples = _batched(indices, in_dims[1], info.batch_size)
+    for table, ids in zip(weight.movedim(in_dims[0], 0), examples, strict=True):
+        embedding_renorm_(table, ids, max_norm, norm_type)
+    return None, None

@@ -1,0 +1,80 @@
+"""The process-wide choices: which backend, what to do about out-of-range ids, which gradient kernel.
+
+Plain globals on purpose: autograd runs CUDA backwards on threads of its own, where a ContextVar is unset.
+"""
+
+import os
+from collections.abc import Callable
+from types import TracebackType
+
+
+class Setting:
+    """One choice out of a few names, taken from the environment until it is set.
+
+    Args:
+        variable: the environment variable, read at the first use, so that a typo there does not break
+            `import gpu_embed`.
+        choices: the accepted names; the first is the default.
+        on_change: called after every change.
+    """
+
+    def __init__(
+        self, variable: str, choices: tuple[str, ...], on_change: Callable[[], None] | None = None
+    ) -> None:
+        self.variable = variable
+        self.choices = choices
+        self.on_change = on_change
+        self._value: str | None = None
+
+    @property
+    def value(self) -> str:
+        """The name in force. Raises ValueError if the environment holds an unknown one."""
+        if self._value is None:
+            self._value = self._checked(
+                os.environ.get(self.variable) or self.choices[0], self.variable
+            )
+        return self._value
+
+    def set(self, value: str, source: str) -> "Restore":
+        """Set the name from here on; as a context manager, until the block ends.
+
+        Raises ValueError if the name is unknown, and then changes nothing.
+        """
+        former = self._value
+        self._assign(self._checked(value, source))
+        return Restore(self, former)
+
+    def _assign(self, value: str | None) -> None:
+        self._value = value
+        if self.on_change is not None:
+            self.on_change()
+
+    def _checked(self, value: str, source: str) -> str:
+        if value not in self.choices:
+            names = ", ".join(repr(choice) for choice in self.choices)
+            raise ValueError(f"{source}: expected one of {names}, got {value!r}")
+        return value
+
+
+class Restore:
+    """What a setter returns: leave it alone, or use it in `with` to undo the setting at the block's end."""
+
+    def __init__(self, setting: Setting, former: str | None) -> None:
+        self._setting = setting
+        self._former = former
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._setting._assign(self._former)
+
+
+BACKEND = Setting("GPU_EMBED_BACKEND", ("auto", "triton", "cupy", "torch", "reference"))
+BOUNDS_CHECK = Setting("GPU_EMBED_BOUNDS_CHECK", ("raise", "sync", "off"))
+GRADIENT_METHOD = Setting("GPU_EMBED_GRADIENT_METHOD", ("auto", "atomic", "sorted"))

@@ -1,0 +1,1 @@
+"""Device code, Triton and CUDA C++, installed as `gpu_embed.kernels`; it never imports torch."""

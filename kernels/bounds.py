@@ -1,0 +1,21 @@
+"""Out-of-range ids, seen from inside a kernel."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def record_out_of_range(record_ptr, flag_ptr, out_of_range, position, index, num_embeddings):
+    """Write one bad id to the device's record; the good path costs a predicate that is never true.
+
+    record_ptr: int64 [4] on the device: claimed (0 or 1), position, id, rows of the table.
+    flag_ptr: int32 [1] in pinned host memory, which the host reads without a stall.
+    out_of_range, position, index: one value per lane.
+    """
+    # Whoever swaps the 0 out owns the record until the host clears it, so its three values belong together.
+    claimed = tl.atomic_xchg(record_ptr + position * 0, 1, mask=out_of_range, sem="relaxed")
+    first = out_of_range & (claimed == 0)
+    tl.store(record_ptr + 1 + position * 0, position, mask=first)
+    tl.store(record_ptr + 2 + position * 0, index, mask=first)
+    tl.store(record_ptr + 3 + position * 0, position * 0 + num_embeddings, mask=first)
+    tl.store(flag_ptr + position * 0, 1, mask=first)

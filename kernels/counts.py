@@ -1,0 +1,19 @@
+"""How often each id occurs."""
+
+import triton
+import triton.language as tl
+
+
+# Program i owns positions [i * BLOCK, ...) of indices.
+@triton.jit
+def counts_kernel(
+    indices_ptr,  # any integer dtype, [num_indices], contiguous
+    counts_ptr,  # int32 [num_embeddings], zero on entry
+    num_indices,
+    num_embeddings,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    index = tl.load(indices_ptr + n, mask=n < num_indices, other=-1).to(tl.int64)
+    counted = (n < num_indices) & (index >= 0) & (index < num_embeddings)
+    tl.atomic_add(counts_ptr + index, 1, mask=counted, sem="relaxed")

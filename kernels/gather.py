@@ -1,0 +1,102 @@
+"""Row gather: output[n] = weight[indices[n]], copied as raw bits.
+
+The host reinterprets every dtype as words of 1, 2, 4 or 8 bytes (the widest that the rows' alignment
+allows), so one kernel serves them all. Rows whose alignment is 16 bytes are read as VEC = 2 words of 8.
+"""
+
+import triton
+import triton.language as tl
+
+from .bounds import record_out_of_range
+
+
+@triton.jit
+def load_indices(indices_ptr, n, in_range, num_embeddings, zero_idx):
+    """Ids at positions n as int64, and which of them name a row to copy."""
+    index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
+    in_table = (index >= 0) & (index < num_embeddings)
+    return index, in_range & in_table & (index != zero_idx), in_range & ~in_table
+
+
+# Program (i, j) owns rows [i * BLOCK_N, ...) of the output and words [j * BLOCK_D, ...) of each.
+@triton.jit
+def gather_rows_kernel(
+    weight_ptr,  # words, [num_embeddings, D], any strides
+    indices_ptr,  # any integer dtype, [num_indices], contiguous
+    output_ptr,  # words, [num_indices, D], contiguous
+    record_ptr,  # int64 [4], or None: do not record
+    flag_ptr,  # int32 [1], pinned host memory, or None
+    num_indices,
+    num_embeddings,
+    zero_idx,  # rows of this id become zero; -1: none
+    weight_row_stride,  # in units of VEC words, so that the compiler sees the alignment
+    weight_col_stride,  # in words
+    D: tl.constexpr,  # words a row
+    VEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    in_range = n < num_indices
+    index, copied, out_of_range = load_indices(indices_ptr, n, in_range, num_embeddings, zero_idx)
+
+    row = index * weight_row_stride * VEC
+    words = tl.load(
+        weight_ptr + row[:, None] + (d.to(tl.int64) * weight_col_stride)[None, :],
+        mask=copied[:, None] & (d < D)[None, :],
+        other=0,
+    )  # [BLOCK_N, BLOCK_D]
+    tl.store(
+        output_ptr + n[:, None] * D + d[None, :],
+        words,
+        mask=in_range[:, None] & (d < D)[None, :],
+    )
+    if record_ptr is not None:
+        first_columns = tl.program_id(1) == 0
+        record_out_of_range(
+            record_ptr, flag_ptr, out_of_range & first_columns, n, index, num_embeddings
+        )
+
+
+# Program i owns BLOCK consecutive vectors of the output, whatever rows they lie in: no lane idles when a
+# row is shorter than a warp or is no power of two.
+@triton.jit
+def gather_flat_kernel(
+    weight_ptr,  # words, [num_embeddings, D], any strides
+    indices_ptr,  # any integer dtype, [num_indices], contiguous
+    output_ptr,  # words, [num_indices, D], contiguous
+    record_ptr,  # int64 [4], or None: do not record
+    flag_ptr,  # int32 [1], pinned host memory, or None
+    num_indices,
+    num_embeddings,
+    zero_idx,  # rows of this id become zero; -1: none
+    weight_row_stride,  # in units of VEC words
+    weight_col_stride,  # in words
+    D: tl.constexpr,  # words a row
+    VEC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    VECTORS: tl.constexpr = D // VEC
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    first_n = start // VECTORS
+    # The 64-bit division is done once a program; lanes divide 32-bit numbers by a constant.
+    lane = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
+    n = first_n + lane // VECTORS
+    vector = lane % VECTORS
+    in_range = n < num_indices
+    index, copied, out_of_range = load_indices(indices_ptr, n, in_range, num_embeddings, zero_idx)
+
+    row = index * weight_row_stride * VEC
+    d = (vector * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
+    words = tl.load(
+        weight_ptr + row[:, None] + d.to(tl.int64) * weight_col_stride,
+        mask=copied[:, None],
+        other=0,
+    )
+    out = ((start + tl.arange(0, BLOCK)) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    tl.store(output_ptr + out, words, mask=in_range[:, None])
+    if record_ptr is not None:
+        record_out_of_range(
+            record_ptr, flag_ptr, out_of_range & (vector == 0), n, index, num_embeddings
+        )

@@ -1,0 +1,85 @@
+"""max_norm: scale every looked-up row whose p-norm exceeds max_norm, in place."""
+
+import triton
+import triton.language as tl
+
+from .rounding import divide, square_root
+
+
+@triton.jit
+def add_power(total, magnitude, norm_type: tl.constexpr, NORM: tl.constexpr):
+    """One column block's share of the norm, before the root."""
+    if NORM == "inf":
+        total = tl.maximum(total, tl.max(magnitude, 1))
+    elif NORM == "-inf":
+        total = tl.minimum(total, tl.min(magnitude, 1))
+    elif NORM == "0":
+        total += tl.sum((magnitude != 0).to(total.dtype), 1)
+    elif NORM == "1":
+        total += tl.sum(magnitude, 1)
+    elif NORM == "2":
+        total += tl.sum(magnitude * magnitude, 1)
+    else:
+        power = tl.full([1, 1], norm_type, total.dtype)
+        total += tl.sum(tl.exp2(tl.log2(magnitude) * power), 1)
+    return total
+
+
+# Program i owns sorted ids [i * BLOCK_N, ...); the first of each run of equal ids scales the row.
+@triton.jit
+def renorm_kernel(
+    weight_ptr,  # [num_embeddings, D], any strides
+    keys_ptr,  # [num_indices], sorted; num_embeddings stands for an id out of range
+    num_indices,
+    num_embeddings,
+    weight_row_stride,  # in elements
+    weight_col_stride,  # in elements
+    max_norm: tl.constexpr,  # constants of the layer; as arguments Triton would round them to fp32
+    norm_type: tl.constexpr,
+    D: tl.constexpr,
+    NORM: tl.constexpr,  # "inf", "-inf", "0", "1", "2" or "p": which formula
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    acc_dtype: tl.constexpr = (
+        tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
+    )
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    key = tl.load(keys_ptr + n, mask=n < num_indices, other=0).to(tl.int64)
+    before = tl.load(keys_ptr + n - 1, mask=(n > 0) & (n < num_indices), other=0).to(tl.int64)
+    # Ids out of range sort last: if there is one, the whole call leaves the table as it was.
+    all_valid = tl.load(keys_ptr + num_indices - 1).to(tl.int64) < num_embeddings
+    owns = (n < num_indices) & ((n == 0) | (key != before)) & all_valid
+    row_ptr = weight_ptr + (key * weight_row_stride)[:, None]
+
+    total = tl.zeros([BLOCK_N], acc_dtype)
+    if NORM == "-inf":
+        total += float("inf")
+    for first in range(0, D, BLOCK_D):
+        d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        in_row = owns[:, None] & (d < D)
+        value = tl.load(row_ptr + d * weight_col_stride, mask=in_row, other=0).to(acc_dtype)
+        magnitude = tl.abs(value)
+        if NORM == "-inf" or NORM == "p":
+            # Columns past the row's end must not count: inf for a minimum or a negative power, else 0.
+            neutral = float("inf") if NORM == "-inf" or norm_type < 0 else 0.0
+            magnitude = tl.where(in_row, magnitude, neutral)
+        total = add_power(total, magnitude, norm_type, NORM)
+    norm = total
+    if NORM == "2":
+        norm = square_root(total)
+    elif NORM == "p":
+        norm = tl.exp2(tl.log2(total) / tl.full([1], norm_type, acc_dtype))
+
+    limit = tl.full([BLOCK_N], max_norm, acc_dtype)
+    scaled = owns & (norm > limit)
+    scale = divide(limit, norm + tl.full([1], 1e-7, acc_dtype))
+    for first in range(0, D, BLOCK_D):
+        d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
+        in_row = scaled[:, None] & (d < D)
+        value = tl.load(row_ptr + d * weight_col_stride, mask=in_row, other=0).to(acc_dtype)
+        tl.store(
+            row_ptr + d * weight_col_stride,
+            (value * scale[:, None]).to(weight_ptr.dtype.element_ty),
+            mask=in_row,
+        )

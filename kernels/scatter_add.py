@@ -1,0 +1,43 @@
+"""Atomic gradient: grad_weight[indices[n]] += grad_output[n], in the accumulation dtype."""
+
+import triton
+import triton.language as tl
+
+
+# Program i owns BLOCK consecutive vectors of grad_output, whatever rows they lie in.
+@triton.jit
+def scatter_add_kernel(
+    grad_output_ptr,  # [num_indices, D], any strides
+    indices_ptr,  # any integer dtype, [num_indices], contiguous
+    grad_weight_ptr,  # fp32 or fp64, [num_embeddings, D], contiguous, zero on entry
+    num_indices,
+    num_embeddings,
+    padding_idx,  # -1: none
+    grad_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
+    grad_col_stride,  # in elements
+    D: tl.constexpr,
+    VEC: tl.constexpr,  # elements a thread adds with one instruction; divides D
+    BLOCK: tl.constexpr,
+):
+    VECTORS: tl.constexpr = D // VEC
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    first_n = start // VECTORS
+    lane = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
+    n = first_n + lane // VECTORS
+    in_range = n < num_indices
+    index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
+    added = in_range & (index >= 0) & (index < num_embeddings) & (index != padding_idx)
+
+    d = ((lane % VECTORS) * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
+    grad = tl.load(
+        grad_output_ptr + (n * grad_row_stride * VEC)[:, None] + d.to(tl.int64) * grad_col_stride,
+        mask=added[:, None],
+        other=0,
+    )
+    # Nothing in this launch reads the sums, so no ordering is asked for.
+    tl.atomic_add(
+        grad_weight_ptr + (index * D)[:, None] + d,
+        grad.to(grad_weight_ptr.dtype.element_ty),
+        mask=added[:, None],
+        sem="relaxed",
+    )
