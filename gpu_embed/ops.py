@@ -263,7 +263,7 @@ def _register_linear(
             (indices,) = ctx.saved_tensors
             return op(tangent, indices, *ctx.arguments)
 
-    apply: Callable[..., Tensor] = Linear.apply
+    apply: Callable[..., Tensor] = Linear.apply  # type: ignore[attr-defined]
 
     def below_autograd(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():

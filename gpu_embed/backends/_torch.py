@@ -18,7 +18,7 @@ class TorchBackend:
         self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
     ) -> Tensor:
         ids = _torch_ids(indices)
-        if zero_idx < 0 and not ids.is_cuda:
+        if zero_idx < 0 and weight.shape[0] and not ids.is_cuda:
             # torch's CPU kernel checks the ids itself; only its failure needs a second look.
             try:
                 return torch.embedding(weight, ids)

@@ -1,0 +1,153 @@
+"""Out-of-range ids: each mode, forward and backward, and correct work afterwards."""
+
+import threading
+
+import pytest
+import torch
+from cases import table
+
+import gpu_embed
+from gpu_embed.functional import embedding
+
+BAD_IDS = [5, 2**31, 2**40 + 1, -1, -(2**40)]
+
+
+def expect_error(target, indices, weight, message, **arguments):
+    """The IndexError of one bad lookup, wherever the mode lets it appear."""
+
+    def look_up_and_check():
+        embedding(indices, weight, **arguments)
+        if target.device == "cuda":
+            gpu_embed.check_bounds()
+
+    with pytest.raises(IndexError, match=message):
+        look_up_and_check()
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+@pytest.mark.parametrize("mode", ["raise", "sync"])
+def test_the_error_names_id_position_and_rows(target, mode, bad):
+    """Contract 6: torch's wording first, then the id, where it stands, and the table's rows."""
+    weight = table(5, 3, torch.float32, target.device)
+    indices = torch.tensor([0, 4, bad, 1], device=target.device)
+    with gpu_embed.set_bounds_check(mode):
+        message = f"index out of range in self: id {bad} at flat position 2 .* has 5 rows"
+        expect_error(target, indices, weight, message)
+
+
+def test_the_position_is_given_in_the_callers_shape(target):
+    """Contract 6: at the offending call the shape is known."""
+    weight = table(5, 3, torch.float32, target.device)
+    indices = torch.zeros(2, 3, 4, dtype=torch.int64, device=target.device)
+    indices[1, 2, 1] = 77
+    with (
+        gpu_embed.set_bounds_check("sync"),
+        pytest.raises(IndexError, match=r"id 77 at position \(1, 2, 1\) of the input"),
+    ):
+        embedding(indices, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_narrow_ids_are_compared_unwrapped(target, dtype):
+    """Contract 6: id 200 is no row of a table of 128, whatever the ids' dtype makes of 128."""
+    weight = table(128, 2, torch.float32, target.device)
+    indices = torch.tensor([1, 200], device=target.device).to(dtype)
+    expect_error(target, indices, weight, "id 200 at flat position 1")
+
+
+@pytest.mark.parametrize("num_embeddings", [5, 0])
+def test_off_reads_zeros(target, num_embeddings):
+    """Contract 6: unchecked is not undefined."""
+    weight = table(num_embeddings, 3, torch.float32, target.device)
+    indices = torch.tensor([[7, -1], [2**33, 5]], device=target.device)
+    with gpu_embed.set_bounds_check("off"):
+        output = embedding(indices, weight)
+    assert torch.equal(output, torch.zeros_like(output))
+    gpu_embed.check_bounds()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("scale_grad_by_freq", [False, True])
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_bad_ids_have_no_gradient(target, sparse, scale_grad_by_freq, padding_idx):
+    """Contract 6: the gradient is that of the good ids alone."""
+    if sparse and scale_grad_by_freq:
+        pytest.skip("torch refuses the two together")
+    weight = table(4, 2, torch.float32, target.device).requires_grad_()
+    indices = torch.tensor([1, 9, 2, -3, 1, 4], device=target.device)
+    with gpu_embed.set_bounds_check("off"):
+        output = embedding(
+            indices,
+            weight,
+            padding_idx=padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+            sparse=sparse,
+        )
+        output.backward(torch.ones_like(output))
+    grad = weight.grad.to_dense() if sparse else weight.grad
+    ones = 1.0 if scale_grad_by_freq else 2.0
+    padded = 0.0 if padding_idx == 2 else 1.0
+    assert grad[:, 0].tolist() == [0, ones, padded, 0]
+
+
+@pytest.mark.parametrize("mode", ["raise", "sync"])
+def test_work_goes_on_after_the_error(target, mode):
+    """Contract 6: the next correct call works; table and ids are as they were."""
+    weight = table(5, 3, torch.float32, target.device).requires_grad_()
+    before = weight.detach().clone()
+    indices = torch.tensor([1, 5], device=target.device)
+    with gpu_embed.set_bounds_check(mode):
+        for _ in range(2):
+            expect_error(target, indices, weight, "id 5 at flat position 1", max_norm=0.1)
+        good = torch.tensor([4, 0], device=target.device)
+        output = embedding(good, weight)
+        output.sum().backward()
+        gpu_embed.check_bounds()
+    assert torch.equal(weight.detach(), before)
+    assert indices.tolist() == [1, 5]
+    assert torch.equal(output, before[good])
+    assert weight.grad[:, 0].tolist() == [1, 0, 0, 0, 1]
+
+
+def test_tables_without_columns_are_checked_too(target):
+    """Contract 6: there is nothing to read, but the id is wrong all the same."""
+    weight = torch.empty(3, 0, device=target.device)
+    expect_error(target, torch.tensor([3], device=target.device), weight, "id 3")
+
+
+def test_no_thread_raises_anothers_error():
+    """Contract 6, CPU: each thread sees its own ids."""
+    weight = table(5, 3, torch.float32, "cpu")
+    errors = []
+
+    def work(index):
+        for _ in range(200):
+            try:
+                embedding(torch.tensor([index]), weight)
+            except IndexError:
+                errors.append(index)
+
+    with gpu_embed.use_backend("reference"):
+        threads = [threading.Thread(target=work, args=(index,)) for index in (3, 9, 4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == [9] * 200
+
+
+def test_an_unknown_mode_changes_nothing():
+    with pytest.raises(ValueError, match=r"set_bounds_check: expected one of .*got 'loud'"):
+        gpu_embed.set_bounds_check("loud")
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([9]), torch.zeros(2, 2))
+
+
+def test_modes_nest_and_undo_themselves():
+    weight, bad = torch.zeros(2, 2), torch.tensor([9])
+    with gpu_embed.set_bounds_check("off"):
+        with gpu_embed.set_bounds_check("sync"), pytest.raises(IndexError):
+            embedding(bad, weight)
+        assert embedding(bad, weight).eq(0).all()
+    with pytest.raises(IndexError):
+        embedding(bad, weight)

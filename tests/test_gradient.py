@@ -1,0 +1,220 @@
+"""Gradients: exact sums of integers, one rounding, determinism, and the choice of kernel."""
+
+import pytest
+import torch
+from cases import GRADIENT_DTYPES, ID_DTYPES, ids, integer_gradient, same_bits, table
+
+import gpu_embed
+from gpu_embed.backends import gradient_method
+from gpu_embed.functional import embedding
+
+METHODS = ("atomic", "sorted")
+
+
+def gradient(indices, num_embeddings, grad_output, **arguments):
+    """weight.grad of one lookup, and the reference's answer."""
+    weight = torch.zeros(num_embeddings, grad_output.shape[-1]).to(grad_output)
+    found = []
+    for backend in (None, "reference"):
+        leaf = weight.clone().requires_grad_()
+        if backend is None:
+            embedding(indices, leaf, **arguments).backward(grad_output)
+        else:
+            with gpu_embed.use_backend(backend):
+                embedding(indices, leaf, **arguments).backward(grad_output)
+        found.append(leaf.grad)
+    return found
+
+
+@pytest.fixture(params=METHODS)
+def method(request, target):
+    """Forces one gradient kernel where the backend has two; the others run once."""
+    if target.backend not in ("triton", "cupy") and request.param != "sorted":
+        pytest.skip(f"{target.backend} has no choice of method")
+    with gpu_embed.use_gradient_method(request.param):
+        yield request.param
+
+
+# (V, D, N): one row, a hot table, odd and even widths, several levels of partial sums.
+SHAPES = [
+    (1, 1, 1),
+    (7, 2, 10),
+    (3, 5, 3073),
+    (40, 8, 100),
+    (6, 33, 70),
+    (300, 50, 20),
+    (2, 300, 40),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["uniform", "equal", "zipf"])
+def test_integer_gradients_sum_exactly(target, method, shape, kind):
+    """Contract 2: fp32 sums of small integers are exact in any order."""
+    num_embeddings, embedding_dim, num_indices = shape
+    indices = ids(kind, num_indices, num_embeddings, target.device)
+    grad_output = integer_gradient((num_indices, embedding_dim), torch.float32, target.device)
+    actual, expected = gradient(indices, num_embeddings, grad_output)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["sorted", "alternating", "zipf"])
+def test_every_dtype_and_order(target, dtype, kind):
+    """Contract 2: exact in every dtype of the table."""
+    indices = ids(kind, 100, 9, target.device)
+    grad_output = integer_gradient((100, 12), dtype, target.device)
+    actual, expected = gradient(indices, 9, grad_output)
+    assert actual.dtype == dtype
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_4096_ones_make_4096(target, dtype):
+    """Contract 2: sums are taken in fp32; in bf16 they would stop at 256, in fp16 at 2048."""
+    indices = torch.full((4096,), 1, device=target.device)
+    actual, _ = gradient(indices, 3, torch.ones(4096, 2, dtype=dtype, device=target.device))
+    assert actual.tolist() == [[0, 0], [4096, 4096], [0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_are_rounded_once(target, dtype):
+    """Contract 2: 1 + eps/2 + eps/2 is 1 + eps, which two roundings would lose."""
+    eps = torch.finfo(dtype).eps
+    grad_output = torch.tensor([[1.0], [eps / 2], [eps / 2]], dtype=dtype, device=target.device)
+    actual, _ = gradient(torch.tensor([0, 0, 0], device=target.device), 1, grad_output)
+    assert actual.item() == 1 + eps
+
+
+@pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
+def test_random_gradients_stay_within_the_bound_of_fp32_sums(target, method, dtype):
+    """Contract 2: |actual - exact| <= count * eps32 * sum(|grad|), and half an ulp for the rounding."""
+    if method == "atomic" and dtype not in gradient_method.ATOMIC_DTYPES:
+        pytest.skip("atomics serve fp32 and fp64 only")
+    generator = torch.Generator().manual_seed(3)
+    grad_output = torch.randn(100, 7, generator=generator).to(dtype).to(target.device)
+    indices = ids("zipf", 100, 5, target.device)
+    actual, _ = gradient(indices, 5, grad_output)
+    exact, _ = gradient(indices, 5, grad_output.double())
+    magnitude, _ = gradient(indices, 5, grad_output.double().abs())
+    most = indices.bincount().max().item()
+    bound = most * torch.finfo(torch.float32).eps * magnitude
+    bound += torch.finfo(dtype).eps / 2 * exact.abs()
+    assert ((actual.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
+@pytest.mark.parametrize("num_embeddings", [100, 200, 300, 40_000])
+def test_every_dtype_of_ids_and_of_sort_keys(target, method, dtype, num_embeddings):
+    """Sort keys are as narrow as the table allows; ids keep their own dtype."""
+    indices = torch.tensor([0, 99, 5, 99, 0, 7], device=target.device).to(dtype)
+    grad_output = integer_gradient((6, 3), torch.float32, target.device)
+    actual, expected = gradient(indices, num_embeddings, grad_output)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("padding_idx", [0, 2, -1, -5])
+def test_padding_gets_no_gradient(target, method, padding_idx):
+    """Contract 7: padding_idx drops the gradient of its row; negative ones count from the end."""
+    indices = torch.tensor([[0, 1, 2], [2, 4, 4]], device=target.device)
+    grad_output = integer_gradient((2, 3, 4), torch.float32, target.device) + 5
+    actual, expected = gradient(indices, 5, grad_output, padding_idx=padding_idx)
+    assert actual[padding_idx].eq(0).all()
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["equal", "zipf"])
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_scale_grad_by_freq_divides_by_the_count(target, kind, padding_idx):
+    """Contract 7: exact against torch in fp64, over runs that cross chunks."""
+    indices = ids(kind, 150, 6, target.device)
+    grad_output = integer_gradient((150, 3), torch.float64, target.device)
+    arguments = {"padding_idx": padding_idx, "scale_grad_by_freq": True}
+    actual, expected = gradient(indices, 6, grad_output, **arguments)
+    theirs = torch.zeros(6, 3, dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.embedding(indices.cpu(), theirs, **arguments).backward(grad_output.cpu())
+    # torch multiplies each term (at most 2) by 1 / count: two roundings a term, at most 150 terms.
+    assert torch.allclose(actual.cpu(), theirs.grad, rtol=0, atol=150 * 2 * 2 * 2**-52)
+    if target.backend != "torch":
+        assert torch.equal(actual, expected)
+
+
+STRIDED_GRADIENTS = {
+    "expanded scalar": lambda g: g[0, 0].expand(g.shape),
+    "expanded row": lambda g: g[:1].expand(g.shape),
+    "transposed": lambda g: g.t().contiguous().t(),
+    "every other column": lambda g: g.repeat_interleave(2, 1)[:, ::2],
+    "sliced row": lambda g: torch.cat([g, g], 1)[:, 1 : 1 + g.shape[1]],
+}
+
+
+@pytest.mark.parametrize("view", STRIDED_GRADIENTS.values(), ids=STRIDED_GRADIENTS)
+def test_gradients_of_any_strides(target, method, view):
+    """Contract 1's strides, for grad_output: stride 0 (from .sum()) and transposed ones."""
+    indices = ids("zipf", 40, 6, target.device)
+    grad_output = view(integer_gradient((40, 12), torch.float32, target.device) + 1)
+    actual, expected = gradient(indices, 6, grad_output)
+    assert torch.equal(actual, expected)
+
+
+def test_complex_tables_train(target):
+    """Beyond torch, which refuses to differentiate complex lookups."""
+    weight = table(4, 3, torch.complex64, target.device).requires_grad_()
+    indices = torch.tensor([2, 0, 2], device=target.device)
+    grad_output = torch.complex(torch.ones(3, 3), 2 * torch.ones(3, 3)).to(target.device)
+    embedding(indices, weight).backward(grad_output)
+    assert torch.equal(weight.grad[:, 0].cpu(), torch.tensor([1 + 2j, 0, 2 + 4j, 0]))
+
+
+def test_float8_gradients_are_refused_as_torch_does(target):
+    """Contract 7: torch has no gradient for 8-bit floats either."""
+    weight = table(4, 3, torch.float8_e4m3fn, target.device).requires_grad_()
+    output = embedding(torch.tensor([1], device=target.device), weight)
+    with pytest.raises(NotImplementedError, match="not implemented for 'Float8_e4m3fn'"):
+        output.backward(output.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_gradients_repeat_bit_for_bit(target, dtype):
+    """Contract 4: torch.use_deterministic_algorithms(True) needs no atomics and raises no error."""
+    generator = torch.Generator().manual_seed(5)
+    grad_output = torch.randn(200, 3, generator=generator).to(dtype).to(target.device)
+    indices = ids("zipf", 200, 20, target.device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [gradient(indices, 20, grad_output)[0] for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(same_bits(run, runs[0]) for run in runs)
+    assert not runs[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("num_indices", "num_embeddings", "dtype", "deterministic", "scale", "expected"),
+    [
+        (4096, 50_000, torch.float32, False, False, "atomic"),
+        (4096, 50_000, torch.float64, False, False, "atomic"),
+        (4096, 50_000, torch.bfloat16, False, False, "sorted"),
+        (4096, 50_000, torch.float16, False, False, "sorted"),
+        (4096, 50_000, torch.float32, True, False, "sorted"),
+        (4096, 50_000, torch.float32, False, True, "sorted"),
+        (4096, 2, torch.float32, False, False, "sorted"),
+    ],
+)
+def test_the_choice_of_method(num_indices, num_embeddings, dtype, deterministic, scale, expected):
+    """Contract 4: never atomics where determinism is asked for, nor for 16-bit tables."""
+    chosen = gradient_method.choose(num_indices, num_embeddings, 64, dtype, deterministic, scale)
+    assert chosen == expected
+
+
+def test_a_forced_method_that_cannot_serve_is_an_error(target):
+    """Contract 9, for the gradient method: no silent fallback."""
+    if target.backend not in ("triton", "cupy"):
+        pytest.skip(f"{target.backend} has no choice of method")
+    weight = table(4, 3, torch.bfloat16, target.device).requires_grad_()
+    output = embedding(torch.tensor([1], device=target.device), weight)
+    with (
+        gpu_embed.use_gradient_method("atomic"),
+        pytest.raises(RuntimeError, match="'atomic' is forced"),
+    ):
+        output.sum().backward()
