@@ -1,6 +1,6 @@
 """Embedding tables for GPUs: a drop-in torch.nn.Embedding on hand-written kernels."""
 
-from . import functional
+from . import backends, functional, reference
 from .backends import available_backends, use_backend
 from .backends.gradient_method import use_gradient_method
 from .bounds import check_bounds, set_bounds_check
@@ -9,8 +9,10 @@ from .nn import Embedding
 __all__ = [
     "Embedding",
     "available_backends",
+    "backends",
     "check_bounds",
     "functional",
+    "reference",
     "set_bounds_check",
     "use_backend",
     "use_gradient_method",

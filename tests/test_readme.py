@@ -1,0 +1,98 @@
+"""The README is true: its code runs, its tables hold, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cases import FORWARD_DTYPES, GRADIENT_DTYPES, table
+
+import gpu_embed
+from gpu_embed.functional import embedding
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+DTYPES = {"any": FORWARD_DTYPES, "float": (*GRADIENT_DTYPES, torch.complex64, torch.complex128)}
+
+
+def rows_of(heading):
+    """The cells of the first table under a heading, header first."""
+    section = README.split(f"{heading}\n", 1)[1]
+    lines = []
+    for line in section.splitlines():
+        if line.startswith("|"):
+            lines.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif lines:
+            break
+    return [lines[0], *lines[2:]]
+
+
+def test_the_example_runs_and_says_who_ran(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    with gpu_embed.use_backend("auto"):
+        exec(compile(code, "README.md", "exec"), {})
+    assert re.match(r"\w+ serves (cpu|cuda)", capsys.readouterr().out)
+
+
+def test_the_api_table_is_complete():
+    named = {re.match(r"`([\w.]+)", cells[0]).group(1) for cells in rows_of("## The whole API")[1:]}
+    for name in named:
+        owner = gpu_embed
+        for part in name.split("."):
+            owner = getattr(owner, part)
+    assert {name.split(".")[0] for name in named} == set(gpu_embed.__all__)
+
+
+def test_every_link_leads_to_a_file():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_extra_and_file_in_a_command_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = re.findall(r"pip install '\.\[(\w+)\]'", README)
+    assert named
+    assert set(named) <= set(extras)
+    assert (ROOT / "constraints.txt").exists()
+
+
+def arguments_of(row):
+    """How a row of the support table is used."""
+    return {
+        "lookup": {},
+        "gradient": {},
+        "`padding_idx`": {"padding_idx": 1},
+        "`max_norm`, `norm_type`": {"max_norm": 0.5, "norm_type": 1.0},
+        "`scale_grad_by_freq`": {"scale_grad_by_freq": True},
+        "`sparse`": {"sparse": True},
+        "deterministic algorithms": {},
+    }[row]
+
+
+SUPPORT = rows_of("## What is supported")
+
+
+@pytest.mark.parametrize("row", SUPPORT[1:], ids=lambda cells: cells[0])
+def test_the_support_table_holds(target, row):
+    """Contract 7: every argument works on every backend, for every dtype that the README lists."""
+    arguments = arguments_of(row[0])
+    listed = DTYPES[row[SUPPORT[0].index(target.backend)]]
+    torch.use_deterministic_algorithms(row[0] == "deterministic algorithms")
+    try:
+        for dtype in listed:
+            weight = table(4, 3, dtype, target.device)
+            indices = torch.tensor([1, 2, 2], device=target.device)
+            weight.requires_grad_(row[0] != "lookup")
+            output = embedding(indices, weight, **arguments)
+            assert torch.equal(output.detach(), weight.detach()[indices]), dtype
+            if row[0] == "lookup":
+                continue
+            output.backward(torch.ones_like(output))
+            grad = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
+            padded = 0 if "padding_idx" in arguments else 1
+            twice = 1 if "scale_grad_by_freq" in arguments else 2
+            assert grad[:, 0].tolist() == [0, padded, twice, 0], dtype
+    finally:
+        torch.use_deterministic_algorithms(False)
