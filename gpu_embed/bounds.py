@@ -34,6 +34,8 @@ class BoundsRecord:
         # A NumPy view reads in 50 ns where Tensor.item() takes microseconds.
         self._flag_view = self.flag.numpy()
         self._lock = threading.Lock()
+        # Once a device: the next kernel may run on another stream than the one that zeroed the words.
+        self._wait()
 
     def write(self, indices: Tensor, num_embeddings: int) -> None:
         """Record the first of these ids that is out of range, with torch's operators.

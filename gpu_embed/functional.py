@@ -54,7 +54,7 @@ def embedding(
         _check_norm(weight, max_norm, norm_type)
         with torch.no_grad():
             ops.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
-    return ops.embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
+    return ops.call_embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
 
 
 def _embedding_of_subclass(input: Tensor, weight: Tensor, *arguments: object) -> Tensor:
