@@ -1,4 +1,4 @@
-"""The Triton kernels behind the `Backend` protocol: allocation, launch settings, launch."""
+"""The Triton kernels behind the `Backend` protocol: launch settings and launches."""
 
 import threading
 from contextlib import nullcontext
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
-from .gradient_method import choose
-from .layout import WordLayout, flat_ids, sort_key_dtype, vector_width, word_layout
+from .kernel_backend import KernelBackend, cdiv, norm_name
+from .layout import WordLayout, vector_width, word_layout
 
 # Triton compiles for these and newer cards only.
 MIN_CAPABILITY = (8, 0)
-# Partial sums of the sorted gradient may take this much memory; longer chunks make them fewer.
-MAX_PARTIAL_BYTES = 48 * 2**20
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ SORT_KEYS = FlatLaunch(1024)
 RENORM_ITEMS = 1024
 
 
-class TritonBackend:
+class TritonBackend(KernelBackend):
     """`Backend` on the kernels in gpu_embed.kernels.
 
     With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run in its
@@ -105,14 +103,14 @@ class TritonBackend:
             )
         return None
 
-    def embedding(
-        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
-    ) -> Tensor:
-        if weight.element_size() == 16 and weight.stride(1) != 1:
-            weight = weight.contiguous()
-        num_embeddings, embedding_dim = weight.shape
-        output = weight.new_empty((*indices.shape, embedding_dim))
-        ids = flat_ids(indices)
+    def _gather(
+        self,
+        weight: Tensor,
+        ids: Tensor,
+        output: Tensor,
+        zero_idx: int,
+        record: BoundsRecord | None,
+    ) -> None:
         layout = word_layout(weight)
         word = self._words[layout.word_bytes]
         reinterpret = self._triton.reinterpret
@@ -127,7 +125,7 @@ class TritonBackend:
             None if record is None else record.words,
             None if record is None else record.flag,
             ids.numel(),
-            num_embeddings,
+            weight.shape[0],
             zero_idx,
             layout.row_stride // layout.vec,
             layout.col_stride,
@@ -135,72 +133,6 @@ class TritonBackend:
             VEC=layout.vec,
             **settings,
         )
-        return output
-
-    def embedding_dense_backward(
-        self,
-        grad_output: Tensor,
-        indices: Tensor,
-        num_embeddings: int,
-        padding_idx: int,
-        scale_grad_by_freq: bool,
-    ) -> Tensor:
-        ids = flat_ids(indices)
-        embedding_dim = grad_output.shape[-1]
-        grad_output = grad_output.reshape(ids.numel(), embedding_dim)
-        grad_weight = grad_output.new_zeros((num_embeddings, embedding_dim))
-        method = choose(
-            ids.numel(),
-            num_embeddings,
-            embedding_dim,
-            grad_output.dtype,
-            torch.are_deterministic_algorithms_enabled(),
-            scale_grad_by_freq,
-        )
-        if method == "atomic":
-            self._scatter_add(grad_output, ids, grad_weight, padding_idx)
-        else:
-            self._segment_sum(grad_output, ids, grad_weight, padding_idx, scale_grad_by_freq)
-        return grad_weight
-
-    def embedding_renorm_(
-        self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
-    ) -> None:
-        num_embeddings, embedding_dim = weight.shape
-        keys, _ = self._sorted_keys(flat_ids(indices), num_embeddings, padding_idx=-1)
-        block_d = min(_next_power_of_2(embedding_dim), RENORM_ITEMS)
-        block_n = RENORM_ITEMS // block_d
-        self._launch(
-            self._kernels.renorm,
-            (_cdiv(keys.numel(), block_n),),
-            weight.device,
-            weight,
-            keys,
-            keys.numel(),
-            num_embeddings,
-            *weight.stride(),
-            max_norm=float(max_norm),
-            norm_type=float(norm_type),
-            D=embedding_dim,
-            NORM=norm_name(norm_type),
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
-        )
-
-    def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
-        ids = flat_ids(indices)
-        counts = torch.zeros(num_embeddings, dtype=torch.int32, device=ids.device)
-        self._launch(
-            self._kernels.counts,
-            (_cdiv(ids.numel(), COUNTS.BLOCK),),
-            ids.device,
-            ids,
-            counts,
-            ids.numel(),
-            num_embeddings,
-            **asdict(COUNTS),
-        )
-        return counts
 
     def _scatter_add(
         self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
@@ -210,7 +142,7 @@ class TritonBackend:
         num_vectors = ids.numel() * embedding_dim // vec
         self._launch(
             self._kernels.scatter_add,
-            (_cdiv(num_vectors, SCATTER_ADD.BLOCK),),
+            (cdiv(num_vectors, SCATTER_ADD.BLOCK),),
             ids.device,
             grad_output,
             ids,
@@ -225,67 +157,10 @@ class TritonBackend:
             **asdict(SCATTER_ADD),
         )
 
-    def _segment_sum(
-        self,
-        grad_output: Tensor,
-        ids: Tensor,
-        grad_weight: Tensor,
-        padding_idx: int,
-        scale_grad_by_freq: bool,
-    ) -> None:
-        num_embeddings, embedding_dim = grad_weight.shape
-        order: Tensor | None
-        keys, order = self._sorted_keys(ids, num_embeddings, padding_idx)
-        acc_dtype = torch.promote_types(grad_weight.dtype, torch.float32)
-        values: Tensor = grad_output
-        counts: Tensor | None = None
-        chunk = chunk_size(keys.numel(), embedding_dim, acc_dtype.itemsize)
-        # Level by level: sum the runs of each chunk, then the partial sums that runs left at its ends.
-        while True:
-            num_chunks = _cdiv(keys.numel(), chunk)
-            partial_values = values.new_empty((2 * num_chunks, embedding_dim), dtype=acc_dtype)
-            partial_keys = ids.new_empty(2 * num_chunks, dtype=torch.int64)
-            partial_counts = ids.new_empty(2 * num_chunks, dtype=torch.int32)
-            vec = vector_width(values)
-            launch = segment_launch(embedding_dim, vec)
-            self._launch(
-                self._kernels.segment_sum,
-                (_cdiv(num_chunks, launch.BLOCK_C), _cdiv(embedding_dim, launch.BLOCK_D)),
-                ids.device,
-                values,
-                order,
-                keys,
-                counts,
-                grad_weight,
-                partial_values,
-                partial_keys,
-                partial_counts,
-                keys.numel(),
-                num_embeddings,
-                values.stride(0) // vec,
-                values.stride(1),
-                D=embedding_dim,
-                VEC=vec,
-                SCALE_GRAD_BY_FREQ=scale_grad_by_freq,
-                CHUNK=chunk,
-                **asdict(launch),
-            )
-            if num_chunks == 1:
-                return
-            values, keys, order = partial_values, partial_keys, None
-            counts = partial_counts if scale_grad_by_freq else None
-
-    def _sorted_keys(
-        self, ids: Tensor, num_embeddings: int, padding_idx: int
-    ) -> tuple[Tensor, Tensor]:
-        """The ids [N] in ascending order, and the position that each came from.
-
-        Ids out of range and padding become num_embeddings, so they come last.
-        """
-        keys = ids.new_empty(ids.numel(), dtype=sort_key_dtype(num_embeddings))
+    def _sort_keys(self, ids: Tensor, keys: Tensor, num_embeddings: int, padding_idx: int) -> None:
         self._launch(
             self._kernels.sort_keys,
-            (_cdiv(ids.numel(), SORT_KEYS.BLOCK),),
+            (cdiv(ids.numel(), SORT_KEYS.BLOCK),),
             ids.device,
             ids,
             keys,
@@ -294,9 +169,79 @@ class TritonBackend:
             padding_idx,
             **asdict(SORT_KEYS),
         )
-        # Stable, or the order of the additions would change from run to run.
-        keys, order = torch.sort(keys, stable=True)
-        return keys, order
+
+    def _segment_sum(
+        self,
+        values: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        counts: Tensor | None,
+        grad_weight: Tensor,
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        partial_counts: Tensor,
+        scale_grad_by_freq: bool,
+        chunk: int,
+    ) -> None:
+        num_embeddings, embedding_dim = grad_weight.shape
+        vec = vector_width(values)
+        launch = segment_launch(embedding_dim, vec)
+        num_chunks = cdiv(keys.numel(), chunk)
+        self._launch(
+            self._kernels.segment_sum,
+            (cdiv(num_chunks, launch.BLOCK_C), cdiv(embedding_dim, launch.BLOCK_D)),
+            keys.device,
+            values,
+            order,
+            keys,
+            counts,
+            grad_weight,
+            partial_values,
+            partial_keys,
+            partial_counts,
+            keys.numel(),
+            num_embeddings,
+            values.stride(0) // vec,
+            values.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            SCALE_GRAD_BY_FREQ=scale_grad_by_freq,
+            CHUNK=chunk,
+            **asdict(launch),
+        )
+
+    def _renorm(self, weight: Tensor, keys: Tensor, max_norm: float, norm_type: float) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        block_d = min(_next_power_of_2(embedding_dim), RENORM_ITEMS)
+        block_n = RENORM_ITEMS // block_d
+        self._launch(
+            self._kernels.renorm,
+            (cdiv(keys.numel(), block_n),),
+            weight.device,
+            weight,
+            keys,
+            keys.numel(),
+            num_embeddings,
+            *weight.stride(),
+            max_norm=max_norm,
+            norm_type=norm_type,
+            D=embedding_dim,
+            NORM=norm_name(norm_type),
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+        )
+
+    def _counts(self, ids: Tensor, counts: Tensor) -> None:
+        self._launch(
+            self._kernels.counts,
+            (cdiv(ids.numel(), COUNTS.BLOCK),),
+            ids.device,
+            ids,
+            counts,
+            ids.numel(),
+            counts.numel(),
+            **asdict(COUNTS),
+        )
 
     def _gather_launch(
         self, num_indices: int, layout: WordLayout
@@ -305,10 +250,10 @@ class TritonBackend:
         widest = max(GATHER_ROWS)
         rows = GATHER_ROWS.get(min(layout.row_words, widest))
         if rows is not None and layout.row_words % rows.BLOCK_D == 0:
-            grid = (_cdiv(num_indices, rows.BLOCK_N), _cdiv(layout.row_words, rows.BLOCK_D))
+            grid = (cdiv(num_indices, rows.BLOCK_N), cdiv(layout.row_words, rows.BLOCK_D))
             return self._kernels.gather_rows, grid, asdict(rows)
         num_vectors = num_indices * layout.row_words // layout.vec
-        blocks = _cdiv(num_vectors, GATHER_FLAT.BLOCK)
+        blocks = cdiv(num_vectors, GATHER_FLAT.BLOCK)
         return self._kernels.gather_flat, (blocks,), asdict(GATHER_FLAT)
 
     def _launch(
@@ -366,24 +311,6 @@ def segment_launch(embedding_dim: int, vec: int) -> SegmentLaunch:
     columns = 32 * vec
     block_d = min(_next_power_of_2(embedding_dim), columns)
     return SegmentLaunch(BLOCK_C=columns // block_d, BLOCK_D=block_d)
-
-
-def chunk_size(num_keys: int, embedding_dim: int, acc_bytes: int) -> int:
-    """Keys a chunk: short for parallelism, longer where the partial sums would take too much memory."""
-    chunk = 32
-    while 2 * _cdiv(num_keys, chunk) * embedding_dim * acc_bytes > MAX_PARTIAL_BYTES:
-        chunk *= 2
-    return chunk
-
-
-def norm_name(norm_type: float) -> str:
-    """Which of renorm_kernel's formulas computes this norm."""
-    special = {float("inf"): "inf", float("-inf"): "-inf", 0.0: "0", 1.0: "1", 2.0: "2"}
-    return special.get(float(norm_type), "p")
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _next_power_of_2(n: int) -> int:
