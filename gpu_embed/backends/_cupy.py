@@ -1,0 +1,398 @@
+"""The CUDA C++ kernels behind the `Backend` protocol: compiled by NVRTC, launched by CuPy on torch's stream.
+
+CuPy's RawModule would do both, but it refuses to work without CUDA's headers, which these kernels do not need
+and pip does not bring, and it compiles with -ftz=true, which turns subnormal gradients into zeros.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from importlib.util import find_spec
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..bounds import BoundsRecord
+from .kernel_backend import KernelBackend, cdiv, norm_name
+from .layout import vector_width, word_layout
+
+# 64-bit float atomics begin here.
+MIN_CAPABILITY = (6, 0)
+# One atomic instruction adds two or four neighbouring floats from here on.
+VECTOR_ATOMICS_CAPABILITY = (9, 0)
+# Columns a thread of segment_sum_kernel: more would cost registers and save nothing.
+MAX_SEGMENT_VECTOR = 4
+MAX_BLOCKS_Y = 65535
+OPTIONS = ("-std=c++17",)
+
+# Blocks and threads, (x, y) each.
+Grid = tuple[tuple[int, int], tuple[int, int]]
+
+
+class Kernel(NamedTuple):
+    """One kernel of one file, as NVRTC names it."""
+
+    stem: str  # of the file in gpu_embed/kernels
+    expression: str  # its name in C++, with template arguments
+
+
+class Compiled(NamedTuple):
+    """What NVRTC made of some kernels of one file."""
+
+    image: bytes  # cubin, or PTX for cards newer than NVRTC
+    symbols: dict[str, str]  # the name of each expression in the image
+    log: str
+
+
+@dataclass(frozen=True)
+class RowsLaunch:
+    """gather_rows_kernel: threads across a row, rows side by side in a block, and rows a thread."""
+
+    threads: tuple[int, int]
+    ROWS: int = 4
+
+    def grid(self, num_rows: int, row_words: int) -> Grid:
+        across, down = self.threads
+        # The threads stride over what so many blocks leave.
+        blocks_across = min(cdiv(row_words, across), MAX_BLOCKS_Y)
+        return (cdiv(num_rows, down * self.ROWS), blocks_across), self.threads
+
+
+@dataclass(frozen=True)
+class FlatLaunch:
+    """A kernel over a flat range: threads a block, and words, vectors or ids a thread."""
+
+    threads: int = 256
+    UNROLL: int = 1
+
+    def grid(self, items: int) -> Grid:
+        return (cdiv(items, self.threads * self.UNROLL), 1), (self.threads, 1)
+
+
+@dataclass(frozen=True)
+class SegmentLaunch:
+    """segment_sum_kernel: threads a block, each with one chunk, and loads in flight a thread."""
+
+    threads: int = 256
+    UNROLL: int = 4
+
+    def grid(self, items: int) -> Grid:
+        return (cdiv(items, self.threads), 1), (self.threads, 1)
+
+
+# The settings below keep four loads in flight a thread without spills; they are starting points until they
+# are measured.
+
+# By the largest power of two that divides the words of a row; rows of other lengths go to GATHER_FLAT, which
+# has no lanes to spare, but a division to pay.
+GATHER_ROWS = {
+    32: RowsLaunch((32, 8)),
+    64: RowsLaunch((64, 4)),
+    128: RowsLaunch((128, 2)),
+}
+GATHER_FLAT = FlatLaunch(UNROLL=4)
+# Rows so long that the idle lanes at their end do not matter.
+LONG_ROW_WORDS = 1024
+LONG_ROW = RowsLaunch((128, 2))
+SCATTER_ADD = FlatLaunch(UNROLL=4)
+SEGMENT_SUM = SegmentLaunch()
+SORT_KEYS = FlatLaunch()
+COUNTS = FlatLaunch()
+RENORM = FlatLaunch(threads=64)
+
+FLOATS = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+# In the order of the enum in renorm.cu.
+NORMS = ("inf", "-inf", "0", "1", "2", "p")
+
+
+class CupyBackend(KernelBackend):
+    """`Backend` on the CUDA C++ kernels in gpu_embed.kernels."""
+
+    name = "cupy"
+
+    def __init__(self) -> None:
+        self._functions: dict[tuple[int, Kernel], Any] = {}
+
+    def unusable_reason(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"cupy kernels need a CUDA device, not {device.type}"
+        if find_spec("cupy") is None:
+            return "cupy is not installed (pip install 'gpu_embed[cupy12]' or 'gpu_embed[cupy13]')"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if torch.version.hip is not None:
+            return "only NVIDIA cards are supported"
+        try:
+            cupy = _cupy()
+            cupy.cuda.runtime.getDeviceCount()
+        except Exception as error:  # a wheel for another CUDA, a missing library, an old driver
+            return f"cupy does not work here: {error}"
+        try:
+            archs = cupy.cuda.nvrtc.getSupportedArchs()
+        except Exception as error:
+            return f"cupy finds no NVRTC (pip install nvidia-cuda-nvrtc-cu12): {error}"
+        major, minor = torch.cuda.get_device_capability(device)
+        lowest = max(MIN_CAPABILITY, divmod(min(archs), 10))
+        if (major, minor) < lowest:
+            return (
+                f"this NVRTC compiles for compute capability {lowest[0]}.{lowest[1]} and newer, "
+                f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+            )
+        return None
+
+    def _gather(
+        self,
+        weight: Tensor,
+        ids: Tensor,
+        output: Tensor,
+        zero_idx: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        layout = word_layout(weight)
+        # Two words of 8 bytes that one access moves are a word of 16 here.
+        word = f"word{layout.word_bytes * layout.vec}"
+        row_words = layout.row_words // layout.vec
+        rows = GATHER_ROWS.get(gcd(row_words, max(GATHER_ROWS)))
+        if rows is None and row_words >= LONG_ROW_WORDS:
+            rows = LONG_ROW
+        if rows is not None:
+            kernel = Kernel("gather", f"gather_rows_kernel<{word}, {rows.ROWS}>")
+            blocks, threads = rows.grid(ids.numel(), row_words)
+        else:
+            kernel = Kernel("gather", f"gather_flat_kernel<{word}, {GATHER_FLAT.UNROLL}>")
+            blocks, threads = GATHER_FLAT.grid(ids.numel() * row_words)
+        self._launch(
+            kernel,
+            blocks,
+            threads,
+            weight.device,
+            weight,
+            ids,
+            output,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            ids.numel(),
+            weight.shape[0],
+            zero_idx,
+            layout.row_stride // layout.vec,
+            layout.col_stride,
+            row_words,
+            ids.element_size(),
+        )
+
+    def _scatter_add(
+        self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
+    ) -> None:
+        num_embeddings, embedding_dim = grad_weight.shape
+        vec = 1
+        # Without vector atomics, lanes that lie VEC apart would make more memory transactions of one add.
+        if (
+            grad_output.dtype == torch.float32
+            and self._capability(ids.device) >= VECTOR_ATOMICS_CAPABILITY
+        ):
+            vec = vector_width(grad_output)
+        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {SCATTER_ADD.UNROLL}"
+        self._launch(
+            Kernel("scatter_add", f"scatter_add_kernel<{arguments}>"),
+            *SCATTER_ADD.grid(ids.numel() * (embedding_dim // vec)),
+            ids.device,
+            grad_output,
+            ids,
+            grad_weight,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            embedding_dim,
+            ids.element_size(),
+        )
+
+    def _sort_keys(self, ids: Tensor, keys: Tensor, num_embeddings: int, padding_idx: int) -> None:
+        self._launch(
+            Kernel("segment_sum", "sort_keys_kernel"),
+            *SORT_KEYS.grid(ids.numel()),
+            ids.device,
+            ids,
+            keys,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            ids.element_size(),
+            keys.element_size(),
+        )
+
+    def _segment_sum(
+        self,
+        values: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        counts: Tensor | None,
+        grad_weight: Tensor,
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        partial_counts: Tensor,
+        scale_grad_by_freq: bool,
+        chunk: int,
+    ) -> None:
+        num_embeddings, embedding_dim = grad_weight.shape
+        # scale_grad_by_freq is rare: not worth a kernel for each width.
+        vec = 1 if scale_grad_by_freq else min(vector_width(values), MAX_SEGMENT_VECTOR)
+        arguments = (
+            f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
+            f"{str(scale_grad_by_freq).lower()}, {SEGMENT_SUM.UNROLL}"
+        )
+        num_chunks = cdiv(keys.numel(), chunk)
+        self._launch(
+            Kernel("segment_sum", f"segment_sum_kernel<{arguments}>"),
+            *SEGMENT_SUM.grid(num_chunks * (embedding_dim // vec)),
+            keys.device,
+            values,
+            order,
+            keys,
+            counts,
+            grad_weight,
+            partial_values,
+            partial_keys,
+            partial_counts,
+            keys.numel(),
+            num_embeddings,
+            values.stride(0) // vec,
+            values.stride(1),
+            embedding_dim,
+            chunk,
+            keys.element_size(),
+        )
+
+    def _renorm(self, weight: Tensor, keys: Tensor, max_norm: float, norm_type: float) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        self._launch(
+            Kernel("renorm", f"renorm_kernel<{FLOATS[weight.dtype]}>"),
+            *RENORM.grid(keys.numel()),
+            weight.device,
+            weight,
+            keys,
+            keys.numel(),
+            num_embeddings,
+            weight.stride(0),
+            weight.stride(1),
+            max_norm,
+            norm_type,
+            embedding_dim,
+            NORMS.index(norm_name(norm_type)),
+            keys.element_size(),
+        )
+
+    def _counts(self, ids: Tensor, counts: Tensor) -> None:
+        self._launch(
+            Kernel("counts", "counts_kernel"),
+            *COUNTS.grid(ids.numel()),
+            ids.device,
+            ids,
+            counts,
+            ids.numel(),
+            counts.numel(),
+            ids.element_size(),
+        )
+
+    def _launch(
+        self,
+        kernel: Kernel,
+        blocks: tuple[int, int],
+        threads: tuple[int, int],
+        device: torch.device,
+        *args: Tensor | int | float | None,
+    ) -> None:
+        """Run a kernel on torch's current stream; tensors go by address, int as int64, float as double."""
+        if 0 in blocks:
+            return
+        cupy = _cupy()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        # torch and CuPy may each carry a copy of the CUDA runtime, so each is told the device.
+        with torch.cuda.device(index), cupy.cuda.Device(index):
+            function = self._functions.get((index, kernel))
+            if function is None:
+                function = self._functions[index, kernel] = self._load(kernel, device)
+            stream = _Stream(torch.cuda.current_stream(index).cuda_stream)
+            function(blocks, threads, [_address(arg) for arg in args], stream=stream)
+
+    def _load(self, kernel: Kernel, device: torch.device) -> Any:
+        """The kernel, compiled for the current device and loaded there."""
+        major, minor = self._capability(device)
+        compiled = compile_kernels(kernel.stem, (kernel.expression,), 10 * major + minor)
+        module = _cupy().cuda.Module()
+        module.load(compiled.image)
+        return module.get_function(compiled.symbols[kernel.expression])
+
+    def _capability(self, device: torch.device) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(device)
+
+
+def compile_kernels(
+    stem: str, expressions: Sequence[str], arch: int, options: tuple[str, ...] = ()
+) -> Compiled:
+    """Compile kernels of gpu_embed/kernels/<stem>.cu; needs no GPU and no CUDA headers.
+
+    Args:
+        arch: ten times the compute capability. One that NVRTC does not know gets PTX for the newest older
+            one, which the driver compiles.
+        options: further options of NVRTC.
+
+    Raises RuntimeError with NVRTC's log if the code does not compile.
+    """
+    nvrtc = _cupy().cuda.nvrtc
+    known = nvrtc.getSupportedArchs()
+    real = arch in known
+    target = f"sm_{arch}" if real else f"compute_{max(a for a in known if a <= arch)}"
+    program = nvrtc.createProgram(source(stem), f"{stem}.cu", [], [])
+    try:
+        for expression in expressions:
+            nvrtc.addNameExpression(program, expression)
+        try:
+            nvrtc.compileProgram(program, (f"-arch={target}", *OPTIONS, *options))
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise RuntimeError(
+                f"gpu_embed: NVRTC cannot compile {stem}.cu for {target}\n{log}"
+            ) from error
+        # CuPy cuts off the image's last byte, taking it for the end of a string.
+        image = nvrtc.getCUBIN(program) + b"\0" if real else nvrtc.getPTX(program)
+        symbols = {name: nvrtc.getLoweredName(program, name) for name in expressions}
+        return Compiled(image, symbols, nvrtc.getProgramLog(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@cache
+def source(stem: str) -> str:
+    """A kernel file with what it includes put in its place, so that NVRTC looks for no file."""
+    folder = resources.files("gpu_embed.kernels")
+    text = (folder / f"{stem}.cu").read_text()
+    return text.replace('#include "common.cuh"', (folder / "common.cuh").read_text())
+
+
+class _Stream(NamedTuple):
+    """What CuPy asks of a stream. Its own class for foreign streams has changed between versions."""
+
+    ptr: int
+
+
+@cache
+def _cupy() -> Any:
+    import cupy
+
+    return cupy
+
+
+def _address(arg: Tensor | int | float | None) -> int | float:
+    if isinstance(arg, Tensor):
+        return arg.data_ptr()
+    return 0 if arg is None else arg

@@ -1,0 +1,16 @@
+// How often each id occurs.
+
+#include "common.cuh"
+
+// Thread i of the grid owns position i of indices.
+extern "C" __global__ void counts_kernel(
+    const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
+    int32* counts_ptr,                     // [num_embeddings], zero on entry
+    int64 num_indices,
+    int64 num_embeddings,
+    int64 index_bytes) {
+  const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (n >= num_indices) return;
+  const int64 index = load_integer(indices_ptr, n, index_bytes);
+  if (names_row(index, num_embeddings)) atomicAdd(counts_ptr + index, 1);
+}

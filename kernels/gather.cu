@@ -1,0 +1,99 @@
+// Row gather: output[n] = weight[indices[n]], copied as raw bits.
+//
+// The host reinterprets every dtype as words of 1, 2, 4, 8 or 16 bytes (the widest that the rows'
+// alignment allows), so one kernel serves them all.
+
+#include "common.cuh"
+
+// Thread (x, y) of block (i, j) owns ROWS rows of the output from (i * blockDim.y + y) * ROWS on, and in
+// each the words j * blockDim.x + x and every gridDim.y * blockDim.x further. Its rows are in flight together.
+template <typename Word, int ROWS>
+__global__ void gather_rows_kernel(
+    const Word* __restrict__ weight_ptr,   // [num_embeddings, D], any strides
+    const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
+    Word* __restrict__ output_ptr,         // [num_indices, D], contiguous
+    int64* record_ptr,                     // [4], or null: do not record
+    int32* flag_ptr,                       // [1], pinned host memory, or null
+    int64 num_indices,
+    int64 num_embeddings,
+    int64 zero_idx,           // rows of this id become zero; -1: none
+    int64 weight_row_stride,  // in words
+    int64 weight_col_stride,  // in words
+    int64 D,                  // words a row
+    int64 index_bytes) {
+  const int64 first_n = ((int64)blockIdx.x * blockDim.y + threadIdx.y) * ROWS;
+  const int64 first_d = (int64)blockIdx.y * blockDim.x + threadIdx.x;
+  int64 index[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    const int64 n = first_n + r;
+    index[r] = n < num_indices ? load_integer(indices_ptr, n, index_bytes) : -1;
+  }
+  // Unrolled, it would count its rounds first, with a 64-bit division.
+#pragma unroll 1
+  for (int64 d = first_d; d < D; d += (int64)gridDim.y * blockDim.x) {
+    Word word[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      const bool copied = names_row(index[r], num_embeddings) && index[r] != zero_idx;
+      word[r] = copied ? weight_ptr[index[r] * weight_row_stride + d * weight_col_stride] : Word{};
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      if (first_n + r < num_indices) output_ptr[(first_n + r) * D + d] = word[r];
+    }
+  }
+  if (!record_ptr || first_d > 0) return;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    if (first_n + r < num_indices && !names_row(index[r], num_embeddings)) {
+      record_out_of_range(record_ptr, flag_ptr, first_n + r, index[r], num_embeddings);
+    }
+  }
+}
+
+// Block i owns blockDim.x * UNROLL consecutive words of the output, whatever rows they lie in: no lane idles
+// when a row is shorter than a warp or is no power of two.
+template <typename Word, int UNROLL>
+__global__ void gather_flat_kernel(
+    const Word* __restrict__ weight_ptr,   // [num_embeddings, D], any strides
+    const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
+    Word* __restrict__ output_ptr,         // [num_indices, D], contiguous
+    int64* record_ptr,                     // [4], or null: do not record
+    int32* flag_ptr,                       // [1], pinned host memory, or null
+    int64 num_indices,
+    int64 num_embeddings,
+    int64 zero_idx,           // rows of this id become zero; -1: none
+    int64 weight_row_stride,  // in words
+    int64 weight_col_stride,  // in words
+    int64 D,                  // words a row, < 2**31
+    int64 index_bytes) {
+  const int64 start = (int64)blockIdx.x * blockDim.x * UNROLL;
+  const int64 first_n = start / D;
+  // The 64-bit division is done once a thread; lanes divide 32-bit numbers.
+  const uint32 first_lane = (uint32)(start - first_n * D) + threadIdx.x;
+  int64 n[UNROLL];
+  int64 d[UNROLL];
+  int64 index[UNROLL];
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const uint32 lane = first_lane + u * blockDim.x;
+    n[u] = first_n + lane / (uint32)D;
+    d[u] = lane % (uint32)D;
+    index[u] = n[u] < num_indices ? load_integer(indices_ptr, n[u], index_bytes) : -1;
+  }
+  Word word[UNROLL];
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const bool copied = names_row(index[u], num_embeddings) && index[u] != zero_idx;
+    word[u] = copied ? weight_ptr[index[u] * weight_row_stride + d[u] * weight_col_stride] : Word{};
+  }
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    if (n[u] >= num_indices) break;
+    output_ptr[start + u * blockDim.x + threadIdx.x] = word[u];
+    if (record_ptr && d[u] == 0 && !names_row(index[u], num_embeddings)) {
+      record_out_of_range(record_ptr, flag_ptr, n[u], index[u], num_embeddings);
+    }
+  }
+}

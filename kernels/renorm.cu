@@ -1,0 +1,73 @@
+// max_norm: scale every looked-up row whose p-norm exceeds max_norm, in place.
+
+#include "common.cuh"
+
+// Which formula.
+enum Norm { NORM_INF, NORM_MINUS_INF, NORM_0, NORM_1, NORM_2, NORM_P };
+
+// One column's share of the norm, before the root. NaN stays NaN.
+template <typename Acc>
+__device__ inline Acc add_power(Acc total, Acc magnitude, Acc norm_type, int64 NORM) {
+  switch (NORM) {
+    case NORM_INF:
+      return magnitude > total || magnitude != magnitude ? magnitude : total;
+    case NORM_MINUS_INF:
+      return magnitude < total || magnitude != magnitude ? magnitude : total;
+    case NORM_0:
+      return total + (magnitude != 0 ? 1 : 0);
+    case NORM_1:
+      return total + magnitude;
+    case NORM_2:
+      return total + magnitude * magnitude;
+    default:
+      return total + pow(magnitude, norm_type);
+  }
+}
+
+// Thread i of the grid owns sorted id i; the first of each run of equal ids scales the row.
+template <typename Weight>
+__global__ void renorm_kernel(
+    Weight* weight_ptr,                 // [num_embeddings, D], any strides
+    const void* __restrict__ keys_ptr,  // [num_indices], sorted; num_embeddings: an id out of range
+    int64 num_indices,
+    int64 num_embeddings,
+    int64 weight_row_stride,  // in elements
+    int64 weight_col_stride,  // in elements
+    double max_norm,
+    double norm_type,
+    int64 D,
+    int64 NORM,
+    int64 key_bytes) {
+  using Acc = typename Accumulator<Weight>::type;
+  constexpr int BLOCK_D = 16;
+  const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (n >= num_indices) return;
+  // Ids out of range sort last: if there is one, the whole call leaves the table as it was.
+  if (load_integer(keys_ptr, num_indices - 1, key_bytes) >= num_embeddings) return;
+  const int64 key = load_integer(keys_ptr, n, key_bytes);
+  if (n > 0 && key == load_integer(keys_ptr, n - 1, key_bytes)) return;
+  Weight* const row_ptr = weight_ptr + key * weight_row_stride;
+
+  const bool is_sum = NORM != NORM_INF && NORM != NORM_MINUS_INF;
+  const Acc neutral = NORM == NORM_MINUS_INF ? (Acc)__uint_as_float(0x7f800000u) : (Acc)0;
+  Acc norm = neutral;
+  for (int64 first = 0; first < D; first += BLOCK_D) {
+    // Summed in blocks: the rounding errors of a long row grow with the number of its blocks only.
+    Acc block = neutral;
+    for (int64 d = first; d < D && d < first + BLOCK_D; ++d) {
+      const Acc magnitude = fabs(widen(row_ptr[d * weight_col_stride]));
+      block = add_power(block, magnitude, (Acc)norm_type, NORM);
+    }
+    norm = is_sum ? norm + block : add_power(norm, block, (Acc)norm_type, NORM);
+  }
+  if (NORM == NORM_2) norm = sqrt(norm);
+  if (NORM == NORM_P) norm = pow(norm, 1 / (Acc)norm_type);
+
+  const Acc limit = (Acc)max_norm;
+  if (!(norm > limit)) return;
+  const Acc scale = limit / (norm + (Acc)1e-7);
+  for (int64 d = 0; d < D; ++d) {
+    Weight& value = row_ptr[d * weight_col_stride];
+    narrow(widen(value) * scale, value);
+  }
+}

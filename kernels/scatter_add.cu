@@ -1,0 +1,68 @@
+// Atomic gradient: grad_weight[indices[n]] += grad_output[n], in the accumulation dtype.
+
+#include "common.cuh"
+
+// Add VEC neighbours, with one instruction where the device has one.
+template <typename Grad, int VEC>
+__device__ inline void atomic_add_vector(Grad* target, const Vector<Grad, VEC>& value) {
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) atomicAdd(target + i, value.lane[i]);
+}
+
+// NVRTC 12.1 is the first to know them.
+#if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
+__device__ inline void atomic_add_vector(float* target, const Vector<float, 2>& value) {
+  atomicAdd((float2*)target, make_float2(value.lane[0], value.lane[1]));
+}
+
+__device__ inline void atomic_add_vector(float* target, const Vector<float, 4>& value) {
+  atomicAdd(
+      (float4*)target,
+      make_float4(value.lane[0], value.lane[1], value.lane[2], value.lane[3]));
+}
+#endif
+
+// Block i owns blockDim.x * UNROLL consecutive vectors of grad_output, whatever rows they lie in. Neighbouring
+// threads own neighbouring vectors, so that a warp's atomics fall on whole sectors.
+template <typename Grad, int VEC, int UNROLL>
+__global__ void scatter_add_kernel(
+    const Grad* __restrict__ grad_output_ptr,  // [num_indices, D], any strides; VEC > 1: column stride 1
+    const void* __restrict__ indices_ptr,      // any integer dtype, [num_indices], contiguous
+    Grad* grad_weight_ptr,                     // [num_embeddings, D], contiguous, zero on entry
+    int64 num_indices,
+    int64 num_embeddings,
+    int64 padding_idx,      // -1: none
+    int64 grad_row_stride,  // in units of VEC elements
+    int64 grad_col_stride,  // in elements
+    int64 D,                // VEC divides it
+    int64 index_bytes) {
+  const int64 vectors = D / VEC;
+  const int64 start = (int64)blockIdx.x * blockDim.x * UNROLL;
+  const int64 first_n = start / vectors;
+  const uint32 first_lane = (uint32)(start - first_n * vectors) + threadIdx.x;
+  int64 index[UNROLL];
+  Vector<Grad, VEC> grad[UNROLL];
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const int64 n = first_n + (first_lane + u * blockDim.x) / (uint32)vectors;
+    index[u] = n < num_indices ? load_integer(indices_ptr, n, index_bytes) : -1;
+    if (index[u] == padding_idx) index[u] = -1;
+  }
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const uint32 lane = first_lane + u * blockDim.x;
+    const int64 n = first_n + lane / (uint32)vectors;
+    const int64 d = (int64)(lane % (uint32)vectors) * VEC;
+    if (names_row(index[u], num_embeddings)) {
+      grad[u] = *(const Vector<Grad, VEC>*)(
+          grad_output_ptr + n * grad_row_stride * VEC + d * grad_col_stride);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < UNROLL; ++u) {
+    const int64 d = (int64)((first_lane + u * blockDim.x) % (uint32)vectors) * VEC;
+    if (names_row(index[u], num_embeddings)) {
+      atomic_add_vector(grad_weight_ptr + index[u] * D + d, grad[u]);
+    }
+  }
+}

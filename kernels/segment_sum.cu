@@ -1,0 +1,142 @@
+// Sorted segment gradient: deterministic, each row of grad_weight written once, rounded once.
+//
+// The sorted ids are cut into chunks of CHUNK. A run of equal ids that lies inside one chunk is summed in
+// registers and stored. A run that crosses a chunk's edge leaves partial sums: at most one at each end of a
+// chunk. The partial sums are again sorted by key, so the same kernel sums them, level by level, until one
+// chunk holds all that is left. The cut depends on the number of ids alone, so the order of the additions,
+// and with it every bit of the result, is the same from run to run.
+
+#include "common.cuh"
+
+// Thread i of the grid owns position i of indices.
+extern "C" __global__ void sort_keys_kernel(
+    const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
+    void* __restrict__ keys_ptr,           // the narrowest integer dtype that holds num_embeddings
+    int64 num_indices,
+    int64 num_embeddings,
+    int64 padding_idx,  // -1: none
+    int64 index_bytes,
+    int64 key_bytes) {
+  const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (n >= num_indices) return;
+  const int64 index = load_integer(indices_ptr, n, index_bytes);
+  const bool kept = names_row(index, num_embeddings) && index != padding_idx;
+  // Ids without a gradient sort behind all others.
+  store_integer(keys_ptr, n, kept ? index : num_embeddings, key_bytes);
+}
+
+// The sum, divided by the number of ids behind it if that is asked for, rounded once.
+template <bool SCALE_GRAD_BY_FREQ, typename Grad, typename Acc, int VEC>
+__device__ inline void store_row(Grad* target, const Vector<Acc, VEC>& total, int32 count) {
+  Vector<Grad, VEC> row;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) {
+    narrow(SCALE_GRAD_BY_FREQ ? total.lane[i] / (Acc)count : total.lane[i], row.lane[i]);
+  }
+  *(Vector<Grad, VEC>*)target = row;
+}
+
+// Thread i of the grid owns chunk i / (D / VEC) and the VEC columns from i % (D / VEC) * VEC on. It walks its
+// chunk alone and exchanges nothing.
+template <typename Value, typename Grad, int VEC, bool SCALE_GRAD_BY_FREQ, int UNROLL>
+__global__ void segment_sum_kernel(
+    // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the partial sums of the level below
+    const Value* __restrict__ values_ptr,
+    const int64* __restrict__ order_ptr,   // [num_keys]: the row of values of each key; null: its position
+    const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys that name no row take no part
+    const int32* __restrict__ counts_ptr,  // [num_keys]: ids behind each value; null: one
+    Grad* __restrict__ grad_weight_ptr,    // [num_embeddings, D], contiguous, zero on entry
+    // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it
+    typename Accumulator<Grad>::type* __restrict__ partial_values_ptr,
+    int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: no such partial sum
+    int32* __restrict__ partial_counts_ptr,  // [2 * num_chunks]
+    int64 num_keys,
+    int64 num_embeddings,
+    int64 value_row_stride,  // in units of VEC elements
+    int64 value_col_stride,  // in elements
+    int64 D,                 // VEC divides it
+    int64 CHUNK,             // UNROLL divides it
+    int64 key_bytes) {
+  using Acc = typename Accumulator<Grad>::type;
+  const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  const int64 chunk = thread / (D / VEC);
+  const int64 d = thread % (D / VEC) * VEC;
+  const int64 start = chunk * CHUNK;
+  if (start >= num_keys) return;
+  const int64 end = start + CHUNK < num_keys ? start + CHUNK : num_keys;
+  const bool first_columns = d == 0;
+  Acc* const lead_ptr = partial_values_ptr + 2 * chunk * D + d;
+  Acc* const trail_ptr = lead_ptr + D;
+
+  int64 key = load_integer(keys_ptr, start, key_bytes);
+  // True while the run at hand began in an earlier chunk.
+  bool leading = start > 0 && names_row(key, num_embeddings) &&
+                 key == load_integer(keys_ptr, start - 1, key_bytes);
+  if (first_columns) {
+    partial_keys_ptr[2 * chunk] = leading ? key : -1;
+    partial_keys_ptr[2 * chunk + 1] = -1;
+  }
+
+  Vector<Acc, VEC> total;
+  set_zero(total);
+  int32 count = 0;
+  bool run_ends = false;
+  for (int64 first = start; first < end; first += UNROLL) {
+    // All loads of a step are issued before the first sum needs one.
+    int64 next_key[UNROLL];
+    int64 source[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const int64 position = first + u;
+      next_key[u] = position + 1 < num_keys ? load_integer(keys_ptr, position + 1, key_bytes) : -1;
+      source[u] = order_ptr && position < end ? order_ptr[position] : position;
+    }
+    Vector<Value, VEC> value[UNROLL];
+    int32 ids[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      set_zero(value[u]);
+      ids[u] = 1;
+      if (first + u < end && names_row(u == 0 ? key : next_key[u - 1], num_embeddings)) {
+        value[u] = *(const Vector<Value, VEC>*)(
+            values_ptr + source[u] * value_row_stride * VEC + d * value_col_stride);
+        if (SCALE_GRAD_BY_FREQ && counts_ptr) ids[u] = counts_ptr[first + u];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      if (first + u >= end) break;
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) total.lane[i] += widen(value[u].lane[i]);
+      count += ids[u];
+      run_ends = key != next_key[u];
+      if (run_ends) {
+        if (leading) {
+          *(Vector<Acc, VEC>*)lead_ptr = total;
+          if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
+        } else if (names_row(key, num_embeddings)) {
+          store_row<SCALE_GRAD_BY_FREQ>(grad_weight_ptr + key * D + d, total, count);
+        }
+        set_zero(total);
+        count = 0;
+        leading = false;
+      }
+      key = next_key[u];
+    }
+  }
+
+  // The run at hand goes on in the next chunk.
+  if (end == num_keys || run_ends || !names_row(key, num_embeddings)) return;
+  if (leading) {
+    // A run that fills the whole chunk is its leading sum; a trailing zero keeps its keys adjacent.
+    *(Vector<Acc, VEC>*)lead_ptr = total;
+    if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
+    set_zero(total);
+    count = 0;
+  }
+  *(Vector<Acc, VEC>*)trail_ptr = total;
+  if (first_columns) {
+    partial_keys_ptr[2 * chunk + 1] = key;
+    if (SCALE_GRAD_BY_FREQ) partial_counts_ptr[2 * chunk + 1] = count;
+  }
+}

@@ -1,0 +1,193 @@
+"""CupyBackend on the CPU: its own host code, and its kernels as compiled by a C++ compiler.
+
+Only the last step differs from a GPU: instead of CuPy, a loop calls the kernel for every thread of the grid.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from gpu_embed.backends import _cupy
+from gpu_embed.backends._cupy import CupyBackend, Kernel
+
+KERNELS_DIR = Path(__file__).parent.parent / "kernels"
+SHIM_DIR = Path(__file__).parent / "host_shim"
+FLAGS = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fno-strict-aliasing",
+    "-ffp-contract=off",
+    # On a GPU a misaligned access kills the context; here the shim is told of it.
+    "-fsanitize=alignment",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+)
+
+
+def _all_kernels() -> tuple[Kernel, ...]:
+    """Every kernel that CupyBackend can ask for."""
+    rows = {launch.ROWS for launch in (*_cupy.GATHER_ROWS.values(), _cupy.LONG_ROW)}
+    flat, scatter, unroll = (
+        launch.UNROLL for launch in (_cupy.GATHER_FLAT, _cupy.SCATTER_ADD, _cupy.SEGMENT_SUM)
+    )
+    # values, grad_weight, widths; the last two read the partial sums of a 16-bit table.
+    segments = (
+        ("float", "float", (1, 2, 4)),
+        ("double", "double", (1, 2)),
+        ("float16", "float16", (1, 2, 4)),
+        ("bfloat16", "bfloat16", (1, 2, 4)),
+        ("float", "float16", (1, 2, 4)),
+        ("float", "bfloat16", (1, 2, 4)),
+    )
+    words = [f"word{2**i}" for i in range(5)]
+    found = [
+        *(("gather", f"gather_rows_kernel<{word}, {r}>") for word in words for r in rows),
+        *(("gather", f"gather_flat_kernel<{word}, {flat}>") for word in words),
+        *(("scatter_add", f"scatter_add_kernel<float, {vec}, {scatter}>") for vec in (1, 2, 4)),
+        ("scatter_add", f"scatter_add_kernel<double, 1, {scatter}>"),
+        ("segment_sum", "sort_keys_kernel"),
+        *(
+            ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {vec}, {scale}, {unroll}>")
+            for value, grad, widths in segments
+            for vec, scale in (*((vec, "false") for vec in widths), (1, "true"))
+        ),
+        *(("renorm", f"renorm_kernel<{weight}>") for weight in _cupy.FLOATS.values()),
+        ("counts", "counts_kernel"),
+    ]
+    return tuple(Kernel(*names) for names in found)
+
+
+KERNELS = _all_kernels()
+TEST_KERNELS = tuple(
+    Kernel("conversions", f"{way}_kernel<{dtype}>")
+    for way in ("widen", "narrow")
+    for dtype in ("float16", "bfloat16")
+)
+
+
+class HostShimCupyBackend(CupyBackend):
+    """`CupyBackend` for CPU tensors.
+
+    Args:
+        library: what `compiled_library` returns.
+        capability: the compute capability that the host code is told; from 9.0 on it asks for vector atomics.
+        descending: run the threads of a grid backwards, to show that their order does not matter.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        capability: tuple[int, int] = (9, 0),
+        descending: bool = False,
+    ) -> None:
+        super().__init__()
+        self.launched: list[Kernel] = []
+        self._library = library
+        self._device_capability = capability
+        self._descending = descending
+
+    def unusable_reason(self, device: torch.device) -> str | None:
+        return None if device.type == "cpu" else "the host build takes CPU tensors"
+
+    def _launch(
+        self,
+        kernel: Kernel,
+        blocks: tuple[int, int],
+        threads: tuple[int, int],
+        device: torch.device,
+        *args: Tensor | int | float | None,
+    ) -> None:
+        if 0 in blocks:
+            return
+        assert blocks[0] < 2**31
+        assert blocks[1] < 2**16
+        assert threads[0] * threads[1] <= 1024
+        values = [
+            ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+            for value in map(_cupy._address, args)
+        ]
+        pointers = [ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values]
+        outcome = self._library.host_launch(
+            kernel.expression.encode(),
+            (ctypes.c_uint * 2)(*blocks),
+            (ctypes.c_uint * 2)(*threads),
+            int(self._descending),
+            (ctypes.c_void_p * len(values))(*pointers),
+        )
+        if outcome == 1:
+            raise LookupError(f"{kernel} is not among the kernels of the host build")
+        if outcome == 2:
+            raise RuntimeError(f"{kernel} made a misaligned access")
+        self.launched.append(kernel)
+
+    def _capability(self, device: torch.device) -> tuple[int, int]:
+        return self._device_capability
+
+
+def unusable_reason() -> str | None:
+    """Why the kernels cannot be built here; None: they can."""
+    if os.name != "posix":
+        return "the host build of the CUDA C kernels needs a POSIX system"
+    return None if compiler() else "no C++ compiler (c++, g++ or clang++) on the PATH, nor in CXX"
+
+
+def compiler() -> str | None:
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((name for name in names if name and shutil.which(name)), None)
+
+
+@cache
+def build() -> HostShimCupyBackend:
+    """The backend on the CPU; compiles the kernels on first use."""
+    return HostShimCupyBackend(compiled_library())
+
+
+@cache
+def compiled_library() -> ctypes.CDLL:
+    """The kernels as a shared library, made once for all test processes and kept until a source changes."""
+    cxx = compiler()
+    assert cxx, unusable_reason()
+    kernels = KERNELS + TEST_KERNELS
+    sources = sorted([*KERNELS_DIR.glob("*.cu*"), *SHIM_DIR.iterdir()])
+    code = "".join(
+        [
+            '#include "cuda_host_shim.h"\n',
+            *(f'#include "{stem}.cu"\n' for stem in dict.fromkeys(k.stem for k in kernels)),
+            "static const Kernels KERNELS = {\n",
+            *(f'  {{"{k.expression}", &Launcher<&{k.expression}>::run}},\n' for k in kernels),
+            "};\n",
+            'extern "C" int host_launch(const char* name, const unsigned* blocks,\n'
+            "    const unsigned* threads, int descending, void** args) {\n"
+            "  return launch(KERNELS, name, blocks, threads, descending, args);\n}\n",
+        ]
+    )
+    identity = [code, cxx, *FLAGS, *(path.read_text() for path in sources)]
+    digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"gpu_embed_host_shim_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    library = folder / f"{digest}.so"
+    with FileLock(folder / f"{digest}.lock"):
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                main, unit, linked = (
+                    Path(scratch) / f"kernels.{end}" for end in ("cpp", "o", "so")
+                )
+                main.write_text(code)
+                include = (f"-I{KERNELS_DIR}", f"-I{SHIM_DIR}")
+                subprocess.run([cxx, *FLAGS, *include, "-c", main, "-o", unit], check=True)
+                # Linked without -fsanitize: the shim brings the one function that it would bring in.
+                subprocess.run([cxx, "-shared", unit, "-o", linked], check=True)
+                linked.replace(library)
+    return ctypes.CDLL(str(library))

@@ -1,0 +1,615 @@
+"""The CUDA C++ kernels and CupyBackend's host code, run on the CPU through tests/host_shim."""
+
+import ast
+import math
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cuda_host_backend
+import numpy as np
+import pytest
+import torch
+from cuda_host_backend import HostShimCupyBackend
+from torch import Tensor
+
+from gpu_embed import reference
+from gpu_embed.backends._cupy import Kernel
+from gpu_embed.backends.gradient_method import use_gradient_method
+from gpu_embed.bounds import BoundsRecord
+
+KERNELS_DIR = Path(__file__).parent.parent / "kernels"
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+# The backend as it is on a card of that age, and once with the threads in descending order.
+BACKENDS = {
+    "sm_80": {"capability": (8, 0)},
+    "sm_90": {"capability": (9, 0)},
+    "descending": {"capability": (9, 0), "descending": True},
+}
+
+
+def make_backend(name: str) -> HostShimCupyBackend:
+    reason = cuda_host_backend.unusable_reason()
+    if reason is not None:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must build the kernels: {reason}")
+        pytest.skip(reason)
+    return HostShimCupyBackend(cuda_host_backend.compiled_library(), **BACKENDS[name])
+
+
+@pytest.fixture(params=["sm_90", "descending"])
+def backend(request: pytest.FixtureRequest) -> HostShimCupyBackend:
+    return make_backend(request.param)
+
+
+@pytest.fixture
+def sm_90() -> HostShimCupyBackend:
+    return make_backend("sm_90")
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Uninitialized tensors hold NaN, or the largest integer, so that an unwritten output shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def launched(backend: HostShimCupyBackend, name: str) -> list[str]:
+    return [k.expression for k in backend.launched if k.expression.startswith(name)]
+
+
+def record() -> BoundsRecord:
+    return BoundsRecord(torch.device("cpu"))
+
+
+# 16-bit floats.
+
+
+def same_bits_or_nan(actual: Tensor, expected: Tensor) -> bool:
+    bits = {2: torch.int16, 4: torch.int32}[expected.element_size()]
+    same = actual.view(bits) == expected.view(bits)
+    return bool((same | (actual.isnan() & expected.isnan())).all())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float16", torch.half), ("bfloat16", torch.bfloat16)])
+def test_every_16_bit_float_widens_as_in_torch(
+    sm_90: HostShimCupyBackend, name: str, dtype: torch.dtype
+) -> None:
+    narrow = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    wide = torch.full((2**16,), 7.0)
+    kernel = Kernel("conversions", f"widen_kernel<{name}>")
+    sm_90._launch(kernel, (256, 1), (256, 1), wide.device, narrow, wide, 2**16)
+    assert same_bits_or_nan(wide, narrow.float())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float16", torch.half), ("bfloat16", torch.bfloat16)])
+def test_floats_round_to_16_bits_as_in_torch(
+    sm_90: HostShimCupyBackend, name: str, dtype: torch.dtype
+) -> None:
+    """Random bit patterns, every 16-bit value, the middle to its neighbour, and a float to either side."""
+    random = torch.randint(-(2**31), 2**31, (2**20,), generator=seeded()).to(torch.int32)
+    exact = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float().view(torch.int32)
+    middle = exact + (1 << (12 if dtype == torch.half else 15))
+    near = torch.cat([bits + step for bits in (exact, middle) for step in (-1, 0, 1)])
+    # Halves below 2**-14 are wider apart.
+    subnormal = (torch.arange(0, 2**13) / 2**26).repeat_interleave(3).view(torch.int32)
+    subnormal = subnormal + torch.tensor([-1, 0, 1], dtype=torch.int32).repeat(2**13)
+    wide = torch.cat([random, near, subnormal]).view(torch.float32)
+    narrow = torch.full((len(wide),), 7.0, dtype=dtype)
+    kernel = Kernel("conversions", f"narrow_kernel<{name}>")
+    sm_90._launch(kernel, (-(-len(wide) // 256), 1), (256, 1), wide.device, wide, narrow, len(wide))
+    assert same_bits_or_nan(narrow, wide.to(dtype))
+
+
+# Gather.
+
+
+def shifted(weight: Tensor) -> Tensor:
+    """The same table, one item behind an aligned address."""
+    room = weight.new_empty(weight.numel() + 1)
+    room[1:] = weight.flatten()
+    return room[1:].view(weight.shape)
+
+
+def transposed(weight: Tensor) -> Tensor:
+    return weight.t().contiguous().t()
+
+
+WORD_CASES: list[tuple[str, torch.dtype, int, Callable[[Tensor], Tensor], str]] = [
+    ("bool odd", torch.bool, 7, lambda w: w, "gather_flat_kernel<word1, 4>"),
+    ("bool even", torch.bool, 48, lambda w: w, "gather_flat_kernel<word16, 4>"),
+    ("float8", torch.float8_e4m3fn, 64, lambda w: w, "gather_flat_kernel<word16, 4>"),
+    ("fp16 odd", torch.float16, 7, lambda w: w, "gather_flat_kernel<word2, 4>"),
+    ("fp32 odd", torch.float32, 7, lambda w: w, "gather_flat_kernel<word4, 4>"),
+    ("fp32 50", torch.float32, 50, lambda w: w, "gather_flat_kernel<word8, 4>"),
+    ("fp32 300", torch.float32, 300, lambda w: w, "gather_flat_kernel<word16, 4>"),
+    ("fp32 512", torch.float32, 512, lambda w: w, "gather_rows_kernel<word16, 4>"),
+    ("fp32 1024", torch.float32, 1024, lambda w: w, "gather_rows_kernel<word16, 4>"),
+    ("fp32 1025", torch.float32, 1025, lambda w: w, "gather_rows_kernel<word4, 4>"),
+    ("fp64 64", torch.float64, 64, lambda w: w, "gather_rows_kernel<word16, 4>"),
+    ("int16 33", torch.int16, 33, lambda w: w, "gather_flat_kernel<word2, 4>"),
+    ("complex64", torch.complex64, 3, lambda w: w, "gather_flat_kernel<word8, 4>"),
+    ("complex128", torch.complex128, 3, lambda w: w, "gather_flat_kernel<word16, 4>"),
+    ("fp32 shifted", torch.float32, 4, shifted, "gather_flat_kernel<word4, 4>"),
+    ("bf16 shifted", torch.bfloat16, 512, shifted, "gather_rows_kernel<word2, 4>"),
+    ("fp64 shifted", torch.float64, 4, shifted, "gather_flat_kernel<word8, 4>"),
+    ("transposed", torch.float32, 64, transposed, "gather_rows_kernel<word4, 4>"),
+    ("apart", torch.float32, 8, lambda w: w[:, ::2], "gather_flat_kernel<word4, 4>"),
+    ("first columns", torch.float32, 9, lambda w: w[:, :4], "gather_flat_kernel<word4, 4>"),
+    ("every second row", torch.float32, 8, lambda w: w[::2], "gather_flat_kernel<word16, 4>"),
+    ("one row", torch.float32, 8, lambda w: w[:1].expand(9, 8), "gather_flat_kernel<word16, 4>"),
+    ("one column", torch.float32, 8, lambda w: w[:, 3:4], "gather_flat_kernel<word4, 4>"),
+    ("complex128 apart", torch.complex128, 3, transposed, "gather_flat_kernel<word16, 4>"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WORD_CASES, ids=lambda case: case[0])
+def test_gather_copies_bits_in_the_widest_words(
+    backend: HostShimCupyBackend,
+    case: tuple[str, torch.dtype, int, Callable[[Tensor], Tensor], str],
+) -> None:
+    _, dtype, columns, view, kernel = case
+    raw = torch.randint(0, 256, (40, columns * dtype.itemsize), generator=seeded())
+    raw = raw.to(torch.uint8) if dtype != torch.bool else (raw & 1).to(torch.uint8)
+    weight = view(raw.view(dtype))
+    indices = torch.randint(0, len(weight), (131,), generator=seeded(1))
+    output = backend.embedding(weight, indices, -1, record())
+    assert launched(backend, "gather") == [kernel]
+    assert output.is_contiguous()
+    assert output.dtype == dtype
+    expected = weight.contiguous()[indices]
+    assert torch.equal(output.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 5, 300, 1024])
+@pytest.mark.parametrize("shape", [(), (1,), (3073,), (3, 0), (7, 11, 2)], ids=str)
+@pytest.mark.usefixtures("poison")
+def test_gather_of_any_ids(
+    backend: HostShimCupyBackend, id_dtype: torch.dtype, columns: int, shape: tuple[int, ...]
+) -> None:
+    weight = torch.randn(200, columns, generator=seeded())
+    indices = torch.randint(0, 200, shape, generator=seeded(1))
+    indices = indices.clamp_(max=torch.iinfo(id_dtype).max).to(id_dtype)
+    assert torch.equal(backend.embedding(weight, indices, -1, None), weight[indices.long()])
+
+
+def test_gather_reads_ids_that_lie_apart(backend: HostShimCupyBackend) -> None:
+    weight = torch.randn(20, 3, generator=seeded())
+    indices = torch.randint(0, 20, (6, 10), generator=seeded()).t()[::2]
+    assert torch.equal(backend.embedding(weight, indices, -1, None), weight[indices])
+
+
+@pytest.mark.parametrize("columns", [1, 5, 512])
+@pytest.mark.parametrize("bad", [-1, -5, 20, 2**15 - 1])
+@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32, torch.int16], ids=str)
+@pytest.mark.usefixtures("poison")
+def test_gather_of_a_bad_id_gives_zeros_and_a_record(
+    backend: HostShimCupyBackend, columns: int, bad: int, id_dtype: torch.dtype
+) -> None:
+    weight = torch.randn(20, columns, generator=seeded())
+    indices = torch.randint(0, 20, (30, 10), generator=seeded()).to(id_dtype)
+    indices[17, 3] = bad
+    found = record()
+    output = backend.embedding(weight, indices, -1, found)
+    expected = weight[indices.long().clamp(0, 19)]
+    expected[17, 3] = 0
+    assert torch.equal(output, expected)
+    assert found.words.tolist() == [1, 173, bad, 20]
+    assert found.flag.tolist() == [1]
+
+
+def test_the_record_keeps_the_first_bad_id_until_it_is_cleared(sm_90: HostShimCupyBackend) -> None:
+    weight = torch.randn(20, 5)
+    found = record()
+    sm_90.embedding(weight, torch.tensor([3, 99, 98]), -1, found)
+    sm_90.embedding(weight, torch.tensor([97]), -1, found)
+    assert found.words.tolist() == [1, 1, 99, 20]
+    with pytest.raises(IndexError, match="id 99"):
+        found.raise_if_claimed()
+    sm_90.embedding(weight, torch.tensor([4]), -1, found)
+    assert found.words.tolist() == [0, 0, 0, 0]
+    assert found.flag.tolist() == [0]
+
+
+def test_an_empty_table_has_no_good_id(backend: HostShimCupyBackend) -> None:
+    found = record()
+    output = backend.embedding(torch.empty(0, 3), torch.tensor([0, 1]), -1, found)
+    assert output.tolist() == [[0.0] * 3] * 2
+    assert found.words[0] == 1
+    assert found.words[3] == 0
+
+
+@pytest.mark.parametrize("columns", [5, 512])
+def test_gather_zeroes_one_id(backend: HostShimCupyBackend, columns: int) -> None:
+    weight = torch.randn(20, columns, generator=seeded())
+    indices = torch.randint(0, 20, (300,), generator=seeded())
+    found = record()
+    output = backend.embedding(weight, indices, 7, found)
+    assert torch.equal(output, torch.where(indices[:, None] == 7, 0.0, weight[indices]))
+    assert found.flag.tolist() == [0]
+
+
+# Gradients.
+
+
+def power_law(count: int, rows: int) -> Tensor:
+    return (rows * torch.rand(count, generator=seeded()) ** 8).long()
+
+
+DISTRIBUTIONS: dict[str, Callable[[int, int], Tensor]] = {
+    "uniform": lambda n, v: torch.randint(0, v, (n,), generator=seeded()),
+    "all equal": lambda n, v: torch.full((n,), v - 1),
+    "sorted": lambda n, v: torch.arange(n) * v // n,
+    "power law": power_law,
+    "hot row": lambda n, v: torch.where(torch.arange(n) % 9 == 0, torch.arange(n) % v, v // 2),
+    "all padding": lambda n, v: torch.full((n,), 1),
+    "some bad": lambda n, v: torch.randint(-v, 2 * v, (n,), generator=seeded()),
+    "all bad": lambda n, v: torch.full((n,), v),
+}
+
+
+def exact_gradient(
+    grad_output: Tensor, indices: Tensor, rows: int, padding_idx: int, scale: bool
+) -> Tensor:
+    """The sum in fp64, divided and rounded as the kernels document it."""
+    flat = indices.reshape(-1).long().numpy()
+    grads = grad_output.reshape(len(flat), grad_output.shape[-1]).double().numpy()
+    total = torch.from_numpy(reference.embedding_dense_backward(grads, flat, rows, padding_idx))
+    acc = torch.promote_types(grad_output.dtype, torch.float32)
+    total = total.to(acc)
+    if scale:
+        counts = torch.from_numpy(reference.embedding_counts(flat, rows))
+        total = total / counts.clamp(min=1)[:, None].to(acc)
+    return total.to(grad_output.dtype)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("columns", [1, 6, 136])
+@pytest.mark.parametrize("scale", [False, True], ids=["", "scale_grad_by_freq"])
+@pytest.mark.usefixtures("poison")
+def test_sorted_gradient(
+    backend: HostShimCupyBackend, distribution: str, dtype: torch.dtype, columns: int, scale: bool
+) -> None:
+    indices = DISTRIBUTIONS[distribution](3073, 300)
+    grad_output = torch.randint(-4, 5, (3073, columns), generator=seeded()).to(dtype)
+    with use_gradient_method("sorted"):
+        actual = backend.embedding_dense_backward(grad_output, indices, 300, 1, scale)
+    # Small integers have exact sums, whatever their order.
+    assert torch.equal(actual, exact_gradient(grad_output, indices, 300, 1, scale))
+    # 3073 keys are 97 chunks of 32, their 194 partial sums are 7 chunks, and 14 are one.
+    assert len(launched(backend, "segment_sum_kernel")) == 3
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("columns", [1, 6, 136])
+@pytest.mark.parametrize("card", BACKENDS)
+def test_atomic_gradient(distribution: str, dtype: torch.dtype, columns: int, card: str) -> None:
+    backend = make_backend(card)
+    indices = DISTRIBUTIONS[distribution](3073, 300)
+    grad_output = torch.randint(-4, 5, (3073, columns), generator=seeded()).to(dtype)
+    with use_gradient_method("atomic"):
+        actual = backend.embedding_dense_backward(grad_output, indices, 300, 1, False)
+    assert torch.equal(actual, exact_gradient(grad_output, indices, 300, 1, False))
+    assert not launched(backend, "segment_sum_kernel")
+
+
+@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 64, 65, 512, 513])
+@pytest.mark.parametrize("method", ["sorted", "atomic"])
+def test_gradient_of_few_ids(sm_90: HostShimCupyBackend, count: int, method: str) -> None:
+    """Around the chunk of 32, and around its 16 chunks that fill one chunk of partial sums."""
+    grad_output = torch.randint(-4, 5, (count, 5), generator=seeded()).float()
+    for distribution in DISTRIBUTIONS.values():
+        indices = distribution(count, 40)
+        with use_gradient_method(method):
+            actual = sm_90.embedding_dense_backward(grad_output, indices, 40, 1, False)
+        assert torch.equal(actual, exact_gradient(grad_output, indices, 40, 1, False))
+
+
+def test_only_new_cards_add_vectors(sm_90: HostShimCupyBackend) -> None:
+    sm_80 = make_backend("sm_80")
+    indices = torch.arange(10)
+    with use_gradient_method("atomic"):
+        for backend in (sm_80, sm_90):
+            for columns in (4, 6, 7):
+                backend.embedding_dense_backward(torch.ones(10, columns), indices, 10, -1, False)
+            backend.embedding_dense_backward(torch.ones(10, 4).double(), indices, 10, -1, False)
+    names = [f"scatter_add_kernel<float, {vec}, 4>" for vec in (4, 2, 1)]
+    assert launched(sm_90, "scatter") == [*names, "scatter_add_kernel<double, 1, 4>"]
+    assert launched(sm_80, "scatter") == [names[2]] * 3 + ["scatter_add_kernel<double, 1, 4>"]
+
+
+GRAD_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one row for all": lambda g: g[:1].expand_as(g),
+    "one value for all": lambda g: g[:1, :1].expand_as(g),
+    "transposed": transposed,
+    "shifted": shifted,
+    "first columns": lambda g: torch.cat([g, g], 1)[:, : g.shape[1]],
+    "every second column": lambda g: g.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("view", GRAD_VIEWS)
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("atomic", dtype) for dtype in FLOATS[:2]] + [("sorted", dtype) for dtype in FLOATS],
+    ids=str,
+)
+@pytest.mark.parametrize("columns", [3, 8])
+def test_gradient_of_any_strides(
+    sm_90: HostShimCupyBackend, view: str, method: str, dtype: torch.dtype, columns: int
+) -> None:
+    indices = torch.randint(0, 9, (80,), generator=seeded())
+    grad_output = torch.randint(-4, 5, (80, columns), generator=seeded()).to(dtype)
+    grad_output = GRAD_VIEWS[view](grad_output)
+    with use_gradient_method(method):
+        actual = sm_90.embedding_dense_backward(grad_output, indices, 9, -1, False)
+    assert torch.equal(actual, exact_gradient(grad_output, indices, 9, -1, False))
+
+
+@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
+@pytest.mark.parametrize("method", ["sorted", "atomic"])
+@pytest.mark.parametrize("rows", [200, 255, 256, 32767, 32768, 70000])
+def test_gradient_of_any_ids(
+    sm_90: HostShimCupyBackend, id_dtype: torch.dtype, method: str, rows: int
+) -> None:
+    """The rows are chosen at both sides of each width that a sort key can have."""
+    highest = min(rows, torch.iinfo(id_dtype).max + 1)
+    indices = torch.randint(0, highest, (4, 50), generator=seeded())
+    indices[0, :2] = highest - 1
+    indices = indices.to(id_dtype)
+    grad_output = torch.randint(-4, 5, (4, 50, 2), generator=seeded()).float()
+    with use_gradient_method(method):
+        actual = sm_90.embedding_dense_backward(grad_output, indices, rows, 3, False)
+    assert torch.equal(actual, exact_gradient(grad_output, indices, rows, 3, False))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[2:], ids=str)
+def test_4096_ones_make_4096(backend: HostShimCupyBackend, dtype: torch.dtype) -> None:
+    grad_output = torch.ones(4096, 3, dtype=dtype)
+    indices = torch.zeros(4096, dtype=torch.long)
+    grad_weight = backend.embedding_dense_backward(grad_output, indices, 2, -1, False)
+    assert grad_weight.tolist() == [[4096.0] * 3, [0.0] * 3]
+
+
+def test_subnormal_gradients_are_not_lost(backend: HostShimCupyBackend) -> None:
+    tiny = torch.full((4, 1), 2.0**-133, dtype=torch.bfloat16)
+    indices = torch.zeros(4, dtype=torch.long)
+    grad_weight = backend.embedding_dense_backward(tiny, indices, 1, -1, False)
+    assert grad_weight.item() == 2.0**-131
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("scale", [False, True], ids=["", "scale_grad_by_freq"])
+def test_sorted_gradient_does_not_depend_on_the_order_of_threads(
+    dtype: torch.dtype, scale: bool
+) -> None:
+    """Nor on the width of the card's atomics: random floats, whose sums differ with every order."""
+    indices = power_law(5000, 300)
+    grad_output = torch.randn(5000, 6, generator=seeded()).to(dtype)
+    with use_gradient_method("sorted"):
+        results = [
+            make_backend(name).embedding_dense_backward(grad_output, indices, 300, -1, scale)
+            for name in BACKENDS
+        ]
+    assert all(torch.equal(result, results[0]) for result in results)
+    exact = exact_gradient(grad_output.double(), indices, 300, -1, scale)
+    torch.testing.assert_close(results[0].double(), exact, rtol=1e-2, atol=1e-2)
+
+
+def test_sorted_gradient_adds_in_the_same_order_as_triton(sm_90: HostShimCupyBackend) -> None:
+    pytest.importorskip("triton")
+    from gpu_embed.backends._triton import TritonBackend
+
+    triton = TritonBackend()
+    if triton.unusable_reason(torch.device("cpu")) is not None:
+        pytest.skip("Triton's interpreter is off")
+    indices = power_law(700, 40)
+    grad_output = torch.randn(700, 3, generator=seeded())
+    with use_gradient_method("sorted"):
+        ours, theirs = (
+            backend.embedding_dense_backward(grad_output, indices, 40, -1, False)
+            for backend in (sm_90, triton)
+        )
+    assert torch.equal(ours, theirs)
+
+
+# Renorm and counts.
+
+NORM_TYPES = (math.inf, -math.inf, 0.0, 1.0, 2.0, 3.0, 0.5, -1.0, -2.5)
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("columns", [1, 50, 300])
+def test_renorm_of_every_norm(
+    backend: HostShimCupyBackend, norm_type: float, dtype: torch.dtype, columns: int
+) -> None:
+    weight = torch.randn(60, columns, generator=seeded(), dtype=torch.float64).to(dtype)
+    indices = torch.randint(0, 50, (20, 2), generator=seeded())
+    norms = reference.row_norm(weight.double().numpy(), norm_type)
+    max_norm = float(np.median(norms))
+    expected = torch.from_numpy(
+        reference.embedding_renorm(weight.double().numpy(), indices.numpy(), max_norm, norm_type)
+    )
+    actual = weight.clone()
+    backend.embedding_renorm_(actual, indices, max_norm, norm_type)
+    untouched = torch.ones(60, dtype=torch.bool)
+    untouched[indices] = False
+    assert torch.equal(actual[untouched], weight[untouched])
+    bound = 2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=0)
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+def test_renorm_agrees_with_torch(
+    sm_90: HostShimCupyBackend, norm_type: float, dtype: torch.dtype
+) -> None:
+    weight = torch.randn(60, 50, generator=seeded(), dtype=dtype)
+    indices = torch.randint(0, 50, (90,), generator=seeded())
+    max_norm = float(np.median(reference.row_norm(weight.double().numpy(), norm_type)))
+    if norm_type == 0:
+        max_norm -= 1
+    expected = weight.clone()
+    torch.embedding_renorm_(expected, indices, max_norm, norm_type)
+    assert not torch.equal(expected, weight)
+    sm_90.embedding_renorm_(weight, indices, max_norm, norm_type)
+    torch.testing.assert_close(weight, expected)
+
+
+def test_renorm_scales_a_row_once_however_often_it_is_looked_up(
+    backend: HostShimCupyBackend,
+) -> None:
+    # The number of non-zeros does not shrink with the row, so a second scaling would show.
+    weight = torch.full((3, 8), 6.0)
+    backend.embedding_renorm_(weight, torch.tensor([1, 1, 2, 1]), 4.0, 0.0)
+    torch.testing.assert_close(weight[:, 0], torch.tensor([6.0, 3.0, 3.0]))
+
+
+def test_renorm_leaves_the_table_when_an_id_is_bad(backend: HostShimCupyBackend) -> None:
+    for bad in (-1, 60, 2**40):
+        weight = torch.randn(60, 5, generator=seeded())
+        before = weight.clone()
+        backend.embedding_renorm_(weight, torch.tensor([3, bad, 5]), 0.1, 2.0)
+        assert torch.equal(weight, before)
+
+
+def test_renorm_of_any_strides(backend: HostShimCupyBackend) -> None:
+    storage = torch.randn(5, 60, 2, generator=seeded())
+    weight = storage[:, :, 1].t()
+    indices = torch.tensor([0, 59, 7])
+    expected = weight.clone()
+    torch.embedding_renorm_(expected, indices, 0.5, 2.0)
+    other = storage[:, :, 0].clone()
+    backend.embedding_renorm_(weight, indices, 0.5, 2.0)
+    torch.testing.assert_close(weight, expected)
+    assert torch.equal(storage[:, :, 0], other)
+
+
+@pytest.mark.parametrize("norm_type", [n for n in NORM_TYPES if n != 0])
+def test_renorm_leaves_a_row_with_nan(backend: HostShimCupyBackend, norm_type: float) -> None:
+    weight = torch.randn(2, 40, generator=seeded())
+    weight[1, 20] = math.nan
+    before = weight.clone()
+    backend.embedding_renorm_(weight, torch.tensor([1]), 1e-3, norm_type)
+    torch.testing.assert_close(weight, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 3073])
+def test_counts(backend: HostShimCupyBackend, id_dtype: torch.dtype, count: int) -> None:
+    indices = torch.randint(0, 120, (count,), generator=seeded()).to(id_dtype)
+    counts = backend.embedding_counts(indices, 100)
+    assert counts.dtype == torch.int32
+    assert counts.tolist() == torch.bincount(indices.long(), minlength=120)[:100].tolist()
+
+
+# Addresses past 2**31 elements. The tables are mapped but never filled, so they cost an address range alone.
+
+FAR_ROWS = 2**28 + 5  # of 8 columns: 2**31 + 40 elements
+
+
+def mapped(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A table of zeros whose pages come into being where they are touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    pages = mmap.mmap(-1, rows * columns * dtype.itemsize, flags=flags)
+    return torch.frombuffer(pages, dtype=dtype).view(rows, columns)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs a POSIX mmap")
+class TestFarRows:
+    indices = torch.tensor([FAR_ROWS - 1, 3, FAR_ROWS - 2, FAR_ROWS - 1])
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32], ids=str)
+    def test_gather(self, sm_90: HostShimCupyBackend, dtype: torch.dtype) -> None:
+        weight = mapped(FAR_ROWS, 8, dtype)
+        weight[-2:] = torch.arange(16).view(2, 8).to(dtype)
+        expected = torch.stack([weight[i] for i in self.indices.tolist()])
+        assert torch.equal(sm_90.embedding(weight, self.indices, -1, None), expected)
+
+    @pytest.mark.parametrize("method", ["sorted", "atomic"])
+    def test_gradient(
+        self, sm_90: HostShimCupyBackend, method: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        grad_weight = mapped(FAR_ROWS, 8, torch.float32)
+        monkeypatch.setattr(Tensor, "new_zeros", lambda *_: grad_weight)
+        grad_output = torch.arange(32).view(4, 8).float()
+        with use_gradient_method(method):
+            sm_90.embedding_dense_backward(grad_output, self.indices, FAR_ROWS, -1, False)
+        assert torch.equal(grad_weight[-1], grad_output[0] + grad_output[3])
+        assert torch.equal(grad_weight[-2], grad_output[2])
+        assert torch.equal(grad_weight[3], grad_output[1])
+
+    def test_renorm(self, sm_90: HostShimCupyBackend) -> None:
+        weight = mapped(FAR_ROWS, 8, torch.float32)
+        weight[-1] = 3.0
+        sm_90.embedding_renorm_(weight, self.indices, 1.5, math.inf)
+        torch.testing.assert_close(weight[-1], torch.full((8,), 1.5))
+
+    def test_counts(self, sm_90: HostShimCupyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
+        counts = mapped(2**31 + 8, 1, torch.int32).view(-1)
+        monkeypatch.setattr(torch, "zeros", lambda *_, **__: counts)
+        sm_90.embedding_counts(torch.tensor([2**31 + 7, 2**31 + 7]), 2**31 + 8)
+        assert counts[-1] == 2
+
+
+# The build itself.
+
+
+def test_the_host_build_sees_a_misaligned_access(sm_90: HostShimCupyBackend) -> None:
+    weight = shifted(torch.zeros(2, 4))
+    indices = torch.zeros(1, dtype=torch.long)
+    output = torch.zeros(1, 4)
+    arguments = (weight, indices, output, None, None, 1, 2, -1, 1, 1, 1, 8)
+    kernel = Kernel("gather", "gather_flat_kernel<word16, 4>")
+    with pytest.raises(RuntimeError, match="misaligned"):
+        sm_90._launch(kernel, (1, 1), (32, 1), weight.device, *arguments)
+
+
+def test_the_host_build_knows_no_other_kernel(sm_90: HostShimCupyBackend) -> None:
+    with pytest.raises(LookupError, match="no_kernel"):
+        sm_90._launch(Kernel("counts", "no_kernel"), (1, 1), (1, 1), torch.device("cpu"))
+
+
+def triton_parameters() -> dict[str, tuple[list[str], list[str]]]:
+    """For each Triton kernel: its arguments, and its constants."""
+    found = {}
+    for path in sorted(KERNELS_DIR.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                constants = [a.arg for a in node.args.args if a.annotation is not None]
+                arguments = [a.arg for a in node.args.args if a.annotation is None]
+                found[f"{path.stem}/{node.name}"] = (arguments, constants)
+    return found
+
+
+def cuda_parameters() -> dict[str, list[str]]:
+    found = {}
+    for path in sorted(KERNELS_DIR.glob("*.cu")):
+        code = re.sub(r"//.*", "", path.read_text())
+        for name, arguments in re.findall(r"__global__ void (\w+)\(([^{]*)\) \{", code):
+            names = [re.findall(r"\w+", argument)[-1] for argument in arguments.split(",")]
+            found[f"{path.stem}/{name}"] = names
+    return found
+
+
+def test_each_cuda_kernel_has_the_name_and_the_arguments_of_its_triton_twin() -> None:
+    """Behind the shared arguments come Triton's constants, and the widths that Triton's pointers know."""
+    triton, cuda = triton_parameters(), cuda_parameters()
+    assert triton
+    assert triton.keys() == cuda.keys()
+    for name, (arguments, constants) in triton.items():
+        assert cuda[name][: len(arguments)] == arguments, name
+        rest = [argument for argument in cuda[name][len(arguments) :] if argument not in constants]
+        assert set(rest) <= {"index_bytes", "key_bytes"}, name
