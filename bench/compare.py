@@ -1,0 +1,341 @@
+"""Two results side by side: did anything get slower, or stop being right?
+
+A CI runner calls it through ``python -m gpu_embed.bench compare OLD.csv NEW.csv --fail-below 0.95``.
+The first half, what a cell is and which rows are ours, serves the plots and the report too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .results import Key, ResultsError, Row, read_rows
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+OURS = "gpu_embed"
+# What a user of the layer gets: the kernel of our own choice, and sparse=True where that was asked for.
+OFFERED = (OURS, f"{OURS}-sparse")
+# Broken and slower rows are always printed; of the others this many.
+SHOWN = 40
+# Wide enough for one line a row where the output is a file and has no width of its own.
+LOG_WIDTH = 200
+
+REGRESSION = 1
+UNUSABLE = 2
+
+
+def is_ours(provider: str) -> bool:
+    """gpu_embed, or gpu_embed with one of its methods forced."""
+    return provider.startswith(OURS)
+
+
+def time_of(row: Row) -> float | None:
+    """The median in ms; None unless the row is right and was timed."""
+    if row.status == "ok" and row.ms_p50 is not None and 0 < row.ms_p50 < math.inf:
+        return row.ms_p50
+    return None
+
+
+def cell_of(row: Row) -> Key:
+    """What was measured, without by whom."""
+    return row.key._replace(provider="")
+
+
+def by_cell(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
+    """For each cell its rows by provider, both in the order of the file."""
+    cells: dict[Key, dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault(cell_of(row), {})[row.provider] = row
+    return cells
+
+
+def our_row(providers: Mapping[str, Row]) -> Row | None:
+    """The row that stands for us: the faster of what is offered, else the fastest forced method.
+
+    gpu_embed's own choice without a time is a failure that no other row hides.
+    """
+    default = providers.get(OURS)
+    if default is not None and time_of(default) is None:
+        return default
+    offered = [providers[name] for name in OFFERED if name in providers]
+    forced = [row for name, row in providers.items() if is_ours(name)]
+    return min(offered or forced, key=lambda row: time_of(row) or math.inf, default=None)
+
+
+def best_rival(providers: Mapping[str, Row]) -> Row | None:
+    """The fastest provider that is not ours, among those that are right."""
+    timed = [row for name, row in providers.items() if not is_ours(name) and time_of(row)]
+    return min(timed, key=lambda row: time_of(row) or math.inf, default=None)
+
+
+def ratio_of(slow: Row | None, fast: Row | None) -> float | None:
+    """How many times faster the second is; None unless both were timed."""
+    above = time_of(slow) if slow else None
+    below = time_of(fast) if fast else None
+    return above / below if above and below else None
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def describe(cell: Key) -> str:
+    """A cell in one line; what is the same almost everywhere is left out."""
+    parts = [
+        cell.set,
+        cell.operation if cell.operation != "embedding" else "",
+        cell.mode,
+        cell.dtype,
+        f"V={cell.vocab:,}",
+        f"D={cell.dim:,}",
+        f"N={cell.num_ids:,}",
+        cell.distribution,
+        cell.id_dtype if cell.id_dtype != "int64" else "",
+        f"padding {cell.padding:.0%}" if cell.padding else "",
+    ]
+    return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same cell and provider in both results."""
+
+    old: Row
+    new: Row
+
+    @property
+    def ratio(self) -> float | None:
+        """old ms / new ms: 1.0 is the same, below 1 is slower."""
+        return ratio_of(self.old, self.new)
+
+    @property
+    def broke(self) -> bool:
+        """There was a time, and now there is none."""
+        return time_of(self.old) is not None and time_of(self.new) is None
+
+    @property
+    def mended(self) -> bool:
+        return time_of(self.old) is None and time_of(self.new) is not None
+
+    @property
+    def judged(self) -> bool:
+        """Decides the exit code: ours, and with an old time to hold on to."""
+        return is_ours(self.new.provider) and time_of(self.old) is not None
+
+    def regressed(self, fail_below: float) -> bool:
+        return self.broke or (self.ratio is not None and self.ratio < fail_below)
+
+    def verdict(self, fail_below: float) -> str:
+        if self.regressed(fail_below):
+            return "BROKEN" if self.broke else "SLOWER"
+        return "mended" if self.mended else ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both results, matched: worst pair first."""
+
+    pairs: list[Pair]
+    only_old: list[Row]
+    only_new: list[Row]
+
+    @property
+    def devices(self) -> tuple[set[str], set[str]]:
+        return {pair.old.device for pair in self.pairs}, {pair.new.device for pair in self.pairs}
+
+    def providers(self) -> dict[str, list[Pair]]:
+        """The pairs by provider, ours first."""
+        groups: dict[str, list[Pair]] = {}
+        for pair in self.pairs:
+            groups.setdefault(pair.new.provider, []).append(pair)
+        return dict(sorted(groups.items(), key=lambda item: (not is_ours(item[0]), item[0])))
+
+
+def compare(old: Iterable[Row], new: Iterable[Row]) -> Comparison:
+    """Match the rows by what identifies them. If a file holds a row twice, the last one counts."""
+    old_rows = {row.key: row for row in old}
+    new_rows = {row.key: row for row in new}
+    pairs = [Pair(old_rows[key], row) for key, row in new_rows.items() if key in old_rows]
+    return Comparison(
+        pairs=sorted(pairs, key=_badness),
+        only_old=[row for key, row in old_rows.items() if key not in new_rows],
+        only_new=[row for key, row in new_rows.items() if key not in old_rows],
+    )
+
+
+def main_compare(old: Path, new: Path, fail_below: float) -> int:
+    """Print the comparison; return 0, REGRESSION or UNUSABLE, for a shell.
+
+    Only gpu_embed's own rows decide: a rival that got slower is no fault of ours.
+    """
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    try:
+        if not 0 < fail_below < math.inf:
+            raise ResultsError(f"--fail-below {fail_below}: expected a ratio above 0, such as 0.95")
+        comparison = compare(read_rows(old), read_rows(new))
+        if not comparison.pairs:
+            raise ResultsError(f"{old} and {new} have no row in common")
+    except ResultsError as error:
+        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
+            f"compare: {error}"
+        )
+        return UNUSABLE
+    _print_versions(console, comparison)
+    console.print(_pair_table(comparison.pairs, fail_below))
+    console.print(_provider_table(comparison, fail_below))
+    for name, rows in (("old", comparison.only_old), ("new", comparison.only_new)):
+        _print_unmatched(console, name, rows)
+    return _conclude(console, comparison, fail_below)
+
+
+def _conclude(console: Console, comparison: Comparison, fail_below: float) -> int:
+    console.print("Rivals are shown for orientation; only gpu_embed's rows decide the exit code.")
+    old_devices, new_devices = comparison.devices
+    if old_devices != new_devices:
+        console.print(
+            f"WARNING: this compares two machines ({_listed(old_devices)} and "
+            f"{_listed(new_devices)}), so the ratios say nothing about the code: no verdict.",
+            style="bold yellow",
+        )
+        return UNUSABLE
+    judged = [pair for pair in comparison.pairs if pair.judged]
+    if not judged:
+        console.print(
+            "No row of gpu_embed has a time in old and stands in new: nothing to judge.",
+            style="bold yellow",
+        )
+        return UNUSABLE
+    broke = sum(pair.broke for pair in judged)
+    slower = sum(pair.regressed(fail_below) for pair in judged) - broke
+    if broke or slower:
+        console.print(
+            f"REGRESSION: of {len(judged)} rows of gpu_embed, {slower} below {fail_below:g} "
+            f"and {broke} no longer ok.",
+            style="bold red",
+        )
+        return REGRESSION
+    console.print(
+        f"OK: none of {len(judged)} rows of gpu_embed is below {fail_below:g}.", style="bold green"
+    )
+    return 0
+
+
+def _print_versions(console: Console, comparison: Comparison) -> None:
+    sides = {
+        "old": [pair.old for pair in comparison.pairs],
+        "new": [pair.new for pair in comparison.pairs],
+    }
+    for name, rows in sides.items():
+        console.print(
+            f"{name}: {_listed({row.device for row in rows})}, "
+            f"torch {_listed({row.torch for row in rows})}, "
+            f"triton {_listed({row.triton for row in rows})}, "
+            f"commit {_listed({row.commit for row in rows})}"
+        )
+
+
+def _pair_table(pairs: Sequence[Pair], fail_below: float) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    bad = [pair for pair in pairs if pair.regressed(fail_below)]
+    shown = bad + [pair for pair in pairs if not pair.regressed(fail_below)][:SHOWN]
+    left_out = len(pairs) - len(shown)
+    table = Table(
+        title=f"old ms / new ms (1.0: the same; below 1: slower), worst of {len(pairs)} rows first",
+        caption=f"{left_out} more rows, none of them slower or broken" if left_out else None,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("verdict", no_wrap=True)
+    for name in ("ratio", "old ms", "new ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("provider", no_wrap=True)
+    # A narrow terminal folds the long column; nothing is cut off.
+    table.add_column("cell", overflow="fold")
+    for pair in shown:
+        table.add_row(
+            pair.verdict(fail_below),
+            "" if pair.ratio is None else f"{pair.ratio:.3f}",
+            _milliseconds(pair.old),
+            _milliseconds(pair.new),
+            pair.new.provider,
+            describe(cell_of(pair.new)),
+            style=_style(pair, fail_below),
+        )
+    return table
+
+
+def _provider_table(comparison: Comparison, fail_below: float) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title="By provider", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("provider")
+    for name in ("compared", "geometric mean", "worst", "best", f"below {fail_below:g}", "broken"):
+        table.add_column(name, justify="right")
+    table.add_column("decides")
+    for provider, pairs in comparison.providers().items():
+        ratios = [pair.ratio for pair in pairs if pair.ratio is not None]
+        figures = (
+            [f"{value:.3f}" for value in (geometric_mean(ratios), min(ratios), max(ratios))]
+            if ratios
+            else ["", "", ""]
+        )
+        table.add_row(
+            provider,
+            str(len(ratios)),
+            *figures,
+            str(sum(ratio < fail_below for ratio in ratios)),
+            str(sum(pair.broke for pair in pairs)),
+            "yes" if is_ours(provider) else "no",
+        )
+    return table
+
+
+def _print_unmatched(console: Console, name: str, rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    ours = sum(is_ours(row.provider) for row in rows)
+    console.print(f"{len(rows)} rows only in {name}, {ours} of them gpu_embed's:")
+    for row in sorted(rows, key=lambda row: not is_ours(row.provider))[:SHOWN]:
+        console.print(f"  {row.provider}: {describe(cell_of(row))}", soft_wrap=True)
+    if len(rows) > SHOWN:
+        console.print(f"  and {len(rows) - SHOWN} more")
+
+
+def _badness(pair: Pair) -> tuple[int, float]:
+    """Broken rows first, then by ratio, then those with no ratio."""
+    if pair.broke:
+        return 0, 0.0
+    return (1, pair.ratio) if pair.ratio is not None else (2, 0.0)
+
+
+def _style(pair: Pair, fail_below: float) -> str:
+    if not pair.regressed(fail_below):
+        return "green" if pair.mended else ""
+    return "bold red" if pair.judged else "yellow"
+
+
+def _state(row: Row) -> str:
+    return "not timed" if row.status == "ok" else row.status
+
+
+def _milliseconds(row: Row) -> str:
+    value = time_of(row)
+    return _state(row) if value is None else f"{value:.4g}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " + ".join(sorted(name or "unknown" for name in names))

@@ -1,0 +1,231 @@
+"""What a run leaves behind: results.csv, one row a measurement, and header.json beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple
+
+RESULTS = "results.csv"
+HEADER = "header.json"
+# wrong: the result differs from the reference, so there is no time; oom: it does not fit in memory.
+STATUSES = ("ok", "wrong", "missing", "error", "oom")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider on one cell. The fields are the CSV's columns, in this order; None is an empty field."""
+
+    set: str
+    operation: str  # "embedding"
+    mode: str  # forward | backward | full | step
+    dtype: str  # "float32", "bfloat16", ...: torch's names
+    id_dtype: str
+    vocab: int  # V, rows of the table
+    dim: int  # D, columns
+    num_ids: int  # N
+    distribution: str  # uniform | zipf:1.05 | equal | sorted | text | hot:0.5 | ...
+    unique_ids: int | None  # rows that the first of the rotated id sets reads
+    padding: float  # share of the ids that are padding_idx
+    provider: str
+    status: str  # one of STATUSES
+    ms_p20: float | None = None  # warm L2
+    ms_p50: float | None = None
+    ms_p80: float | None = None
+    cold_ms_p50: float | None = None  # L2 flushed before each call
+    # Both from ms_p50; see measure.py for the byte formulas.
+    gbps_dram: float | None = None
+    gbps_logical: float | None = None
+    percent_of_copy: float | None = (
+        None  # gbps_dram in % of the copy bandwidth measured in the same run
+    )
+    host_us: float | None = None  # the host's own time per call, on a tiny input
+    match: str = ""  # "exact", "error 0.12 of the fp32 bound", or what is wrong
+    peak_extra_bytes: int | None = None  # device memory beyond inputs and results
+    device: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+    note: str = ""  # the message of an error, the bytes that did not fit, why a provider is missing
+
+    @property
+    def key(self) -> Key:
+        """What `--resume` and comparisons know a measurement by."""
+        return Key(
+            self.set,
+            self.operation,
+            self.mode,
+            self.dtype,
+            self.id_dtype,
+            self.vocab,
+            self.dim,
+            self.num_ids,
+            self.distribution,
+            self.padding,
+            self.provider,
+        )
+
+
+class Key(NamedTuple):
+    """The columns that say what was measured, by whom."""
+
+    set: str
+    operation: str
+    mode: str
+    dtype: str
+    id_dtype: str
+    vocab: int
+    dim: int
+    num_ids: int
+    distribution: str
+    padding: float
+    provider: str
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+INTEGERS = ("vocab", "dim", "num_ids", "unique_ids", "peak_extra_bytes")
+FLOATS = (
+    "padding",
+    "ms_p20",
+    "ms_p50",
+    "ms_p80",
+    "cold_ms_p50",
+    "gbps_dram",
+    "gbps_logical",
+    "percent_of_copy",
+    "host_us",
+)
+
+
+class ResultsError(ValueError):
+    """A results file that cannot be read, said in one sentence."""
+
+
+class RowWriter:
+    """Appends rows to DIR/results.csv; each is on disk before the next is measured.
+
+    Use it in a `with` block.
+    """
+
+    def __init__(self, directory: Path, resume: bool = False) -> None:
+        """Open the file anew, or with `resume` behind the rows that it holds.
+
+        Raises ResultsError if there are results already and `resume` is not set, or they are no results.
+        """
+        path = directory / RESULTS
+        exists = path.exists() and path.stat().st_size > 0
+        self.done = {row.key for row in _repaired_rows(path)} if exists else set()
+        if self.done and not resume:
+            raise ResultsError(
+                f"{path} exists already; use --resume to add what it lacks, or another --out"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        # A run that ended before its first row left nothing to keep.
+        mode = "a" if self.done else "w"
+        self._file: IO[str] = path.open(mode, newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file)
+        if not self.done:
+            self._write(COLUMNS)
+
+    def write(self, row: Row) -> None:
+        """Append one row and flush it."""
+        self._write([_text(getattr(row, name)) for name in COLUMNS])
+        self.done.add(row.key)
+
+    def _write(self, values: Sequence[str]) -> None:
+        self._writer.writerow(values)
+        self._file.flush()
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results.csv, or of the one in a directory.
+
+    Raises ResultsError if there is none or it cannot be understood.
+    """
+    file = path / RESULTS if path.is_dir() else path
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            reader = csv.reader(lines)
+            columns = next(reader, None)
+            if columns is None or tuple(columns) != COLUMNS:
+                raise ResultsError(f"{file}: the first line does not name the benchmark's columns")
+            return [_row(values, f"{file}, line {reader.line_num}") for values in reader if values]
+    except OSError as error:
+        raise ResultsError(f"{file}: {error.strerror or error}") from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ResultsError(f"{file}: no CSV file ({error})") from None
+
+
+def write_header(directory: Path, header: Mapping[str, Any]) -> None:
+    """Write DIR/header.json, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    part = directory / f"{HEADER}.part"
+    part.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, directory / HEADER)
+
+
+def read_header(directory: Path) -> dict[str, Any]:
+    """DIR/header.json; of a file, the one beside it. Raises ResultsError if it is missing or broken."""
+    path = (directory if directory.is_dir() else directory.parent) / HEADER
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ResultsError(f"{path}: no JSON file ({error})") from None
+    if not isinstance(header, dict):
+        raise ResultsError(f"{path}: expected an object")
+    return header
+
+
+def _repaired_rows(path: Path) -> list[Row]:
+    """The rows, after cutting off a last line that a crash left half written."""
+    data = path.read_bytes()
+    if not data.endswith(b"\n"):
+        path.write_bytes(data[: data.rfind(b"\n") + 1])
+    return read_rows(path)
+
+
+def _row(values: Sequence[str], place: str) -> Row:
+    if len(values) != len(COLUMNS):
+        raise ResultsError(f"{place}: {len(values)} fields where {len(COLUMNS)} are expected")
+    parsed: dict[str, Any] = {}
+    for name, text in zip(COLUMNS, values, strict=True):
+        try:
+            parsed[name] = _value(name, text)
+        except ValueError:
+            raise ResultsError(f"{place}: {name} is {text!r}") from None
+    if parsed["status"] not in STATUSES:
+        raise ResultsError(f"{place}: status is {parsed['status']!r}")
+    return Row(**parsed)
+
+
+def _value(name: str, text: str) -> Any:
+    if name in INTEGERS:
+        return int(text) if text else None
+    if name in FLOATS:
+        return float(text) if text else None
+    return text
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    # Six digits are more than a clock tells, and keep the file readable.
+    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("\n", " ")
