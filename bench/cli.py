@@ -1,0 +1,472 @@
+"""The command line: python -m gpu_embed.bench."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import re
+import shlex
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+import gpu_embed
+
+from . import ids as ids_module
+from . import machine, results
+from .measure import Bench
+from .providers import PROVIDERS
+from .run import Choice, Job, execute, plan
+from .shapes import DTYPES, ID_DTYPES, MODES, SETS
+from .timing import Effort, copy_gbps
+from .traffic import CARDS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+PROG = "python -m gpu_embed.bench"
+OWN = "gpu_embed"
+SAME_RUN = ("device", "torch", "triton", "commit", "seed")
+
+
+class CannotRunError(Exception):
+    """A reason not to start, in one sentence for the user."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CannotRunError(f"{message} (see {self.prog} --help)")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog=PROG,
+        description="Measure embedding lookups and their gradients against everybody else's. Without a "
+        "command: a summary of this machine in one minute.",
+        epilog="Exit code: 0 done, 1 a result of gpu_embed's own is wrong or failed (compare: a "
+        "regression), 2 it cannot start, 130 interrupted.",
+    )
+    machine_options(parser)
+    parser.add_argument(
+        "--card",
+        default="h200",
+        help="the GPU whose times the CPU summary predicts (default: %(default)s)",
+    )
+    commands = parser.add_subparsers(dest="command", parser_class=Parser)
+    add_run(commands.add_parser("run", help="measure sets of shapes and write CSV and JSON"))
+    commands.add_parser("list", help="the sets of shapes, and who can be measured here")
+    compare = commands.add_parser("compare", help="exit 1 where NEW is slower than OLD")
+    compare.add_argument("old", type=Path, metavar="OLD", help="results.csv, or its directory")
+    compare.add_argument("new", type=Path, metavar="NEW")
+    compare.add_argument(
+        "--fail-below",
+        type=float,
+        default=0.95,
+        metavar="RATIO",
+        help="a cell is a regression below this share of its old speed (default: %(default)s)",
+    )
+    for name, text in (
+        ("plot", "draw the results in DIR"),
+        ("report", "write DIR as one HTML page"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("directory", type=Path, metavar="DIR")
+    return parser.parse_args(argv)
+
+
+def machine_options(parser: argparse.ArgumentParser, nested: bool = False) -> None:
+    # A command's own defaults would undo what stands before the command.
+    for option, kind, default, text in (
+        ("--device", str, None, "such as cpu or cuda:1 (default: cuda if there is one)"),
+        (
+            "--threads",
+            int,
+            1,
+            "on the CPU (default: 1; on a busy machine they wait for each other)",
+        ),
+        ("--seed", int, 0, "for ids and tables (default: 0)"),
+    ):
+        shown = argparse.SUPPRESS if nested else default
+        parser.add_argument(option, type=kind, default=shown, help=text)
+
+
+def add_run(run: argparse.ArgumentParser) -> None:
+    machine_options(run, nested=True)
+    run.add_argument("--set", nargs="+", default=[], metavar="SET", help="A B ..., or all")
+    run.add_argument("--mode", nargs="+", help=f"{', '.join(MODES)} (default: the set's)")
+    run.add_argument("--providers", nargs="+", help="names from `list` (default: all that can run)")
+    for name, text in (
+        ("dtype", "of the table"),
+        ("id-dtype", "of the ids"),
+        ("vocab", "rows of the table: 65536, 2**16, 1e6, 10M"),
+        ("dim", "columns of the table"),
+        ("ids", "ids a call"),
+        ("distribution", "uniform, zipf:1.05, equal, sorted, text, hot:0.5, ..., or a file of ids"),
+    ):
+        run.add_argument(f"--{name}", nargs="+", help=f"{text}, in place of the set's")
+    run.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR")
+    run.add_argument("--max-memory", metavar="SIZE", help="such as 8G: larger cells are left out")
+    run.add_argument("--limit", type=int, metavar="N", help="the first N cells alone")
+    run.add_argument(
+        "--seconds", type=float, default=0.5, help="for each measurement (default: %(default)s)"
+    )
+    run.add_argument("--resume", action="store_true", help="measure what DIR lacks")
+
+
+def known(what: str, values: Sequence[str] | None, names: Collection[str]) -> list[str] | None:
+    """The values, if all are names. Raises CannotRunError for the first that is not."""
+    for value in values or ():
+        if value not in names:
+            raise CannotRunError(f"unknown {what} {value!r}: choose from {', '.join(names)}")
+    return list(values) if values else None
+
+
+def whole_numbers(option: str, values: Sequence[str] | None) -> list[int] | None:
+    """65536, 65_536, 2**16, 1e6, 64k, 10M."""
+    return [whole_number(option, value) for value in values] if values else None
+
+
+def whole_number(option: str, text: str) -> int:
+    number = math.nan
+    if match := re.fullmatch(r"(\d+)\*\*(\d{1,2})", text):
+        number = int(match[1]) ** int(match[2])
+    elif match := re.fullmatch(r"([\d_.]+(?:e\d{1,2})?)([kKM]?)", text):
+        with contextlib.suppress(ValueError):
+            number = float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6}[match[2]]
+    if not 1 <= number < 2**63 or number != int(number):
+        raise CannotRunError(
+            f"{option} {text}: expected a whole number from 1, such as 65536 or 1e6"
+        )
+    return int(number)
+
+
+def memory_size(text: str) -> int:
+    """Bytes of 8G, 500M, 8GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?", text, re.IGNORECASE)
+    if match is None:
+        raise CannotRunError(f"--max-memory {text}: expected a size such as 8G or 500M")
+    return int(float(match[1]) * 1024 ** ("KMGT".index(match[2].upper()) + 1))
+
+
+def choose_device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise CannotRunError(f"--device {name}: choose cpu, cuda, or one GPU such as cuda:1")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    # A torch built without CUDA raises AssertionError.
+    except (RuntimeError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise CannotRunError(f"--device {name}: {reason}; --device cpu always works") from None
+    if device.type == "cuda":
+        device = torch.device(
+            "cuda", torch.cuda.current_device() if device.index is None else device.index
+        )
+        # Events and the kernels of some rivals go to the current device.
+        torch.cuda.set_device(device)
+    return device
+
+
+def check_extra(*names: str) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise CannotRunError(f"this needs {name}: pip install 'gpu_embed[bench]'")
+
+
+def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
+    """The device and its copy bandwidth, measured and said."""
+    if not 0 <= args.seed < 2**40:
+        raise CannotRunError(f"--seed {args.seed}: choose a number from 0 to 2**40 - 1")
+    if args.threads < 1:
+        raise CannotRunError(f"--threads {args.threads}: at least 1 is needed")
+    torch.set_num_threads(args.threads)
+    device = choose_device(args.device)
+    try:
+        gpu_embed.Embedding(1, 1).to(device)(torch.zeros(1, dtype=torch.int64, device=device))
+    except (RuntimeError, ValueError) as problem:
+        raise CannotRunError(str(problem).removeprefix("gpu_embed: ")) from problem
+    name, dirty = machine.commit()
+    facts = {
+        "device": machine.device_name(device),
+        "torch": torch.__version__,
+        "triton": machine.version("triton"),
+        "commit": name,
+    }
+    memory = machine.usable_memory(device)
+    console.print(f"gpu_embed bench on {facts['device']}")
+    console.print(
+        f"torch {facts['torch']}, triton {facts['triton'] or 'none'}, "
+        f"{name}{' with changes' if dirty else ''}"
+    )
+    console.print(f"backend: {gpu_embed.backends.explain(device)}")
+    speed = copy_gbps(device, memory)
+    console.print(f"measured copy bandwidth, read + write: {speed:,.3g} GB/s")
+    return Bench(device, speed, facts, memory, args.seed), speed
+
+
+def summary(args: argparse.Namespace) -> int:
+    from . import summary as summaries
+
+    if args.card not in CARDS:
+        raise CannotRunError(f"unknown card {args.card!r}: choose from {', '.join(CARDS)}")
+    console = make_console()
+    bench, _ = start(args, console)
+    with progress_bar(console) as progress:
+        if bench.device.type == "cuda":
+            rows = summaries.summarize_gpu(bench, console, progress)
+        else:
+            rows = summaries.summarize_cpu(bench, console, progress, CARDS[args.card])
+    missing = {
+        provider.name: reason
+        for provider in PROVIDERS.values()
+        if (reason := provider.missing_reason(bench.device)) is not None
+    }
+    if bench.device.type == "cuda" and missing:
+        console.print("not measured: " + "; ".join(f"{n}: {why}" for n, why in missing.items()))
+    console.print(f"More: {PROG} list, {PROG} run --help")
+    return own_failures(rows, console)
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    choice = read_choice(args)
+    console = make_console()
+    memory = None if args.max_memory is None else memory_size(args.max_memory)
+    if args.limit is not None and args.limit < 1:
+        raise CannotRunError(f"--limit {args.limit}: at least 1 cell is needed")
+    if not 0 < args.seconds <= 600:
+        raise CannotRunError(f"--seconds {args.seconds:g}: choose a number above 0, at most 600")
+    jobs = plan(choice, choose_device(args.device))
+    if not jobs:
+        raise CannotRunError("nothing to measure: no chosen provider is measured in a chosen mode")
+    with results.RowWriter(args.out, args.resume) as writer:
+        bench, speed = start(args, console)
+        bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
+        bench.memory = bench.memory if memory is None else min(memory, bench.memory)
+        bench.copy_gbps = write_header(args, argv, bench, speed)
+        done: list[results.Row] = []
+        try:
+            with progress_bar(console) as progress:
+                report = Reporter(console, progress, len(jobs))
+                execute(bench, jobs, writer, report.start, done_with(done, report.row), report.skip)
+                report.flush()
+        except KeyboardInterrupt:
+            kept = sum(job.row(bench).key in writer.done for job in jobs)
+            print(
+                f"\n{PROG}: interrupted; {kept} of {len(jobs)} measurements are in "
+                f"{args.out / results.RESULTS}, the same command with --resume measures the rest",
+                file=sys.stderr,
+            )
+            return 130
+    counts = {s: sum(row.status == s for row in done) for s in results.STATUSES}
+    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    console.print(f"{said or 'nothing new'}: {args.out / results.RESULTS}")
+    return own_failures(done, console)
+
+
+def done_with(
+    rows: list[results.Row], then: Callable[[results.Row], None]
+) -> Callable[[results.Row], None]:
+    def keep(row: results.Row) -> None:
+        rows.append(row)
+        then(row)
+
+    return keep
+
+
+class Reporter:
+    """The bar with the time left, and a line for each cell and mode when all its providers are through."""
+
+    def __init__(self, console: Console, progress: Progress, total: int) -> None:
+        self.console = console
+        self.progress = progress
+        self.task = progress.add_task("", total=total)
+        self._rows: list[results.Row] = []
+        self._place: tuple[str, ...] | None = None
+
+    def start(self, job: Job) -> None:
+        place = (job.set, job.mode, str(job.cell))
+        if place != self._place:
+            self.flush()
+            self._place = place
+        self.progress.update(self.task, description=f"{job.set} {job.mode} {job.provider.name}")
+
+    def row(self, row: results.Row) -> None:
+        self._rows.append(row)
+        self.progress.advance(self.task)
+
+    def skip(self, job: Job) -> None:
+        self.progress.advance(self.task)
+
+    def flush(self) -> None:
+        """Say what is known of the last cell."""
+        if self._rows and self._place is not None:
+            said = ", ".join(
+                f"{row.provider} {row.ms_p50:.4g} ms ({row.percent_of_copy:.0f} %)"
+                if row.ms_p50 is not None and row.percent_of_copy is not None
+                else f"{row.provider} {row.status} ({row.note or row.match})"
+                for row in self._rows
+            )
+            self.console.print(f"{' '.join(self._place)}: {said}")
+        self._rows = []
+
+
+def read_choice(args: argparse.Namespace) -> Choice:
+    """The options of `run`, checked."""
+    if not args.set:
+        raise CannotRunError(f"--set names what to measure: {', '.join(SETS)}, or all")
+    sets = list(SETS) if args.set == ["all"] else known("set", args.set, SETS)
+    for distribution in args.distribution or ():
+        ids_module.parse(distribution)
+    return Choice(
+        sets=list(dict.fromkeys(sets or ())),
+        providers=known("provider", args.providers, PROVIDERS),
+        modes=known("mode", args.mode, MODES),
+        dtypes=known("dtype", args.dtype, DTYPES),
+        id_dtypes=known("id dtype", args.id_dtype, ID_DTYPES),
+        vocabs=whole_numbers("--vocab", args.vocab),
+        dims=whole_numbers("--dim", args.dim),
+        num_ids=whole_numbers("--ids", args.ids),
+        distributions=args.distribution,
+        limit=args.limit,
+    )
+
+
+def write_header(
+    args: argparse.Namespace, argv: Sequence[str], bench: Bench, speed: float
+) -> float:
+    """Write header.json, or check that a resumed run is the same one; returns its copy bandwidth."""
+    new = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(argv)])
+    if not (args.resume and (args.out / results.HEADER).exists()):
+        results.write_header(args.out, new)
+        return speed
+    old = results.read_header(args.out)
+    for name in SAME_RUN:
+        if old.get(name) != new[name]:
+            raise CannotRunError(
+                f"{args.out} holds results with {name} {old.get(name)!r}, this run has "
+                f"{new[name]!r}: choose another --out"
+            )
+    return float(old["copy_gbps"])
+
+
+def own_failures(rows: Iterable[results.Row], console: Console) -> int:
+    """1 if a result of ours is wrong or failed, and say which; the rivals' are theirs."""
+    bad = [r for r in rows if r.provider.startswith(OWN) and r.status in ("wrong", "error")]
+    for row in bad:
+        console.print(
+            f"{row.status}: {row.provider} {row.mode} {row.vocab} x {row.dim} {row.dtype}: "
+            f"{row.match or row.note}"
+        )
+    return 1 if bad else 0
+
+
+def list_all() -> int:
+    from rich.table import Table
+
+    console = make_console()
+    sets = Table(title="Sets of shapes", title_justify="left")
+    for name in ("set", "cells", "modes", "what", "from"):
+        sets.add_column(name, justify="right" if name == "cells" else "left")
+    for shape_set in SETS.values():
+        sets.add_row(
+            shape_set.name,
+            str(len(shape_set.cells)),
+            " ".join(shape_set.modes),
+            shape_set.description,
+            shape_set.origin,
+        )
+    console.print(sets)
+    device = choose_device(None)
+    providers = Table(title=f"Providers, on {device}", title_justify="left")
+    for name in ("provider", "what", "version", "here"):
+        providers.add_column(name)
+    for provider in PROVIDERS.values():
+        providers.add_row(
+            provider.name,
+            provider.description,
+            provider.version() or f"none (pip install {provider.package})",
+            provider.missing_reason(device) or "usable",
+        )
+    console.print(providers)
+    for name in ids_module.WORD_LISTS:
+        found = machine.version(name) or f"none (pip install {name})"
+        console.print(f"word list {name}: {found}")
+    return 0
+
+
+def make_console() -> Console:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+    if not console.is_terminal:
+        # Tables in a file or a pipe need not fit a screen.
+        console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, width=140)
+    return console
+
+
+def progress_bar(console: Console) -> Progress:
+    """The bar with the time left; it stays out of pipes and files."""
+    from rich import progress
+
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("left"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Run the command; the ones that draw and compare are imported when they are asked for."""
+    check_extra("rich")
+    if args.command is None:
+        return summary(args)
+    if args.command == "run":
+        return run(args, argv)
+    if args.command == "list":
+        return list_all()
+    if args.command == "compare":
+        from .compare import main_compare
+
+        if not args.fail_below > 0:
+            raise CannotRunError(f"--fail-below {args.fail_below:g}: choose a number above 0")
+        return main_compare(args.old, args.new, args.fail_below)
+    check_extra("matplotlib")
+    if args.command == "plot":
+        from .plots import plot_directory
+
+        for path in plot_directory(args.directory):
+            print(path)
+        return 0
+    from .report import write_report
+
+    print(write_report(args.directory))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return dispatch(parse_args(argv), argv)
+    except (CannotRunError, ids_module.IdsError, results.ResultsError) as problem:
+        print(f"{PROG}: {problem}", file=sys.stderr)
+        return 2
+    except OSError as problem:
+        print(f"{PROG}: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{PROG}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,91 @@
+"""The host's microseconds per call, on the CPU, with nothing to wait for.
+
+The Triton backend is measured whole but for the launch itself, which needs a GPU: a stub stands in its place.
+So the figures say what Python, autograd and the allocation cost; on a GPU the launch comes on top.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gpu_embed
+from gpu_embed import backends
+
+from .timing import Call, host_us
+
+MODES = ("inference", "forward", "forward + backward")
+VOCAB, DIM, NUM_IDS = 128, 16, 8
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """One lookup's host time in one mode."""
+
+    who: str
+    mode: str  # one of MODES
+    us: float
+    times_torch: float  # us over that of torch.nn.functional.embedding
+
+
+def measure_host_time(seconds: float = 0.4) -> list[HostTime]:
+    """torch's lookup and ours, in turns, `seconds` for each pair of mode and backend."""
+    times = []
+    for mode in MODES:
+        for name, setting in _targets():
+            with setting():
+                theirs, ours = host_us(
+                    [_call(F.embedding, mode), _call(gpu_embed.functional.embedding, mode)],
+                    torch.device("cpu"),
+                    seconds,
+                )
+            times.append(HostTime(f"gpu_embed, {name}", mode, ours, ours / theirs))
+            if name == "torch backend":
+                times.insert(-1, HostTime("torch", mode, theirs, 1.0))
+    return times
+
+
+def _targets() -> Iterator[tuple[str, Callable[[], Any]]]:
+    yield "torch backend", lambda: gpu_embed.use_backend("torch")
+    if importlib.util.find_spec("triton") is not None:
+        yield "triton backend without the launch", stub_triton
+
+
+@contextmanager
+def stub_triton() -> Iterator[None]:
+    """Lookups on the CPU go through the Triton backend, which computes and launches nothing.
+
+    Outputs are uninitialised: this is for the host's time alone.
+    """
+    from gpu_embed.backends._triton import TritonBackend
+
+    class StubBackend(TritonBackend):
+        def _launch(self, *args: Any, **settings: Any) -> None:
+            return None
+
+    # Forced and freed again, so that the former choice returns whatever happens.
+    with gpu_embed.use_backend("triton"):
+        backends._selected[torch.device("cpu")] = StubBackend()
+        yield
+
+
+def _call(lookup: Callable[[Tensor, Tensor], Tensor], mode: str) -> Call:
+    weight = torch.randn(VOCAB, DIM, requires_grad=mode != "inference")
+    ids = torch.randint(VOCAB, (NUM_IDS,))
+    grad_output = torch.ones(NUM_IDS, DIM)
+
+    def forward(i: int) -> None:
+        lookup(ids, weight)
+
+    def forward_backward(i: int) -> None:
+        weight.grad = None
+        lookup(ids, weight).backward(grad_output)
+
+    return Call(forward_backward if mode == "forward + backward" else forward)

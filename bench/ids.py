@@ -1,0 +1,252 @@
+"""Ids to look up, drawn from a seed: the same seed, the same ids, on every machine.
+
+The row number is the rank: row 0 is the most frequent, as in vocabularies sorted by frequency.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.util
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FILE_SUFFIXES = (".npy", ".txt", ".pt")
+
+
+class IdsError(ValueError):
+    """A distribution that does not exist or does not fit, said in one sentence."""
+
+
+def draw(
+    distribution: str,
+    num_ids: int,
+    num_embeddings: int,
+    seed: int = 0,
+    padding: float = 0.0,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Ids below `num_embeddings`, int64 [num_ids], on the CPU.
+
+    Args:
+        distribution: "uniform", "zipf:ALPHA", "equal", "sorted", "text", "hot:FRACTION", "wordfreq",
+            "wordsegment", or a file of ids.
+        padding: the share of the ids that is overwritten by `padding_idx`, at random places.
+
+    Raises IdsError if the distribution is unknown, or its ids do not fit the table.
+    """
+    kind, argument = parse(distribution)
+    if num_embeddings < 1:
+        raise IdsError("ids cannot be drawn for a table without rows")
+    generator = torch.Generator().manual_seed(seed)
+    ids = kind(generator, argument, num_ids, num_embeddings)
+    if padding and padding_idx is not None:
+        places = torch.randperm(num_ids, generator=generator)[: round(padding * num_ids)]
+        ids[places] = padding_idx
+    return ids
+
+
+def parse(distribution: str) -> tuple[Draw, str]:
+    """The generator of that name, and its argument. Raises IdsError if there is none, or it cannot run."""
+    if distribution.endswith(FILE_SUFFIXES):
+        if not Path(distribution).is_file():
+            raise IdsError(f"there is no file {distribution}")
+        return _from_file, distribution
+    name, _, argument = distribution.partition(":")
+    if name not in KINDS:
+        names = ", ".join(KINDS).replace("zipf", "zipf:ALPHA").replace("hot", "hot:FRACTION")
+        raise IdsError(
+            f"unknown distribution {distribution!r}: choose one of {names}, or a file "
+            f"({', '.join(FILE_SUFFIXES)})"
+        )
+    if name in LIMITS:
+        _number(name, argument)
+    elif argument:
+        raise IdsError(f"the distribution {name!r} takes no argument, got {argument!r}")
+    if name in WORD_LISTS and importlib.util.find_spec(name) is None:
+        raise MissingWordsError(
+            f"the distribution {name!r} needs the package {name}: pip install {name}"
+        )
+    return KINDS[name], argument
+
+
+def length_of_file(distribution: str) -> int | None:
+    """How many ids a file holds; None where the distribution is no file."""
+    return len(_read(distribution)) if parse(distribution)[0] is _from_file else None
+
+
+class MissingWordsError(IdsError):
+    """A distribution whose words are not installed."""
+
+
+Draw = Callable[[torch.Generator, str, int, int], Tensor]
+
+
+def _uniform(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
+    return torch.randint(num_embeddings, (num_ids,), generator=generator)
+
+
+def _zipf(generator: torch.Generator, argument: str, num_ids: int, num_embeddings: int) -> Tensor:
+    """Row k with the probability that x**-alpha has between k + 1 and k + 2, over the whole table.
+
+    The integral can be inverted, so the cost does not grow with the table.
+    """
+    alpha = _number("zipf", argument)
+    share = torch.rand(num_ids, generator=generator, dtype=torch.float64)
+    end = float(num_embeddings + 1)
+    if alpha == 1:
+        x = end**share
+    else:
+        power = 1 - alpha
+        x = (1 + share * (end**power - 1)) ** (1 / power)
+    return x.to(torch.int64).sub_(1).clamp_(0, num_embeddings - 1)
+
+
+def _equal(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
+    row = torch.randint(num_embeddings, (1,), generator=generator)
+    return row.expand(num_ids).clone()
+
+
+def _sorted(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
+    return _uniform(generator, "", num_ids, num_embeddings).sort().values
+
+
+def _hot(generator: torch.Generator, argument: str, num_ids: int, num_embeddings: int) -> Tensor:
+    """A share of the ids on row 0, at random places; the others anywhere."""
+    ids = _uniform(generator, "", num_ids, num_embeddings)
+    hot = round(_number("hot", argument) * num_ids)
+    ids[torch.randperm(num_ids, generator=generator)[:hot]] = 0
+    return ids
+
+
+def _text(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
+    """Python's documentation in reading order; words too rare for the table share its last row."""
+    ids = _excerpt(_text_ranks(), generator, num_ids)
+    return ids.clamp_(max=num_embeddings - 1)
+
+
+def _from_file(generator: torch.Generator, path: str, num_ids: int, num_embeddings: int) -> Tensor:
+    ids = _read(path)
+    largest = int(ids.max())
+    if int(ids.min()) < 0 or largest >= num_embeddings:
+        raise IdsError(
+            f"{path}: the ids go from {int(ids.min())} to {largest}, the table has "
+            f"{num_embeddings} rows"
+        )
+    return _excerpt(ids, generator, num_ids)
+
+
+def _word_list(name: str) -> Draw:
+    def draw_words(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
+        total = _frequencies(name)[:num_embeddings].cumsum(0)
+        share = torch.rand(num_ids, generator=generator, dtype=torch.float64) * total[-1]
+        return torch.searchsorted(total, share, right=True).clamp_(max=len(total) - 1)
+
+    return draw_words
+
+
+# The packages of English word frequencies, and how to get the frequencies out of them.
+def _wordfreq() -> Iterable[float]:
+    import wordfreq  # type: ignore[import-not-found, unused-ignore]
+
+    values: Iterable[float] = wordfreq.get_frequency_dict("en").values()
+    return values
+
+
+def _wordsegment() -> Iterable[float]:
+    import wordsegment  # type: ignore[import-not-found, unused-ignore]
+
+    wordsegment.load()
+    values: Iterable[float] = wordsegment.UNIGRAMS.values()
+    return values
+
+
+WORD_LISTS: dict[str, Callable[[], Iterable[float]]] = {
+    "wordfreq": _wordfreq,
+    "wordsegment": _wordsegment,
+}
+KINDS: dict[str, Draw] = {
+    "uniform": _uniform,
+    "zipf": _zipf,
+    "equal": _equal,
+    "sorted": _sorted,
+    "hot": _hot,
+    "text": _text,
+    **{name: _word_list(name) for name in WORD_LISTS},
+}
+LIMITS = {"zipf": (0.0, 10.0), "hot": (0.0, 1.0)}
+
+
+def _number(name: str, text: str) -> float:
+    low, high = LIMITS[name]
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not low <= value <= high:
+        raise IdsError(f"{name}:{text}: {name} needs a number from {low:g} to {high:g}")
+    return value
+
+
+def _excerpt(ids: Tensor, generator: torch.Generator, num_ids: int) -> Tensor:
+    """num_ids in their order from a random place on, from the start again after the end."""
+    start = torch.randint(len(ids), (1,), generator=generator)
+    return ids[(torch.arange(num_ids) + start) % len(ids)]
+
+
+@cache
+def _text_ranks() -> Tensor:
+    """Each word and mark of the text as its rank by frequency."""
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError:
+        raise MissingWordsError(
+            "the distribution 'text' needs pydoc_data, which this Python lacks: install the full "
+            "standard library"
+        ) from None
+    text = "\n".join(topics[name] for name in sorted(topics)).lower()
+    # Underlines of headings and frames of tables are no sentence.
+    tokens = re.findall(r"\w+|[^\w\s]", re.sub(r"([-=*~+^])\1{2,}", " ", text))
+    ranked = collections.Counter(tokens).most_common()
+    ranks = {token: rank for rank, (token, _) in enumerate(ranked)}
+    return torch.tensor([ranks[token] for token in tokens])
+
+
+@cache
+def _frequencies(name: str) -> Tensor:
+    values = torch.tensor(list(WORD_LISTS[name]()), dtype=torch.float64)
+    return values.sort(descending=True).values
+
+
+@cache
+def _read(path: str) -> Tensor:
+    """The ids of a file, int64 [N]."""
+    try:
+        if path.endswith(".npy"):
+            ids = torch.from_numpy(np.load(path))
+        elif path.endswith(".txt"):
+            ids = torch.tensor([int(word) for word in Path(path).read_text().split()])
+        else:
+            ids = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise IdsError(f"{path}: cannot be read as ids ({str(error).splitlines()[0]})") from None
+    if not isinstance(ids, Tensor) or ids.numel() == 0:
+        raise IdsError(f"{path}: expected one tensor with at least one id")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise IdsError(f"{path}: ids are integers, these are {ids.dtype}")
+    return ids.reshape(-1).to(torch.int64)

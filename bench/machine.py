@@ -1,0 +1,160 @@
+"""Where a measurement was made: device, versions, commit, free memory."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gpu_embed
+
+# Free memory that is left to the allocator's rounding and to everybody else.
+MEMORY_SHARE = {"cuda": 0.92, "cpu": 0.5}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' * (threads > 1)}"
+
+
+def version(package: str) -> str:
+    """The installed version, or an empty text."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def commit() -> tuple[str, bool]:
+    """The checkout's commit, and whether its files differ from it; without one the version."""
+    source = Path(gpu_embed.__file__).resolve()
+    # An installed copy may lie inside another project's checkout: only a tracked file counts.
+    if _output("git", "-C", str(source.parent), "ls-files", "--error-unmatch", source.name):
+        name = _output("git", "-C", str(source.parent), "rev-parse", "--short=12", "HEAD")
+        changes = _output("git", "-C", str(source.parent), "status", "--porcelain")
+        if name:
+            return name, bool(changes)
+    return f"version {gpu_embed.__version__}", False
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """What nvidia-smi says of the GPU's driver and clocks at this moment; empty where there is none."""
+    if device.type != "cuda":
+        return {}
+    fields = (
+        "driver_version",
+        "clocks.sm",
+        "clocks.mem",
+        "clocks.max.sm",
+        "clocks.max.mem",
+        "power.limit",
+        "temperature.gpu",
+    )
+    # nvidia-smi counts all GPUs, torch those it may see.
+    properties = torch.cuda.get_device_properties(device)
+    gpu = f"GPU-{getattr(properties, 'uuid', '')}".removesuffix("GPU-")
+    line = _output(
+        "nvidia-smi",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader",
+        *(["-i", gpu] if gpu else []),
+    )
+    values = [value.strip() for value in line.splitlines()[0].split(",")] if line else []
+    return dict(zip(fields, values, strict=False))
+
+
+def header(
+    device: torch.device, copy_gbps: float, seed: int, command: Sequence[str]
+) -> dict[str, Any]:
+    """header.json's content."""
+    seen = clocks(device)
+    name, dirty = commit()
+    cuda = device.type == "cuda"
+    return {
+        "device": device_name(device),
+        "driver": seen.pop("driver_version", ""),
+        "capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
+        "copy_gbps": copy_gbps,
+        "clocks": seen,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "gpu_embed": gpu_embed.__version__,
+        "commit": name,
+        "dirty": dirty,
+        "backend": gpu_embed.backends.explain(device),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(command),
+        "seed": seed,
+    }
+
+
+def usable_memory(device: torch.device) -> int:
+    """Bytes that a cell may take on the device."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = _free_host_memory()
+    return int(MEMORY_SHARE[device.type] * free)
+
+
+def _free_host_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(int(line.split()[1]) * 1024, _container_limit())
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
+
+
+def _container_limit() -> int:
+    """A container sees the machine's free memory, but is ended at its own limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 2**63 - 1
+    return max(int(limit) - used, 0) if limit.isdigit() else 2**63 - 1
+
+
+def readable_bytes(size: float) -> str:
+    """12.3 GiB, and so on."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _output(*command: str) -> str:
+    """A command's standard output; empty if it fails or is missing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,149 @@
+"""A run: which cells, modes and providers, in which order; every row on disk before the next is measured."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import ids as ids_module
+from .measure import Bench, Problem, failed
+from .providers import PROVIDERS, Provider
+from .results import Row, RowWriter
+from .shapes import SETS, Cell, varied
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell in one mode, for one provider."""
+
+    set: str
+    cell: Cell
+    mode: str
+    provider: Provider
+
+    def row(self, bench: Bench) -> Row:
+        return bench.row(self.set, self.cell, self.mode, self.provider.name)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is to be run; None: whatever the sets say."""
+
+    sets: Sequence[str]
+    providers: Sequence[str] | None = None
+    modes: Sequence[str] | None = None
+    dtypes: Sequence[str] | None = None
+    id_dtypes: Sequence[str] | None = None
+    vocabs: Sequence[int] | None = None
+    dims: Sequence[int] | None = None
+    num_ids: Sequence[int] | None = None
+    distributions: Sequence[str] | None = None
+    limit: int | None = None  # cells
+
+
+def plan(choice: Choice, device: torch.device) -> list[Job]:
+    """The jobs, cell by cell; for providers that cannot run here only where they were asked for by name.
+
+    Raises IdsError if a file of ids does not fit a table.
+    """
+    if choice.providers is None:
+        providers = [p for p in PROVIDERS.values() if p.missing_reason(device) is None]
+    else:
+        providers = [PROVIDERS[name] for name in choice.providers]
+    cells = list(itertools.islice(_cells(choice), choice.limit))
+    for distribution, vocab in {(cell.distribution, cell.vocab) for _, cell in cells}:
+        if distribution.endswith(ids_module.FILE_SUFFIXES):
+            ids_module.draw(distribution, 1, vocab)
+    return [
+        Job(name, cell, mode, provider)
+        for name, cell in cells
+        for mode in choice.modes or SETS[name].modes
+        for provider in providers
+        if mode in provider.modes
+    ]
+
+
+def _cells(choice: Choice) -> Iterable[tuple[str, Cell]]:
+    for name in choice.sets:
+        for distribution in choice.distributions or (None,):
+            # A file is read once through, unless the number of ids is given.
+            length = None if distribution is None else ids_module.length_of_file(distribution)
+            num_ids = choice.num_ids or ([length] if length else None)
+            yield from (
+                (name, cell)
+                for cell in varied(
+                    SETS[name].cells,
+                    dtype=choice.dtypes,
+                    id_dtype=choice.id_dtypes,
+                    vocab=choice.vocabs,
+                    dim=choice.dims,
+                    num_ids=num_ids,
+                    distribution=None if distribution is None else [distribution],
+                )
+            )
+
+
+def execute(
+    bench: Bench,
+    jobs: Sequence[Job],
+    writer: RowWriter,
+    on_start: Callable[[Job], Any] = lambda job: None,
+    on_row: Callable[[Row], Any] = lambda row: None,
+    on_skip: Callable[[Job], Any] = lambda job: None,
+) -> list[Row]:
+    """Measure the jobs that the file lacks, in order, and write each row; returns the new rows."""
+    rows = []
+    for cell, group in itertools.groupby(jobs, key=lambda job: job.cell):
+        problem: Problem | None = None
+        broken: Exception | None = None
+        for job in group:
+            row = job.row(bench)
+            if row.key in writer.done:
+                on_skip(job)
+                continue
+            on_start(job)
+            refused = _refused(bench, job, row)
+            if refused is None and problem is None and broken is None:
+                try:
+                    problem = bench.problem(cell)
+                except Exception as error:
+                    broken = error
+            if refused is not None:
+                row = refused
+            elif problem is not None:
+                row = bench.measure(problem, job.provider, job.mode, row)
+                _free(bench.device)
+            elif isinstance(broken, ids_module.MissingWordsError):
+                row = replace(row, status="missing", note=str(broken))
+            elif broken is not None:
+                row = failed(row, broken)
+            writer.write(row)
+            rows.append(row)
+            on_row(row)
+        problem = None
+        _free(bench.device)
+    return rows
+
+
+def _refused(bench: Bench, job: Job, row: Row) -> Row | None:
+    """The row of a job that needs no measurement to be known; None: measure it."""
+    reason = job.provider.missing_reason(bench.device)
+    reason = reason or job.provider.refuses(job.cell, job.mode)
+    if job.cell.operation == "embedding_graph" and bench.device.type != "cuda":
+        reason = reason or "CUDA graphs need a CUDA device"
+    if reason is not None:
+        return replace(row, status="missing", note=reason)
+    full = bench.does_not_fit(job.cell, job.mode)
+    return None if full is None else replace(row, status="oom", note=full)
+
+
+def _free(device: torch.device) -> None:
+    """Give the memory of the last provider back, so that the next finds the same."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

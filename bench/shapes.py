@@ -1,0 +1,231 @@
+"""What is measured: sets of cells, each with the place where its shapes come from.
+
+To add a set: an entry in SETS.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+# forward: a lookup into a table that is being trained. backward: its dense gradient. full: both.
+# step: both, and the table updated by SGD.
+MODES = ("forward", "backward", "full", "step")
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+ID_DTYPES = {
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "uint8": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shape: num_ids rows of a table [vocab, dim]."""
+
+    vocab: int
+    dim: int
+    num_ids: int
+    dtype: str = "float32"
+    id_dtype: str = "int64"
+    distribution: str = "uniform"
+    padding: float = 0.0  # share of the ids that are padding_idx
+    # "embedding", or "embedding_graph": forward and backward captured in a CUDA graph.
+    operation: str = "embedding"
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.vocab - 1 if self.padding else None
+
+    def __str__(self) -> str:
+        padded = f", {self.padding:.0%} padding" if self.padding else ""
+        return (
+            f"{self.vocab:,} x {self.dim:,} {self.dtype}, {self.num_ids:,} ids "
+            f"({self.distribution}{padded})"
+        )
+
+
+@dataclass(frozen=True)
+class ShapeSet:
+    """Cells with a common purpose."""
+
+    name: str
+    description: str
+    origin: str
+    modes: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+def grid(**axes: Sequence[Any]) -> tuple[Cell, ...]:
+    """A cell for each combination; the last axis changes fastest."""
+    return tuple(
+        Cell(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
+    )
+
+
+SETS = {
+    shape_set.name: shape_set
+    for shape_set in (
+        ShapeSet(
+            "A",
+            "language model, small: 16,384 tokens, vocabulary 2^10 to 2^17",
+            "Liger-Kernel, tritonbench",
+            ("forward", "backward", "full"),
+            grid(
+                dtype=("float32", "bfloat16"),
+                dim=(768, 4096),
+                vocab=[2**k for k in range(10, 18)],
+                num_ids=(16384,),
+            ),
+        ),
+        ShapeSet(
+            "B",
+            "power law, one id a sample (pooled bags are not measured yet)",
+            "cuEmbed's sweep, hotness 1",
+            ("forward", "backward"),
+            grid(
+                distribution=("zipf:0", "zipf:1.05", "zipf:1.15"),
+                vocab=(1_000_000, 10_000_000),
+                dim=(32, 128),
+                num_ids=(1024, 32768, 131072),
+                id_dtype=("int32",),
+            ),
+        ),
+        ShapeSet(
+            "C",
+            "one of many tables, without pooling (32 tables at once are not measured yet)",
+            "FBGEMM's default, batch 512 x 20 ids",
+            ("forward", "backward", "step"),
+            grid(
+                distribution=("uniform", "zipf:1.05"),
+                vocab=(100_000,),
+                dim=(128,),
+                num_ids=(10_240,),
+            ),
+        ),
+        ShapeSet(
+            "D",
+            "large vocabulary: one table, no pooling (10 tables at once are not measured yet)",
+            "dynamicemb; a recommender's 10M rows",
+            ("forward", "backward", "step"),
+            (
+                Cell(1_677_721, 128, 1_048_570, distribution="zipf:1.05"),
+                Cell(10_000_000, 128, 65_536, distribution="zipf:1.05"),
+            ),
+        ),
+        ShapeSet(
+            "E",
+            "vocabularies of today's language models, 2k to 32k tokens",
+            "model configurations",
+            ("forward", "backward"),
+            tuple(
+                Cell(vocab, dim, num_ids, "bfloat16", distribution=distribution, padding=padding)
+                for vocab, dim in ((128_256, 4096), (151_936, 2560), (129_280, 7168))
+                for num_ids in (2048, 8192, 32768)
+                for distribution, padding in (
+                    ("uniform", 0.0),
+                    ("zipf:1.05", 0.0),
+                    ("uniform", 0.3),
+                )
+            ),
+        ),
+        ShapeSet(
+            "F",
+            "contention: many ids meet on few rows; the share on one row from 0 to 1",
+            "pytorch#137425, #20655, #182675; BERT's token types",
+            ("forward", "backward"),
+            (
+                Cell(2000, 384, 713_268, "bfloat16", distribution="equal"),
+                Cell(100, 100, 10_000),
+                *(
+                    Cell(1_720_000, dim, 7_770_000, distribution="hot:0.5")
+                    for dim in (128, 256, 512, 1024)
+                ),
+                Cell(2, 768, 16_384),
+                Cell(2, 768, 16_384, "bfloat16"),
+                *(
+                    Cell(100_000, 128, 262_144, distribution=f"hot:{share:g}")
+                    for share in (0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 1)
+                ),
+            ),
+        ),
+        ShapeSet(
+            "G",
+            "past 2^31 elements, in the table and in the output",
+            "TransformerEngine#2918",
+            ("forward", "backward"),
+            (Cell(19_345_706, 128, 65_536), Cell(32_000, 4096, 524_289)),
+        ),
+        ShapeSet(
+            "H",
+            "forward and backward as one CUDA graph",
+            "pytorch#82886",
+            ("full",),
+            (
+                Cell(100_000, 128, 3073, operation="embedding_graph"),
+                Cell(100_000, 128, 1_048_576, operation="embedding_graph"),
+            ),
+        ),
+        ShapeSet(
+            "I",
+            "ids of real text in reading order, and drawn by English word frequencies",
+            "Python's documentation; wordfreq, wordsegment",
+            ("forward", "backward"),
+            (
+                *grid(distribution=("text",), vocab=(8192,), dim=(128, 768), num_ids=(65_536,)),
+                *grid(
+                    distribution=("wordfreq", "wordsegment"),
+                    vocab=(262_144,),
+                    dim=(128, 768),
+                    num_ids=(65_536,),
+                ),
+            ),
+        ),
+        ShapeSet(
+            "J",
+            "growth: the same 65,536 ids against tables of 10,000 to 50,000,000 rows",
+            "the cost of a vocabulary",
+            ("forward", "backward", "step"),
+            grid(
+                vocab=(10_000, 100_000, 1_000_000, 10_000_000, 50_000_000),
+                dim=(32,),
+                num_ids=(65_536,),
+                distribution=("zipf:1.05",),
+            ),
+        ),
+    )
+}
+
+# A few cells of A, E and F: what the summary shows on a GPU, or predicts for one.
+HEADLINE = (
+    ("A", Cell(32_768, 768, 16_384, "float32")),
+    ("A", Cell(131_072, 4096, 16_384, "bfloat16")),
+    ("E", Cell(128_256, 4096, 8192, "bfloat16")),
+    ("E", Cell(151_936, 2560, 8192, "bfloat16", distribution="zipf:1.05")),
+    ("F", Cell(2000, 384, 713_268, "bfloat16", distribution="equal")),
+    ("F", Cell(2, 768, 16_384, "bfloat16")),
+)
+# Tables that a CPU looks up in no time, in some time, and in long enough to be bound by memory.
+CPU_CELLS = (Cell(1000, 64, 256), Cell(30_000, 128, 4096), Cell(100_000, 256, 16_384))
+
+
+def varied(cells: Iterable[Cell], **axes: Sequence[Any] | None) -> Iterator[Cell]:
+    """The cells with some of their fields replaced by each of the given values, each cell once."""
+    given = {name: values for name, values in axes.items() if values}
+    seen = set()
+    for cell in cells:
+        for values in itertools.product(*given.values()):
+            new = replace(cell, **dict(zip(given, values, strict=True)))
+            if new not in seen:
+                seen.add(new)
+                yield new

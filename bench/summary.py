@@ -1,0 +1,179 @@
+"""The answer to no arguments: what this machine shows in one minute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from . import host_time
+from .ids import draw
+from .measure import Bench
+from .providers import PROVIDERS
+from .results import Row
+from .shapes import CPU_CELLS, HEADLINE, SETS, Cell
+from .timing import Effort
+from .traffic import COPY_SHARE, LAUNCH_MS, PREDICTION, Card, count, predicted_ms, traffic
+
+# No cell is begun later than this, so that all ends within a minute.
+LAST_START_SECONDS = 45.0
+# For each shape and mode on a CPU.
+CPU_SECONDS = 1.0
+
+
+def summarize_gpu(bench: Bench, console: Console, progress: Progress) -> list[Row]:
+    """The headline shapes against every installed rival; returns the rows."""
+    bench.effort = Effort(seconds=0.2, max_samples=50, cold=False, host_seconds=0)
+    providers = [p for p in PROVIDERS.values() if p.missing_reason(bench.device) is None]
+    modes = ("forward", "backward")
+    end = time.monotonic() + LAST_START_SECONDS
+    rows: list[Row] = []
+    task = progress.add_task("measuring", total=len(HEADLINE) * len(modes) * len(providers))
+    for number, (name, cell) in enumerate(HEADLINE):
+        if time.monotonic() > end:
+            console.print(
+                f"{len(HEADLINE) - number} of {len(HEADLINE)} shapes left out: the minute is over"
+            )
+            break
+        if (full := bench.does_not_fit(cell, "backward")) is not None:
+            console.print(f"{cell}: left out, {full}")
+            continue
+        problem = bench.problem(cell)
+        for mode in modes:
+            for provider in providers:
+                progress.advance(task)
+                if provider.refuses(cell, mode) is None and time.monotonic() <= end:
+                    row = bench.row(name, cell, mode, provider.name)
+                    rows.append(bench.measure(problem, provider, mode, row))
+    progress.remove_task(task)
+    for _, cell in HEADLINE:
+        shown = [row for row in rows if _is_of(row, cell)]
+        if shown:
+            console.print(rows_table(str(cell), shown))
+    return rows
+
+
+def _is_of(row: Row, cell: Cell) -> bool:
+    return (row.vocab, row.dim, row.num_ids, row.dtype, row.distribution) == (
+        cell.vocab,
+        cell.dim,
+        cell.num_ids,
+        cell.dtype,
+        cell.distribution,
+    )
+
+
+def rows_table(title: str, rows: Iterable[Row]) -> Table:
+    """Providers by mode: time, bandwidth, verdict."""
+    table = Table(title=title, title_justify="left")
+    for name in ("mode", "provider"):
+        table.add_column(name)
+    for name in ("ms", "GB/s", "% of copy"):
+        table.add_column(name, justify="right")
+    table.add_column("result")
+    for row in rows:
+        table.add_row(
+            row.mode,
+            row.provider,
+            number(row.ms_p50),
+            number(row.gbps_dram),
+            number(row.percent_of_copy),
+            row.match if row.status == "ok" else f"{row.status}: {row.match or row.note}",
+        )
+    return table
+
+
+def summarize_cpu(bench: Bench, console: Console, progress: Progress, card: Card) -> list[Row]:
+    """The layer against torch's on the CPU, the host's time, and predictions for a card; returns the rows."""
+    bench.effort = Effort(seconds=CPU_SECONDS, max_samples=200, cold=False, host_seconds=0)
+    modes = ("forward", "backward", "full")
+    ours, theirs = PROVIDERS["gpu_embed"], PROVIDERS["torch"]
+    task = progress.add_task("lookups on the CPU", total=len(CPU_CELLS) * len(modes))
+    rows: list[Row] = []
+    for cell in CPU_CELLS:
+        problem = bench.problem(cell)
+        for mode in modes:
+            blank = [bench.row("", cell, mode, provider.name) for provider in (ours, theirs)]
+            rows += bench.measure_together(problem, (ours, theirs), mode, blank)
+            progress.advance(task)
+    progress.remove_task(task)
+    console.print(cpu_table(rows))
+    task = progress.add_task("host time", total=None)
+    times = host_time.measure_host_time()
+    progress.remove_task(task)
+    console.print(host_table(times))
+    console.print(prediction_table(card))
+    return rows
+
+
+def cpu_table(rows: Sequence[Row]) -> Table:
+    """Ours and torch's side by side; the rows come in such pairs."""
+    table = Table(title="On this CPU, the layer against torch's (ms, median)", title_justify="left")
+    table.add_column("shape")
+    table.add_column("mode")
+    for name in ("gpu_embed", "torch", "torch / gpu_embed", "% of copy"):
+        table.add_column(name, justify="right")
+    table.add_column("result")
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        ratio = theirs.ms_p50 / ours.ms_p50 if ours.ms_p50 and theirs.ms_p50 else None
+        shape = f"{ours.vocab:,} x {ours.dim} {ours.dtype}, {ours.num_ids:,} ids"
+        table.add_row(
+            shape,
+            ours.mode,
+            number(ours.ms_p50),
+            number(theirs.ms_p50),
+            "" if ratio is None else f"{ratio:.2f}x",
+            number(ours.percent_of_copy),
+            ours.match if ours.status == "ok" else f"{ours.status}: {ours.match or ours.note}",
+        )
+    return table
+
+
+def host_table(times: Sequence[host_time.HostTime]) -> Table:
+    """Microseconds per call, by mode."""
+    table = Table(
+        title=f"The host's time per call (us; {host_time.NUM_IDS} ids, rows of {host_time.DIM})",
+        title_justify="left",
+    )
+    table.add_column("lookup")
+    for mode in host_time.MODES:
+        table.add_column(mode, justify="right")
+    for who in dict.fromkeys(entry.who for entry in times):
+        own = {entry.mode: entry for entry in times if entry.who == who}
+        cells = [
+            f"{own[mode].us:.1f}" + ("" if who == "torch" else f" ({own[mode].times_torch:.1f}x)")
+            for mode in host_time.MODES
+        ]
+        table.add_row(who, *cells)
+    return table
+
+
+def prediction_table(card: Card) -> Table:
+    """What a card would need at the least, from bytes alone."""
+    says = PREDICTION.format(share=COPY_SHARE, bandwidth=card.bandwidth)
+    table = Table(title=f"{card.name}, {says}", title_justify="left")
+    table.add_column("set")
+    table.add_column("shape")
+    table.add_column("mode")
+    table.add_column("floor, MB", justify="right")
+    table.add_column("predicted ms", justify="right")
+    steps = [("D", cell) for cell in SETS["D"].cells]
+    for name, cell in (*HEADLINE, *steps):
+        drawn = draw(cell.distribution, cell.num_ids, cell.vocab, 0, cell.padding, cell.padding_idx)
+        counts = count(drawn, cell.padding_idx)
+        for mode in ("step",) if (name, cell) in steps else ("forward", "backward"):
+            moved = traffic(cell, mode, counts).dram
+            ms = predicted_ms(card, moved)
+            shown = number(ms) if ms >= LAUNCH_MS else f"< {LAUNCH_MS:g}, the launch counts"
+            table.add_row(name, str(cell), mode, number(moved / 1e6), shown)
+    return table
+
+
+def number(value: float | None) -> str:
+    """Three digits; empty for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,111 @@
+"""How many bytes a lookup has to move, and how long a card needs for them.
+
+With V, D, N as everywhere, s bytes an element, i bytes an id, U different rows among the ids, and U', N' the
+same without padding, whose gradient nobody asks for:
+
+    mode      DRAM: each row from memory once     logical: each id on its own
+    forward   U D s + N D s + N i                 2 N D s + N i
+    backward  N' D s + V D s + N i                2 N' D s + V D s + N i
+    full      forward + backward                  forward + backward
+    step      forward + N' D s + 2 U' D s + N i   forward + N' D s + 2 N' D s + N i
+
+forward reads rows and writes the output. backward reads the output's gradient and writes the table's, zeros
+included; logically each id adds to its row. step never needs the table's gradient: it reads and writes the
+used rows. DRAM bytes are the floor: what any program has to move when nothing is in the caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .shapes import DTYPES, ID_DTYPES, Cell
+
+# What a large copy reaches of the data sheet's bandwidth, by the one figure that PREDICTION names.
+COPY_SHARE = 0.9
+PREDICTION = (
+    "predicted, not measured: DRAM bytes at {share:.0%} of the data sheet's {bandwidth:g} GB/s"
+)
+# A kernel cannot take less than about this, whatever it moves.
+LAUNCH_MS = 0.01
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet."""
+
+    name: str
+    bandwidth: float  # GB/s
+
+
+CARDS = {
+    "a10": Card("A10", 600),
+    "a100": Card("A100 80GB SXM", 2039),
+    "a100-40": Card("A100 40GB", 1555),
+    "b200": Card("B200", 8000),
+    "h100": Card("H100 SXM", 3350),
+    "h100-pcie": Card("H100 PCIe", 2000),
+    "h200": Card("H200 SXM", 4800),
+    "l4": Card("L4", 300),
+    "l40s": Card("L40S", 864),
+    "rtx3090": Card("GeForce RTX 3090", 936),
+    "rtx4090": Card("GeForce RTX 4090", 1008),
+    "rtx5090": Card("GeForce RTX 5090", 1792),
+    "t4": Card("T4", 320),
+    "v100": Card("V100 SXM2", 900),
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The ids of one cell, counted."""
+
+    unique: int  # U
+    kept: int  # N'
+    unique_kept: int  # U'
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one call."""
+
+    dram: int
+    logical: int
+
+
+def count(ids: Tensor, padding_idx: int | None) -> Counts:
+    """Count what the formulas need."""
+    unique = ids.unique()
+    if padding_idx is None:
+        return Counts(len(unique), ids.numel(), len(unique))
+    padding = int((ids == padding_idx).sum())
+    return Counts(len(unique), ids.numel() - padding, len(unique) - (padding > 0))
+
+
+def traffic(cell: Cell, mode: str, counts: Counts) -> Traffic:
+    """The bytes of one call in a mode, by the formulas above."""
+    row = cell.dim * DTYPES[cell.dtype].itemsize
+    ids = cell.num_ids * ID_DTYPES[cell.id_dtype].itemsize
+    forward = Traffic(
+        (counts.unique + cell.num_ids) * row + ids,
+        2 * cell.num_ids * row + ids,
+    )
+    if mode == "forward":
+        return forward
+    if mode == "step":
+        return Traffic(
+            forward.dram + (counts.kept + 2 * counts.unique_kept) * row + ids,
+            forward.logical + 3 * counts.kept * row + ids,
+        )
+    backward = Traffic(
+        (counts.kept + cell.vocab) * row + ids, (2 * counts.kept + cell.vocab) * row + ids
+    )
+    if mode == "backward":
+        return backward
+    return Traffic(forward.dram + backward.dram, forward.logical + backward.logical)
+
+
+def predicted_ms(card: Card, dram_bytes: int) -> float:
+    """How long the card would take if it moved the floor and nothing else, as fast as it copies."""
+    return dram_bytes / (card.bandwidth * COPY_SHARE * 1e6)

@@ -1,0 +1,268 @@
+"""The benchmark's command line, called as a user does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from gpu_embed.bench import cli, host_time, providers, results, shapes, summary, timing
+from gpu_embed.bench.providers import PROVIDERS, Provider
+from gpu_embed.bench.results import Row, read_header, read_rows
+
+SMALL = ("--vocab", "60", "--dim", "8", "--ids", "40", "--seconds", "0.002")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(cli, "copy_gbps", lambda *arguments: 10.0)
+    monkeypatch.setattr(timing, "flush", lambda device: None)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_cli(*arguments):
+    return cli.main(["run", "--device", "cpu", *SMALL, *map(str, arguments)])
+
+
+def test_run_writes_rows_and_a_header(tmp_path, capsys):
+    out = tmp_path / "results"
+    code = run_cli(
+        "--set", "A", "E", "--providers", "gpu_embed", "torch", "--out", out, "--seed", 3
+    )
+    assert code == 0
+    rows = read_rows(out)
+    # A: 2 dtypes in 3 modes; E: uniform, zipf and padded in 2; 2 providers.
+    assert len(rows) == (2 * 3 + 3 * 2) * 2
+    assert {row.status for row in rows} == {"ok"}
+    assert {row.set for row in rows} == {"A", "E"}
+    assert {row.padding for row in rows} == {0, 0.3}
+    header = read_header(out)
+    assert header["seed"] == 3
+    assert header["copy_gbps"] == 10
+    assert header["command"].startswith("python -m gpu_embed.bench run --device cpu")
+    for name in [
+        "device",
+        "driver",
+        "capability",
+        "clocks",
+        "torch",
+        "triton",
+        "python",
+        "commit",
+        "dirty",
+        "date",
+        "command",
+    ]:
+        assert name in header
+    assert "24 ok" in capsys.readouterr().out
+
+
+def test_run_resumes(tmp_path, capsys):
+    torch_alone = ("--set", "A", "--mode", "forward", "--out", tmp_path, "--providers", "torch")
+    assert run_cli(*torch_alone, "--limit", 1) == 0
+    assert run_cli(*torch_alone) == 2
+    assert "use --resume" in capsys.readouterr().err
+    (tmp_path / "header.json").write_text(json.dumps({**read_header(tmp_path), "copy_gbps": 20.0}))
+    assert run_cli(*torch_alone, "--resume") == 0
+    rows = read_rows(tmp_path)
+    assert [row.dtype for row in rows] == ["float32", "bfloat16"]
+    # The second run's percentages are of the first one's copy.
+    assert rows[1].percent_of_copy == pytest.approx(100 * rows[1].gbps_dram / 20, rel=1e-3)
+    assert run_cli(*torch_alone, "--resume", "--seed", 1) == 2
+    assert "holds results with seed 0, this run has 1" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path, capsys, monkeypatch):
+    built = []
+
+    def build(weight, padding_idx, mode):
+        built.append(mode)
+        if len(built) > 2:
+            raise KeyboardInterrupt
+        return PROVIDERS["torch"].build(weight, padding_idx, mode)
+
+    monkeypatch.setitem(PROVIDERS, "torch.compile", Provider("torch.compile", "", build, cpu=True))
+    command = ("--set", "A", "--out", tmp_path, "--mode", "forward", "--providers", "torch",
+               "torch.compile")  # fmt: skip
+    assert run_cli(*command) == 130
+    # The second build was the host's time of the first.
+    said = capsys.readouterr().err
+    assert "interrupted; 3 of 4 measurements are in" in said
+    assert "--resume measures the rest" in said
+    assert len(read_rows(tmp_path)) == 3
+    built.clear()
+    assert run_cli(*command, "--resume") == 0
+    assert len(read_rows(tmp_path)) == 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_in_a_real_process(tmp_path):
+    command = [sys.executable, "-m", "gpu_embed.bench", "run", "--device", "cpu", "--set", "A"]
+    command += ["--providers", "torch", "--vocab", "100", "--dim", "8", "--ids", "50"]
+    with subprocess.Popen(
+        [*command, "--seconds", "30", "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        header = tmp_path / "header.json"
+        end = time.monotonic() + 50
+        while not header.exists() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=50)
+    # Python ends itself by the signal, which shells show as 130 too, if that came in the midst of an import.
+    assert process.returncode in (130, -signal.SIGINT), said
+    assert "interrupted; 0 of 6 measurements" in said
+    assert read_rows(tmp_path) == []
+
+
+def test_a_wrong_rival_is_reported_and_a_wrong_layer_of_ours_fails(tmp_path, capsys, monkeypatch):
+    def build(weight, padding_idx, mode):
+        return providers.Layer(lambda ids: weight[ids] + 1, weight)
+
+    monkeypatch.setitem(PROVIDERS, "torch", Provider("torch", "", build, cpu=True))
+    one = ("--set", "A", "--mode", "forward", "--limit", "1")
+    assert run_cli(*one, "--providers", "torch", "--out", tmp_path / "rival") == 0
+    assert "torch wrong (the row at position 0 is not weight[ids])" in capsys.readouterr().out
+    (row,) = read_rows(tmp_path / "rival")
+    assert (row.status, row.ms_p50) == ("wrong", None)
+    monkeypatch.setitem(PROVIDERS, "gpu_embed", Provider("gpu_embed", "", build, cpu=True))
+    assert run_cli(*one, "--providers", "gpu_embed", "--out", tmp_path / "own") == 1
+
+
+def test_memory_and_files_of_ids(tmp_path):
+    ids = tmp_path / "ids.txt"
+    ids.write_text(" ".join(str(i % 7) for i in range(33)))
+    command = ["run", "--set", "E", "--device", "cpu", "--dim", "8", "--vocab", "1k", "2**11"]
+    command += ["--distribution", str(ids), "--mode", "forward", "--providers", "torch"]
+    command += ["--seconds", "0.002", "--max-memory", "60K", "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--dtype", "float32"]) == 0
+    rows = read_rows(tmp_path / "out")
+    assert {row.num_ids for row in rows} == {33}
+    assert {(row.vocab, row.status) for row in rows} == {(1000, "ok"), (2048, "oom")}
+    assert {row.unique_ids for row in rows if row.status == "ok"} <= {7, 8}
+
+
+BAD = {
+    "run": "--set names what to measure: A, B, C",
+    "run --set Z": "unknown set 'Z': choose from A, B, C",
+    "run --set A --mode sideways": "unknown mode 'sideways': choose from forward, backward",
+    "run --set A --dtype int8": "unknown dtype 'int8'",
+    "run --set A --id-dtype int8": "unknown id dtype 'int8'",
+    "run --set A --providers nobody": "unknown provider 'nobody': choose from gpu_embed",
+    "run --set A --vocab 1.5": "--vocab 1.5: expected a whole number from 1",
+    "run --set A --dim 0": "--dim 0: expected a whole number from 1",
+    "run --set A --ids many": "--ids many: expected a whole number",
+    "run --set A --distribution zip": "unknown distribution 'zip'",
+    "run --set A --distribution no.npy": "there is no file no.npy",
+    "run --set A --max-memory lots": "--max-memory lots: expected a size such as 8G",
+    "run --set A --limit 0": "--limit 0: at least 1 cell",
+    "run --set A --seconds 0": "--seconds 0: choose a number above 0",
+    "run --set A --seed x": "invalid int value: 'x'",
+    "run --set A --seed -1 --out OUT": "--seed -1: choose a number from 0",
+    "run --set A --threads 0 --out OUT": "--threads 0: at least 1",
+    "run --set A --device tpu": "--device tpu: choose cpu, cuda",
+    "run --set A --device cuda:99": "--device cuda:99:",
+    "run --set A --mode forward --providers torch-sparse": "nothing to measure",
+    "--card abacus": "unknown card 'abacus': choose from a10",
+    "--threads 0": "--threads 0: at least 1",
+    "dance": "invalid choice: 'dance'",
+    "run --set A --bogus": "unrecognized arguments: --bogus",
+    "compare OLD": "required: NEW",
+    "compare OLD NEW --fail-below 0": "--fail-below 0: choose a number above 0",
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_bad_arguments_give_one_sentence(command, capsys, tmp_path):
+    arguments = command.replace("OUT", str(tmp_path / "out")).split()
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert BAD[command] in said
+    assert said.count("\n") == 1
+    assert said.startswith("python -m gpu_embed.bench: ")
+
+
+def test_list_names_sets_providers_and_what_is_missing(capsys):
+    assert cli.main(["list"]) == 0
+    said = capsys.readouterr().out
+    for name in (*PROVIDERS, *(f"│ {name} " for name in shapes.SETS)):
+        assert name in said
+    assert "wordfreq" in said
+    if not torch.cuda.is_available():
+        assert "needs a CUDA device" in said
+
+
+def test_the_summary_of_a_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(summary, "CPU_CELLS", (shapes.Cell(50, 8, 40),))
+    monkeypatch.setattr(summary, "HEADLINE", (("F", shapes.Cell(2, 768, 64, "bfloat16")),))
+    monkeypatch.setattr(summary, "CPU_SECONDS", 0.01)
+    quick = partial(host_time.measure_host_time, 0.005)
+    monkeypatch.setattr(host_time, "measure_host_time", quick)
+    assert cli.main(["--device", "cpu", "--card", "a100"]) == 0
+    said = capsys.readouterr().out
+    assert "50 x 8 float32, 40 ids" in said
+    assert "gpu_embed, torch backend" in said
+    assert "A100 80GB SXM, predicted, not measured" in said
+    assert "the launch counts" in said
+
+
+def test_the_summary_of_a_gpu_shows_right_and_wrong():
+    blank = Row(
+        "A", "embedding", "forward", "float32", "int64", 9, 4, 3, "uniform", 3, 0, "x", "ok"
+    )
+    table = summary.rows_table("title", [blank])
+    assert table.row_count == 1
+    assert summary._is_of(blank, shapes.Cell(9, 4, 3))
+    assert not summary._is_of(blank, shapes.Cell(9, 4, 3, "bfloat16"))
+    assert [summary.number(value) for value in (None, 1234.5, 0.01234)] == ["", "1,234", "0.0123"]
+
+
+def test_compare_plot_and_report_are_handed_over(tmp_path, monkeypatch, capsys):
+    from gpu_embed.bench import compare, plots, report
+
+    asked = []
+    monkeypatch.setattr(compare, "main_compare", lambda *given: asked.append(given) or 1)
+    monkeypatch.setattr(plots, "plot_directory", lambda given: [given / "a.png"])
+    monkeypatch.setattr(report, "write_report", lambda given: given / "report.html")
+    assert cli.main(["compare", "old.csv", "new.csv", "--fail-below", "0.9"]) == 1
+    assert [str(part) for part in asked[0]] == ["old.csv", "new.csv", "0.9"]
+    assert cli.main(["plot", str(tmp_path)]) == 0
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "a.png"),
+        str(tmp_path / "report.html"),
+    ]
+
+
+def test_broken_results_end_in_a_sentence(tmp_path, capsys):
+    (tmp_path / results.RESULTS).write_text("a,b\n")
+    assert run_cli("--set", "A", "--providers", "torch", "--out", tmp_path) == 2
+    assert "does not name the benchmark's columns" in capsys.readouterr().err
+
+
+def test_a_missing_extra_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main([]) == 2
+    assert "this needs rich: pip install 'gpu_embed[bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("65536", 65536), ("65_536", 65536), ("2**16", 65536), ("1e6", 10**6), ("10M", 10**7),
+     ("1.5k", 1500)],
+)  # fmt: skip
+def test_whole_numbers(text, value):
+    assert cli.whole_number("--vocab", text) == value
+
+
+def test_the_options_of_the_machine_may_stand_before_the_command():
+    before = cli.parse_args(["--seed", "3", "run", "--set", "A"])
+    after = cli.parse_args(["run", "--set", "A", "--seed", "3"])
+    assert before.seed == after.seed == 3
+    assert cli.parse_args(["run"]).threads == 1

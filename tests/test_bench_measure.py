@@ -1,0 +1,570 @@
+"""The benchmark's instrument: gate, clocks, byte formulas, rows."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpu_embed
+from gpu_embed.bench import check, host_time, measure, providers, run, timing, traffic
+from gpu_embed.bench.providers import PROVIDERS, Layer, Provider
+from gpu_embed.bench.results import (
+    COLUMNS,
+    ResultsError,
+    Row,
+    RowWriter,
+    read_header,
+    read_rows,
+    write_header,
+)
+from gpu_embed.bench.shapes import MODES, SETS, Cell, varied
+
+CPU = torch.device("cpu")
+QUICK = timing.Effort(seconds=0.002, min_samples=3, max_samples=4, host_seconds=0.002)
+FACTS = {"device": "a CPU", "torch": "2", "triton": "3", "commit": "abc"}
+CELL = Cell(50, 8, 40)
+CELLS = (CELL, Cell(60, 8, 40))
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    # The cold samples have a test of their own.
+    monkeypatch.setattr(timing, "flush", lambda device: None)
+    return measure.Bench(CPU, 10.0, FACTS, 2**30, effort=QUICK)
+
+
+def measured(bench, provider, cell=CELL, mode="forward"):
+    row = bench.row("A", cell, mode, provider.name)
+    return bench.measure(bench.problem(cell), provider, mode, row)
+
+
+def fake(lookup, **options):
+    """A provider whose lookup is lookup(weight, ids, padding_idx)."""
+
+    def build(weight, padding_idx, mode):
+        return Layer(lambda ids: lookup(weight, ids, padding_idx), weight)
+
+    return Provider("fake", "a fake", build, cpu=True, **options)
+
+
+def looked_up(weight, ids, padding_idx):
+    return F.embedding(ids, weight, padding_idx)
+
+
+# The gate.
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", [0, 0.3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", ["gpu_embed", "torch", "index_add_"])
+def test_right_results_are_timed(bench, name, dtype, padding, mode):
+    provider = PROVIDERS[name]
+    if mode not in provider.modes:
+        return
+    row = measured(bench, provider, Cell(50, 8, 40, dtype, "int32", padding=padding), mode)
+    assert row.status == "ok", row
+    assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80
+    assert row.cold_ms_p50 > 0
+    assert row.host_us > 0
+    assert row.percent_of_copy == pytest.approx(row.gbps_dram * 10)
+    assert row.match
+
+
+@pytest.mark.parametrize("name", ["gpu_embed-sparse", "torch-sparse"])
+def test_sparse_steps_are_timed(bench, name):
+    row = measured(bench, PROVIDERS[name], mode="step")
+    assert (row.status, row.note) == ("ok", "")
+
+
+def nudged_forward(weight, ids, padding_idx):
+    return looked_up(weight, ids, padding_idx) * (1 + 2**-20)
+
+
+class NudgedGradient(torch.autograd.Function):
+    """A lookup whose gradient lacks one part in a thousand."""
+
+    @staticmethod
+    def forward(ctx, weight, ids, padding_idx):
+        ctx.save_for_backward(ids)
+        ctx.rows = len(weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (ids,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, grad.shape[1]).index_add_(0, ids, 0.999 * grad), None, None
+
+
+WRONG = {
+    "forward": (nudged_forward, "is not weight[ids]"),
+    "backward": (NudgedGradient.apply, "of the summed magnitudes"),
+    "full": (NudgedGradient.apply, "of the summed magnitudes"),
+    "step": (NudgedGradient.apply, "times the bound"),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wrong_results_have_no_time(bench, mode):
+    lookup, message = WRONG[mode]
+    row = measured(bench, fake(lookup), mode=mode)
+    assert row.status == "wrong"
+    assert message in row.match
+    timed = ("ms_p20", "ms_p50", "ms_p80", "cold_ms_p50", "gbps_dram", "gbps_logical", "host_us")
+    assert [getattr(row, name) for name in timed] == [None] * len(timed)
+
+
+def test_padding_that_gets_a_gradient_is_wrong(bench):
+    unpadded = fake(lambda weight, ids, padding_idx: F.embedding(ids, weight))
+    row = measured(bench, unpadded, dataclasses.replace(CELL, padding=0.5), "backward")
+    assert row.status == "wrong"
+    assert "row 49 has a gradient" in row.match
+    assert measured(bench, unpadded, CELL, "backward").status == "ok"
+
+
+def test_nan_is_wrong(bench):
+    nan = fake(lambda weight, ids, _: F.embedding(ids, weight) * torch.nan)
+    assert measured(bench, nan).status == "wrong"
+    gradient = torch.full((5, 2), torch.nan)
+    ones, ids = torch.ones(3, 2), torch.tensor([0, 1, 2])
+    assert not check.check_gradient(gradient, ones, ids, None, fp32=True).ok
+    gradient[:3] = 1
+    assert not check.check_gradient(gradient, ones, ids, None, fp32=True).ok
+
+
+def test_sums_in_16_bit_are_accepted_from_rivals_alone():
+    ids, grad = torch.zeros(100, dtype=torch.int64), torch.rand(100, 4).bfloat16()
+    total = torch.zeros(3, 4, dtype=torch.bfloat16)
+    for row in grad:
+        total[0] += row
+    rival = check.check_gradient(total, grad, ids, None, fp32=False)
+    assert rival.ok
+    assert "bf16 sum, loses" in rival.match
+    assert not check.check_gradient(total, grad, ids, None, fp32=True).ok
+
+
+def test_a_sum_that_stops_growing_is_wrong_for_everybody():
+    ids, grad = torch.zeros(4096, dtype=torch.int64), torch.ones(4096, 1).bfloat16()
+    total = torch.tensor([[256.0]]).bfloat16()
+    assert not check.check_gradient(total, grad, ids, None, fp32=False).ok
+    right = torch.tensor([[4096.0]]).bfloat16()
+    assert check.check_gradient(right, grad, ids, None, fp32=True).ok
+
+
+def test_the_gate_looks_at_every_piece(monkeypatch):
+    monkeypatch.setattr(check, "PIECE", 16)
+    problem = measure.Problem(CELL, CPU, 0, 1)
+    weight, ids, grad = problem.weight.detach(), problem.ids(0), problem.grad_output
+    output = weight[ids]
+    gradient = torch.zeros_like(weight).index_add_(0, ids, grad)
+    assert check.check_forward(output, weight, ids).ok
+    assert check.check_gradient(gradient, grad, ids, None, fp32=True).ok
+    output[-1, -1] += 1
+    gradient[ids[-1], -1] += 1
+    assert "position 39" in check.check_forward(output, weight, ids).match
+    assert not check.check_gradient(gradient, grad, ids, None, fp32=True).ok
+
+
+def test_a_step_may_change_no_other_row():
+    before = torch.ones(4, 2)
+    ids, grad = torch.tensor([1, 1]), torch.ones(2, 2)
+    after = before.clone()
+    after[1] -= 0.5 * 2
+    assert check.check_step(before, after, grad, ids, None, 0.5).ok
+    after[3, 0] = 7
+    assert "row 3 changed" in check.check_step(before, after, grad, ids, None, 0.5).match
+
+
+def test_errors_become_rows(bench):
+    def raising(weight, padding_idx, mode):
+        raise RuntimeError("first line\nsecond line")
+
+    row = measured(bench, Provider("fake", "", raising, cpu=True))
+    assert (row.status, row.note) == ("error", "RuntimeError: first line")
+
+    def too_large(weight, padding_idx, mode):
+        raise torch.OutOfMemoryError("no")
+
+    assert measured(bench, Provider("fake", "", too_large, cpu=True)).status == "oom"
+
+
+def test_a_setting_holds_while_its_provider_runs(bench):
+    seen = []
+
+    def lookup(weight, ids, padding_idx):
+        seen.append(gpu_embed.settings.GRADIENT_METHOD.value)
+        return F.embedding(ids, weight)
+
+    sorted_one = fake(lookup, setting=PROVIDERS["gpu_embed-sorted"].setting)
+    assert measured(bench, sorted_one).status == "ok"
+    assert set(seen) == {"sorted"}
+    assert gpu_embed.settings.GRADIENT_METHOD.value != "sorted"
+
+
+def test_gradients_are_cleared_and_nothing_is_zero(bench):
+    problem = bench.problem(CELL)
+    assert problem.weight.all()
+    assert problem.grad_output.all()
+    assert len({tuple(ids.tolist()) for ids in problem.id_sets}) == measure.NUM_ID_SETS
+    layer = PROVIDERS["torch"].build(problem.weight, None, "full")
+    call = measure._call(layer, problem, "full")
+    for i in range(3):
+        call.run(i)
+    expected = torch.zeros_like(problem.weight).index_add_(0, problem.ids(2), problem.grad_output)
+    assert torch.allclose(problem.weight.grad, expected)
+
+
+def test_together_in_turns(bench):
+    problem = bench.problem(CELL)
+    both = [PROVIDERS["gpu_embed"], fake(nudged_forward), PROVIDERS["torch"]]
+    blank = [bench.row("", CELL, "forward", provider.name) for provider in both]
+    rows = bench.measure_together(problem, both, "forward", blank)
+    assert [row.status for row in rows] == ["ok", "wrong", "ok"]
+    assert [row.provider for row in rows] == ["gpu_embed", "fake", "torch"]
+    assert rows[1].ms_p50 is None
+    assert rows[0].ms_p50 > 0
+    assert rows[2].ms_p50 > 0
+
+
+# Bytes and percentiles, by hand.
+
+
+def test_percentiles():
+    assert timing.percentiles([3, 1, 2]) == pytest.approx((1.4, 2, 2.6))
+    assert timing.percentiles([5]) == (5, 5, 5)
+    assert timing.percentiles(range(101)) == (20, 50, 80)
+
+
+def test_counts():
+    ids = torch.tensor([4, 4, 2, 7, 7, 7])
+    assert traffic.count(ids, None) == traffic.Counts(unique=3, kept=6, unique_kept=3)
+    assert traffic.count(ids, 7) == traffic.Counts(unique=3, kept=3, unique_kept=2)
+    assert traffic.count(ids, 9) == traffic.Counts(unique=3, kept=6, unique_kept=3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dram", "logical"),
+    [
+        # 3 rows read and 6 written of 10 x 4 bytes; 6 ids of 8.
+        ("forward", (3 + 6) * 40 + 48, 12 * 40 + 48),
+        # 6 rows read, 100 written; logically each of the 6 is read and added, and 100 are filled.
+        ("backward", (6 + 100) * 40 + 48, (12 + 100) * 40 + 48),
+        ("full", (3 + 6 + 6 + 100) * 40 + 96, (12 + 12 + 100) * 40 + 96),
+        # The lookup; then 6 gradients are read, 3 rows read and written.
+        ("step", (3 + 6 + 6 + 3 + 3) * 40 + 96, (12 + 6 + 12) * 40 + 96),
+    ],
+)
+def test_bytes_by_hand(mode, dram, logical):
+    moved = traffic.traffic(Cell(100, 10, 6), mode, traffic.Counts(3, 6, 3))
+    assert (moved.dram, moved.logical) == (dram, logical)
+
+
+def test_bytes_of_padding_and_narrow_types():
+    cell = Cell(100, 10, 6, "bfloat16", "int32", padding=0.5)
+    counts = traffic.Counts(unique=3, kept=3, unique_kept=2)
+    assert traffic.traffic(cell, "forward", counts).dram == (3 + 6) * 20 + 24
+    assert traffic.traffic(cell, "backward", counts).dram == (3 + 100) * 20 + 24
+    assert traffic.traffic(cell, "step", counts).dram == (3 + 6 + 3 + 2 * 2) * 20 + 48
+
+
+def test_a_prediction_is_the_floor_over_the_bandwidth():
+    card = traffic.Card("card", 1000)
+    assert traffic.predicted_ms(card, 9 * 10**8) == pytest.approx(1.0)
+
+
+def test_memory_is_estimated_before_it_is_taken(bench):
+    cell = Cell(10**6, 100, 10**5)
+    assert measure.needed_bytes(cell, "forward", 1) == 4 * 10**8 + 4 * 10**7 + 8 * 10**5
+    assert bench.does_not_fit(cell, "forward") is None
+    said = bench.does_not_fit(cell, "step")
+    assert said == "needs 1.2 GiB, 1.0 GiB may be used"
+
+
+# Clocks.
+
+
+def test_a_flush_writes_more_than_the_last_cache():
+    buffer = timing._flush_buffer(CPU)
+    assert buffer.nbytes > timing.last_cache_bytes() >= 2**20
+    before = int(buffer[-1])
+    timing.flush(CPU)
+    assert int(buffer[-1]) == before + 1
+
+
+def test_cold_samples_flush_before_each_call(monkeypatch):
+    seen = []
+    monkeypatch.setattr(timing, "flush", lambda device: seen.append("flush"))
+    timing.time_calls([timing.Call(lambda i: seen.append("call"))], CPU, QUICK, cold=True)
+    assert seen[-6:] == ["flush", "call"] * 3
+
+
+def test_the_host_clock_counts_calls():
+    calls = []
+    (us,) = timing.host_us([timing.Call(calls.append)], CPU, seconds=0.01)
+    assert len(calls) > 100
+    assert 0 < us < 100
+
+
+def test_samples_take_turns_and_start_apart():
+    seen = []
+    calls = [timing.Call(lambda i, k=k: seen.append((k, i))) for k in (0, 1)]
+    timing.time_calls(calls, CPU, timing.Effort(0, 4, 4), cold=True)
+    # Two calls each to estimate, then there and back; the second call is two inputs ahead.
+    assert seen[-8:] == [(1, 2), (0, 0), (0, 1), (1, 3), (1, 4), (0, 2), (0, 3), (1, 5)]
+
+
+def test_copy_bandwidth_is_positive():
+    assert timing.copy_gbps(CPU, 2**22) > 0.01
+
+
+def test_host_time_of_every_lookup():
+    times = host_time.measure_host_time(seconds=0.005)
+    assert {entry.mode for entry in times} == set(host_time.MODES)
+    assert times[0].who == "torch"
+    assert all(entry.us > 0 for entry in times)
+    # The stub is gone.
+    assert gpu_embed.backends.select(CPU).name == "torch"
+
+
+# Sets and providers.
+
+
+def test_every_set_can_be_counted_and_has_known_modes():
+    assert list(SETS) == list("ABCDEFGHIJ")
+    for shape_set in SETS.values():
+        assert shape_set.cells
+        assert set(shape_set.modes) <= set(MODES)
+        assert len(set(shape_set.cells)) == len(shape_set.cells)
+
+
+def test_varied_cells_come_once():
+    cells = list(varied(SETS["A"].cells, vocab=[5, 6], dim=None))
+    assert len(cells) == 2 * 2 * 2
+    assert {cell.vocab for cell in cells} == {5, 6}
+
+
+def test_a_provider_that_is_not_installed_says_how():
+    absent = Provider("absent", "", looked_up, "no_such_module.part", "no-such-package", cpu=True)
+    assert absent.missing_reason(CPU) == "not installed (pip install no-such-package)"
+    assert absent.version() == ""
+    assert PROVIDERS["fbgemm-gpu"].missing_reason(CPU) == "needs a CUDA device"
+
+
+def test_a_broken_import_is_a_reason(tmp_path, monkeypatch):
+    (tmp_path / "broken_for_bench.py").write_text("raise OSError('undefined symbol: x')")
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = Provider("broken", "", looked_up, "broken_for_bench", "broken", cpu=True)
+    reason = "installed, but cannot be imported: OSError: undefined symbol: x"
+    assert broken.missing_reason(CPU) == reason
+
+
+@pytest.mark.parametrize(
+    ("name", "cell", "reason"),
+    [
+        ("flag-gems", Cell(2**24, 128, 10), "its addresses are 32 bit"),
+        ("liger-kernel", Cell(100, 4096, 2**19 + 1), "its addresses are 32 bit"),
+        ("gpu_embed-atomic", Cell(10, 4, 4, "bfloat16"), "no atomics on bfloat16 tables"),
+        ("fbgemm-gpu", Cell(10, 50, 4), "its rows are a multiple of 4 numbers"),
+        ("torch", Cell(10, 4, 4, id_dtype="uint8"), "takes no uint8 ids"),
+        ("gpu_embed", Cell(10, 4, 4, "bfloat16", "uint8"), None),
+    ],
+)
+def test_what_a_provider_refuses(name, cell, reason):
+    assert PROVIDERS[name].refuses(cell, "backward") == reason
+
+
+# Rows and files.
+
+
+ROW = Row(
+    set="A",
+    operation="embedding",
+    mode="forward",
+    dtype="float32",
+    id_dtype="int64",
+    vocab=10,
+    dim=4,
+    num_ids=3,
+    distribution="zipf:1.05",
+    unique_ids=2,
+    padding=0.3,
+    provider="torch",
+    status="ok",
+    ms_p20=0.125,
+    ms_p50=0.25,
+    ms_p80=0.5,
+    match="exact",
+    device='NVIDIA "H200", 141 GB',
+)
+
+
+def test_columns_are_fixed():
+    assert ",".join(COLUMNS) == (
+        "set,operation,mode,dtype,id_dtype,vocab,dim,num_ids,distribution,unique_ids,padding,"
+        "provider,status,ms_p20,ms_p50,ms_p80,cold_ms_p50,gbps_dram,gbps_logical,percent_of_copy,"
+        "host_us,match,peak_extra_bytes,device,torch,triton,commit,note"
+    )
+
+
+def test_rows_survive_the_file(tmp_path):
+    odd = dataclasses.replace(ROW, status="error", vocab=11, note='a, "b"\nc', ms_p50=None)
+    with RowWriter(tmp_path) as writer:
+        for row in (ROW, odd):
+            writer.write(row)
+            # On disk at once, not at the end.
+            assert read_rows(tmp_path)[-1].key == row.key
+    assert read_rows(tmp_path / "results.csv") == [ROW, dataclasses.replace(odd, note='a, "b" c')]
+
+
+def test_results_are_not_overwritten(tmp_path):
+    with RowWriter(tmp_path):
+        pass
+    # A file without rows is no loss.
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+    with pytest.raises(ResultsError, match="use --resume"):
+        RowWriter(tmp_path)
+    with RowWriter(tmp_path, resume=True) as writer:
+        assert writer.done == {ROW.key}
+        writer.write(dataclasses.replace(ROW, vocab=11))
+    assert [row.vocab for row in read_rows(tmp_path)] == [10, 11]
+
+
+def test_a_half_written_line_is_cut_off(tmp_path):
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+    with (tmp_path / "results.csv").open("a") as file:
+        file.write("A,embedding,forw")
+    with RowWriter(tmp_path, resume=True) as writer:
+        writer.write(dataclasses.replace(ROW, vocab=11))
+    assert [row.vocab for row in read_rows(tmp_path)] == [10, 11]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("num_ids", "ids"), "does not name the benchmark's columns"),
+        (lambda text: text.replace(",10,", ",ten,"), "line 2: vocab is 'ten'"),
+        (lambda text: text.replace(",ok,", ",fine,"), "line 2: status is 'fine'"),
+        (lambda text: text + "A,B\n", "line 3: 2 fields where 28 are expected"),
+    ],
+)
+def test_a_broken_file_is_said_in_one_sentence(tmp_path, change, message):
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+    path = tmp_path / "results.csv"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ResultsError, match=message):
+        read_rows(tmp_path)
+
+
+def test_headers(tmp_path):
+    write_header(tmp_path, {"device": "x"})
+    assert read_header(tmp_path) == read_header(tmp_path / "results.csv") == {"device": "x"}
+    (tmp_path / "header.json").write_text("{")
+    with pytest.raises(ResultsError, match="no JSON file"):
+        read_header(tmp_path)
+
+
+# Runs.
+
+
+def jobs_for(*chosen, cells=CELLS, modes=("forward",)):
+    return [
+        run.Job("A", cell, mode, provider)
+        for cell in cells
+        for mode in modes
+        for provider in chosen
+    ]
+
+
+def test_a_run_goes_on_after_a_failure_and_resumes(bench, tmp_path):
+    def raising(weight, padding_idx, mode):
+        raise RuntimeError("no")
+
+    failing = Provider("failing", "", raising, cpu=True)
+    jobs = jobs_for(failing, PROVIDERS["torch"])
+    with RowWriter(tmp_path) as writer:
+        rows = run.execute(bench, jobs, writer)
+    assert [row.status for row in rows] == ["error", "ok", "error", "ok"]
+    skipped = []
+    longer = jobs_for(failing, PROVIDERS["torch"], modes=("forward", "backward"))
+    with RowWriter(tmp_path, resume=True) as writer:
+        rows = run.execute(bench, longer, writer, on_skip=skipped.append)
+    assert len(skipped) == 4
+    assert {row.mode for row in rows} == {"backward"}
+    assert len(read_rows(tmp_path)) == 8
+
+
+def test_cells_that_do_not_fit_are_rows(bench, tmp_path):
+    bench.memory = measure.needed_bytes(CELL, "forward")
+    jobs = jobs_for(PROVIDERS["torch"], cells=(CELL,), modes=("forward", "backward"))
+    with RowWriter(tmp_path) as writer:
+        fits, does_not = run.execute(bench, jobs, writer)
+    assert fits.status == "ok"
+    assert does_not.status == "oom"
+    assert does_not.note.startswith("needs ")
+    assert does_not.ms_p50 is None
+
+
+def test_refusals_missing_words_and_graphs_are_rows(bench, tmp_path, monkeypatch):
+    def missing(*arguments):
+        raise measure.ids_module.MissingWordsError("needs the package")
+
+    monkeypatch.setitem(measure.ids_module.KINDS, "wordfreq", missing)
+    monkeypatch.setattr(measure.ids_module.importlib.util, "find_spec", lambda name: True)
+    jobs = [
+        *jobs_for(PROVIDERS["fbgemm-gpu"], cells=(CELL,)),
+        *jobs_for(PROVIDERS["torch"], cells=(Cell(10, 4, 4, id_dtype="uint8"),)),
+        *jobs_for(PROVIDERS["torch"], cells=(Cell(10, 4, 4, operation="embedding_graph"),)),
+        *jobs_for(PROVIDERS["torch"], cells=(Cell(10, 4, 4, distribution="wordfreq"),)),
+    ]
+    with RowWriter(tmp_path) as writer:
+        rows = run.execute(bench, jobs, writer)
+    assert [(row.status, row.note) for row in rows] == [
+        ("missing", "needs a CUDA device"),
+        ("missing", "takes no uint8 ids"),
+        ("missing", "CUDA graphs need a CUDA device"),
+        ("missing", "needs the package"),
+    ]
+
+
+def test_liger_and_gems_are_wired_as_they_ask(monkeypatch):
+    """Their packages need a GPU; modules of the same shape show that the wiring is right."""
+
+    class Gems:
+        @staticmethod
+        def embedding(weight, indices, padding_idx=-1):
+            return F.embedding(indices, weight)
+
+        @staticmethod
+        def embedding_backward(grad_outputs, indices, num_weights, padding_idx=-1):
+            return torch.ops.aten.embedding_dense_backward(
+                grad_outputs, indices, num_weights, padding_idx, False
+            )
+
+    class Liger:
+        LigerEmbeddingFunction = NudgedGradient
+
+        class LigerEmbedding(torch.nn.Module):
+            def __init__(self, num_embeddings, embedding_dim, padding_idx=None):
+                super().__init__()
+                self.padding_idx = padding_idx
+                self.weight = torch.nn.Parameter(torch.randn(num_embeddings, embedding_dim))
+
+            def forward(self, indices):
+                rows = F.embedding(indices, self.weight).clone()
+                rows[indices == self.padding_idx] = 0
+                return rows
+
+    monkeypatch.setattr(
+        providers.importlib, "import_module", lambda name: Gems if "gems" in name else Liger
+    )
+    bench = measure.Bench(CPU, 10.0, FACTS, 2**30, effort=QUICK)
+    padded = dataclasses.replace(CELL, padding=0.3)
+    for cell in (CELL, padded):
+        assert measured(bench, PROVIDERS["flag-gems"], cell, "full").status == "ok"
+    monkeypatch.setattr(Liger, "LigerEmbeddingFunction", providers.IndexAddEmbedding, raising=True)
+    # It zeroes the padding row of the output, where torch returns what is stored.
+    assert measured(bench, PROVIDERS["liger-kernel"], padded, "full").status == "wrong"
