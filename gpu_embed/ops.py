@@ -381,7 +381,8 @@ def _embedding_vmap(
     scale_grad_by_freq: bool,
     sparse: bool,
 ) -> tuple[Tensor, int]:
-    if in_dims[0] is None:
+    # With scale_grad_by_freq each example counts its own ids, so each needs rows of its own.
+    if in_dims[0] is None and not scale_grad_by_freq:
         indices = _batched(indices, in_dims[1], info.batch_size)
         return embedding(weight, indices, padding_idx, scale_grad_by_freq, sparse), 0
     weight = _batched(weight, in_dims[0], info.batch_size)

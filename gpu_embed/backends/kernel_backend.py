@@ -112,7 +112,7 @@ class KernelBackend(ABC):
                 scale_grad_by_freq,
                 chunk,
             )
-            if num_chunks == 1:
+            if num_chunks <= 1:
                 return
             values, keys, level_order = partial_values, partial_keys, None
             counts = partial_counts if scale_grad_by_freq else None
