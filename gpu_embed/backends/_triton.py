@@ -2,8 +2,8 @@
 
 import threading
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +19,17 @@ from .layout import WordLayout, vector_width, word_layout
 MIN_CAPABILITY = (8, 0)
 
 
+class Launch:
+    """Settings of one kernel launch."""
+
+    @cached_property
+    def settings(self) -> dict[str, int]:
+        """The fields by name; kept, since making the dict costs more than the rest of the launch code."""
+        return dict(vars(self))
+
+
 @dataclass(frozen=True)
-class RowsLaunch:
+class RowsLaunch(Launch):
     """gather_rows_kernel: a tile of BLOCK_N rows by BLOCK_D words."""
 
     BLOCK_N: int
@@ -29,7 +38,7 @@ class RowsLaunch:
 
 
 @dataclass(frozen=True)
-class FlatLaunch:
+class FlatLaunch(Launch):
     """A kernel over a flat range: BLOCK vectors, ids or keys a program."""
 
     BLOCK: int
@@ -37,7 +46,7 @@ class FlatLaunch:
 
 
 @dataclass(frozen=True)
-class SegmentLaunch:
+class SegmentLaunch(Launch):
     """segment_sum_kernel: BLOCK_C chunks by BLOCK_D columns.
 
     One warp a program: it needs no barrier, and every lane loads 16 bytes of a row.
@@ -154,7 +163,7 @@ class TritonBackend(KernelBackend):
             grad_output.stride(1),
             D=embedding_dim,
             VEC=vec,
-            **asdict(SCATTER_ADD),
+            **SCATTER_ADD.settings,
         )
 
     def _sort_keys(self, ids: Tensor, keys: Tensor, num_embeddings: int, padding_idx: int) -> None:
@@ -167,7 +176,7 @@ class TritonBackend(KernelBackend):
             ids.numel(),
             num_embeddings,
             padding_idx,
-            **asdict(SORT_KEYS),
+            **SORT_KEYS.settings,
         )
 
     def _segment_sum(
@@ -207,7 +216,7 @@ class TritonBackend(KernelBackend):
             VEC=vec,
             SCALE_GRAD_BY_FREQ=scale_grad_by_freq,
             CHUNK=chunk,
-            **asdict(launch),
+            **launch.settings,
         )
 
     def _renorm(self, weight: Tensor, keys: Tensor, max_norm: float, norm_type: float) -> None:
@@ -240,7 +249,7 @@ class TritonBackend(KernelBackend):
             counts,
             ids.numel(),
             counts.numel(),
-            **asdict(COUNTS),
+            **COUNTS.settings,
         )
 
     def _gather_launch(
@@ -251,10 +260,10 @@ class TritonBackend(KernelBackend):
         rows = GATHER_ROWS.get(min(layout.row_words, widest))
         if rows is not None and layout.row_words % rows.BLOCK_D == 0:
             grid = (cdiv(num_indices, rows.BLOCK_N), cdiv(layout.row_words, rows.BLOCK_D))
-            return self._kernels.gather_rows, grid, asdict(rows)
+            return self._kernels.gather_rows, grid, rows.settings
         num_vectors = num_indices * layout.row_words // layout.vec
         blocks = cdiv(num_vectors, GATHER_FLAT.BLOCK)
-        return self._kernels.gather_flat, (blocks,), asdict(GATHER_FLAT)
+        return self._kernels.gather_flat, (blocks,), GATHER_FLAT.settings
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
@@ -306,6 +315,7 @@ class TritonBackend(KernelBackend):
         )
 
 
+@cache
 def segment_launch(embedding_dim: int, vec: int) -> SegmentLaunch:
     """One warp wide, `vec` columns a lane; narrow rows put several chunks side by side."""
     columns = 32 * vec
