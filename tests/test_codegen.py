@@ -1,0 +1,198 @@
+"""What the Triton kernels compile to: access widths, atomics, barriers, spills. No GPU is needed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from math import gcd
+from pathlib import Path
+
+import codegen
+import pytest
+import torch
+from codegen import CASES, Case, Compiled
+from filelock import FileLock
+
+from gpu_embed.backends._triton import GATHER_ROWS
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+Launches = dict[str, list[Compiled] | str]
+
+
+@pytest.fixture(scope="session", params=codegen.ARCHITECTURES, ids="sm_{}".format)
+def architecture(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def launches(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """For each case, by name, what it launches, or why it did not compile.
+
+    Of several workers the first to come compiles for all.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    file = folder / f"codegen-{architecture}.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            file.write_text(json.dumps(compile_in_subprocess(architecture, folder / "triton")))
+    returncode, output, errors = json.loads(file.read_text())
+    if returncode != 0:
+        errors = "\n".join(errors.splitlines()[-20:])
+        pytest.fail(f"tests/codegen.py ended with {returncode}:\n{errors}", pytrace=False)
+    return codegen.read_json(output)
+
+
+def compile_in_subprocess(architecture: int, cache: Path) -> tuple[int, str, str]:
+    """This process may have triton's interpreter in place of its compiler."""
+    env = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    env.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, codegen.__file__, "--json", str(architecture)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def each(condition: Callable[[Case], bool]) -> pytest.MarkDecorator:
+    chosen = [case for case in CASES if condition(case)]
+    assert chosen
+    return pytest.mark.parametrize("case", chosen, ids=str)
+
+
+def of_case(launches: Launches, case: Case) -> list[Compiled]:
+    found = launches[str(case)]
+    if isinstance(found, str):
+        pytest.fail(f"did not compile: {found}", pytrace=False)
+    return found
+
+
+def all_of(launches: Launches) -> list[Compiled]:
+    return [launch for found in launches.values() if isinstance(found, list) for launch in found]
+
+
+def gradient_of_case(launches: Launches, case: Case, kernel: str) -> list[Compiled]:
+    """What a gradient launches, but for the sort of its ids."""
+    found = [launch for launch in of_case(launches, case) if launch.kernel != "sort_keys_kernel"]
+    assert {launch.kernel for launch in found} == {kernel}
+    return found
+
+
+def test_names_tell_the_cases_apart():
+    assert len({str(case) for case in CASES}) == len(CASES)
+
+
+def test_every_kernel_and_every_row_of_the_gather_table_is_compiled(launches: Launches):
+    (folder,) = find_spec("gpu_embed.kernels").submodule_search_locations
+    written = {
+        name
+        for file in Path(folder).glob("*.py")
+        for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
+    }
+    compiled = all_of(launches)
+    assert {launch.kernel for launch in compiled} == written
+    rows = {
+        tuple(launch.settings[name] for name in ("BLOCK_N", "BLOCK_D", "num_warps"))
+        for launch in compiled
+        if launch.kernel == "gather_rows_kernel"
+    }
+    assert rows == {(row.BLOCK_N, row.BLOCK_D, row.num_warps) for row in GATHER_ROWS.values()}
+
+
+@each(lambda case: True)
+def test_registers_hold_everything(launches: Launches, case: Case):
+    for launch in of_case(launches, case):
+        # A few masks that segment_sum needs again after its loop may wait on the stack meanwhile.
+        allowed = 16 if launch.kernel == "segment_sum_kernel" else 0
+        assert launch.spilled_bytes <= allowed, launch
+        stacked = [i for i in launch.machine_instructions or [] if i.operation == "local"]
+        assert not any(i.in_loop for i in stacked), launch
+
+
+def test_machine_code_accesses_memory_as_ptx_says(launches: Launches):
+    """The other tests read PTX."""
+    read = [launch for launch in all_of(launches) if launch.machine_instructions]
+    assert {launch.kernel for launch in read} == {launch.kernel for launch in all_of(launches)}
+    for launch in read:
+        kinds = {i for i in launch.machine_instructions if i.operation != "local"}
+        assert kinds == set(launch.instructions), launch
+
+
+@each(lambda case: case.operation == "embedding")
+def test_gather_moves_the_widest_words_that_rows_allow(launches: Launches, case: Case):
+    (launch,) = of_case(launches, case)
+    width = case.access_bytes(case.dtype.itemsize)
+    assert launch.widths("load", "weight_ptr") == {width}
+    if case.transposed:
+        # The output's rows are contiguous all the same.
+        assert min(launch.widths("store", "output_ptr")) >= width
+    else:
+        assert launch.widths("store", "output_ptr") == {width}
+
+
+@each(lambda case: case.operation == "embedding")
+def test_good_ids_do_not_touch_the_record(launches: Launches, case: Case):
+    """Contract 6: the record is only ever written, behind a predicate."""
+    (launch,) = of_case(launches, case)
+    operations = {
+        i.operation for i in launch.instructions if i.pointer in ("record_ptr", "flag_ptr")
+    }
+    assert operations == ({"exchange", "store"} if case.record else set())
+
+
+@each(lambda case: case.operation == "atomic")
+def test_atomics_are_vectors_from_sm_90_on(launches: Launches, architecture: int, case: Case):
+    (launch,) = gradient_of_case(launches, case, "scatter_add_kernel")
+    assert launch.widths("load", "grad_output_ptr") == {case.access_bytes(case.dtype.itemsize)}
+    added = launch.widths("add", "grad_weight_ptr")
+    if case.dtype == torch.float64 or architecture < 90:
+        assert added == {case.dtype.itemsize}
+    elif case.transposed:
+        assert min(added) >= case.dtype.itemsize
+    else:
+        assert added == {case.access_bytes(case.dtype.itemsize)}
+
+
+@each(lambda case: case.operation == "sorted")
+def test_segment_sum_loads_and_stores_whole_vectors(launches: Launches, case: Case):
+    itemsize = case.dtype.itemsize
+    acc_itemsize = max(itemsize, 4)
+    # The first launch sums grad_output, each later one the partial sums of the one before.
+    value_itemsize, width = itemsize, case.access_bytes(itemsize)
+    for launch in gradient_of_case(launches, case, "segment_sum_kernel"):
+        assert launch.widths("load", "values_ptr") == {width}
+        items = width // value_itemsize
+        assert launch.widths("store", "grad_weight_ptr") == {items * itemsize}
+        assert launch.widths("store", "lead_ptr") == {min(16, items * acc_itemsize)}
+        value_itemsize, width = acc_itemsize, gcd(16, case.embedding_dim * acc_itemsize)
+
+
+@each(lambda case: case.operation == "sorted")
+def test_threads_of_segment_sum_walk_alone(launches: Launches, case: Case):
+    for launch in gradient_of_case(launches, case, "segment_sum_kernel"):
+        # One key alone needs no loop.
+        loads = [i for i in launch.instructions if i.operation == "load"]
+        assert any(i.in_loop for i in loads) or case.num_indices == 1
+        exchanges = [
+            i for i in launch.instructions if i.operation in ("barrier", "shared", "shuffle")
+        ]
+        assert not any(i.in_loop for i in exchanges), exchanges
+        if launch.settings["num_warps"] == 1:
+            assert not any(i.operation == "barrier" for i in exchanges), exchanges
+
+
+@each(
+    lambda case: case.operation == "renorm" and case.embedding_dim % 16 == 0 and not case.transposed
+)
+def test_renorm_moves_whole_vectors(launches: Launches, case: Case):
+    _, launch = of_case(launches, case)
+    assert launch.widths("load", "row_ptr") == {16}
+    assert launch.widths("store", "row_ptr") == {16}

@@ -1,0 +1,371 @@
+"""torch.compile, torch.export, make_fx, meta and fake tensors: the same values as eager, no graph break."""
+
+import io
+import shutil
+
+import pytest
+import torch
+from cases import FORWARD_DTYPES, ID_DTYPES, integer_gradient, table
+from torch import func
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.export import Dim
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpu_embed
+from gpu_embed.functional import embedding
+
+# torch's own, about its exporter's and its tracer's use of the standard library.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",
+        "`torch.jit.\\w+` is deprecated",
+        "Converting a tensor to a Python boolean",
+        "Dynamo does not know how to trace the builtin",
+    )
+]
+
+ARGUMENTS = {
+    "plain": {},
+    "padding": {"padding_idx": 1},
+    "scaled": {"scale_grad_by_freq": True},
+    "max_norm": {"max_norm": 2.5},
+    "sparse": {"sparse": True},
+    "all but sparse": {"padding_idx": -1, "scale_grad_by_freq": True, "max_norm": 2.5},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def layer(device, *, frozen=False, **arguments):
+    """A table of 7 rows of small integers."""
+    weight = table(7, 3, torch.float32, device).round()
+    return gpu_embed.Embedding(7, 3, _weight=weight, _freeze=frozen, **arguments)
+
+
+def train(module, look_up, indices):
+    """Three steps whose gradients are small integers or halves, exact in any order; the final table."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    grad_output = integer_gradient((*indices.shape, 3), torch.float32, indices.device)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (look_up(indices) * grad_output).sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.cat([module.weight.detach().flatten(), torch.stack(losses)])
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_compiled_training_equals_eager(target, arguments):
+    """Contract 8: one graph, forward and backward, on every backend and with every argument."""
+    indices = torch.tensor([[5, 1, 0], [1, 6, 1], [0, 5, 3]], device=target.device)[:, [0, 1, 1, 2]]
+    eager, compiled = (layer(target.device, **arguments) for _ in range(2))
+    graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    assert torch.equal(train(compiled, graph, indices), train(eager, eager, indices))
+    assert not torch.equal(eager.weight, layer(target.device).weight)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ with g++")
+def test_inductor_on_the_cpu():
+    """Contract 8: with generated code around the op."""
+    indices = torch.tensor([[5, 1, 0, 1], [1, 6, 1, 6]])
+    eager, compiled = (layer("cpu", **ARGUMENTS["all but sparse"]) for _ in range(2))
+    with torch._inductor.config.patch(
+        {"compile_threads": 1, "cpp_cache_precompile_headers": False}
+    ):
+        graph = torch.compile(compiled, fullgraph=True, dynamic=True)
+        assert torch.equal(train(compiled, graph, indices), train(eager, eager, indices))
+        assert torch.equal(graph(indices[:, :3]), eager(indices[:, :3]))
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "settled"), [(True, 1), (None, 2)], ids=["from the start", "found out"]
+)
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_new_lengths_do_not_recompile(arguments, dynamic, settled):
+    """Contract 8: the first call, without a hint the second, compiles the graph for all lengths."""
+    module = layer("cpu", **arguments)
+    counter = CompileCounterWithBackend("aot_eager")
+    graph = torch.compile(module, fullgraph=True, backend=counter, dynamic=dynamic)
+    compiled = [0]
+    for length in (5, 3, 11, 2, 200):
+        indices = torch.arange(length * 2).view(2, length) % 7
+        output = graph(indices)
+        output.sum().backward()
+        assert torch.equal(output, module.weight[indices])
+        compiled.append(counter.frame_count)
+    assert compiled[settled - 1] < compiled[settled]
+    assert compiled[settled:] == [compiled[settled]] * (6 - settled)
+
+
+def test_new_tables_do_not_recompile():
+    """Contract 8: rows, columns and padding_idx are symbols too."""
+    counter = CompileCounterWithBackend("aot_eager")
+    graph = torch.compile(embedding, fullgraph=True, backend=counter, dynamic=True)
+    compiled = []
+    for num_embeddings in (5, 7, 12):
+        weight = table(num_embeddings, num_embeddings + 3, torch.float32, "cpu").requires_grad_()
+        indices = torch.arange(2 * num_embeddings) % num_embeddings
+        output = graph(indices, weight, -2)
+        output.sum().backward()
+        assert torch.equal(output, weight[indices])
+        assert weight.grad[:, 0].tolist() == [2.0] * (num_embeddings - 2) + [0, 2]
+        compiled.append(counter.frame_count)
+    assert compiled == compiled[:1] * 3
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_lengths_zero_and_one(length):
+    """Sizes that the compiler treats as constants."""
+    module = layer("cpu", padding_idx=1)
+    graph = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    indices = torch.full((length, 3), 4)
+    output = graph(indices)
+    output.sum().backward()
+    assert torch.equal(output, module.weight[indices])
+    assert module.weight.grad[4].tolist() == [3.0 * length] * 3
+
+
+@pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
+def test_compiled_ids_of_every_dtype(dtype):
+    """Contract 7: beyond torch's two dtypes under the compiler too."""
+    module = layer("cpu")
+    graph = torch.compile(module, fullgraph=True, backend="aot_eager")
+    indices = torch.tensor([5, 1, 5])
+    output = graph(indices.to(dtype))
+    output.sum().backward()
+    assert torch.equal(output, module.weight[indices])
+    assert module.weight.grad[:, 0].tolist() == [0, 1, 0, 0, 0, 2, 0]
+
+
+def test_compiled_ids_out_of_range(target):
+    """Contract 6: the error is raised from a compiled call too, and the next one works."""
+    module = layer(target.device)
+    graph = torch.compile(module, fullgraph=True, backend="aot_eager")
+    indices = torch.tensor([5, 7, 0], device=target.device)
+    with (
+        gpu_embed.set_bounds_check("sync"),
+        pytest.raises(IndexError, match=r"id 7 at flat position 1 .* has 7 rows"),
+    ):
+        graph(indices)
+    assert torch.equal(graph(indices % 7), module.weight[indices % 7])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
+def test_compiled_without_gradients(mode):
+    module = layer("cpu", max_norm=2.5)
+    graph = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with mode():
+        output = graph(torch.tensor([5, 1]))
+    assert not output.requires_grad
+    assert torch.equal(output, module.weight[[5, 1]])
+    assert not torch.equal(module.weight, layer("cpu").weight)
+
+
+def test_compiled_per_sample_gradients():
+    """Contract 8: functorch inside the compiler."""
+    weight = table(5, 3, torch.float32, "cpu").round()
+    indices = torch.tensor([[3, 1, 1], [0, 2, 3]])
+    per_sample = func.vmap(
+        func.grad(lambda w, i: (embedding(i, w, padding_idx=1) ** 2).sum()), (None, 0)
+    )
+    graph = torch.compile(per_sample, fullgraph=True, backend="aot_eager")
+    assert torch.equal(graph(weight, indices), per_sample(weight, indices))
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_compiled_autograd(arguments):
+    """Contract 8: an eager forward whose backward alone is compiled."""
+    indices = torch.tensor([[5, 1, 1], [0, 5, 5]])
+    grads = []
+    for compiled in (False, True):
+        module = layer("cpu", **arguments)
+        output = module(indices)
+        grad_output = integer_gradient((2, 3, 3), torch.float32, "cpu")
+        if compiled:
+            compiler = torch.compile(backend="aot_eager")
+            with torch._dynamo.compiled_autograd._enable(compiler):
+                output.backward(grad_output)
+        else:
+            output.backward(grad_output)
+        grads.append(module.weight.grad.to_dense())
+    assert torch.equal(*grads)
+
+
+# torch.export.
+
+
+class Head(torch.nn.Module):
+    """The layer inside a model, as an exporter meets it."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.table = layer("cpu", **arguments)
+
+    def forward(self, indices):
+        return self.table(indices) * 2
+
+
+EXPORTED = {
+    "plain": {},
+    "padding": {"padding_idx": 1},
+    "frozen, max_norm": {"frozen": True, "max_norm": 2.5},
+}
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+@pytest.mark.parametrize("arguments", EXPORTED.values(), ids=EXPORTED)
+def test_export(arguments, strict):
+    """Contract 8: one op in the graph, dynamic batch and length; decomposed, saved and loaded."""
+    example = torch.tensor([[5, 1, 0], [1, 6, 1]])
+    dims = ({0: Dim("batch"), 1: Dim("length")},)
+    program = torch.export.export(Head(**arguments), (example,), dynamic_shapes=dims, strict=strict)
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(torch.ops.gpu_embed.embedding.default) == 1
+
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer)
+    for exported in (program, program.run_decompositions(), loaded):
+        module = exported.module()
+        for shape in ((2, 3), (5, 9), (3, 2)):
+            indices = torch.arange(shape[0] * shape[1]).view(shape) * 3 % 7
+            eager = Head(**arguments)
+            module.load_state_dict(eager.state_dict())
+            assert torch.equal(module(indices), eager(indices))
+            assert torch.equal(module.state_dict()["table.weight"], eager.table.weight)
+
+
+# Tracing.
+
+
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_make_fx(arguments, tracing_mode):
+    """Contract 8: forward and gradient as one graph of ops."""
+
+    def gradient(weight, indices):
+        weight = weight.clone().requires_grad_()
+        output = embedding(indices, weight, **arguments)
+        (grad,) = torch.autograd.grad((output * output).sum(), weight)
+        return output, grad.to_dense()
+
+    weight = table(7, 3, torch.float32, "cpu").round()
+    indices = torch.tensor([[5, 1, 0, 1], [1, 6, 1, 6]])
+    graph = make_fx(gradient, tracing_mode=tracing_mode)(weight, indices)
+    others = indices.flip(1) if tracing_mode != "symbolic" else indices.repeat(2, 1)
+    targets = {node.target for node in graph.graph.nodes}
+    assert torch.ops.gpu_embed.embedding.default in targets
+    assert all(map(torch.equal, graph(weight, others), gradient(weight, others)))
+
+
+def test_fx_symbolic_trace():
+    """Contract 8: tools that rewrite models with torch.fx meet the layer as they meet torch's."""
+    model = Head(padding_idx=1)
+    graph = torch.fx.symbolic_trace(model)
+    indices = torch.tensor([5, 1])
+    assert torch.equal(graph(indices), model(indices))
+
+
+def test_jit_trace():
+    """Contract 8: the older tracer records the op too."""
+    model = Head(padding_idx=1)
+    traced = torch.jit.trace(model, (torch.tensor([5, 1]),))
+    indices = torch.tensor([[0, 6], [1, 1]])
+    assert torch.equal(traced(indices), model(indices))
+    assert "gpu_embed::embedding" in str(traced.inlined_graph)
+
+
+def test_dispatch_modes_see_the_ops(target):
+    """Contract 8: modes that count, log or replace ops see ours, forward and backward."""
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    module = layer(target.device, max_norm=2.5)
+    with Log():
+        module(torch.tensor([5, 1], device=target.device)).sum().backward()
+    ours = [name for name in seen if name.startswith("gpu_embed")]
+    assert ours == [
+        "gpu_embed.embedding_renorm_.default",
+        "gpu_embed.embedding.default",
+        "gpu_embed.embedding_dense_backward.default",
+    ]
+    assert module.weight.grad[:, 0].tolist() == [0, 1, 0, 0, 0, 1, 0]
+
+
+def test_the_profiler_sees_the_ops(target):
+    """Contract 8: a profile names the lookup and its gradient."""
+    module = layer(target.device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        module(torch.tensor([5, 1], device=target.device)).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"gpu_embed::embedding", "gpu_embed::embedding_dense_backward"} <= names
+
+
+# Shapes without data.
+
+
+@pytest.mark.parametrize("dtype", FORWARD_DTYPES, ids=str)
+def test_meta_forward(dtype):
+    """Contract 8: a model on the meta device infers shapes and dtypes."""
+    weight = torch.empty(7, 3, dtype=dtype, device="meta")
+    for ids_dtype in ID_DTYPES:
+        indices = torch.empty(2, 0, 5, dtype=ids_dtype, device="meta")
+        output = embedding(indices, weight)
+        assert output.is_meta
+        assert output.shape == (2, 0, 5, 3)
+        assert output.dtype == dtype
+        assert output.is_contiguous()
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_meta_gradient(arguments):
+    """Contract 8: the gradient has its layout and shape there too."""
+    module = gpu_embed.Embedding(7, 3, device="meta", **arguments)
+    module(torch.empty(2, 5, dtype=torch.int64, device="meta")).sum().backward()
+    assert module.weight.grad.is_meta
+    assert module.weight.grad.shape == (7, 3)
+    assert module.weight.grad.is_sparse == module.sparse
+
+
+@pytest.mark.parametrize("shape_env", [None, ShapeEnv()], ids=["static", "symbolic"])
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_fake_tensors(arguments, shape_env):
+    """Contract 8: shapes alone decide; no id is read, or those out of range would raise."""
+    mode = FakeTensorMode(shape_env=shape_env)
+    weight = mode.from_tensor(torch.zeros(7, 3), static_shapes=shape_env is None)
+    weight.requires_grad_()
+    indices = mode.from_tensor(torch.full((2, 5), 99), static_shapes=shape_env is None)
+    with mode:
+        output = embedding(indices, weight, **arguments)
+        output.sum().backward()
+    assert output.shape == (2, 5, 3)
+    assert output.stride() == (15, 3, 1)
+    assert output.dtype == torch.float32
+    assert weight.grad.shape == (7, 3)
+    assert weight.grad.is_sparse == bool(arguments.get("sparse"))
+
+
+def test_fake_mode_over_real_tensors():
+    """Nothing is computed for plain tensors either while the mode is on."""
+    module = layer("cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        output = module(mode.from_tensor(torch.tensor([5, 1])))
+    assert isinstance(output, torch._subclasses.FakeTensor)
+    assert output.shape == (2, 3)

@@ -1,0 +1,814 @@
+"""What only a GPU can show: huge tensors, CUDA graphs, streams, host syncs, memory, contention, late errors.
+
+The other files run their cases on CUDA too, through the `target` fixture.
+"""
+
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import pytest
+import torch
+from cases import ID_DTYPES, ids, same_bits, table
+from torch import Tensor
+
+import gpu_embed
+from gpu_embed import backends, bounds
+from gpu_embed.functional import embedding
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+REQUIRE_GPU = os.environ.get("GPU_EMBED_REQUIRE_GPU") == "1"
+# Every kernel that can compute a gradient of each dtype.
+METHODS = [
+    pytest.param(dtype, method, id=f"{dtype}-{method}".removeprefix("torch."))
+    for dtype, method in (
+        (torch.float32, "atomic"),
+        (torch.float32, "sorted"),
+        (torch.float64, "atomic"),
+        (torch.float64, "sorted"),
+        (torch.bfloat16, "sorted"),
+        (torch.float16, "sorted"),
+    )
+]
+every_method = pytest.mark.parametrize(("dtype", "method"), METHODS)
+ARGUMENTS = {
+    "plain": {},
+    "padding_idx": {"padding_idx": 3},
+    "scale_grad_by_freq": {"scale_grad_by_freq": True},
+    "max_norm": {"max_norm": 2.0},
+    "all": {"padding_idx": -1, "scale_grad_by_freq": True, "max_norm": 2.0, "norm_type": 3.0},
+}
+
+
+@pytest.fixture(params=["triton", "cupy"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend with kernels of our own, forced; no error of an earlier lookup may be left over."""
+    yield from forced(request.param)
+
+
+@pytest.fixture
+def triton() -> Iterator[str]:
+    """For what does not depend on whose kernels run."""
+    yield from forced("triton")
+
+
+def forced(name: str) -> Iterator[str]:
+    require(name)
+    with gpu_embed.use_backend(name):
+        yield name
+        gpu_embed.check_bounds()
+    torch.cuda.empty_cache()
+
+
+def require(name: str) -> None:
+    """Skip without the backend's library; with it, a backend that cannot run fails a required GPU run."""
+    reason = backends.load(name).unusable_reason(torch.device(DEVICE))
+    if reason is None:
+        return
+    if REQUIRE_GPU and find_spec(name) is not None:
+        pytest.fail(f"GPU_EMBED_REQUIRE_GPU=1 and {name}: {reason}")
+    pytest.skip(reason)
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Random integers in [-2, 2], drawn where they are used."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=generator, device=DEVICE).to(dtype)
+
+
+def random_ids(num_indices: int, num_embeddings: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randint(num_embeddings, (num_indices,), generator=generator, device=DEVICE)
+
+
+def gradient(
+    indices: Tensor, num_embeddings: int, grad_output: Tensor, **arguments: object
+) -> Tensor:
+    """The table's gradient after one lookup."""
+    shape = (num_embeddings, grad_output.shape[-1])
+    weight = torch.zeros(shape, dtype=grad_output.dtype, device=DEVICE, requires_grad=True)
+    embedding(indices, weight, **arguments).backward(grad_output)
+    assert weight.grad is not None
+    return weight.grad
+
+
+def exact_gradient(indices: Tensor, num_embeddings: int, grad_output: Tensor) -> Tensor:
+    """The same in fp64, by torch's own operator: exact for small integers, in any order."""
+    total = torch.zeros(num_embeddings, grad_output.shape[-1], dtype=torch.float64, device=DEVICE)
+    return total.index_add_(0, indices.long(), grad_output.double())
+
+
+# Past 2**31 elements. The kernels count in words of up to 8 bytes, so the words are what must be so many.
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("num_embeddings", "embedding_dim", "dtype"),
+    [(19_345_706, 128, torch.float64), (70_000_001, 33, torch.uint8)],
+    ids=["whole rows of 8-byte words", "odd rows of bytes"],
+)
+def test_rows_past_2_31_words_are_read(backend, num_embeddings, embedding_dim, dtype):
+    """Contract 3: 64-bit addresses of the table's rows."""
+    assert num_embeddings * embedding_dim > 2**31
+    weight = torch.zeros(num_embeddings, embedding_dim, dtype=dtype, device=DEVICE)
+    rows, values = distinct_rows(num_embeddings, embedding_dim)
+    for row, value in zip(rows.tolist(), values, strict=True):
+        weight[row] = value
+    choice = random_ids(3073, len(rows))
+    output = embedding(rows[choice], weight)
+    assert torch.equal(output, values.to(dtype)[choice])
+
+
+def distinct_rows(num_embeddings: int, embedding_dim: int) -> tuple[Tensor, Tensor]:
+    """Ids at both ends of the table and at its element 2**31, and small values for their rows."""
+    middle = 2**31 // embedding_dim
+    rows = [0, 1, middle - 1, middle, middle + 1, num_embeddings - 2, num_embeddings - 1]
+    values = torch.arange(len(rows) * embedding_dim, device=DEVICE).view(len(rows), -1) % 251
+    return torch.tensor(rows, device=DEVICE), values
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [(torch.float32, "atomic"), (torch.float32, "sorted"), (torch.bfloat16, "sorted")],
+    ids=str,
+)
+def test_gradient_rows_past_2_31_elements_are_written(backend, dtype, method):
+    """Contract 3: 64-bit addresses of the gradient's rows."""
+    num_embeddings, embedding_dim = 19_345_706, 128
+    rows, _ = distinct_rows(num_embeddings, embedding_dim)
+    choice = random_ids(300, len(rows))
+    grad_output = integers(300, embedding_dim, dtype=dtype)
+    with gpu_embed.use_gradient_method(method):
+        grad_weight = torch.ops.gpu_embed.embedding_dense_backward(
+            grad_output, rows[choice], num_embeddings, -1, False
+        )
+    expected = exact_gradient(choice, len(rows), grad_output)
+    for row, total in zip(rows.tolist(), expected, strict=True):
+        assert torch.equal(grad_weight[row], total.to(dtype)), row
+    # Every gradient is in one of those rows, and nowhere else.
+    total = expected.to(dtype).abs().sum(dtype=torch.float64)
+    assert grad_weight.abs().sum(dtype=torch.float64) == total
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("num_indices", "embedding_dim", "dtype"),
+    [(524_289, 4096, torch.float64), (524_545, 4095, torch.uint8)],
+    ids=["whole rows of 8-byte words", "odd rows of bytes"],
+)
+def test_outputs_past_2_31_words_are_written(backend, num_indices, embedding_dim, dtype):
+    """Contract 3: 64-bit addresses of the output's rows."""
+    assert num_indices * embedding_dim > 2**31
+    weight = torch.randint(251, (100, embedding_dim), device=DEVICE).to(dtype)
+    indices = random_ids(num_indices, 100)
+    output = embedding(indices, weight)
+    for start in range(0, num_indices, 2**15):
+        part = slice(start, start + 2**15)
+        assert torch.equal(output[part], weight[indices[part]]), start
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [(torch.float32, "atomic"), (torch.float32, "sorted"), (torch.bfloat16, "sorted")],
+    ids=str,
+)
+def test_gradients_past_2_31_elements_are_read(backend, dtype, method):
+    """Contract 3: 64-bit addresses of grad_output's rows."""
+    num_indices, embedding_dim, num_embeddings = 524_289, 4096, 1000
+    assert num_indices * embedding_dim > 2**31
+    per_row = integers(num_indices, 1, dtype=dtype)
+    per_column = 1 + torch.arange(embedding_dim, device=DEVICE) % 2
+    indices = random_ids(num_indices, num_embeddings)
+    with gpu_embed.use_gradient_method(method):
+        actual = torch.ops.gpu_embed.embedding_dense_backward(
+            per_row * per_column.to(dtype), indices, num_embeddings, -1, False
+        )
+    expected = exact_gradient(indices, num_embeddings, per_row) * per_column
+    assert torch.equal(actual, expected.to(dtype))
+
+
+@pytest.mark.large
+def test_more_than_2_31_ids_are_looked_up(backend):
+    """Contract 3: 64-bit positions."""
+    num_indices = 2**31 + 16
+    weight = torch.randperm(256, device=DEVICE).to(torch.uint8)[:, None]
+    indices = torch.randint(256, (num_indices,), dtype=torch.uint8, device=DEVICE)
+    output = embedding(indices, weight)[:, 0]
+    for start in range(0, num_indices, 2**27):
+        part = slice(start, start + 2**27)
+        assert torch.equal(output[part], weight[:, 0][indices[part].int()]), start
+
+
+@pytest.mark.large
+def test_more_than_2_31_ids_are_summed(backend):
+    """Contract 3: 64-bit positions in the atomic gradient; torch.sort ends at 2**31 ids."""
+    num_indices, num_embeddings = 2**31 + 16, 1_000_000
+    indices = torch.randint(num_embeddings, (num_indices,), dtype=torch.int32, device=DEVICE)
+    ones = torch.ones(num_indices, 1, device=DEVICE)
+    with gpu_embed.use_gradient_method("atomic"):
+        grad_weight = torch.ops.gpu_embed.embedding_dense_backward(
+            ones, indices, num_embeddings, -1, False
+        )
+    expected = sum(torch.bincount(part, minlength=num_embeddings) for part in indices.split(2**27))
+    assert torch.equal(grad_weight[:, 0], expected.float())
+
+
+# CUDA graphs.
+
+
+def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple]:
+    """The graph of step(), and the tensors that step() returned, which each replay overwrites."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+@every_method
+@pytest.mark.parametrize("num_indices", [3073, 1_000_000])
+def test_cuda_graphs_replay_forward_and_backward(backend, dtype, method, num_indices):
+    """Contract 5: one capture serves ids and gradients that change, at any number of ids."""
+    num_embeddings, embedding_dim = 50_000, 64
+    weight = table(num_embeddings, embedding_dim, dtype, DEVICE).requires_grad_()
+    indices = random_ids(num_indices, num_embeddings)
+    grad_output = integers(num_indices, embedding_dim, dtype=dtype)
+
+    def step() -> tuple[Tensor, Tensor]:
+        output = embedding(indices, weight)
+        return output, *torch.autograd.grad(output, weight, grad_output)
+
+    with gpu_embed.use_gradient_method(method):
+        graph, (output, grad_weight) = captured(step)
+        for seed in (1, 2):
+            indices.copy_(random_ids(num_indices, num_embeddings, seed))
+            grad_output.copy_(integers(num_indices, embedding_dim, dtype=dtype, seed=seed))
+            graph.replay()
+            assert same_bits(output, weight.detach()[indices])
+            expected = exact_gradient(indices, num_embeddings, grad_output)
+            assert torch.equal(grad_weight, expected.to(dtype))
+            assert torch.equal(grad_weight, step()[1])
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_cuda_graphs_take_every_argument(backend, arguments):
+    """Contract 5: nothing on the dense path depends on the data."""
+    first = table(500, 33, torch.float32, DEVICE)
+    weight = first.clone().requires_grad_()
+    indices = random_ids(3073, 500)
+    grad_output = integers(3073, 33)
+
+    def step() -> tuple[Tensor, Tensor]:
+        output = embedding(indices, weight, **arguments)
+        return output, *torch.autograd.grad(output, weight, grad_output)
+
+    graph, results = captured(step)
+    with torch.no_grad():
+        weight.copy_(first)
+    indices.copy_(random_ids(3073, 500, seed=1))
+    graph.replay()
+    replayed = [result.clone() for result in (*results, weight.detach())]
+    with torch.no_grad():
+        weight.copy_(first)
+    eager = (*step(), weight.detach())
+    assert all(torch.equal(a, b) for a, b in zip(replayed, eager, strict=True))
+
+
+def test_replayed_lookups_report_bad_ids(backend):
+    """Contracts 5 and 6: the captured kernel writes the record; a later replay is right again."""
+    weight = table(50, 8, torch.float32, DEVICE)
+    indices = random_ids(100, 50)
+    graph, (output,) = captured(lambda: (embedding(indices, weight),))
+    good = indices.clone()
+    indices[7] = 50
+    graph.replay()
+    with pytest.raises(IndexError, match=r"id 50 at flat position 7 .* has 50 rows"):
+        gpu_embed.check_bounds()
+    assert output[7].eq(0).all()
+    indices.copy_(good)
+    graph.replay()
+    gpu_embed.check_bounds()
+    assert same_bits(output, weight[good])
+
+
+# Streams and devices.
+
+# Cycles that make the GPU sleep for a few tenths of a second.
+SLEEP = 400_000_000
+
+
+@every_method
+def test_forward_on_a_side_stream_and_backward_on_the_default(backend, dtype, method):
+    """The kernels run on the caller's stream: what that stream writes first, they read."""
+    weight = torch.zeros(1000, 48, dtype=dtype, device=DEVICE, requires_grad=True)
+    indices = torch.zeros(3073, dtype=torch.int64, device=DEVICE)
+    expected, expected_ids = table(1000, 48, dtype, DEVICE), random_ids(3073, 1000)
+    grad_output = integers(3073, 48, dtype=dtype)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with gpu_embed.use_gradient_method(method):
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(SLEEP)
+            with torch.no_grad():
+                weight.copy_(expected)
+            indices.copy_(expected_ids)
+            output = embedding(indices, weight)
+        torch.cuda.current_stream().wait_stream(side)
+        output.backward(grad_output)
+    assert same_bits(output.detach(), expected[expected_ids])
+    exact = exact_gradient(expected_ids, 1000, grad_output)
+    assert torch.equal(weight.grad, exact.to(dtype))
+
+
+def test_two_streams_at_once(backend):
+    """Nothing but the bounds record is shared between calls."""
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    weights = [table(rows, 64, torch.float32, DEVICE).requires_grad_() for rows in (300, 700)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    seen: list[list[tuple[Tensor, Tensor, Tensor, Tensor]]] = [[], []]
+    for method in ("atomic", "sorted"):
+        with gpu_embed.use_gradient_method(method):
+            for seed in range(20):
+                for stream, weight, results in zip(streams, weights, seen, strict=True):
+                    with torch.cuda.stream(stream):
+                        indices = random_ids(3073, len(weight), seed)
+                        grad_output = integers(3073, 64, seed=seed)
+                        output = embedding(indices, weight)
+                        (grad,) = torch.autograd.grad(output, weight, grad_output)
+                        results.append((indices, grad_output, output.detach(), grad))
+    torch.cuda.synchronize()
+    for weight, results in zip(weights, seen, strict=True):
+        for indices, grad_output, output, grad in results:
+            assert same_bits(output, weight.detach()[indices])
+            assert torch.equal(grad, exact_gradient(indices, len(weight), grad_output).float())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU at most")
+@every_method
+def test_tensors_on_a_device_that_is_not_current(backend, dtype, method):
+    device = torch.device("cuda", 1)
+    weight = table(100, 48, dtype, device).requires_grad_()
+    indices = ids("uniform", 300, 100).to(device)
+    grad_output = torch.ones(300, 48, dtype=dtype, device=device)
+    assert torch.cuda.current_device() == 0
+    with gpu_embed.use_gradient_method(method):
+        output = embedding(indices, weight, max_norm=1e6)
+        output.backward(grad_output)
+    assert torch.cuda.current_device() == 0
+    assert same_bits(output.detach(), weight.detach()[indices])
+    assert torch.equal(weight.grad[:, 0], torch.bincount(indices, minlength=100).to(dtype))
+    embedding(torch.tensor([100], device=device), weight)
+    gpu_embed.check_bounds(0)
+    with pytest.raises(IndexError, match="id 100"):
+        gpu_embed.check_bounds(1)
+
+
+# No host syncs.
+
+
+@contextmanager
+def no_host_sync() -> Iterator[None]:
+    """torch raises at each of its operators that waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_guard_against_syncs_works():
+    with pytest.raises(RuntimeError, match="synchroniz"), no_host_sync():
+        torch.ones(1, device=DEVICE).item()
+
+
+@every_method
+@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_no_host_sync(backend, dtype, method, arguments):
+    """Contract 5: forward, backward and double backward are all queued while the GPU is still busy."""
+    if method == "atomic" and arguments.get("scale_grad_by_freq"):
+        pytest.skip("atomics do not divide by the counts")
+    weight = table(500, 48, dtype, DEVICE).requires_grad_()
+    indices = random_ids(3073, 500)
+    grad_output = integers(3073, 48, dtype=dtype).requires_grad_()
+
+    def step() -> None:
+        output = embedding(indices, weight, **arguments)
+        (grad,) = torch.autograd.grad(output, weight, grad_output, create_graph=True)
+        torch.autograd.grad(grad, grad_output, torch.ones_like(grad))
+
+    with gpu_embed.use_gradient_method(method):
+        step()
+        with no_host_sync():
+            torch.cuda._sleep(SLEEP)
+            woken = torch.cuda.Event()
+            woken.record()
+            step()
+            # Syncs outside of torch, as in CuPy's launch, would show here.
+            assert not woken.query()
+
+
+def test_no_host_sync_for_sparse_gradients(backend):
+    """Contract 5: without padding_idx, even the sparse gradient does not wait."""
+    weight = table(500, 48, torch.float32, DEVICE).requires_grad_()
+    indices = random_ids(3073, 500)
+    embedding(indices, weight, sparse=True).sum().backward()
+    weight.grad = None
+    with no_host_sync():
+        embedding(indices, weight, sparse=True).sum().backward()
+    assert weight.grad.is_sparse
+
+
+# Out-of-range ids.
+
+
+def bad_lookup() -> tuple[Tensor, Tensor, Tensor]:
+    """A lookup with one bad id, finished on the GPU but not reported: weight, indices, output."""
+    weight = table(50, 8, torch.float32, DEVICE).requires_grad_()
+    indices = torch.tensor([[3, 49, 1], [2, 50, 0]], device=DEVICE)
+    output = embedding(indices, weight)
+    torch.cuda.synchronize()
+    return weight, indices, output
+
+
+MESSAGE = "index out of range in self: id 50 at flat position 4 of the input; .* has 50 rows"
+
+
+def test_the_backward_of_a_bad_lookup_raises(backend):
+    """Contract 6, mode "raise": the first point after the lookup that needs no stall."""
+    weight, _, output = bad_lookup()
+    with pytest.raises(IndexError, match=MESSAGE):
+        output.sum().backward()
+    assert weight.grad is None
+
+
+def test_the_next_call_on_the_device_raises(backend):
+    """Contract 6, mode "raise"."""
+    bad_lookup()
+    with pytest.raises(IndexError, match=MESSAGE):
+        embedding(random_ids(5, 7), table(7, 2, torch.float32, DEVICE))
+
+
+def test_check_bounds_raises(backend):
+    """Contract 6, mode "raise"."""
+    bad_lookup()
+    with pytest.raises(IndexError, match=MESSAGE):
+        gpu_embed.check_bounds(DEVICE)
+
+
+def test_sync_raises_at_the_call(backend):
+    """Contract 6, mode "sync": there the ids' shape is known."""
+    with (
+        gpu_embed.set_bounds_check("sync"),
+        pytest.raises(IndexError, match=r"id 50 at position \(1, 1\) of the input"),
+    ):
+        bad_lookup()
+
+
+def test_off_records_nothing(backend):
+    """Contract 6, mode "off"."""
+    with gpu_embed.set_bounds_check("off"):
+        weight, indices, output = bad_lookup()
+        output.sum().backward()
+    gpu_embed.check_bounds()
+    assert output[1, 1].eq(0).all()
+    good = indices.flatten()[[0, 1, 2, 3, 5]]
+    assert weight.grad[:, 0].nonzero().flatten().tolist() == sorted(good.tolist())
+
+
+@pytest.mark.parametrize("mode", ["raise", "sync", "off"])
+@every_method
+def test_work_goes_on_after_bad_ids(backend, dtype, method, mode):
+    """Contract 6: context alive, record clear, table and ids untouched, the next calls right."""
+    weight = table(1000, 48, dtype, DEVICE).requires_grad_()
+    before = weight.detach().clone()
+    indices = random_ids(3073, 1000)
+    bad = indices.clone()
+    bad[::7] = 2**40
+    bad[1::7] = -1
+    bad_before = bad.clone()
+    grad_output = integers(3073, 48, dtype=dtype)
+    with gpu_embed.set_bounds_check(mode), gpu_embed.use_gradient_method(method):
+        for _ in range(3):
+            weight.grad = None
+            caught = None
+            try:
+                embedding(bad, weight, max_norm=0.01).backward(grad_output)
+                gpu_embed.check_bounds()
+            except IndexError as error:
+                caught = error
+            assert (caught is None) == (mode == "off")
+            torch.cuda.synchronize()
+            gpu_embed.check_bounds()
+            assert same_bits(weight.detach(), before)
+            assert torch.equal(bad, bad_before)
+            weight.grad = None
+            output = embedding(indices, weight)
+            output.backward(grad_output)
+            assert same_bits(output.detach(), before[indices])
+            assert torch.equal(weight.grad, exact_gradient(indices, 1000, grad_output).to(dtype))
+
+
+@pytest.mark.parametrize("index_dtype", ID_DTYPES, ids=str)
+def test_a_million_bad_ids(backend, index_dtype):
+    """Contract 6: of many bad ids one is recorded, whole: an id and the position where it stands."""
+    weight = table(100, 8, torch.float32, DEVICE)
+    low, high = (100, 256) if index_dtype == torch.uint8 else (-(2**15), 0)
+    indices = torch.randint(low, high, (1_000_000,), device=DEVICE).to(index_dtype)
+    for _ in range(5):
+        output = embedding(indices, weight)
+        with pytest.raises(IndexError) as caught:
+            gpu_embed.check_bounds()
+        found = re.search(r"id (-?\d+) at flat position (\d+) .* has 100 rows", str(caught.value))
+        assert indices[int(found[2])].item() == int(found[1])
+        assert not output.any()
+
+
+def test_the_flag_is_seen_without_waiting_for_the_gpu(backend):
+    """Contract 6: the kernel writes to host memory, so looking for an error is a read."""
+    weight = table(50, 8, torch.float32, DEVICE)
+    good = random_ids(10, 50)
+    embedding(good, weight)
+    record = bounds.record_for(weight.device)
+    flag = record.flag.numpy()
+    assert flag[0] == 0
+    embedding(torch.full_like(good, 77), weight)
+    deadline = time.monotonic() + 10
+    while not flag[0] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert flag[0] == 1
+    with pytest.raises(IndexError, match="id 77"):
+        embedding(good, weight)
+    assert flag[0] == 0
+
+
+def test_looking_for_an_error_does_not_wait(backend):
+    """Contract 6: a bad id behind a long queue is reported later, not waited for."""
+    weight = table(50, 8, torch.float32, DEVICE)
+    good, bad = random_ids(10, 50), torch.tensor([50], device=DEVICE)
+    embedding(good, weight)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP)
+    woken = torch.cuda.Event()
+    woken.record()
+    embedding(bad, weight)
+    output = embedding(good, weight)
+    assert not woken.query()
+    with pytest.raises(IndexError, match="id 50"):
+        gpu_embed.check_bounds()
+    assert same_bits(output, weight[good])
+
+
+# Gradients: exact, deterministic, within memory.
+
+SHAPES = [
+    (50_000, 768, 8192),
+    pytest.param((128_256, 4096, 4096), marks=pytest.mark.large),
+    (100_000, 50, 100_000),
+    (30_000, 300, 50_000),
+    (1_000_000, 1, 1_000_000),
+    (5_000, 33, 200_000),
+    (7, 8, 100_000),
+]
+
+
+@every_method
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_integer_gradients_sum_exactly(backend, shape, dtype, method):
+    """Contract 2: atomics, sorted segments and torch agree bit for bit, and 16 bits are rounded once."""
+    num_embeddings, embedding_dim, num_indices = shape
+    indices = ids("zipf", num_indices, num_embeddings, DEVICE)
+    grad_output = integers(num_indices, embedding_dim, dtype=dtype)
+    with gpu_embed.use_gradient_method(method):
+        actual = gradient(indices, num_embeddings, grad_output)
+    exact = exact_gradient(indices, num_embeddings, grad_output)
+    assert torch.equal(actual, exact.to(dtype))
+
+
+@every_method
+@pytest.mark.parametrize("kind", ["uniform", "zipf", "equal"])
+def test_random_gradients_stay_within_the_bound(backend, dtype, method, kind):
+    """Contract 2: |actual - exact| <= count * eps32 * sum(|grad|), and half an ulp for the rounding."""
+    num_embeddings, embedding_dim, num_indices = 2000, 384, 50_000
+    indices = ids(kind, num_indices, num_embeddings, DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    grad_output = torch.randn(num_indices, embedding_dim, generator=generator, device=DEVICE).to(
+        dtype
+    )
+    with gpu_embed.use_gradient_method(method):
+        actual = gradient(indices, num_embeddings, grad_output)
+    exact = exact_gradient(indices, num_embeddings, grad_output)
+    bound = exact_gradient(indices, num_embeddings, grad_output.abs())
+    acc_dtype = torch.promote_types(dtype, torch.float32)
+    bound *= indices.bincount().max() * torch.finfo(acc_dtype).eps
+    if dtype != acc_dtype:
+        largest = (exact.abs() + bound).clamp(min=torch.finfo(dtype).tiny)
+        bound += torch.finfo(dtype).eps / 2 * largest
+    else:
+        # The fp64 sum that we compare with is rounded as well.
+        bound *= 2
+    assert ((actual.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("embedding_dim", [1, 2, 33, 768])
+def test_4096_ones_make_4096(backend, dtype, embedding_dim):
+    """Contract 2: sums are taken in fp32."""
+    indices = torch.full((4096,), 1, device=DEVICE)
+    actual = gradient(indices, 3, torch.ones(4096, embedding_dim, dtype=dtype, device=DEVICE))
+    assert actual.float().mean(1).tolist() == [0, 4096, 0]
+    assert actual[1].eq(4096).all()
+
+
+# In fp16 the sum would be infinite.
+@pytest.mark.parametrize(("dtype", "method"), METHODS[:-1])
+def test_every_id_the_same(backend, dtype, method):
+    """Contract 2 under the worst contention: 713,268 ones on one row of a table of 2000 x 384."""
+    num_indices = 713_268
+    indices = torch.full((num_indices,), 1234, device=DEVICE)
+    grad_output = torch.ones((), dtype=dtype, device=DEVICE).expand(num_indices, 384).contiguous()
+    with gpu_embed.use_gradient_method(method):
+        actual = gradient(indices, 2000, grad_output)
+    expected = torch.zeros(2000, 384, device=DEVICE)
+    expected[1234] = num_indices
+    assert torch.equal(actual, expected.to(dtype))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("arguments", [{}, ARGUMENTS["all"]], ids=["plain", "all arguments"])
+def test_gradients_repeat_bit_for_bit(backend, deterministic, dtype, arguments):
+    """Contract 4: 20 runs, random floats, hot rows, and uninitialised memory filled with NaN."""
+    indices = ids("zipf", 100_000, 3000, DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    grad_output = torch.randn(100_000, 300, generator=generator, device=DEVICE).to(dtype)
+    runs = [gradient(indices, 3000, grad_output, **arguments) for _ in range(20)]
+    assert not runs[0].isnan().any()
+    assert runs[0].any()
+    assert all(same_bits(run, runs[0]) for run in runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_indices", [4096, 100_000])
+def test_no_wide_copy_of_a_16_bit_gradient(backend, dtype, num_indices):
+    """Contract 2: no fp32 buffer of the table's size: the gradient, and at most 128 MiB beside it."""
+    num_embeddings, embedding_dim = 128_256, 4096
+    indices = random_ids(num_indices, num_embeddings)
+    grad_output = integers(num_indices, embedding_dim, dtype=dtype)
+    arguments = (grad_output, indices, num_embeddings, -1, False)
+    torch.ops.gpu_embed.embedding_dense_backward(*arguments)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    grad_weight = torch.ops.gpu_embed.embedding_dense_backward(*arguments)
+    peak = torch.cuda.max_memory_allocated() - before
+    own = math.prod(grad_weight.shape) * 2
+    assert own <= peak < own + 128 * 2**20
+
+
+# Training.
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def loss_of(layer: torch.nn.Embedding) -> Loss:
+    return lambda indices, factor: (layer(indices) * factor).sum()
+
+
+def train(layer: torch.nn.Embedding, loss_of_batch: Loss, steps: int = 5) -> Tensor:
+    """SGD whose sums are exact in any order, since all numbers are quarters; the losses and the table."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.25)
+    losses = []
+    for seed in range(steps):
+        optimizer.zero_grad()
+        indices = random_ids(3000, layer.num_embeddings, seed).view(30, 100)
+        loss = loss_of_batch(indices, integers(30, 100, layer.embedding_dim, seed=seed))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().clone())
+    return torch.cat([torch.stack(losses), layer.weight.detach().flatten()])
+
+
+def layers(arguments: dict[str, object]) -> tuple[torch.nn.Embedding, torch.nn.Embedding]:
+    """Ours and torch's, with one table of small integers."""
+    weight = table(300, 48, torch.float32, DEVICE).round()
+    ours = gpu_embed.Embedding(300, 48, _weight=weight.clone(), **arguments)
+    theirs = torch.nn.Embedding(300, 48, _weight=weight.clone(), **arguments)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("method", ["atomic", "sorted"])
+@pytest.mark.parametrize("arguments", [{}, {"padding_idx": 5}, {"sparse": True}], ids=str)
+def test_training_equals_torchs_layer(backend, method, arguments):
+    """Contract 8: the same losses and the same table, bit for bit."""
+    ours, theirs = layers(arguments)
+    before = ours.weight.detach().clone()
+    with gpu_embed.use_gradient_method(method):
+        actual = train(ours, loss_of(ours))
+    assert torch.equal(actual, train(theirs, loss_of(theirs)))
+    assert not torch.equal(ours.weight, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("arguments", [{}, {"padding_idx": 5}], ids=str)
+def test_compiled_training_equals_eager(triton, arguments, mode):
+    """Contract 8: inductor, one graph, forward and backward; contract 5: and inside its CUDA graphs."""
+    torch._dynamo.reset()
+    eager, _ = layers(arguments)
+    compiled, _ = layers(arguments)
+    loss = torch.compile(loss_of(compiled), fullgraph=True, mode=mode)
+    assert torch.equal(train(compiled, loss, 8), train(eager, loss_of(eager), 8))
+
+
+# Triton and CUDA C++ side by side.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("embedding_dim", [1, 33, 50, 300, 768, 4096])
+def test_triton_and_cupy_agree(dtype, embedding_dim):
+    """Contract 9: a forced backend gives the same results."""
+    require("triton")
+    require("cupy")
+    indices = ids("zipf", 5000, 900, DEVICE)
+    grad_output = integers(5000, embedding_dim, dtype=dtype)
+    results = []
+    for name in ("triton", "cupy"):
+        weight = table(900, embedding_dim, dtype, DEVICE).requires_grad_()
+        with gpu_embed.use_backend(name):
+            output = embedding(indices, weight, padding_idx=3, scale_grad_by_freq=True)
+            output.backward(grad_output)
+            clipped = weight.detach().clone()
+            embedding(indices, clipped, max_norm=1.0)
+        results.append((output.detach(), weight.grad, clipped))
+    (output, grad, clipped), (cupy_output, cupy_grad, cupy_clipped) = results
+    assert same_bits(output, cupy_output)
+    assert torch.equal(grad, cupy_grad)
+    # The norms are summed in different orders.
+    rtol = max(2 * torch.finfo(dtype).eps, 1e-5)
+    assert torch.allclose(clipped, cupy_clipped, rtol=rtol, atol=0)
+
+
+# Small enough to run under compute-sanitizer: `make gpu` picks tests by the word in their names.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sanitizer_finds_nothing_in_any_kernel(backend, dtype):
+    """Contract 6: no access outside of any tensor, bad ids included; every kernel, ragged at every edge."""
+    methods = ("atomic", "sorted") if dtype == torch.float32 else ("sorted",)
+    for embedding_dim in (1, 8, 33, 300):
+        indices = ids("zipf", 77, 19, DEVICE)
+        weight = table(19, embedding_dim, dtype, DEVICE).requires_grad_()
+        grad_output = integers(77, embedding_dim, dtype=dtype)
+        for method in methods:
+            with gpu_embed.use_gradient_method(method):
+                weight.grad = None
+                output = embedding(indices, weight, padding_idx=2)
+                output.backward(grad_output)
+                expected = exact_gradient(indices, 19, grad_output)
+                expected[2] = 0
+                assert torch.equal(weight.grad, expected.to(dtype))
+        gradient(indices, 19, grad_output, scale_grad_by_freq=True, max_norm=1.0)
+        check_bad_ids(indices, weight.detach())
+
+
+def check_bad_ids(indices: Tensor, weight: Tensor) -> None:
+    indices = indices.clone()
+    indices[5], indices[-1] = len(weight), -1
+    output = embedding(indices, weight)
+    with pytest.raises(IndexError, match="index out of range in self"):
+        gpu_embed.check_bounds()
+    with gpu_embed.set_bounds_check("off"):
+        gradient(indices, len(weight), torch.ones_like(output), scale_grad_by_freq=True)
+    assert not output[[5, -1]].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.complex128], ids=str)
+def test_sanitizer_finds_nothing_in_copies(backend, dtype):
+    """Contract 1: words of every width, contiguous and strided tables."""
+    for embedding_dim in (2, 3, 16, 100):
+        weight = table(23, embedding_dim, dtype, DEVICE)
+        for view in (weight, weight[:, 1:], weight[::2], weight.t().contiguous().t()):
+            indices = random_ids(77, len(view))
+            assert same_bits(embedding(indices, view), view[indices])
+    torch.cuda.synchronize()

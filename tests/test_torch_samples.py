@@ -1,0 +1,225 @@
+"""torch's own samples of the function and the layer, replayed against ours.
+
+They ship with torch: OpInfo for `nn.functional.embedding`, ModuleInfo for `nn.Embedding`.
+"""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import integer_gradient
+from torch.autograd import gradcheck, gradgradcheck
+
+import gpu_embed
+
+# torch.testing._internal compiles with it.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+OP_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MODULE_DTYPES = (torch.float64, torch.float32)
+
+
+def dtype_name(value):
+    return str(value).removeprefix("torch.")
+
+
+def import_infos(module, name):
+    """One of torch's lists of samples; imported late, as a machine may lack what it needs."""
+    pytest.importorskip(
+        "expecttest", reason="torch.testing._internal, where the samples live, needs expecttest"
+    )
+    return getattr(pytest.importorskip(f"torch.testing._internal.{module}"), name)
+
+
+@pytest.fixture(scope="module")
+def op_info():
+    infos = import_infos("common_methods_invocations", "op_db")
+    (info,) = (info for info in infos if info.name == "nn.functional.embedding")
+    return info
+
+
+@pytest.fixture(scope="module")
+def module_info():
+    infos = import_infos("common_modules", "module_db")
+    (info,) = (info for info in infos if info.name == "nn.Embedding")
+    return info
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def op_samples(info, device, dtype, requires_grad=False):
+    """weight, ids and the other arguments of every sample."""
+    for sample in info.sample_inputs(device, dtype, requires_grad):
+        (ids,) = sample.args
+        yield sample.input, ids, sample.kwargs
+
+
+def renorm_bound(renormed, dtype):
+    """How far a row scaled in the accumulation dtype and rounded once may lie from the exact one.
+
+    D additions, D squares, the root, the division and the product each round once; then the result does.
+    """
+    accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    relative = (2 * renormed.shape[1] + 4) * accumulated + torch.finfo(dtype).eps
+    return renormed.abs() * relative
+
+
+def scaled_gradient_bound(ids, grad_output, expected):
+    """How far a gradient divided by the counts may lie from the exact one: count products and sums."""
+    dtype = grad_output.dtype
+    accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    total = torch.ops.aten.embedding_dense_backward(
+        grad_output.double().abs(), ids, len(expected), -1, True
+    )
+    return total * (2 * ids.numel() + 1) * accumulated + expected.abs() * torch.finfo(dtype).eps
+
+
+def quick(target):
+    """One random projection instead of every entry of the Jacobian where kernels run at 10 ms each."""
+    return {"fast_mode": str(target) == "triton-cpu"}
+
+
+def test_dtypes_are_those_of_the_samples(op_info, module_info):
+    assert op_info.supported_dtypes("cpu") == set(OP_DTYPES)
+    assert op_info.supported_dtypes("cuda") == set(OP_DTYPES)
+    assert set(module_info.dtypes) == set(MODULE_DTYPES)
+
+
+@pytest.mark.parametrize("dtype", OP_DTYPES, ids=dtype_name)
+def test_forward(target, op_info, dtype):
+    """Contract 1: bit-equal to torch's rows; contract 7: no argument is ignored."""
+    for weight, ids, kwargs in op_samples(op_info, target.device, dtype):
+        ours, exact = weight.clone(), weight.to(torch.float64, copy=True)
+        output = gpu_embed.functional.embedding(ids, ours, **kwargs)
+        F.embedding(ids, exact, **kwargs)  # renormalises
+        if "max_norm" in kwargs:
+            assert not torch.equal(ours, weight)
+            assert ((ours.double() - exact).abs() <= renorm_bound(exact, dtype)).all()
+        else:
+            assert torch.equal(ours, weight)
+        kwargs.pop("max_norm", None)
+        assert torch.equal(output, F.embedding(ids, ours, **kwargs))
+        assert output.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", OP_DTYPES, ids=dtype_name)
+def test_gradient(target, op_info, dtype):
+    """Contract 2: the fp64 gradient, rounded once."""
+    for weight, ids, kwargs in op_samples(op_info, target.device, dtype):
+        exact = weight.to(torch.float64, copy=True).requires_grad_()
+        ours = weight.requires_grad_()
+        output = gpu_embed.functional.embedding(ids, ours, **kwargs)
+        expected_output = F.embedding(ids, exact, **kwargs)
+        grad_output = integer_gradient(tuple(output.shape), output.dtype, target.device)
+        if kwargs.get("sparse") and kwargs.get("scale_grad_by_freq"):
+            with pytest.raises(RuntimeError) as theirs:
+                expected_output.backward(grad_output.double())
+            with pytest.raises(type(theirs.value)) as raised:
+                output.backward(grad_output)
+            assert str(raised.value) == str(theirs.value)
+            continue
+        output.backward(grad_output)
+        expected_output.backward(grad_output.double())
+        assert ours.grad.dtype == dtype
+        if kwargs.get("sparse"):
+            assert not ours.grad.is_coalesced()
+            assert torch.equal(ours.grad._indices(), exact.grad._indices())
+            assert torch.equal(ours.grad._values().double(), exact.grad._values())
+        elif kwargs.get("scale_grad_by_freq"):
+            bound = scaled_gradient_bound(ids, grad_output, exact.grad)
+            assert ((ours.grad.double() - exact.grad).abs() <= bound).all()
+        else:
+            assert torch.equal(ours.grad.double(), exact.grad)
+
+
+def test_gradcheck(target, op_info):
+    """Reverse and forward mode, one gradient at a time and a batch of them."""
+    for weight, ids, kwargs in op_samples(op_info, target.device, torch.float64, True):
+        assert gradcheck(
+            lambda w, ids=ids, kwargs=kwargs: gpu_embed.functional.embedding(ids, w, **kwargs),
+            (weight,),
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
+            **quick(target),
+        )
+
+
+def test_gradgradcheck(target, op_info):
+    """Reverse over reverse, batched too, and forward over reverse."""
+    for weight, ids, kwargs in op_samples(op_info, target.device, torch.float64, True):
+        assert gradgradcheck(
+            lambda w, ids=ids, kwargs=kwargs: gpu_embed.functional.embedding(ids, w, **kwargs),
+            (weight,),
+            check_fwd_over_rev=True,
+            check_batched_grad=True,
+            # Every entry of this Jacobian would be some 10,000 runs of each kernel.
+            fast_mode=True,
+        )
+
+
+def test_error_inputs(target, op_info):
+    """Contract 7: torch's type and wording."""
+    errors = list(op_info.error_inputs(target.device))
+    assert errors
+    for error in errors:
+        sample = error.sample_input
+        with pytest.raises(error.error_type, match=error.error_regex):
+            gpu_embed.functional.embedding(*sample.args, sample.input, **sample.kwargs)
+
+
+def layers(info, device, dtype):
+    """For every sample our layer, torch's with the same table, and the ids."""
+    for sample in info.module_inputs_func(info, device, dtype, requires_grad=True, training=True):
+        arguments = sample.constructor_input
+        ours, theirs = (
+            layer(*arguments.args, **arguments.kwargs, device=device, dtype=dtype)
+            for layer in (gpu_embed.Embedding, torch.nn.Embedding)
+        )
+        ours.load_state_dict(theirs.state_dict())
+        (ids,) = sample.forward_input.args
+        yield ours, theirs, ids
+
+
+@pytest.mark.parametrize("dtype", MODULE_DTYPES, ids=dtype_name)
+def test_module_forward_and_gradient(target, module_info, dtype):
+    for ours, theirs, ids in layers(module_info, target.device, dtype):
+        output, expected = ours(ids), theirs(ids)
+        assert torch.equal(output, expected)
+        grad_output = integer_gradient(tuple(output.shape), output.dtype, target.device)
+        output.backward(grad_output)
+        expected.backward(grad_output)
+        assert torch.equal(ours.weight.grad, theirs.weight.grad)
+
+
+def test_module_gradcheck(target, module_info):
+    for ours, _, ids in layers(module_info, target.device, torch.float64):
+
+        def forward(weight, layer=ours, ids=ids[..., :8]):
+            return torch.func.functional_call(layer, {"weight": weight}, (ids,))
+
+        weight = ours.weight.detach().requires_grad_()
+        assert gradcheck(forward, (weight,), check_forward_ad=True, **quick(target))
+        assert gradgradcheck(forward, (weight,), fast_mode=True)
+
+
+def test_module_error_inputs(target, module_info):
+    """Contract 7: torch's type and wording, at construction and at the call."""
+    errors = module_info.module_error_inputs_func(
+        module_info, target.device, torch.float32, requires_grad=True, training=True
+    )
+    assert errors
+    for error in errors:
+        arguments = error.module_error_input.constructor_input
+        build = functools.partial(gpu_embed.Embedding, *arguments.args, **arguments.kwargs)
+        if error.error_on.name == "CONSTRUCTION_ERROR":
+            with pytest.raises(error.error_type, match=error.error_regex):
+                build(device=target.device)
+        else:
+            layer = build(device=target.device)
+            with pytest.raises(error.error_type, match=error.error_regex):
+                layer(*error.module_error_input.forward_input.args)
