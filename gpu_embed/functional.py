@@ -1,5 +1,9 @@
 """torch.nn.functional's signatures on our kernels; every user error is raised here."""
 
+import numbers
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -41,24 +45,37 @@ def embedding(
         RuntimeError: ids are not integers, weight is not 2-D, or the two are on different devices.
         TypeError: an argument is no tensor.
 
-    A weight or input of another tensor subclass (DTensor, torchao) goes to torch's own function.
+    A weight or input of another tensor subclass (DTensor, torchao), and a weight that is sparse or quantized,
+    go to torch's own function.
     """
-    if type(weight) not in PLAIN_TYPES or type(input) not in PLAIN_TYPES:
-        return _embedding_of_subclass(
+    if (
+        type(weight) not in PLAIN_TYPES
+        or type(input) not in PLAIN_TYPES
+        or weight.layout is not torch.strided
+        or weight.is_quantized
+    ):
+        return _embedding_by_torch(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         )
     _check_tensors(input, weight)
-    _check_scalars(padding_idx, scale_grad_by_freq, sparse)
-    padding_idx = _wrap_padding_idx(padding_idx, weight.size(0))
+    _check_flags(scale_grad_by_freq, sparse)
+    padding_idx = _wrap_padding_idx(_as_index(padding_idx), weight.size(0))
     if max_norm is not None:
-        _check_norm(weight, max_norm, norm_type)
-        with torch.no_grad():
-            ops.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
+        max_norm = _as_float(max_norm, "max_norm", 3)
+        norm_type = _as_float(norm_type, "norm_type", 4)
+        _check_norm(weight)
+        # Detached, so there is nothing for autograd to see.
+        ops.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
     return ops.call_embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
 
 
-def _embedding_of_subclass(input: Tensor, weight: Tensor, *arguments: object) -> Tensor:
+def _embedding_by_torch(input: Tensor, weight: Tensor, *arguments: object) -> Tensor:
     for name, position, value in (("weight", 1, weight), ("indices", 2, input)):
+        if not isinstance(value, Tensor) and torch.overrides.has_torch_function_unary(value):
+            # torch.fx's proxies and their like record the call.
+            return torch.overrides.handle_torch_function(
+                embedding, (input, weight), input, weight, *arguments
+            )
         if not isinstance(value, Tensor):
             raise _wrong_type("embedding", name, position, "Tensor", value)
     return torch.nn.functional.embedding(input, weight, *arguments)  # type: ignore[arg-type]
@@ -80,24 +97,40 @@ def _check_tensors(input: Tensor, weight: Tensor) -> None:
         )
 
 
-def _check_scalars(padding_idx: object, scale_grad_by_freq: object, sparse: object) -> None:
-    if padding_idx is not None and (
-        not isinstance(padding_idx, (int, torch.SymInt)) or isinstance(padding_idx, bool)
-    ):
-        raise _wrong_type("embedding", "padding_idx", 3, "int", padding_idx)
+def _as_index(padding_idx: Any) -> Any:
+    """padding_idx as an int; NumPy's integers and 0-d tensors are fine, as for torch."""
+    if padding_idx is None or isinstance(padding_idx, torch.SymInt):
+        return padding_idx
+    try:
+        if isinstance(padding_idx, bool):
+            raise TypeError
+        return operator.index(padding_idx)
+    except TypeError:
+        raise _wrong_type("embedding", "padding_idx", 3, "int", padding_idx) from None
+
+
+def _as_float(value: Any, argument: str, position: int) -> float:
+    """A number as a float; NumPy's and 0-d tensors are fine, as for torch."""
+    is_number = isinstance(value, numbers.Real) or (
+        isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex()
+    )
+    if not is_number:
+        raise _wrong_type("embedding_renorm_", argument, position, "float", value)
+    return float(value)
+
+
+def _check_flags(scale_grad_by_freq: object, sparse: object) -> None:
     if not isinstance(scale_grad_by_freq, bool):
         raise _wrong_type("embedding", "scale_grad_by_freq", 4, "bool", scale_grad_by_freq)
     if not isinstance(sparse, bool):
         raise _wrong_type("embedding", "sparse", 5, "bool", sparse)
 
 
-def _check_norm(weight: Tensor, max_norm: object, norm_type: object) -> None:
-    if not isinstance(max_norm, (int, float)):
-        raise _wrong_type("embedding_renorm_", "max_norm", 3, "float", max_norm)
-    if not isinstance(norm_type, (int, float)):
-        raise _wrong_type("embedding_renorm_", "norm_type", 4, "float", norm_type)
+def _check_norm(weight: Tensor) -> None:
+    name = weight.type().rpartition(".")[2].removesuffix("Tensor")
+    if weight.is_floating_point() and weight.dtype not in ops.GRADIENT_DTYPES:
+        raise NotImplementedError(f"\"norm_{weight.device.type}\" not implemented for '{name}'")
     if not (weight.is_floating_point() or weight.is_complex()):
-        name = weight.type().removeprefix("torch.").removesuffix("Tensor")
         raise RuntimeError(
             f"norm(): input dtype should be either floating point or complex. Got {name} instead."
         )

@@ -211,14 +211,14 @@ def _sparse_gradient(
     ids = indices.reshape(-1).to(torch.int64)
     values = grad_output.reshape(ids.numel(), grad_output.shape[-1])
     kept = (ids >= 0) & (ids < num_embeddings)
-    if padding_idx >= 0:
+    if num_embeddings == 0:
+        ids, values = ids[:0], values[:0]
+    elif padding_idx >= 0:
         kept &= ids != padding_idx
         ids, values = ids[kept], values[kept]
-    elif ids.is_cuda:
-        # Dropping entries would wait for the GPU; a zero added to row 0 does no harm.
+    else:
+        # Dropping entries would wait for the GPU and stop a tracer; a zero added to row 0 does no harm.
         ids, values = torch.where(kept, ids, 0), torch.where(kept[:, None], values, 0)
-    elif not kept.all():
-        ids, values = ids[kept], values[kept]
     size = (num_embeddings, grad_output.shape[-1])
     return torch.sparse_coo_tensor(ids[None], values, size, check_invariants=False)
 
@@ -274,6 +274,9 @@ def _register_linear(
 
     # functorch hands each of its levels to the Autograd key in turn, so one level is what we differentiate.
     class Linear(_SingleLevelFunction):
+        # torch.autograd.Function has it; compiled autograd asks for it.
+        _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
         @staticmethod
         def forward(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
             if keyset is None:

@@ -21,7 +21,13 @@ class ReferenceBackend:
         if record is not None:
             record.write(indices, weight.shape[0])
         # NumPy does not know every dtype, but a lookup copies bytes.
-        table = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
+        table = (
+            weight.detach()
+            .cpu()
+            .clone(memory_format=torch.contiguous_format)
+            .view(torch.uint8)
+            .numpy()
+        )
         rows = reference.embedding(table, indices.cpu().numpy(), zero_idx)
         return torch.from_numpy(rows).view(weight.dtype).to(weight.device)
 

@@ -28,6 +28,7 @@ class TorchBackend:
             record.write(ids, weight.shape[0])
         if weight.shape[0] == 0:
             return weight.new_zeros((*indices.shape, weight.shape[1]))
+        ids = ids.contiguous()  # torch.where would hand its strides on to the output
         read = _in_table(ids, weight.shape[0]) & (ids != zero_idx)
         rows = torch.embedding(weight, torch.where(read, ids, 0))
         return torch.where(read[..., None], rows, rows.new_zeros(()))

@@ -63,7 +63,7 @@ class SegmentLaunch(Launch):
 
 # Rows of a power of two of words, by words a row: 8 KiB a program.
 GATHER_ROWS = {
-    1: RowsLaunch(1024, 1),
+    1: RowsLaunch(512, 1),  # 1024 spills
     2: RowsLaunch(512, 2),
     4: RowsLaunch(256, 4),
     8: RowsLaunch(128, 8),
