@@ -114,7 +114,8 @@ def segment_sum_kernel(
             stored = run_ends & ~leading & (key >= 0) & (key < num_embeddings)
             row = total
             if SCALE_GRAD_BY_FREQ:
-                row = divide(total, total * 0 + tl.maximum(count, 1).to(acc_dtype)[:, None])
+                divisor = tl.maximum(count, 1).to(acc_dtype)[:, None]
+                row = divide(total, tl.broadcast_to(divisor, [BLOCK_C, BLOCK_D]))
             tl.store(
                 grad_weight_ptr + (key * D)[:, None] + d,
                 row.to(grad_weight_ptr.dtype.element_ty),

@@ -139,6 +139,22 @@ def test_scale_grad_by_freq_divides_by_the_count(target, kind, padding_idx):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("scale_grad_by_freq", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_infinities_and_nans_stay_where_they_are(target, dtype, scale_grad_by_freq):
+    """Contract 2: what overflows in one place of one row is finite everywhere else."""
+    grad_output = torch.ones(70, 3, dtype=dtype, device=target.device)
+    grad_output[0, 0], grad_output[69, 1] = float("inf"), float("nan")
+    indices = torch.tensor([0] * 40 + [2] * 30, device=target.device)
+    actual, _ = gradient(indices, 4, grad_output, scale_grad_by_freq=scale_grad_by_freq)
+    counts = (1.0, 1.0) if scale_grad_by_freq else (40.0, 30.0)
+    inf, nan = float("inf"), float("nan")
+    expected = [[inf, counts[0], counts[0]], [0.0] * 3, [counts[1], nan, counts[1]], [0.0] * 3]
+    # torch's CPU kernel multiplies by 1 / count, which is rounded.
+    close = {"rtol": 0, "atol": 40 * 2 * 2**-24 if target.backend == "torch" else 0}
+    assert torch.allclose(actual.float().cpu(), torch.tensor(expected), equal_nan=True, **close)
+
+
 STRIDED_GRADIENTS = {
     "expanded scalar": lambda g: g[0, 0].expand(g.shape),
     "expanded row": lambda g: g[:1].expand(g.shape),
