@@ -149,7 +149,7 @@ def check_bounds(device: torch.device | str | int | None = None) -> None:
 
 def raise_pending(device: torch.device) -> None:
     """Raise IndexError if an earlier call on this CUDA device met an id out of range; never waits."""
-    if device.type == "cuda" and _cuda_records:
+    if _cuda_records and device.type == "cuda":
         record = _cuda_records.get(_cuda_index(device))
         if record is not None:
             record.raise_if_claimed()
@@ -161,9 +161,9 @@ def record_for(device: torch.device) -> BoundsRecord | None:
         return None
     if device.type != "cuda":
         # One a thread, so that no thread raises another's error.
-        if not hasattr(_cpu_records, "record"):
-            _cpu_records.record = BoundsRecord(torch.device("cpu"))
-        record: BoundsRecord = _cpu_records.record
+        record: BoundsRecord | None = getattr(_cpu_records, "record", None)
+        if record is None:
+            record = _cpu_records.record = BoundsRecord(torch.device("cpu"))
         return record
     index = _cuda_index(device)
     if index not in _cuda_records:

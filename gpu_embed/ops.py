@@ -50,8 +50,9 @@ embedding_renorm_ = torch.ops.gpu_embed.embedding_renorm_.default
 def _embedding(
     weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
 ) -> Tensor:
-    bounds.raise_pending(weight.device)
-    record = bounds.record_for(weight.device)
+    device = weight.device
+    bounds.raise_pending(device)
+    record = bounds.record_for(device)
     if indices.numel() == 0:
         return weight.new_empty((*indices.shape, weight.shape[1]))
     if weight.shape[1] == 0:
@@ -59,7 +60,7 @@ def _embedding(
         if record is not None:
             record.write(indices, weight.shape[0])
     else:
-        output = backends.select(weight.device).embedding(weight, indices, -1, record)
+        output = backends.select(device).embedding(weight, indices, -1, record)
     if record is not None:
         record.finish_lookup(indices.shape)
     return output
@@ -249,8 +250,8 @@ def _is_plain_call(x: Tensor, indices: Tensor) -> bool:
     """Whether the dispatcher would go straight to autograd and from there to the kernel."""
     return (
         torch._C._dispatch_tls_local_include_set().raw_repr() in PLAIN_MODES
-        and torch._C._dispatch_keys(x).raw_repr() in PLAIN_TENSORS
-        and torch._C._dispatch_keys(indices).raw_repr() in PLAIN_TENSORS
+        and (torch._C._dispatch_keys(x) | torch._C._dispatch_keys(indices)).raw_repr()
+        in PLAIN_TENSORS
         and torch.autograd.forward_ad._current_level < 0
         and not torch.autograd._profiler_enabled()
     )
