@@ -72,7 +72,7 @@ def stub_triton() -> Iterator[None]:
 
     # Forced and freed again, so that the former choice returns whatever happens.
     with gpu_embed.use_backend("triton"):
-        backends._selected[torch.device("cpu")] = StubBackend()
+        backends._selected["triton", torch.device("cpu")] = StubBackend()
         yield
 
 

@@ -29,8 +29,12 @@ class BoundsRecord:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.words = torch.zeros(4, dtype=torch.int64, device=device)
-        self.flag = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        # Whatever mode the first lookup runs in, every later one must be able to write here.
+        with torch.inference_mode(False):
+            self.words = torch.zeros(4, dtype=torch.int64, device=device)
+            self.flag = torch.zeros(
+                1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda"
+            )
         # A NumPy view reads in 50 ns where Tensor.item() takes microseconds.
         self._flag_view = self.flag.numpy()
         self._lock = threading.Lock()
@@ -50,7 +54,8 @@ class BoundsRecord:
             [
                 torch.ones_like(position),
                 position,
-                flat[position],
+                # Not flat[position], which would wait for the GPU.
+                flat.gather(0, position.view(1))[0],
                 torch.full_like(position, num_embeddings),
             ]
         )
@@ -80,9 +85,10 @@ class BoundsRecord:
                 return
             self._wait()
             _, position, index, num_embeddings = self.words.tolist()
+            # In this order: while the words are claimed, no kernel can raise the flag in between.
+            self._flag_view[0] = 0
             self.words.zero_()
             self._wait()
-            self._flag_view[0] = 0
         raise out_of_range_error(index, position, num_embeddings, shape)
 
     def _wait(self) -> None:
@@ -136,6 +142,8 @@ def check_bounds(device: torch.device | str | int | None = None) -> None:
 
     The place for this call is where a program waits anyway: before a checkpoint, after the last step.
     """
+    if not _cuda_records:
+        return
     if device is None:
         records = list(_cuda_records.values())
     else:

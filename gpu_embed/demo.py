@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import importlib
 import importlib.util
 import itertools
 import os
@@ -442,6 +443,10 @@ def check_extra() -> None:
     for name in ("rich", "matplotlib"):
         if importlib.util.find_spec(name) is None:
             raise CannotRunError(f"the demo needs {name}: pip install 'gpu_embed[demo]'")
+    try:
+        importlib.import_module("gpu_embed._demo_picture")
+    except Exception as problem:  # a broken install, or MPLBACKEND set to nonsense
+        raise CannotRunError(f"matplotlib does not work here: {problem}") from problem
 
 
 def check_out(out: Path) -> None:

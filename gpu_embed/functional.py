@@ -45,14 +45,16 @@ def embedding(
         RuntimeError: ids are not integers, weight is not 2-D, or the two are on different devices.
         TypeError: an argument is no tensor.
 
-    A weight or input of another tensor subclass (DTensor, torchao), and a weight that is sparse or quantized,
-    go to torch's own function.
+    A weight or input of another tensor subclass (DTensor, torchao), and tensors that are sparse, quantized
+    or nested, go to torch's own function.
     """
     if (
         type(weight) not in PLAIN_TYPES
         or type(input) not in PLAIN_TYPES
         or weight.layout is not torch.strided
         or weight.is_quantized
+        or weight.is_nested
+        or input.is_nested
     ):
         return _embedding_by_torch(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
@@ -112,7 +114,10 @@ def _as_index(padding_idx: Any) -> Any:
 def _as_float(value: Any, argument: str, position: int) -> float:
     """A number as a float; NumPy's and 0-d tensors are fine, as for torch."""
     is_number = isinstance(value, numbers.Real) or (
-        isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex()
+        isinstance(value, Tensor)
+        and value.dim() == 0
+        and not value.is_complex()
+        and not value.requires_grad
     )
     if not is_number:
         raise _wrong_type("embedding_renorm_", argument, position, "float", value)
@@ -127,6 +132,11 @@ def _check_flags(scale_grad_by_freq: object, sparse: object) -> None:
 
 
 def _check_norm(weight: Tensor) -> None:
+    if weight.size(1) > 1 and weight.stride(1) == 0:
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single "
+            "memory location. Please clone() the tensor before performing the operation."
+        )
     name = weight.type().rpartition(".")[2].removesuffix("Tensor")
     if weight.is_floating_point() and weight.dtype not in ops.GRADIENT_DTYPES:
         raise NotImplementedError(f"\"norm_{weight.device.type}\" not implemented for '{name}'")

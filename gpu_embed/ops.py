@@ -84,7 +84,7 @@ def _embedding_dense_backward(
     if dtype not in GRADIENT_DTYPES:
         name = str(dtype).removeprefix("torch.").capitalize()
         raise NotImplementedError(f"\"embedding_backward\" not implemented for '{name}'")
-    if grad_output.numel() == 0:
+    if grad_output.numel() == 0 or num_embeddings == 0:
         return grad_output.new_zeros((num_embeddings, grad_output.shape[-1]))
     return backends.select(grad_output.device).embedding_dense_backward(
         grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq

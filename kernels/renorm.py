@@ -7,12 +7,19 @@ from .rounding import divide, square_root
 
 
 @triton.jit
+def largest(x):
+    """The maximum of each row of [BLOCK_N, BLOCK_D]; NaN where a row holds one, unlike tl.max."""
+    has_nan = tl.max((x != x).to(tl.int32), 1) > 0
+    return tl.where(has_nan, float("nan"), tl.max(x, 1))
+
+
+@triton.jit
 def add_power(total, magnitude, norm_type: tl.constexpr, NORM: tl.constexpr):
     """One column block's share of the norm, before the root."""
     if NORM == "inf":
-        total = tl.maximum(total, tl.max(magnitude, 1))
+        total = tl.maximum(total, largest(magnitude), propagate_nan=tl.PropagateNan.ALL)
     elif NORM == "-inf":
-        total = tl.minimum(total, tl.min(magnitude, 1))
+        total = tl.minimum(total, -largest(-magnitude), propagate_nan=tl.PropagateNan.ALL)
     elif NORM == "0":
         total += tl.sum((magnitude != 0).to(total.dtype), 1)
     elif NORM == "1":

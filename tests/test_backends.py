@@ -171,3 +171,41 @@ def test_auto_prefers_triton_then_cupy(monkeypatch, usable, expected):
     monkeypatch.setattr(backends, "load", Candidate)
     with gpu_embed.use_backend("auto"):
         assert backends.select(torch.device("cuda")).name == expected
+
+
+def test_a_choice_made_during_anothers_selection_holds(monkeypatch):
+    """Contract 9: the thread that was slow to select does not overrule the later choice."""
+    load = backends.load
+
+    def slow_load(name):
+        if name == "reference":
+            gpu_embed.use_backend("torch")
+        return load(name)
+
+    with gpu_embed.use_backend("reference"):
+        monkeypatch.setattr(backends, "load", slow_load)
+        assert backends.select(torch.device("cpu")).name == "reference"
+        assert backends.select(torch.device("cpu")).name == "torch"
+
+
+def test_a_broken_triton_is_a_reason(monkeypatch):
+    """A user reads what is wrong with an install; auto goes on to the next backend."""
+    from gpu_embed.backends._triton import TritonBackend
+
+    def broken(self):
+        raise ImportError("libcuda is on holiday")
+
+    monkeypatch.setattr(TritonBackend, "_interpreted", property(broken))
+    reason = TritonBackend().unusable_reason(torch.device("cuda"))
+    assert reason == "triton does not work here: libcuda is on holiday"
+
+
+def test_explain_says_when_a_forced_backend_cannot_run():
+    with gpu_embed.use_backend("cupy"):
+        assert backends.explain("cpu").startswith("cupy is forced but cannot serve cpu: ")
+
+
+def test_nested_ids_go_to_torch():
+    nested = torch.nested.nested_tensor([torch.tensor([1, 0]), torch.tensor([1])])
+    rows = embedding(nested, WEIGHT)
+    assert [row.tolist() for row in rows.unbind()] == [[[2, 3], [0, 1]], [[2, 3]]]

@@ -5,8 +5,10 @@ import threading
 import pytest
 import torch
 from cases import table
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_embed
+from gpu_embed import bounds
 from gpu_embed.functional import embedding
 
 BAD_IDS = [5, 2**31, 2**40 + 1, -1, -(2**40)]
@@ -151,3 +153,65 @@ def test_modes_nest_and_undo_themselves():
         assert embedding(bad, weight).eq(0).all()
     with pytest.raises(IndexError):
         embedding(bad, weight)
+
+
+FIRST_LOOKUPS = {
+    "inference mode": torch.inference_mode,
+    "default device": lambda: torch.device("meta"),
+}
+
+
+@pytest.mark.parametrize("mode", FIRST_LOOKUPS.values(), ids=FIRST_LOOKUPS)
+def test_errors_are_reported_whatever_the_first_lookup_ran_in(target, mode, monkeypatch):
+    """Contract 6: the record outlives the mode it was made in."""
+    if target.device == "cpu":
+        monkeypatch.setattr(bounds, "_cpu_records", threading.local())
+    else:
+        monkeypatch.setattr(bounds, "_cuda_records", {})
+    weight = table(5, 3, torch.float32, target.device)
+    good = torch.tensor([1], device=target.device)
+    bad = torch.tensor([9], device=target.device)
+    with mode():
+        embedding(good, weight)
+    for _ in range(2):
+        expect_error(target, bad, weight, "id 9 at flat position 0")
+        assert torch.equal(embedding(good, weight), weight[good])
+
+
+class Waits(TorchDispatchMode):
+    """Fails on the operator that fetches a number from the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_recording_with_torchs_operators_never_waits():
+    """Contract 5: what CUDA's last resort does has no host sync."""
+    record = bounds.BoundsRecord(torch.device("cpu"))
+    with Waits():
+        record.write(torch.tensor([[1, 2], [7, 9]]), 5)
+    assert record.words.tolist() == [1, 2, 7, 5]
+    assert record.flag.item() == 1
+
+
+def test_an_error_while_another_is_cleared_is_not_lost(monkeypatch):
+    """Contract 6: a kernel may meet a bad id at any moment of the host's clearing."""
+    record = bounds.BoundsRecord(torch.device("cpu"))
+
+    def claim():
+        if record.words[0] == 0:
+            record.words.copy_(torch.tensor([1, 0, 99, 5]))
+            record.flag.fill_(1)
+
+    record.write(torch.tensor([7]), 5)
+    monkeypatch.setattr(record, "_wait", claim)
+    for expected in ("id 7", "id 99"):
+        with pytest.raises(IndexError, match=expected):
+            record.raise_if_claimed()
+
+
+def test_check_bounds_has_nothing_to_say_without_cuda_lookups(monkeypatch):
+    monkeypatch.setattr(bounds, "_cuda_records", {})
+    for device in (None, 0, "cuda", "cpu"):
+        gpu_embed.check_bounds(device)

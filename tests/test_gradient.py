@@ -234,3 +234,22 @@ def test_a_forced_method_that_cannot_serve_is_an_error(target):
         pytest.raises(RuntimeError, match="'atomic' is forced"),
     ):
         output.sum().backward()
+
+
+def test_the_default_dtype_does_not_matter(target):
+    indices = torch.tensor([1, 1], device=target.device)
+    grad_output = torch.ones(2, 3, dtype=torch.bfloat16, device=target.device)
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual, _ = gradient(indices, 2, grad_output)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert actual.tolist() == [[0] * 3, [2] * 3]
+
+
+def test_an_empty_table_has_an_empty_gradient(target):
+    """Contract 6: every id is out of range, and none has a gradient."""
+    indices = torch.tensor([0, 4], device=target.device)
+    with gpu_embed.set_bounds_check("off"):
+        actual, _ = gradient(indices, 0, torch.ones(2, 3, device=target.device))
+    assert actual.shape == (0, 3)

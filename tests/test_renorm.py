@@ -106,3 +106,21 @@ def test_an_id_out_of_range_leaves_the_table_untouched(target):
         with pytest.raises(IndexError, match="id 4"):
             gpu_embed.check_bounds()
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("norm_type", [float("inf"), float("-inf"), 1.0, 2.0, 0.5])
+def test_a_row_with_a_nan_has_no_norm_and_stays(target, norm_type):
+    """Contract 7: as in torch, NaN exceeds nothing."""
+    weight = torch.tensor([[float("nan"), 100.0, 1.0]] * 2, device=target.device)
+    before = weight.clone()
+    indices = torch.tensor([0], device=target.device)
+    embedding(indices, weight, max_norm=1.0, norm_type=norm_type)
+    assert torch.equal(weight.view(torch.int32), before.view(torch.int32))
+
+
+def test_columns_that_share_memory_are_refused(target):
+    """Contract 7: torch's error, since one number cannot be scaled once a column."""
+    weight = torch.ones(4, 1, device=target.device).expand(4, 3)
+    with pytest.raises(RuntimeError, match="unsupported operation: more than one element"):
+        embedding(torch.tensor([1], device=target.device), weight, max_norm=0.5)
+    assert weight.eq(1).all()

@@ -79,14 +79,15 @@ def select(device: torch.device) -> Backend:
 
     Raises RuntimeError if the forced one cannot run there.
     """
-    backend = _selected.get(device)
+    # The name is part of the key: another thread may change the choice while this one is at it.
+    choice = (BACKEND.value, device)
+    backend = _selected.get(choice)
     if backend is None:
-        backend = _selected[device] = _select(device)
+        backend = _selected[choice] = _select(*choice)
     return backend
 
 
-def _select(device: torch.device) -> Backend:
-    forced = BACKEND.value
+def _select(forced: str, device: torch.device) -> Backend:
     if forced != "auto":
         backend = load(forced)
         reason = backend.unusable_reason(device)
@@ -130,6 +131,9 @@ def explain(device: torch.device | str | None = None) -> str:
     place = _device(device)
     forced = BACKEND.value
     if forced != "auto":
+        reason = load(forced).unusable_reason(place)
+        if reason is not None:
+            return f"{forced} is forced but cannot serve {place}: {reason}"
         return f"{forced} serves {place}: forced by use_backend() or GPU_EMBED_BACKEND"
     if place.type != "cuda":
         return f"torch serves {place}: the kernels are for CUDA devices"
@@ -149,5 +153,5 @@ def _device(device: torch.device | str | None) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-_selected: dict[torch.device, Backend] = {}
+_selected: dict[tuple[str, torch.device], Backend] = {}
 BACKEND.on_change = _selected.clear

@@ -103,7 +103,9 @@ def _dense_backward_in_fp32(
     """
     kept = ids != padding_idx
     rows, run = torch.unique(ids[kept], return_inverse=True)
-    total = torch.zeros(len(rows), grad_output.shape[1])
+    total = torch.zeros(
+        len(rows), grad_output.shape[1], dtype=torch.float32, device=grad_output.device
+    )
     total.index_add_(0, run, grad_output[kept].float())
     if scale_grad_by_freq:
         total /= torch.bincount(run, minlength=len(rows))[:, None]

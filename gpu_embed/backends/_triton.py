@@ -2,7 +2,7 @@
 
 import threading
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -19,13 +19,14 @@ from .layout import WordLayout, vector_width, word_layout
 MIN_CAPABILITY = (8, 0)
 
 
+@dataclass(frozen=True)
 class Launch:
     """Settings of one kernel launch."""
 
     @cached_property
     def settings(self) -> dict[str, int]:
         """The fields by name; kept, since making the dict costs more than the rest of the launch code."""
-        return dict(vars(self))
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,11 @@ class TritonBackend(KernelBackend):
     def unusable_reason(self, device: torch.device) -> str | None:
         if find_spec("triton") is None:
             return "triton is not installed (pip install triton; Linux only)"
-        if self._interpreted:
+        try:
+            interpreted = self._interpreted
+        except Exception as error:  # a broken install, or a version without what the kernels use
+            return f"triton does not work here: {error}"
+        if interpreted:
             return None
         if device.type != "cuda":
             return (
