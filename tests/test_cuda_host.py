@@ -529,6 +529,8 @@ def mapped(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs a POSIX mmap")
 class TestFarRows:
+    """Contract 3: row times columns is computed in 64 bits before the first multiplication."""
+
     indices = torch.tensor([FAR_ROWS - 1, 3, FAR_ROWS - 2, FAR_ROWS - 1])
 
     @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32], ids=str)
