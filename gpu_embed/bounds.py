@@ -13,6 +13,7 @@ Modes (`set_bounds_check`, or `GPU_EMBED_BOUNDS_CHECK` in the environment):
 
 import threading
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class BoundsRecord:
         For lookups that no kernel of ours serves. Never waits for the GPU.
         """
         flat = indices.reshape(-1).to(torch.int64)
-        out_of_range = (flat < 0) | (flat >= num_embeddings)
+        out_of_range = ~in_table(flat, num_embeddings)
         places = torch.arange(flat.numel(), device=self.device)
         position = torch.where(out_of_range, places, flat.numel() - 1).min()
         found = torch.stack(
@@ -96,18 +97,18 @@ class BoundsRecord:
             torch.cuda.synchronize(self.device)
 
 
+def in_table(ids: Tensor, num_embeddings: int) -> Tensor:
+    """Which ids name a row; for ids of 32 or 64 bits, as a narrower dtype would wrap num_embeddings."""
+    return (ids >= 0) & (ids < num_embeddings)
+
+
 def out_of_range_error(
     index: int, position: int, num_embeddings: int, shape: torch.Size | None = None
 ) -> IndexError:
     """The error for one id out of range, torch's wording first."""
     where = f"flat position {position}"
     if shape is not None and len(shape) > 1:
-        coordinates = []
-        rest = position
-        for size in reversed(shape):
-            coordinates.append(rest % size)
-            rest //= size
-        where = f"position {tuple(reversed(coordinates))}"
+        where = f"position {tuple(int(place) for place in np.unravel_index(position, shape))}"
     rule = (
         f"the table has {num_embeddings} rows, so ids go from 0 to {num_embeddings - 1}"
         if num_embeddings

@@ -73,13 +73,14 @@ def embedding(
 
 def _embedding_by_torch(input: Tensor, weight: Tensor, *arguments: object) -> Tensor:
     for name, position, value in (("weight", 1, weight), ("indices", 2, input)):
-        if not isinstance(value, Tensor) and torch.overrides.has_torch_function_unary(value):
+        if isinstance(value, Tensor):
+            continue
+        if torch.overrides.has_torch_function_unary(value):
             # torch.fx's proxies and their like record the call.
             return torch.overrides.handle_torch_function(
                 embedding, (input, weight), input, weight, *arguments
             )
-        if not isinstance(value, Tensor):
-            raise _wrong_type("embedding", name, position, "Tensor", value)
+        raise _wrong_type("embedding", name, position, "Tensor", value)
     return torch.nn.functional.embedding(input, weight, *arguments)  # type: ignore[arg-type]
 
 

@@ -211,7 +211,7 @@ def _sparse_gradient(
     bounds.raise_pending(grad_output.device)
     ids = indices.reshape(-1).to(torch.int64)
     values = grad_output.reshape(ids.numel(), grad_output.shape[-1])
-    kept = (ids >= 0) & (ids < num_embeddings)
+    kept = bounds.in_table(ids, num_embeddings)
     if num_embeddings == 0:
         ids, values = ids[:0], values[:0]
     elif padding_idx >= 0:
@@ -371,7 +371,7 @@ def _shifted(indices: Tensor, num_embeddings: int, dropped_idx: int) -> Tensor:
     indices = indices.to(torch.int64)
     shift = torch.arange(len(indices), device=indices.device) * num_embeddings
     shift = shift.view(-1, *[1] * (indices.dim() - 1))
-    kept = (indices >= 0) & (indices < num_embeddings) & (indices != dropped_idx)
+    kept = bounds.in_table(indices, num_embeddings) & (indices != dropped_idx)
     return torch.where(kept, indices + shift, -1)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..bounds import BoundsRecord
+from ..bounds import BoundsRecord, in_table
 
 
 class TorchBackend:
@@ -29,7 +29,7 @@ class TorchBackend:
         if weight.shape[0] == 0:
             return weight.new_zeros((*indices.shape, weight.shape[1]))
         ids = ids.contiguous()  # torch.where would hand its strides on to the output
-        read = _in_table(ids, weight.shape[0]) & (ids != zero_idx)
+        read = in_table(ids, weight.shape[0]) & (ids != zero_idx)
         rows = torch.embedding(weight, torch.where(read, ids, 0))
         return torch.where(read[..., None], rows, rows.new_zeros(()))
 
@@ -43,15 +43,15 @@ class TorchBackend:
     ) -> Tensor:
         ids = _torch_ids(indices).reshape(-1)
         grad_output = grad_output.reshape(ids.numel(), grad_output.shape[-1])
-        in_table = _in_table(ids, num_embeddings)
+        kept = in_table(ids, num_embeddings)
         if ids.is_cuda:
             # torch's kernels trust the ids, so those out of range go to an extra row, without a sync.
-            ids = torch.where(in_table, ids, num_embeddings)
+            ids = torch.where(kept, ids, num_embeddings)
             return torch.ops.aten.embedding_dense_backward(
                 grad_output, ids, num_embeddings + 1, padding_idx, scale_grad_by_freq
             )[:num_embeddings]
-        if not in_table.all():
-            ids, grad_output = ids[in_table], grad_output[in_table]
+        if not kept.all():
+            ids, grad_output = ids[kept], grad_output[kept]
         if grad_output.dtype in (torch.float16, torch.bfloat16):
             return _dense_backward_in_fp32(
                 grad_output, ids, num_embeddings, padding_idx, scale_grad_by_freq
@@ -64,19 +64,19 @@ class TorchBackend:
         self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
     ) -> None:
         ids = _torch_ids(indices).reshape(-1)
-        in_table = _in_table(ids, weight.shape[0])
-        ids = torch.where(in_table, ids, 0)
+        kept = in_table(ids, weight.shape[0])
+        ids = torch.where(kept, ids, 0)
         rows = weight[ids]
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         norm = torch.linalg.vector_norm(wide, norm_type, dim=1)
-        scaled = (norm > max_norm) & in_table.all()
+        scaled = (norm > max_norm) & kept.all()
         renormed = (wide * (max_norm / (norm + 1e-7))[:, None]).to(rows.dtype)
         # An id that occurs twice writes the same row twice: every copy was scaled from the old table.
         weight[ids] = torch.where(scaled[:, None], renormed, rows)
 
     def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
         ids = _torch_ids(indices).reshape(-1)
-        ids = torch.where(_in_table(ids, num_embeddings), ids, num_embeddings)
+        ids = torch.where(in_table(ids, num_embeddings), ids, num_embeddings)
         counts = torch.zeros(num_embeddings + 1, dtype=torch.int32, device=ids.device)
         counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
         return counts[:num_embeddings]
@@ -84,10 +84,6 @@ class TorchBackend:
 
 def _torch_ids(indices: Tensor) -> Tensor:
     return indices if indices.dtype in (torch.int64, torch.int32) else indices.to(torch.int32)
-
-
-def _in_table(ids: Tensor, num_embeddings: int) -> Tensor:
-    return (ids >= 0) & (ids < num_embeddings)
 
 
 def _dense_backward_in_fp32(

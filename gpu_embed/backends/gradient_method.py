@@ -25,6 +25,14 @@ class GradientRule:
     deterministic: bool = True  # whether the method may serve deterministic calls
     scale_grad_by_freq: bool = True  # whether the method can divide by the counts
 
+    def can_serve(self, dtype: torch.dtype, deterministic: bool, scale_grad_by_freq: bool) -> bool:
+        """Whether the method gives the right answer for such a call, be it fast or not."""
+        return (
+            (not self.dtypes or dtype in self.dtypes)
+            and (self.deterministic or not deterministic)
+            and (self.scale_grad_by_freq or not scale_grad_by_freq)
+        )
+
 
 RULES = (
     GradientRule(
@@ -51,25 +59,20 @@ def choose(
     Raises RuntimeError if `use_gradient_method` forces atomics on a call that they cannot serve.
     """
     forced = GRADIENT_METHOD.value
-    if forced == "sorted":
-        return forced
-    if forced == "atomic":
-        if dtype not in ATOMIC_DTYPES or deterministic or scale_grad_by_freq:
-            raise RuntimeError(
-                "gpu_embed: the gradient method 'atomic' is forced, but it serves neither "
-                f"16-bit tables (this one is {dtype}), nor deterministic algorithms "
-                f"({deterministic}), nor scale_grad_by_freq ({scale_grad_by_freq}); use 'auto'"
-            )
-        return forced
     for rule in RULES:
-        if (
-            (not rule.dtypes or dtype in rule.dtypes)
-            and num_indices <= rule.max_indices_per_row * num_embeddings
-            and (rule.deterministic or not deterministic)
-            and (rule.scale_grad_by_freq or not scale_grad_by_freq)
+        if forced not in ("auto", rule.method):
+            continue
+        if not rule.can_serve(dtype, deterministic, scale_grad_by_freq):
+            continue
+        if forced == rule.method or num_indices <= rule.max_indices_per_row * max(
+            num_embeddings, 1
         ):
             return rule.method
-    raise AssertionError("the last rule has no limits")
+    raise RuntimeError(
+        f"gpu_embed: the gradient method {forced!r} is forced, but it serves neither "
+        f"16-bit tables (this one is {dtype}), nor deterministic algorithms "
+        f"({deterministic}), nor scale_grad_by_freq ({scale_grad_by_freq}); use 'auto'"
+    )
 
 
 def use_gradient_method(name: str) -> Restore:
