@@ -77,7 +77,7 @@ def stub_triton() -> Iterator[None]:
 
 
 def _call(lookup: Callable[[Tensor, Tensor], Tensor], mode: str) -> Call:
-    weight = torch.randn(VOCAB, DIM, requires_grad=mode != "inference")
+    weight = torch.nn.Parameter(torch.randn(VOCAB, DIM), requires_grad=mode != "inference")
     ids = torch.randint(VOCAB, (NUM_IDS,))
     grad_output = torch.ones(NUM_IDS, DIM)
 

@@ -10,8 +10,8 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from . import ops
+from .lookup import INDEX_DTYPES, KnownTable, known_tables
 
-INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 # Tensors whose data (or stand-in for data) our ops can take; other subclasses bring their own embedding.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
@@ -48,6 +48,13 @@ def embedding(
     A weight or input of another tensor subclass (DTensor, torchao), and tensors that are sparse, quantized
     or nested, go to torch's own function.
     """
+    known = None if torch.compiler.is_compiling() else known_tables.get(id(weight))
+    if (
+        known is not None
+        and max_norm is None
+        and known.serves(input, weight, padding_idx, scale_grad_by_freq, sparse)
+    ):
+        return ops.call_known_embedding(known, weight, input)
     if (
         type(weight) not in PLAIN_TYPES
         or type(input) not in PLAIN_TYPES
@@ -61,14 +68,24 @@ def embedding(
         )
     _check_tensors(input, weight)
     _check_flags(scale_grad_by_freq, sparse)
-    padding_idx = _wrap_padding_idx(_as_index(padding_idx), weight.size(0))
+    row = _wrap_padding_idx(_as_index(padding_idx), weight.size(0))
     if max_norm is not None:
         max_norm = _as_float(max_norm, "max_norm", 3)
         norm_type = _as_float(norm_type, "norm_type", 4)
         _check_norm(weight)
         # Detached, so there is nothing for autograd to see.
         ops.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
-    return ops.call_embedding(weight, input, padding_idx, scale_grad_by_freq, sparse)
+    output = ops.call_embedding(weight, input, row, scale_grad_by_freq, sparse)
+    if (
+        (known is None or not known.describes(weight))
+        and type(weight) is torch.nn.Parameter
+        and ops.is_plain_call(weight, input)
+        and weight.numel()
+    ):
+        known_tables[id(weight)] = KnownTable(
+            weight, padding_idx, scale_grad_by_freq, sparse, (row, scale_grad_by_freq, sparse)
+        )
+    return output
 
 
 def _embedding_by_torch(input: Tensor, weight: Tensor, *arguments: object) -> Tensor:

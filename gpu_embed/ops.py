@@ -12,6 +12,7 @@ nothing to do: plain tensors in eager mode, the common case, in a third of the h
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from . import backends, bounds
+from .lookup import KnownTable, look_up
 
 _library = torch.library.Library("gpu_embed", "DEF")
 _library.define(
@@ -50,20 +52,7 @@ embedding_renorm_ = torch.ops.gpu_embed.embedding_renorm_.default
 def _embedding(
     weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
 ) -> Tensor:
-    device = weight.device
-    bounds.raise_pending(device)
-    record = bounds.record_for(device)
-    if indices.numel() == 0:
-        return weight.new_empty((*indices.shape, weight.shape[1]))
-    if weight.shape[1] == 0:
-        output = weight.new_empty((*indices.shape, 0))
-        if record is not None:
-            record.write(indices, weight.shape[0])
-    else:
-        output = backends.select(device).embedding(weight, indices, -1, record)
-    if record is not None:
-        record.finish_lookup(indices.shape)
-    return output
+    return look_up(weight, indices)
 
 
 def _embedding_dense_backward(
@@ -246,15 +235,25 @@ PLAIN_MODES = frozenset(
 )
 
 
-def _is_plain_call(x: Tensor, indices: Tensor) -> bool:
+def is_plain_call(x: Tensor, indices: Tensor) -> bool:
     """Whether the dispatcher would go straight to autograd and from there to the kernel."""
     return (
-        torch._C._dispatch_tls_local_include_set().raw_repr() in PLAIN_MODES
+        not torch.compiler.is_compiling()
+        and _is_plain_mode()
         and (torch._C._dispatch_keys(x) | torch._C._dispatch_keys(indices)).raw_repr()
         in PLAIN_TENSORS
+    )
+
+
+def _is_plain_mode() -> bool:
+    return (
+        _included_keys().raw_repr() in PLAIN_MODES
         and torch.autograd.forward_ad._current_level < 0
         and not torch.autograd._profiler_enabled()
     )
+
+
+_included_keys = torch._C._dispatch_tls_local_include_set
 
 
 def _register_linear(
@@ -279,23 +278,16 @@ def _register_linear(
         _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
         @staticmethod
-        def forward(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
-            if keyset is None:
-                return kernel(x, indices, *arguments)
-            if torch._C._are_functorch_transforms_active():
-                # The levels below differentiate too, and this one has switched their modes off.
-                with torch.enable_grad(), _set_fwd_grad_enabled(True):
-                    return below_autograd(keyset, x, indices, *arguments)
-            return below_autograd(keyset, x, indices, *arguments)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-            _, x, indices, *ctx.arguments = inputs
+        def forward(
+            ctx: Any, run: Callable[..., Tensor], x: Tensor, indices: Tensor, *arguments: Any
+        ) -> Tensor:
+            ctx.arguments = arguments
             ctx.num_rows = x.shape[0]
             # Saved, so that autograd notices ids that were changed in place.
             ctx.save_for_backward(indices)
             if torch.autograd.forward_ad._current_level >= 0:
                 ctx.save_for_forward(indices)
+            return run(x, indices, *arguments)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -316,20 +308,25 @@ def _register_linear(
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & after_autograd, x, indices, *arguments)
 
+    def below_one_level(keyset: Any, *arguments: Any) -> Tensor:
+        # The levels below differentiate too, and this one has switched their modes off.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return below_autograd(keyset, *arguments)
+
     def autograd(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
         differentiated = torch.is_grad_enabled() and x.requires_grad
         if not differentiated and torch.autograd.forward_ad._current_level < 0:
             return below_autograd(keyset, x, indices, *arguments)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return apply(keyset, x, indices, *arguments)
-        return apply(keyset, x, indices, *arguments)
+                return apply(partial(below_one_level, keyset), x, indices, *arguments)
+        return apply(partial(below_autograd, keyset), x, indices, *arguments)
 
     def call(x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
-        if torch.compiler.is_compiling() or not _is_plain_call(x, indices):
+        if not is_plain_call(x, indices):
             return op(x, indices, *arguments)
         if x.requires_grad and torch.is_grad_enabled():
-            return apply(None, x, indices, *arguments)
+            return apply(kernel, x, indices, *arguments)
         return kernel(x, indices, *arguments)
 
     name = op._schema.name.removeprefix("gpu_embed::")
@@ -346,6 +343,38 @@ call_embedding_dense_double_backward = _register_linear(
     _embedding_dense_double_backward,
     call_embedding_dense_backward,
 )
+
+
+class KnownEmbedding(_SingleLevelFunction):
+    """`call_embedding` in a known table: the least that autograd lets a Function cost."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, indices: Tensor, table: KnownTable) -> Tensor:
+        ctx.table = table
+        # Saved, so that autograd notices ids that were changed in place.
+        ctx.save_for_backward(indices)
+        return table.embedding(weight, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        table = ctx.table
+        return _embedding_adjoint(grad, indices, table.num_embeddings, *table.arguments), None, None
+
+
+_apply_known = KnownEmbedding.apply  # type: ignore[attr-defined]
+
+
+def call_known_embedding(table: KnownTable, weight: Tensor, indices: Tensor) -> Tensor:
+    """`call_embedding` for a table and ids that it serves."""
+    if not _is_plain_mode():
+        return embedding(weight, indices, *table.arguments)
+    if weight.requires_grad and torch.is_grad_enabled():
+        output: Tensor = _apply_known(weight, indices, table)
+        return output
+    return table.embedding(weight, indices)
 
 
 def _renorm_in_place(keyset: Any, weight: Tensor, *arguments: Any) -> None:

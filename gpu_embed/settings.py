@@ -4,8 +4,12 @@ Plain globals on purpose: autograd runs CUDA backwards on threads of its own, wh
 """
 
 import os
+import threading
 from collections.abc import Callable
 from types import TracebackType
+
+# Counts the changes of all settings: what was derived from them is out of date once this has moved.
+generation = 0
 
 
 class Setting:
@@ -45,9 +49,12 @@ class Setting:
         return Restore(self, former)
 
     def _assign(self, value: str | None) -> None:
-        self._value = value
-        if self.on_change is not None:
-            self.on_change()
+        global generation
+        with _assigning:
+            self._value = value
+            if self.on_change is not None:
+                self.on_change()
+            generation += 1
 
     def _checked(self, value: str, source: str) -> str:
         if value not in self.choices:
@@ -75,6 +82,7 @@ class Restore:
         self._setting._assign(self._former)
 
 
+_assigning = threading.Lock()
 BACKEND = Setting("GPU_EMBED_BACKEND", ("auto", "triton", "cupy", "torch", "reference"))
 BOUNDS_CHECK = Setting("GPU_EMBED_BOUNDS_CHECK", ("raise", "sync", "off"))
 GRADIENT_METHOD = Setting("GPU_EMBED_GRADIENT_METHOD", ("auto", "atomic", "sorted"))

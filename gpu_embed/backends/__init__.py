@@ -6,6 +6,7 @@ choices of `gpu_embed.settings.BACKEND`).
 
 import importlib
 import logging
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -16,6 +17,10 @@ from ..bounds import BoundsRecord
 from ..settings import BACKEND, Restore
 
 logger = logging.getLogger("gpu_embed")
+
+
+# embedding(weight, indices, zero_idx, record) for one table, as `Backend.prepare_embedding` returns it.
+PreparedEmbedding = Callable[[Tensor, Tensor, int, BoundsRecord | None], Tensor]
 
 
 class Backend(Protocol):
@@ -36,6 +41,12 @@ class Backend(Protocol):
         """weight[indices], bit for bit -> [..., D]; ids equal to zero_idx (-1: none) give zero rows.
 
         Ids out of range are written to `record` unless it is None.
+        """
+
+    def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
+        """`embedding` for this table alone, with all that does not depend on the ids decided once.
+
+        Good while the table keeps its address, shape, strides and dtype. Does not keep the Parameter alive.
         """
 
     def embedding_dense_backward(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
-from .kernel_backend import KernelBackend, cdiv, norm_name
+from .kernel_backend import Gather, KernelBackend, cdiv, norm_name
 from .layout import vector_width, word_layout
 
 # 64-bit float atomics begin here.
@@ -148,14 +148,7 @@ class CupyBackend(KernelBackend):
             )
         return None
 
-    def _gather(
-        self,
-        weight: Tensor,
-        ids: Tensor,
-        output: Tensor,
-        zero_idx: int,
-        record: BoundsRecord | None,
-    ) -> None:
+    def _prepare_gather(self, weight: Tensor) -> Gather:
         layout = word_layout(weight)
         # Two words of 8 bytes that one access moves are a word of 16 here.
         word = f"word{layout.word_bytes * layout.vec}"
@@ -165,28 +158,43 @@ class CupyBackend(KernelBackend):
             rows = LONG_ROW
         if rows is not None:
             kernel = Kernel("gather", f"gather_rows_kernel<{word}, {rows.ROWS}>")
-            blocks, threads = rows.grid(ids.numel(), row_words)
         else:
             kernel = Kernel("gather", f"gather_flat_kernel<{word}, {GATHER_FLAT.UNROLL}>")
-            blocks, threads = GATHER_FLAT.grid(ids.numel() * row_words)
-        self._launch(
-            kernel,
-            blocks,
-            threads,
-            weight.device,
-            weight,
-            ids,
-            output,
-            None if record is None else record.words,
-            None if record is None else record.flag,
-            ids.numel(),
-            weight.shape[0],
-            zero_idx,
-            layout.row_stride // layout.vec,
-            layout.col_stride,
-            row_words,
-            ids.element_size(),
-        )
+        # Not the table itself: what is prepared must not keep it alive.
+        address = weight.data_ptr()
+        device = weight.device
+        num_embeddings = weight.shape[0]
+
+        def gather(
+            ids: Tensor,
+            num_indices: int,
+            output: Tensor,
+            zero_idx: int,
+            record: BoundsRecord | None,
+        ) -> None:
+            self._launch(
+                kernel,
+                *(
+                    GATHER_FLAT.grid(num_indices * row_words)
+                    if rows is None
+                    else rows.grid(num_indices, row_words)
+                ),
+                device,
+                address,
+                ids,
+                output,
+                None if record is None else record.words,
+                None if record is None else record.flag,
+                num_indices,
+                num_embeddings,
+                zero_idx,
+                layout.row_stride // layout.vec,
+                layout.col_stride,
+                row_words,
+                ids.element_size(),
+            )
+
+        return gather
 
     def _scatter_add(
         self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int

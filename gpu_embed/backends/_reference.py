@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ..bounds import BoundsRecord
+from . import PreparedEmbedding
 
 
 class ReferenceBackend:
@@ -18,6 +19,8 @@ class ReferenceBackend:
     def embedding(
         self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
     ) -> Tensor:
+        if indices.numel() == 0:
+            return weight.new_empty(*indices.shape, weight.shape[1])
         if record is not None:
             record.write(indices, weight.shape[0])
         # NumPy does not know every dtype, but a lookup copies bytes.
@@ -30,6 +33,9 @@ class ReferenceBackend:
         )
         rows = reference.embedding(table, indices.cpu().numpy(), zero_idx)
         return torch.from_numpy(rows).view(weight.dtype).to(weight.device)
+
+    def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
+        return self.embedding
 
     def embedding_dense_backward(
         self,

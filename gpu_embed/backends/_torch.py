@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord, in_table
+from . import PreparedEmbedding
 
 
 class TorchBackend:
@@ -32,6 +33,9 @@ class TorchBackend:
         read = in_table(ids, weight.shape[0]) & (ids != zero_idx)
         rows = torch.embedding(weight, torch.where(read, ids, 0))
         return torch.where(read[..., None], rows, rows.new_zeros(()))
+
+    def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
+        return self.embedding
 
     def embedding_dense_backward(
         self,

@@ -1,6 +1,7 @@
 """The Triton kernels behind the `Backend` protocol: launch settings and launches."""
 
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
-from .kernel_backend import KernelBackend, cdiv, norm_name
+from .kernel_backend import Gather, KernelBackend, cdiv, norm_name
 from .layout import WordLayout, vector_width, word_layout
 
 # Triton compiles for these and newer cards only.
@@ -117,36 +118,41 @@ class TritonBackend(KernelBackend):
             )
         return None
 
-    def _gather(
-        self,
-        weight: Tensor,
-        ids: Tensor,
-        output: Tensor,
-        zero_idx: int,
-        record: BoundsRecord | None,
-    ) -> None:
+    def _prepare_gather(self, weight: Tensor) -> Gather:
         layout = word_layout(weight)
         word = self._words[layout.word_bytes]
-        reinterpret = self._triton.reinterpret
-        kernel, grid, settings = self._gather_launch(ids.numel(), layout)
-        self._launch(
-            kernel,
-            grid,
-            weight.device,
-            reinterpret(weight, word),
-            ids,
-            reinterpret(output, word),
-            None if record is None else record.words,
-            None if record is None else record.flag,
-            ids.numel(),
-            weight.shape[0],
-            zero_idx,
-            layout.row_stride // layout.vec,
-            layout.col_stride,
-            D=layout.row_words,
-            VEC=layout.vec,
-            **settings,
-        )
+        table = self._view(weight, word)
+        device = weight.device
+        num_embeddings = weight.shape[0]
+        row_stride = layout.row_stride // layout.vec
+        kernel, grid, settings = self._gather_launch(layout)
+        settings = {"D": layout.row_words, "VEC": layout.vec, **settings}
+
+        def gather(
+            ids: Tensor,
+            num_indices: int,
+            output: Tensor,
+            zero_idx: int,
+            record: BoundsRecord | None,
+        ) -> None:
+            self._launch(
+                kernel,
+                grid(num_indices),
+                device,
+                table,
+                ids,
+                self._view(output, word),
+                None if record is None else record.words,
+                None if record is None else record.flag,
+                num_indices,
+                num_embeddings,
+                zero_idx,
+                row_stride,
+                layout.col_stride,
+                **settings,
+            )
+
+        return gather
 
     def _scatter_add(
         self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
@@ -258,17 +264,28 @@ class TritonBackend(KernelBackend):
         )
 
     def _gather_launch(
-        self, num_indices: int, layout: WordLayout
-    ) -> tuple[Any, tuple[int, ...], dict[str, int]]:
-        """Whole rows where a power of two of words makes full tiles of them, else a flat range."""
+        self, layout: WordLayout
+    ) -> tuple[Any, Callable[[int], tuple[int, ...]], dict[str, int]]:
+        """Kernel, grid for a number of ids, and settings.
+
+        Whole rows where a power of two of words makes full tiles of them, else a flat range.
+        """
         widest = max(GATHER_ROWS)
         rows = GATHER_ROWS.get(min(layout.row_words, widest))
         if rows is not None and layout.row_words % rows.BLOCK_D == 0:
-            grid = (cdiv(num_indices, rows.BLOCK_N), cdiv(layout.row_words, rows.BLOCK_D))
-            return self._kernels.gather_rows, grid, rows.settings
-        num_vectors = num_indices * layout.row_words // layout.vec
-        blocks = cdiv(num_vectors, GATHER_FLAT.BLOCK)
-        return self._kernels.gather_flat, (blocks,), GATHER_FLAT.settings
+            blocks_d = layout.row_words // rows.BLOCK_D
+            block_n = rows.BLOCK_N
+            return (
+                self._kernels.gather_rows,
+                lambda num_indices: (cdiv(num_indices, block_n), blocks_d),
+                rows.settings,
+            )
+        row_vectors = layout.row_words // layout.vec
+        return (
+            self._kernels.gather_flat,
+            lambda num_indices: (cdiv(num_indices * row_vectors, GATHER_FLAT.BLOCK),),
+            GATHER_FLAT.settings,
+        )
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
@@ -295,6 +312,14 @@ class TritonBackend(KernelBackend):
         return triton
 
     @cached_property
+    def _view(self) -> Callable[[Tensor, Any], Any]:
+        """A tensor as words of another dtype, without keeping it alive."""
+        if not self._interpreted:
+            return WordsOf
+        # The interpreter reads more of a tensor than its address.
+        return lambda tensor, dtype: self._triton.reinterpret(tensor.detach(), dtype)
+
+    @cached_property
     def _words(self) -> dict[int, Any]:
         """Triton's integer of so many bytes."""
         from triton import language as tl
@@ -318,6 +343,21 @@ class TritonBackend(KernelBackend):
             renorm=renorm.renorm_kernel,
             counts=counts.counts_kernel,
         )
+
+
+class WordsOf:
+    """A tensor's memory under another dtype, all that a launch asks for: triton.reinterpret takes five
+    times as long, and keeps the tensor alive.
+    """
+
+    __slots__ = ("_address", "dtype")
+
+    def __init__(self, tensor: Tensor, dtype: Any) -> None:
+        self._address = tensor.data_ptr()
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 @cache

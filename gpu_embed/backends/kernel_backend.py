@@ -1,16 +1,22 @@
 """What the Triton and the CUDA C++ backend share: everything between the protocol and a single launch."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
+from . import PreparedEmbedding
 from .gradient_method import choose
 from .layout import flat_ids, sort_key_dtype
 
 # Partial sums of the sorted gradient may take this much memory; longer chunks make them fewer.
 MAX_PARTIAL_BYTES = 48 * 2**20
+
+
+# gather(ids, num_indices, output, zero_idx, record) from one table; ids are contiguous, of any shape.
+Gather = Callable[[Tensor, int, Tensor, int, BoundsRecord | None], None]
 
 
 class KernelBackend(ABC):
@@ -22,12 +28,30 @@ class KernelBackend(ABC):
     def embedding(
         self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
     ) -> Tensor:
+        return self.prepare_embedding(weight)(weight, indices, zero_idx, record)
+
+    def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
         if weight.element_size() == 16 and weight.stride(1) != 1:
-            # No word holds an item of 16 bytes, so its two words must be adjacent.
-            weight = weight.contiguous()
-        output = weight.new_empty((*indices.shape, weight.shape[1]))
-        self._gather(weight, flat_ids(indices), output, zero_idx, record)
-        return output
+            return self._embedding_of_copy
+        embedding_dim = weight.shape[1]
+        gather = self._prepare_gather(weight)
+
+        def embedding(
+            weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+        ) -> Tensor:
+            output = weight.new_empty(*indices.shape, embedding_dim)
+            num_indices = indices.numel()
+            if num_indices:
+                gather(indices.contiguous(), num_indices, output, zero_idx, record)
+            return output
+
+        return embedding
+
+    def _embedding_of_copy(
+        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+    ) -> Tensor:
+        """For items of 16 bytes whose columns are apart: no word holds one, so its two must be adjacent."""
+        return self.embedding(weight.contiguous(), indices, zero_idx, record)
 
     def embedding_dense_backward(
         self,
@@ -118,14 +142,7 @@ class KernelBackend(ABC):
             counts = partial_counts if scale_grad_by_freq else None
 
     @abstractmethod
-    def _gather(
-        self,
-        weight: Tensor,
-        ids: Tensor,
-        output: Tensor,
-        zero_idx: int,
-        record: BoundsRecord | None,
-    ) -> None: ...
+    def _prepare_gather(self, weight: Tensor) -> Gather: ...
 
     @abstractmethod
     def _scatter_add(

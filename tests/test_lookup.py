@@ -1,0 +1,225 @@
+"""Tables that were looked up before: the short way gives what the long way gives, and knows when it may not."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import GRADIENT_DTYPES, integer_gradient, same_bits, table
+from conftest import Target
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import Parameter
+
+import gpu_embed
+from gpu_embed.functional import embedding
+from gpu_embed.lookup import known_tables
+
+
+def known_parameter(device: str, dtype: torch.dtype = torch.float32) -> Parameter:
+    """A table [10, 4] that has been looked up once."""
+    weight = Parameter(table(10, 4, dtype, device))
+    embedding(torch.tensor([1], device=device), weight)
+    assert id(weight) in known_tables
+    return weight
+
+
+@pytest.fixture
+def weight() -> Parameter:
+    return known_parameter("cpu")
+
+
+IDS = torch.tensor([[3, 0, 9], [3, 3, 1]])
+
+
+@pytest.mark.parametrize("dtype", GRADIENT_DTYPES)
+def test_second_lookup_is_the_first(target: Target, dtype: torch.dtype) -> None:
+    weight = known_parameter(target.device, dtype)
+    ids = IDS.to(target.device)
+    output = embedding(ids, weight)
+    assert same_bits(output.detach(), weight.detach()[ids])
+    grad_output = integer_gradient((2, 3, 4), dtype, target.device)
+    output.backward(grad_output)
+    expected = torch.zeros(10, 4, dtype=dtype, device=target.device)
+    expected.index_add_(0, ids.flatten(), grad_output.flatten(0, 1))
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, expected)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.empty(0, dtype=torch.int64),
+        torch.empty(2, 0, 3, dtype=torch.int64),
+        torch.tensor(4),
+        torch.arange(10)[::3],
+        torch.arange(6).view(2, 3).T,
+        torch.tensor([2, 5], dtype=torch.uint8),
+    ],
+    ids=["empty", "empty-3d", "0d", "strided", "transposed", "uint8"],
+)
+def test_ids_of_every_form(target: Target, ids: Tensor) -> None:
+    weight = known_parameter(target.device)
+    output = embedding(ids.to(target.device), weight)
+    assert torch.equal(output.cpu(), weight.detach().cpu()[ids.long()])
+    assert output.is_contiguous()
+
+
+def test_ids_out_of_range_are_reported(target: Target) -> None:
+    weight = known_parameter(target.device)
+    with gpu_embed.set_bounds_check("sync"):
+        embedding(IDS.to(target.device), weight)
+        with pytest.raises(IndexError, match=r"id 10 at position \(0, 1\)"):
+            embedding(torch.tensor([[1, 10]], device=target.device), weight)
+    with gpu_embed.set_bounds_check("off"):
+        output = embedding(torch.tensor([1, 10], device=target.device), weight)
+    assert torch.equal(output[1].cpu(), torch.zeros(4))
+
+
+def shorter(weight: Parameter) -> None:
+    weight.data = weight.data[:3]
+
+
+def transposed(weight: Parameter) -> None:
+    weight.data = weight.data[:4].T
+
+
+def half(weight: Parameter) -> None:
+    weight.data = weight.data.view(torch.float16)[:, :4]
+
+
+def elsewhere(weight: Parameter) -> None:
+    weight.data = weight.data + 1
+
+
+def in_place(weight: Parameter) -> None:
+    weight.data.add_(1)
+
+
+@pytest.mark.parametrize("change", [shorter, transposed, half, elsewhere, in_place])
+def test_changed_table(target: Target, change: Callable[[Parameter], None]) -> None:
+    weight = known_parameter(target.device)
+    change(weight)
+    ids = torch.tensor([2, 0], device=target.device)
+    for _ in range(2):
+        assert same_bits(embedding(ids, weight).detach(), weight.detach()[ids])
+    with gpu_embed.set_bounds_check("sync"), pytest.raises(IndexError):
+        embedding(torch.tensor([len(weight)], device=target.device), weight)
+
+
+def test_backend_chosen_later(weight: Parameter, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = gpu_embed.backends.load("reference")
+    calls = []
+    look_up = type(backend).embedding
+
+    def counted(self: Any, *args: Any) -> Tensor:
+        calls.append(args)
+        return look_up(self, *args)
+
+    monkeypatch.setattr(type(backend), "embedding", counted)
+    with gpu_embed.use_backend("reference"):
+        embedding(IDS, weight)
+        assert len(calls) == 1
+        embedding(IDS, weight)
+        assert len(calls) == 2
+    embedding(IDS, weight)
+    assert len(calls) == 2
+
+
+def test_other_arguments(weight: Parameter) -> None:
+    ids = torch.tensor([1, 3, 3])
+    embedding(ids, weight, padding_idx=3).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[:, 0].tolist() == [0, 1, 0, 0, 0, 0, 0, 0, 0, 0]
+    weight.grad = None
+    embedding(ids, weight, scale_grad_by_freq=True).sum().backward()
+    assert weight.grad[3, 0] == 1
+    weight.grad = None
+    embedding(ids, weight, sparse=True).sum().backward()
+    assert weight.grad.is_sparse
+    assert embedding(ids, weight, max_norm=0.5).norm(dim=1).max() <= 0.5001
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"padding_idx": True},
+        {"padding_idx": 1.0},
+        {"scale_grad_by_freq": 0},
+        {"sparse": 1},
+        {"max_norm": "1"},
+    ],
+    ids=str,
+)
+def test_errors_stay(arguments: dict[str, Any]) -> None:
+    weight = Parameter(table(10, 4, torch.float32, "cpu"))
+    embedding(IDS, weight, padding_idx=1)
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            embedding(IDS, weight, **arguments)
+
+
+@pytest.mark.parametrize("input", [[1, 2], None, torch.tensor([1.0]), torch.tensor([True])])
+def test_wrong_ids(weight: Parameter, input: Any) -> None:
+    with pytest.raises((TypeError, RuntimeError)):
+        embedding(input, weight)
+
+
+def test_lazily_negative_ids(weight: Parameter) -> None:
+    assert torch.equal(embedding(torch._neg_view(-IDS), weight), weight[IDS])
+
+
+def test_transforms_see_a_known_table(weight: Parameter) -> None:
+    ids = torch.tensor([1, 1, 2])
+    rows = torch.func.vmap(lambda i: embedding(i, weight))(ids)
+    assert torch.equal(rows, weight[ids])
+    graph = make_fx(lambda i: embedding(i, weight))(ids)
+    assert "gpu_embed.embedding" in graph.code
+    graph = make_fx(lambda i: embedding(i, weight), pre_dispatch=True)(ids)
+    assert "gpu_embed.embedding" in graph.code
+    assert torch.equal(torch.compile(embedding, backend="eager")(ids, weight), weight[ids])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight))
+        tangent = torch.autograd.forward_ad.unpack_dual(embedding(ids, dual)).tangent
+    assert torch.equal(tangent, torch.ones(3, 4))
+
+
+def test_double_backward(weight: Parameter) -> None:
+    output = embedding(IDS, weight)
+    grad_output = torch.ones_like(output, requires_grad=True)
+    (grad_weight,) = torch.autograd.grad(output, weight, grad_output, create_graph=True)
+    (grad,) = torch.autograd.grad(grad_weight, grad_output, weight.detach())
+    assert torch.equal(grad, weight[IDS])
+
+
+def test_ids_changed_after_the_lookup(weight: Parameter) -> None:
+    ids = IDS.clone()
+    output = embedding(ids, weight)
+    ids.add_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_profiler_sees_the_operator(weight: Parameter) -> None:
+    with torch.profiler.profile() as profile:
+        embedding(IDS, weight)
+    assert "gpu_embed::embedding" in {event.key for event in profile.key_averages()}
+
+
+def test_inference_mode(weight: Parameter) -> None:
+    with torch.inference_mode():
+        assert embedding(IDS, weight).is_inference()
+    assert not embedding(IDS, weight).is_inference()
+
+
+def test_tables_are_not_kept_alive(target: Target) -> None:
+    weight = known_parameter(target.device)
+    embedding(IDS.to(target.device), weight).sum().backward()
+    key, data, dead = id(weight), weakref.ref(weight.untyped_storage()), weakref.ref(weight)
+    del weight
+    gc.collect()
+    assert dead() is None
+    assert data() is None
+    assert key not in known_tables
