@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Where make gpu keeps what it measured.
+RESULTS ?= bench/results
 # An empty VENV would otherwise name the system's /bin/python3.
 env_dir := $(or $(strip $(VENV)),.venv)
 env_python := $(env_dir)/bin/python3
@@ -82,7 +84,7 @@ format: $(dev_env) ## rewrite the code in the project's format
 
 # Every part runs, so that one failure hides no other.
 # Without torch's caching allocator memcheck sees where each tensor ends.
-gpu: ## in the current python3, no download: GPU tests that must not skip, then compute-sanitizer
+gpu: ## in the current python3, no download: GPU tests that must not skip, compute-sanitizer, headline benchmark
 	$(PYTHON) -m pip install --no-deps --no-build-isolation -e .
 	@failed=; \
 	export GPU_EMBED_REQUIRE_GPU=1; \
@@ -96,6 +98,8 @@ gpu: ## in the current python3, no download: GPU tests that must not skip, then 
 	else \
 		echo "compute-sanitizer is not on the PATH: memcheck and racecheck did not run"; \
 	fi; \
+	unset PYTORCH_NO_CUDA_MEMORY_CACHING; \
+	part=benchmark; run $(PYTHON) -m gpu_embed.bench headline --device cuda --out $(RESULTS) --page bench/RESULTS.md; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
 
 clean: ## remove .venv and everything that was built or cached

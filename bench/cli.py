@@ -9,7 +9,8 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+import time
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -19,6 +20,7 @@ import gpu_embed
 
 from . import ids as ids_module
 from . import machine, results
+from .headline import LAST_START_SECONDS, headline_jobs, results_directory
 from .measure import Bench
 from .providers import PROVIDERS
 from .run import Choice, Job, execute, plan
@@ -62,6 +64,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
     add_run(commands.add_parser("run", help="measure sets of shapes and write CSV and JSON"))
+    add_headline(
+        commands.add_parser(
+            "headline", help="the headline shapes in five minutes, with pictures and report"
+        )
+    )
     commands.add_parser("list", help="the sets of shapes, and who can be measured here")
     compare = commands.add_parser("compare", help="exit 1 where NEW is slower than OLD")
     compare.add_argument("old", type=Path, metavar="OLD", help="results.csv, or its directory")
@@ -119,6 +126,20 @@ def add_run(run: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=0.5, help="for each measurement (default: %(default)s)"
     )
     run.add_argument("--resume", action="store_true", help="measure what DIR lacks")
+
+
+def add_headline(headline: argparse.ArgumentParser) -> None:
+    machine_options(headline, nested=True)
+    headline.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results"),
+        metavar="ROOT",
+        help="where <device>-<date>-<commit> is made (default: %(default)s)",
+    )
+    headline.add_argument(
+        "--page", type=Path, metavar="FILE", help="rewrite this page, such as bench/RESULTS.md"
+    )
 
 
 def known(what: str, values: Sequence[str] | None, names: Collection[str]) -> list[str] | None:
@@ -252,12 +273,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
         bench.memory = bench.memory if memory is None else min(memory, bench.memory)
         bench.copy_gbps = write_header(args, argv, bench, speed)
-        done: list[results.Row] = []
         try:
-            with progress_bar(console) as progress:
-                report = Reporter(console, progress, len(jobs))
-                execute(bench, jobs, writer, report.start, done_with(done, report.row), report.skip)
-                report.flush()
+            done = measure(bench, jobs, writer, console)
         except KeyboardInterrupt:
             kept = sum(job.row(bench).key in writer.done for job in jobs)
             print(
@@ -266,20 +283,56 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
                 file=sys.stderr,
             )
             return 130
-    counts = {s: sum(row.status == s for row in done) for s in results.STATUSES}
-    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    console.print(f"{said or 'nothing new'}: {args.out / results.RESULTS}")
+    say_counts(done, args.out, console)
     return own_failures(done, console)
 
 
-def done_with(
-    rows: list[results.Row], then: Callable[[results.Row], None]
-) -> Callable[[results.Row], None]:
-    def keep(row: results.Row) -> None:
-        rows.append(row)
-        then(row)
+def headline(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Measure, draw, report; what was measured before an interruption is kept."""
+    from .plots import plot_directory
+    from .report import write_report, write_results_markdown
 
-    return keep
+    console = make_console()
+    end = time.monotonic() + LAST_START_SECONDS
+    bench, speed = start(args, console)
+    bench.effort = Effort(seconds=0.3, max_samples=100, host_seconds=0.1)
+    jobs = headline_jobs(bench.device)
+    header = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(argv)])
+    directory = results_directory(args.out, header)
+    with results.RowWriter(directory) as writer:
+        results.write_header(directory, header)
+        done = measure(bench, jobs, writer, console, end)
+    if len(done) < len(jobs):
+        console.print(f"{len(jobs) - len(done)} of {len(jobs)} measurements left out: time is over")
+    for path in (*plot_directory(directory), write_report(directory)):
+        console.print(str(path))
+    if args.page is not None:
+        write_results_markdown(directory, args.page)
+        console.print(str(args.page))
+    say_counts(done, directory, console)
+    return own_failures(done, console)
+
+
+def measure(
+    bench: Bench,
+    jobs: Sequence[Job],
+    writer: results.RowWriter,
+    console: Console,
+    last_start: float = math.inf,
+) -> list[results.Row]:
+    """The new rows of the jobs, each said as soon as its cell is through."""
+    with progress_bar(console) as progress:
+        report = Reporter(console, progress, len(jobs))
+        try:
+            return execute(bench, jobs, writer, report.start, report.row, report.skip, last_start)
+        finally:
+            report.flush()
+
+
+def say_counts(rows: Sequence[results.Row], directory: Path, console: Console) -> None:
+    counts = {s: sum(row.status == s for row in rows) for s in results.STATUSES}
+    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    console.print(f"{said or 'nothing new'}: {directory / results.RESULTS}")
 
 
 class Reporter:
@@ -438,6 +491,9 @@ def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return run(args, argv)
     if args.command == "list":
         return list_all()
+    if args.command == "headline":
+        check_extra("matplotlib")
+        return headline(args, argv)
     if args.command == "compare":
         from .compare import main_compare
 

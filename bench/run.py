@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,15 +96,20 @@ def execute(
     on_start: Callable[[Job], Any] = lambda job: None,
     on_row: Callable[[Row], Any] = lambda row: None,
     on_skip: Callable[[Job], Any] = lambda job: None,
+    last_start: float = float("inf"),
 ) -> list[Row]:
-    """Measure the jobs that the file lacks, in order, and write each row; returns the new rows."""
+    """Measure the jobs that the file lacks, in order, and write each row; returns the new rows.
+
+    Args:
+        last_start: by time.monotonic(); the jobs that are left then are skipped.
+    """
     rows = []
     for cell, group in itertools.groupby(jobs, key=lambda job: job.cell):
         problem: Problem | None = None
         broken: Exception | None = None
         for job in group:
             row = job.row(bench)
-            if row.key in writer.done:
+            if row.key in writer.done or time.monotonic() > last_start:
                 on_skip(job)
                 continue
             on_start(job)

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from gpu_embed.bench import cli, host_time, providers, results, shapes, summary, timing
+from gpu_embed.bench import cli, headline, host_time, providers, results, shapes, summary, timing
 from gpu_embed.bench.providers import PROVIDERS, Provider
 from gpu_embed.bench.results import Row, read_header, read_rows
 
@@ -266,3 +266,55 @@ def test_the_options_of_the_machine_may_stand_before_the_command():
     after = cli.parse_args(["run", "--set", "A", "--seed", "3"])
     assert before.seed == after.seed == 3
     assert cli.parse_args(["run"]).threads == 1
+
+
+@pytest.fixture
+def _small_headline(monkeypatch):
+    monkeypatch.setattr(headline, "CPU_CELLS", (shapes.Cell(60, 8, 40), shapes.Cell(30, 4, 20)))
+    monkeypatch.setattr(
+        headline, "PROVIDERS", {name: PROVIDERS[name] for name in ("gpu_embed", "torch")}
+    )
+
+
+@pytest.mark.usefixtures("_small_headline")
+def test_headline_keeps_rows_pictures_and_page(tmp_path, capsys):
+    page = tmp_path / "RESULTS.md"
+    arguments = ["headline", "--device", "cpu", "--out", str(tmp_path), "--page", str(page)]
+    assert cli.main(arguments) == 0
+    (directory,) = tmp_path.glob("*-20*")
+    rows = read_rows(directory)
+    assert len(rows) == 2 * 2 * 2
+    assert {row.status for row in rows} == {"ok"}
+    assert (directory / "report.html").is_file()
+    assert list(directory.glob("*.png"))
+    header = read_header(directory)
+    assert header["commit"] in page.read_text()
+    assert "headline --device cpu" in page.read_text()
+    assert str(page) in capsys.readouterr().out
+    # The same commit on the same day gets a place of its own.
+    assert cli.main(arguments) == 0
+    assert len(list(tmp_path.glob("*-20*"))) == 2
+
+
+@pytest.mark.usefixtures("_small_headline")
+def test_headline_ends_in_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "LAST_START_SECONDS", -1.0)
+    assert cli.main(["headline", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "8 of 8 measurements left out" in capsys.readouterr().out
+
+
+def test_headline_directory_names_device_date_and_commit(tmp_path):
+    header = {
+        "device": "NVIDIA H200",
+        "date": "2026-01-31T10:00:00+00:00",
+        "commit": "0123456789ab",
+    }
+    first = headline.results_directory(tmp_path, header)
+    assert first == tmp_path / "nvidia-h200-2026-01-31-0123456789ab"
+    first.mkdir()
+    assert headline.results_directory(tmp_path, header).name.endswith("-0123456789ab-2")
+
+
+def test_headline_covers_every_headline_shape_on_a_gpu():
+    jobs = headline.headline_jobs(torch.device("cuda"))
+    assert {(job.set, job.cell) for job in jobs} == set(shapes.HEADLINE)

@@ -211,7 +211,7 @@ def canonical_name(requirement: str) -> str:
 
 
 def test_constraints_pin_every_direct_dependency() -> None:
-    """Packaging: a fresh machine gets exactly what was tested, extras that need a GPU aside."""
+    """Packaging: a fresh machine gets exactly what was tested; extras that need a GPU aside."""
     # Not the installed metadata: an old egg-info in the repo root would answer for it.
     project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text("utf-8"))
     project = project["project"]
@@ -219,4 +219,5 @@ def test_constraints_pin_every_direct_dependency() -> None:
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {canonical_name(pin) for pin in pins if pin and not pin.startswith("#")}
     missing = {canonical_name(requirement) for requirement in required} - pinned
-    assert missing == {"gpu-embed", "cupy-cuda13x", "nvidia-cuda-nvrtc"}
+    rivals = {"liger-kernel", "flag-gems", "fbgemm-gpu"}
+    assert missing == {"gpu-embed", "cupy-cuda13x", "nvidia-cuda-nvrtc", *rivals}
