@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import math
+import os
 import re
 import shlex
 import sys
@@ -22,6 +23,7 @@ from . import ids as ids_module
 from . import machine, results
 from .headline import LAST_START_SECONDS, headline_jobs, results_directory
 from .measure import Bench
+from .occupancy import MULTIPROCESSORS, TARGETS
 from .providers import PROVIDERS
 from .run import Choice, Job, execute, plan
 from .shapes import DTYPES, ID_DTYPES, MODES, SETS
@@ -31,6 +33,8 @@ from .traffic import CARDS
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+    from .codegen import Launch
 
 PROG = "python -m gpu_embed.bench"
 OWN = "gpu_embed"
@@ -54,7 +58,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Measure embedding lookups and their gradients against everybody else's. Without a "
         "command: a summary of this machine in one minute.",
         epilog="Exit code: 0 done, 1 a result of gpu_embed's own is wrong or failed (compare: a "
-        "regression), 2 it cannot start, 130 interrupted.",
+        "regression; codegen: a kernel is worse), 2 it cannot start, 130 interrupted.",
     )
     machine_options(parser)
     parser.add_argument(
@@ -79,6 +83,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.95,
         metavar="RATIO",
         help="a cell is a regression below this share of its old speed (default: %(default)s)",
+    )
+    add_codegen(
+        commands.add_parser("codegen", help="what the kernels compile to; needs Triton, but no GPU")
     )
     for name, text in (
         ("plot", "draw the results in DIR"),
@@ -139,6 +146,24 @@ def add_headline(headline: argparse.ArgumentParser) -> None:
     )
     headline.add_argument(
         "--page", type=Path, metavar="FILE", help="rewrite this page, such as bench/RESULTS.md"
+    )
+
+
+def add_codegen(codegen: argparse.ArgumentParser) -> None:
+    codegen.add_argument(
+        "--arch",
+        nargs="+",
+        type=int,
+        choices=MULTIPROCESSORS,
+        default=list(TARGETS),
+        metavar="SM",
+        help=f"compute capabilities times ten (default: {' '.join(map(str, TARGETS))})",
+    )
+    codegen.add_argument("--kernel", nargs="+", metavar="NAME", help="such as gather_rows_kernel")
+    codegen.add_argument("--json", action="store_true", help="print every launch and instruction")
+    codegen.add_argument("--out", type=Path, metavar="FILE", help="write the whole table as CSV")
+    codegen.add_argument(
+        "--check", type=Path, metavar="FILE", help="exit 1 where a kernel is worse than in FILE"
     )
 
 
@@ -456,6 +481,56 @@ def list_all() -> int:
     return 0
 
 
+def codegen(args: argparse.Namespace) -> int:
+    """Compile every launch for every architecture, and say what came out and what got worse."""
+    if importlib.util.find_spec("triton") is None:
+        raise CannotRunError("codegen compiles Triton kernels: pip install triton (Linux only)")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise CannotRunError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it")
+    if args.out is not None and (args.kernel or set(args.arch) != set(TARGETS)):
+        raise CannotRunError("--out writes the whole table: leave out --arch and --kernel")
+    from . import codegen_table
+    from .codegen import compile_launches, record_launches
+    from .codegen_cases import CASES
+
+    launches, failures = record_launches(CASES)
+    names = sorted({launch.kernel.__name__ for launch in launches})
+    kernels = known("kernel", args.kernel, names) or names
+    launches = [launch for launch in launches if launch.kernel.__name__ in kernels]
+    old = None if args.check is None else codegen_table.read_table(args.check)
+    console = make_console()
+    compiled = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(set(args.arch)) * len(launches))
+        for architecture in sorted(set(args.arch)):
+
+            def advance(launch: Launch, architecture: int = architecture) -> None:
+                progress.update(task, description=f"sm_{architecture} {launch.case}", advance=1)
+
+            done, failed = compile_launches(architecture, launches, advance)
+            compiled += done
+            failures |= {f"{case} sm_{architecture}": problem for case, problem in failed.items()}
+    version = machine.version("triton")
+    rows = codegen_table.table_rows(compiled, version)
+    if args.json:
+        print(codegen_table.to_json(version, rows, compiled, failures))
+    else:
+        console.print(codegen_table.rich_table(rows))
+    for case, problem in failures.items():
+        print(f"{PROG}: {case} does not compile: {problem}", file=sys.stderr)
+    if args.out is not None and not failures:
+        codegen_table.write_table(args.out, rows)
+    if old is None:
+        return 1 if failures else 0
+    chosen = [row for row in old if row.sm in args.arch and row.kernel in kernels]
+    problems = codegen_table.worse(chosen, rows)
+    for problem in problems:
+        print(f"{PROG}: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"none of {len(rows)} rows is worse than in {args.check}", file=sys.stderr)
+    return 1 if failures or problems else 0
+
+
 def make_console() -> Console:
     from rich.console import Console
 
@@ -500,6 +575,8 @@ def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
         if not args.fail_below > 0:
             raise CannotRunError(f"--fail-below {args.fail_below:g}: choose a number above 0")
         return main_compare(args.old, args.new, args.fail_below)
+    if args.command == "codegen":
+        return codegen(args)
     check_extra("matplotlib")
     if args.command == "plot":
         from .plots import plot_directory

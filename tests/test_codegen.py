@@ -9,28 +9,42 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
+from typing import NamedTuple
 
-import codegen
 import pytest
 import torch
-from codegen import CASES, Case, Compiled
 from filelock import FileLock
 
 from gpu_embed.backends._triton import GATHER_ROWS
+from gpu_embed.bench import codegen_table
+from gpu_embed.bench.codegen import Compiled
+from gpu_embed.bench.codegen_cases import CASES, Case
+from gpu_embed.bench.occupancy import TARGETS
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
+    for name in ("triton", "rich")
+]
 
-Launches = dict[str, list[Compiled] | str]
+TABLE = Path(__file__).resolve().parent.parent / "bench" / "codegen.csv"
 
 
-@pytest.fixture(scope="session", params=codegen.ARCHITECTURES, ids="sm_{}".format)
+class Output(NamedTuple):
+    """What the command printed for one architecture."""
+
+    triton: str
+    launches: list[Compiled]
+    failures: dict[str, str]
+
+
+@pytest.fixture(scope="session", params=TARGETS, ids="sm_{}".format)
 def architecture(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
 @pytest.fixture(scope="session")
-def launches(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Launches:
-    """For each case, by name, what it launches, or why it did not compile.
+def output(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Output:
+    """Every launch of every case, compiled.
 
     Of several workers the first to come compiles for all.
     """
@@ -41,25 +55,27 @@ def launches(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Lau
     with FileLock(f"{file}.lock"):
         if not file.exists():
             file.write_text(json.dumps(compile_in_subprocess(architecture, folder / "triton")))
-    returncode, output, errors = json.loads(file.read_text())
-    if returncode != 0:
+    printed, errors = json.loads(file.read_text())
+    if not printed:
         errors = "\n".join(errors.splitlines()[-20:])
-        pytest.fail(f"tests/codegen.py ended with {returncode}:\n{errors}", pytrace=False)
-    return codegen.read_json(output)
+        pytest.fail(f"nothing was compiled:\n{errors}", pytrace=False)
+    read = json.loads(printed)
+    launches = [Compiled.from_json(launch) for launch in read["launches"]]
+    return Output(read["triton"], launches, read["failures"])
 
 
-def compile_in_subprocess(architecture: int, cache: Path) -> tuple[int, str, str]:
+def compile_in_subprocess(architecture: int, cache: Path) -> tuple[str, str]:
     """This process may have triton's interpreter in place of its compiler."""
     env = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, codegen.__file__, "--json", str(architecture)],
+        [sys.executable, "-m", "gpu_embed.bench", "codegen", "--json", "--arch", str(architecture)],
         env=env,
         capture_output=True,
         text=True,
         timeout=900,
     )
-    return done.returncode, done.stdout, done.stderr
+    return done.stdout, done.stderr
 
 
 def each(condition: Callable[[Case], bool]) -> pytest.MarkDecorator:
@@ -68,20 +84,16 @@ def each(condition: Callable[[Case], bool]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", chosen, ids=str)
 
 
-def of_case(launches: Launches, case: Case) -> list[Compiled]:
-    found = launches[str(case)]
-    if isinstance(found, str):
-        pytest.fail(f"did not compile: {found}", pytrace=False)
-    return found
+def of_case(output: Output, case: Case) -> list[Compiled]:
+    failed = [why for name, why in output.failures.items() if name.split()[0] == str(case)]
+    if failed:
+        pytest.fail(f"did not compile: {failed[0]}", pytrace=False)
+    return [launch for launch in output.launches if launch.case == str(case)]
 
 
-def all_of(launches: Launches) -> list[Compiled]:
-    return [launch for found in launches.values() if isinstance(found, list) for launch in found]
-
-
-def gradient_of_case(launches: Launches, case: Case, kernel: str) -> list[Compiled]:
+def gradient_of_case(output: Output, case: Case, kernel: str) -> list[Compiled]:
     """What a gradient launches, but for the sort of its ids."""
-    found = [launch for launch in of_case(launches, case) if launch.kernel != "sort_keys_kernel"]
+    found = [launch for launch in of_case(output, case) if launch.kernel != "sort_keys_kernel"]
     assert {launch.kernel for launch in found} == {kernel}
     return found
 
@@ -90,45 +102,50 @@ def test_names_tell_the_cases_apart():
     assert len({str(case) for case in CASES}) == len(CASES)
 
 
-def test_every_kernel_and_every_row_of_the_gather_table_is_compiled(launches: Launches):
+def test_every_kernel_and_every_row_of_the_gather_table_is_compiled(output: Output):
     (folder,) = find_spec("gpu_embed.kernels").submodule_search_locations
     written = {
         name
         for file in Path(folder).glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
     }
-    compiled = all_of(launches)
-    assert {launch.kernel for launch in compiled} == written
+    assert {launch.kernel for launch in output.launches} == written
     rows = {
-        tuple(launch.settings[name] for name in ("BLOCK_N", "BLOCK_D", "num_warps"))
-        for launch in compiled
+        (launch.settings["BLOCK_N"], launch.settings["BLOCK_D"], launch.num_warps)
+        for launch in output.launches
         if launch.kernel == "gather_rows_kernel"
     }
     assert rows == {(row.BLOCK_N, row.BLOCK_D, row.num_warps) for row in GATHER_ROWS.values()}
 
 
 @each(lambda case: True)
-def test_registers_hold_everything(launches: Launches, case: Case):
-    for launch in of_case(launches, case):
+def test_registers_hold_everything(output: Output, case: Case):
+    for launch in of_case(output, case):
         # A few masks that segment_sum needs again after its loop may wait on the stack meanwhile.
         allowed = 16 if launch.kernel == "segment_sum_kernel" else 0
         assert launch.spilled_bytes <= allowed, launch
-        stacked = [i for i in launch.machine_instructions or [] if i.operation == "local"]
+        stacked = [i for i in launch.machine.instructions if i.operation == "local"]
         assert not any(i.in_loop for i in stacked), launch
 
 
-def test_machine_code_accesses_memory_as_ptx_says(launches: Launches):
-    """The other tests read PTX."""
-    read = [launch for launch in all_of(launches) if launch.machine_instructions]
-    assert {launch.kernel for launch in read} == {launch.kernel for launch in all_of(launches)}
-    for launch in read:
-        kinds = {i for i in launch.machine_instructions if i.operation != "local"}
-        assert kinds == set(launch.instructions), launch
+def test_machine_code_accesses_memory_as_ptx_says(output: Output):
+    """The tests below read PTX, which knows the names of pointers."""
+    for launch in output.launches:
+        kinds = {i for i in launch.machine.instructions if i.operation != "local"}
+        assert kinds == {i._replace(pointer="") for i in launch.instructions}, launch
+
+
+def test_no_kernel_is_worse_than_the_committed_table(output: Output, architecture: int):
+    committed = [row for row in codegen_table.read_table(TABLE) if row.sm == architecture]
+    rows = codegen_table.table_rows(output.launches, output.triton)
+    if problems := codegen_table.worse(committed, rows):
+        problems.append(f"If all of this is meant: {codegen_table.REGENERATE}")
+        pytest.fail("\n".join(problems), pytrace=False)
 
 
 @each(lambda case: case.operation == "embedding")
-def test_gather_moves_the_widest_words_that_rows_allow(launches: Launches, case: Case):
-    (launch,) = of_case(launches, case)
+def test_gather_moves_the_widest_words_that_rows_allow(output: Output, case: Case):
+    (launch,) = of_case(output, case)
     width = case.access_bytes(case.dtype.itemsize)
     assert launch.widths("load", "weight_ptr") == {width}
     if case.transposed:
@@ -139,9 +156,9 @@ def test_gather_moves_the_widest_words_that_rows_allow(launches: Launches, case:
 
 
 @each(lambda case: case.operation == "embedding")
-def test_nothing_loads_the_record(launches: Launches, case: Case):
+def test_nothing_loads_the_record(output: Output, case: Case):
     """Contract 6: a lookup of good ids costs no access to the record that the GPU would wait for."""
-    (launch,) = of_case(launches, case)
+    (launch,) = of_case(output, case)
     operations = {
         i.operation for i in launch.instructions if i.pointer in ("record_ptr", "flag_ptr")
     }
@@ -149,10 +166,8 @@ def test_nothing_loads_the_record(launches: Launches, case: Case):
 
 
 @each(lambda case: case.operation == "atomic")
-def test_atomics_are_vectors_where_the_card_has_them(
-    launches: Launches, architecture: int, case: Case
-):
-    (launch,) = gradient_of_case(launches, case, "scatter_add_kernel")
+def test_atomics_are_vectors_where_the_card_has_them(output: Output, architecture: int, case: Case):
+    (launch,) = gradient_of_case(output, case, "scatter_add_kernel")
     assert launch.widths("load", "grad_output_ptr") == {case.access_bytes(case.dtype.itemsize)}
     added = launch.widths("add", "grad_weight_ptr")
     # fp32 only, and from sm_90 on.
@@ -165,12 +180,12 @@ def test_atomics_are_vectors_where_the_card_has_them(
 
 
 @each(lambda case: case.operation == "sorted")
-def test_segment_sum_loads_and_stores_whole_vectors(launches: Launches, case: Case):
+def test_segment_sum_loads_and_stores_whole_vectors(output: Output, case: Case):
     itemsize = case.dtype.itemsize
     acc_itemsize = max(itemsize, 4)
     # The first launch sums grad_output, each later one the partial sums of the one before.
     value_itemsize, width = itemsize, case.access_bytes(itemsize)
-    for launch in gradient_of_case(launches, case, "segment_sum_kernel"):
+    for launch in gradient_of_case(output, case, "segment_sum_kernel"):
         assert launch.widths("load", "values_ptr") == {width}
         items = width // value_itemsize
         assert launch.widths("store", "grad_weight_ptr") == {items * itemsize}
@@ -179,8 +194,8 @@ def test_segment_sum_loads_and_stores_whole_vectors(launches: Launches, case: Ca
 
 
 @each(lambda case: case.operation == "sorted")
-def test_threads_of_segment_sum_walk_alone(launches: Launches, case: Case):
-    for launch in gradient_of_case(launches, case, "segment_sum_kernel"):
+def test_threads_of_segment_sum_walk_alone(output: Output, case: Case):
+    for launch in gradient_of_case(output, case, "segment_sum_kernel"):
         # One key alone needs no loop.
         loads = [i for i in launch.instructions if i.operation == "load"]
         assert any(i.in_loop for i in loads) or case.num_indices == 1
@@ -188,14 +203,14 @@ def test_threads_of_segment_sum_walk_alone(launches: Launches, case: Case):
             i for i in launch.instructions if i.operation in ("barrier", "shared", "shuffle")
         ]
         assert not any(i.in_loop for i in exchanges), exchanges
-        if launch.settings["num_warps"] == 1:
+        if launch.num_warps == 1:
             assert not any(i.operation == "barrier" for i in exchanges), exchanges
 
 
 @each(
     lambda case: case.operation == "renorm" and case.embedding_dim % 16 == 0 and not case.transposed
 )
-def test_renorm_moves_whole_vectors(launches: Launches, case: Case):
-    _, launch = of_case(launches, case)
+def test_renorm_moves_whole_vectors(output: Output, case: Case):
+    _, launch = of_case(output, case)
     assert launch.widths("load", "row_ptr") == {16}
     assert launch.widths("store", "row_ptr") == {16}

@@ -8,6 +8,7 @@ import torch
 from cases import FORWARD_DTYPES, GRADIENT_DTYPES, table
 
 import gpu_embed
+from gpu_embed.bench.cli import parse_args
 from gpu_embed.functional import embedding
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,16 @@ def test_every_extra_and_file_in_a_command_exists():
     for extra in named:
         assert re.search(rf"^{extra} = \[", pyproject, re.MULTILINE), extra
     assert (ROOT / "constraints.txt").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "bench/RESULTS.md"])
+def test_every_command_of_the_benchmark_is_understood(page):
+    """Only parsed, not run."""
+    text = (ROOT / page).read_text()
+    commands = re.findall(r"python -m gpu_embed\.bench([^`\n]*)", text)
+    assert commands
+    for command in commands:
+        parse_args(command.split())
 
 
 def arguments_of(row):

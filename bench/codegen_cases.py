@@ -1,0 +1,168 @@
+"""The calls of the Triton backend whose kernels `codegen` compiles: one line a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd, inf
+
+import torch
+from torch import Tensor
+
+import gpu_embed
+from gpu_embed.backends._triton import GATHER_ROWS, TritonBackend
+from gpu_embed.bounds import BoundsRecord
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the backend, by the shapes and dtypes that decide what it launches."""
+
+    operation: str  # a name in OPERATIONS
+    embedding_dim: int = 1
+    dtype: torch.dtype = torch.float32
+    num_indices: int = 64
+    num_embeddings: int = 50_000
+    index_dtype: torch.dtype = torch.int64
+    padding_idx: int = -1
+    record: bool = False  # whether ids out of range are recorded
+    scale_grad_by_freq: bool = False
+    norm_type: float = 2.0
+    transposed: bool = False  # the columns of the table, or of the gradient, lie apart
+
+    def __str__(self) -> str:
+        """The operation, D, the dtype, and what differs from the defaults."""
+        words = [self.operation, f"D{self.embedding_dim}", _short(self.dtype)]
+        if self.num_indices != 64:
+            words.append(f"N{self.num_indices}")
+        if self.num_embeddings != 50_000:
+            words.append(f"V{self.num_embeddings}")
+        if self.index_dtype != torch.int64:
+            words.append(f"ids_{_short(self.index_dtype)}")
+        if self.padding_idx != -1:
+            words.append(f"padding{self.padding_idx}")
+        if self.norm_type != 2.0:
+            words.append(f"norm{self.norm_type:g}")
+        words += [
+            flag for flag in ("record", "scale_grad_by_freq", "transposed") if getattr(self, flag)
+        ]
+        return "-".join(words)
+
+    def call(self, backend: TritonBackend) -> None:
+        """Call the backend on tensors without data, whose addresses count as aligned."""
+        OPERATIONS[self.operation](self, backend)
+
+    def ids(self) -> Tensor:
+        return torch.empty(self.num_indices, dtype=self.index_dtype, device=META)
+
+    def matrix(self, rows: int) -> Tensor:
+        """[rows, D]: the table, or its rows' gradients."""
+        if self.transposed:
+            return torch.empty(self.embedding_dim, rows, dtype=self.dtype, device=META).T
+        return torch.empty(rows, self.embedding_dim, dtype=self.dtype, device=META)
+
+    def access_bytes(self, itemsize: int) -> int:
+        """The widest access that rows of this case allow, their items being of that size."""
+        return itemsize if self.transposed else gcd(16, self.embedding_dim * itemsize)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _embedding(case: Case, backend: TritonBackend) -> None:
+    record = BoundsRecord(META) if case.record else None
+    backend.embedding(case.matrix(case.num_embeddings), case.ids(), case.padding_idx, record)
+
+
+def _gradient(case: Case, backend: TritonBackend) -> None:
+    with gpu_embed.use_gradient_method(case.operation):
+        backend.embedding_dense_backward(
+            case.matrix(case.num_indices),
+            case.ids(),
+            case.num_embeddings,
+            case.padding_idx,
+            case.scale_grad_by_freq,
+        )
+
+
+def _renorm(case: Case, backend: TritonBackend) -> None:
+    backend.embedding_renorm_(case.matrix(case.num_embeddings), case.ids(), 1.5, case.norm_type)
+
+
+def _counts(case: Case, backend: TritonBackend) -> None:
+    backend.embedding_counts(case.ids(), case.num_embeddings)
+
+
+OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
+    "embedding": _embedding,
+    "atomic": _gradient,
+    "sorted": _gradient,
+    "renorm": _renorm,
+    "counts": _counts,
+}
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# Triton compiles another kernel where an integer argument is 1, or is a multiple of 16, or needs 64 bits.
+PAST_INT32 = 2**31 + 16
+CASES = (
+    # Every row of the gather's table; its key is words of 8 bytes.
+    *(Case("embedding", 4 * words, BF16, record=True) for words in GATHER_ROWS),
+    Case("embedding", 8 * max(GATHER_ROWS), BF16),
+    Case("embedding", 128, FP32, num_indices=3073, index_dtype=torch.int32),
+    Case("embedding", 64, FP32, num_embeddings=1, num_indices=1),
+    Case("embedding", 64, FP32, transposed=True),
+    Case("embedding", 1, FP64, record=True),
+    Case("embedding", 1, BF16, record=True),
+    Case("embedding", 1, torch.int32, padding_idx=3),
+    Case("embedding", 4, torch.uint8, num_indices=PAST_INT32, record=True),
+    # Rows that are no power of two of words.
+    Case("embedding", 768, BF16, record=True),
+    Case("embedding", 768, BF16, num_indices=1, record=True),
+    Case("embedding", 12, FP32, index_dtype=torch.int32),
+    Case("embedding", 3, torch.complex128),
+    Case("embedding", 300, BF16, record=True),
+    Case("embedding", 50, FP32, num_indices=3073),
+    Case("embedding", 5, FP32, index_dtype=torch.int16, record=True),
+    Case("embedding", 33, FP16, index_dtype=torch.uint8, record=True),
+    Case("embedding", 3, torch.uint8, num_indices=PAST_INT32),
+    Case("embedding", 33, FP16, transposed=True),
+    Case("atomic", 128),
+    Case("atomic", 768, num_indices=3073, index_dtype=torch.int32, padding_idx=0),
+    Case("atomic", 50),
+    Case("atomic", 33),
+    Case("atomic", 1),
+    Case("atomic", 4, num_indices=1, num_embeddings=1, padding_idx=0),
+    Case("atomic", 4, num_indices=PAST_INT32, index_dtype=torch.uint8),
+    Case("atomic", 64, transposed=True),
+    Case("atomic", 32, FP64),
+    Case("atomic", 33, FP64),
+    Case("sorted", 4096, BF16),
+    Case("sorted", 768, BF16, scale_grad_by_freq=True, num_embeddings=100),
+    Case("sorted", 300, BF16),
+    Case("sorted", 50, BF16, index_dtype=torch.uint8, num_embeddings=200),
+    Case("sorted", 1, BF16),
+    Case("sorted", 64, BF16, transposed=True),
+    Case("sorted", 768, FP32),
+    Case("sorted", 50, FP32, scale_grad_by_freq=True, padding_idx=0),
+    Case("sorted", 16, FP32, num_indices=3073),
+    Case("sorted", 1, FP32, num_indices=PAST_INT32, num_embeddings=PAST_INT32),
+    Case("sorted", 64, FP64),
+    Case("sorted", 33, FP64, scale_grad_by_freq=True),
+    Case("sorted", 128, FP32, num_indices=1, num_embeddings=1),
+    Case("renorm", 128),
+    Case("renorm", 128, norm_type=1.0),
+    Case("renorm", 128, norm_type=0.0),
+    Case("renorm", 128, norm_type=inf),
+    Case("renorm", 128, norm_type=-inf),
+    Case("renorm", 128, norm_type=2.5),
+    Case("renorm", 300, BF16),
+    Case("renorm", 4096, FP16, norm_type=3.0),
+    Case("renorm", 33, FP64, norm_type=-1.0),
+    Case("renorm", 1, FP64, num_indices=1, num_embeddings=1),
+    Case("renorm", 64, transposed=True),
+    Case("counts"),
+    Case("counts", num_indices=PAST_INT32, index_dtype=torch.uint8),
+)
