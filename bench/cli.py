@@ -509,7 +509,8 @@ def codegen(args: argparse.Namespace) -> int:
 
             done, failed = compile_launches(architecture, launches, advance)
             compiled += done
-            failures |= {f"{case} sm_{architecture}": problem for case, problem in failed.items()}
+            for case, problem in failed.items():
+                failures.setdefault(case, f"sm_{architecture}, {problem}")
     version = machine.version("triton")
     rows = codegen_table.table_rows(compiled, version)
     if args.json:

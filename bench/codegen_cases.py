@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import gcd, inf
 
 import torch
@@ -34,20 +34,11 @@ class Case:
 
     def __str__(self) -> str:
         """The operation, D, the dtype, and what differs from the defaults."""
-        words = [self.operation, f"D{self.embedding_dim}", _short(self.dtype)]
-        if self.num_indices != 64:
-            words.append(f"N{self.num_indices}")
-        if self.num_embeddings != 50_000:
-            words.append(f"V{self.num_embeddings}")
-        if self.index_dtype != torch.int64:
-            words.append(f"ids_{_short(self.index_dtype)}")
-        if self.padding_idx != -1:
-            words.append(f"padding{self.padding_idx}")
-        if self.norm_type != 2.0:
-            words.append(f"norm{self.norm_type:g}")
-        words += [
-            flag for flag in ("record", "scale_grad_by_freq", "transposed") if getattr(self, flag)
-        ]
+        words = [self.operation, f"D{self.embedding_dim}", _text(self.dtype)]
+        for field in fields(self)[3:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(SHORT.get(field.name, field.name) + _text(value))
         return "-".join(words)
 
     def call(self, backend: TritonBackend) -> None:
@@ -68,8 +59,20 @@ class Case:
         return itemsize if self.transposed else gcd(16, self.embedding_dim * itemsize)
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+# Before the value of a field in the name of a case; other fields are flags.
+SHORT = {
+    "num_indices": "N",
+    "num_embeddings": "V",
+    "index_dtype": "ids_",
+    "padding_idx": "padding",
+    "norm_type": "norm",
+}
+
+
+def _text(value: object) -> str:
+    if value is True:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
 
 
 def _embedding(case: Case, backend: TritonBackend) -> None:

@@ -337,7 +337,7 @@ def test_a_check_compares_what_was_compiled(compiler, capsys, tmp_path):
 def test_a_case_that_does_not_compile_fails_and_writes_nothing(compiler, capsys, tmp_path):
     compiler.failures = {"embedding-D64": "sum_kernel: CompilationError: no"}
     assert cli.main(["codegen", "--arch", "90"]) == 1
-    assert "embedding-D64 sm_90 does not compile: sum_kernel" in capsys.readouterr().err
+    assert "embedding-D64 does not compile: sm_90, sum_kernel" in capsys.readouterr().err
     assert cli.main(["codegen", "--out", str(tmp_path / "table.csv")]) == 1
     assert not (tmp_path / "table.csv").exists()
 

@@ -29,12 +29,12 @@ pytestmark = [
 TABLE = Path(__file__).resolve().parent.parent / "bench" / "codegen.csv"
 
 
-class Output(NamedTuple):
+class Launches(NamedTuple):
     """What the command printed for one architecture."""
 
     triton: str
-    launches: list[Compiled]
-    failures: dict[str, str]
+    compiled: list[Compiled]
+    failures: dict[str, str]  # by case
 
 
 @pytest.fixture(scope="session", params=TARGETS, ids="sm_{}".format)
@@ -43,7 +43,7 @@ def architecture(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="session")
-def output(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Output:
+def launches(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Launches:
     """Every launch of every case, compiled.
 
     Of several workers the first to come compiles for all.
@@ -60,8 +60,11 @@ def output(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Outpu
         errors = "\n".join(errors.splitlines()[-20:])
         pytest.fail(f"nothing was compiled:\n{errors}", pytrace=False)
     read = json.loads(printed)
-    launches = [Compiled.from_json(launch) for launch in read["launches"]]
-    return Output(read["triton"], launches, read["failures"])
+    return Launches(
+        read["triton"],
+        [Compiled.from_json(launch) for launch in read["launches"]],
+        read["failures"],
+    )
 
 
 def compile_in_subprocess(architecture: int, cache: Path) -> tuple[str, str]:
@@ -84,16 +87,15 @@ def each(condition: Callable[[Case], bool]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", chosen, ids=str)
 
 
-def of_case(output: Output, case: Case) -> list[Compiled]:
-    failed = [why for name, why in output.failures.items() if name.split()[0] == str(case)]
-    if failed:
-        pytest.fail(f"did not compile: {failed[0]}", pytrace=False)
-    return [launch for launch in output.launches if launch.case == str(case)]
+def of_case(launches: Launches, case: Case) -> list[Compiled]:
+    if str(case) in launches.failures:
+        pytest.fail(f"did not compile: {launches.failures[str(case)]}", pytrace=False)
+    return [launch for launch in launches.compiled if launch.case == str(case)]
 
 
-def gradient_of_case(output: Output, case: Case, kernel: str) -> list[Compiled]:
+def gradient_of_case(launches: Launches, case: Case, kernel: str) -> list[Compiled]:
     """What a gradient launches, but for the sort of its ids."""
-    found = [launch for launch in of_case(output, case) if launch.kernel != "sort_keys_kernel"]
+    found = [launch for launch in of_case(launches, case) if launch.kernel != "sort_keys_kernel"]
     assert {launch.kernel for launch in found} == {kernel}
     return found
 
@@ -102,25 +104,25 @@ def test_names_tell_the_cases_apart():
     assert len({str(case) for case in CASES}) == len(CASES)
 
 
-def test_every_kernel_and_every_row_of_the_gather_table_is_compiled(output: Output):
+def test_every_kernel_and_every_row_of_the_gather_table_is_compiled(launches: Launches):
     (folder,) = find_spec("gpu_embed.kernels").submodule_search_locations
     written = {
         name
         for file in Path(folder).glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
     }
-    assert {launch.kernel for launch in output.launches} == written
+    assert {launch.kernel for launch in launches.compiled} == written
     rows = {
         (launch.settings["BLOCK_N"], launch.settings["BLOCK_D"], launch.num_warps)
-        for launch in output.launches
+        for launch in launches.compiled
         if launch.kernel == "gather_rows_kernel"
     }
     assert rows == {(row.BLOCK_N, row.BLOCK_D, row.num_warps) for row in GATHER_ROWS.values()}
 
 
 @each(lambda case: True)
-def test_registers_hold_everything(output: Output, case: Case):
-    for launch in of_case(output, case):
+def test_registers_hold_everything(launches: Launches, case: Case):
+    for launch in of_case(launches, case):
         # A few masks that segment_sum needs again after its loop may wait on the stack meanwhile.
         allowed = 16 if launch.kernel == "segment_sum_kernel" else 0
         assert launch.spilled_bytes <= allowed, launch
@@ -128,24 +130,24 @@ def test_registers_hold_everything(output: Output, case: Case):
         assert not any(i.in_loop for i in stacked), launch
 
 
-def test_machine_code_accesses_memory_as_ptx_says(output: Output):
+def test_machine_code_accesses_memory_as_ptx_says(launches: Launches):
     """The tests below read PTX, which knows the names of pointers."""
-    for launch in output.launches:
+    for launch in launches.compiled:
         kinds = {i for i in launch.machine.instructions if i.operation != "local"}
         assert kinds == {i._replace(pointer="") for i in launch.instructions}, launch
 
 
-def test_no_kernel_is_worse_than_the_committed_table(output: Output, architecture: int):
+def test_no_kernel_is_worse_than_the_committed_table(launches: Launches, architecture: int):
     committed = [row for row in codegen_table.read_table(TABLE) if row.sm == architecture]
-    rows = codegen_table.table_rows(output.launches, output.triton)
+    rows = codegen_table.table_rows(launches.compiled, launches.triton)
     if problems := codegen_table.worse(committed, rows):
         problems.append(f"If all of this is meant: {codegen_table.REGENERATE}")
         pytest.fail("\n".join(problems), pytrace=False)
 
 
 @each(lambda case: case.operation == "embedding")
-def test_gather_moves_the_widest_words_that_rows_allow(output: Output, case: Case):
-    (launch,) = of_case(output, case)
+def test_gather_moves_the_widest_words_that_rows_allow(launches: Launches, case: Case):
+    (launch,) = of_case(launches, case)
     width = case.access_bytes(case.dtype.itemsize)
     assert launch.widths("load", "weight_ptr") == {width}
     if case.transposed:
@@ -156,9 +158,9 @@ def test_gather_moves_the_widest_words_that_rows_allow(output: Output, case: Cas
 
 
 @each(lambda case: case.operation == "embedding")
-def test_nothing_loads_the_record(output: Output, case: Case):
+def test_nothing_loads_the_record(launches: Launches, case: Case):
     """Contract 6: a lookup of good ids costs no access to the record that the GPU would wait for."""
-    (launch,) = of_case(output, case)
+    (launch,) = of_case(launches, case)
     operations = {
         i.operation for i in launch.instructions if i.pointer in ("record_ptr", "flag_ptr")
     }
@@ -166,8 +168,10 @@ def test_nothing_loads_the_record(output: Output, case: Case):
 
 
 @each(lambda case: case.operation == "atomic")
-def test_atomics_are_vectors_where_the_card_has_them(output: Output, architecture: int, case: Case):
-    (launch,) = gradient_of_case(output, case, "scatter_add_kernel")
+def test_atomics_are_vectors_where_the_card_has_them(
+    launches: Launches, architecture: int, case: Case
+):
+    (launch,) = gradient_of_case(launches, case, "scatter_add_kernel")
     assert launch.widths("load", "grad_output_ptr") == {case.access_bytes(case.dtype.itemsize)}
     added = launch.widths("add", "grad_weight_ptr")
     # fp32 only, and from sm_90 on.
@@ -180,12 +184,12 @@ def test_atomics_are_vectors_where_the_card_has_them(output: Output, architectur
 
 
 @each(lambda case: case.operation == "sorted")
-def test_segment_sum_loads_and_stores_whole_vectors(output: Output, case: Case):
+def test_segment_sum_loads_and_stores_whole_vectors(launches: Launches, case: Case):
     itemsize = case.dtype.itemsize
     acc_itemsize = max(itemsize, 4)
     # The first launch sums grad_output, each later one the partial sums of the one before.
     value_itemsize, width = itemsize, case.access_bytes(itemsize)
-    for launch in gradient_of_case(output, case, "segment_sum_kernel"):
+    for launch in gradient_of_case(launches, case, "segment_sum_kernel"):
         assert launch.widths("load", "values_ptr") == {width}
         items = width // value_itemsize
         assert launch.widths("store", "grad_weight_ptr") == {items * itemsize}
@@ -194,8 +198,8 @@ def test_segment_sum_loads_and_stores_whole_vectors(output: Output, case: Case):
 
 
 @each(lambda case: case.operation == "sorted")
-def test_threads_of_segment_sum_walk_alone(output: Output, case: Case):
-    for launch in gradient_of_case(output, case, "segment_sum_kernel"):
+def test_threads_of_segment_sum_walk_alone(launches: Launches, case: Case):
+    for launch in gradient_of_case(launches, case, "segment_sum_kernel"):
         # One key alone needs no loop.
         loads = [i for i in launch.instructions if i.operation == "load"]
         assert any(i.in_loop for i in loads) or case.num_indices == 1
@@ -210,7 +214,7 @@ def test_threads_of_segment_sum_walk_alone(output: Output, case: Case):
 @each(
     lambda case: case.operation == "renorm" and case.embedding_dim % 16 == 0 and not case.transposed
 )
-def test_renorm_moves_whole_vectors(output: Output, case: Case):
-    _, launch = of_case(output, case)
+def test_renorm_moves_whole_vectors(launches: Launches, case: Case):
+    _, launch = of_case(launches, case)
     assert launch.widths("load", "row_ptr") == {16}
     assert launch.widths("store", "row_ptr") == {16}
