@@ -10,45 +10,59 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-# Operations on global memory.
-ACCESSES = ("load", "store", "add", "exchange")
-MEMORY = (*ACCESSES, "shared", "local")
+# Operations of a thread on global memory; "atomic" is one that neither adds nor exchanges.
+ATOMICS = ("add", "exchange", "atomic")
+ACCESSES = ("load", "store", *ATOMICS)
+# Of the bulk copy engine: one thread's instruction moves a block.
+BULK = ("bulk load", "bulk store", "bulk add")
+MEMORY = (*ACCESSES, *BULK, "shared", "local")
 
 
 class Instruction(NamedTuple):
     """One instruction that leaves the thread's registers."""
 
-    operation: str  # one of ACCESSES, or "shared", "shuffle", "barrier", "local"
+    operation: str  # one of MEMORY, "shuffle" or "barrier"
     pointer: (
         str  # an access's address, by its name in the source, as `weight_ptr`; "" in machine code
     )
-    num_bytes: int  # that a thread moves with an access; else 0
+    num_bytes: int  # that a thread moves with one of ACCESSES; else 0
     in_loop: bool
 
 
-_OPERATIONS = {
-    # PTX
-    "ld": "load",
-    "st": "store",
-    "add": "add",
-    "exch": "exchange",
-    "bar": "barrier",
-    "barrier": "barrier",
-    "shfl": "shuffle",
-    # machine code
-    "LDG": "load",
-    "STG": "store",
-    "RED": "add",
-    "REDG": "add",
-    "ATOMG": "add",
-    "EXCH": "exchange",
-    "BAR": "barrier",
-    "SHFL": "shuffle",
-    "LDS": "shared",
-    "STS": "shared",
-    "LDL": "local",
-    "STL": "local",
-}
+# By the instruction's name; the first that matches counts.
+PTX = (
+    (r"(ld|st)\.param", ""),
+    (r"(ld|st)matrix\.|(ld|st|atom|red)\.[\w.]*shared", "shared"),
+    (r"ld\.|cp\.async\.c[ag]\.", "load"),
+    (r"st\.", "store"),
+    (r"(atom|red)\..*\.add\.", "add"),
+    (r"(atom|red)\..*\.exch\.", "exchange"),
+    (r"(atom|red)\.", "atomic"),
+    (r"cp\.async\.bulk\.tensor\.\w+\.shared", "bulk load"),
+    (r"cp\.async\.bulk\.tensor\.\w+\.global", "bulk store"),
+    (r"cp\.reduce\.async\.bulk\..*\.add", "bulk add"),
+    (r"bar(rier)?\.", "barrier"),
+    (r"shfl\.", "shuffle"),
+)
+MACHINE_CODE = (
+    (r"(LDG|LDGSTS)\b", "load"),
+    (r"STG\b", "store"),
+    (r"(REDG?|ATOMG)\..*\bADD\b", "add"),
+    (r"(REDG?|ATOMG)\..*\bEXCH\b", "exchange"),
+    (r"(REDG?|ATOMG)\b", "atomic"),
+    (r"UTMALDG\b", "bulk load"),
+    (r"UTMASTG\b", "bulk store"),
+    (r"UTMAREDG\b.*\.ADD\b", "bulk add"),
+    (r"(LDSM?|STSM?|ATOMS)\b", "shared"),
+    (r"(LDL|STL)\b", "local"),
+    (r"BAR\b", "barrier"),
+    (r"SHFL\b", "shuffle"),
+)
+
+
+@cache
+def _operation(name: str, table: Sequence[tuple[str, str]]) -> str:
+    return next((operation for pattern, operation in table if re.match(pattern, name)), "")
 
 
 def read_ptx(ptx: str) -> Iterator[Instruction]:
@@ -64,20 +78,27 @@ def read_ptx(ptx: str) -> Iterator[Instruction]:
         if location := re.match(r"\s*\.loc\s+(\d+) (\d+)", line):
             pointer = _pointer(files[location[1]], int(location[2]))
             continue
-        found = re.match(r"\s*(?:@!?%\w+\s+)?((?:ld|st|atom|red|bar|barrier|shfl)\.[\w.:]+)", line)
-        parts = found[1].split(".") if found else ["param"]
-        if "param" in parts:
+        found = re.match(r"\s*(?:@!?%\w+\s+)?([a-z]\w*\.[\w.:]+)\s*(.*)", line)
+        if found is None or not (operation := _operation(found[1], PTX)):
             continue
         in_loop = any(number in loop for loop in loops)
-        operation = next(_OPERATIONS[part] for part in parts if part in _OPERATIONS)
-        if any(part.startswith("shared") for part in parts):
-            operation = "shared"
         if operation in ACCESSES:
-            items = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
-            bits = next(int(p[1:]) for p in reversed(parts) if re.fullmatch(r"[bfsu]\d+", p))
-            yield Instruction(operation, pointer, items * bits // 8, in_loop)
+            yield Instruction(operation, pointer, _ptx_bytes(found[1], found[2]), in_loop)
+        elif operation in BULK:
+            yield Instruction(operation, pointer, 0, in_loop)
         else:
             yield Instruction(operation, "", 0, in_loop)
+
+
+def _ptx_bytes(name: str, operands: str) -> int:
+    if name.startswith("cp."):
+        found = re.search(r"\], (0x\w+)", operands)
+        assert found is not None, operands
+        return int(found[1], 16)
+    parts = name.split(".")
+    items = next((int(p[1:]) for p in parts if re.fullmatch(r"v\d", p)), 1)
+    bits = next(int(p[1:]) for p in reversed(parts) if re.fullmatch(r"[bfsu]\d+", p))
+    return items * bits // 8
 
 
 def _ptx_loops(lines: Sequence[str]) -> list[range]:
@@ -94,16 +115,19 @@ def _ptx_loops(lines: Sequence[str]) -> list[range]:
 
 @cache
 def _pointer(file: str, line: int) -> str:
-    """The first `*_ptr` of the memory access at a line of the kernels' source; "" where there is none."""
+    """What the memory access at a line of the kernels' source names: its first `*_ptr`, or its `*_desc`.
+
+    "" where there is none.
+    """
     if not file.endswith(".py"):
         return ""
     for node in ast.walk(_module(file)):
-        if (
-            isinstance(node, ast.Call)
-            and node.lineno <= line <= (node.end_lineno or node.lineno)
-            and re.fullmatch(r"tl\.(load|store|atomic_\w+)", ast.unparse(node.func))
-        ):
-            return next(iter(re.findall(r"\w+_ptr\b", ast.unparse(node.args[0]))), "")
+        if isinstance(node, ast.Call) and node.lineno <= line <= (node.end_lineno or node.lineno):
+            function = ast.unparse(node.func)
+            if found := re.fullmatch(r"(\w+_desc)\.(?:load|store|atomic_\w+)", function):
+                return found[1]
+            if re.fullmatch(r"tl\.(load|store|atomic_\w+)", function):
+                return next(iter(re.findall(r"\w+_ptr\b", ast.unparse(node.args[0]))), "")
     return ""
 
 
@@ -127,6 +151,8 @@ def machine_code(cubin: bytes) -> bytes:
     return code
 
 
+# A loop of these alone waits for a bulk copy.
+WAITING = r"(SYNCS|BRA|NANOSLEEP|NOP)\b"
 # Bytes of an instruction, since sm_70.
 INSTRUCTION_BYTES = 16
 
@@ -142,7 +168,11 @@ class MachineCode(NamedTuple):
 
 def read_machine_code(lines: Sequence[str], address: int) -> MachineCode:
     """One kernel, disassembled to a line an instruction, whose first lies at that address."""
-    loops = natural_loops(_successors(lines, address))
+    loops = [
+        loop
+        for loop in natural_loops(_successors(lines, address))
+        if not all(re.match(WAITING, _name(lines[number])) for number in loop)
+    ]
     looped = set().union(*loops)
     read = [_machine_instruction(line, number in looped) for number, line in enumerate(lines)]
     innermost = [loop for loop in loops if not any(other < loop for other in loops)]
@@ -158,19 +188,23 @@ def read_machine_code(lines: Sequence[str], address: int) -> MachineCode:
     )
 
 
-def _machine_instruction(line: str, in_loop: bool) -> Instruction | None:
+def _name(line: str) -> str:
     found = re.match(r"(?:@!?U?P\w+ )?([A-Z][\w.]+)", line)
-    parts = found[1].split(".") if found else [""]
-    if parts[0] not in _OPERATIONS:
+    assert found is not None, line
+    return found[1]
+
+
+def _machine_instruction(line: str, in_loop: bool) -> Instruction | None:
+    name = _name(line)
+    if not (operation := _operation(name, MACHINE_CODE)):
         return None
-    operation = _OPERATIONS["EXCH" if "EXCH" in parts else parts[0]]
-    num_bytes = _machine_bytes(parts) if operation in ACCESSES else 0
+    num_bytes = _machine_bytes(name) if operation in ACCESSES else 0
     return Instruction(operation, "", num_bytes, in_loop)
 
 
-def _machine_bytes(parts: list[str]) -> int:
+def _machine_bytes(name: str) -> int:
     """The width in an instruction's name; 4 bytes go without saying."""
-    for part in parts:
+    for part in name.split("."):
         if found := re.fullmatch(r"[US]?(8|16|64|128|256)|F(\d+)(?:x(\d))?", part):
             return int(found[1] or found[2]) * int(found[3] or 1) // 8
     return 4

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .codegen import Compiled
+from .codegen_instructions import ATOMICS, BULK
 from .occupancy import MULTIPROCESSORS, occupancy
 from .results import ResultsError
 
@@ -52,6 +53,7 @@ class Row:
     load_bytes: int
     store_bytes: int
     atomic_bytes: int
+    bulk: str  # what the copy engine does instead: "load", "store", "add", or several of them
     # Of the longest innermost loop, in machine code; 0: there is none.
     loop_instructions: int
     loop_accesses: int  # those of them that access memory of any kind
@@ -104,7 +106,12 @@ def _row(launch: Compiled, config: str, triton: str) -> Row:
         limit=resident.limit,
         load_bytes=widest("load"),
         store_bytes=widest("store"),
-        atomic_bytes=widest("add", "exchange"),
+        atomic_bytes=widest(*ATOMICS),
+        bulk=" ".join(
+            operation.removeprefix("bulk ")
+            for operation in BULK
+            if any(i.operation == operation for i in launch.machine.instructions)
+        ),
         loop_instructions=launch.machine.loop_instructions,
         loop_accesses=launch.machine.loop_accesses,
         triton=triton,
@@ -163,6 +170,8 @@ def _worse(old: Row, new: Row) -> Iterable[str]:
         was, now = getattr(old, f"{access}_bytes"), getattr(new, f"{access}_bytes")
         if now < was:
             yield f"the widest {access} is {now} bytes, was {was}"
+    if lost := sorted({*old.bulk.split()} - {*new.bulk.split()}):
+        yield f"no bulk {' or '.join(lost)} any more"
     if old.triton != new.triton:
         return
     if new.resident_warps < old.resident_warps:
@@ -194,8 +203,10 @@ def rich_table(rows: Sequence[Row]) -> Table:
     for name in ("sm", "warps", "regs", "spilled", "shared", "resident"):
         table.add_column(name, justify="right")
     table.add_column("limit")
-    for name in ("load", "store", "atomic", "loop"):
+    for name in ("load", "store", "atomic"):
         table.add_column(name, justify="right")
+    table.add_column("bulk")
+    table.add_column("loop", justify="right")
     for row in rows:
         table.add_row(
             row.kernel.removesuffix("_kernel"),
@@ -203,7 +214,9 @@ def rich_table(rows: Sequence[Row]) -> Table:
             *map(str, (row.sm, row.num_warps, row.registers, row.spilled_bytes, row.shared_bytes)),
             f"{row.resident_warps} / {row.max_warps}",
             row.limit,
-            *map(str, (row.load_bytes, row.store_bytes, row.atomic_bytes, row.loop_instructions)),
+            *map(str, (row.load_bytes, row.store_bytes, row.atomic_bytes)),
+            row.bulk,
+            str(row.loop_instructions),
             style="bold red" if row.spilled_bytes else "",
         )
     return table

@@ -19,6 +19,7 @@ from gpu_embed.bench.codegen_instructions import (
     MachineCode,
     natural_loops,
     read_machine_code,
+    read_ptx,
 )
 from gpu_embed.bench.codegen_table import Row, worse
 from gpu_embed.bench.occupancy import MULTIPROCESSORS
@@ -38,6 +39,7 @@ BASE = Row(
     load_bytes=16,
     store_bytes=16,
     atomic_bytes=8,
+    bulk="load store",
     loop_instructions=100,
     loop_accesses=10,
     triton="3.7.1",
@@ -49,11 +51,12 @@ WORSE = {
     "load": ({"load_bytes": 8}, "the widest load is 8 bytes, was 16"),
     "store": ({"store_bytes": 0}, "the widest store is 0 bytes, was 16"),
     "atomic": ({"atomic_bytes": 4}, "the widest atomic is 4 bytes, was 8"),
+    "bulk": ({"bulk": "load"}, "no bulk store any more"),
     "occupancy": ({"resident_warps": 28, "registers": 72}, "28 warps fit on a multiprocessor"),
     "loop": ({"loop_instructions": 111}, "111 instructions in the innermost loop, were 100"),
 }
 # What a kernel promises with any version of Triton.
-PROMISED = {"spills", "load", "store", "atomic"}
+PROMISED = {"spills", "load", "store", "atomic", "bulk"}
 
 
 @pytest.mark.parametrize("name", WORSE)
@@ -250,6 +253,76 @@ def test_machine_code_is_read():
         loop_instructions=4,
         loop_accesses=2,
     )
+
+
+def test_bulk_and_asynchronous_copies_are_read():
+    lines = [
+        "@P0 LDGSTS.E.BYPASS.LTC128B.128 [R3], desc[UR6][R8.64]",
+        "LDGDEPBAR",
+        "@UP1 UTMALDG.2D [UR20], [UR6]",
+        # Waiting for it is no loop.
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R7",
+        "@!P0 BRA 0x30",
+        "LDSM.16.M88.4 R4, [R3]",
+        "UTMASTG.2D [UR12], [UR6]",
+        "UTMAREDG.2D.ADD [UR4], [UR8]",
+        "@P1 ATOMG.E.CAS.STRONG.GPU PT, R2, desc[UR4][R2.64], R4, R5",
+        "EXIT",
+    ]
+    assert read_machine_code(lines, address=0) == MachineCode(
+        [
+            Instruction("load", "", 16, False),
+            Instruction("bulk load", "", 0, False),
+            Instruction("shared", "", 0, False),
+            Instruction("bulk store", "", 0, False),
+            Instruction("bulk add", "", 0, False),
+            Instruction("atomic", "", 4, False),
+        ],
+        loop_instructions=0,
+        loop_accesses=0,
+    )
+
+
+def test_ptx_is_read(tmp_path):
+    """Lines of the source name the pointers."""
+    source = ["tl.load(", "    a_ptr + n,", ")", "b_desc.load([row, d])", "n = n + 1"]
+    (tmp_path / "kernel.py").write_text("\n".join(source))
+    ptx = [
+        f'.file 1 "{tmp_path}" "kernel.py"',
+        "ld.param.b64 %rd1, [kernel_param_0];",
+        ".loc 1 1 5",
+        "@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];",
+        "$L__BB0_1:",
+        ".loc 1 4 1",
+        "@%p4 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r2], [%rd2];",
+        "@%p4 bra $L__BB0_1;",
+        ".loc 1 5 1",
+        "cp.async.cg.shared.global [ %r3 + 0 ], [ %rd3 + 0 ], 0x10, %r4;",
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd3, {%r3, %r12}], [%r2];",
+        "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%rd3], [%r2];",
+        "cp.async.bulk.commit_group;",
+        "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r5}, [%r6];",
+        "st.shared.b16 [ %r7 + 0 ], %rs1;",
+        "@%p1 atom.global.gpu.relaxed.exch.b64 %rd5, [ %rd6 + 0 ], %rd7;",
+        "@%p1 red.global.gpu.relaxed.add.v2.f32 [ %rd8 + 0 ], { %r8, %r9 };",
+        "atom.global.gpu.acq_rel.max.s32 %r1, [ %rd8 + 0 ], %r2;",
+        "bar.sync 0;",
+        "shfl.sync.bfly.b32 %r1, %r2, 16, 31, -1;",
+    ]
+    assert [tuple(each) for each in read_ptx("\n".join(ptx))] == [
+        ("load", "a_ptr", 16, False),
+        ("bulk load", "b_desc", 0, True),
+        ("load", "", 16, False),
+        ("bulk store", "", 0, False),
+        ("bulk add", "", 0, False),
+        ("shared", "", 0, False),
+        ("shared", "", 0, False),
+        ("exchange", "", 8, False),
+        ("add", "", 8, False),
+        ("atomic", "", 4, False),
+        ("barrier", "", 0, False),
+        ("shuffle", "", 0, False),
+    ]
 
 
 COMPILED = Compiled(
