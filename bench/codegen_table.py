@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .codegen import Compiled
-from .codegen_instructions import ATOMICS, BULK
+from .codegen_instructions import ACCESSES, ATOMICS, BULK
 from .occupancy import MULTIPROCESSORS, occupancy
 from .results import ResultsError
 
@@ -54,6 +54,7 @@ class Row:
     store_bytes: int
     atomic_bytes: int
     bulk: str  # what the copy engine does instead: "load", "store", "add", or several of them
+    accesses: str  # the narrowest of each pointer, as `load weight 16, store output 16`
     # Of the longest innermost loop, in machine code; 0: there is none.
     loop_instructions: int
     loop_accesses: int  # those of them that access memory of any kind
@@ -112,10 +113,20 @@ def _row(launch: Compiled, config: str, triton: str) -> Row:
             for operation in BULK
             if any(i.operation == operation for i in launch.machine.instructions)
         ),
+        accesses=", ".join(f"{access} {width}" for access, width in _narrowest(launch).items()),
         loop_instructions=launch.machine.loop_instructions,
         loop_accesses=launch.machine.loop_accesses,
         triton=triton,
     )
+
+
+def _narrowest(launch: Compiled) -> dict[str, int]:
+    """Bytes by access, as `load weight`, sorted; the widest alone would hide a narrow one beside it."""
+    found: dict[str, int] = {}
+    for i in sorted(launch.instructions, reverse=True, key=lambda i: i.num_bytes):
+        if i.operation in ACCESSES:
+            found[f"{i.operation} {i.pointer.removesuffix('_ptr')}".strip()] = i.num_bytes
+    return dict(sorted(found.items()))
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
@@ -140,6 +151,11 @@ def read_table(path: Path) -> list[Row]:
 def _parse(texts: dict[str, str]) -> Row:
     values: dict[str, Any] = {n: int(t) if n in NUMBERS else t for n, t in texts.items()}
     return Row(**values)
+
+
+def _parse_accesses(accesses: str) -> dict[str, int]:
+    pairs = (access.rpartition(" ") for access in accesses.split(", ") if access)
+    return {name: int(width) for name, _, width in pairs}
 
 
 def worse(old: Collection[Row], new: Collection[Row]) -> list[str]:
@@ -170,6 +186,10 @@ def _worse(old: Row, new: Row) -> Iterable[str]:
         was, now = getattr(old, f"{access}_bytes"), getattr(new, f"{access}_bytes")
         if now < was:
             yield f"the widest {access} is {now} bytes, was {was}"
+    was_narrowest, narrowest = _parse_accesses(old.accesses), _parse_accesses(new.accesses)
+    for name, width in narrowest.items():
+        if width < was_narrowest.get(name, 0):
+            yield f"{name} has an access of {width} bytes, had none under {was_narrowest[name]}"
     if lost := sorted({*old.bulk.split()} - {*new.bulk.split()}):
         yield f"no bulk {' or '.join(lost)} any more"
     if old.triton != new.triton:

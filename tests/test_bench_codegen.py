@@ -40,6 +40,7 @@ BASE = Row(
     store_bytes=16,
     atomic_bytes=8,
     bulk="load store",
+    accesses="load ids 8, load weight 16",
     loop_instructions=100,
     loop_accesses=10,
     triton="3.7.1",
@@ -51,12 +52,16 @@ WORSE = {
     "load": ({"load_bytes": 8}, "the widest load is 8 bytes, was 16"),
     "store": ({"store_bytes": 0}, "the widest store is 0 bytes, was 16"),
     "atomic": ({"atomic_bytes": 4}, "the widest atomic is 4 bytes, was 8"),
+    "pointer": (
+        {"accesses": "load ids 8, load weight 4"},
+        "load weight has an access of 4 bytes, had none under 16",
+    ),
     "bulk": ({"bulk": "load"}, "no bulk store any more"),
     "occupancy": ({"resident_warps": 28, "registers": 72}, "28 warps fit on a multiprocessor"),
     "loop": ({"loop_instructions": 111}, "111 instructions in the innermost loop, were 100"),
 }
 # What a kernel promises with any version of Triton.
-PROMISED = {"spills", "load", "store", "atomic", "bulk"}
+PROMISED = {"spills", "load", "store", "atomic", "pointer", "bulk"}
 
 
 @pytest.mark.parametrize("name", WORSE)
@@ -81,6 +86,7 @@ def test_another_triton_is_held_to_spills_and_widths_alone(name):
         {},
         {"registers": 72},
         {"loop_instructions": 110},
+        {"accesses": "load weight 16, store output 1"},
         {"settings": "D=64 BLOCK=512", "num_warps": 8},
         {"shared_bytes": 4096, "limit": "shared memory"},
     ],
@@ -335,7 +341,12 @@ COMPILED = Compiled(
     registers=64,
     spilled_bytes=0,
     shared_bytes=0,
-    instructions=[Instruction("load", "weight_ptr", 16, False)],
+    instructions=[
+        Instruction("load", "weight_ptr", 4, False),
+        Instruction("load", "indices_ptr", 8, False),
+        Instruction("load", "weight_ptr", 16, False),
+        Instruction("barrier", "", 0, False),
+    ],
     machine=MachineCode([Instruction("load", "", 16, False)], 0, 0),
 )
 
@@ -346,6 +357,7 @@ def test_a_binary_has_one_row_named_by_the_first_case():
     rows = codegen_table.table_rows([COMPILED, again, other], "3.7.1")
     assert [row.config for row in rows] == ["embedding-D64", "embedding-D64:2"]
     assert (rows[0].load_bytes, rows[0].store_bytes) == (16, 0)
+    assert rows[0].accesses == "load indices 8, load weight 4"
     assert (rows[0].resident_warps, rows[0].limit) == (32, "registers")
 
 
