@@ -525,10 +525,8 @@ def codegen(args: argparse.Namespace) -> int:
         return 1 if failures else 0
     chosen = [row for row in old if row.sm in args.arch and row.kernel in kernels]
     problems = codegen_table.worse(chosen, rows)
-    for problem in problems:
-        print(f"{PROG}: {problem}", file=sys.stderr)
-    if not problems:
-        print(f"none of {len(rows)} rows is worse than in {args.check}", file=sys.stderr)
+    for said in codegen_table.verdict(chosen, rows, problems):
+        print(f"{PROG}: {said}", file=sys.stderr)
     return 1 if failures or problems else 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +22,9 @@ from .results import ResultsError
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Four registers of a thread, which another assembler may put aside around a loop; the test suite looks that
+# it does not do so in one.
+OTHER_TRITON_SPILLS = 16
 REGENERATE = "python -m gpu_embed.bench codegen --out bench/codegen.csv"
 
 
@@ -163,7 +166,7 @@ def worse(old: Collection[Row], new: Collection[Row]) -> list[str]:
 
     Another version of Triton brings another assembler, which allocates registers and orders instructions in
     its own way, and may tell binaries apart by other arguments. What it must keep is what the kernels are
-    written for: wide accesses and no spills. So where the versions differ, these alone are compared.
+    written for: wide accesses and next to no spills. So where the versions differ, these alone are compared.
     """
     old_rows = {row.key: row for row in old}
     new_rows = {row.key: row for row in new}
@@ -179,8 +182,26 @@ def worse(old: Collection[Row], new: Collection[Row]) -> list[str]:
     return found
 
 
-def _worse(old: Row, new: Row) -> Iterable[str]:
-    if new.spilled_bytes > old.spilled_bytes:
+def verdict(old: Sequence[Row], new: Sequence[Row], problems: Sequence[str]) -> Iterator[str]:
+    """The problems, after which versions met and before what to do."""
+    versions = [" + ".join(sorted({row.triton for row in rows})) for rows in (old, new)]
+    if versions[0] != versions[1]:
+        yield (
+            f"the table is of triton {versions[0]}, this is {versions[1]}: "
+            "only spills and widths are compared"
+        )
+    yield from problems
+    if problems:
+        yield f"if that is meant: {REGENERATE}"
+    else:
+        yield f"none of {len(new)} rows is worse than in the table"
+
+
+def _worse(old: Row, new: Row) -> Iterator[str]:
+    allowed = old.spilled_bytes
+    if old.triton != new.triton:
+        allowed = max(allowed, OTHER_TRITON_SPILLS)
+    if new.spilled_bytes > allowed:
         yield f"spills {new.spilled_bytes} bytes a thread, was {old.spilled_bytes}"
     for access in ("load", "store", "atomic"):
         was, now = getattr(old, f"{access}_bytes"), getattr(new, f"{access}_bytes")

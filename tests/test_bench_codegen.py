@@ -48,7 +48,8 @@ BASE = Row(
 
 # Each is worse than BASE, and says so in these words.
 WORSE = {
-    "spills": ({"spilled_bytes": 8}, "spills 8 bytes a thread, was 0"),
+    "spills": ({"spilled_bytes": 24}, "spills 24 bytes a thread, was 0"),
+    "few spills": ({"spilled_bytes": 8}, "spills 8 bytes a thread, was 0"),
     "load": ({"load_bytes": 8}, "the widest load is 8 bytes, was 16"),
     "store": ({"store_bytes": 0}, "the widest store is 0 bytes, was 16"),
     "atomic": ({"atomic_bytes": 4}, "the widest atomic is 4 bytes, was 8"),
@@ -103,6 +104,17 @@ def test_rows_that_one_side_lacks_are_named():
         "sum_kernel sorted-D64-float32 sm_80: nothing compiles to this row",
     ]
     assert worse([BASE, gone], [replace(BASE, triton="3.6.0")]) == []
+
+
+def test_a_verdict_tells_the_versions_and_what_to_do():
+    assert list(codegen_table.verdict([BASE], [BASE], [])) == [
+        "none of 1 rows is worse than in the table"
+    ]
+    assert list(codegen_table.verdict([BASE], [replace(BASE, triton="3.6.0")], ["bad"])) == [
+        "the table is of triton 3.7.1, this is 3.6.0: only spills and widths are compared",
+        "bad",
+        "if that is meant: python -m gpu_embed.bench codegen --out bench/codegen.csv",
+    ]
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):

@@ -141,8 +141,8 @@ def test_no_kernel_is_worse_than_the_committed_table(launches: Launches, archite
     committed = [row for row in codegen_table.read_table(TABLE) if row.sm == architecture]
     rows = codegen_table.table_rows(launches.compiled, launches.triton)
     if problems := codegen_table.worse(committed, rows):
-        problems.append(f"If all of this is meant: {codegen_table.REGENERATE}")
-        pytest.fail("\n".join(problems), pytrace=False)
+        verdict = codegen_table.verdict(committed, rows, problems)
+        pytest.fail("\n".join(verdict), pytrace=False)
 
 
 @each(lambda case: case.operation == "embedding")
