@@ -2,6 +2,7 @@
 
 from . import backends, functional, reference
 from .backends import available_backends, use_backend
+from .backends.gather_method import use_gather_method
 from .backends.gradient_method import use_gradient_method
 from .bounds import check_bounds, set_bounds_check
 from .nn import Embedding
@@ -15,6 +16,7 @@ __all__ = [
     "reference",
     "set_bounds_check",
     "use_backend",
+    "use_gather_method",
     "use_gradient_method",
 ]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The process-wide choices: which backend, what to do about out-of-range ids, which gradient kernel.
+"""The process-wide choices: which backend, what to do about out-of-range ids, which kernels.
 
 Plain globals on purpose: autograd runs CUDA backwards on threads of its own, where a ContextVar is unset.
 """
@@ -48,6 +48,18 @@ class Setting:
         self._assign(self._checked(value, source))
         return Restore(self, former)
 
+    def cannot_serve(self, what: str, reason: str) -> RuntimeError:
+        """The error of a name that was forced on a call that it cannot serve.
+
+        Args:
+            what: the setting in words; with underscores, the end of its setter's name.
+            reason: what of the call cannot be served.
+        """
+        return RuntimeError(
+            f"gpu_embed: the {what} {self.value!r} is forced but cannot serve {reason}. Choose another "
+            f"with gpu_embed.use_{what.replace(' ', '_')}() or {self.variable}; 'auto' picks one that can."
+        )
+
     def _assign(self, value: str | None) -> None:
         global generation
         with _assigning:
@@ -85,4 +97,8 @@ class Restore:
 _assigning = threading.Lock()
 BACKEND = Setting("GPU_EMBED_BACKEND", ("auto", "triton", "cupy", "torch", "reference"))
 BOUNDS_CHECK = Setting("GPU_EMBED_BOUNDS_CHECK", ("raise", "sync", "off"))
-GRADIENT_METHOD = Setting("GPU_EMBED_GRADIENT_METHOD", ("auto", "atomic", "sorted"))
+GATHER_METHOD = Setting("GPU_EMBED_GATHER_METHOD", ("auto", "rows", "flat", "descriptor"))
+GRADIENT_METHOD = Setting(
+    "GPU_EMBED_GRADIENT_METHOD",
+    ("auto", "atomic", "descriptor", "sorted_atomic", "one_hot", "sorted"),
+)

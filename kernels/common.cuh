@@ -92,6 +92,26 @@ __device__ inline void narrow(float value, float16& out) {
   out.bits = (uint16)(half | (bits >> 16 & 0x8000u));
 }
 
+// Add VEC neighbours, with one instruction where the device has one.
+template <typename Grad, int VEC>
+__device__ inline void atomic_add_vector(Grad* target, const Vector<Grad, VEC>& value) {
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) atomicAdd(target + i, value.lane[i]);
+}
+
+// NVRTC 12.1 is the first to know them.
+#if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
+__device__ inline void atomic_add_vector(float* target, const Vector<float, 2>& value) {
+  atomicAdd((float2*)target, make_float2(value.lane[0], value.lane[1]));
+}
+
+__device__ inline void atomic_add_vector(float* target, const Vector<float, 4>& value) {
+  atomicAdd(
+      (float4*)target,
+      make_float4(value.lane[0], value.lane[1], value.lane[2], value.lane[3]));
+}
+#endif
+
 // Integer i of an array of uint8, int16, int32 or int64, told apart by their size: one kernel serves them all,
 // and every thread takes the same branch.
 __device__ inline int64 load_integer(const void* ptr, int64 i, int64 bytes) {

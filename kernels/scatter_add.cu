@@ -2,26 +2,6 @@
 
 #include "common.cuh"
 
-// Add VEC neighbours, with one instruction where the device has one.
-template <typename Grad, int VEC>
-__device__ inline void atomic_add_vector(Grad* target, const Vector<Grad, VEC>& value) {
-#pragma unroll
-  for (int i = 0; i < VEC; ++i) atomicAdd(target + i, value.lane[i]);
-}
-
-// NVRTC 12.1 is the first to know them.
-#if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
-__device__ inline void atomic_add_vector(float* target, const Vector<float, 2>& value) {
-  atomicAdd((float2*)target, make_float2(value.lane[0], value.lane[1]));
-}
-
-__device__ inline void atomic_add_vector(float* target, const Vector<float, 4>& value) {
-  atomicAdd(
-      (float4*)target,
-      make_float4(value.lane[0], value.lane[1], value.lane[2], value.lane[3]));
-}
-#endif
-
 // Block i owns blockDim.x * UNROLL consecutive vectors of grad_output, whatever rows they lie in. Neighbouring
 // threads own neighbouring vectors, so that a warp's atomics fall on whole sectors.
 template <typename Grad, int VEC, int UNROLL>

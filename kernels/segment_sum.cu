@@ -36,9 +36,20 @@ __device__ inline void store_row(Grad* target, const Vector<Acc, VEC>& total, in
   *(Vector<Grad, VEC>*)target = row;
 }
 
+// The sum at one end of a chunk: a partial sum of its own, or added to the row that other chunks add to as well.
+template <bool ATOMIC_ENDS, typename Grad, typename Acc, int VEC>
+__device__ inline void store_end(Acc* partial, Grad* row, const Vector<Acc, VEC>& total) {
+  if constexpr (ATOMIC_ENDS) {
+    atomic_add_vector(row, total);
+  } else {
+    *(Vector<Acc, VEC>*)partial = total;
+  }
+}
+
 // Thread i of the grid owns chunk i / (D / VEC) and the VEC columns from i % (D / VEC) * VEC on. It walks its
 // chunk alone and exchanges nothing.
-template <typename Value, typename Grad, int VEC, bool SCALE_GRAD_BY_FREQ, int UNROLL>
+template <
+    typename Value, typename Grad, int VEC, bool SCALE_GRAD_BY_FREQ, int UNROLL, bool ATOMIC_ENDS>
 __global__ void segment_sum_kernel(
     // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the partial sums of the level below
     const Value* __restrict__ values_ptr,
@@ -46,7 +57,8 @@ __global__ void segment_sum_kernel(
     const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys that name no row take no part
     const int32* __restrict__ counts_ptr,  // [num_keys]: ids behind each value; null: one
     Grad* __restrict__ grad_weight_ptr,    // [num_embeddings, D], contiguous, zero on entry
-    // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it
+    // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it. ATOMIC_ENDS: null, and so are the next two;
+    // atomics add both to grad_weight, which is fp32 or fp64 then.
     typename Accumulator<Grad>::type* __restrict__ partial_values_ptr,
     int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: no such partial sum
     int32* __restrict__ partial_counts_ptr,  // [2 * num_chunks]
@@ -72,7 +84,7 @@ __global__ void segment_sum_kernel(
   // True while the run at hand began in an earlier chunk.
   bool leading = start > 0 && names_row(key, num_embeddings) &&
                  key == load_integer(keys_ptr, start - 1, key_bytes);
-  if (first_columns) {
+  if (!ATOMIC_ENDS && first_columns) {
     partial_keys_ptr[2 * chunk] = leading ? key : -1;
     partial_keys_ptr[2 * chunk + 1] = -1;
   }
@@ -112,7 +124,7 @@ __global__ void segment_sum_kernel(
       run_ends = key != next_key[u];
       if (run_ends) {
         if (leading) {
-          *(Vector<Acc, VEC>*)lead_ptr = total;
+          store_end<ATOMIC_ENDS>(lead_ptr, grad_weight_ptr + key * D + d, total);
           if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
         } else if (names_row(key, num_embeddings)) {
           store_row<SCALE_GRAD_BY_FREQ>(grad_weight_ptr + key * D + d, total, count);
@@ -127,15 +139,15 @@ __global__ void segment_sum_kernel(
 
   // The run at hand goes on in the next chunk.
   if (end == num_keys || run_ends || !names_row(key, num_embeddings)) return;
-  if (leading) {
+  if (leading && !ATOMIC_ENDS) {
     // A run that fills the whole chunk is its leading sum; a trailing zero keeps its keys adjacent.
     *(Vector<Acc, VEC>*)lead_ptr = total;
     if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
     set_zero(total);
     count = 0;
   }
-  *(Vector<Acc, VEC>*)trail_ptr = total;
-  if (first_columns) {
+  store_end<ATOMIC_ENDS>(trail_ptr, grad_weight_ptr + key * D + d, total);
+  if (!ATOMIC_ENDS && first_columns) {
     partial_keys_ptr[2 * chunk + 1] = key;
     if (SCALE_GRAD_BY_FREQ) partial_counts_ptr[2 * chunk + 1] = count;
   }

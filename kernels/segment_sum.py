@@ -40,7 +40,9 @@ def segment_sum_kernel(
     keys_ptr,  # [num_keys], sorted; keys outside [0, num_embeddings) take no part
     counts_ptr,  # int32 [num_keys]: ids behind each value; None: one
     grad_weight_ptr,  # [num_embeddings, D], contiguous, zero on entry
-    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D]: row 2c leads chunk c, 2c + 1 trails it
+    # Accumulation dtype, [2 * num_chunks, D]: row 2c leads chunk c, 2c + 1 trails it. None: atomics add both to
+    # grad_weight, which is of that dtype then; there are no partial keys and counts either.
+    partial_values_ptr,
     partial_keys_ptr,  # int64 [2 * num_chunks]; -1: no such partial sum
     partial_counts_ptr,  # int32 [2 * num_chunks]
     num_keys,
@@ -135,14 +137,28 @@ def segment_sum_kernel(
     # A run that fills the whole chunk is its leading sum; a trailing zero keeps its keys adjacent.
     fills = trailing & leading
     lead_total = tl.where(fills[:, None], total, lead_total)
-    total = tl.where(fills[:, None], 0, total)
-    lead_ptr = partial_values_ptr + (2 * chunk * D)[:, None] + d
-    tl.store(lead_ptr, lead_total, mask=leads[:, None] & in_row)
-    tl.store(lead_ptr + D, total, mask=trailing[:, None] & in_row)
-    tl.store(partial_keys_ptr + 2 * chunk, tl.where(leads, lead_key, -1), mask=first_columns)
-    tl.store(partial_keys_ptr + 2 * chunk + 1, tl.where(trailing, key, -1), mask=first_columns)
-    if SCALE_GRAD_BY_FREQ:
-        lead_count = tl.where(fills, count, lead_count)
-        count = tl.where(fills, 0, count)
-        tl.store(partial_counts_ptr + 2 * chunk, lead_count, mask=leads & first_columns)
-        tl.store(partial_counts_ptr + 2 * chunk + 1, count, mask=trailing & first_columns)
+    if partial_values_ptr is None:
+        tl.atomic_add(
+            grad_weight_ptr + (lead_key * D)[:, None] + d,
+            lead_total,
+            mask=leads[:, None] & in_row,
+            sem="relaxed",
+        )
+        tl.atomic_add(
+            grad_weight_ptr + (key * D)[:, None] + d,
+            total,
+            mask=(trailing & ~fills)[:, None] & in_row,
+            sem="relaxed",
+        )
+    else:
+        total = tl.where(fills[:, None], 0, total)
+        lead_ptr = partial_values_ptr + (2 * chunk * D)[:, None] + d
+        tl.store(lead_ptr, lead_total, mask=leads[:, None] & in_row)
+        tl.store(lead_ptr + D, total, mask=trailing[:, None] & in_row)
+        tl.store(partial_keys_ptr + 2 * chunk, tl.where(leads, lead_key, -1), mask=first_columns)
+        tl.store(partial_keys_ptr + 2 * chunk + 1, tl.where(trailing, key, -1), mask=first_columns)
+        if SCALE_GRAD_BY_FREQ:
+            lead_count = tl.where(fills, count, lead_count)
+            count = tl.where(fills, 0, count)
+            tl.store(partial_counts_ptr + 2 * chunk, lead_count, mask=leads & first_columns)
+            tl.store(partial_counts_ptr + 2 * chunk + 1, count, mask=trailing & first_columns)

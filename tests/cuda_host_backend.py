@@ -57,9 +57,14 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ("scatter_add", f"scatter_add_kernel<double, 1, {scatter}>"),
         ("segment_sum", "sort_keys_kernel"),
         *(
-            ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {vec}, {scale}, {unroll}>")
+            ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {vec}, {scale}, {unroll}, false>")
             for value, grad, widths in segments
             for vec, scale in (*((vec, "false") for vec in widths), (1, "true"))
+        ),
+        *(
+            ("segment_sum", f"segment_sum_kernel<{dtype}, {dtype}, {vec}, false, {unroll}, true>")
+            for dtype, _, widths in segments[:2]
+            for vec in widths
         ),
         *(("renorm", f"renorm_kernel<{weight}>") for weight in _cupy.FLOATS.values()),
         ("counts", "counts_kernel"),

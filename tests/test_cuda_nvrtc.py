@@ -133,7 +133,7 @@ def test_a_word_is_moved_by_one_instruction(arch: int, bytes_: int, name: str) -
 def test_segment_sum_loads_and_stores_vectors(
     arch: int, values: str, grads: str, vec: int, load_bits: int, store_bits: int
 ) -> None:
-    expression = f"segment_sum_kernel<{values}, {grads}, {vec}, false, 4>"
+    expression = f"segment_sum_kernel<{values}, {grads}, {vec}, false, 4, false>"
     opcodes = sass(Kernel("segment_sum", expression), arch)
     assert accesses(opcodes, "LDG") == {8, 16, 32, 64, load_bits}
     # Partial keys take 64 bits, partial sums 128.

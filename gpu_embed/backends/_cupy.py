@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
-from .kernel_backend import Gather, KernelBackend, cdiv, norm_name
+from . import gather_method
+from .kernel_backend import Gather, KernelBackend, cdiv, no_kernel, norm_name
 from .layout import vector_width, word_layout
 
 # 64-bit float atomics begin here.
@@ -94,6 +95,7 @@ GATHER_ROWS = {
     128: RowsLaunch((128, 2)),
 }
 GATHER_FLAT = FlatLaunch(UNROLL=4)
+GATHER_METHODS = ("rows", "flat")
 # Rows so long that the idle lanes at their end do not matter.
 LONG_ROW_WORDS = 1024
 LONG_ROW = RowsLaunch((128, 2))
@@ -156,6 +158,11 @@ class CupyBackend(KernelBackend):
         rows = GATHER_ROWS.get(gcd(row_words, max(GATHER_ROWS)))
         if rows is None and row_words >= LONG_ROW_WORDS:
             rows = LONG_ROW
+        method = gather_method.forced(self._gather_refusal)
+        if method == "rows":
+            rows = rows or LONG_ROW
+        elif method == "flat":
+            rows = None
         if rows is not None:
             kernel = Kernel("gather", f"gather_rows_kernel<{word}, {rows.ROWS}>")
         else:
@@ -195,6 +202,9 @@ class CupyBackend(KernelBackend):
             )
 
         return gather
+
+    def _gather_refusal(self, method: str) -> str | None:
+        return None if method in GATHER_METHODS else no_kernel(self.name)
 
     def _scatter_add(
         self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
@@ -245,18 +255,19 @@ class CupyBackend(KernelBackend):
         keys: Tensor,
         counts: Tensor | None,
         grad_weight: Tensor,
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_counts: Tensor,
+        partial_values: Tensor | None,
+        partial_keys: Tensor | None,
+        partial_counts: Tensor | None,
         scale_grad_by_freq: bool,
         chunk: int,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
+        atomic_ends = partial_values is None
         # scale_grad_by_freq is rare: not worth a kernel for each width.
         vec = 1 if scale_grad_by_freq else min(vector_width(values), MAX_SEGMENT_VECTOR)
         arguments = (
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
-            f"{str(scale_grad_by_freq).lower()}, {SEGMENT_SUM.UNROLL}"
+            f"{str(scale_grad_by_freq).lower()}, {SEGMENT_SUM.UNROLL}, {str(atomic_ends).lower()}"
         )
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(

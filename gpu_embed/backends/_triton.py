@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -13,11 +13,24 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
-from .kernel_backend import Gather, KernelBackend, cdiv, norm_name
-from .layout import WordLayout, vector_width, word_layout
+from ..settings import GATHER_METHOD
+from . import gather_method
+from .kernel_backend import (
+    MAX_PARTIAL_BYTES,
+    Gather,
+    Gradient,
+    KernelBackend,
+    cdiv,
+    norm_name,
+)
+from .layout import VECTOR_BYTES, WordLayout, vector_width, word_layout
 
 # Triton compiles for these and newer cards only.
 MIN_CAPABILITY = (8, 0)
+# Bulk copies through tensor descriptors begin here.
+DESCRIPTOR_CAPABILITY = (9, 0)
+# Their coordinates are 32 bit.
+MAX_COORDINATE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,38 @@ class SegmentLaunch(Launch):
     num_warps: int = 1
 
 
+@dataclass(frozen=True)
+class GatherDescriptorLaunch(Launch):
+    """gather_descriptor_kernel: ROWS rows of BLOCK_D words, STAGES - 1 of them in flight.
+
+    One warp a program: a single thread gives the engine its orders.
+    """
+
+    ROWS: int
+    BLOCK_D: int
+    STAGES: int
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
+class ScatterDescriptorLaunch(Launch):
+    """scatter_add_descriptor_kernel: ROWS rows of BLOCK_D columns, all in flight."""
+
+    ROWS: int
+    BLOCK_D: int
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
+class OneHotLaunch(Launch):
+    """one_hot_kernel: a table of up to BLOCK_V rows, BLOCK_N ids at a time, BLOCK_D columns."""
+
+    BLOCK_V: int
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int = 4
+
+
 # The settings below follow from the code that they compile to (16-byte accesses, no spills, four loads in
 # flight a thread); they are starting points until they are measured.
 
@@ -81,6 +126,23 @@ SCATTER_ADD = FlatLaunch(256)
 COUNTS = FlatLaunch(512)
 SORT_KEYS = FlatLaunch(1024)
 RENORM_ITEMS = 1024
+# Words a program of gather_descriptor_kernel: rows of so many fill the flight by themselves, and then go from
+# one copy to the next without passing through registers.
+DESCRIPTOR_WORDS = 1024
+# By the power of two that holds the table's rows: 16 to 64 sums a thread.
+ONE_HOT = {
+    16: OneHotLaunch(16, 64, 128),
+    32: OneHotLaunch(32, 64, 64),
+    64: OneHotLaunch(64, 32, 64),
+    128: OneHotLaunch(128, 32, 64, num_warps=8),
+    256: OneHotLaunch(256, 32, 64, num_warps=8),
+}
+# Ids a split of one_hot_kernel at the least, and for each row of the table, so that the splits' sums, which are
+# written and read again, are few beside the gradients. One tile adds them all up.
+MIN_SPLIT = 512
+MIN_SPLIT_PER_ROW = 8
+MAX_SPLITS = 64
+SUM_SPLITS = FlatLaunch(64)
 
 
 class TritonBackend(KernelBackend):
@@ -119,13 +181,16 @@ class TritonBackend(KernelBackend):
         return None
 
     def _prepare_gather(self, weight: Tensor) -> Gather:
+        method = gather_method.forced(lambda name: self._gather_refusal(name, weight))
+        if method == "descriptor":
+            return self._prepare_gather_descriptor(weight)
         layout = word_layout(weight)
         word = self._words[layout.word_bytes]
         table = self._view(weight, word)
         device = weight.device
         num_embeddings = weight.shape[0]
         row_stride = layout.row_stride // layout.vec
-        kernel, grid, settings = self._gather_launch(layout)
+        kernel, grid, settings = self._gather_launch(layout, method)
         settings = {"D": layout.row_words, "VEC": layout.vec, **settings}
 
         def gather(
@@ -154,6 +219,52 @@ class TritonBackend(KernelBackend):
 
         return gather
 
+    def _prepare_gather_descriptor(self, weight: Tensor) -> Gather:
+        layout = word_layout(weight)
+        # Rows of a multiple of 16 bytes are whole words of 4, whatever their dtype.
+        word = self._words[4]
+        per_word = layout.word_bytes // 4
+        row_words = layout.row_words * per_word
+        launch = gather_descriptor_launch(row_words)
+        block = [1, launch.BLOCK_D]
+        blocks_d = cdiv(row_words, launch.BLOCK_D)
+        device = weight.device
+        num_embeddings = weight.shape[0]
+        table = self._tensor_descriptor(
+            self._view(weight, word),
+            [num_embeddings, row_words],
+            [layout.row_stride * per_word, 1],
+            block,
+        )
+
+        def gather(
+            ids: Tensor,
+            num_indices: int,
+            output: Tensor,
+            zero_idx: int,
+            record: BoundsRecord | None,
+        ) -> None:
+            if num_indices > MAX_COORDINATE:
+                raise GATHER_METHOD.cannot_serve("gather method", too_many(num_indices, "ids"))
+            self._launch(
+                self._kernels.gather_descriptor,
+                (cdiv(num_indices, launch.ROWS), blocks_d),
+                device,
+                table,
+                ids,
+                self._tensor_descriptor(
+                    self._view(output, word), [num_indices, row_words], [row_words, 1], block
+                ),
+                None if record is None else record.words,
+                None if record is None else record.flag,
+                num_indices,
+                num_embeddings,
+                zero_idx,
+                **launch.settings,
+            )
+
+        return gather
+
     def _scatter_add(
         self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
     ) -> None:
@@ -177,6 +288,74 @@ class TritonBackend(KernelBackend):
             **SCATTER_ADD.settings,
         )
 
+    def _scatter_add_descriptor(
+        self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
+    ) -> None:
+        num_embeddings, embedding_dim = grad_weight.shape
+        vec = vector_width(grad_output)
+        launch = scatter_descriptor_launch(embedding_dim)
+        self._launch(
+            self._kernels.scatter_add_descriptor,
+            (cdiv(ids.numel(), launch.ROWS), cdiv(embedding_dim, launch.BLOCK_D)),
+            ids.device,
+            grad_output,
+            ids,
+            self._tensor_descriptor(
+                grad_weight,
+                [num_embeddings, embedding_dim],
+                [embedding_dim, 1],
+                [1, launch.BLOCK_D],
+            ),
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            **launch.settings,
+        )
+
+    def _one_hot(
+        self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
+    ) -> None:
+        num_embeddings, embedding_dim = grad_weight.shape
+        vec = vector_width(grad_output)
+        launch = one_hot_launch(num_embeddings, embedding_dim)
+        split_size = one_hot_split(ids.numel(), num_embeddings, embedding_dim, launch.BLOCK_N)
+        num_splits = cdiv(ids.numel(), split_size)
+        partial = grad_output.new_empty(
+            (num_splits, num_embeddings, embedding_dim), dtype=torch.float32
+        )
+        self._launch(
+            self._kernels.one_hot,
+            (num_splits, cdiv(embedding_dim, launch.BLOCK_D)),
+            ids.device,
+            grad_output,
+            ids,
+            partial,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            split_size,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            **launch.settings,
+        )
+        self._launch(
+            self._kernels.sum_splits,
+            (cdiv(grad_weight.numel(), SUM_SPLITS.BLOCK),),
+            ids.device,
+            partial,
+            grad_weight,
+            num_splits,
+            grad_weight.numel(),
+            SPLITS=MAX_SPLITS,
+            **SUM_SPLITS.settings,
+        )
+
     def _sort_keys(self, ids: Tensor, keys: Tensor, num_embeddings: int, padding_idx: int) -> None:
         self._launch(
             self._kernels.sort_keys,
@@ -197,9 +376,9 @@ class TritonBackend(KernelBackend):
         keys: Tensor,
         counts: Tensor | None,
         grad_weight: Tensor,
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_counts: Tensor,
+        partial_values: Tensor | None,
+        partial_keys: Tensor | None,
+        partial_counts: Tensor | None,
         scale_grad_by_freq: bool,
         chunk: int,
     ) -> None:
@@ -264,16 +443,16 @@ class TritonBackend(KernelBackend):
         )
 
     def _gather_launch(
-        self, layout: WordLayout
+        self, layout: WordLayout, method: str
     ) -> tuple[Any, Callable[[int], tuple[int, ...]], dict[str, int]]:
         """Kernel, grid for a number of ids, and settings.
 
         Whole rows where a power of two of words makes full tiles of them, else a flat range.
         """
         widest = max(GATHER_ROWS)
-        rows = GATHER_ROWS.get(min(layout.row_words, widest))
-        if rows is not None and layout.row_words % rows.BLOCK_D == 0:
-            blocks_d = layout.row_words // rows.BLOCK_D
+        rows = GATHER_ROWS[min(_next_power_of_2(layout.row_words), widest)]
+        if method == "rows" or (method == "auto" and layout.row_words % rows.BLOCK_D == 0):
+            blocks_d = cdiv(layout.row_words, rows.BLOCK_D)
             block_n = rows.BLOCK_N
             return (
                 self._kernels.gather_rows,
@@ -286,6 +465,48 @@ class TritonBackend(KernelBackend):
             lambda num_indices: (cdiv(num_indices * row_vectors, GATHER_FLAT.BLOCK),),
             GATHER_FLAT.settings,
         )
+
+    def _gather_refusal(self, method: str, weight: Tensor) -> str | None:
+        """What of a table's lookups cannot be served with a method; None: nothing."""
+        return self._descriptor_refusal(weight) if method == "descriptor" else None
+
+    @cached_property
+    def _gradients(self) -> dict[str, Gradient]:
+        return {
+            "atomic": self._scatter_add,
+            "sorted_atomic": self._sum_runs_once,
+            "descriptor": self._scatter_add_descriptor,
+            "one_hot": self._one_hot,
+        }
+
+    def _gradient_refusal(self, method: str, ids: Tensor, grad_weight: Tensor) -> str | None:
+        if method != "descriptor":
+            return None
+        if ids.numel() > MAX_COORDINATE:
+            return too_many(ids.numel(), "ids")
+        return self._descriptor_refusal(grad_weight)
+
+    def _descriptor_refusal(self, table: Tensor) -> str | None:
+        """What keeps the bulk copy engine from a table's rows; None: nothing."""
+        capability = self._capability(table.device)
+        if capability < DESCRIPTOR_CAPABILITY:
+            return "compute capability {}.{}; it needs {}.{}".format(
+                *capability, *DESCRIPTOR_CAPABILITY
+            )
+        layout = word_layout(table)
+        if layout.word_bytes * layout.vec < VECTOR_BYTES or layout.row_stride < layout.row_words:
+            return (
+                f"rows of {table.shape[1]} x {table.dtype} at strides {table.stride()}; it needs rows "
+                f"side by side, at multiples of {VECTOR_BYTES} bytes, and so many bytes long"
+            )
+        if table.shape[0] > MAX_COORDINATE:
+            return too_many(table.shape[0], "rows")
+        return None
+
+    def _capability(self, device: torch.device) -> tuple[int, int]:
+        if self._interpreted:
+            return DESCRIPTOR_CAPABILITY
+        return torch.cuda.get_device_capability(device)
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
@@ -320,6 +541,12 @@ class TritonBackend(KernelBackend):
         return lambda tensor, dtype: self._triton.reinterpret(tensor.detach(), dtype)
 
     @cached_property
+    def _tensor_descriptor(self) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor
+
+    @cached_property
     def _words(self) -> dict[int, Any]:
         """Triton's integer of so many bytes."""
         from triton import language as tl
@@ -329,15 +556,27 @@ class TritonBackend(KernelBackend):
     @cached_property
     def _kernels(self) -> SimpleNamespace:
         if self._triton.knobs.runtime.interpret:
-            from ._triton_interpreter import round_to_nearest
+            from ._triton_interpreter import complete
 
-            round_to_nearest()
-        from ..kernels import counts, gather, renorm, scatter_add, segment_sum
+            complete()
+        from ..kernels import (
+            counts,
+            descriptor,
+            gather,
+            one_hot,
+            renorm,
+            scatter_add,
+            segment_sum,
+        )
 
         return SimpleNamespace(
             gather_rows=gather.gather_rows_kernel,
             gather_flat=gather.gather_flat_kernel,
+            gather_descriptor=descriptor.gather_descriptor_kernel,
             scatter_add=scatter_add.scatter_add_kernel,
+            scatter_add_descriptor=descriptor.scatter_add_descriptor_kernel,
+            one_hot=one_hot.one_hot_kernel,
+            sum_splits=one_hot.sum_splits_kernel,
             sort_keys=segment_sum.sort_keys_kernel,
             segment_sum=segment_sum.segment_sum_kernel,
             renorm=renorm.renorm_kernel,
@@ -366,6 +605,45 @@ def segment_launch(embedding_dim: int, vec: int) -> SegmentLaunch:
     columns = 32 * vec
     block_d = min(_next_power_of_2(embedding_dim), columns)
     return SegmentLaunch(BLOCK_C=columns // block_d, BLOCK_D=block_d)
+
+
+def too_many(number: int, what: str) -> str:
+    """Why tensor descriptors refuse so many rows or ids."""
+    return f"{number} {what}; it takes {MAX_COORDINATE}"
+
+
+@cache
+def gather_descriptor_launch(row_words: int) -> GatherDescriptorLaunch:
+    """Long rows alone in a program, short ones several after one another."""
+    block_d = min(_next_power_of_2(row_words), DESCRIPTOR_WORDS)
+    if block_d == DESCRIPTOR_WORDS:
+        return GatherDescriptorLaunch(ROWS=1, BLOCK_D=block_d, STAGES=1)
+    return GatherDescriptorLaunch(ROWS=16, BLOCK_D=block_d, STAGES=5)
+
+
+@cache
+def scatter_descriptor_launch(embedding_dim: int) -> ScatterDescriptorLaunch:
+    """512 columns in flight, 16 a thread, in at most 8 rows."""
+    block_d = min(_next_power_of_2(embedding_dim), 256)
+    return ScatterDescriptorLaunch(ROWS=min(512 // block_d, 8), BLOCK_D=block_d)
+
+
+@cache
+def one_hot_launch(num_embeddings: int, embedding_dim: int) -> OneHotLaunch:
+    """The table's entry, no wider than the rows are; a matrix unit takes 16 columns at the least."""
+    launch = ONE_HOT[max(_next_power_of_2(num_embeddings), min(ONE_HOT))]
+    block_d = min(launch.BLOCK_D, max(_next_power_of_2(embedding_dim), 16))
+    return replace(launch, BLOCK_D=block_d)
+
+
+def one_hot_split(num_indices: int, num_embeddings: int, embedding_dim: int, block_n: int) -> int:
+    """Ids a split of one_hot_kernel, a multiple of block_n.
+
+    It follows from the shapes alone, so the order of the additions is the same on every card.
+    """
+    splits = min(MAX_SPLITS, MAX_PARTIAL_BYTES // (4 * num_embeddings * embedding_dim))
+    size = max(MIN_SPLIT, MIN_SPLIT_PER_ROW * num_embeddings, cdiv(num_indices, max(splits, 1)))
+    return cdiv(size, block_n) * block_n
 
 
 def _next_power_of_2(n: int) -> int:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,8 +12,13 @@ from . import PreparedEmbedding
 from .gradient_method import choose
 from .layout import flat_ids, sort_key_dtype
 
-# Partial sums of the sorted gradient may take this much memory; longer chunks make them fewer.
+# Keys a chunk of the sorted gradient: few, for parallelism.
+CHUNK = 32
+# Partial sums may take this much memory; longer chunks, and fewer splits, make them fewer.
 MAX_PARTIAL_BYTES = 48 * 2**20
+
+# grad_output [N, D], ids [N], grad_weight [V, D] (zero on entry), padding_idx.
+Gradient = Callable[[Tensor, Tensor, Tensor, int], None]
 
 
 # gather(ids, num_indices, output, zero_idx, record) from one table; ids are contiguous, of any shape.
@@ -24,6 +30,8 @@ class KernelBackend(ABC):
 
     The launches take ids flat and contiguous, and allocate nothing.
     """
+
+    name: str
 
     def embedding(
         self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
@@ -72,12 +80,13 @@ class KernelBackend(ABC):
             grad_output.dtype,
             torch.are_deterministic_algorithms_enabled(),
             scale_grad_by_freq,
+            lambda method: self._gradient_refusal(method, ids, grad_weight),
         )
-        if method == "atomic":
-            self._scatter_add(grad_output, ids, grad_weight, padding_idx)
-        else:
+        if method == "sorted":
             keys, order = self._sorted_keys(ids, num_embeddings, padding_idx)
             self._sum_runs(grad_output, order, keys, grad_weight, scale_grad_by_freq)
+        else:
+            self._gradients[method](grad_output, ids, grad_weight, padding_idx)
         return grad_weight
 
     def embedding_renorm_(
@@ -90,6 +99,17 @@ class KernelBackend(ABC):
         counts = torch.zeros(num_embeddings, dtype=torch.int32, device=indices.device)
         self._counts(flat_ids(indices), counts)
         return counts
+
+    @cached_property
+    def _gradients(self) -> dict[str, Gradient]:
+        """The backend's gradient methods by name, but for "sorted", which alone divides by counts."""
+        return {"atomic": self._scatter_add, "sorted_atomic": self._sum_runs_once}
+
+    def _gradient_refusal(self, method: str, ids: Tensor, grad_weight: Tensor) -> str | None:
+        """What of a call this backend cannot serve with a gradient method; None: nothing."""
+        if method == "sorted" or method in self._gradients:
+            return None
+        return no_kernel(self.name)
 
     def _sorted_keys(
         self, ids: Tensor, num_embeddings: int, padding_idx: int
@@ -141,6 +161,15 @@ class KernelBackend(ABC):
             values, keys, level_order = partial_values, partial_keys, None
             counts = partial_counts if scale_grad_by_freq else None
 
+    def _sum_runs_once(
+        self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
+    ) -> None:
+        """Sum the runs of each chunk; atomics add what runs leave at its ends."""
+        keys, order = self._sorted_keys(ids, len(grad_weight), padding_idx)
+        self._segment_sum(
+            grad_output, order, keys, None, grad_weight, None, None, None, False, CHUNK
+        )
+
     @abstractmethod
     def _prepare_gather(self, weight: Tensor) -> Gather: ...
 
@@ -162,9 +191,9 @@ class KernelBackend(ABC):
         keys: Tensor,
         counts: Tensor | None,
         grad_weight: Tensor,
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_counts: Tensor,
+        partial_values: Tensor | None,
+        partial_keys: Tensor | None,
+        partial_counts: Tensor | None,
         scale_grad_by_freq: bool,
         chunk: int,
     ) -> None: ...
@@ -178,10 +207,15 @@ class KernelBackend(ABC):
 
 def chunk_size(num_keys: int, embedding_dim: int, acc_bytes: int) -> int:
     """Keys a chunk: short for parallelism, longer where the partial sums would take too much memory."""
-    chunk = 32
+    chunk = CHUNK
     while 2 * cdiv(num_keys, chunk) * embedding_dim * acc_bytes > MAX_PARTIAL_BYTES:
         chunk *= 2
     return chunk
+
+
+def no_kernel(backend: str) -> str:
+    """Why a backend refuses a forced method that it does not have."""
+    return f"the backend {backend!r}, which has no such kernel"
 
 
 def norm_name(norm_type: float) -> str:
