@@ -304,8 +304,35 @@ def test_atomic_gradient(distribution: str, dtype: torch.dtype, columns: int, ca
     assert not launched(backend, "segment_sum_kernel")
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("columns", [1, 6, 136])
+def test_sorted_gradient_with_atomic_ends(
+    backend: HostShimCupyBackend, distribution: str, dtype: torch.dtype, columns: int
+) -> None:
+    indices = DISTRIBUTIONS[distribution](3073, 300)
+    grad_output = torch.randint(-4, 5, (3073, columns), generator=seeded()).to(dtype)
+    with use_gradient_method("sorted_atomic"):
+        actual = backend.embedding_dense_backward(grad_output, indices, 300, 1, False)
+    assert torch.equal(actual, exact_gradient(grad_output, indices, 300, 1, False))
+    assert len(launched(backend, "segment_sum_kernel")) == 1
+
+
+@pytest.mark.parametrize("method", ["descriptor", "one_hot"])
+def test_methods_without_a_kernel_are_refused(sm_90: HostShimCupyBackend, method: str) -> None:
+    """Contract 9: no silent fallback from a kernel that only Triton has."""
+    dtype = torch.bfloat16 if method == "one_hot" else torch.float32
+    with (
+        use_gradient_method(method),
+        pytest.raises(RuntimeError, match=f"'{method}' is forced but cannot serve .* 'cupy'"),
+    ):
+        sm_90.embedding_dense_backward(
+            torch.ones(2, 4, dtype=dtype), torch.tensor([0, 1]), 2, -1, False
+        )
+
+
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 64, 65, 512, 513])
-@pytest.mark.parametrize("method", ["sorted", "atomic"])
+@pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
 def test_gradient_of_few_ids(sm_90: HostShimCupyBackend, count: int, method: str) -> None:
     """Around the chunk of 32, and around its 16 chunks that fill one chunk of partial sums."""
     grad_output = torch.randint(-4, 5, (count, 5), generator=seeded()).float()
@@ -342,7 +369,8 @@ GRAD_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("view", GRAD_VIEWS)
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [("atomic", dtype) for dtype in FLOATS[:2]] + [("sorted", dtype) for dtype in FLOATS],
+    [(method, dtype) for method in ("atomic", "sorted_atomic") for dtype in FLOATS[:2]]
+    + [("sorted", dtype) for dtype in FLOATS],
     ids=str,
 )
 @pytest.mark.parametrize("columns", [3, 8])
@@ -358,7 +386,7 @@ def test_gradient_of_any_strides(
 
 
 @pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
-@pytest.mark.parametrize("method", ["sorted", "atomic"])
+@pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
 @pytest.mark.parametrize("rows", [200, 255, 256, 32767, 32768, 70000])
 def test_gradient_of_any_ids(
     sm_90: HostShimCupyBackend, id_dtype: torch.dtype, method: str, rows: int
@@ -540,7 +568,7 @@ class TestFarRows:
         expected = torch.stack([weight[i] for i in self.indices.tolist()])
         assert torch.equal(sm_90.embedding(weight, self.indices, -1, None), expected)
 
-    @pytest.mark.parametrize("method", ["sorted", "atomic"])
+    @pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
     def test_gradient(
         self, sm_90: HostShimCupyBackend, method: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -584,10 +612,16 @@ def test_the_host_build_knows_no_other_kernel(sm_90: HostShimCupyBackend) -> Non
         sm_90._launch(Kernel("counts", "no_kernel"), (1, 1), (1, 1), torch.device("cpu"))
 
 
+# Matrix units and the bulk copy engine: what CUDA C++ is the fallback for has neither.
+TRITON_ONLY = ("descriptor.py", "one_hot.py")
+
+
 def triton_parameters() -> dict[str, tuple[list[str], list[str]]]:
     """For each Triton kernel: its arguments, and its constants."""
     found = {}
-    for path in sorted(KERNELS_DIR.glob("*.py")):
+    for path in sorted(
+        set(KERNELS_DIR.glob("*.py")) - {KERNELS_DIR / name for name in TRITON_ONLY}
+    ):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 constants = [a.arg for a in node.args.args if a.annotation is not None]

@@ -142,6 +142,18 @@ def test_segment_sum_loads_and_stores_vectors(
 
 
 @pytest.mark.parametrize(
+    ("arch", "vec", "atomic"), [(80, 4, "F32"), (90, 2, "F32x2"), (90, 4, "F32x4")]
+)
+def test_ends_of_chunks_are_added_and_the_rest_is_stored(arch: int, vec: int, atomic: str) -> None:
+    expression = f"segment_sum_kernel<float, float, {vec}, false, 4, true>"
+    opcodes = sass(Kernel("segment_sum", expression), arch)
+    found = {opcode for opcode in opcodes if opcode.startswith("RED")}
+    assert {part for opcode in found for part in opcode.split(".") if "F32" in part} == {atomic}
+    assert not [opcode for opcode in opcodes if opcode.startswith("ATOM")]
+    assert accesses(opcodes, "STG") == {32 * vec}
+
+
+@pytest.mark.parametrize(
     ("arch", "vec", "atomic"),
     [(80, 4, "F32"), (80, 1, "F32"), (90, 1, "F32"), (90, 2, "F32x2"), (90, 4, "F32x4")],
 )
