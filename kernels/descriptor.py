@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from .bounds import record_out_of_range
+from .gather import load_indices
 
 
 # Program (i, j) owns rows [i * ROWS, ...) of the output and words [j * BLOCK_D, ...) of each.
@@ -28,9 +29,8 @@ def gather_descriptor_kernel(
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     d = tl.program_id(1) * BLOCK_D
     in_range = n < num_indices
-    index = tl.load(indices_ptr + n, mask=in_range, other=-1).to(tl.int64)
-    in_table = (index >= 0) & (index < num_embeddings)
-    rows = tl.where(in_table & (index != zero_idx), index, -1).to(tl.int32)
+    index, copied, out_of_range = load_indices(indices_ptr, n, in_range, num_embeddings, zero_idx)
+    rows = tl.where(copied, index, -1).to(tl.int32)
 
     # Written out by hand, each load would be waited for before the next: only a loop is pipelined.
     for r in tl.range(0, ROWS, num_stages=STAGES):
@@ -38,8 +38,10 @@ def gather_descriptor_kernel(
         words = weight_desc.load([row, d])  # [1, BLOCK_D]
         output_desc.store([tl.program_id(0) * ROWS + r, d], words)
     if record_ptr is not None:
-        out_of_range = in_range & ~in_table & (tl.program_id(1) == 0)
-        record_out_of_range(record_ptr, flag_ptr, out_of_range, n, index, num_embeddings)
+        first_columns = tl.program_id(1) == 0
+        record_out_of_range(
+            record_ptr, flag_ptr, out_of_range & first_columns, n, index, num_embeddings
+        )
 
 
 # Program (i, j) owns rows [i * ROWS, ...) of grad_output and columns [j * BLOCK_D, ...) of each.
@@ -65,8 +67,7 @@ def scatter_add_descriptor_kernel(
     # All loads are issued before the first sum needs one.
     for r in tl.static_range(ROWS):
         n = tl.program_id(0).to(tl.int64) * ROWS + r
-        index = tl.load(indices_ptr + n, mask=n < num_indices, other=-1).to(tl.int64)
-        added = (index >= 0) & (index < num_embeddings) & (index != padding_idx)
+        index, added, _ = load_indices(indices_ptr, n, n < num_indices, num_embeddings, padding_idx)
         rows += (tl.where(added, index, -1).to(tl.int32),)
         grads += (
             tl.load(

@@ -10,6 +10,8 @@ only those who ask for it by name.
 import triton
 import triton.language as tl
 
+from .gather import load_indices
+
 
 # Program (s, j) sums split s of the ids into partial [s, :, j * BLOCK_D ...].
 @triton.jit
@@ -35,8 +37,7 @@ def one_hot_kernel(
     total = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
     for start in range(0, split_size, BLOCK_N):
         n = split * split_size + start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        index = tl.load(indices_ptr + n, mask=n < num_indices, other=-1).to(tl.int64)
-        added = (index >= 0) & (index < num_embeddings) & (index != padding_idx)
+        index, added, _ = load_indices(indices_ptr, n, n < num_indices, num_embeddings, padding_idx)
         grad = tl.load(
             grad_output_ptr + (n * grad_row_stride * VEC)[:, None] + d * grad_col_stride,
             mask=added[:, None] & (d < D),

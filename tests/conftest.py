@@ -71,6 +71,17 @@ def unusable_reason(chosen: Target) -> str | None:
     return backends.load(chosen.backend).unusable_reason(torch.device(chosen.device))
 
 
+def skip_without_kernel(chosen: Target, method: str) -> None:
+    """Skip a gather or gradient method where the target has no kernel for it."""
+    if chosen.backend not in ("triton", "cupy"):
+        pytest.skip(f"{chosen.backend} has no choice of method")
+    if chosen.backend == "cupy" and method in ("descriptor", "one_hot"):
+        pytest.skip("only triton has such a kernel")
+    old = chosen.device == "cuda" and torch.cuda.get_device_capability() < (9, 0)
+    if method == "descriptor" and old:
+        pytest.skip("tensor descriptors need compute capability 9.0")
+
+
 def _host_shim_reason() -> str | None:
     if importlib.util.find_spec("cuda_host_backend") is None:
         return "the CUDA C kernels have no host build here"

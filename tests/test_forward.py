@@ -3,33 +3,75 @@
 import pytest
 import torch
 from cases import FORWARD_DTYPES, ID_DTYPES, same_bits, table
+from conftest import skip_without_kernel
 
+import gpu_embed
+from gpu_embed import backends
 from gpu_embed.functional import embedding
+from gpu_embed.settings import GATHER_METHOD
 
 # (num_embeddings, embedding_dim): words of 1 to 8 bytes, whole tiles, ragged ones, wider than a tile.
 TABLES = [(7, 2), (5, 1), (9, 50), (6, 128), (4, 300), (3, 33), (2, 4100)]
+# Left alone, a backend takes "rows" or "flat", by the width of the rows; forced, each takes them all.
+METHODS = ("auto", "rows", "flat", "descriptor")
+
+
+@pytest.fixture(params=METHODS)
+def method(request, target):
+    """Forces one kernel where the backend has several; the others run once."""
+    if request.param != "auto":
+        skip_without_kernel(target, request.param)
+    with gpu_embed.use_gather_method(request.param):
+        yield request.param
+
+
+def serves(method, weight):
+    """Whether a method takes such rows: descriptors need them aligned to 16 bytes and apart."""
+    if method != "descriptor":
+        return True
+    itemsize = weight.element_size()
+    row_stride, col_stride = weight.stride()
+    if itemsize == 16 and col_stride != 1:
+        # Copied first.
+        return True
+    return (
+        col_stride == 1
+        and row_stride >= weight.shape[1]
+        and all(n % 16 == 0 for n in (row_stride * itemsize, weight.shape[1] * itemsize))
+        and weight.data_ptr() % 16 == 0
+    )
+
+
+def check_lookup(method, indices, weight):
+    """The lookup is weight[indices], or an error that names the method."""
+    if serves(method, weight):
+        assert same_bits(embedding(indices, weight), weight[indices.long()])
+        return
+    message = "gather method 'descriptor' is forced but cannot serve rows of .*use_gather_method"
+    with pytest.raises(RuntimeError, match=message):
+        embedding(indices, weight)
 
 
 @pytest.mark.parametrize("dtype", FORWARD_DTYPES, ids=str)
-def test_every_dtype_is_copied_bit_for_bit(target, dtype):
+def test_every_dtype_is_copied_bit_for_bit(target, method, dtype):
     """Contract 1: forward is bit-equal to weight[ids] in every dtype."""
-    weight = table(9, 5, dtype, target.device)
+    columns = 16 if method == "descriptor" else 5
+    weight = table(9, columns, dtype, target.device)
     indices = torch.tensor([[8, 0, 3], [3, 3, 7]], device=target.device)
     output = embedding(indices, weight)
     assert output.dtype == dtype
     assert output.is_contiguous()
-    assert same_bits(
-        output, weight.view(torch.uint8).unflatten(1, (5, -1))[indices].flatten(-2).view(dtype)
-    )
+    in_bytes = weight.view(torch.uint8).unflatten(1, (columns, -1))
+    assert same_bits(output, in_bytes[indices].flatten(-2).view(dtype))
 
 
 @pytest.mark.parametrize("shape", TABLES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-def test_every_row_width_is_copied(target, shape, dtype):
+def test_every_row_width_is_copied(target, method, shape, dtype):
     """Contract 1: any embedding_dim."""
     weight = table(*shape, dtype, target.device)
-    indices = torch.arange(11, device=target.device) % shape[0]
-    assert same_bits(embedding(indices, weight), weight[indices])
+    indices = torch.arange(21, device=target.device) % shape[0]
+    check_lookup(method, indices, weight)
 
 
 def test_nan_patterns_and_negative_zeros_survive(target):
@@ -53,10 +95,19 @@ def test_every_shape_of_ids(target, shape):
     assert same_bits(output, weight[indices])
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (16,), (33,)], ids=str)
+def test_every_number_of_ids(target, method, shape):
+    """Contract 1: whatever the kernel, whole programs and ragged ones."""
+    weight = table(5, 8, torch.float32, target.device)
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(5, shape, generator=generator).to(target.device)
+    assert same_bits(embedding(indices, weight), weight[indices])
+
+
 @pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
-def test_every_dtype_of_ids(target, dtype):
+def test_every_dtype_of_ids(target, method, dtype):
     """Contract 7: int16 and uint8 ids work beyond torch's two dtypes, also where V exceeds their range."""
-    weight = table(300, 3, torch.float32, target.device)
+    weight = table(300, 4, torch.float32, target.device)
     indices = torch.tensor(
         [0, 1, 127, 2, 200 if dtype == torch.uint8 else 99], device=target.device
     )
@@ -75,20 +126,22 @@ STRIDED_TABLES = {
     "every other row": lambda w: w[::2],
     "every other column": lambda w: w[:, ::2],
     "last columns": lambda w: w[:, 1:],
+    "right half": lambda w: w[:, w.shape[1] // 2 :],
     "reversed by flip": lambda w: w.flip(0),
     "one row, expanded": lambda w: w[:1].expand(6, -1),
     "one column, expanded": lambda w: w[:, :1].expand(-1, 5),
-    "off by one item": lambda w: w.reshape(-1)[1:51].view(5, 10),
+    "off by one item": lambda w: w.reshape(-1)[1 : 1 + 5 * w.shape[1]].view(5, -1),
 }
 
 
 @pytest.mark.parametrize("view", STRIDED_TABLES.values(), ids=STRIDED_TABLES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128], ids=str)
-def test_tables_of_any_strides(target, view, dtype):
+@pytest.mark.parametrize("columns", [10, 16])
+def test_tables_of_any_strides(target, method, view, dtype, columns):
     """Contract 1: any strides of the weight."""
-    weight = view(table(8, 10, dtype, target.device))
+    weight = view(table(8, columns, dtype, target.device))
     indices = torch.tensor([0, 4, 2, 4, 1], device=target.device) % len(weight)
-    assert same_bits(embedding(indices, weight), weight[indices])
+    check_lookup(method, indices, weight)
 
 
 STRIDED_IDS = {
@@ -119,3 +172,80 @@ def test_the_padding_row_is_returned_as_stored(target):
     weight = table(4, 3, torch.float32, target.device)
     indices = torch.tensor([1, 2, 1], device=target.device)
     assert same_bits(embedding(indices, weight, padding_idx=1), weight[indices])
+
+
+@pytest.mark.parametrize("embedding_dim", [4, 1024], ids=["many rows a program", "one"])
+def test_ids_without_a_row_give_zeros(target, method, embedding_dim):
+    """Contract 6: ids out of range, and the one whose rows are to be zeros; nothing else is touched."""
+    weight = table(5, embedding_dim, torch.float32, target.device)
+    indices = torch.tensor([0, 5, 4, -1, 2, 2**40, 3, -(2**35), 2], device=target.device)
+    before, ids_before = weight.clone(), indices.clone()
+    output = backends.load(target.backend).embedding(weight, indices, 2, None)
+    expected = torch.zeros(9, embedding_dim, device=target.device)
+    for n in (0, 2, 6):
+        expected[n] = weight[indices[n]]
+    assert same_bits(output, expected)
+    assert same_bits(weight, before)
+    assert same_bits(indices, ids_before)
+
+
+@pytest.mark.parametrize("embedding_dim", [4, 1024], ids=["many rows a program", "one"])
+def test_ids_out_of_range_are_reported(target, method, embedding_dim):
+    """Contract 6: by every kernel, with the id and its position."""
+    weight = table(5, embedding_dim, torch.float32, target.device)
+    indices = torch.arange(42, device=target.device).view(2, 21) % 5
+    indices[1, 18] = 77
+    with (
+        gpu_embed.set_bounds_check("sync"),
+        pytest.raises(IndexError, match=r"id 77 at position \(1, 18\) .* has 5 rows"),
+    ):
+        embedding(indices, weight)
+
+
+def test_a_known_table_notices_another_method(target):
+    """Contract 9: what was prepared for one method does not serve another."""
+    if target.backend != "triton":
+        pytest.skip(f"{target.backend} has no method that refuses rows")
+    weight = torch.nn.Parameter(table(5, 3, torch.float32, target.device))
+    indices = torch.tensor([4, 0], device=target.device)
+    for _ in range(2):
+        assert same_bits(embedding(indices, weight).detach(), weight.detach()[indices])
+        with (
+            gpu_embed.use_gather_method("descriptor"),
+            pytest.raises(RuntimeError, match="'descriptor' is forced"),
+        ):
+            embedding(indices, weight)
+
+
+def test_a_forced_method_launches_its_own_kernel(target, method, monkeypatch):
+    """Contract 9: what is asked for is what runs."""
+    skip_without_kernel(target, method)
+    backend = backends.load(target.backend)
+    launched = []
+
+    def launch(kernel, *arguments, **settings):
+        launched.append(getattr(kernel, "__name__", None) or kernel.expression.split("<")[0])
+        return type(backend)._launch(backend, kernel, *arguments, **settings)
+
+    monkeypatch.setattr(backend, "_launch", launch)
+    weight = table(5, 12, torch.float32, target.device)
+    backend.embedding(weight, torch.tensor([4, 0], device=target.device), -1, None)
+    assert launched == [f"gather_{'flat' if method == 'auto' else method}_kernel"]
+
+
+def test_methods_that_a_backend_lacks_are_refused(target):
+    """Contract 9: no silent fallback from a kernel that only Triton has."""
+    if target.backend != "cupy":
+        pytest.skip(f"{target.backend} lacks none, or has no choice")
+    weight = table(5, 12, torch.float32, target.device)
+    with (
+        gpu_embed.use_gather_method("descriptor"),
+        pytest.raises(RuntimeError, match=r"'descriptor' is forced but cannot serve .* 'cupy'"),
+    ):
+        embedding(torch.tensor([4], device=target.device), weight)
+
+
+def test_the_methods_by_name():
+    assert GATHER_METHOD.choices == METHODS
+    with pytest.raises(ValueError, match="expected one of 'auto', 'rows', 'flat', 'descriptor'"):
+        gpu_embed.use_gather_method("columns")
