@@ -291,7 +291,7 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if not 0 < args.seconds <= 600:
         raise CannotRunError(f"--seconds {args.seconds:g}: choose a number above 0, at most 600")
     jobs = plan(choice, choose_device(args.device))
-    if not jobs:
+    if not any(job.mode in job.provider.modes for job in jobs):
         raise CannotRunError("nothing to measure: no chosen provider is measured in a chosen mode")
     with results.RowWriter(args.out, args.resume) as writer:
         bench, speed = start(args, console)

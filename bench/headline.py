@@ -21,7 +21,9 @@ LAST_START_SECONDS = 240.0
 def headline_jobs(device: torch.device) -> list[Job]:
     """The headline's jobs on a GPU; on a CPU shapes that it can do, set CPU."""
     cells = HEADLINE if device.type == "cuda" else tuple(("CPU", cell) for cell in CPU_CELLS)
-    providers = [p for p in PROVIDERS.values() if p.missing_reason(device) is None]
+    providers = [
+        p for p in PROVIDERS.values() if not p.candidate and p.missing_reason(device) is None
+    ]
     return [
         Job(name, cell, mode, provider)
         for name, cell in cells

@@ -60,7 +60,7 @@ STYLES = {
     "flag-gems": Style("#000000", "X"),
     "fbgemm-gpu": Style("#8C6D00", "P"),
 }
-OTHER_OURS = ("#00A6C7", "#4D5B9E", "#8AB6D6", "#2E5A88", "#6C8EBF")
+OTHER_OURS = ("#00A6C7", "#4D5B9E", "#8AB6D6", "#2E5A88", "#6C8EBF", "#1F77B4")
 OTHER_RIVALS = ("#A6761D", "#7F7F7F", "#882255", "#44AA99", "#B2182B")
 
 
@@ -118,7 +118,7 @@ def choose_styles(providers: Iterable[str]) -> dict[str, Style]:
     found = sorted(set(providers), key=lambda name: (not is_ours(name), name))
     styles = {name: STYLES[name] for name in found if name in STYLES}
     unknown = {
-        True: itertools.cycle(zip(OTHER_OURS, "<>ph*", strict=True)),
+        True: itertools.cycle(zip(OTHER_OURS, "<>ph*d", strict=True)),
         False: itertools.cycle(zip(OTHER_RIVALS, "*hp<>", strict=True)),
     }
     for name in found:

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gpu_embed
+from gpu_embed.backends.gradient_method import RULES
 
-from .shapes import MODES, Cell
+from .shapes import DTYPES, MODES, Cell
 
 # A power of two, so that scaling a gradient by it rounds nothing.
 LEARNING_RATE = 2.0**-10
@@ -57,6 +58,8 @@ class Provider:
     requirement: Callable[[torch.device], str | None] = lambda device: None
     refusal: Callable[[Cell], str | None] = lambda cell: None
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext  # active while it runs
+    # Whether it is a kernel of ours that the package does not choose, or not always: measured by `run` alone.
+    candidate: bool = False
 
     def missing_reason(self, device: torch.device) -> str | None:
         """None where it can run on the device, else the reason in one sentence."""
@@ -74,6 +77,10 @@ class Provider:
             return importlib.metadata.version(self.package)
         except importlib.metadata.PackageNotFoundError:
             return ""
+
+    def is_planned(self, cell: Cell, mode: str) -> bool:
+        """Whether a run in which nobody asks for it by name has a row of it."""
+        return mode in self.modes and not (self.candidate and self.refusal(cell))
 
     def refuses(self, cell: Cell, mode: str) -> str | None:
         """Why it cannot be asked for this cell; None: it can."""
@@ -286,6 +293,81 @@ def _atomic_tables(cell: Cell) -> str | None:
     return None if cell.dtype in ("float32", "float64") else f"no atomics on {cell.dtype} tables"
 
 
+def _descriptor_gradients(cell: Cell) -> str | None:
+    if cell.dtype != "float32":
+        return f"no bulk additions to {cell.dtype} tables"
+    return _descriptor_rows(cell)
+
+
+def _descriptor_rows(cell: Cell) -> str | None:
+    if cell.dim * DTYPES[cell.dtype].itemsize % 16:
+        return "its rows are a multiple of 16 bytes"
+    return None
+
+
+def _one_hot_tables(cell: Cell) -> str | None:
+    rule = RULES["one_hot"]
+    if DTYPES[cell.dtype] not in rule.dtypes:
+        return f"its tables are not {cell.dtype}"
+    if cell.vocab > rule.max_num_embeddings:
+        return f"its tables have {rule.max_num_embeddings} rows at most"
+    return None
+
+
+def _needs_triton(device: torch.device) -> str | None:
+    name = gpu_embed.backends.select(device).name
+    return None if name == "triton" else f"needs the triton backend, {name} serves {device}"
+
+
+def _needs_descriptors(device: torch.device) -> str | None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return "tensor descriptors need compute capability 9.0"
+    return _needs_triton(device)
+
+
+def _gradient_candidate(
+    method: str,
+    description: str,
+    refusal: Callable[[Cell], str | None],
+    requirement: Callable[[torch.device], str | None] = lambda device: None,
+) -> Provider:
+    """This package, with a gradient kernel forced."""
+    return Provider(
+        f"gpu_embed-{method.replace('_', '-')}",
+        f"this package, gradient by {description}",
+        _gpu_embed,
+        "gpu_embed",
+        "gpu_embed",
+        ("backward", "full", "step"),
+        sums_in_fp32=True,
+        requirement=requirement,
+        refusal=refusal,
+        setting=lambda: gpu_embed.use_gradient_method(method),
+        candidate=True,
+    )
+
+
+def _gather_candidate(
+    method: str,
+    description: str,
+    refusal: Callable[[Cell], str | None] = lambda cell: None,
+    requirement: Callable[[torch.device], str | None] = lambda device: None,
+) -> Provider:
+    """This package, with a lookup kernel forced."""
+    return Provider(
+        f"gpu_embed-gather-{method}",
+        f"this package, lookup by {description}",
+        _gpu_embed,
+        "gpu_embed",
+        "gpu_embed",
+        ("forward",),
+        requirement=requirement,
+        refusal=refusal,
+        setting=lambda: gpu_embed.use_gather_method(method),
+        candidate=True,
+    )
+
+
 LIGER = "liger_kernel.ops.experimental.embedding"
 FLAG_GEMS = "flag_gems.ops.embedding"
 FBGEMM = "fbgemm_gpu.split_table_batched_embeddings_ops_training"
@@ -324,6 +406,16 @@ PROVIDERS = {
             sums_in_fp32=True,
             setting=lambda: gpu_embed.use_gradient_method("sorted"),
         ),
+        _gradient_candidate(
+            "sorted_atomic", "sorted segments, atomics at their edges", _atomic_tables
+        ),
+        _gradient_candidate(
+            "descriptor", "tensor descriptors", _descriptor_gradients, _needs_descriptors
+        ),
+        _gradient_candidate("one_hot", "one-hot products", _one_hot_tables, _needs_triton),
+        _gather_candidate("rows", "whole rows"),
+        _gather_candidate("flat", "equal pieces of the output"),
+        _gather_candidate("descriptor", "tensor descriptors", _descriptor_rows, _needs_descriptors),
         Provider(
             "gpu_embed-sparse",
             "this package, sparse=True",

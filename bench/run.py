@@ -48,14 +48,17 @@ class Choice:
 
 
 def plan(choice: Choice, device: torch.device) -> list[Job]:
-    """The jobs, cell by cell; for providers that cannot run here only where they were asked for by name.
+    """The jobs, cell by cell.
+
+    A provider that cannot run here, does not measure a mode, or is a candidate that refuses a cell, gets no
+    job, unless it was asked for by name: then its row says why.
 
     Raises IdsError if a file of ids does not fit a table.
     """
-    if choice.providers is None:
-        providers = [p for p in PROVIDERS.values() if p.missing_reason(device) is None]
-    else:
-        providers = [PROVIDERS[name] for name in choice.providers]
+    named = choice.providers is not None
+    providers = [PROVIDERS[name] for name in choice.providers or PROVIDERS]
+    if not named:
+        providers = [p for p in providers if p.missing_reason(device) is None]
     cells = list(itertools.islice(_cells(choice), choice.limit))
     for distribution, vocab in {(cell.distribution, cell.vocab) for _, cell in cells}:
         if distribution.endswith(ids_module.FILE_SUFFIXES):
@@ -65,7 +68,7 @@ def plan(choice: Choice, device: torch.device) -> list[Job]:
         for name, cell in cells
         for mode in choice.modes or SETS[name].modes
         for provider in providers
-        if mode in provider.modes
+        if named or provider.is_planned(cell, mode)
     ]
 
 

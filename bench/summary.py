@@ -27,7 +27,9 @@ CPU_SECONDS = 1.0
 def summarize_gpu(bench: Bench, console: Console, progress: Progress) -> list[Row]:
     """The headline shapes against every installed rival; returns the rows."""
     bench.effort = Effort(seconds=0.2, max_samples=50, cold=False, host_seconds=0)
-    providers = [p for p in PROVIDERS.values() if p.missing_reason(bench.device) is None]
+    providers = [
+        p for p in PROVIDERS.values() if not p.candidate and p.missing_reason(bench.device) is None
+    ]
     modes = ("forward", "backward")
     end = time.monotonic() + LAST_START_SECONDS
     rows: list[Row] = []

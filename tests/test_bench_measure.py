@@ -367,6 +367,14 @@ def test_a_broken_import_is_a_reason(tmp_path, monkeypatch):
         ("flag-gems", Cell(2**24, 128, 10), "its addresses are 32 bit"),
         ("liger-kernel", Cell(100, 4096, 2**19 + 1), "its addresses are 32 bit"),
         ("gpu_embed-atomic", Cell(10, 4, 4, "bfloat16"), "no atomics on bfloat16 tables"),
+        ("gpu_embed-sorted-atomic", Cell(10, 4, 4, "float16"), "no atomics on float16 tables"),
+        ("gpu_embed-sorted-atomic", Cell(10, 3, 4, "float64"), None),
+        ("gpu_embed-descriptor", Cell(10, 4, 4, "float64"), "no bulk additions to float64 tables"),
+        ("gpu_embed-descriptor", Cell(10, 6, 4), "its rows are a multiple of 16 bytes"),
+        ("gpu_embed-descriptor", Cell(10, 8, 4), None),
+        ("gpu_embed-one-hot", Cell(10, 8, 4), "its tables are not float32"),
+        ("gpu_embed-one-hot", Cell(257, 8, 4, "bfloat16"), "its tables have 256 rows at most"),
+        ("gpu_embed-one-hot", Cell(256, 3, 4, "float16"), None),
         ("fbgemm-gpu", Cell(10, 50, 4), "its rows are a multiple of 4 numbers"),
         ("torch", Cell(10, 4, 4, id_dtype="uint8"), "takes no uint8 ids"),
         ("gpu_embed", Cell(10, 4, 4, "bfloat16", "uint8"), None),
@@ -374,6 +382,55 @@ def test_a_broken_import_is_a_reason(tmp_path, monkeypatch):
 )
 def test_what_a_provider_refuses(name, cell, reason):
     assert PROVIDERS[name].refuses(cell, "backward") == reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "reason"),
+    [
+        ("float32", 4, None),
+        ("bfloat16", 4, "its rows are a multiple of 16 bytes"),
+        ("bfloat16", 8, None),
+        ("float64", 3, "its rows are a multiple of 16 bytes"),
+    ],
+)
+def test_what_lookups_by_descriptors_refuse(dtype, dim, reason):
+    provider = PROVIDERS["gpu_embed-gather-descriptor"]
+    assert provider.refuses(Cell(10, dim, 4, dtype), "forward") == reason
+    other_mode = provider.refuses(Cell(10, dim, 4, dtype), "backward")
+    assert other_mode == "measured in the mode forward alone"
+
+
+CANDIDATES = [provider for provider in PROVIDERS.values() if provider.candidate]
+
+
+def test_there_is_a_candidate_for_every_kernel():
+    """And each forces the kernel of its name."""
+    settings = gpu_embed.settings
+    found = set()
+    for provider in (*CANDIDATES, PROVIDERS["gpu_embed-atomic"], PROVIDERS["gpu_embed-sorted"]):
+        with provider.setting():
+            forced = settings.GATHER_METHOD.value, settings.GRADIENT_METHOD.value
+        kind = "gather-" if provider.modes == ("forward",) else ""
+        (name,) = set(forced) - {"auto"}
+        assert provider.name == f"gpu_embed-{kind}{name.replace('_', '-')}"
+        found.add((kind, name))
+    gathers = {("gather-", name) for name in settings.GATHER_METHOD.choices[1:]}
+    assert found == gathers | {("", name) for name in settings.GRADIENT_METHOD.choices[1:]}
+
+
+@pytest.mark.parametrize("provider", CANDIDATES, ids=lambda provider: provider.name)
+def test_candidates_are_rows_only_where_they_can_serve(provider):
+    served = Cell(16, 8, 4, "bfloat16" if "one-hot" in provider.name else "float32")
+    (mode, *_) = provider.modes
+    assert provider.is_planned(served, mode)
+    assert not any(provider.is_planned(served, other) for other in set(MODES) - {*provider.modes})
+    refused = Cell(257, 3, 4, "bfloat16")
+    assert provider.is_planned(refused, mode) == (provider.refusal(refused) is None)
+
+
+def test_a_rival_that_refuses_a_cell_is_a_row_all_the_same():
+    assert PROVIDERS["fbgemm-gpu"].is_planned(Cell(10, 50, 4), "forward")
+    assert not PROVIDERS["torch-sparse"].is_planned(Cell(10, 50, 4), "forward")
 
 
 # Rows and files.
@@ -530,6 +587,16 @@ def test_refusals_missing_words_and_graphs_are_rows(bench, tmp_path, monkeypatch
         ("missing", "CUDA graphs need a CUDA device"),
         ("missing", "needs the package"),
     ]
+
+
+def test_only_who_was_asked_for_has_a_row_in_a_mode_that_it_does_not_measure(bench, tmp_path):
+    everyone = run.plan(run.Choice(["A"], modes=["forward"], limit=1), CPU)
+    assert "torch-sparse" not in {job.provider.name for job in everyone}
+    assert all(job.mode in job.provider.modes for job in everyone)
+    named = run.Choice(["A"], ["torch-sparse"], ["forward"], limit=1)
+    with RowWriter(tmp_path) as writer:
+        (row,) = run.execute(bench, run.plan(named, CPU), writer)
+    assert (row.status, row.note) == ("missing", "measured in the mode step alone")
 
 
 def test_liger_and_gems_are_wired_as_they_ask(monkeypatch):
