@@ -9,6 +9,7 @@ using uint32 = unsigned int;
 using int16 = short;
 using int32 = int;
 using int64 = long long;
+using uint64 = unsigned long long;
 
 // N neighbours in memory, loaded and stored by one instruction.
 template <typename T, int N>
@@ -153,7 +154,7 @@ __device__ inline bool names_row(int64 index, int64 num_embeddings) {
 __device__ inline void record_out_of_range(
     int64* record_ptr, int32* flag_ptr, int64 position, int64 index, int64 num_embeddings) {
   // Whoever swaps the 0 out owns the record until the host clears it, so its values belong together.
-  if (atomicExch((unsigned long long*)record_ptr, 1ull) != 0) return;
+  if (atomicExch((uint64*)record_ptr, 1ull) != 0) return;
   record_ptr[1] = position;
   record_ptr[2] = index;
   record_ptr[3] = num_embeddings;

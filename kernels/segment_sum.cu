@@ -8,23 +8,6 @@
 
 #include "common.cuh"
 
-// Thread i of the grid owns position i of indices.
-extern "C" __global__ void sort_keys_kernel(
-    const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
-    void* __restrict__ keys_ptr,           // the narrowest integer dtype that holds num_embeddings
-    int64 num_indices,
-    int64 num_embeddings,
-    int64 padding_idx,  // -1: none
-    int64 index_bytes,
-    int64 key_bytes) {
-  const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (n >= num_indices) return;
-  const int64 index = load_integer(indices_ptr, n, index_bytes);
-  const bool kept = names_row(index, num_embeddings) && index != padding_idx;
-  // Ids without a gradient sort behind all others.
-  store_integer(keys_ptr, n, kept ? index : num_embeddings, key_bytes);
-}
-
 // The sum, divided by the number of ids behind it if that is asked for, rounded once.
 template <bool SCALE_GRAD_BY_FREQ, typename Grad, typename Acc, int VEC>
 __device__ inline void store_row(Grad* target, const Vector<Acc, VEC>& total, int32 count) {
@@ -53,7 +36,7 @@ template <
 __global__ void segment_sum_kernel(
     // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the partial sums of the level below
     const Value* __restrict__ values_ptr,
-    const int64* __restrict__ order_ptr,   // [num_keys]: the row of values of each key; null: its position
+    const void* __restrict__ order_ptr,    // [num_keys]: the row of values of each key; null: its place
     const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys that name no row take no part
     const int32* __restrict__ counts_ptr,  // [num_keys]: ids behind each value; null: one
     Grad* __restrict__ grad_weight_ptr,    // [num_embeddings, D], contiguous, zero on entry
@@ -68,6 +51,7 @@ __global__ void segment_sum_kernel(
     int64 value_col_stride,  // in elements
     int64 D,                 // VEC divides it
     int64 CHUNK,             // UNROLL divides it
+    int64 order_bytes,
     int64 key_bytes) {
   using Acc = typename Accumulator<Grad>::type;
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -101,7 +85,8 @@ __global__ void segment_sum_kernel(
     for (int u = 0; u < UNROLL; ++u) {
       const int64 position = first + u;
       next_key[u] = position + 1 < num_keys ? load_integer(keys_ptr, position + 1, key_bytes) : -1;
-      source[u] = order_ptr && position < end ? order_ptr[position] : position;
+      source[u] =
+          order_ptr && position < end ? load_integer(order_ptr, position, order_bytes) : position;
     }
     Vector<Value, VEC> value[UNROLL];
     int32 ids[UNROLL];

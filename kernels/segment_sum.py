@@ -13,30 +13,12 @@ import triton.language as tl
 from .rounding import divide
 
 
-# Program i owns positions [i * BLOCK, ...) of indices.
-@triton.jit
-def sort_keys_kernel(
-    indices_ptr,  # any integer dtype, [num_indices], contiguous
-    keys_ptr,  # the narrowest integer dtype that holds num_embeddings, [num_indices]
-    num_indices,
-    num_embeddings,
-    padding_idx,  # -1: none
-    BLOCK: tl.constexpr,
-):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    index = tl.load(indices_ptr + n, mask=n < num_indices, other=0).to(tl.int64)
-    kept = (index >= 0) & (index < num_embeddings) & (index != padding_idx)
-    # Ids without a gradient sort behind all others.
-    key = tl.where(kept, index, num_embeddings)
-    tl.store(keys_ptr + n, key.to(keys_ptr.dtype.element_ty), mask=n < num_indices)
-
-
 # Program (i, j) owns chunks [i * BLOCK_C, ...), one a row of its tile, and columns [j * BLOCK_D, ...).
 # The rows of the tile walk their chunks side by side and never exchange anything.
 @triton.jit
 def segment_sum_kernel(
     values_ptr,  # [*, D], any strides: grad_output, or the partial sums of the level below
-    order_ptr,  # int64 [num_keys]: the row of values that belongs to each key; None: the key's own position
+    order_ptr,  # int32 or int64 [num_keys]: the row of values that belongs to each key; None: its own place
     keys_ptr,  # [num_keys], sorted; keys outside [0, num_embeddings) take no part
     counts_ptr,  # int32 [num_keys]: ids behind each value; None: one
     grad_weight_ptr,  # [num_embeddings, D], contiguous, zero on entry
@@ -95,7 +77,7 @@ def segment_sum_kernel(
             taken = (position < num_keys) & (here >= 0) & (here < num_embeddings)
             source = position
             if order_ptr is not None:
-                source = tl.load(order_ptr + position, mask=taken, other=0)
+                source = tl.load(order_ptr + position, mask=taken, other=0).to(tl.int64)
             value = tl.load(
                 values_ptr + (source * value_row_stride * VEC)[:, None] + d * value_col_stride,
                 mask=taken[:, None] & in_row,

@@ -55,7 +55,11 @@ def _all_kernels() -> tuple[Kernel, ...]:
         *(("gather", f"gather_flat_kernel<{word}, {flat}>") for word in words),
         *(("scatter_add", f"scatter_add_kernel<float, {vec}, {scatter}>") for vec in (1, 2, 4)),
         ("scatter_add", f"scatter_add_kernel<double, 1, {scatter}>"),
-        ("segment_sum", "sort_keys_kernel"),
+        ("radix_sort", "sort_keys_kernel"),
+        *(
+            ("radix_sort", f"{name}<{_cupy.SORT_TILES.STEP}, {_cupy.DIGIT.UNROLL}>")
+            for name in ("digit_counts_kernel", "digit_scatter_kernel")
+        ),
         *(
             ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {vec}, {scale}, {unroll}, false>")
             for value, grad, widths in segments

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from ..bounds import BoundsRecord
 from . import gather_method
-from .kernel_backend import Gather, KernelBackend, cdiv, no_kernel, norm_name
+from .kernel_backend import (
+    Gather,
+    KernelBackend,
+    SortDigit,
+    SortSource,
+    SortTiles,
+    cdiv,
+    no_kernel,
+    norm_name,
+)
 from .layout import vector_width, word_layout
 
 # 64-bit float atomics begin here.
@@ -74,8 +83,8 @@ class FlatLaunch:
 
 
 @dataclass(frozen=True)
-class SegmentLaunch:
-    """segment_sum_kernel: threads a block, each with one chunk, and loads in flight a thread."""
+class WalkLaunch:
+    """A kernel whose threads walk alone: threads a block, each with one chunk or tile, and loads in flight."""
 
     threads: int = 256
     UNROLL: int = 4
@@ -100,8 +109,12 @@ GATHER_METHODS = ("rows", "flat")
 LONG_ROW_WORDS = 1024
 LONG_ROW = RowsLaunch((128, 2))
 SCATTER_ADD = FlatLaunch(UNROLL=4)
-SEGMENT_SUM = SegmentLaunch()
+SEGMENT_SUM = WalkLaunch()
 SORT_KEYS = FlatLaunch()
+# Small blocks, so that a few tiles spread over all multiprocessors.
+DIGIT = WalkLaunch(threads=64)
+# 132 multiprocessors with 1024 threads each make about as many.
+SORT_TILES = SortTiles(STEP=64, TILES=2**17, MAX_STEPS=2**20)
 COUNTS = FlatLaunch()
 RENORM = FlatLaunch(threads=64)
 
@@ -119,6 +132,7 @@ class CupyBackend(KernelBackend):
     """`Backend` on the CUDA C++ kernels in gpu_embed.kernels."""
 
     name = "cupy"
+    sort_tiles = SORT_TILES
 
     def __init__(self) -> None:
         self._functions: dict[tuple[int, Kernel], Any] = {}
@@ -234,18 +248,62 @@ class CupyBackend(KernelBackend):
             ids.element_size(),
         )
 
-    def _sort_keys(self, ids: Tensor, keys: Tensor, num_embeddings: int, padding_idx: int) -> None:
+    def _sort_keys(
+        self,
+        ids: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        num_embeddings: int,
+        padding_idx: int,
+    ) -> None:
         self._launch(
-            Kernel("segment_sum", "sort_keys_kernel"),
+            Kernel("radix_sort", "sort_keys_kernel"),
             *SORT_KEYS.grid(ids.numel()),
             ids.device,
             ids,
+            order,
             keys,
             ids.numel(),
             num_embeddings,
             padding_idx,
             ids.element_size(),
+            _itemsize(order),
             keys.element_size(),
+        )
+
+    def _digit_counts(self, source: SortSource, counters: Tensor, digit: SortDigit) -> None:
+        self._launch(
+            Kernel("radix_sort", f"digit_counts_kernel<{SORT_TILES.STEP}, {DIGIT.UNROLL}>"),
+            *DIGIT.grid(digit.num_tiles),
+            counters.device,
+            *source,
+            counters,
+            *digit,
+            _itemsize(source.ids),
+            counters.element_size(),
+            _itemsize(source.keys),
+        )
+
+    def _digit_scatter(
+        self,
+        source: SortSource,
+        counters: Tensor,
+        sorted_order: Tensor,
+        sorted_keys: Tensor | None,
+        digit: SortDigit,
+    ) -> None:
+        self._launch(
+            Kernel("radix_sort", f"digit_scatter_kernel<{SORT_TILES.STEP}, {DIGIT.UNROLL}>"),
+            *DIGIT.grid(digit.num_tiles),
+            counters.device,
+            *source,
+            counters,
+            sorted_order,
+            sorted_keys,
+            *digit,
+            _itemsize(source.ids),
+            counters.element_size(),
+            _itemsize(sorted_keys),
         )
 
     def _segment_sum(
@@ -288,6 +346,7 @@ class CupyBackend(KernelBackend):
             values.stride(1),
             embedding_dim,
             chunk,
+            _itemsize(order),
             keys.element_size(),
         )
 
@@ -415,3 +474,8 @@ def _address(arg: Tensor | int | float | None) -> int | float:
     if isinstance(arg, Tensor):
         return arg.data_ptr()
     return 0 if arg is None else arg
+
+
+def _itemsize(tensor: Tensor | None) -> int:
+    """Bytes an item; 0 for a tensor that the kernel does without."""
+    return 0 if tensor is None else tensor.element_size()

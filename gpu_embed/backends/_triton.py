@@ -16,10 +16,13 @@ from ..bounds import BoundsRecord
 from ..settings import GATHER_METHOD
 from . import gather_method
 from .kernel_backend import (
-    MAX_PARTIAL_BYTES,
+    MAX_EXTRA_BYTES,
     Gather,
     Gradient,
     KernelBackend,
+    SortDigit,
+    SortSource,
+    SortTiles,
     cdiv,
     norm_name,
 )
@@ -58,6 +61,15 @@ class FlatLaunch(Launch):
 
     BLOCK: int
     num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class CountsLaunch(Launch):
+    """digit_counts_kernel: BLOCK keys at a time, UNROLL loads in flight a thread."""
+
+    BLOCK: int
+    UNROLL: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,11 @@ GATHER_FLAT = FlatLaunch(512)
 SCATTER_ADD = FlatLaunch(256)
 COUNTS = FlatLaunch(512)
 SORT_KEYS = FlatLaunch(1024)
+# One warp needs no barrier; 128 keys are 16 bytes a lane, and as many as the counters in a byte take.
+DIGIT_COUNTS = CountsLaunch(128, UNROLL=4, num_warps=1)
+DIGIT_SCATTER = FlatLaunch(128, num_warps=1)
+# 132 multiprocessors with 32 programs each make about as many; 252 blocks are what a byte counts.
+SORT_TILES = SortTiles(STEP=512, TILES=4096, MAX_STEPS=63)
 RENORM_ITEMS = 1024
 # Words a program of gather_descriptor_kernel: rows of so many fill the flight by themselves, and then go from
 # one copy to the next without passing through registers.
@@ -153,6 +170,7 @@ class TritonBackend(KernelBackend):
     """
 
     name = "triton"
+    sort_tiles = SORT_TILES
 
     def unusable_reason(self, device: torch.device) -> str | None:
         if find_spec("triton") is None:
@@ -356,17 +374,56 @@ class TritonBackend(KernelBackend):
             **SUM_SPLITS.settings,
         )
 
-    def _sort_keys(self, ids: Tensor, keys: Tensor, num_embeddings: int, padding_idx: int) -> None:
+    def _sort_keys(
+        self,
+        ids: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        num_embeddings: int,
+        padding_idx: int,
+    ) -> None:
         self._launch(
             self._kernels.sort_keys,
             (cdiv(ids.numel(), SORT_KEYS.BLOCK),),
             ids.device,
             ids,
+            order,
             keys,
             ids.numel(),
             num_embeddings,
             padding_idx,
             **SORT_KEYS.settings,
+        )
+
+    def _digit_counts(self, source: SortSource, counters: Tensor, digit: SortDigit) -> None:
+        self._launch(
+            self._kernels.digit_counts,
+            (digit.num_tiles,),
+            counters.device,
+            *source,
+            counters,
+            *digit,
+            **DIGIT_COUNTS.settings,
+        )
+
+    def _digit_scatter(
+        self,
+        source: SortSource,
+        counters: Tensor,
+        sorted_order: Tensor,
+        sorted_keys: Tensor | None,
+        digit: SortDigit,
+    ) -> None:
+        self._launch(
+            self._kernels.digit_scatter,
+            (digit.num_tiles,),
+            counters.device,
+            *source,
+            counters,
+            sorted_order,
+            sorted_keys,
+            *digit,
+            **DIGIT_SCATTER.settings,
         )
 
     def _segment_sum(
@@ -473,17 +530,15 @@ class TritonBackend(KernelBackend):
     @cached_property
     def _gradients(self) -> dict[str, Gradient]:
         return {
-            "atomic": self._scatter_add,
-            "sorted_atomic": self._sum_runs_once,
             "descriptor": self._scatter_add_descriptor,
             "one_hot": self._one_hot,
         }
 
-    def _gradient_refusal(self, method: str, ids: Tensor, grad_weight: Tensor) -> str | None:
+    def _gradient_refusal(self, method: str, num_indices: int, grad_weight: Tensor) -> str | None:
         if method != "descriptor":
             return None
-        if ids.numel() > MAX_COORDINATE:
-            return too_many(ids.numel(), "ids")
+        if num_indices > MAX_COORDINATE:
+            return too_many(num_indices, "ids")
         return self._descriptor_refusal(grad_weight)
 
     def _descriptor_refusal(self, table: Tensor) -> str | None:
@@ -564,6 +619,7 @@ class TritonBackend(KernelBackend):
             descriptor,
             gather,
             one_hot,
+            radix_sort,
             renorm,
             scatter_add,
             segment_sum,
@@ -577,7 +633,9 @@ class TritonBackend(KernelBackend):
             scatter_add_descriptor=descriptor.scatter_add_descriptor_kernel,
             one_hot=one_hot.one_hot_kernel,
             sum_splits=one_hot.sum_splits_kernel,
-            sort_keys=segment_sum.sort_keys_kernel,
+            sort_keys=radix_sort.sort_keys_kernel,
+            digit_counts=radix_sort.digit_counts_kernel,
+            digit_scatter=radix_sort.digit_scatter_kernel,
             segment_sum=segment_sum.segment_sum_kernel,
             renorm=renorm.renorm_kernel,
             counts=counts.counts_kernel,
@@ -641,7 +699,7 @@ def one_hot_split(num_indices: int, num_embeddings: int, embedding_dim: int, blo
 
     It follows from the shapes alone, so the order of the additions is the same on every card.
     """
-    splits = min(MAX_SPLITS, MAX_PARTIAL_BYTES // (4 * num_embeddings * embedding_dim))
+    splits = min(MAX_SPLITS, MAX_EXTRA_BYTES // (4 * num_embeddings * embedding_dim))
     size = max(MIN_SPLIT, MIN_SPLIT_PER_ROW * num_embeddings, cdiv(num_indices, max(splits, 1)))
     return cdiv(size, block_n) * block_n
 

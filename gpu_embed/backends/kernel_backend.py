@@ -2,7 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +16,46 @@ from .layout import flat_ids, sort_key_dtype
 
 # Keys a chunk of the sorted gradient: few, for parallelism.
 CHUNK = 32
-# Partial sums may take this much memory; longer chunks, and fewer splits, make them fewer.
-MAX_PARTIAL_BYTES = 48 * 2**20
+# A backward may take 16 bytes an id and 64 MiB beyond the gradient. The allocator rounds each of its few large
+# blocks up, by 2 MiB at most; a quarter of the 64 MiB is left to it, and the rest is what is planned with.
+BYTES_PER_ID = 16
+MAX_EXTRA_BYTES = 48 * 2**20
+# Bits that a pass of the radix sort sorts by, as in kernels/radix_sort.
+DIGIT_BITS = 4
+
+
+class SortSource(NamedTuple):
+    """What a pass of the radix sort reads."""
+
+    ids: Tensor | None  # [num_indices]; None: no longer needed
+    order: Tensor | None  # [num_keys]; None: first pass
+    keys: Tensor | None  # [num_keys]; None: made of the ids
+
+
+class SortDigit(NamedTuple):
+    """The numbers that a pass of the radix sort is launched with, in the order of the kernels' arguments."""
+
+    num_indices: int
+    num_keys: int
+    num_embeddings: int
+    padding_idx: int
+    tile_size: int
+    num_tiles: int
+    shift: int
+
+
+@dataclass(frozen=True)
+class SortTiles:
+    """How the radix sort cuts its keys into tiles, each for one program or thread."""
+
+    STEP: int  # keys; divides each tile and, since they are padded, all keys
+    TILES: int  # as many as a large card runs at once, if the keys are that many steps
+    MAX_STEPS: int  # a tile
+
+    def size(self, num_keys: int) -> int:
+        """Keys a tile."""
+        return self.STEP * min(cdiv(num_keys, self.STEP * self.TILES), self.MAX_STEPS)
+
 
 # grad_output [N, D], ids [N], grad_weight [V, D] (zero on entry), padding_idx.
 Gradient = Callable[[Tensor, Tensor, Tensor, int], None]
@@ -32,6 +72,7 @@ class KernelBackend(ABC):
     """
 
     name: str
+    sort_tiles: SortTiles
 
     def embedding(
         self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
@@ -69,30 +110,37 @@ class KernelBackend(ABC):
         padding_idx: int,
         scale_grad_by_freq: bool,
     ) -> Tensor:
-        ids = flat_ids(indices)
-        embedding_dim = grad_output.shape[-1]
-        grad_output = grad_output.reshape(ids.numel(), embedding_dim)
+        num_indices, embedding_dim = indices.numel(), grad_output.shape[-1]
+        grad_output = grad_output.reshape(num_indices, embedding_dim)
         grad_weight = grad_output.new_zeros((num_embeddings, embedding_dim))
         method = choose(
-            ids.numel(),
+            num_indices,
             num_embeddings,
             embedding_dim,
             grad_output.dtype,
             torch.are_deterministic_algorithms_enabled(),
             scale_grad_by_freq,
-            lambda method: self._gradient_refusal(method, ids, grad_weight),
+            lambda method: self._gradient_refusal(method, num_indices, grad_weight),
         )
-        if method == "sorted":
-            keys, order = self._sorted_keys(ids, num_embeddings, padding_idx)
-            self._sum_runs(grad_output, order, keys, grad_weight, scale_grad_by_freq)
+        if method in ("sorted", "sorted_atomic"):
+            keys, order = self._sorted_keys(indices, num_embeddings, padding_idx)
+            if method == "sorted":
+                self._sum_runs(grad_output, order, keys, grad_weight, scale_grad_by_freq)
+            else:
+                # One level: atomics add what runs leave at the ends of chunks.
+                self._segment_sum(
+                    grad_output, order, keys, None, grad_weight, None, None, None, False, CHUNK
+                )
+        elif method == "atomic":
+            self._scatter_add(grad_output, flat_ids(indices), grad_weight, padding_idx)
         else:
-            self._gradients[method](grad_output, ids, grad_weight, padding_idx)
+            self._gradients[method](grad_output, flat_ids(indices), grad_weight, padding_idx)
         return grad_weight
 
     def embedding_renorm_(
         self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
     ) -> None:
-        keys, _ = self._sorted_keys(flat_ids(indices), weight.shape[0], padding_idx=-1)
+        keys, _ = self._sorted_keys(indices, weight.shape[0], padding_idx=-1)
         self._renorm(weight, keys, float(max_norm), float(norm_type))
 
     def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
@@ -102,27 +150,70 @@ class KernelBackend(ABC):
 
     @cached_property
     def _gradients(self) -> dict[str, Gradient]:
-        """The backend's gradient methods by name, but for "sorted", which alone divides by counts."""
-        return {"atomic": self._scatter_add, "sorted_atomic": self._sum_runs_once}
+        """The gradient methods that this backend has beside "atomic", "sorted" and "sorted_atomic"."""
+        return {}
 
-    def _gradient_refusal(self, method: str, ids: Tensor, grad_weight: Tensor) -> str | None:
+    def _gradient_refusal(self, method: str, num_indices: int, grad_weight: Tensor) -> str | None:
         """What of a call this backend cannot serve with a gradient method; None: nothing."""
-        if method == "sorted" or method in self._gradients:
+        if method in ("atomic", "sorted", "sorted_atomic") or method in self._gradients:
             return None
         return no_kernel(self.name)
 
     def _sorted_keys(
-        self, ids: Tensor, num_embeddings: int, padding_idx: int
+        self, indices: Tensor, num_embeddings: int, padding_idx: int
     ) -> tuple[Tensor, Tensor]:
-        """The ids [N] in ascending order, and the position that each came from.
+        """The ids [N] in ascending order, and the position (int32 or int64) that each came from.
 
-        Ids out of range and padding become num_embeddings, so they come last.
+        Stable, or the order of the additions would change from run to run. Ids out of range and padding
+        become num_embeddings, so they come last.
         """
-        keys = ids.new_empty(ids.numel(), dtype=sort_key_dtype(num_embeddings))
-        self._sort_keys(ids, keys, num_embeddings, padding_idx)
-        # Stable, or the order of the additions would change from run to run.
-        keys, order = torch.sort(keys, stable=True)
-        return keys, order
+        key_dtype = sort_key_dtype(num_embeddings)
+        if indices.numel() <= max_torch_sort_ids(key_dtype.itemsize):
+            ids = flat_ids(indices)
+            keys = ids.new_empty(ids.numel(), dtype=key_dtype)
+            self._sort_keys(ids, None, keys, num_embeddings, padding_idx)
+            # Where the ids are a copy, they make room.
+            del ids
+            keys, order = torch.sort(keys, stable=True)
+            return keys, order
+        return self._radix_sort(indices, num_embeddings, padding_idx)
+
+    def _radix_sort(
+        self, indices: Tensor, num_embeddings: int, padding_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """`_sorted_keys` in 16 bytes an id: two arrays of keys and two of positions, of 4 bytes at most.
+
+        Where a key or a position takes 8 bytes, positions travel alone, and the keys are made in the end.
+        """
+        ids = flat_ids(indices)
+        num_ids = ids.numel()
+        num_keys = cdiv(num_ids, self.sort_tiles.STEP) * self.sort_tiles.STEP
+        tile_size = self.sort_tiles.size(num_keys)
+        num_tiles = cdiv(num_keys, tile_size)
+        key_dtype = sort_key_dtype(num_embeddings)
+        order_dtype = torch.int32 if num_keys < 2**31 else torch.int64
+        keys_travel = max(key_dtype.itemsize, order_dtype.itemsize) <= 4
+        counters = ids.new_empty(1 + 2**DIGIT_BITS * num_tiles, dtype=order_dtype)
+        source = SortSource(ids, None, None)
+        del ids
+        for shift in range(0, num_embeddings.bit_length(), DIGIT_BITS):
+            digit = SortDigit(
+                num_ids, num_keys, num_embeddings, padding_idx, tile_size, num_tiles, shift
+            )
+            self._digit_counts(source, counters, digit)
+            # The first counter is 0, so each becomes the sum of those before it.
+            counters.cumsum_(0)
+            order = counters.new_empty(num_keys)
+            keys = counters.new_empty(num_keys, dtype=key_dtype) if keys_travel else None
+            self._digit_scatter(source, counters, order, keys, digit)
+            # The keys once made, the ids are done with: where they are a copy, they make room.
+            source = SortSource(None if keys_travel else source.ids, order, keys)
+        order = order[:num_ids]
+        if keys is None:
+            keys = order.new_empty(num_ids, dtype=key_dtype)
+            assert source.ids is not None
+            self._sort_keys(source.ids, order, keys, num_embeddings, padding_idx)
+        return keys[:num_ids], order
 
     def _sum_runs(
         self,
@@ -142,7 +233,7 @@ class KernelBackend(ABC):
         while True:
             num_chunks = cdiv(keys.numel(), chunk)
             partial_values = values.new_empty((2 * num_chunks, embedding_dim), dtype=acc_dtype)
-            partial_keys = order.new_empty(2 * num_chunks)
+            partial_keys = order.new_empty(2 * num_chunks, dtype=torch.int64)
             partial_counts = order.new_empty(2 * num_chunks, dtype=torch.int32)
             self._segment_sum(
                 values,
@@ -161,15 +252,6 @@ class KernelBackend(ABC):
             values, keys, level_order = partial_values, partial_keys, None
             counts = partial_counts if scale_grad_by_freq else None
 
-    def _sum_runs_once(
-        self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
-    ) -> None:
-        """Sum the runs of each chunk; atomics add what runs leave at its ends."""
-        keys, order = self._sorted_keys(ids, len(grad_weight), padding_idx)
-        self._segment_sum(
-            grad_output, order, keys, None, grad_weight, None, None, None, False, CHUNK
-        )
-
     @abstractmethod
     def _prepare_gather(self, weight: Tensor) -> Gather: ...
 
@@ -180,7 +262,25 @@ class KernelBackend(ABC):
 
     @abstractmethod
     def _sort_keys(
-        self, ids: Tensor, keys: Tensor, num_embeddings: int, padding_idx: int
+        self,
+        ids: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        num_embeddings: int,
+        padding_idx: int,
+    ) -> None: ...
+
+    @abstractmethod
+    def _digit_counts(self, source: SortSource, counters: Tensor, digit: SortDigit) -> None: ...
+
+    @abstractmethod
+    def _digit_scatter(
+        self,
+        source: SortSource,
+        counters: Tensor,
+        sorted_order: Tensor,
+        sorted_keys: Tensor | None,
+        digit: SortDigit,
     ) -> None: ...
 
     @abstractmethod
@@ -205,10 +305,22 @@ class KernelBackend(ABC):
     def _counts(self, ids: Tensor, counts: Tensor) -> None: ...
 
 
+def max_torch_sort_ids(key_bytes: int) -> int:
+    """How many ids torch.sort may sort within the memory of a backward; it takes the fewest launches."""
+    # Keys in, keys out and one array of keys inside; order out, and the same inside before and while it is
+    # sorted: 8 bytes each. Its counters take less than one byte more.
+    bytes_per_id = 3 * key_bytes + 3 * 8 + 1
+    return MAX_EXTRA_BYTES // (bytes_per_id - BYTES_PER_ID)
+
+
 def chunk_size(num_keys: int, embedding_dim: int, acc_bytes: int) -> int:
-    """Keys a chunk: short for parallelism, longer where the partial sums would take too much memory."""
+    """Keys a chunk: short for parallelism, longer where the partial sums would take too much memory.
+
+    Those of all levels above the first together take a fifteenth of the first's.
+    """
+    partial_bytes = embedding_dim * acc_bytes + 8 + 4  # sum, key, count
     chunk = CHUNK
-    while 2 * cdiv(num_keys, chunk) * embedding_dim * acc_bytes > MAX_PARTIAL_BYTES:
+    while chunk < num_keys and 2 * cdiv(num_keys, chunk) * partial_bytes > MAX_EXTRA_BYTES:
         chunk *= 2
     return chunk
 
