@@ -18,7 +18,7 @@ from filelock import FileLock
 from gpu_embed.backends._triton import GATHER_ROWS
 from gpu_embed.bench import codegen_table
 from gpu_embed.bench.codegen import Compiled
-from gpu_embed.bench.codegen_cases import CASES, Case
+from gpu_embed.bench.codegen_cases import CASES, MANY_IDS, Case
 from gpu_embed.bench.occupancy import TARGETS
 
 pytestmark = [
@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 TABLE = Path(__file__).resolve().parent.parent / "bench" / "codegen.csv"
+SORT_KERNELS = ("sort_keys_kernel", "digit_counts_kernel", "digit_scatter_kernel")
 
 
 class Launches(NamedTuple):
@@ -95,7 +96,7 @@ def of_case(launches: Launches, case: Case) -> list[Compiled]:
 
 def gradient_of_case(launches: Launches, case: Case, kernel: str) -> list[Compiled]:
     """What a gradient launches, but for the sort of its ids."""
-    found = [launch for launch in of_case(launches, case) if launch.kernel != "sort_keys_kernel"]
+    found = [launch for launch in of_case(launches, case) if launch.kernel not in SORT_KERNELS]
     assert {launch.kernel for launch in found} == {kernel}
     return found
 
@@ -209,6 +210,21 @@ def test_threads_of_segment_sum_walk_alone(launches: Launches, case: Case):
         assert not any(i.in_loop for i in exchanges), exchanges
         if launch.num_warps == 1:
             assert not any(i.operation == "barrier" for i in exchanges), exchanges
+
+
+@each(lambda case: case.num_indices >= MANY_IDS and case.operation in ("sorted", "renorm"))
+def test_radix_sort_reads_whole_vectors_and_waits_for_nothing(launches: Launches, case: Case):
+    found = [launch for launch in of_case(launches, case) if launch.kernel in SORT_KERNELS[1:]]
+    assert found
+    for launch in found:
+        # 32 programs of one warp share the registers of a multiprocessor; counting may do with fewer.
+        assert launch.registers <= (64 if launch.kernel == "digit_scatter_kernel" else 96), launch
+        # Four keys a lane and load, whatever their width; ids that positions lead to lie anywhere.
+        assert launch.widths("load", "keys_ptr") <= {4, 8, 16}
+        assert launch.widths("load", "order_ptr") <= {16}
+        assert not [i for i in launch.instructions if i.operation in ("add", "exchange")]
+        if launch.kernel == "digit_counts_kernel":
+            assert {i.operation for i in launch.instructions if i.in_loop} == {"load"}
 
 
 @each(

@@ -20,6 +20,8 @@ CHUNK = 32
 # blocks up, by 2 MiB at most; a quarter of the 64 MiB is left to it, and the rest is what is planned with.
 BYTES_PER_ID = 16
 MAX_EXTRA_BYTES = 48 * 2**20
+# Up to here positions are int32.
+MAX_INT32_IDS = 2**31 - 1
 # Bits that a pass of the radix sort sorts by, as in kernels/radix_sort.
 DIGIT_BITS = 4
 
@@ -191,7 +193,7 @@ class KernelBackend(ABC):
         tile_size = self.sort_tiles.size(num_keys)
         num_tiles = cdiv(num_keys, tile_size)
         key_dtype = sort_key_dtype(num_embeddings)
-        order_dtype = torch.int32 if num_keys < 2**31 else torch.int64
+        order_dtype = torch.int32 if num_keys <= MAX_INT32_IDS else torch.int64
         keys_travel = max(key_dtype.itemsize, order_dtype.itemsize) <= 4
         counters = ids.new_empty(1 + 2**DIGIT_BITS * num_tiles, dtype=order_dtype)
         source = SortSource(ids, None, None)
