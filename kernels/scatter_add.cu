@@ -1,4 +1,4 @@
-// Atomic gradient: grad_weight[indices[n]] += grad_output[n], in the accumulation dtype.
+// Atomic gradient: grad_weight[indices[n]] += grad_output[order[n]], in the accumulation dtype.
 
 #include "common.cuh"
 
@@ -6,7 +6,8 @@
 // threads own neighbouring vectors, so that a warp's atomics fall on whole sectors.
 template <typename Grad, int VEC, int UNROLL>
 __global__ void scatter_add_kernel(
-    const Grad* __restrict__ grad_output_ptr,  // [num_indices, D], any strides; VEC > 1: column stride 1
+    const Grad* __restrict__ grad_output_ptr,  // [*, D], any strides; VEC > 1: column stride 1
+    const void* __restrict__ order_ptr,        // [num_indices]: row of grad_output; null: the position itself
     const void* __restrict__ indices_ptr,      // any integer dtype, [num_indices], contiguous
     Grad* grad_weight_ptr,                     // [num_embeddings, D], contiguous, zero on entry
     int64 num_indices,
@@ -15,6 +16,7 @@ __global__ void scatter_add_kernel(
     int64 grad_row_stride,  // in units of VEC elements
     int64 grad_col_stride,  // in elements
     int64 D,                // VEC divides it
+    int64 order_bytes,
     int64 index_bytes) {
   const int64 vectors = D / VEC;
   const int64 start = (int64)blockIdx.x * blockDim.x * UNROLL;
@@ -34,8 +36,9 @@ __global__ void scatter_add_kernel(
     const int64 n = first_n + lane / (uint32)vectors;
     const int64 d = (int64)(lane % (uint32)vectors) * VEC;
     if (names_row(index[u], num_embeddings)) {
+      const int64 row = order_ptr ? load_integer(order_ptr, n, order_bytes) : n;
       grad[u] = *(const Vector<Grad, VEC>*)(
-          grad_output_ptr + n * grad_row_stride * VEC + d * grad_col_stride);
+          grad_output_ptr + row * grad_row_stride * VEC + d * grad_col_stride);
     }
   }
 #pragma unroll

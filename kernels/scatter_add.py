@@ -1,4 +1,4 @@
-"""Atomic gradient: grad_weight[indices[n]] += grad_output[n], in the accumulation dtype."""
+"""Atomic gradient: grad_weight[indices[n]] += grad_output[order[n]], in the accumulation dtype."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,8 @@ import triton.language as tl
 # Program i owns BLOCK consecutive vectors of grad_output, whatever rows they lie in.
 @triton.jit
 def scatter_add_kernel(
-    grad_output_ptr,  # [num_indices, D], any strides
+    grad_output_ptr,  # [*, D], any strides
+    order_ptr,  # int32 or int64 [num_indices]: the row of grad_output at each position; None: its own
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     grad_weight_ptr,  # fp32 or fp64, [num_embeddings, D], contiguous, zero on entry
     num_indices,
@@ -28,9 +29,12 @@ def scatter_add_kernel(
     index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
     added = in_range & (index >= 0) & (index < num_embeddings) & (index != padding_idx)
 
+    row = n
+    if order_ptr is not None:
+        row = tl.load(order_ptr + n, mask=added, other=0).to(tl.int64)
     d = ((lane % VECTORS) * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
     grad = tl.load(
-        grad_output_ptr + (n * grad_row_stride * VEC)[:, None] + d.to(tl.int64) * grad_col_stride,
+        grad_output_ptr + (row * grad_row_stride * VEC)[:, None] + d.to(tl.int64) * grad_col_stride,
         mask=added[:, None],
         other=0,
     )

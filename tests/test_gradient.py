@@ -210,6 +210,29 @@ def test_gradients_of_any_strides(target, method, view):
     assert torch.equal(actual, expected)
 
 
+STRIDED_BATCHES = {
+    "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
+    "one row a text": lambda g: g[:, :1].expand(g.shape),
+    "one text for all": lambda g: g[:1].expand(g.shape),
+    "one column": lambda g: g[..., :1].expand(g.shape),
+    "every other text and word": lambda g: g.repeat_interleave(2, 0).repeat_interleave(2, 1)[
+        ::2, ::2
+    ],
+    "columns outside": lambda g: g.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "one text": lambda g: g[:1, None].transpose(0, 2),
+}
+
+
+@pytest.mark.parametrize("view", STRIDED_BATCHES.values(), ids=STRIDED_BATCHES)
+def test_gradients_of_batches_of_any_strides(target, method, view):
+    """Texts by words by columns, whose rows no single stride leads through."""
+    grad_output = view(integer_gradient((4, 10, 12), torch.float32, target.device) + 1)
+    indices = ids("zipf", 40, 6, target.device)[: grad_output[..., 0].numel()]
+    indices = indices.view(grad_output.shape[:-1])
+    actual, expected = gradient(indices, 6, grad_output)
+    assert torch.equal(actual, expected)
+
+
 def test_complex_tables_train(target):
     """Beyond torch, which refuses to differentiate complex lookups."""
     weight = table(4, 3, torch.complex64, target.device).requires_grad_()

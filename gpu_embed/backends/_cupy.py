@@ -221,7 +221,12 @@ class CupyBackend(KernelBackend):
         return None if method in GATHER_METHODS else no_kernel(self.name)
 
     def _scatter_add(
-        self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
+        self,
+        grad_output: Tensor,
+        rows: Tensor | None,
+        ids: Tensor,
+        grad_weight: Tensor,
+        padding_idx: int,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         vec = 1
@@ -237,6 +242,7 @@ class CupyBackend(KernelBackend):
             *SCATTER_ADD.grid(ids.numel() * (embedding_dim // vec)),
             ids.device,
             grad_output,
+            rows,
             ids,
             grad_weight,
             ids.numel(),
@@ -245,6 +251,7 @@ class CupyBackend(KernelBackend):
             grad_output.stride(0) // vec,
             grad_output.stride(1),
             embedding_dim,
+            _itemsize(rows),
             ids.element_size(),
         )
 

@@ -284,7 +284,12 @@ class TritonBackend(KernelBackend):
         return gather
 
     def _scatter_add(
-        self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
+        self,
+        grad_output: Tensor,
+        rows: Tensor | None,
+        ids: Tensor,
+        grad_weight: Tensor,
+        padding_idx: int,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(grad_output)
@@ -294,6 +299,7 @@ class TritonBackend(KernelBackend):
             (cdiv(num_vectors, SCATTER_ADD.BLOCK),),
             ids.device,
             grad_output,
+            rows,
             ids,
             grad_weight,
             ids.numel(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bounds import BoundsRecord
 from . import PreparedEmbedding
 from .gradient_method import choose
-from .layout import flat_ids, sort_key_dtype
+from .layout import flat_ids, row_matrix, row_numbers, sort_key_dtype
 
 # Keys a chunk of the sorted gradient: few, for parallelism.
 CHUNK = 32
@@ -113,7 +113,7 @@ class KernelBackend(ABC):
         scale_grad_by_freq: bool,
     ) -> Tensor:
         num_indices, embedding_dim = indices.numel(), grad_output.shape[-1]
-        grad_output = grad_output.reshape(num_indices, embedding_dim)
+        matrix, steps = row_matrix(grad_output)
         grad_weight = grad_output.new_zeros((num_embeddings, embedding_dim))
         method = choose(
             num_indices,
@@ -126,17 +126,25 @@ class KernelBackend(ABC):
         )
         if method in ("sorted", "sorted_atomic"):
             keys, order = self._sorted_keys(indices, num_embeddings, padding_idx)
+            # Not made before the sort has freed its memory.
+            rows = row_numbers(steps, indices.device)
+            if rows is not None:
+                order = rows.index_select(0, order)
+                del rows
             if method == "sorted":
-                self._sum_runs(grad_output, order, keys, grad_weight, scale_grad_by_freq)
+                self._sum_runs(matrix, order, keys, grad_weight, scale_grad_by_freq)
             else:
                 # One level: atomics add what runs leave at the ends of chunks.
                 self._segment_sum(
-                    grad_output, order, keys, None, grad_weight, None, None, None, False, CHUNK
+                    matrix, order, keys, None, grad_weight, None, None, None, False, CHUNK
                 )
         elif method == "atomic":
-            self._scatter_add(grad_output, flat_ids(indices), grad_weight, padding_idx)
+            rows = row_numbers(steps, indices.device)
+            self._scatter_add(matrix, rows, flat_ids(indices), grad_weight, padding_idx)
         else:
-            self._gradients[method](grad_output, flat_ids(indices), grad_weight, padding_idx)
+            # These have no row numbers: a gradient that takes more than one step is copied.
+            matrix = grad_output.reshape(num_indices, embedding_dim)
+            self._gradients[method](matrix, flat_ids(indices), grad_weight, padding_idx)
         return grad_weight
 
     def embedding_renorm_(
@@ -259,7 +267,12 @@ class KernelBackend(ABC):
 
     @abstractmethod
     def _scatter_add(
-        self, grad_output: Tensor, ids: Tensor, grad_weight: Tensor, padding_idx: int
+        self,
+        grad_output: Tensor,
+        rows: Tensor | None,
+        ids: Tensor,
+        grad_weight: Tensor,
+        padding_idx: int,
     ) -> None: ...
 
     @abstractmethod

@@ -56,6 +56,50 @@ def vector_width(matrix: Tensor) -> int:
     return alignment // itemsize
 
 
+class RowSteps(NamedTuple):
+    """From one row of a matrix to the next that a dimension before the last leads to."""
+
+    size: int
+    step: int  # in rows
+
+
+def row_matrix(grad_output: Tensor) -> tuple[Tensor, list[RowSteps]]:
+    """grad_output [..., D], not empty, as a matrix [R, D] in its own memory: a copy would be as large again.
+
+    Position n has row n of it where it takes no more than one step from row to row. It takes more where a
+    dimension before the last was transposed, or expanded, as the mean over words expands its gradient: then
+    `row_numbers` tells the rows.
+    """
+    outer: list[tuple[int, int]] = []
+    for size, stride in zip(grad_output.shape[:-1], grad_output.stride()[:-1], strict=True):
+        if outer and outer[-1][1] == stride * size:
+            outer[-1] = outer[-1][0] * size, stride
+        elif size > 1:
+            outer.append((size, stride))
+    embedding_dim = grad_output.shape[-1]
+    if len(outer) <= 1:
+        return grad_output.view(-1, embedding_dim), []
+    unit = gcd(*(stride for _, stride in outer))
+    steps = [RowSteps(size, stride // unit) for size, stride in outer]
+    strides = unit, grad_output.stride(-1)
+    return grad_output.as_strided((_num_rows(steps), embedding_dim), strides), steps
+
+
+def row_numbers(steps: list[RowSteps], device: torch.device) -> Tensor | None:
+    """The row of each position, int32 or int64 [N], for what `row_matrix` returned; None: its own."""
+    if not steps:
+        return None
+    dtype = torch.int32 if _num_rows(steps) < 2**31 else torch.int64
+    rows = torch.zeros((), dtype=dtype, device=device)
+    for size, step in steps:
+        rows = rows[..., None] + step * torch.arange(size, dtype=dtype, device=device)
+    return rows.view(-1)
+
+
+def _num_rows(steps: list[RowSteps]) -> int:
+    return 1 + sum((size - 1) * step for size, step in steps)
+
+
 def flat_ids(indices: Tensor) -> Tensor:
     """The ids [N], adjacent in memory, in their own dtype; a copy only where they are not adjacent."""
     return indices.contiguous().view(-1)

@@ -1,0 +1,163 @@
+"""What a backward allocates: 16 bytes an id and 64 MiB beyond the gradient. No GPU: tensors without data.
+
+Each backend runs with its launches left out; launches allocate nothing. What torch.sort allocates inside
+is added by its formula.
+"""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import gpu_embed
+from gpu_embed.backends import kernel_backend
+from gpu_embed.backends._cupy import CupyBackend
+from gpu_embed.backends._triton import TritonBackend
+
+MIB = 2**20
+
+
+class WithoutLaunches:
+    def _launch(self, *args, **settings):
+        pass
+
+
+class Triton(WithoutLaunches, TritonBackend):
+    pass
+
+
+class Cupy(WithoutLaunches, CupyBackend):
+    def _capability(self, device):
+        return 9, 0
+
+
+@pytest.fixture(params=[Triton, Cupy])
+def backend(request):
+    if request.param is Triton and find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return request.param()
+
+
+class LiveBytes(TorchDispatchMode):
+    """The bytes of all tensors that operators made and that are still referenced; `peak` is their maximum."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        super().__init__()
+        self.peak = 0
+        self._inputs = {tensor.untyped_storage()._cdata for tensor in inputs}
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self._live = {key: kept for key, kept in self._live.items() if not kept[0].expired()}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._inputs:
+                size = allocated(storage.nbytes())
+                self._live[storage._cdata] = StorageWeakRef(storage), size
+        now = sum(size for _, size in self._live.values())
+        if function is torch.ops.aten.sort.stable:
+            now += inside_sort(args[0])
+        self.peak = max(self.peak, now)
+        return result
+
+
+def allocated(size: int) -> int:
+    """What torch's allocator counts for a block: it does not split off a rest of a MiB or less."""
+    return size + MIB if size > MIB else size
+
+
+def inside_sort(keys: Tensor) -> int:
+    """torch.sort's own: positions before they are sorted, and CUB's second arrays of keys and of positions.
+
+    CUB's counters, 256 of 4 bytes for each few thousand keys, are less than a byte a key.
+    """
+    positions = 8 * keys.numel()
+    second = keys.numel() * (keys.element_size() + 8 + 1)
+    return allocated(positions) + allocated(second)
+
+
+def peak_beyond_gradient(backend, grad_output, indices, num_embeddings, method) -> int:
+    with LiveBytes(grad_output, indices) as live, gpu_embed.use_gradient_method(method):
+        grad_weight = backend.embedding_dense_backward(
+            grad_output, indices, num_embeddings, 0, False
+        )
+    return live.peak - grad_weight.nbytes
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# Both sides of where the radix sort takes over, for each width of the keys.
+TAKEOVERS = [
+    (kernel_backend.max_torch_sort_ids(key_bytes) + more, num_embeddings)
+    for key_bytes, num_embeddings in ((1, 100), (2, 30_000), (4, 1_000_000), (8, 3_000_000_000))
+    for more in (0, 1)
+]
+SIZES = [
+    (num_indices, num_embeddings)
+    for num_indices in (1, 100_000, 3_000_000, 100_000_000, 2**31 + 16)
+    for num_embeddings in (100, 1_000_000, 3_000_000_000)
+]
+
+
+@pytest.mark.parametrize("embedding_dim", [1, 128, 4096])
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [(torch.bfloat16, "sorted"), (torch.float32, "sorted"), (torch.float32, "atomic")],
+    ids=str,
+)
+@pytest.mark.parametrize(("num_indices", "num_embeddings"), [*SIZES, *TAKEOVERS])
+def test_memory_beyond_the_gradient(
+    backend, num_indices, num_embeddings, dtype, method, embedding_dim
+):
+    grad_output = meta(num_indices, embedding_dim, dtype=dtype)
+    indices = meta(num_indices, dtype=torch.int64)
+    peak = peak_beyond_gradient(backend, grad_output, indices, num_embeddings, method)
+    assert peak <= 16 * num_indices + 64 * MIB
+
+
+VIEWS = {
+    "plain": lambda g: g,
+    "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
+    "one row a text": lambda g: g[:, :1].expand(g.shape),
+    "columns outside": lambda g: g.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+}
+
+
+@pytest.mark.parametrize("method", ["sorted", "atomic"])
+@pytest.mark.parametrize("words", [50, 3000])
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("ids_apart", [False, True], ids=["", "ids apart"])
+def test_gradients_and_ids_of_any_strides(backend, method, words, view, ids_apart):
+    """No copy of the gradient; the copy of ids that are not adjacent is gone before the rest comes."""
+    texts = 20_000
+    grad_output = view(meta(texts, words, 64, dtype=torch.float32))
+    indices = meta(words, texts, dtype=torch.int64).t()
+    if not ids_apart:
+        indices = meta(texts, words, dtype=torch.int64)
+    peak = peak_beyond_gradient(backend, grad_output, indices, 1_000_000, method)
+    assert peak <= 16 * texts * words + 64 * MIB
+
+
+def test_what_the_measure_sees():
+    """A temporary counts while it lives; a view counts once."""
+    first = meta(10, MIB, dtype=torch.uint8)
+    with LiveBytes(first) as live:
+        second = first + 1
+        second = second.view(-1)[5:] + 1
+        third = torch.sort(second, stable=True)
+        del second
+        first.sum()
+    own = 2 * 11 * MIB
+    assert own < live.peak
+    size = 10 * MIB - 5
+    assert live.peak == 3 * MIB + 2 * size + 8 * size + 2 * MIB + 8 * size + 10 * size
+    assert third.values.numel() == size
