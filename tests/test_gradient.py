@@ -226,7 +226,7 @@ STRIDED_BATCHES = {
 @pytest.mark.parametrize("view", STRIDED_BATCHES.values(), ids=STRIDED_BATCHES)
 def test_gradients_of_batches_of_any_strides(target, method, view):
     """Texts by words by columns, whose rows no single stride leads through."""
-    grad_output = view(integer_gradient((4, 10, 12), torch.float32, target.device) + 1)
+    grad_output = view(integer_gradient((4, 10, 12), DTYPE_OF[method], target.device) + 1)
     indices = ids("zipf", 40, 6, target.device)[: grad_output[..., 0].numel()]
     indices = indices.view(grad_output.shape[:-1])
     actual, expected = gradient(indices, 6, grad_output)
