@@ -516,7 +516,13 @@ def codegen(args: argparse.Namespace) -> int:
     if args.json:
         print(codegen_table.to_json(version, rows, compiled, failures))
     else:
-        console.print(codegen_table.rich_table(rows))
+        console.print(
+            "A thread's registers and spilled bytes; a block's shared bytes; the warps that fit on a "
+            "multiprocessor, and what allows no more;\nthe widest loads/stores/atomics on global "
+            "memory in bytes; the instructions of the innermost loop."
+        )
+        for table in codegen_table.rich_tables(rows):
+            console.print(table)
     for case, problem in failures.items():
         print(f"{PROG}: {case} does not compile: {problem}", file=sys.stderr)
     if args.out is not None and not failures:

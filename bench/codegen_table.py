@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -229,38 +230,37 @@ def _worse(old: Row, new: Row) -> Iterator[str]:
         )
 
 
-def rich_table(rows: Sequence[Row]) -> Table:
+def rich_tables(rows: Sequence[Row]) -> Iterator[Table]:
+    """One a kernel: for each configuration its name, its settings, and a line an architecture beside them."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(
-        title="What the kernels compile to; accesses in bytes a thread, loops in instructions",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-    )
-    for name in ("kernel", "configuration"):
-        table.add_column(name, overflow="fold")
-    for name in ("sm", "warps", "regs", "spilled", "shared", "resident"):
-        table.add_column(name, justify="right")
-    table.add_column("limit")
-    for name in ("load", "store", "atomic"):
-        table.add_column(name, justify="right")
-    table.add_column("bulk")
-    table.add_column("loop", justify="right")
-    for row in rows:
-        table.add_row(
-            row.kernel.removesuffix("_kernel"),
-            f"{row.config}\n{row.settings}",
-            *map(str, (row.sm, row.num_warps, row.registers, row.spilled_bytes, row.shared_bytes)),
-            f"{row.resident_warps} / {row.max_warps}",
-            row.limit,
-            *map(str, (row.load_bytes, row.store_bytes, row.atomic_bytes)),
-            row.bulk,
-            str(row.loop_instructions),
-            style="bold red" if row.spilled_bytes else "",
-        )
-    return table
+    for kernel, rows_of_kernel in groupby(rows, key=lambda row: row.kernel):
+        table = Table(title=kernel, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
+        table.add_column("configuration", overflow="fold")
+        for name in ("sm", "regs", "spilled", "shared", "warps"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("limit")
+        table.add_column("access", no_wrap=True)
+        table.add_column("loop", justify="right", no_wrap=True)
+        by_config = groupby(rows_of_kernel, key=lambda row: (row.config, row.settings))
+        for labels, lines in by_config:
+            cells = [_cells(row) for row in lines]
+            for i in range(max(len(labels), len(cells))):
+                label = labels[i] if i < len(labels) else ""
+                table.add_row(label, *(cells[i] if i < len(cells) else ()))
+        yield table
+
+
+def _cells(row: Row) -> list[str]:
+    access = f"{row.load_bytes}/{row.store_bytes}/{row.atomic_bytes}"
+    return [
+        *map(str, (row.sm, row.registers, row.spilled_bytes, row.shared_bytes)),
+        f"{row.resident_warps}/{row.max_warps}",
+        row.limit,
+        f"{access} bulk {row.bulk}" if row.bulk else access,
+        str(row.loop_instructions),
+    ]
 
 
 def to_json(
