@@ -178,9 +178,19 @@ def worse(old: Collection[Row], new: Collection[Row]) -> list[str]:
         for problem in _worse(old_rows[key], row)
     ]
     if {row.triton for row in old} == {row.triton for row in new}:
-        found += [f"{key}: the table has no such row" for key in new_rows if key not in old_rows]
-        found += [f"{key}: nothing compiles to this row" for key in old_rows if key not in new_rows]
+        found += _lacks(new_rows, old_rows, "the table lacks")
+        found += _lacks(old_rows, new_rows, "nothing compiles to")
     return found
+
+
+def _lacks(rows: Collection[Key], others: Collection[Key], said: str) -> Iterator[str]:
+    """A sentence for each kernel with rows that the others do not have."""
+    missing = sorted(set(rows) - set(others))
+    for kernel, keys in groupby(missing, key=lambda key: key.kernel):
+        first, *more = keys
+        yield f"{kernel}: {said} {first.config} sm_{first.sm}" + (
+            f" and {len(more)} more of its rows" if more else ""
+        )
 
 
 def verdict(old: Sequence[Row], new: Sequence[Row], problems: Sequence[str]) -> Iterator[str]:

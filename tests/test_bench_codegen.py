@@ -99,9 +99,9 @@ def test_what_costs_nothing_is_not_worse(changes):
 
 def test_rows_that_one_side_lacks_are_named():
     added, gone = replace(BASE, config="new"), replace(BASE, sm=80)
-    assert worse([BASE, gone], [BASE, added]) == [
-        "sum_kernel new sm_90: the table has no such row",
-        "sum_kernel sorted-D64-float32 sm_80: nothing compiles to this row",
+    assert worse([BASE, gone], [BASE, added, replace(added, sm=100)]) == [
+        "sum_kernel: the table lacks new sm_90 and 1 more of its rows",
+        "sum_kernel: nothing compiles to sorted-D64-float32 sm_80",
     ]
     assert worse([BASE, gone], [replace(BASE, triton="3.6.0")]) == []
 
