@@ -15,7 +15,7 @@
 
 #include "common.cuh"
 
-constexpr int DIGITS = 16;
+enum { DIGITS = 16 };
 
 // The id itself; num_embeddings, which sorts behind all rows, for an id without a gradient.
 __device__ inline int64 sort_key(int64 index, int64 num_embeddings, int64 padding_idx) {
@@ -40,26 +40,30 @@ extern "C" __global__ void sort_keys_kernel(
   store_integer(keys_ptr, n, sort_key(index, num_embeddings, padding_idx), key_bytes);
 }
 
-// The keys of one pass, as the pass before left them.
+// What a pass reads. Key: what the pass before wrote; FROM_IDS: keys are made of the ids instead.
+template <typename Key, typename Order, bool FROM_IDS>
 struct Source {
   const void* indices_ptr;
-  const void* order_ptr;  // null: first pass
-  const void* keys_ptr;   // null: made of the ids
-  int64 num_indices, num_embeddings, padding_idx;
-  int64 index_bytes, order_bytes, key_bytes;
+  const Order* order_ptr;  // null: first pass
+  const Key* keys_ptr;
+  int64 num_indices, num_embeddings, padding_idx, index_bytes;
 
-  __device__ int64 position(int64 n) const {
-    return order_ptr ? load_integer(order_ptr, n, order_bytes) : n;
-  }
+  __device__ Order position(int64 n) const { return order_ptr ? order_ptr[n] : (Order)n; }
 
-  __device__ int64 key(int64 n) const {
-    if (keys_ptr) return load_integer(keys_ptr, n, key_bytes);
+  __device__ Key key(int64 n) const {
+    if (!FROM_IDS) return keys_ptr[n];
     const int64 from = position(n);
     // Past the last id all bits are set: these keys stay behind all others.
-    if (from >= num_indices) return -1;
-    return sort_key(load_integer(indices_ptr, from, index_bytes), num_embeddings, padding_idx);
+    if (from >= num_indices) return (Key)-1;
+    return (Key)sort_key(
+        load_integer(indices_ptr, from, index_bytes), num_embeddings, padding_idx);
   }
 };
+
+template <typename Key>
+__device__ inline int32 digit_of(Key key, int64 shift) {
+  return (int32)(key >> shift) & (DIGITS - 1);
+}
 
 // A byte a digit: digits 0 to 7, digits 8 to 15.
 struct ByteCounters {
@@ -78,12 +82,12 @@ struct ByteCounters {
 
 // Thread i of the grid owns tile i: places [i * tile_size, ...) of keys. BLOCK divides tile_size and num_keys,
 // UNROLL divides BLOCK.
-template <int BLOCK, int UNROLL>
+template <typename Key, typename Order, bool FROM_IDS, int BLOCK, int UNROLL>
 __global__ void digit_counts_kernel(
-    const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices]; null where keys_ptr is not
-    const void* __restrict__ order_ptr,    // [num_keys]: position of each key's id; null: the key's own
-    const void* __restrict__ keys_ptr,     // [num_keys], of the pass before; null: to be made of the ids
-    void* __restrict__ counters_ptr,       // [1 + 16 * num_tiles]: 0, then the counts, digit by digit
+    const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices]; null unless FROM_IDS
+    const Order* __restrict__ order_ptr,   // [num_keys]: position of each key's id; null: the key's own
+    const Key* __restrict__ keys_ptr,      // [num_keys], of the pass before; null if FROM_IDS
+    Order* __restrict__ counters_ptr,      // [1 + 16 * num_tiles]: 0, then the counts, digit by digit
     int64 num_indices,
     int64 num_keys,
     int64 num_embeddings,
@@ -91,49 +95,47 @@ __global__ void digit_counts_kernel(
     int64 tile_size,
     int64 num_tiles,
     int64 shift,  // of the digit, in bits
-    int64 index_bytes,
-    int64 order_bytes,  // of the counters too
-    int64 key_bytes) {
+    int64 index_bytes) {
   static_assert(BLOCK < 256, "as far as a byte counts");
   const int64 tile = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (tile >= num_tiles) return;
-  const Source source = {indices_ptr, order_ptr,   keys_ptr,    num_indices, num_embeddings,
-                         padding_idx, index_bytes, order_bytes, key_bytes};
+  const Source<Key, Order, FROM_IDS> source = {
+      indices_ptr, order_ptr, keys_ptr, num_indices, num_embeddings, padding_idx, index_bytes};
   const int64 start = tile * tile_size;
   const int64 end = start + tile_size < num_keys ? start + tile_size : num_keys;
-  uint32 total[DIGITS];
+  Order total[DIGITS];
 #pragma unroll
   for (int digit = 0; digit < DIGITS; ++digit) total[digit] = 0;
   for (int64 block = start; block < end; block += BLOCK) {
     ByteCounters counters = {0, 0};
     for (int64 first = block; first < block + BLOCK; first += UNROLL) {
       // All loads of a step are issued before the first count needs one.
-      int64 key[UNROLL];
+      Key key[UNROLL];
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) key[u] = source.key(first + u);
 #pragma unroll
-      for (int u = 0; u < UNROLL; ++u) counters.add((int32)(key[u] >> shift & (DIGITS - 1)));
+      for (int u = 0; u < UNROLL; ++u) counters.add(digit_of(key[u], shift));
     }
 #pragma unroll
     for (int digit = 0; digit < DIGITS; ++digit) total[digit] += counters[digit];
   }
-  if (tile == 0) store_integer(counters_ptr, 0, 0, order_bytes);
+  if (tile == 0) counters_ptr[0] = 0;
 #pragma unroll
   for (int digit = 0; digit < DIGITS; ++digit) {
-    store_integer(counters_ptr, 1 + digit * num_tiles + tile, total[digit], order_bytes);
+    counters_ptr[1 + digit * num_tiles + tile] = total[digit];
   }
 }
 
 // Thread i of the grid owns tile i, as above.
-template <int BLOCK, int UNROLL>
+template <typename Key, typename Order, bool FROM_IDS, int BLOCK, int UNROLL>
 __global__ void digit_scatter_kernel(
     const void* __restrict__ indices_ptr,  // as above
-    const void* __restrict__ order_ptr,    // as above
-    const void* __restrict__ keys_ptr,     // as above
+    const Order* __restrict__ order_ptr,   // as above
+    const Key* __restrict__ keys_ptr,      // as above
     // [1 + 16 * num_tiles]: where each tile's digits begin, digit by digit; the thread counts its own on
-    void* __restrict__ counters_ptr,
-    void* __restrict__ sorted_order_ptr,  // [num_keys]
-    void* __restrict__ sorted_keys_ptr,   // [num_keys]; null: positions travel alone
+    Order* __restrict__ counters_ptr,
+    Order* __restrict__ sorted_order_ptr,  // [num_keys]
+    Key* __restrict__ sorted_keys_ptr,     // [num_keys]; null: positions travel alone
     int64 num_indices,
     int64 num_keys,
     int64 num_embeddings,
@@ -141,21 +143,20 @@ __global__ void digit_scatter_kernel(
     int64 tile_size,
     int64 num_tiles,
     int64 shift,  // of the digit, in bits
-    int64 index_bytes,
-    int64 order_bytes,  // of both orders and of the counters
-    int64 key_bytes) {
+    int64 index_bytes) {
   static_assert(BLOCK < 256, "as far as a byte counts");
   const int64 tile = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (tile >= num_tiles) return;
-  const Source source = {indices_ptr, order_ptr,   keys_ptr,    num_indices, num_embeddings,
-                         padding_idx, index_bytes, order_bytes, key_bytes};
+  const Source<Key, Order, FROM_IDS> source = {
+      indices_ptr, order_ptr, keys_ptr, num_indices, num_embeddings, padding_idx, index_bytes};
   const int64 start = tile * tile_size;
   const int64 end = start + tile_size < num_keys ? start + tile_size : num_keys;
   for (int64 block = start; block < end; block += BLOCK) {
     ByteCounters counters = {0, 0};
     for (int64 first = block; first < block + BLOCK; first += UNROLL) {
       // All loads of a step are issued before the first store.
-      int64 key[UNROLL], position[UNROLL], begin[UNROLL];
+      Key key[UNROLL];
+      Order position[UNROLL], begin[UNROLL];
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
         key[u] = source.key(first + u);
@@ -163,23 +164,20 @@ __global__ void digit_scatter_kernel(
       }
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
-        const int64 digit = key[u] >> shift & (DIGITS - 1);
-        begin[u] = load_integer(counters_ptr, digit * num_tiles + tile, order_bytes);
+        begin[u] = counters_ptr[digit_of(key[u], shift) * num_tiles + tile];
       }
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
-        const int32 digit = (int32)(key[u] >> shift & (DIGITS - 1));
-        const int64 place = begin[u] + counters[digit];
+        const int32 digit = digit_of(key[u], shift);
+        const Order place = begin[u] + counters[digit];
         counters.add(digit);
-        store_integer(sorted_order_ptr, place, position[u], order_bytes);
-        if (sorted_keys_ptr) store_integer(sorted_keys_ptr, place, key[u], key_bytes);
+        sorted_order_ptr[place] = position[u];
+        if (sorted_keys_ptr) sorted_keys_ptr[place] = key[u];
       }
     }
 #pragma unroll
     for (int digit = 0; digit < DIGITS; ++digit) {
-      const int64 begin = load_integer(counters_ptr, digit * num_tiles + tile, order_bytes);
-      const int64 next = begin + counters[digit];
-      store_integer(counters_ptr, digit * num_tiles + tile, next, order_bytes);
+      counters_ptr[digit * num_tiles + tile] += counters[digit];
     }
   }
 }

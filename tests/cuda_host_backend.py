@@ -49,6 +49,13 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ("float", "float16", (1, 2, 4)),
         ("float", "bfloat16", (1, 2, 4)),
     )
+    # Keys, positions, whether the keys are made of the ids.
+    step = f"{_cupy.SORT_TILES.STEP}, {_cupy.DIGIT.UNROLL}"
+    keys = ("uint8", "int16", "int32")
+    later = [f"{key}, int32, false, {step}" for key in keys]
+    alone = [f"int64, {order}, true, {step}" for order in ("int32", "int64")]
+    counts = [*later, *alone]
+    scatters = [*later, *alone, *(f"{key}, int32, true, {step}" for key in keys)]
     words = [f"word{2**i}" for i in range(5)]
     found = [
         *(("gather", f"gather_rows_kernel<{word}, {r}>") for word in words for r in rows),
@@ -56,10 +63,8 @@ def _all_kernels() -> tuple[Kernel, ...]:
         *(("scatter_add", f"scatter_add_kernel<float, {vec}, {scatter}>") for vec in (1, 2, 4)),
         ("scatter_add", f"scatter_add_kernel<double, 1, {scatter}>"),
         ("radix_sort", "sort_keys_kernel"),
-        *(
-            ("radix_sort", f"{name}<{_cupy.SORT_TILES.STEP}, {_cupy.DIGIT.UNROLL}>")
-            for name in ("digit_counts_kernel", "digit_scatter_kernel")
-        ),
+        *(("radix_sort", f"digit_counts_kernel<{digits}>") for digits in counts),
+        *(("radix_sort", f"digit_scatter_kernel<{digits}>") for digits in scatters),
         *(
             ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {vec}, {scale}, {unroll}, false>")
             for value, grad, widths in segments

@@ -124,6 +124,12 @@ FLOATS = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
+INTEGERS = {
+    torch.uint8: "uint8",
+    torch.int16: "int16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
 # In the order of the enum in renorm.cu.
 NORMS = ("inf", "-inf", "0", "1", "2", "p")
 
@@ -280,15 +286,13 @@ class CupyBackend(KernelBackend):
 
     def _digit_counts(self, source: SortSource, counters: Tensor, digit: SortDigit) -> None:
         self._launch(
-            Kernel("radix_sort", f"digit_counts_kernel<{SORT_TILES.STEP}, {DIGIT.UNROLL}>"),
+            self._digit_kernel("digit_counts_kernel", source, counters, source.keys),
             *DIGIT.grid(digit.num_tiles),
             counters.device,
             *source,
             counters,
             *digit,
             _itemsize(source.ids),
-            counters.element_size(),
-            _itemsize(source.keys),
         )
 
     def _digit_scatter(
@@ -300,7 +304,7 @@ class CupyBackend(KernelBackend):
         digit: SortDigit,
     ) -> None:
         self._launch(
-            Kernel("radix_sort", f"digit_scatter_kernel<{SORT_TILES.STEP}, {DIGIT.UNROLL}>"),
+            self._digit_kernel("digit_scatter_kernel", source, counters, sorted_keys),
             *DIGIT.grid(digit.num_tiles),
             counters.device,
             *source,
@@ -309,9 +313,18 @@ class CupyBackend(KernelBackend):
             sorted_keys,
             *digit,
             _itemsize(source.ids),
-            counters.element_size(),
-            _itemsize(sorted_keys),
         )
+
+    def _digit_kernel(
+        self, name: str, source: SortSource, counters: Tensor, keys: Tensor | None
+    ) -> Kernel:
+        """A kernel of the radix sort for keys of that dtype; None: for keys that are only looked at."""
+        key = INTEGERS[torch.int64 if keys is None else keys.dtype]
+        from_ids = str(source.keys is None).lower()
+        arguments = (
+            f"{key}, {INTEGERS[counters.dtype]}, {from_ids}, {SORT_TILES.STEP}, {DIGIT.UNROLL}"
+        )
+        return Kernel("radix_sort", f"{name}<{arguments}>")
 
     def _segment_sum(
         self,
