@@ -1,6 +1,6 @@
 """Embedding tables for GPUs: a drop-in torch.nn.Embedding on hand-written kernels."""
 
-from . import backends, functional, reference
+from . import backends, functional, optim, reference
 from .backends import available_backends, use_backend
 from .backends.gather_method import use_gather_method
 from .backends.gradient_method import use_gradient_method
@@ -13,6 +13,7 @@ __all__ = [
     "backends",
     "check_bounds",
     "functional",
+    "optim",
     "reference",
     "set_bounds_check",
     "use_backend",

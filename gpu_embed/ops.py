@@ -191,7 +191,8 @@ def _sparse_gradient(
 ) -> Tensor:
     """torch's sparse gradient: COO, int64 ids in input order, duplicates kept, padding dropped.
 
-    Differentiable, since it is made of torch's own operators.
+    Differentiable, since it is made of torch's own operators. Ids out of range become zeros, and so does
+    padding on CUDA, where dropping it would wait for the GPU.
     """
     if scale_grad_by_freq:
         raise RuntimeError(
@@ -201,16 +202,25 @@ def _sparse_gradient(
     ids = indices.reshape(-1).to(torch.int64)
     values = grad_output.reshape(ids.numel(), grad_output.shape[-1])
     kept = bounds.in_table(ids, num_embeddings)
-    if num_embeddings == 0:
+    if padding_idx >= 0:
+        kept = kept & (ids != padding_idx)
+    if num_embeddings == 0 or ids.numel() == 0:
         ids, values = ids[:0], values[:0]
-    elif padding_idx >= 0:
-        kept &= ids != padding_idx
+    elif padding_idx >= 0 and ids.device.type == "cpu":
         ids, values = ids[kept], values[kept]
     else:
-        # Dropping entries would wait for the GPU and stop a tracer; a zero added to row 0 does no harm.
-        ids, values = torch.where(kept, ids, 0), torch.where(kept[:, None], values, 0)
+        ids, values = _zeroed(ids, values, kept)
     size = (num_embeddings, grad_output.shape[-1])
     return torch.sparse_coo_tensor(ids[None], values, size, check_invariants=False)
+
+
+def _zeroed(ids: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries that are not kept become zeros for a row that a kept one names; the host sees no data.
+
+    So no other row has an entry, which an optimizer would take for a gradient. If none is kept, row 0 has.
+    """
+    named = torch.where(kept, ids, 0).amax()
+    return torch.where(kept, ids, named), torch.where(kept[:, None], values, 0)
 
 
 def _dispatch_keys(*keys: torch._C.DispatchKey) -> int:

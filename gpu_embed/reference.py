@@ -1,11 +1,16 @@
-"""What correct means: the four operations in NumPy, for reading and for checking the kernels.
+"""What correct means: the operations in NumPy, for reading and for checking the kernels.
 
 Arrays are float32 or float64 (16-bit tables are widened by the caller); sums are taken in float64 and
 rounded once on return. Ids outside [0, num_embeddings) read as zeros and contribute nothing.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
+
+from .row_update import RowUpdate
+from .stochastic_rounding import random_words
 
 Array = NDArray  # any dtype; shapes stand in the docstrings
 
@@ -53,6 +58,87 @@ def embedding_renorm(weight: Array, indices: Array, max_norm: float, norm_type: 
     renormed = weight.copy()
     renormed[rows] = (weight[rows] * scale[:, None]).astype(weight.dtype)
     return renormed
+
+
+def row_update(
+    update: RowUpdate,
+    weight: Array,
+    state: Sequence[Array],
+    indices: Array,
+    values: Array,
+    rows: Array | None = None,
+    rounding: Callable[[Array, Array], Array] | None = None,
+) -> None:
+    """One optimizer step on the rows of weight [V, D] that indices [N] name, in place; so is the state.
+
+    Args:
+        update: the formula and its numbers.
+        state: what the formula keeps, each [V, D] or [V], in weight's dtype.
+        values: the gradient [N, D] of each position; those of one row are summed first.
+        rows: bool [V]: the rows that may change; None: all.
+        rounding: how random bits round weight to the table's dtype; None: the caller rounds to nearest.
+    """
+    kept = in_table(indices, len(weight))
+    if rows is not None:
+        kept &= rows[np.where(kept, indices, 0)]
+    used, run = np.unique(indices[kept], return_inverse=True)
+    total = np.zeros((len(used), weight.shape[1]), np.float64)
+    np.add.at(total, run, values[kept].astype(np.float64))
+    g = total.astype(weight.dtype) * weight.dtype.type(update.grad_scale)
+    old = [array[used] for array in state]
+    lr = 1.0 if update.lr is None else float(update.lr)
+    w, new = FORMULAS[update.formula](update, lr, weight[used], old, g)
+    if rounding is not None and update.stream is not None:
+        w = rounding(w, random_words(used, w.shape[1], *update.stream))
+    weight[used] = w
+    for array, part in zip(state, new, strict=True):
+        array[used] = part
+
+
+Formula = Callable[[RowUpdate, float, Array, list[Array], Array], tuple[Array, list[Array]]]
+
+
+def sgd(
+    u: RowUpdate, lr: float, w: Array, state: list[Array], g: Array
+) -> tuple[Array, list[Array]]:
+    number = w.dtype.type
+    return w - number(u.step_size * lr) * g, []
+
+
+def adagrad(
+    u: RowUpdate, lr: float, w: Array, state: list[Array], g: Array
+) -> tuple[Array, list[Array]]:
+    number = w.dtype.type
+    total = state[0] + g * g
+    return w - number(u.step_size * lr) * (g / (np.sqrt(total) + number(u.eps))), [total]
+
+
+def rowwise_adagrad(
+    u: RowUpdate, lr: float, w: Array, state: list[Array], g: Array
+) -> tuple[Array, list[Array]]:
+    number = w.dtype.type
+    total = state[0] + (g * g).sum(axis=1) / number(w.shape[1])
+    return w - (number(u.step_size * lr) / (np.sqrt(total) + number(u.eps)))[:, None] * g, [total]
+
+
+def adam(
+    u: RowUpdate, lr: float, w: Array, state: list[Array], g: Array
+) -> tuple[Array, list[Array]]:
+    number = w.dtype.type
+    avg, sq = state
+    avg = avg + (g - avg) * number(u.avg_weight)
+    sq = sq + (g * g - sq) * number(u.sq_weight)
+    w = w * number(1 - u.decay * lr)
+    return w - number(u.step_size * lr) * (avg / (np.sqrt(sq) + number(u.eps))), [avg, sq]
+
+
+# By the names in RowUpdate.formula.
+FORMULAS: dict[str, Formula] = {
+    "sgd": sgd,
+    "adagrad": adagrad,
+    "rowwise_adagrad": rowwise_adagrad,
+    "adam": adam,
+}
 
 
 def row_norm(rows: Array, norm_type: float) -> Array:

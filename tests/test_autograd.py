@@ -1,6 +1,7 @@
 """Gradients of every order and kind: autograd, forward mode, torch.func, sparse, hooks, opcheck."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -374,7 +375,10 @@ def assert_same_sparse(actual, expected):
 @pytest.mark.parametrize("padding_idx", [None, 2, -1])
 @pytest.mark.parametrize("values", SPARSE_IDS.values(), ids=SPARSE_IDS)
 def test_sparse_gradients_are_torchs(target, values, padding_idx):
-    """Contract 7: int64 ids in input order, duplicates kept, padding dropped, uncoalesced."""
+    """Contract 7: int64 ids in input order, duplicates kept, padding dropped, uncoalesced.
+
+    Contract 5: not on CUDA, where torch waits for the GPU to drop it, and where it is zeros here.
+    """
     ours = integers(6, 2, target.device).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     indices = tensor(values, target).to(torch.int64)
@@ -383,7 +387,32 @@ def test_sparse_gradients_are_torchs(target, values, padding_idx):
     # Flat, since torch itself fails on 0-d ids with padding.
     flat = F.embedding(indices.reshape(-1), theirs, padding_idx, sparse=True)
     flat.backward(grad_output.reshape(-1, 2))
-    assert_same_sparse(ours.grad, theirs.grad)
+    if target.device == "cuda" and padding_idx is not None:
+        assert ours.grad._nnz() == indices.numel()
+        assert torch.equal(ours.grad.to_dense(), theirs.grad.to_dense())
+        if theirs.grad._nnz():
+            ours.grad, theirs.grad = ours.grad.coalesce(), theirs.grad.coalesce()
+            assert_same_sparse(ours.grad, theirs.grad)
+    else:
+        assert_same_sparse(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        ([True, True, True], [3, 9, 1]),
+        ([True, False, True], [3, 3, 1]),
+        ([False, False, True], [1, 1, 1]),
+        ([False, False, False], [0, 0, 0]),
+    ],
+)
+def test_entries_without_a_gradient_become_zeros_of_a_row_that_has_one(kept, expected):
+    ids, values = torch.tensor([3, 9, 1]), torch.full((3, 2), math.nan)
+    kept = torch.tensor(kept)
+    values[kept] = 5
+    ids, values = ops._zeroed(ids, values, kept)
+    assert ids.tolist() == expected
+    assert torch.equal(values, 5.0 * kept[:, None].expand(3, 2))
 
 
 @pytest.mark.parametrize("ids_dtype", ID_DTYPES, ids=str)

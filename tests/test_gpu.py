@@ -423,14 +423,15 @@ def test_no_host_sync(backend, dtype, method, arguments):
             assert not woken.query()
 
 
-def test_no_host_sync_for_sparse_gradients(backend):
-    """Contract 5: without padding_idx, even the sparse gradient does not wait."""
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_no_host_sync_for_sparse_gradients(backend, padding_idx):
+    """Contract 5: even the sparse gradient does not wait."""
     weight = table(500, 48, torch.float32, DEVICE).requires_grad_()
     indices = random_ids(3073, 500)
-    embedding(indices, weight, sparse=True).sum().backward()
+    embedding(indices, weight, padding_idx, sparse=True).sum().backward()
     weight.grad = None
     with no_host_sync():
-        embedding(indices, weight, sparse=True).sum().backward()
+        embedding(indices, weight, padding_idx, sparse=True).sum().backward()
     assert weight.grad.is_sparse
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
+from ..row_update import RowUpdate
 from ..settings import BACKEND, Restore
 
 logger = logging.getLogger("gpu_embed")
@@ -66,6 +67,21 @@ class Backend(Protocol):
 
     def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
         """How often each id occurs -> int32 [V]."""
+
+    def row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        indices: Tensor,
+        values: Tensor,
+        rows: Tensor | None,
+    ) -> None:
+        """Sum values [N, D] over the positions of each id in indices [N] and update that row, in place.
+
+        `state` is what the formula keeps, contiguous, fp32 (fp64 for fp64 tables). Only rows that an id names,
+        and that `rows` (bool [V]; None: all) lets change, are read or written, once each.
+        """
 
 
 # In the order of preference on a CUDA device.

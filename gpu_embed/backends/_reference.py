@@ -3,9 +3,15 @@
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import reference, stochastic_rounding
 from ..bounds import BoundsRecord
+from ..row_update import RowUpdate, arithmetic_dtype
 from . import PreparedEmbedding
+
+ROUNDINGS = {
+    torch.bfloat16: stochastic_rounding.round_to_bfloat16,
+    torch.float16: stochastic_rounding.round_to_float16,
+}
 
 
 class ReferenceBackend:
@@ -64,3 +70,27 @@ class ReferenceBackend:
     def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
         counts = reference.embedding_counts(indices.cpu().numpy(), num_embeddings)
         return torch.from_numpy(counts).to(indices.device)
+
+    def row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        indices: Tensor,
+        values: Tensor,
+        rows: Tensor | None,
+    ) -> None:
+        table = weight.detach().cpu().to(arithmetic_dtype(weight.dtype)).clone().numpy()
+        arrays = [tensor.cpu().clone().numpy() for tensor in state]
+        reference.row_update(
+            update,
+            table,
+            arrays,
+            indices.cpu().numpy(),
+            values.detach().cpu().double().numpy(),
+            None if rows is None else rows.cpu().numpy(),
+            ROUNDINGS.get(weight.dtype),
+        )
+        weight.copy_(torch.from_numpy(table))
+        for tensor, array in zip(state, arrays, strict=True):
+            tensor.copy_(torch.from_numpy(array))

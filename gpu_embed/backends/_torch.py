@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord, in_table
+from ..row_update import RowUpdate
 from . import PreparedEmbedding
+from ._torch_row_update import row_update_
 
 
 class TorchBackend:
@@ -84,6 +86,17 @@ class TorchBackend:
         counts = torch.zeros(num_embeddings + 1, dtype=torch.int32, device=ids.device)
         counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
         return counts[:num_embeddings]
+
+    def row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        indices: Tensor,
+        values: Tensor,
+        rows: Tensor | None,
+    ) -> None:
+        row_update_(update, weight, state, indices, values, rows)
 
 
 def _torch_ids(indices: Tensor) -> Tensor:

@@ -1,0 +1,128 @@
+"""The formulas of `RowUpdate` in torch's operators, for the torch backend."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..bounds import in_table
+from ..row_update import RowUpdate, Stream, arithmetic_dtype
+from ..stochastic_rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
+
+LOW = 0xFFFFFFFF
+
+
+def row_update_(
+    update: RowUpdate,
+    weight: Tensor,
+    state: tuple[Tensor, ...],
+    indices: Tensor,
+    values: Tensor,
+    rows: Tensor | None,
+) -> None:
+    """`Backend.row_update_`; on CUDA it waits to learn how many rows there are."""
+    kept = in_table(indices, weight.shape[0])
+    if rows is not None:
+        kept &= rows[torch.where(kept, indices, 0)]
+    used, run = torch.unique(indices[kept], return_inverse=True)
+    dtype = arithmetic_dtype(weight.dtype)
+    g = torch.zeros(len(used), weight.shape[1], dtype=dtype, device=weight.device)
+    g.index_add_(0, run, values[kept].to(dtype)).mul_(update.grad_scale)
+    kept_state = [tensor[used] for tensor in state]
+    w = FORMULAS[update.formula](update, weight[used].to(dtype), kept_state, g)
+    if update.stream is not None and weight.dtype in ROUNDINGS:
+        w = ROUNDINGS[weight.dtype](w, _random_words(used, w.shape[1], update.stream))
+    weight[used] = w.to(weight.dtype)
+    for tensor, new in zip(state, kept_state, strict=True):
+        tensor[used] = new
+
+
+# Each changes the state in place and returns w. An `alpha=` would fuse, and so round once less.
+
+
+def _sgd(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor) -> Tensor:
+    return w - g * _times_lr(u.step_size, u)
+
+
+def _adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor) -> Tensor:
+    total = state[0].add_(g * g)
+    return w - g / (_square_root(total) + u.eps) * _times_lr(u.step_size, u)
+
+
+def _rowwise_adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor) -> Tensor:
+    total = state[0].add_((g * g).sum(1) / w.shape[1])
+    step_size = torch.as_tensor(_times_lr(u.step_size, u), dtype=torch.float64).to(total)
+    return w - (step_size / (_square_root(total) + u.eps))[:, None] * g
+
+
+def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor) -> Tensor:
+    avg, sq = state
+    avg.add_((g - avg) * u.avg_weight)
+    sq.add_((g * g - sq) * u.sq_weight)
+    w = w * (1 - _times_lr(u.decay, u))
+    return w - avg / (_square_root(sq) + u.eps) * _times_lr(u.step_size, u)
+
+
+FORMULAS: dict[str, Callable[[RowUpdate, Tensor, list[Tensor], Tensor], Tensor]] = {
+    "sgd": _sgd,
+    "adagrad": _adagrad,
+    "rowwise_adagrad": _rowwise_adagrad,
+    "adam": _adam,
+}
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """Rounded once: torch's own is off by a bit now and then on the CPU, and in fp64 remains so."""
+    return x.double().sqrt().to(x.dtype)
+
+
+def _times_lr(number: float, update: RowUpdate) -> float | Tensor:
+    """In fp64; 0-d if it is a tensor, which leaves the dtype of what it meets as it is."""
+    return number if update.lr is None else update.lr[0] * number
+
+
+def _random_words(rows: Tensor, num_columns: int, stream: Stream) -> Tensor:
+    """`stochastic_rounding.random_words` of rows [U] -> [U, num_columns], as int64 below 2**32."""
+    blocks = torch.arange(-(-num_columns // 4), device=rows.device)
+    c0, c1, c2, c3 = (
+        word.expand(len(rows), len(blocks))
+        for word in (
+            blocks[None, :],
+            (rows & LOW)[:, None],
+            (rows >> 32)[:, None],
+            torch.full_like(rows, stream.step)[:, None],
+        )
+    )
+    m0, m1 = (int(word) for word in MULTIPLIERS)
+    k0, k1 = stream.seed & LOW, stream.seed >> 32
+    for _ in range(ROUNDS):
+        # The product's upper half is right, though the whole may look negative.
+        product0, product1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & LOW) ^ c1 ^ k0,
+            product1 & LOW,
+            ((product0 >> 32) & LOW) ^ c3 ^ k1,
+            product0 & LOW,
+        )
+        k0, k1 = (k0 + int(KEY_STEPS[0])) & LOW, (k1 + int(KEY_STEPS[1])) & LOW
+    return torch.stack((c0, c1, c2, c3), -1).flatten(1)[:, :num_columns]
+
+
+def _round_to_bfloat16(values: Tensor, random: Tensor) -> Tensor:
+    bits = values.view(torch.int32)
+    rounded = (bits + (random >> 16).to(torch.int32)) & -0x10000
+    return torch.where(values.isfinite(), rounded, bits).view(torch.float32)
+
+
+def _round_to_float16(values: Tensor, random: Tensor) -> Tensor:
+    magnitude = values.abs()
+    bits = magnitude.view(torch.int32)
+    normal = ((bits + (random >> 19).to(torch.int32)) & -0x2000).view(torch.float32)
+    scaled = torch.where(magnitude < 2.0**-14, magnitude, 0) * 2.0**24
+    whole = scaled.floor()
+    up = (random >> 8).to(torch.float32) * 2.0**-24 < scaled - whole
+    rounded = torch.where(magnitude < 2.0**-14, (whole + up) * 2.0**-24, normal)
+    return torch.where(values.isfinite(), rounded.copysign(values), values)
+
+
+ROUNDINGS = {torch.bfloat16: _round_to_bfloat16, torch.float16: _round_to_float16}

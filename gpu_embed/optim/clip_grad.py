@@ -1,0 +1,54 @@
+"""Clipping by norm, where torch's own function does not take sparse gradients."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .. import backends
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` for gradients of which some or all are sparse.
+
+    The norm is that of the gradients as they would be dense: the entries of a row are summed first. Their sums
+    take as much memory as the gradient's values, whatever the table's height, and nothing waits for the GPU.
+
+    Args:
+        parameters: whose gradients to scale, in place.
+        max_norm: what their norm, taken together, is brought down to.
+        norm_type: the p of that norm.
+        error_if_nonfinite: raise RuntimeError if the norm is infinite or NaN, which waits for the GPU.
+
+    Returns:
+        The norm before, a tensor of one element.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    summed = [_row_sums(grad) if grad.is_sparse else grad for grad in grads]
+    total_norm = torch.nn.utils.get_total_norm(summed, norm_type, error_if_nonfinite)
+    scale = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    for grad in grads:
+        (grad._values() if grad.is_sparse else grad).mul_(scale.to(grad.device))
+    return total_norm
+
+
+def _row_sums(grad: Tensor) -> Tensor:
+    """The sum of each row's entries, and rows of zeros, at most as many as there are entries."""
+    values = grad._values()
+    if grad.is_coalesced() or values.numel() == 0:
+        return values
+    ids, order = grad._indices()[0].sort()
+    # The rows of the table are numbered anew, in the order of their ids.
+    number = torch.zeros_like(ids)
+    torch.cumsum(ids[1:] != ids[:-1], 0, out=number[1:])
+    numbers = torch.empty_like(number).scatter_(0, order, number)
+    return backends.select(grad.device).embedding_dense_backward(
+        values, numbers, len(ids), -1, False
+    )

@@ -1,0 +1,259 @@
+"""What the row-wise optimizers share: torch's Optimizer on one side, `Backend.row_update_` on the other."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..row_update import STATE, UPDATE_DTYPES, RowUpdate, Stream, arithmetic_dtype
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class RowOptimizer(torch.optim.Optimizer, ABC):
+    """Base of the optimizers of this package: `torch.optim.Optimizer`s for tables with sparse gradients.
+
+    A step reads the gradient as `sparse=True` left it (uncoalesced, or coalesced, or several backwards' put
+    together), sums the entries of each row in fp32 (fp64 for fp64 tables), and updates that row and its state
+    in place, once. A row without an entry is neither read nor written, so a step's cost and memory grow with
+    the ids of the batch and not with the table; only the state, made at the first step, is as tall as the
+    table. Nothing waits for the GPU. An entry of zeros counts as an entry, as for torch.optim.SparseAdam.
+
+    All arithmetic and all state are fp32 (fp64 for fp64 tables), also for 16-bit tables, whose rows are rounded
+    as they are stored.
+
+    Args:
+        params: tables `[num_embeddings, embedding_dim]` (fp32, fp64, fp16, bf16), with or without names, or
+            param groups. Beside its hyperparameters a group may set any argument below.
+        maximize: ascend instead.
+        stochastic_rounding: store 16-bit tables rounded up or down at random, with the probabilities that make
+            the mean right. To nearest, a step of less than half of the last bit is lost each time. Wider tables
+            are stored as computed.
+        seed: of that randomness: two runs with one seed round alike, on any backend. None: drawn from torch's
+            default generator at the first step.
+        rows: the rows that may change: a bool mask `[num_embeddings]`, or ids, the same for each table of the
+            group; None: all. The others keep weight and state, whatever their gradient.
+
+    `lr` is a float, or a tensor of one element: on the table's device it is read there, by the kernel, so a
+    CUDA graph follows its changes; on the CPU it is read at the step.
+
+    `torch.nn.utils.clip_grad_norm_` does not take sparse gradients; `gpu_embed.optim.clip_grad_norm_` does.
+
+    Raises:
+        ValueError: a hyperparameter out of range, in torch's words; a table of another shape or dtype; rows
+            that do not fit it.
+        RuntimeError: at the step, for a dense gradient.
+    """
+
+    formula: str  # a key of row_update.STATE
+
+    @abstractmethod
+    def _row_update(self, group: dict[str, Any], lr: float, step: int) -> RowUpdate:
+        """The numbers of a step, the first of which is step 1."""
+
+    def _initial_state(self, group: dict[str, Any]) -> float:
+        """What every element of the state begins with."""
+        return 0.0
+
+    def _depends_on_step(self, group: dict[str, Any]) -> bool:
+        """Whether another step has other numbers, so that a CUDA graph must not replay this one."""
+        return bool(group["stochastic_rounding"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every table that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew; its result is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(group, param, param.grad)
+        return loss
+
+    def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+        """Apply one gradient to one table."""
+        name = type(self).__name__
+        if not grad.is_sparse:
+            raise RuntimeError(
+                f"{name} does not support dense gradients, please make the table with sparse=True, "
+                "or consider an optimizer of torch.optim instead"
+            )
+        if grad.sparse_dim() != 1:
+            raise RuntimeError(
+                f"{name} expects the gradient of a table to be sparse in its rows alone, but it has "
+                f"{grad.sparse_dim()} sparse dimensions"
+            )
+        if (
+            self._depends_on_step(group)
+            and param.is_cuda
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            raise RuntimeError(
+                f"{name}: a CUDA graph would repeat the step that it captured, but each step has "
+                "numbers of its own here"
+            )
+        state = self._state_of(group, param)
+        state["step"] += 1
+        if grad._nnz() == 0 or param.numel() == 0:
+            return
+        rows = group["rows"]
+        backends.select(param.device).row_update_(
+            self._settings(group, state, param.device),
+            param,
+            tuple(state[layout.name] for layout in STATE[self.formula]),
+            grad._indices()[0],
+            grad._values(),
+            None if rows is None else rows.to(param.device),
+        )
+        # The kernels write behind autograd's back.
+        torch.autograd.graph.increment_version(param)
+
+    def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+        """The table's state, made if there is none."""
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            state["step"] = 0
+            for layout in STATE[self.formula]:
+                state[layout.name] = torch.full(
+                    param.shape[:1] if layout.per_row else param.shape,
+                    self._initial_state(group),
+                    dtype=arithmetic_dtype(param.dtype),
+                    device=param.device,
+                )
+        if group["stochastic_rounding"] and "seed" not in state:
+            if group["seed"] is None:
+                group["seed"] = int(torch.randint(2**62, ()))
+            # Each table has a stream of its own.
+            params = chain.from_iterable(group["params"] for group in self.param_groups)
+            state["seed"] = group["seed"] + next(i for i, p in enumerate(params) if p is param)
+        return state
+
+    def _settings(
+        self, group: dict[str, Any], state: dict[str, Any], device: torch.device
+    ) -> RowUpdate:
+        lr = group["lr"]
+        read_on_device = isinstance(lr, Tensor) and lr.device == device
+        update = self._row_update(group, 1.0 if read_on_device else float(lr), state["step"])
+        return replace(
+            update,
+            grad_scale=-1.0 if group["maximize"] else 1.0,
+            lr=lr.to(torch.float64).reshape(1) if read_on_device else None,
+            stream=Stream(state["seed"], state["step"]) if group["stochastic_rounding"] else None,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add tables, with hyperparameters of their own if wanted.
+
+        Raises ValueError as the constructor does, and then adds nothing.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for param in group["params"]:
+                _check_table(type(self).__name__, param)
+            if group["seed"] is not None and not 0 <= group["seed"] < 2**62:
+                raise ValueError(f"Invalid seed: {group['seed']}")
+            group["rows"] = _row_mask(group["rows"], group["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            # The state_dict of torch's optimizer knows less.
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            group["rows"] = _row_mask(group["rows"], group["params"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the state of another optimizer of this class, or of torch's optimizer of the same formula.
+
+        The state goes to each table's device, in the dtype that this class keeps.
+        """
+        # torch would round the state to the table's dtype. What it is about to load is known to the last hook
+        # before it, and every later hook must find it as it is to be.
+        loaded: dict[str, Any] = {}
+        hooks = (
+            self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final)),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._take_over(loaded), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take_over(self, state_dict: dict[str, Any]) -> None:
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(saved, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name == "step":
+                    self.state[param][name] = int(value)
+                elif isinstance(value, Tensor):
+                    self.state[param][name] = value.to(
+                        param.device, arithmetic_dtype(param.dtype)
+                    ).contiguous()
+
+
+def check_lr(lr: object) -> None:
+    """Raise ValueError, in torch's words, for an lr that no optimizer takes."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    check_not_negative("learning rate", lr)
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    # Written so that NaN raises.
+    if not value >= 0.0:
+        raise ValueError(f"Invalid {name}: {value}")
+
+
+def _check_table(name: str, param: Tensor) -> None:
+    if param.dim() != 2 or param.layout is not torch.strided or param.dtype not in UPDATE_DTYPES:
+        raise ValueError(
+            f"{name} updates dense tables [num_embeddings, embedding_dim] of float32, float64, float16 or "
+            f"bfloat16, but got {param.dtype} of shape {list(param.shape)}, {param.layout}"
+        )
+
+
+def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
+    """rows as bool [num_embeddings], on the first table's device."""
+    if rows is None or not params:
+        return None
+    num_embeddings = params[0].shape[0]
+    if any(param.shape[0] != num_embeddings for param in params):
+        heights = [param.shape[0] for param in params]
+        raise ValueError(f"rows: the tables of the group have {heights} rows, which must be equal")
+    rows = torch.as_tensor(rows, device=params[0].device)
+    if rows.dtype == torch.bool:
+        if rows.shape != (num_embeddings,):
+            raise ValueError(
+                f"rows: the mask must be of shape [{num_embeddings}], got {list(rows.shape)}"
+            )
+        return rows
+    ids = rows.flatten()
+    if ids.numel() == 0:
+        ids = ids.to(torch.int64)
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"rows: expected a bool mask or integer ids, got {ids.dtype}")
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_embeddings:
+        raise ValueError(
+            f"rows: ids must be from 0 to {num_embeddings - 1}, got {ids.tolist()[:8]}"
+        )
+    mask = torch.zeros(num_embeddings, dtype=torch.bool, device=ids.device)
+    return mask.index_fill_(0, ids.to(torch.int64), True)

@@ -1,0 +1,80 @@
+"""One optimizer step of one table, as every backend is told of it."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# What a table that an optimizer can update may be made of.
+UPDATE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Stream(NamedTuple):
+    """Where the random bits of a step's stochastic rounding come from: Philox 4x32-10.
+
+    The element in column d of row r takes word d % 4 of the block with the key `seed` and the counter
+    (d // 4, r mod 2**32, r // 2**32, step), so it depends on neither the backend nor the launch.
+    """
+
+    seed: int  # [0, 2**63)
+    step: int  # [0, 2**32)
+
+
+@dataclass(frozen=True)
+class RowUpdate:
+    """What becomes of a row w and its state, given g: `grad_scale` times the row's summed gradient.
+
+    Every operation is rounded to fp32 (fp64 for fp64 tables), in the order written; no multiplication and
+    addition are fused. Only w is then rounded to the table's dtype. The formulas:
+
+    * "sgd", no state:
+      w = w - step_size * g
+    * "adagrad", state sum [V, D]:
+      sum = sum + g * g
+      w = w - step_size * (g / (sqrt(sum) + eps))
+    * "rowwise_adagrad", state sum [V]:
+      sum = sum + total(g * g) / D
+      w = w - (step_size / (sqrt(sum) + eps)) * g
+    * "adam", state exp_avg, exp_avg_sq [V, D]:
+      exp_avg = exp_avg + (g - exp_avg) * avg_weight
+      exp_avg_sq = exp_avg_sq + (g * g - exp_avg_sq) * sq_weight
+      w = w * (1 - decay)
+      w = w - step_size * (exp_avg / (sqrt(exp_avg_sq) + eps))
+
+    Attributes:
+        lr: None, or fp64 [1] on the table's device, which then multiplies step_size and decay.
+        stream: None: w is rounded to nearest, ties to even. Else 16-bit tables are rounded up or down at
+            random, with the probability that makes the mean right.
+    """
+
+    formula: str
+    step_size: float
+    eps: float = 0.0
+    decay: float = 0.0
+    avg_weight: float = 0.0  # 1 - beta1
+    sq_weight: float = 0.0  # 1 - beta2
+    grad_scale: float = 1.0
+    lr: Tensor | None = None
+    stream: Stream | None = None
+
+
+class StateLayout(NamedTuple):
+    """One tensor of state a formula keeps: a number for each element of the table, or for each row."""
+
+    name: str
+    per_row: bool = False
+
+
+# The state of each formula, in the order in which backends take it; torch's names.
+STATE = {
+    "sgd": (),
+    "adagrad": (StateLayout("sum"),),
+    "rowwise_adagrad": (StateLayout("sum", per_row=True),),
+    "adam": (StateLayout("exp_avg"), StateLayout("exp_avg_sq")),
+}
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums and state of a table of this dtype are kept in."""
+    return torch.promote_types(dtype, torch.float32)
