@@ -66,15 +66,14 @@ def round_to_bfloat16(values: Array, random: Array) -> Array:
 def round_to_float16(values: Array, random: Array) -> Array:
     """The same for fp16, by the upper 13 bits of random; 65536, the next after the last, is infinite there.
 
-    Below 2**-14, where halves are 2**-24 apart, it takes 24 bits; under 2**-24 they make the probability right
-    to 2**-24.
+    Below 2**-14, where halves are 2**-24 apart, the value is a fixed point with 21 bits behind it, so there the
+    probability is right to 2**-21, which is no less than it would be with 21 random bits.
     """
     magnitude = np.abs(values)
     bits = magnitude.view(np.uint32)
-    normal = ((bits + (random >> np.uint32(19))) & np.uint32(0xFFFFE000)).view(np.float32)
-    scaled = np.where(magnitude < 2.0**-14, magnitude, 0) * np.float32(2.0**24)
-    whole = np.floor(scaled)
-    up = (random >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-24) < scaled - whole
-    subnormal = (whole + up) * np.float32(2.0**-24)
-    rounded = np.where(magnitude < 2.0**-14, subnormal, normal)
+    floating = ((bits + (random >> np.uint32(19))) & np.uint32(0xFFFFE000)).view(np.float32)
+    is_fixed = magnitude < 2.0**-14
+    fixed = (np.where(is_fixed, magnitude, 0) * np.float32(2.0**45)).astype(np.uint32)
+    steps = (fixed + (random >> np.uint32(11))) >> np.uint32(21)
+    rounded = np.where(is_fixed, steps.astype(np.float32) * np.float32(2.0**-24), floating)
     return np.where(np.isfinite(values), np.copysign(rounded, values), values)

@@ -38,6 +38,9 @@ def segment_sum_kernel(
     UNROLL: tl.constexpr,  # loads in flight a thread; divides CHUNK
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LOAD_ROW: tl.constexpr = None,  # None: a complete sum is stored; else what row_update_kernel does with it
+    STORE_ROW: tl.constexpr = None,
+    row_args=None,
 ):
     acc_dtype: tl.constexpr = (
         tl.float64 if grad_weight_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -67,6 +70,7 @@ def segment_sum_kernel(
         keys = ()
         values = ()
         counts = ()
+        rows = ()
         for u in tl.static_range(UNROLL):
             position = start + step + u
             next_key = tl.load(keys_ptr + position + 1, mask=position + 1 < num_keys, other=-1).to(
@@ -84,6 +88,9 @@ def segment_sum_kernel(
                 other=0,
             )  # [BLOCK_C, BLOCK_D]
             values += (value,)
+            if LOAD_ROW is not None:
+                ends = taken & (here != next_key) & ~(leads & (here == lead_key))
+                rows += (LOAD_ROW(row_args, here, ends, d, in_row),)
             if SCALE_GRAD_BY_FREQ:
                 if counts_ptr is None:
                     counts += (taken.to(tl.int32),)
@@ -100,11 +107,15 @@ def segment_sum_kernel(
             if SCALE_GRAD_BY_FREQ:
                 divisor = tl.maximum(count, 1).to(acc_dtype)[:, None]
                 row = divide(total, tl.broadcast_to(divisor, [BLOCK_C, BLOCK_D]))
-            tl.store(
-                grad_weight_ptr + (key * D)[:, None] + d,
-                row.to(grad_weight_ptr.dtype.element_ty),
-                mask=stored[:, None] & in_row,
-            )
+            if STORE_ROW is None:
+                tl.store(
+                    grad_weight_ptr + (key * D)[:, None] + d,
+                    row.to(grad_weight_ptr.dtype.element_ty),
+                    mask=stored[:, None] & in_row,
+                )
+            # An update costs more than a mask.
+            elif tl.max(stored.to(tl.int32), 0) > 0:
+                STORE_ROW(row_args, rows[u], key, row, stored, d, in_row)
             lead_ends = run_ends & leading
             lead_total = tl.where(lead_ends[:, None], total, lead_total)
             total = tl.where(run_ends[:, None], 0, total)

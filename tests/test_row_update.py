@@ -99,7 +99,9 @@ def test_a_run_over_many_chunks_is_applied_once(target):
     indices = torch.ones(3074, dtype=torch.int64, device=target.device)
     indices[17] = 2
     values = torch.ones(3074, 2, device=target.device)
-    sum_of_squares, rows = check(RowUpdate("adagrad", step_size=1.0), weight, indices, values)[::-1]
+    sum_of_squares, rows = check(
+        RowUpdate("adagrad", step_size=1.0, eps=1.0), weight, indices, values
+    )[::-1]
     assert rows[:, 0].tolist()[0] == 0
     assert sum_of_squares[1].tolist() == [3 + 3073.0**2, 4 + 3073.0**2]
 
@@ -241,7 +243,7 @@ def test_stochastic_rounding_is_the_same_everywhere(target, dtype, embedding_dim
     """The bits depend on seed, step, row and column alone; halves below 2**-14 are spaced otherwise."""
     weight = table(50, embedding_dim, dtype, target.device)
     weight[25:] *= 2.0**-17
-    weight[3, 0], weight[4, 0] = math.nan, math.inf
+    weight[3, 0] = math.inf
     indices = torch.arange(50, device=target.device)
     values = integer_gradient((50, embedding_dim), dtype, target.device)
     stream = Stream(seed=2**40 + 12345, step=7)

@@ -117,11 +117,11 @@ def _round_to_bfloat16(values: Tensor, random: Tensor) -> Tensor:
 def _round_to_float16(values: Tensor, random: Tensor) -> Tensor:
     magnitude = values.abs()
     bits = magnitude.view(torch.int32)
-    normal = ((bits + (random >> 19).to(torch.int32)) & -0x2000).view(torch.float32)
-    scaled = torch.where(magnitude < 2.0**-14, magnitude, 0) * 2.0**24
-    whole = scaled.floor()
-    up = (random >> 8).to(torch.float32) * 2.0**-24 < scaled - whole
-    rounded = torch.where(magnitude < 2.0**-14, (whole + up) * 2.0**-24, normal)
+    floating = ((bits + (random >> 19).to(torch.int32)) & -0x2000).view(torch.float32)
+    is_fixed = magnitude < 2.0**-14
+    fixed = (torch.where(is_fixed, magnitude, 0) * 2.0**45).to(torch.int64)
+    steps = (fixed + (random >> 11)) >> 21
+    rounded = torch.where(is_fixed, steps.to(torch.float32) * 2.0**-24, floating)
     return torch.where(values.isfinite(), rounded.copysign(values), values)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
+from ..row_update import RowUpdate
 from ..settings import GATHER_METHOD
 from . import gather_method
 from .kernel_backend import (
@@ -160,6 +161,12 @@ MIN_SPLIT = 512
 MIN_SPLIT_PER_ROW = 8
 MAX_SPLITS = 64
 SUM_SPLITS = FlatLaunch(64)
+SELECT_ROWS = FlatLaunch(1024)
+# Bytes of a row's sum that one program holds to see the row as a whole, and bytes a thread; longer rows take
+# two steps.
+MAX_HELD_ROW = 16384
+HELD_BYTES = 32
+ROWWISE_BLOCK = 2048
 
 
 class TritonBackend(KernelBackend):
@@ -472,6 +479,105 @@ class TritonBackend(KernelBackend):
             **launch.settings,
         )
 
+    def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None:
+        self._launch(
+            self._kernels.select_rows,
+            (cdiv(ids.numel(), SELECT_ROWS.BLOCK),),
+            ids.device,
+            ids,
+            rows,
+            chosen,
+            ids.numel(),
+            rows.numel(),
+            **SELECT_ROWS.settings,
+        )
+
+    def _holds_row(self, embedding_dim: int, acc_dtype: torch.dtype) -> bool:
+        return embedding_dim * acc_dtype.itemsize <= MAX_HELD_ROW
+
+    def _row_update(
+        self,
+        update: RowUpdate,
+        values: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        chunk: int,
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        # State is as wide as the partial sums, and is to be read in one access too.
+        widths = (vector_width(matrix) for matrix in (values, weight, partial_values))
+        vec = min(widths)
+        held_bytes = partial_values.element_size() if update.formula == "rowwise_adagrad" else 0
+        launch = update_launch(embedding_dim, vec, held_bytes)
+        num_chunks = cdiv(keys.numel(), chunk)
+        seed, step = update.stream or (0, 0)
+        self._launch(
+            self._kernels.row_update,
+            (cdiv(num_chunks, launch.BLOCK_C), cdiv(embedding_dim, launch.BLOCK_D)),
+            keys.device,
+            values,
+            order,
+            keys,
+            weight,
+            state[0] if state else None,
+            state[1] if len(state) > 1 else None,
+            partial_values,
+            partial_keys,
+            update.lr,
+            keys.numel(),
+            num_embeddings,
+            values.stride(0) // vec,
+            values.stride(1),
+            weight.stride(0) // vec,
+            weight.stride(1),
+            update.step_size,
+            update.decay,
+            update.eps,
+            update.avg_weight,
+            update.sq_weight,
+            update.grad_scale,
+            seed,
+            step,
+            D=embedding_dim,
+            VEC=vec,
+            FORMULA=update.formula,
+            STOCHASTIC_ROUNDING=_is_stochastic(update, weight),
+            CHUNK=chunk,
+            **launch.settings,
+            **self._unfused,
+        )
+
+    def _rowwise_adagrad(
+        self, update: RowUpdate, total: Tensor, keys: Tensor, weight: Tensor, state: Tensor
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        seed, step = update.stream or (0, 0)
+        self._launch(
+            self._kernels.rowwise_adagrad,
+            (keys.numel(),),
+            keys.device,
+            total,
+            keys,
+            weight,
+            state,
+            update.lr,
+            num_embeddings,
+            *weight.stride(),
+            update.step_size,
+            update.eps,
+            update.grad_scale,
+            seed,
+            step,
+            D=embedding_dim,
+            STOCHASTIC_ROUNDING=_is_stochastic(update, weight),
+            BLOCK_D=min(_next_power_of_2(embedding_dim), ROWWISE_BLOCK),
+            **self._unfused,
+        )
+
     def _renorm(self, weight: Tensor, keys: Tensor, max_norm: float, norm_type: float) -> None:
         num_embeddings, embedding_dim = weight.shape
         block_d = min(_next_power_of_2(embedding_dim), RENORM_ITEMS)
@@ -584,6 +690,11 @@ class TritonBackend(KernelBackend):
         return torch.cuda.device(device)
 
     @cached_property
+    def _unfused(self) -> dict[str, bool]:
+        """Rounds every product before it is added, as the formulas say; the interpreter does anyhow."""
+        return {} if self._interpreted else {"enable_fp_fusion": False}
+
+    @cached_property
     def _interpreted(self) -> bool:
         return not isinstance(self._kernels.gather_rows, self._triton.JITFunction)
 
@@ -627,6 +738,7 @@ class TritonBackend(KernelBackend):
             one_hot,
             radix_sort,
             renorm,
+            row_update,
             scatter_add,
             segment_sum,
         )
@@ -645,6 +757,9 @@ class TritonBackend(KernelBackend):
             segment_sum=segment_sum.segment_sum_kernel,
             renorm=renorm.renorm_kernel,
             counts=counts.counts_kernel,
+            select_rows=row_update.select_rows_kernel,
+            row_update=row_update.row_update_kernel,
+            rowwise_adagrad=row_update.rowwise_adagrad_kernel,
         )
 
 
@@ -669,6 +784,21 @@ def segment_launch(embedding_dim: int, vec: int) -> SegmentLaunch:
     columns = 32 * vec
     block_d = min(_next_power_of_2(embedding_dim), columns)
     return SegmentLaunch(BLOCK_C=columns // block_d, BLOCK_D=block_d)
+
+
+@cache
+def update_launch(embedding_dim: int, vec: int, held_bytes: int) -> SegmentLaunch:
+    """`segment_launch`; wide enough for a whole row of that many bytes a column, unless they are 0."""
+    launch = segment_launch(embedding_dim, vec)
+    if held_bytes == 0 or embedding_dim <= launch.BLOCK_D:
+        return launch
+    block_d = _next_power_of_2(embedding_dim)
+    num_warps = max(block_d * held_bytes // (32 * HELD_BYTES), 1)
+    return SegmentLaunch(BLOCK_C=1, BLOCK_D=block_d, UNROLL=2, num_warps=num_warps)
+
+
+def _is_stochastic(update: RowUpdate, weight: Tensor) -> bool:
+    return update.stream is not None and weight.element_size() == 2
 
 
 def too_many(number: int, what: str) -> str:

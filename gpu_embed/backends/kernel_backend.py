@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
+from ..row_update import RowUpdate, arithmetic_dtype
 from . import PreparedEmbedding
 from .gradient_method import choose
 from .layout import flat_ids, row_matrix, row_numbers, sort_key_dtype
@@ -157,6 +158,83 @@ class KernelBackend(ABC):
         counts = torch.zeros(num_embeddings, dtype=torch.int32, device=indices.device)
         self._counts(flat_ids(indices), counts)
         return counts
+
+    def row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        indices: Tensor,
+        values: Tensor,
+        rows: Tensor | None,
+    ) -> None:
+        ids = flat_ids(indices)
+        if rows is not None:
+            chosen = torch.empty_like(ids)
+            self._select_rows(ids, rows.view(torch.uint8), chosen)
+            ids = chosen
+        keys, order = self._sorted_keys(ids, weight.shape[0], padding_idx=-1)
+        if update.formula == "rowwise_adagrad" and not self._holds_row(
+            weight.shape[1], arithmetic_dtype(weight.dtype)
+        ):
+            self._update_rows_of_sums(update, weight, state[0], values, order, keys)
+        else:
+            self._update_runs(update, weight, state, values, order, keys)
+
+    def _update_runs(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        values: Tensor,
+        order: Tensor,
+        keys: Tensor,
+    ) -> None:
+        """`_sum_runs`, but each complete sum updates its row instead of being stored."""
+        embedding_dim = weight.shape[1]
+        acc_dtype = arithmetic_dtype(weight.dtype)
+        chunk = chunk_size(keys.numel(), embedding_dim, acc_dtype.itemsize)
+        level_order: Tensor | None = order
+        while True:
+            num_chunks = cdiv(keys.numel(), chunk)
+            partial_values = values.new_empty((2 * num_chunks, embedding_dim), dtype=acc_dtype)
+            partial_keys = order.new_empty(2 * num_chunks, dtype=torch.int64)
+            self._row_update(
+                update,
+                values,
+                level_order,
+                keys,
+                weight,
+                state,
+                partial_values,
+                partial_keys,
+                chunk,
+            )
+            if num_chunks <= 1:
+                return
+            values, keys, level_order = partial_values, partial_keys, None
+
+    def _update_rows_of_sums(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: Tensor,
+        values: Tensor,
+        order: Tensor,
+        keys: Tensor,
+    ) -> None:
+        """Row-wise Adagrad in two steps: store the sums, one row a run, and then see each as a whole."""
+        runs = torch.zeros_like(keys, dtype=torch.int64)
+        torch.cumsum(keys[1:] != keys[:-1], 0, out=runs[1:])
+        run_keys = torch.full_like(runs, weight.shape[0])
+        run_keys.scatter_(0, runs, keys.to(torch.int64))
+        total = torch.zeros(
+            (keys.numel(), weight.shape[1]),
+            dtype=arithmetic_dtype(weight.dtype),
+            device=weight.device,
+        )
+        self._sum_runs(values, order, runs, total, scale_grad_by_freq=False)
+        self._rowwise_adagrad(update, total, run_keys, weight, state)
 
     @cached_property
     def _gradients(self) -> dict[str, Gradient]:
@@ -311,6 +389,32 @@ class KernelBackend(ABC):
         partial_counts: Tensor | None,
         scale_grad_by_freq: bool,
         chunk: int,
+    ) -> None: ...
+
+    @abstractmethod
+    def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None: ...
+
+    @abstractmethod
+    def _holds_row(self, embedding_dim: int, acc_dtype: torch.dtype) -> bool:
+        """Whether a program of `_row_update` sees a row as a whole."""
+
+    @abstractmethod
+    def _row_update(
+        self,
+        update: RowUpdate,
+        values: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        chunk: int,
+    ) -> None: ...
+
+    @abstractmethod
+    def _rowwise_adagrad(
+        self, update: RowUpdate, total: Tensor, keys: Tensor, weight: Tensor, state: Tensor
     ) -> None: ...
 
     @abstractmethod
