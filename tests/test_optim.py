@@ -62,13 +62,18 @@ def train(param, optimizer, num_steps=3):
 # Against torch's optimizers.
 
 
+def many_steps(target):
+    """The kernels' bits are the reference's, and Triton's interpreter is slow."""
+    return 2 if target.backend == "triton" and target.device == "cpu" else 20
+
+
 @pytest.mark.parametrize("maximize", [False, True])
 def test_sgd_is_torchs_bit_for_bit(target, maximize):
     """Weights and gradients are integers and lr a power of two, so every step is exact."""
     ours = torch.nn.Parameter(integer_gradient((6, 4), torch.float32, target.device))
     theirs = copy.deepcopy(ours)
-    train(ours, optim.SGD([ours], lr=0.5, maximize=maximize), 5)
-    train(theirs, torch.optim.SGD([theirs], lr=0.5, maximize=maximize), 5)
+    train(ours, optim.SGD([ours], lr=0.5, maximize=maximize), 2)
+    train(theirs, torch.optim.SGD([theirs], lr=0.5, maximize=maximize), 2)
     assert torch.equal(ours, theirs)
 
 
@@ -100,7 +105,7 @@ def test_many_steps_end_where_torchs_end(target, ours, theirs, arguments):
     tables = []
     for optimizer_class in (ours, theirs):
         param = sparse_table(7, 5, torch.float64, target.device)
-        train(param, optimizer_class([param], **arguments), 20)
+        train(param, optimizer_class([param], **arguments), many_steps(target))
         tables.append(param.detach())
     assert (tables[0] - tables[1]).abs().max() <= 20 * 2**4 * 2.0**-53 * 2**5
     assert not torch.equal(tables[0], table(7, 5, torch.float64, target.device))
@@ -130,7 +135,7 @@ def test_adamw_is_torchs_where_every_row_has_a_gradient(target):
     ours = sparse_table(6, 4, torch.float64, target.device)
     theirs = copy.deepcopy(ours)
     mine, reference = optim.AdamW([ours], **arguments), torch.optim.AdamW([theirs], **arguments)
-    for step in range(20):
+    for step in range(many_steps(target)):
         grad = 2 * integer_gradient((6, 4), torch.float64, target.device).roll(step, 0) + 1
         give_gradient(ours, torch.arange(6), grad)
         theirs.grad = grad
@@ -415,7 +420,7 @@ def test_a_tensor_lr_is_the_number_it_holds(target, optimizer_class):
     tables = []
     for lr in (0.125, torch.tensor(0.125, device=target.device), torch.tensor([0.125])):
         param = sparse_table(device=target.device)
-        tables.append(train(param, optimizer_class([param], lr=lr)).detach())
+        tables.append(train(param, optimizer_class([param], lr=lr), 1).detach())
     assert same_bits(tables[0], tables[1])
     assert same_bits(tables[0], tables[2])
 
@@ -630,7 +635,7 @@ def test_rows_are_saved_and_loaded():
 def test_the_seed_decides_the_rounding(target):
     def trained(**arguments):
         param = sparse_table(dtype=torch.bfloat16, device=target.device)
-        return train(param, optim.SGD([param], lr=0.001, **arguments)).detach()
+        return train(param, optim.SGD([param], lr=0.001, **arguments), 1).detach()
 
     first = trained(stochastic_rounding=True, seed=1)
     assert same_bits(first, trained(stochastic_rounding=True, seed=1))

@@ -22,7 +22,6 @@ UPDATES = {
     ),
 }  # fmt: skip
 every_update = pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def initial_state(update, weight):
@@ -61,23 +60,23 @@ def check(update, weight, indices, values, rows=None):
     return actual
 
 
-@every_update
 @pytest.mark.parametrize(
-    ("num_embeddings", "embedding_dim", "num_indices", "kind"),
+    ("update", "num_embeddings", "embedding_dim", "num_indices", "kind"),
     [
-        (9, 4, 30, "uniform"),
-        (9, 1, 33, "zipf"),
-        (3, 33, 70, "alternating"),
-        (40, 130, 20, "uniform"),
-        (5, 3, 100, "equal"),
-        (1, 8, 1, "uniform"),
-        (300, 2, 300, "sorted"),
+        *((name, 9, 4, 34, "zipf") for name in UPDATES),
+        *((name, 40, 130, 5, "uniform") for name in UPDATES),
+        ("adam", 3, 33, 40, "alternating"),
+        ("adam", 300, 2, 150, "sorted"),
+        ("rowwise_adagrad", 3, 9, 70, "alternating"),
+        ("rowwise_adagrad", 5, 1, 33, "equal"),
+        ("adagrad", 1, 8, 1, "uniform"),
     ],
 )
 def test_rows_are_updated_as_the_reference_says(
     target, update, num_embeddings, embedding_dim, num_indices, kind
 ):
     """Runs inside a chunk, across chunks, and over several; rows narrower and wider than a block."""
+    update = UPDATES[update]
     weight = table(num_embeddings, embedding_dim, torch.float32, target.device)
     indices = ids(kind, num_indices, num_embeddings, target.device)
     values = integer_gradient((num_indices, embedding_dim), torch.float32, target.device)
@@ -85,8 +84,8 @@ def test_rows_are_updated_as_the_reference_says(
 
 
 @every_update
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype(target, update, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(target, update, dtype):
     """fp32 arithmetic and one rounding for 16-bit tables, fp64 for fp64."""
     weight = table(9, 8, dtype, target.device)
     values = integer_gradient((40, 8), dtype, target.device)
@@ -94,16 +93,16 @@ def test_every_dtype(target, update, dtype):
 
 
 def test_a_run_over_many_chunks_is_applied_once(target):
-    """3073 entries of one row and one of another: the levels of partial sums end in one update."""
+    """1029 entries of one row and one of another: three levels of partial sums end in one update."""
     weight = torch.zeros(3, 2, device=target.device)
-    indices = torch.ones(3074, dtype=torch.int64, device=target.device)
+    indices = torch.ones(1030, dtype=torch.int64, device=target.device)
     indices[17] = 2
-    values = torch.ones(3074, 2, device=target.device)
+    values = torch.ones(1030, 2, device=target.device)
     sum_of_squares, rows = check(
         RowUpdate("adagrad", step_size=1.0, eps=1.0), weight, indices, values
     )[::-1]
     assert rows[:, 0].tolist()[0] == 0
-    assert sum_of_squares[1].tolist() == [3 + 3073.0**2, 4 + 3073.0**2]
+    assert sum_of_squares[1].tolist() == [3 + 1029.0**2, 4 + 1029.0**2]
 
 
 @every_update
@@ -165,7 +164,9 @@ VIEWS = {
 }
 
 
-@every_update
+@pytest.mark.parametrize(
+    "update", [UPDATES["adam"], UPDATES["rowwise_adagrad"]], ids=["adam", "rowwise"]
+)
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_any_strides(target, update, view):
     weight = table(7, 8, torch.float32, target.device)
@@ -195,22 +196,22 @@ def test_random_gradients_are_summed_within_the_bound(target):
     SGD with a step of 1 on a table of zeros hands that sum on as it is.
     """
     generator = torch.Generator().manual_seed(3)
-    values = torch.randn(200, 5, generator=generator).to(target.device)
-    indices = ids("zipf", 200, 20, target.device)
-    weight = torch.zeros(20, 5, device=target.device)
+    values = torch.randn(100, 5, generator=generator).to(target.device)
+    indices = ids("zipf", 100, 10, target.device)
+    weight = torch.zeros(10, 5, device=target.device)
     actual = run(RowUpdate("sgd", step_size=1.0), weight, indices, values)[0][0]
-    exact = torch.zeros(20, 5, dtype=torch.float64, device=target.device)
+    exact = torch.zeros(10, 5, dtype=torch.float64, device=target.device)
     size = exact.index_add(0, indices, values.double().abs())
     exact.index_add_(0, indices, values.double())
-    count = torch.bincount(indices, minlength=20)[:, None]
+    count = torch.bincount(indices, minlength=10)[:, None]
     assert ((actual + exact).abs() <= (count - 1).clamp(min=0) * 2.0**-23 * size).all()
 
 
 def test_updates_repeat_bit_for_bit(target):
     """Contract 4: no atomics, so the order of the additions is fixed."""
     generator = torch.Generator().manual_seed(4)
-    values = torch.randn(300, 3, generator=generator).to(target.device)
-    indices = ids("zipf", 300, 9, target.device)
+    values = torch.randn(70, 3, generator=generator).to(target.device)
+    indices = ids("zipf", 70, 9, target.device)
     weight = table(9, 3, torch.float32, target.device)
     first, second = (run(UPDATES["adam"], weight, indices, values)[0] for _ in range(2))
     assert all(map(same_bits, first, second))
@@ -241,18 +242,21 @@ def test_philox_gives_the_published_words(counter, key, expected):
 @pytest.mark.parametrize("embedding_dim", [1, 6, 8])
 def test_stochastic_rounding_is_the_same_everywhere(target, dtype, embedding_dim):
     """The bits depend on seed, step, row and column alone; halves below 2**-14 are spaced otherwise."""
-    weight = table(50, embedding_dim, dtype, target.device)
-    weight[25:] *= 2.0**-17
+    weight = table(20, embedding_dim, dtype, target.device)
+    weight[10:] *= 2.0**-17
     weight[3, 0] = math.inf
-    indices = torch.arange(50, device=target.device)
-    values = integer_gradient((50, embedding_dim), dtype, target.device)
+    indices = torch.arange(20, device=target.device)
+    values = integer_gradient((20, embedding_dim), dtype, target.device)
     stream = Stream(seed=2**40 + 12345, step=7)
     update = RowUpdate("sgd", step_size=0.0123 * 2.0**-10, stream=stream)
     new, *_ = check(update, weight, indices, values)
-    nearest, *_ = check(RowUpdate("sgd", update.step_size), weight, indices, values)
-    assert not same_bits(new, nearest)
-    other = RowUpdate("sgd", update.step_size, stream=Stream(stream.seed, 8))
-    assert not same_bits(new, check(other, weight, indices, values)[0])
+    for other in (None, Stream(stream.seed, 8), Stream(stream.seed + 2**32, 7)):
+        reference = backends.load("reference")
+        changed = weight.clone()
+        reference.row_update_(
+            RowUpdate("sgd", update.step_size, stream=other), changed, (), indices, values, None
+        )
+        assert not same_bits(new, changed)
 
 
 def test_wide_tables_are_not_rounded_at_random(target):
@@ -284,18 +288,18 @@ def test_stochastic_rounding_is_right_on_average(dtype):
 
 
 def test_nearest_rounding_stalls_where_stochastic_rounding_moves(target):
-    """bf16 near 1 has steps of 2**-7 up and 2**-8 down, so 2**-12 at a time is lost each time by rounding to
-    nearest. The mean of 512 elements after 16 steps is 1 - 2**-8, within Hoeffding's bound for 16 roundings of
-    2**-8 at most: 2**-8 * 5 * sqrt(16 / (2 * 512))."""
-    indices = torch.arange(8, device=target.device)
-    values = torch.ones(8, 64, dtype=torch.bfloat16, device=target.device)
+    """Below 1 a bf16 step is 2**-8, so 2**-10 at a time is lost each time by rounding to nearest. The mean of
+    1024 elements after 8 times is 1 - 2**-7, within Hoeffding's bound for roundings by less than 2**-8 each:
+    2**-8 * 5 * sqrt(8 / (2 * 1024))."""
+    indices = torch.arange(2, device=target.device)
+    values = torch.ones(2, 512, dtype=torch.bfloat16, device=target.device)
     nearest = torch.ones_like(values)
     stochastic = torch.ones_like(values)
     backend = backends.select(values.device)
-    for step in range(1, 17):
-        backend.row_update_(RowUpdate("sgd", 2.0**-12), nearest, (), indices, values, None)
-        update = RowUpdate("sgd", 2.0**-12, stream=Stream(9, step))
+    for step in range(1, 9):
+        backend.row_update_(RowUpdate("sgd", 2.0**-10), nearest, (), indices, values, None)
+        update = RowUpdate("sgd", 2.0**-10, stream=Stream(9, step))
         backend.row_update_(update, stochastic, (), indices, values, None)
     assert (nearest == 1).all()
-    error = stochastic.double().mean() - (1 - 2.0**-8)
-    assert abs(error) < 2.0**-8 * 5 * math.sqrt(16 / 1024)
+    error = stochastic.double().mean() - (1 - 2.0**-7)
+    assert abs(error) < 2.0**-8 * 5 * math.sqrt(8 / 2048)
