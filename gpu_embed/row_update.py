@@ -58,6 +58,10 @@ class RowUpdate:
     lr: Tensor | None = None
     stream: Stream | None = None
 
+    def rounds_at_random(self, dtype: torch.dtype) -> bool:
+        """Whether a table of this dtype is rounded so."""
+        return self.stream is not None and dtype.itemsize == 2
+
 
 class StateLayout(NamedTuple):
     """One tensor of state a formula keeps: a number for each element of the table, or for each row."""

@@ -26,6 +26,7 @@ extern "C" __global__ void select_rows_kernel(
 template <typename Weight, int VEC>
 struct RowUpdate {
   using Acc = typename Accumulator<Weight>::type;
+  static constexpr bool ATOMIC_ENDS = false;
   Weight* weight_ptr;
   Acc* state_ptr;
   Acc* second_state_ptr;
@@ -73,7 +74,7 @@ struct RowUpdate {
       state = avg;
       second_state = sq;
     }
-    if (STOCHASTIC_ROUNDING) {
+    if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) {
       const Vector<uint32, 4> random = random_words(seed, step, key, d / 4);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
@@ -92,7 +93,7 @@ template <typename Value, typename Weight, int VEC, int UNROLL>
 __global__ void row_update_kernel(
     // [*, D], any strides (VEC > 1: column stride 1): the gradient, or the partial sums of the level below
     const Value* __restrict__ values_ptr,
-    const int64* __restrict__ order_ptr,  // [num_keys]: the row of values of each key; null: its position
+    const void* __restrict__ order_ptr,  // [num_keys]: the row of values of each key; null: its place
     const void* __restrict__ keys_ptr,    // [num_keys], sorted; keys that name no row take no part
     Weight* weight_ptr,                   // [num_embeddings, D], any strides (VEC > 1: column stride 1)
     typename Accumulator<Weight>::type* state_ptr,         // [num_embeddings, D], or null
@@ -119,6 +120,7 @@ __global__ void row_update_kernel(
     int64 FORMULA,
     int64 STOCHASTIC_ROUNDING,
     int64 CHUNK,  // UNROLL divides it
+    int64 order_bytes,
     int64 key_bytes) {
   using Acc = typename Accumulator<Weight>::type;
   const double lr = lr_ptr ? *lr_ptr : 1.0;
@@ -128,7 +130,8 @@ __global__ void row_update_kernel(
       (Acc)grad_scale, STOCHASTIC_ROUNDING, seed, step};
   walk_runs<Value, Acc, VEC, false, UNROLL>(
       values_ptr, order_ptr, keys_ptr, nullptr, partial_values_ptr, partial_keys_ptr, nullptr,
-      num_keys, num_embeddings, value_row_stride, value_col_stride, D, CHUNK, key_bytes, update);
+      num_keys, num_embeddings, value_row_stride, value_col_stride, D, CHUNK, order_bytes,
+      key_bytes, update);
 }
 
 // Thread i of the grid owns run i, whose summed gradient lies in memory: it sees the row as a whole.
@@ -139,7 +142,6 @@ __global__ void rowwise_adagrad_kernel(
     Weight* weight_ptr,                  // [num_embeddings, D], any strides
     typename Accumulator<Weight>::type* state_ptr,  // [num_embeddings]
     const double* __restrict__ lr_ptr,              // [1]: multiplies step_size; null: 1
-    int64 num_runs,
     int64 num_embeddings,
     int64 weight_row_stride,  // in elements
     int64 weight_col_stride,  // in elements
@@ -149,7 +151,8 @@ __global__ void rowwise_adagrad_kernel(
     int64 seed,
     int64 step,
     int64 D,
-    int64 STOCHASTIC_ROUNDING) {
+    int64 STOCHASTIC_ROUNDING,
+    int64 num_runs) {
   using Acc = typename Accumulator<Weight>::type;
   constexpr int BLOCK_D = 16;
   const int64 run = (int64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -176,14 +179,14 @@ __global__ void rowwise_adagrad_kernel(
   for (int64 first = 0; first < D; first += 4) {
     Vector<uint32, 4> random;
     set_zero(random);
-    if (STOCHASTIC_ROUNDING) random = random_words(seed, step, key, first / 4);
+    if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) random = random_words(seed, step, key, first / 4);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64 d = first + i;
       if (d >= D) break;
       Weight& weight = weight_ptr[key * weight_row_stride + d * weight_col_stride];
       const Acc w = widen(weight) - factor * (row_total_ptr[d] * scale);
-      if (STOCHASTIC_ROUNDING) {
+      if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) {
         narrow_at_random(w, random.lane[i], weight);
       } else {
         narrow(w, weight);

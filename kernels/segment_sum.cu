@@ -7,30 +7,31 @@
 // and with it every bit of the result, is the same from run to run.
 
 #include "common.cuh"
+#include "segment_walk.cuh"
 
-// The sum, divided by the number of ids behind it if that is asked for, rounded once.
-template <bool SCALE_GRAD_BY_FREQ, typename Grad, typename Acc, int VEC>
-__device__ inline void store_row(Grad* target, const Vector<Acc, VEC>& total, int32 count) {
-  Vector<Grad, VEC> row;
+// Stores the sum, divided by the number of ids behind it if that is asked for, rounded once.
+template <typename Grad, int VEC, bool SCALE_GRAD_BY_FREQ, bool ATOMIC>
+struct StoreGradient {
+  using Acc = typename Accumulator<Grad>::type;
+  static constexpr bool ATOMIC_ENDS = ATOMIC;
+  Grad* grad_weight_ptr;
+  int64 D;
+
+  __device__ void operator()(int64 key, int64 d, const Vector<Acc, VEC>& total, int32 count) const {
+    Vector<Grad, VEC> row;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) {
-    narrow(SCALE_GRAD_BY_FREQ ? total.lane[i] / (Acc)count : total.lane[i], row.lane[i]);
+    for (int i = 0; i < VEC; ++i) {
+      narrow(SCALE_GRAD_BY_FREQ ? total.lane[i] / (Acc)count : total.lane[i], row.lane[i]);
+    }
+    *(Vector<Grad, VEC>*)(grad_weight_ptr + key * D + d) = row;
   }
-  *(Vector<Grad, VEC>*)target = row;
-}
 
-// The sum at one end of a chunk: a partial sum of its own, or added to the row that other chunks add to as well.
-template <bool ATOMIC_ENDS, typename Grad, typename Acc, int VEC>
-__device__ inline void store_end(Acc* partial, Grad* row, const Vector<Acc, VEC>& total) {
-  if constexpr (ATOMIC_ENDS) {
-    atomic_add_vector(row, total);
-  } else {
-    *(Vector<Acc, VEC>*)partial = total;
+  // To a row that other chunks add to as well.
+  __device__ void add(int64 key, int64 d, const Vector<Acc, VEC>& total) const {
+    atomic_add_vector(grad_weight_ptr + key * D + d, total);
   }
-}
+};
 
-// Thread i of the grid owns chunk i / (D / VEC) and the VEC columns from i % (D / VEC) * VEC on. It walks its
-// chunk alone and exchanges nothing.
 template <
     typename Value, typename Grad, int VEC, bool SCALE_GRAD_BY_FREQ, int UNROLL, bool ATOMIC_ENDS>
 __global__ void segment_sum_kernel(
@@ -54,86 +55,9 @@ __global__ void segment_sum_kernel(
     int64 order_bytes,
     int64 key_bytes) {
   using Acc = typename Accumulator<Grad>::type;
-  const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  const int64 chunk = thread / (D / VEC);
-  const int64 d = thread % (D / VEC) * VEC;
-  const int64 start = chunk * CHUNK;
-  if (start >= num_keys) return;
-  const int64 end = start + CHUNK < num_keys ? start + CHUNK : num_keys;
-  const bool first_columns = d == 0;
-  Acc* const lead_ptr = partial_values_ptr + 2 * chunk * D + d;
-  Acc* const trail_ptr = lead_ptr + D;
-
-  int64 key = load_integer(keys_ptr, start, key_bytes);
-  // True while the run at hand began in an earlier chunk.
-  bool leading = start > 0 && names_row(key, num_embeddings) &&
-                 key == load_integer(keys_ptr, start - 1, key_bytes);
-  if (!ATOMIC_ENDS && first_columns) {
-    partial_keys_ptr[2 * chunk] = leading ? key : -1;
-    partial_keys_ptr[2 * chunk + 1] = -1;
-  }
-
-  Vector<Acc, VEC> total;
-  set_zero(total);
-  int32 count = 0;
-  bool run_ends = false;
-  for (int64 first = start; first < end; first += UNROLL) {
-    // All loads of a step are issued before the first sum needs one.
-    int64 next_key[UNROLL];
-    int64 source[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      const int64 position = first + u;
-      next_key[u] = position + 1 < num_keys ? load_integer(keys_ptr, position + 1, key_bytes) : -1;
-      source[u] =
-          order_ptr && position < end ? load_integer(order_ptr, position, order_bytes) : position;
-    }
-    Vector<Value, VEC> value[UNROLL];
-    int32 ids[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      set_zero(value[u]);
-      ids[u] = 1;
-      if (first + u < end && names_row(u == 0 ? key : next_key[u - 1], num_embeddings)) {
-        value[u] = *(const Vector<Value, VEC>*)(
-            values_ptr + source[u] * value_row_stride * VEC + d * value_col_stride);
-        if (SCALE_GRAD_BY_FREQ && counts_ptr) ids[u] = counts_ptr[first + u];
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      if (first + u >= end) break;
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) total.lane[i] += widen(value[u].lane[i]);
-      count += ids[u];
-      run_ends = key != next_key[u];
-      if (run_ends) {
-        if (leading) {
-          store_end<ATOMIC_ENDS>(lead_ptr, grad_weight_ptr + key * D + d, total);
-          if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
-        } else if (names_row(key, num_embeddings)) {
-          store_row<SCALE_GRAD_BY_FREQ>(grad_weight_ptr + key * D + d, total, count);
-        }
-        set_zero(total);
-        count = 0;
-        leading = false;
-      }
-      key = next_key[u];
-    }
-  }
-
-  // The run at hand goes on in the next chunk.
-  if (end == num_keys || run_ends || !names_row(key, num_embeddings)) return;
-  if (leading && !ATOMIC_ENDS) {
-    // A run that fills the whole chunk is its leading sum; a trailing zero keeps its keys adjacent.
-    *(Vector<Acc, VEC>*)lead_ptr = total;
-    if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
-    set_zero(total);
-    count = 0;
-  }
-  store_end<ATOMIC_ENDS>(trail_ptr, grad_weight_ptr + key * D + d, total);
-  if (!ATOMIC_ENDS && first_columns) {
-    partial_keys_ptr[2 * chunk + 1] = key;
-    if (SCALE_GRAD_BY_FREQ) partial_counts_ptr[2 * chunk + 1] = count;
-  }
+  walk_runs<Value, Acc, VEC, SCALE_GRAD_BY_FREQ, UNROLL>(
+      values_ptr, order_ptr, keys_ptr, counts_ptr, partial_values_ptr, partial_keys_ptr,
+      partial_counts_ptr, num_keys, num_embeddings, value_row_stride, value_col_stride, D, CHUNK,
+      order_bytes, key_bytes,
+      StoreGradient<Grad, VEC, SCALE_GRAD_BY_FREQ, ATOMIC_ENDS>{grad_weight_ptr, D});
 }

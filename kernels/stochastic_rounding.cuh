@@ -6,7 +6,8 @@
 
 // Philox 4x32-10: the four words of a counter.
 __device__ inline Vector<uint32, 4> philox(Vector<uint32, 4> c, uint32 k0, uint32 k1) {
-#pragma unroll
+  // Unrolled, it would be most of a kernel.
+#pragma unroll 1
   for (int i = 0; i < 10; ++i) {
     const uint64 product0 = 0xD2511F53ull * c.lane[0];
     const uint64 product1 = 0xCD9E8D57ull * c.lane[2];
@@ -54,6 +55,7 @@ __device__ inline void narrow_at_random(float value, uint32 random, float16& out
 }
 
 // Wider tables are stored as computed.
-__device__ inline void narrow_at_random(float value, uint32, float& out) { out = value; }
-
-__device__ inline void narrow_at_random(double value, uint32, double& out) { out = value; }
+template <typename Wide>
+__device__ inline void narrow_at_random(Wide value, uint32, Wide& out) {
+  out = value;
+}

@@ -75,6 +75,19 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for dtype, _, widths in segments[:2]
             for vec in widths
         ),
+        # The sums of row-wise Adagrad, which keep the width of the arithmetic.
+        *(
+            ("segment_sum", f"segment_sum_kernel<{value}, float, {vec}, false, {unroll}, false>")
+            for value in ("float16", "bfloat16")
+            for vec in (1, 2, 4)
+        ),
+        ("row_update", "select_rows_kernel"),
+        *(
+            ("row_update", f"row_update_kernel<{value}, {weight}, {vec}, {unroll}>")
+            for value, weight, widths in segments
+            for vec in widths
+        ),
+        *(("row_update", f"rowwise_adagrad_kernel<{weight}>") for weight in _cupy.FLOATS.values()),
         *(("renorm", f"renorm_kernel<{weight}>") for weight in _cupy.FLOATS.values()),
         ("counts", "counts_kernel"),
     ]

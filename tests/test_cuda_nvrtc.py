@@ -192,6 +192,16 @@ def test_subnormal_sums_are_not_flushed() -> None:
         assert not re.findall(r"\b(?:add|mul|fma)\.(?:\w+\.)?ftz", ptx)
 
 
+def test_updates_round_every_product() -> None:
+    """A product that is fused with the addition behind it is not what the formulas say."""
+    if isinstance(nvrtc_archs(), str):
+        missing(str(nvrtc_archs()))
+    (kernel,) = (k for k in KERNELS if k.expression == "row_update_kernel<float, float, 1, 4>")
+    ptx = _cupy.compile_kernels("row_update", [kernel.expression], 999).image.decode()
+    assert "mul.rn.f32" in ptx
+    assert not re.findall(r"fma\.\S*f32", ptx)
+
+
 def test_an_error_shows_the_compilers_log(monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(nvrtc_archs(), str):
         missing(str(nvrtc_archs()))

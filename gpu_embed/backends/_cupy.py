@@ -4,6 +4,7 @@ CuPy's RawModule would do both, but it refuses to work without CUDA's headers, w
 and pip does not bring, and it compiles with -ftz=true, which turns subnormal gradients into zeros.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
+from ..row_update import RowUpdate
 from . import gather_method
 from .kernel_backend import (
     Gather,
@@ -37,6 +39,8 @@ VECTOR_ATOMICS_CAPABILITY = (9, 0)
 MAX_SEGMENT_VECTOR = 4
 MAX_BLOCKS_Y = 65535
 OPTIONS = ("-std=c++17",)
+# row_update.cu rounds every product before it is added, as its formulas say.
+UNFUSED = {"row_update": ("-fmad=false",)}
 
 # Blocks and threads, (x, y) each.
 Grid = tuple[tuple[int, int], tuple[int, int]]
@@ -116,6 +120,8 @@ DIGIT = WalkLaunch(threads=64)
 # 132 multiprocessors with 1024 threads each make about as many.
 SORT_TILES = SortTiles(STEP=64, TILES=2**17, MAX_STEPS=2**20)
 COUNTS = FlatLaunch()
+SELECT_ROWS = FlatLaunch()
+ROWWISE_ADAGRAD = FlatLaunch(threads=64)
 RENORM = FlatLaunch(threads=64)
 
 FLOATS = {
@@ -132,6 +138,8 @@ INTEGERS = {
 }
 # In the order of the enum in renorm.cu.
 NORMS = ("inf", "-inf", "0", "1", "2", "p")
+# In the order of the enum in row_update.cu.
+FORMULAS = ("sgd", "adagrad", "adam")
 
 
 class CupyBackend(KernelBackend):
@@ -370,6 +378,100 @@ class CupyBackend(KernelBackend):
             keys.element_size(),
         )
 
+    def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None:
+        self._launch(
+            Kernel("row_update", "select_rows_kernel"),
+            *SELECT_ROWS.grid(ids.numel()),
+            ids.device,
+            ids,
+            rows,
+            chosen,
+            ids.numel(),
+            rows.numel(),
+        )
+
+    def _holds_row(self, embedding_dim: int, acc_dtype: torch.dtype) -> bool:
+        return False
+
+    def _row_update(
+        self,
+        update: RowUpdate,
+        values: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        chunk: int,
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        widths = (vector_width(matrix) for matrix in (values, weight, partial_values))
+        vec = min(*widths, MAX_SEGMENT_VECTOR)
+        arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
+        num_chunks = cdiv(keys.numel(), chunk)
+        seed, step = update.stream or (0, 0)
+        self._launch(
+            Kernel("row_update", f"row_update_kernel<{arguments}>"),
+            *SEGMENT_SUM.grid(num_chunks * (embedding_dim // vec)),
+            keys.device,
+            values,
+            order,
+            keys,
+            weight,
+            state[0] if state else None,
+            state[1] if len(state) > 1 else None,
+            partial_values,
+            partial_keys,
+            update.lr,
+            keys.numel(),
+            num_embeddings,
+            values.stride(0) // vec,
+            values.stride(1),
+            weight.stride(0),
+            weight.stride(1),
+            float(update.step_size),
+            float(update.decay),
+            float(update.eps),
+            float(update.avg_weight),
+            float(update.sq_weight),
+            float(update.grad_scale),
+            seed,
+            step,
+            embedding_dim,
+            FORMULAS.index(update.formula),
+            int(update.rounds_at_random(weight.dtype)),
+            chunk,
+            _itemsize(order),
+            keys.element_size(),
+        )
+
+    def _rowwise_adagrad(
+        self, update: RowUpdate, total: Tensor, keys: Tensor, weight: Tensor, state: Tensor
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        seed, step = update.stream or (0, 0)
+        self._launch(
+            Kernel("row_update", f"rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"),
+            *ROWWISE_ADAGRAD.grid(keys.numel()),
+            keys.device,
+            total,
+            keys,
+            weight,
+            state,
+            update.lr,
+            num_embeddings,
+            *weight.stride(),
+            float(update.step_size),
+            float(update.eps),
+            float(update.grad_scale),
+            seed,
+            step,
+            embedding_dim,
+            int(update.rounds_at_random(weight.dtype)),
+            keys.numel(),
+        )
+
     def _renorm(self, weight: Tensor, keys: Tensor, max_norm: float, norm_type: float) -> None:
         num_embeddings, embedding_dim = weight.shape
         self._launch(
@@ -455,7 +557,9 @@ def compile_kernels(
         for expression in expressions:
             nvrtc.addNameExpression(program, expression)
         try:
-            nvrtc.compileProgram(program, (f"-arch={target}", *OPTIONS, *options))
+            nvrtc.compileProgram(
+                program, (f"-arch={target}", *OPTIONS, *UNFUSED.get(stem, ()), *options)
+            )
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program)
             raise RuntimeError(
@@ -471,10 +575,22 @@ def compile_kernels(
 
 @cache
 def source(stem: str) -> str:
-    """A kernel file with what it includes put in its place, so that NVRTC looks for no file."""
+    """A kernel file with what it includes put in its place, once, so that NVRTC looks for no file."""
     folder = resources.files("gpu_embed.kernels")
-    text = (folder / f"{stem}.cu").read_text()
-    return text.replace('#include "common.cuh"', (folder / "common.cuh").read_text())
+    included: set[str] = set()
+
+    def expanded(name: str) -> str:
+        return re.sub(
+            r'#include "(\w+\.cuh)"\n', lambda found: once(found[1]), (folder / name).read_text()
+        )
+
+    def once(name: str) -> str:
+        if name in included:
+            return ""
+        included.add(name)
+        return expanded(name).replace("#pragma once\n", "")
+
+    return expanded(f"{stem}.cu")
 
 
 class _Stream(NamedTuple):

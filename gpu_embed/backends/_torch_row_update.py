@@ -30,7 +30,7 @@ def row_update_(
     g.index_add_(0, run, values[kept].to(dtype)).mul_(update.grad_scale)
     kept_state = [tensor[used] for tensor in state]
     w = FORMULAS[update.formula](update, weight[used].to(dtype), kept_state, g)
-    if update.stream is not None and weight.dtype in ROUNDINGS:
+    if update.stream is not None and update.rounds_at_random(weight.dtype):
         w = ROUNDINGS[weight.dtype](w, _random_words(used, w.shape[1], update.stream))
     weight[used] = w.to(weight.dtype)
     for tensor, new in zip(state, kept_state, strict=True):

@@ -545,7 +545,7 @@ class TritonBackend(KernelBackend):
             D=embedding_dim,
             VEC=vec,
             FORMULA=update.formula,
-            STOCHASTIC_ROUNDING=_is_stochastic(update, weight),
+            STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
             CHUNK=chunk,
             **launch.settings,
             **self._unfused,
@@ -573,7 +573,7 @@ class TritonBackend(KernelBackend):
             seed,
             step,
             D=embedding_dim,
-            STOCHASTIC_ROUNDING=_is_stochastic(update, weight),
+            STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
             BLOCK_D=min(_next_power_of_2(embedding_dim), ROWWISE_BLOCK),
             **self._unfused,
         )

@@ -1,0 +1,121 @@
+// The walk over sorted keys that segment_sum.cu describes, and a run's end as the caller wants it.
+
+#pragma once
+
+#include "common.cuh"
+
+// Thread i of the grid owns chunk i / (D / VEC) and the VEC columns from i % (D / VEC) * VEC on. It walks its
+// chunk alone and exchanges nothing.
+// It hands the sum of each run that is complete, and how many ids are behind it (only with SCALE_GRAD_BY_FREQ),
+// to end_run(key, d, total, count); with EndRun::ATOMIC_ENDS, what runs leave at the ends of the chunk to
+// end_run.add(key, d, total), and there are no partial sums.
+template <typename Value, typename Acc, int VEC, bool SCALE_GRAD_BY_FREQ, int UNROLL, typename EndRun>
+__device__ inline void walk_runs(
+    // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the partial sums of the level below
+    const Value* __restrict__ values_ptr,
+    const void* __restrict__ order_ptr,    // [num_keys]: the row of values of each key; null: its place
+    const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys that name no row take no part
+    const int32* __restrict__ counts_ptr,  // [num_keys]: ids behind each value; null: one
+    // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it. ATOMIC_ENDS: null, and so are the next two
+    Acc* __restrict__ partial_values_ptr,
+    int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: no such partial sum
+    int32* __restrict__ partial_counts_ptr,  // [2 * num_chunks]
+    int64 num_keys,
+    int64 num_embeddings,
+    int64 value_row_stride,  // in units of VEC elements
+    int64 value_col_stride,  // in elements
+    int64 D,                 // VEC divides it
+    int64 CHUNK,             // UNROLL divides it
+    int64 order_bytes,
+    int64 key_bytes,
+    const EndRun& end_run) {
+  const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  const int64 chunk = thread / (D / VEC);
+  const int64 d = thread % (D / VEC) * VEC;
+  const int64 start = chunk * CHUNK;
+  if (start >= num_keys) return;
+  const int64 end = start + CHUNK < num_keys ? start + CHUNK : num_keys;
+  const bool first_columns = d == 0;
+  Acc* const lead_ptr = partial_values_ptr + 2 * chunk * D + d;
+  Acc* const trail_ptr = lead_ptr + D;
+  const auto store_end = [&](Acc* partial, int64 row, const Vector<Acc, VEC>& sum) {
+    if constexpr (EndRun::ATOMIC_ENDS) {
+      end_run.add(row, d, sum);
+    } else {
+      *(Vector<Acc, VEC>*)partial = sum;
+    }
+  };
+
+  int64 key = load_integer(keys_ptr, start, key_bytes);
+  // True while the run at hand began in an earlier chunk.
+  bool leading = start > 0 && names_row(key, num_embeddings) &&
+                 key == load_integer(keys_ptr, start - 1, key_bytes);
+  if (!EndRun::ATOMIC_ENDS && first_columns) {
+    partial_keys_ptr[2 * chunk] = leading ? key : -1;
+    partial_keys_ptr[2 * chunk + 1] = -1;
+  }
+
+  Vector<Acc, VEC> total;
+  set_zero(total);
+  int32 count = 0;
+  bool run_ends = false;
+  for (int64 first = start; first < end; first += UNROLL) {
+    // All loads of a step are issued before the first sum needs one.
+    int64 next_key[UNROLL];
+    int64 source[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      const int64 position = first + u;
+      next_key[u] = position + 1 < num_keys ? load_integer(keys_ptr, position + 1, key_bytes) : -1;
+      source[u] =
+          order_ptr && position < end ? load_integer(order_ptr, position, order_bytes) : position;
+    }
+    Vector<Value, VEC> value[UNROLL];
+    int32 ids[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      set_zero(value[u]);
+      ids[u] = 1;
+      if (first + u < end && names_row(u == 0 ? key : next_key[u - 1], num_embeddings)) {
+        value[u] = *(const Vector<Value, VEC>*)(
+            values_ptr + source[u] * value_row_stride * VEC + d * value_col_stride);
+        if (SCALE_GRAD_BY_FREQ && counts_ptr) ids[u] = counts_ptr[first + u];
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      if (first + u >= end) break;
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) total.lane[i] += widen(value[u].lane[i]);
+      count += ids[u];
+      run_ends = key != next_key[u];
+      if (run_ends) {
+        if (leading) {
+          store_end(lead_ptr, key, total);
+          if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
+        } else if (names_row(key, num_embeddings)) {
+          end_run(key, d, total, count);
+        }
+        set_zero(total);
+        count = 0;
+        leading = false;
+      }
+      key = next_key[u];
+    }
+  }
+
+  // The run at hand goes on in the next chunk.
+  if (end == num_keys || run_ends || !names_row(key, num_embeddings)) return;
+  if (leading && !EndRun::ATOMIC_ENDS) {
+    // A run that fills the whole chunk is its leading sum; a trailing zero keeps its keys adjacent.
+    *(Vector<Acc, VEC>*)lead_ptr = total;
+    if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
+    set_zero(total);
+    count = 0;
+  }
+  store_end(trail_ptr, key, total);
+  if (!EndRun::ATOMIC_ENDS && first_columns) {
+    partial_keys_ptr[2 * chunk + 1] = key;
+    if (SCALE_GRAD_BY_FREQ) partial_counts_ptr[2 * chunk + 1] = count;
+  }
+}
