@@ -11,6 +11,7 @@ from torch import Tensor
 
 import gpu_embed
 from gpu_embed.backends._triton import GATHER_ROWS, TritonBackend
+from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
 
 META = torch.device("meta")
@@ -31,6 +32,10 @@ class Case:
     scale_grad_by_freq: bool = False
     norm_type: float = 2.0
     transposed: bool = False  # the columns of the table, or of the gradient, lie apart
+    num_bags: int = 32
+    equal_lengths: bool = False  # of the bags, which so need no offsets
+    per_sample_weights: bool = False
+    mean: bool = False  # the gradient of a mean, not of a sum
 
     def __str__(self) -> str:
         """The operation, D, the dtype, and what differs from the defaults."""
@@ -66,6 +71,7 @@ SHORT = {
     "index_dtype": "ids_",
     "padding_idx": "padding",
     "norm_type": "norm",
+    "num_bags": "B",
 }
 
 
@@ -99,12 +105,63 @@ def _counts(case: Case, backend: TritonBackend) -> None:
     backend.embedding_counts(case.ids(), case.num_embeddings)
 
 
+def _bags(case: Case) -> Bags:
+    offsets = None if case.equal_lengths else case.ids().new_empty(case.num_bags)
+    return Bags(case.ids(), offsets, case.num_bags)
+
+
+def _bag_weights(case: Case) -> Tensor | None:
+    return (
+        case.ids().new_empty(case.num_indices, dtype=case.dtype)
+        if case.per_sample_weights
+        else None
+    )
+
+
+def _bag(case: Case, backend: TritonBackend) -> None:
+    record = BoundsRecord(META) if case.record else None
+    mode = case.operation.removeprefix("bag_")
+    weight = case.matrix(case.num_embeddings)
+    backend.embedding_bag(weight, _bag_weights(case), _bags(case), case.padding_idx, mode, record)
+
+
+def _bag_max(case: Case, backend: TritonBackend) -> None:
+    record = BoundsRecord(META) if case.record else None
+    weight = case.matrix(case.num_embeddings)
+    backend.embedding_bag_max(weight, _bags(case), case.padding_idx, True, record)
+
+
+def _bag_gradient(case: Case, backend: TritonBackend) -> None:
+    with gpu_embed.use_gradient_method(case.operation.removeprefix("bag_")):
+        backend.embedding_bag_dense_backward(
+            case.matrix(case.num_bags),
+            _bag_weights(case),
+            _bags(case),
+            case.num_embeddings,
+            case.padding_idx,
+            "mean" if case.mean else "sum",
+            case.scale_grad_by_freq,
+        )
+
+
+def _bag_sample_weights(case: Case, backend: TritonBackend) -> None:
+    backend.embedding_bag_sample_weights_backward(
+        case.matrix(case.num_bags), case.matrix(case.num_embeddings), _bags(case), case.padding_idx
+    )
+
+
 OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "embedding": _embedding,
     "atomic": _gradient,
     "sorted": _gradient,
     "renorm": _renorm,
     "counts": _counts,
+    "bag_sum": _bag,
+    "bag_mean": _bag,
+    "bag_max": _bag_max,
+    "bag_atomic": _bag_gradient,
+    "bag_sorted": _bag_gradient,
+    "bag_sample_weights": _bag_sample_weights,
 }
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -174,4 +231,38 @@ CASES = (
     Case("renorm", 64, transposed=True),
     Case("counts"),
     Case("counts", num_indices=PAST_INT32, index_dtype=torch.uint8),
+    Case("bag_sum", 128, FP32, record=True),
+    Case("bag_sum", 128, FP32, record=True, equal_lengths=True, index_dtype=torch.int32),
+    Case("bag_sum", 128, BF16, record=True, padding_idx=0),
+    Case("bag_sum", 32, FP32, record=True),
+    Case("bag_sum", 64, FP16, per_sample_weights=True),
+    Case("bag_sum", 300, BF16, per_sample_weights=True, record=True),
+    Case("bag_sum", 4096, BF16, num_indices=1, num_bags=1),
+    Case("bag_sum", 50, FP32, num_indices=3073, record=True),
+    Case("bag_sum", 33, FP64),
+    Case("bag_sum", 1, BF16, index_dtype=torch.uint8),
+    Case("bag_sum", 64, FP32, transposed=True),
+    Case("bag_sum", 4, FP32, num_indices=PAST_INT32, num_bags=PAST_INT32, index_dtype=torch.uint8),
+    Case("bag_mean", 128, FP32, record=True),
+    Case("bag_mean", 32, BF16, record=True, padding_idx=0),
+    Case("bag_mean", 64, FP64),
+    Case("bag_mean", 128, FP32, num_indices=2**20, num_bags=4),
+    Case("bag_sum", 32, BF16, num_indices=2**20, num_bags=4, record=True),
+    Case("bag_max", 128, FP32, record=True),
+    Case("bag_max", 64, BF16, record=True, equal_lengths=True),
+    Case("bag_max", 300, FP16),
+    Case("bag_max", 33, FP64, padding_idx=0),
+    Case("bag_atomic", 128, FP32),
+    Case("bag_atomic", 128, FP32, per_sample_weights=True, equal_lengths=True),
+    Case("bag_atomic", 50, FP32, mean=True, padding_idx=0),
+    Case("bag_atomic", 32, FP64, mean=True),
+    Case("bag_sorted", 128, BF16),
+    Case("bag_sorted", 768, BF16, per_sample_weights=True, scale_grad_by_freq=True),
+    Case("bag_sorted", 64, BF16, mean=True, equal_lengths=True),
+    Case("bag_sorted", 128, FP32, mean=True, padding_idx=0),
+    Case("bag_sorted", 33, FP64, per_sample_weights=True),
+    Case("bag_sample_weights", 128, FP32),
+    Case("bag_sample_weights", 300, BF16, padding_idx=0),
+    Case("bag_sample_weights", 33, FP64),
+    Case("bag_sample_weights", 64, FP32, transposed=True),
 )

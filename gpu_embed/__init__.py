@@ -1,14 +1,15 @@
-"""Embedding tables for GPUs: a drop-in torch.nn.Embedding on hand-written kernels."""
+"""Embedding tables for GPUs: drop-in torch.nn.Embedding and EmbeddingBag on hand-written kernels."""
 
 from . import backends, functional, optim, reference
 from .backends import available_backends, use_backend
 from .backends.gather_method import use_gather_method
 from .backends.gradient_method import use_gradient_method
 from .bounds import check_bounds, set_bounds_check
-from .nn import Embedding
+from .nn import Embedding, EmbeddingBag
 
 __all__ = [
     "Embedding",
+    "EmbeddingBag",
     "available_backends",
     "backends",
     "check_bounds",

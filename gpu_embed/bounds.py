@@ -19,14 +19,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .bags import Bags
 from .settings import BOUNDS_CHECK, Restore
+
+
+class BagIndexError(IndexError, RuntimeError):
+    """An id of a bag is out of range: IndexError as in every lookup, RuntimeError as torch's embedding_bag has it."""
 
 
 class BoundsRecord:
     """One device's record of the first id out of range since the last error.
 
     Attributes:
-        words: int64 [4] on the device: claimed (0 or 1), flat position, id, rows of the table.
+        words: int64 [6] on the device: claimed (0 or 1), flat position, id, rows of the table; and of an id in a
+            bag, the bag's number from 1 on (0: no bag) and its first position. A bag of -1 stands for a wrong
+            offset: its place, itself, and the number of ids are in the three words before.
         flag: int32 [1] in host memory (pinned for CUDA): 1 once `words` is claimed.
     """
 
@@ -35,7 +42,7 @@ class BoundsRecord:
         self._on_cuda = device.type == "cuda"
         # Whatever mode the first lookup runs in, every later one must be able to write here.
         with torch.inference_mode(False):
-            self.words = torch.zeros(4, dtype=torch.int64, device=device)
+            self.words = torch.zeros(6, dtype=torch.int64, device=device)
             self.flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self._on_cuda)
         # A view of bytes reads in 20 ns where Tensor.item() takes microseconds.
         self._flag_view = self.flag.numpy().data
@@ -51,9 +58,32 @@ class BoundsRecord:
         if indices.numel() == 0:
             return
         flat = indices.reshape(-1).to(torch.int64)
-        out_of_range = ~in_table(flat, num_embeddings)
+        self._write(flat, ~in_table(flat, num_embeddings), num_embeddings)
+
+    def write_bags(self, bags: Bags, num_embeddings: int) -> None:
+        """`write` for the ids that are in a bag."""
+        flat = bags.indices.to(torch.int64)
+        bag = bags.bag_of()
+        begin, _ = bags.ends()
+        self._write(
+            flat,
+            ~in_table(flat, num_embeddings) & (bag >= 0),
+            num_embeddings,
+            torch.stack([bag + 1, begin[bag.clamp(min=0)]]),
+        )
+
+    def _write(
+        self,
+        flat: Tensor,
+        out_of_range: Tensor,
+        num_embeddings: int,
+        bag_words: Tensor | None = None,
+    ) -> None:
+        """Record the first id that is out of range; bag_words: int64 [2, N], a position's last two words."""
         places = torch.arange(flat.numel(), device=self.device)
         position = torch.where(out_of_range, places, flat.numel() - 1).min()
+        if bag_words is None:
+            bag_words = flat.new_zeros((2, flat.numel()))
         found = torch.stack(
             [
                 torch.ones_like(position),
@@ -61,6 +91,7 @@ class BoundsRecord:
                 # Not flat[position], which would wait for the GPU.
                 flat.gather(0, position.view(1))[0],
                 torch.full_like(position, num_embeddings),
+                *bag_words.gather(1, position.view(1, 1).expand(2, 1)).flatten(),
             ]
         )
         self.words.copy_(torch.where(out_of_range.any() & (self.words[0] == 0), found, self.words))
@@ -95,11 +126,15 @@ class BoundsRecord:
             if not self._flag_view[0]:
                 return
             self._wait()
-            _, position, index, num_embeddings = self.words.tolist()
+            _, position, index, num_embeddings, bag, begin = self.words.tolist()
             # In this order: while the words are claimed, no kernel can raise the flag in between.
             self._flag_view[0] = 0
             self.words.zero_()
             self._wait()
+        if bag < 0:
+            raise offset_error(index, position, num_embeddings)
+        if bag:
+            raise bag_error(index, position, num_embeddings, bag - 1, position - begin)
         raise out_of_range_error(index, position, num_embeddings, shape)
 
     def _wait(self) -> None:
@@ -119,15 +154,41 @@ def out_of_range_error(
     where = f"flat position {position}"
     if shape is not None and len(shape) > 1:
         where = f"position {tuple(int(place) for place in np.unravel_index(position, shape))}"
-    rule = (
+    return IndexError(
+        f"index out of range in self: id {index} at {where} of the input; {_rule(num_embeddings)}"
+    )
+
+
+def bag_error(
+    index: int, position: int, num_embeddings: int, bag: int, place: int
+) -> BagIndexError:
+    """The error for one id out of range in a bag, torch's wording first.
+
+    Args:
+        place: the id's place in the bag, from 0 on.
+    """
+    return BagIndexError(
+        "embedding_bag: Expected idx >= 0 && idx < num_embeddings but found idx to be "
+        f"{index}, at position {place} of bag {bag} (flat position {position} of the input); "
+        f"{_rule(num_embeddings)}"
+    )
+
+
+def offset_error(offset: int, place: int, num_indices: int) -> BagIndexError:
+    """The error for an offset that does not cut the ids into bags."""
+    return BagIndexError(
+        f"embedding_bag: offsets[{place}] is {offset}; offsets begin at 0, do not decrease, and do not "
+        f"exceed the input's length {num_indices}. What is in no bag by them was left out."
+    )
+
+
+def _rule(num_embeddings: int) -> str:
+    rows = (
         f"the table has {num_embeddings} rows, so ids go from 0 to {num_embeddings - 1}"
         if num_embeddings
         else "the table has 0 rows"
     )
-    return IndexError(
-        f"index out of range in self: id {index} at {where} of the input; {rule}. "
-        "The table and the ids are unchanged."
-    )
+    return f"{rows}. The table and the ids are unchanged."
 
 
 def set_bounds_check(mode: str) -> Restore:

@@ -5,6 +5,7 @@ rounded once on return. Ids outside [0, num_embeddings) read as zeros and contri
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -157,3 +158,98 @@ def row_norm(rows: Array, norm_type: float) -> Array:
 def in_table(indices: Array, num_embeddings: int) -> Array:
     """Which ids name a row."""
     return (indices >= 0) & (indices < num_embeddings)
+
+
+def embedding_bag(
+    weight: Array,
+    indices: Array,
+    offsets: Array,
+    padding_idx: int = -1,
+    mode: str = "sum",
+    per_sample_weights: Array | None = None,
+) -> Array:
+    """Sum or mean of the rows of each bag of indices [N] -> [B, D].
+
+    Bag b holds positions offsets[b] to offsets[b + 1] (offsets [B + 1]). padding_idx is left out, of the mean's
+    divisor too; per_sample_weights [N] multiply the rows.
+    """
+    scale = position_scales(indices, offsets, len(weight), padding_idx, mode, per_sample_weights)
+    rows = embedding(weight, indices, padding_idx).astype(np.float64) * scale[:, None]
+    output = [rows[begin:end].sum(axis=0) for begin, end in pairwise(offsets)]
+    return np.stack(output).astype(weight.dtype)
+
+
+def position_scales(
+    indices: Array,
+    offsets: Array,
+    num_embeddings: int,
+    padding_idx: int,
+    mode: str,
+    per_sample_weights: Array | None,
+) -> Array:
+    """What multiplies the row of each position in its bag's output -> float64 [N]; 0: the row takes no part."""
+    # An id of -1 is out of range, and no padding where -1 stands for there being none.
+    is_padding = (indices == padding_idx) & (indices >= 0)
+    scale = np.zeros(len(indices))
+    for begin, end in pairwise(offsets):
+        scale[begin:end] = 1.0 if per_sample_weights is None else per_sample_weights[begin:end]
+        if mode == "mean":
+            scale[begin:end] /= max((~is_padding[begin:end]).sum(), 1)
+    return np.where(in_table(indices, num_embeddings) & ~is_padding, scale, 0.0)
+
+
+def embedding_bag_max(
+    weight: Array, indices: Array, offsets: Array, padding_idx: int = -1
+) -> tuple[Array, Array]:
+    """Largest value in each column of each bag -> [B, D], and where in weight.ravel() it lies; -1: nowhere.
+
+    The first of equals wins. NaN wins where it comes first in its bag, and nowhere else, as in torch.
+    """
+    num_embeddings, embedding_dim = weight.shape
+    output = np.zeros((len(offsets) - 1, embedding_dim), weight.dtype)
+    winner = np.full(output.shape, -1)
+    columns = np.arange(embedding_dim)
+    for bag, (begin, end) in enumerate(pairwise(offsets)):
+        ids = indices[begin:end].astype(np.int64)
+        ids = ids[in_table(ids, num_embeddings) & (ids != padding_idx)]
+        for place, index in enumerate(ids):
+            better = (weight[index] > output[bag]) | (place == 0)
+            output[bag] = np.where(better, weight[index], output[bag])
+            winner[bag] = np.where(better, index * embedding_dim + columns, winner[bag])
+    return output, winner
+
+
+def embedding_bag_dense_backward(
+    grad_output: Array,
+    indices: Array,
+    offsets: Array,
+    num_embeddings: int,
+    padding_idx: int = -1,
+    mode: str = "sum",
+    per_sample_weights: Array | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Array:
+    """Gradient of embedding_bag's weight -> [num_embeddings, D]: each position hands its bag's on to its row."""
+    scale = position_scales(indices, offsets, num_embeddings, padding_idx, mode, per_sample_weights)
+    last = offsets[-1]
+    grad_rows = grad_output[bag_of(offsets)].astype(np.float64) * scale[:last, None]
+    grad_weight = embedding_dense_backward(
+        grad_rows, indices[:last], num_embeddings, padding_idx, scale_grad_by_freq
+    )
+    return grad_weight.astype(grad_output.dtype)
+
+
+def embedding_bag_sample_weights_backward(
+    grad_output: Array, weight: Array, indices: Array, offsets: Array, padding_idx: int = -1
+) -> Array:
+    """Gradient of embedding_bag's per_sample_weights -> [N]: each position's row times its bag's gradient."""
+    rows = embedding(weight, indices, padding_idx).astype(np.float64)
+    grad = np.zeros(len(indices))
+    last = offsets[-1]
+    grad[:last] = (rows[:last] * grad_output[bag_of(offsets)]).sum(axis=1)
+    return grad.astype(grad_output.dtype)
+
+
+def bag_of(offsets: Array) -> Array:
+    """The bag of each position that is in one -> [offsets[-1]]."""
+    return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))

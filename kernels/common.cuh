@@ -148,15 +148,36 @@ __device__ inline bool names_row(int64 index, int64 num_embeddings) {
   return index >= 0 && index < num_embeddings;
 }
 
+// What multiplies the gradient of bag `bag` at position n: the per-sample weight, or one over the bag's size, or 1.
+template <typename Weight>
+__device__ inline typename Accumulator<Weight>::type bag_scale(
+    const Weight* per_sample_weights_ptr, int64 n, const int32* sizes_ptr, int64 bag) {
+  using Acc = typename Accumulator<Weight>::type;
+  if (per_sample_weights_ptr) return widen(per_sample_weights_ptr[n]);
+  return sizes_ptr ? 1 / (Acc)sizes_ptr[bag] : (Acc)1;
+}
+
 // Write one bad id to the device's record.
-// record_ptr: int64 [4] on the device: claimed (0 or 1), position, id, rows of the table.
+// record_ptr: int64 [6] on the device: claimed (0 or 1), position, id, rows of the table; bag_word and begin, which
+// stay 0 where there are no bags.
 // flag_ptr: int32 [1] in pinned host memory, which the host reads without a stall.
+// bag_word: the bag's number from 1 on. -1: not an id but the offset `index` at place `position` is wrong, and
+// num_embeddings is the number of ids.
+// begin: the bag's first position.
 __device__ inline void record_out_of_range(
-    int64* record_ptr, int32* flag_ptr, int64 position, int64 index, int64 num_embeddings) {
+    int64* record_ptr,
+    int32* flag_ptr,
+    int64 position,
+    int64 index,
+    int64 num_embeddings,
+    int64 bag_word = 0,
+    int64 begin = 0) {
   // Whoever swaps the 0 out owns the record until the host clears it, so its values belong together.
   if (atomicExch((uint64*)record_ptr, 1ull) != 0) return;
   record_ptr[1] = position;
   record_ptr[2] = index;
   record_ptr[3] = num_embeddings;
+  record_ptr[4] = bag_word;
+  record_ptr[5] = begin;
   *flag_ptr = 1;
 }

@@ -1,14 +1,18 @@
-// Atomic gradient: grad_weight[indices[n]] += grad_output[order[n]], in the accumulation dtype.
+// Atomic gradient: grad_weight[indices[n]] += grad_output[n], in the accumulation dtype.
 
 #include "common.cuh"
 
 // Block i owns blockDim.x * UNROLL consecutive vectors of grad_output, whatever rows they lie in. Neighbouring
 // threads own neighbouring vectors, so that a warp's atomics fall on whole sectors.
-template <typename Grad, int VEC, int UNROLL>
+//
+// BAGS: position n takes row bag_of[n] of grad_output, times its per-sample weight, over its bag's size.
+template <typename Grad, int VEC, int UNROLL, bool BAGS = false>
 __global__ void scatter_add_kernel(
     const Grad* __restrict__ grad_output_ptr,  // [*, D], any strides; VEC > 1: column stride 1
-    const void* __restrict__ order_ptr,        // [num_indices]: row of grad_output; null: the position itself
     const void* __restrict__ indices_ptr,      // any integer dtype, [num_indices], contiguous
+    const void* __restrict__ bag_of_ptr,       // BAGS: [num_indices], -1: in no bag
+    const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: 1
+    const int32* __restrict__ sizes_ptr,       // BAGS: [num_bags]; null: 1
     Grad* grad_weight_ptr,                     // [num_embeddings, D], contiguous, zero on entry
     int64 num_indices,
     int64 num_embeddings,
@@ -16,8 +20,8 @@ __global__ void scatter_add_kernel(
     int64 grad_row_stride,  // in units of VEC elements
     int64 grad_col_stride,  // in elements
     int64 D,                // VEC divides it
-    int64 order_bytes,
-    int64 index_bytes) {
+    int64 index_bytes,
+    int64 bag_bytes) {
   const int64 vectors = D / VEC;
   const int64 start = (int64)blockIdx.x * blockDim.x * UNROLL;
   const int64 first_n = start / vectors;
@@ -35,10 +39,18 @@ __global__ void scatter_add_kernel(
     const uint32 lane = first_lane + u * blockDim.x;
     const int64 n = first_n + lane / (uint32)vectors;
     const int64 d = (int64)(lane % (uint32)vectors) * VEC;
-    if (names_row(index[u], num_embeddings)) {
-      const int64 row = order_ptr ? load_integer(order_ptr, n, order_bytes) : n;
-      grad[u] = *(const Vector<Grad, VEC>*)(
-          grad_output_ptr + row * grad_row_stride * VEC + d * grad_col_stride);
+    if (!names_row(index[u], num_embeddings)) continue;
+    const int64 source = BAGS ? load_integer(bag_of_ptr, n, bag_bytes) : n;
+    if (BAGS && source < 0) {
+      index[u] = -1;
+      continue;
+    }
+    grad[u] = *(const Vector<Grad, VEC>*)(
+        grad_output_ptr + source * grad_row_stride * VEC + d * grad_col_stride);
+    if (BAGS) {
+      const Grad scale = bag_scale(per_sample_weights_ptr, n, sizes_ptr, source);
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) grad[u].lane[i] *= scale;
     }
   }
 #pragma unroll

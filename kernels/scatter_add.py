@@ -3,13 +3,17 @@
 import triton
 import triton.language as tl
 
+from .rounding import divide
+
 
 # Program i owns BLOCK consecutive vectors of grad_output, whatever rows they lie in.
 @triton.jit
 def scatter_add_kernel(
     grad_output_ptr,  # [*, D], any strides
-    order_ptr,  # int32 or int64 [num_indices]: the row of grad_output at each position; None: its own
     indices_ptr,  # any integer dtype, [num_indices], contiguous
+    bag_of_ptr,  # [num_indices]: the row of grad_output of each position, -1: none; None: its own number
+    per_sample_weights_ptr,  # grad_output's dtype, [num_indices]: multiplies the row; None: 1
+    sizes_ptr,  # int32, one a row of grad_output: divides it; None: 1
     grad_weight_ptr,  # fp32 or fp64, [num_embeddings, D], contiguous, zero on entry
     num_indices,
     num_embeddings,
@@ -29,15 +33,24 @@ def scatter_add_kernel(
     index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
     added = in_range & (index >= 0) & (index < num_embeddings) & (index != padding_idx)
 
-    row = n
-    if order_ptr is not None:
-        row = tl.load(order_ptr + n, mask=added, other=0).to(tl.int64)
+    source = n
+    if bag_of_ptr is not None:
+        source = tl.load(bag_of_ptr + n, mask=added, other=0).to(tl.int64)
+        added = added & (source >= 0)
+
     d = ((lane % VECTORS) * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
     grad = tl.load(
-        grad_output_ptr + (row * grad_row_stride * VEC)[:, None] + d.to(tl.int64) * grad_col_stride,
+        grad_output_ptr
+        + (source * grad_row_stride * VEC)[:, None]
+        + d.to(tl.int64) * grad_col_stride,
         mask=added[:, None],
         other=0,
     )
+    if per_sample_weights_ptr is not None:
+        grad *= tl.load(per_sample_weights_ptr + n, mask=added, other=0)[:, None]
+    if sizes_ptr is not None:
+        size = tl.load(sizes_ptr + source, mask=added, other=1).to(grad.dtype)
+        grad *= divide(tl.full([BLOCK], 1, grad.dtype), size)[:, None]
     # Nothing in this launch reads the sums, so no ordering is asked for.
     tl.atomic_add(
         grad_weight_ptr + (index * D)[:, None] + d,

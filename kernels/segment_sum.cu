@@ -32,14 +32,24 @@ struct StoreGradient {
   }
 };
 
+// BAGS: a key's position n takes row bag_of[n] of values, times its per-sample weight, over its bag's size.
 template <
-    typename Value, typename Grad, int VEC, bool SCALE_GRAD_BY_FREQ, int UNROLL, bool ATOMIC_ENDS>
+    typename Value,
+    typename Grad,
+    int VEC,
+    bool SCALE_GRAD_BY_FREQ,
+    int UNROLL,
+    bool ATOMIC_ENDS,
+    bool BAGS = false>
 __global__ void segment_sum_kernel(
     // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the partial sums of the level below
     const Value* __restrict__ values_ptr,
     const void* __restrict__ order_ptr,    // [num_keys]: the row of values of each key; null: its place
     const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys that name no row take no part
     const int32* __restrict__ counts_ptr,  // [num_keys]: ids behind each value; null: one
+    const void* __restrict__ bag_of_ptr,   // BAGS: [num_indices], -1: in no bag
+    const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: 1
+    const int32* __restrict__ sizes_ptr,              // BAGS: [num_bags]; null: 1
     Grad* __restrict__ grad_weight_ptr,    // [num_embeddings, D], contiguous, zero on entry
     // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it. ATOMIC_ENDS: null, and so are the next two;
     // atomics add both to grad_weight, which is fp32 or fp64 then.
@@ -53,11 +63,12 @@ __global__ void segment_sum_kernel(
     int64 D,                 // VEC divides it
     int64 CHUNK,             // UNROLL divides it
     int64 order_bytes,
-    int64 key_bytes) {
+    int64 key_bytes,
+    int64 bag_bytes) {
   using Acc = typename Accumulator<Grad>::type;
-  walk_runs<Value, Acc, VEC, SCALE_GRAD_BY_FREQ, UNROLL>(
-      values_ptr, order_ptr, keys_ptr, counts_ptr, partial_values_ptr, partial_keys_ptr,
-      partial_counts_ptr, num_keys, num_embeddings, value_row_stride, value_col_stride, D, CHUNK,
-      order_bytes, key_bytes,
+  walk_runs<Value, Acc, VEC, SCALE_GRAD_BY_FREQ, UNROLL, BAGS>(
+      values_ptr, order_ptr, keys_ptr, counts_ptr, bag_of_ptr, per_sample_weights_ptr, sizes_ptr,
+      partial_values_ptr, partial_keys_ptr, partial_counts_ptr, num_keys, num_embeddings,
+      value_row_stride, value_col_stride, D, CHUNK, order_bytes, key_bytes, bag_bytes,
       StoreGradient<Grad, VEC, SCALE_GRAD_BY_FREQ, ATOMIC_ENDS>{grad_weight_ptr, D});
 }

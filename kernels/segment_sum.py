@@ -21,6 +21,9 @@ def segment_sum_kernel(
     order_ptr,  # int32 or int64 [num_keys]: the row of values that belongs to each key; None: its own place
     keys_ptr,  # [num_keys], sorted; keys outside [0, num_embeddings) take no part
     counts_ptr,  # int32 [num_keys]: ids behind each value; None: one
+    bag_of_ptr,  # the row of values that belongs to what order holds, -1: none; None: that itself
+    per_sample_weights_ptr,  # weight's dtype, one a position: multiplies the row; None: 1
+    sizes_ptr,  # int32, one a row of values: divides it; None: 1. Not both
     grad_weight_ptr,  # [num_embeddings, D], contiguous, zero on entry
     # Accumulation dtype, [2 * num_chunks, D]: row 2c leads chunk c, 2c + 1 trails it. None: atomics add both to
     # grad_weight, which is of that dtype then; there are no partial keys and counts either.
@@ -71,6 +74,7 @@ def segment_sum_kernel(
         values = ()
         counts = ()
         rows = ()
+        scales = ()
         for u in tl.static_range(UNROLL):
             position = start + step + u
             next_key = tl.load(keys_ptr + position + 1, mask=position + 1 < num_keys, other=-1).to(
@@ -82,6 +86,16 @@ def segment_sum_kernel(
             source = position
             if order_ptr is not None:
                 source = tl.load(order_ptr + position, mask=taken, other=0).to(tl.int64)
+            if bag_of_ptr is not None:
+                row = tl.load(bag_of_ptr + source, mask=taken, other=0).to(tl.int64)
+                taken = taken & (row >= 0)
+                if per_sample_weights_ptr is not None:
+                    scale = tl.load(per_sample_weights_ptr + source, mask=taken, other=0)
+                    scales += (scale.to(acc_dtype),)
+                elif sizes_ptr is not None:
+                    size = tl.load(sizes_ptr + row, mask=taken, other=1).to(acc_dtype)
+                    scales += (divide(tl.full([BLOCK_C], 1, acc_dtype), size),)
+                source = row
             value = tl.load(
                 values_ptr + (source * value_row_stride * VEC)[:, None] + d * value_col_stride,
                 mask=taken[:, None] & in_row,
@@ -98,7 +112,10 @@ def segment_sum_kernel(
                     counts += (tl.load(counts_ptr + position, mask=taken, other=0),)
         for u in tl.static_range(UNROLL):
             position = start + step + u
-            total += values[u].to(acc_dtype)
+            value = values[u].to(acc_dtype)
+            if per_sample_weights_ptr is not None or sizes_ptr is not None:
+                value *= scales[u][:, None]
+            total += value
             if SCALE_GRAD_BY_FREQ:
                 count += counts[u]
             run_ends = (position < num_keys) & (key != keys[u])

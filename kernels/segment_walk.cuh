@@ -9,13 +9,25 @@
 // It hands the sum of each run that is complete, and how many ids are behind it (only with SCALE_GRAD_BY_FREQ),
 // to end_run(key, d, total, count); with EndRun::ATOMIC_ENDS, what runs leave at the ends of the chunk to
 // end_run.add(key, d, total), and there are no partial sums.
-template <typename Value, typename Acc, int VEC, bool SCALE_GRAD_BY_FREQ, int UNROLL, typename EndRun>
+//
+// BAGS: a key's position n takes row bag_of[n] of values, times its per-sample weight, over its bag's size.
+template <
+    typename Value,
+    typename Acc,
+    int VEC,
+    bool SCALE_GRAD_BY_FREQ,
+    int UNROLL,
+    bool BAGS,
+    typename EndRun>
 __device__ inline void walk_runs(
     // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the partial sums of the level below
     const Value* __restrict__ values_ptr,
     const void* __restrict__ order_ptr,    // [num_keys]: the row of values of each key; null: its place
     const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys that name no row take no part
     const int32* __restrict__ counts_ptr,  // [num_keys]: ids behind each value; null: one
+    const void* __restrict__ bag_of_ptr,   // BAGS: one a position, -1: in no bag
+    const Value* __restrict__ per_sample_weights_ptr,  // BAGS: one a position; null: 1
+    const int32* __restrict__ sizes_ptr,               // BAGS: one a row of values; null: 1
     // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it. ATOMIC_ENDS: null, and so are the next two
     Acc* __restrict__ partial_values_ptr,
     int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: no such partial sum
@@ -28,6 +40,7 @@ __device__ inline void walk_runs(
     int64 CHUNK,             // UNROLL divides it
     int64 order_bytes,
     int64 key_bytes,
+    int64 bag_bytes,
     const EndRun& end_run) {
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   const int64 chunk = thread / (D / VEC);
@@ -72,11 +85,22 @@ __device__ inline void walk_runs(
     }
     Vector<Value, VEC> value[UNROLL];
     int32 ids[UNROLL];
+    Acc scale[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       set_zero(value[u]);
       ids[u] = 1;
+      if (BAGS) scale[u] = 0;
       if (first + u < end && names_row(u == 0 ? key : next_key[u - 1], num_embeddings)) {
+        if (BAGS) {
+          const int64 n = source[u];
+          source[u] = load_integer(bag_of_ptr, n, bag_bytes);
+          if (source[u] < 0) {
+            ids[u] = 0;
+            continue;
+          }
+          scale[u] = bag_scale(per_sample_weights_ptr, n, sizes_ptr, source[u]);
+        }
         value[u] = *(const Vector<Value, VEC>*)(
             values_ptr + source[u] * value_row_stride * VEC + d * value_col_stride);
         if (SCALE_GRAD_BY_FREQ && counts_ptr) ids[u] = counts_ptr[first + u];
@@ -86,7 +110,9 @@ __device__ inline void walk_runs(
     for (int u = 0; u < UNROLL; ++u) {
       if (first + u >= end) break;
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) total.lane[i] += widen(value[u].lane[i]);
+      for (int i = 0; i < VEC; ++i) {
+        total.lane[i] += BAGS ? widen(value[u].lane[i]) * scale[u] : widen(value[u].lane[i]);
+      }
       count += ids[u];
       run_ends = key != next_key[u];
       if (run_ends) {
@@ -94,6 +120,7 @@ __device__ inline void walk_runs(
           store_end(lead_ptr, key, total);
           if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
         } else if (names_row(key, num_embeddings)) {
+          if (BAGS && count == 0) count = 1;  // no position of the run is in a bag
           end_run(key, d, total, count);
         }
         set_zero(total);

@@ -37,8 +37,9 @@ FLAGS = (
 def _all_kernels() -> tuple[Kernel, ...]:
     """Every kernel that CupyBackend can ask for."""
     rows = {launch.ROWS for launch in (*_cupy.GATHER_ROWS.values(), _cupy.LONG_ROW)}
-    flat, scatter, unroll = (
-        launch.UNROLL for launch in (_cupy.GATHER_FLAT, _cupy.SCATTER_ADD, _cupy.SEGMENT_SUM)
+    flat, scatter, unroll, bag = (
+        launch.UNROLL
+        for launch in (_cupy.GATHER_FLAT, _cupy.SCATTER_ADD, _cupy.SEGMENT_SUM, _cupy.BAG)
     )
     # values, grad_weight, widths; the last two read the partial sums of a 16-bit table.
     segments = (
@@ -56,6 +57,9 @@ def _all_kernels() -> tuple[Kernel, ...]:
     alone = [f"int64, {order}, true, {step}" for order in ("int32", "int64")]
     counts = [*later, *alone]
     scatters = [*later, *alone, *(f"{key}, int32, true, {step}" for key in keys)]
+    # The partial sums of a gradient, which the last two read, know nothing of bags.
+    tables = [(value, widths) for value, _, widths in segments[:4]]
+    flags = ("false", "true")
     words = [f"word{2**i}" for i in range(5)]
     found = [
         *(("gather", f"gather_rows_kernel<{word}, {r}>") for word in words for r in rows),
@@ -88,10 +92,50 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for vec in widths
         ),
         *(("row_update", f"rowwise_adagrad_kernel<{weight}>") for weight in _cupy.FLOATS.values()),
+        *(
+            ("scatter_add", f"scatter_add_kernel<float, {vec}, {scatter}, true>")
+            for vec in (1, 2, 4)
+        ),
+        ("scatter_add", f"scatter_add_kernel<double, 1, {scatter}, true>"),
+        *(
+            (
+                "segment_sum",
+                f"segment_sum_kernel<{table}, {table}, {vec}, {scale}, {unroll}, {atomic}, true>",
+            )
+            for table, widths in tables
+            for vec, scale, atomic in (
+                *((vec, "false", "false") for vec in widths),
+                (1, "true", "false"),
+                *((vec, "false", "true") for vec in widths if table in ("float", "double")),
+            )
+        ),
+        *(
+            ("bag", f"bag_sum_kernel<{table}, {output}, {vec}, {mean}, {split}, {bag}>")
+            for table, widths in tables
+            for vec in widths
+            for mean in flags
+            for split, output in (("false", table), ("true", _cupy_accumulator(table)))
+        ),
+        *(("bag", f"bag_combine_kernel<{table}>") for table, _ in tables),
+        *(
+            ("bag", kernel)
+            for table, widths in tables
+            for vec in widths
+            for kernel in (
+                f"bag_max_kernel<{table}, {vec}, {bag}>",
+                f"bag_sample_weights_kernel<{table}, {vec}>",
+            )
+        ),
+        ("bag", "bag_of_kernel"),
         *(("renorm", f"renorm_kernel<{weight}>") for weight in _cupy.FLOATS.values()),
         ("counts", "counts_kernel"),
     ]
     return tuple(Kernel(*names) for names in found)
+
+
+def _cupy_accumulator(table: str) -> str:
+    """What sums of that C++ type are taken in."""
+    return "double" if table == "double" else "float"
 
 
 KERNELS = _all_kernels()

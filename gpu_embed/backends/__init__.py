@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..row_update import RowUpdate
 from ..settings import BACKEND, Restore
@@ -82,6 +83,52 @@ class Backend(Protocol):
         `state` is what the formula keeps, contiguous, fp32 (fp64 for fp64 tables). Only rows that an id names,
         and that `rows` (bool [V]; None: all) lets change, are read or written, once each.
         """
+
+    def embedding_bag(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        padding_idx: int,
+        mode: str,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        """Sum (mode "sum") or mean ("mean") of the rows of each bag -> [B, D].
+
+        per_sample_weights [N], of weight's dtype, multiply the rows. Ids equal to padding_idx (-1: none) take no
+        part, and do not count for the mean. Ids out of range are written to `record` unless it is None.
+        """
+
+    def embedding_bag_max(
+        self,
+        weight: Tensor,
+        bags: Bags,
+        padding_idx: int,
+        with_winner: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Largest value of each column in each bag, 0 in an empty one -> [B, D], and where it was found.
+
+        The second: int64 [B, D], id * D + column, -1 for none; an empty tensor unless with_winner. The
+        first of equals wins; NaN wins where it comes first, and nowhere else.
+        """
+
+    def embedding_bag_dense_backward(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        num_embeddings: int,
+        padding_idx: int,
+        mode: str,
+        scale_grad_by_freq: bool,
+    ) -> Tensor:
+        """Gradient of embedding_bag's weight, given that of its output [B, D] -> [V, D], same dtype."""
+
+    def embedding_bag_sample_weights_backward(
+        self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
+    ) -> Tensor:
+        """Gradient of embedding_bag's per_sample_weights, mode "sum" -> [N], same dtype."""
 
 
 # In the order of preference on a CUDA device.

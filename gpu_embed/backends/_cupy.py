@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..row_update import RowUpdate
 from . import gather_method
 from .kernel_backend import (
+    BagSources,
     Gather,
     KernelBackend,
     SortDigit,
@@ -35,7 +37,7 @@ from .layout import vector_width, word_layout
 MIN_CAPABILITY = (6, 0)
 # One atomic instruction adds two or four neighbouring floats from here on.
 VECTOR_ATOMICS_CAPABILITY = (9, 0)
-# Columns a thread of segment_sum_kernel: more would cost registers and save nothing.
+# Columns a thread of a kernel that sums: more would cost registers and save nothing.
 MAX_SEGMENT_VECTOR = 4
 MAX_BLOCKS_Y = 65535
 OPTIONS = ("-std=c++17",)
@@ -88,7 +90,7 @@ class FlatLaunch:
 
 @dataclass(frozen=True)
 class WalkLaunch:
-    """A kernel whose threads walk alone: threads a block, each with one chunk or tile, and loads in flight."""
+    """A kernel whose threads walk alone: threads a block, each with one chunk, bag or tile, and loads in flight."""
 
     threads: int = 256
     UNROLL: int = 4
@@ -114,6 +116,7 @@ LONG_ROW_WORDS = 1024
 LONG_ROW = RowsLaunch((128, 2))
 SCATTER_ADD = FlatLaunch(UNROLL=4)
 SEGMENT_SUM = WalkLaunch()
+BAG = WalkLaunch(threads=128)
 SORT_KEYS = FlatLaunch()
 # Small blocks, so that a few tiles spread over all multiprocessors.
 DIGIT = WalkLaunch(threads=64)
@@ -123,6 +126,9 @@ COUNTS = FlatLaunch()
 SELECT_ROWS = FlatLaunch()
 ROWWISE_ADAGRAD = FlatLaunch(threads=64)
 RENORM = FlatLaunch(threads=64)
+BAG_COMBINE = FlatLaunch()
+BAG_OF = FlatLaunch()
+BAG_SAMPLE_WEIGHTS = FlatLaunch(threads=128)
 
 FLOATS = {
     torch.float32: "float",
@@ -237,8 +243,8 @@ class CupyBackend(KernelBackend):
     def _scatter_add(
         self,
         grad_output: Tensor,
-        rows: Tensor | None,
         ids: Tensor,
+        sources: BagSources | None,
         grad_weight: Tensor,
         padding_idx: int,
     ) -> None:
@@ -250,14 +256,14 @@ class CupyBackend(KernelBackend):
             and self._capability(ids.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
             vec = vector_width(grad_output)
-        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {SCATTER_ADD.UNROLL}"
+        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {SCATTER_ADD.UNROLL}{_with_bags(sources)}"
         self._launch(
             Kernel("scatter_add", f"scatter_add_kernel<{arguments}>"),
             *SCATTER_ADD.grid(ids.numel() * (embedding_dim // vec)),
             ids.device,
             grad_output,
-            rows,
             ids,
+            *(sources or NO_SOURCES),
             grad_weight,
             ids.numel(),
             num_embeddings,
@@ -265,8 +271,8 @@ class CupyBackend(KernelBackend):
             grad_output.stride(0) // vec,
             grad_output.stride(1),
             embedding_dim,
-            _itemsize(rows),
             ids.element_size(),
+            _bag_bytes(sources),
         )
 
     def _sort_keys(
@@ -340,6 +346,7 @@ class CupyBackend(KernelBackend):
         order: Tensor | None,
         keys: Tensor,
         counts: Tensor | None,
+        sources: BagSources | None,
         grad_weight: Tensor,
         partial_values: Tensor | None,
         partial_keys: Tensor | None,
@@ -353,7 +360,7 @@ class CupyBackend(KernelBackend):
         vec = 1 if scale_grad_by_freq else min(vector_width(values), MAX_SEGMENT_VECTOR)
         arguments = (
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
-            f"{str(scale_grad_by_freq).lower()}, {SEGMENT_SUM.UNROLL}, {str(atomic_ends).lower()}"
+            f"{_cpp(scale_grad_by_freq)}, {SEGMENT_SUM.UNROLL}, {_cpp(atomic_ends)}{_with_bags(sources)}"
         )
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
@@ -364,6 +371,7 @@ class CupyBackend(KernelBackend):
             order,
             keys,
             counts,
+            *(sources or NO_SOURCES),
             grad_weight,
             partial_values,
             partial_keys,
@@ -376,6 +384,7 @@ class CupyBackend(KernelBackend):
             chunk,
             _itemsize(order),
             keys.element_size(),
+            _bag_bytes(sources),
         )
 
     def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None:
@@ -503,6 +512,146 @@ class CupyBackend(KernelBackend):
             ids.element_size(),
         )
 
+    def _bag_programs(self, weight: Tensor, num_bags: int) -> int:
+        # Counted in warps, as for Triton.
+        return cdiv(num_bags * (weight.shape[1] // _bag_vector(weight)), 32)
+
+    def _bag_sum(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        output: Tensor,
+        sizes: Tensor | None,
+        padding_idx: int,
+        mean: bool,
+        splits: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        embedding_dim = weight.shape[1]
+        vec = _bag_vector(weight)
+        arguments = (
+            f"{FLOATS[weight.dtype]}, {FLOATS[output.dtype]}, {vec}, "
+            f"{_cpp(mean)}, {_cpp(splits > 1)}, {BAG.UNROLL}"
+        )
+        (blocks, _), threads = BAG.grid(bags.num_bags * (embedding_dim // vec))
+        self._launch(
+            Kernel("bag", f"bag_sum_kernel<{arguments}>"),
+            (blocks, splits),
+            threads,
+            weight.device,
+            weight,
+            bags.indices,
+            bags.offsets,
+            per_sample_weights,
+            output,
+            sizes,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            *bags.counts(),
+            weight.shape[0],
+            padding_idx,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            embedding_dim,
+            bags.indices.element_size(),
+            _offset_bytes(bags),
+        )
+
+    def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:
+        num_bags, embedding_dim = output.shape
+        self._launch(
+            Kernel("bag", f"bag_combine_kernel<{FLOATS[output.dtype]}>"),
+            *BAG_COMBINE.grid(output.numel()),
+            output.device,
+            partial,
+            sizes,
+            output,
+            len(partial),
+            num_bags,
+            embedding_dim,
+        )
+
+    def _bag_max(
+        self,
+        weight: Tensor,
+        bags: Bags,
+        output: Tensor,
+        winner: Tensor | None,
+        padding_idx: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        embedding_dim = weight.shape[1]
+        vec = _bag_vector(weight)
+        self._launch(
+            Kernel("bag", f"bag_max_kernel<{FLOATS[weight.dtype]}, {vec}, {BAG.UNROLL}>"),
+            *BAG.grid(bags.num_bags * (embedding_dim // vec)),
+            weight.device,
+            weight,
+            bags.indices,
+            bags.offsets,
+            output,
+            winner,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            *bags.counts(),
+            weight.shape[0],
+            padding_idx,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            embedding_dim,
+            bags.indices.element_size(),
+            _offset_bytes(bags),
+        )
+
+    def _bag_of(self, bags: Bags, bag_of: Tensor, sizes: Tensor | None, padding_idx: int) -> None:
+        self._launch(
+            Kernel("bag", "bag_of_kernel"),
+            *BAG_OF.grid(bag_of.numel()),
+            bag_of.device,
+            bags.indices,
+            bags.offsets,
+            bag_of,
+            sizes,
+            *bags.counts(),
+            padding_idx,
+            bags.indices.element_size(),
+            _offset_bytes(bags),
+            bag_of.element_size(),
+        )
+
+    def _bag_sample_weights(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        bag_of: Tensor,
+        grad: Tensor,
+        padding_idx: int,
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        vec = min(_bag_vector(grad_output), _bag_vector(weight))
+        self._launch(
+            Kernel("bag", f"bag_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
+            *BAG_SAMPLE_WEIGHTS.grid(ids.numel()),
+            ids.device,
+            grad_output,
+            weight,
+            ids,
+            bag_of,
+            grad,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            weight.stride(0) // vec,
+            weight.stride(1),
+            embedding_dim,
+            ids.element_size(),
+            bag_of.element_size(),
+        )
+
     def _launch(
         self,
         kernel: Kernel,
@@ -534,6 +683,31 @@ class CupyBackend(KernelBackend):
 
     def _capability(self, device: torch.device) -> tuple[int, int]:
         return torch.cuda.get_device_capability(device)
+
+
+# Every position's gradient is a row of its own.
+NO_SOURCES = (None, None, None)
+
+
+def _with_bags(sources: BagSources | None) -> str:
+    """The template argument that makes a gradient kernel look up bags."""
+    return ", true" if sources else ""
+
+
+def _bag_bytes(sources: BagSources | None) -> int:
+    return sources.bag_of.element_size() if sources else 0
+
+
+def _offset_bytes(bags: Bags) -> int:
+    return 0 if bags.offsets is None else bags.offsets.element_size()
+
+
+def _bag_vector(matrix: Tensor) -> int:
+    return min(vector_width(matrix), MAX_SEGMENT_VECTOR)
+
+
+def _cpp(flag: bool) -> str:
+    return "true" if flag else "false"
 
 
 def compile_kernels(

@@ -1,9 +1,12 @@
 """The NumPy reference behind the `Backend` protocol: any device, by way of host copies."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import reference, stochastic_rounding
+from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..row_update import RowUpdate, arithmetic_dtype
 from . import PreparedEmbedding
@@ -94,3 +97,74 @@ class ReferenceBackend:
         weight.copy_(torch.from_numpy(table))
         for tensor, array in zip(state, arrays, strict=True):
             tensor.copy_(torch.from_numpy(array))
+
+    def embedding_bag(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        padding_idx: int,
+        mode: str,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        if record is not None:
+            record.write_bags(bags, weight.shape[0])
+        output = reference.embedding_bag(
+            _array(weight), *_bag_arrays(bags), padding_idx, mode, _array(per_sample_weights)
+        )
+        return torch.from_numpy(output).to(weight)
+
+    def embedding_bag_max(
+        self,
+        weight: Tensor,
+        bags: Bags,
+        padding_idx: int,
+        with_winner: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        if record is not None:
+            record.write_bags(bags, weight.shape[0])
+        output, winner = reference.embedding_bag_max(
+            _array(weight), *_bag_arrays(bags), padding_idx
+        )
+        winner = winner if with_winner else winner[:0, 0]
+        return torch.from_numpy(output).to(weight), torch.from_numpy(winner).to(weight.device)
+
+    def embedding_bag_dense_backward(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        num_embeddings: int,
+        padding_idx: int,
+        mode: str,
+        scale_grad_by_freq: bool,
+    ) -> Tensor:
+        grad_weight = reference.embedding_bag_dense_backward(
+            _array(grad_output),
+            *_bag_arrays(bags),
+            num_embeddings,
+            padding_idx,
+            mode,
+            _array(per_sample_weights),
+            scale_grad_by_freq,
+        )
+        return torch.from_numpy(grad_weight).to(grad_output)
+
+    def embedding_bag_sample_weights_backward(
+        self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
+    ) -> Tensor:
+        grad = reference.embedding_bag_sample_weights_backward(
+            _array(grad_output), _array(weight), *_bag_arrays(bags), padding_idx
+        )
+        return torch.from_numpy(grad).to(grad_output)
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().cpu().double().numpy()
+
+
+def _bag_arrays(bags: Bags) -> tuple[Any, Any]:
+    """The ids [N] and the offsets [B + 1]."""
+    begin, end = bags.ends()
+    return bags.indices.cpu().numpy(), torch.cat([begin, end[-1:]]).cpu().numpy()

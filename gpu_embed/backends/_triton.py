@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..row_update import RowUpdate
 from ..settings import GATHER_METHOD
 from . import gather_method
 from .kernel_backend import (
     MAX_EXTRA_BYTES,
+    BagSources,
     Gather,
     Gradient,
     KernelBackend,
@@ -100,6 +102,17 @@ class GatherDescriptorLaunch(Launch):
 
 
 @dataclass(frozen=True)
+class BagLaunch(Launch):
+    """bag_sum_kernel and bag_max_kernel: BLOCK_B bags by BLOCK_D columns; one warp, as for segment_sum_kernel."""
+
+    BLOCK_B: int
+    BLOCK_D: int
+    BLOCK_L: int
+    UNROLL: int = 4
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
 class ScatterDescriptorLaunch(Launch):
     """scatter_add_descriptor_kernel: ROWS rows of BLOCK_D columns, all in flight."""
 
@@ -115,6 +128,15 @@ class OneHotLaunch(Launch):
     BLOCK_V: int
     BLOCK_N: int
     BLOCK_D: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class CombineLaunch(Launch):
+    """bag_combine_kernel: BLOCK_S parts by BLOCK elements."""
+
+    BLOCK_S: int
+    BLOCK: int
     num_warps: int = 4
 
 
@@ -167,6 +189,9 @@ SELECT_ROWS = FlatLaunch(1024)
 MAX_HELD_ROW = 16384
 HELD_BYTES = 32
 ROWWISE_BLOCK = 2048
+BAG_OF = FlatLaunch(1024)
+BAG_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
+BAG_SAMPLE_WEIGHTS_VECTORS = 512
 
 
 class TritonBackend(KernelBackend):
@@ -293,8 +318,8 @@ class TritonBackend(KernelBackend):
     def _scatter_add(
         self,
         grad_output: Tensor,
-        rows: Tensor | None,
         ids: Tensor,
+        sources: BagSources | None,
         grad_weight: Tensor,
         padding_idx: int,
     ) -> None:
@@ -306,8 +331,8 @@ class TritonBackend(KernelBackend):
             (cdiv(num_vectors, SCATTER_ADD.BLOCK),),
             ids.device,
             grad_output,
-            rows,
             ids,
+            *(sources or NO_SOURCES),
             grad_weight,
             ids.numel(),
             num_embeddings,
@@ -445,6 +470,7 @@ class TritonBackend(KernelBackend):
         order: Tensor | None,
         keys: Tensor,
         counts: Tensor | None,
+        sources: BagSources | None,
         grad_weight: Tensor,
         partial_values: Tensor | None,
         partial_keys: Tensor | None,
@@ -464,6 +490,7 @@ class TritonBackend(KernelBackend):
             order,
             keys,
             counts,
+            *(sources or NO_SOURCES),
             grad_weight,
             partial_values,
             partial_keys,
@@ -611,6 +638,151 @@ class TritonBackend(KernelBackend):
             **COUNTS.settings,
         )
 
+    def _bag_programs(self, weight: Tensor, num_bags: int) -> int:
+        launch = bag_launch(weight.shape[1], vector_width(weight))
+        return cdiv(num_bags, launch.BLOCK_B) * cdiv(weight.shape[1], launch.BLOCK_D)
+
+    def _bag_sum(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        output: Tensor,
+        sizes: Tensor | None,
+        padding_idx: int,
+        mean: bool,
+        splits: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        embedding_dim = weight.shape[1]
+        vec = vector_width(weight)
+        launch = bag_launch(embedding_dim, vec)
+        self._launch(
+            self._kernels.bag_sum,
+            (
+                cdiv(bags.num_bags, launch.BLOCK_B),
+                cdiv(embedding_dim, launch.BLOCK_D),
+                splits,
+            ),
+            weight.device,
+            weight,
+            bags.indices,
+            bags.offsets,
+            per_sample_weights,
+            output,
+            sizes,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            *bags.counts(),
+            weight.shape[0],
+            padding_idx,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            MEAN=mean,
+            SPLIT=splits > 1,
+            **launch.settings,
+        )
+
+    def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:
+        num_bags, embedding_dim = output.shape
+        self._launch(
+            self._kernels.bag_combine,
+            (cdiv(output.numel(), BAG_COMBINE.BLOCK),),
+            output.device,
+            partial,
+            sizes,
+            output,
+            len(partial),
+            num_bags,
+            D=embedding_dim,
+            **BAG_COMBINE.settings,
+        )
+
+    def _bag_max(
+        self,
+        weight: Tensor,
+        bags: Bags,
+        output: Tensor,
+        winner: Tensor | None,
+        padding_idx: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        embedding_dim = weight.shape[1]
+        vec = vector_width(weight)
+        launch = bag_launch(embedding_dim, vec)
+        self._launch(
+            self._kernels.bag_max,
+            (cdiv(bags.num_bags, launch.BLOCK_B), cdiv(embedding_dim, launch.BLOCK_D)),
+            weight.device,
+            weight,
+            bags.indices,
+            bags.offsets,
+            output,
+            winner,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            *bags.counts(),
+            weight.shape[0],
+            padding_idx,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            **launch.settings,
+        )
+
+    def _bag_of(self, bags: Bags, bag_of: Tensor, sizes: Tensor | None, padding_idx: int) -> None:
+        self._launch(
+            self._kernels.bag_of,
+            (cdiv(bag_of.numel(), BAG_OF.BLOCK),),
+            bag_of.device,
+            bags.indices,
+            bags.offsets,
+            bag_of,
+            sizes,
+            *bags.counts(),
+            padding_idx,
+            bags.num_bags.bit_length(),
+            **BAG_OF.settings,
+        )
+
+    def _bag_sample_weights(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        bag_of: Tensor,
+        grad: Tensor,
+        padding_idx: int,
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        vec = min(vector_width(grad_output), vector_width(weight))
+        block_d = min(_next_power_of_2(embedding_dim), 32 * vec)
+        block_n = BAG_SAMPLE_WEIGHTS_VECTORS * vec // block_d
+        self._launch(
+            self._kernels.bag_sample_weights,
+            (cdiv(ids.numel(), block_n),),
+            ids.device,
+            grad_output,
+            weight,
+            ids,
+            bag_of,
+            grad,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            weight.stride(0) // vec,
+            weight.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+        )
+
     def _gather_launch(
         self, layout: WordLayout, method: str
     ) -> tuple[Any, Callable[[int], tuple[int, ...]], dict[str, int]]:
@@ -732,6 +904,7 @@ class TritonBackend(KernelBackend):
 
             complete()
         from ..kernels import (
+            bag,
             counts,
             descriptor,
             gather,
@@ -760,6 +933,11 @@ class TritonBackend(KernelBackend):
             select_rows=row_update.select_rows_kernel,
             row_update=row_update.row_update_kernel,
             rowwise_adagrad=row_update.rowwise_adagrad_kernel,
+            bag_sum=bag.bag_sum_kernel,
+            bag_combine=bag.bag_combine_kernel,
+            bag_max=bag.bag_max_kernel,
+            bag_of=bag.bag_of_kernel,
+            bag_sample_weights=bag.bag_sample_weights_kernel,
         )
 
 
@@ -840,8 +1018,19 @@ def one_hot_split(num_indices: int, num_embeddings: int, embedding_dim: int, blo
     return cdiv(size, block_n) * block_n
 
 
+@cache
+def bag_launch(embedding_dim: int, vec: int) -> BagLaunch:
+    """One warp wide, `vec` columns a lane; narrow rows put several bags side by side."""
+    columns = 32 * vec
+    block_d = min(_next_power_of_2(embedding_dim), columns)
+    block_b = columns // block_d
+    return BagLaunch(BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_L=32 // block_b)
+
+
 def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+# Every position's gradient is a row of its own.
+NO_SOURCES = (None, None, None)
 _interpreter_lock = threading.RLock()

@@ -9,12 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..row_update import RowUpdate, arithmetic_dtype
 from . import PreparedEmbedding
 from .gradient_method import choose
-from .layout import flat_ids, row_matrix, row_numbers, sort_key_dtype
+from .layout import RowSteps, flat_ids, row_matrix, row_numbers, sort_key_dtype
 
+# Programs that keep a large card busy; long bags are split until there are so many.
+MIN_BAG_PROGRAMS = 2048
+# Ids a part of a split bag, at the least and on average.
+MIN_SPLIT_LENGTH = 64
+MAX_BAG_SPLITS = 512
 # Keys a chunk of the sorted gradient: few, for parallelism.
 CHUNK = 32
 # A backward may take 16 bytes an id and 64 MiB beyond the gradient. The allocator rounds each of its few large
@@ -68,6 +74,14 @@ Gradient = Callable[[Tensor, Tensor, Tensor, int], None]
 Gather = Callable[[Tensor, int, Tensor, int, BoundsRecord | None], None]
 
 
+class BagSources(NamedTuple):
+    """Where the gradient of each position of some bags comes from."""
+
+    bag_of: Tensor  # [N]: its bag, which is the row of grad_output; -1: none
+    per_sample_weights: Tensor | None  # [N]: multiplies that row
+    sizes: Tensor | None  # int32 [B]: divides that row
+
+
 class KernelBackend(ABC):
     """A `Backend` but for its name, `unusable_reason`, and one launch a kernel.
 
@@ -113,8 +127,26 @@ class KernelBackend(ABC):
         padding_idx: int,
         scale_grad_by_freq: bool,
     ) -> Tensor:
-        num_indices, embedding_dim = indices.numel(), grad_output.shape[-1]
         matrix, steps = row_matrix(grad_output)
+        return self._dense_backward(
+            matrix, steps, indices, None, num_embeddings, padding_idx, scale_grad_by_freq
+        )
+
+    def _dense_backward(
+        self,
+        grad_output: Tensor,
+        steps: list[RowSteps],
+        indices: Tensor,
+        sources: BagSources | None,
+        num_embeddings: int,
+        padding_idx: int,
+        scale_grad_by_freq: bool,
+    ) -> Tensor:
+        """Rows of grad_output [*, D], one a position unless there are sources, summed over each id's positions.
+
+        `steps` lead from one position's row to the next, as `row_matrix` says.
+        """
+        num_indices, embedding_dim = indices.numel(), grad_output.shape[1]
         grad_weight = grad_output.new_zeros((num_embeddings, embedding_dim))
         method = choose(
             num_indices,
@@ -123,7 +155,11 @@ class KernelBackend(ABC):
             grad_output.dtype,
             torch.are_deterministic_algorithms_enabled(),
             scale_grad_by_freq,
-            lambda method: self._gradient_refusal(method, num_indices, grad_weight),
+            lambda method: (
+                self._gradient_refusal(method, num_indices, grad_weight)
+                if sources is None or method not in self._gradients
+                else "bags"
+            ),
         )
         if method in ("sorted", "sorted_atomic"):
             keys, order = self._sorted_keys(indices, num_embeddings, padding_idx)
@@ -133,20 +169,118 @@ class KernelBackend(ABC):
                 order = rows.index_select(0, order)
                 del rows
             if method == "sorted":
-                self._sum_runs(matrix, order, keys, grad_weight, scale_grad_by_freq)
+                self._sum_runs(grad_output, order, keys, sources, grad_weight, scale_grad_by_freq)
             else:
                 # One level: atomics add what runs leave at the ends of chunks.
                 self._segment_sum(
-                    matrix, order, keys, None, grad_weight, None, None, None, False, CHUNK
+                    grad_output,
+                    order,
+                    keys,
+                    None,
+                    sources,
+                    grad_weight,
+                    None,
+                    None,
+                    None,
+                    False,
+                    CHUNK,
                 )
-        elif method == "atomic":
-            rows = row_numbers(steps, indices.device)
-            self._scatter_add(matrix, rows, flat_ids(indices), grad_weight, padding_idx)
+            return grad_weight
+        ids = flat_ids(indices)
+        rows = row_numbers(steps, indices.device)
+        if method == "atomic":
+            if rows is not None:
+                sources = BagSources(rows, None, None)
+            self._scatter_add(grad_output, ids, sources, grad_weight, padding_idx)
         else:
-            # These have no row numbers: a gradient that takes more than one step is copied.
-            matrix = grad_output.reshape(num_indices, embedding_dim)
-            self._gradients[method](matrix, flat_ids(indices), grad_weight, padding_idx)
+            # These read row after row: a gradient that takes more than one step is copied.
+            matrix = grad_output if rows is None else grad_output.index_select(0, rows)
+            self._gradients[method](matrix, ids, grad_weight, padding_idx)
         return grad_weight
+
+    def embedding_bag(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        padding_idx: int,
+        mode: str,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        num_bags, embedding_dim = bags.num_bags, weight.shape[1]
+        output = weight.new_empty((num_bags, embedding_dim))
+        mean = mode == "mean"
+        splits = self._bag_splits(weight, bags)
+        if splits == 1:
+            self._bag_sum(
+                weight, per_sample_weights, bags, output, None, padding_idx, mean, splits, record
+            )
+            return output
+        acc_dtype = torch.promote_types(weight.dtype, torch.float32)
+        partial = output.new_empty((splits, num_bags, embedding_dim), dtype=acc_dtype)
+        sizes = output.new_empty((splits, num_bags), dtype=torch.int64) if mean else None
+        self._bag_sum(
+            weight, per_sample_weights, bags, partial, sizes, padding_idx, mean, splits, record
+        )
+        self._bag_combine(partial, sizes, output)
+        return output
+
+    def embedding_bag_max(
+        self,
+        weight: Tensor,
+        bags: Bags,
+        padding_idx: int,
+        with_winner: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        output = weight.new_empty((bags.num_bags, weight.shape[1]))
+        winner = output.new_empty(output.shape if with_winner else (0,), dtype=torch.int64)
+        self._bag_max(weight, bags, output, winner if with_winner else None, padding_idx, record)
+        return output, winner
+
+    def embedding_bag_dense_backward(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        num_embeddings: int,
+        padding_idx: int,
+        mode: str,
+        scale_grad_by_freq: bool,
+    ) -> Tensor:
+        sizes = None
+        if mode == "mean":
+            sizes = bags.indices.new_zeros(bags.num_bags, dtype=torch.int32)
+        bag_of = self._bag_of_positions(bags, sizes, padding_idx)
+        sources = BagSources(bag_of, per_sample_weights, sizes)
+        return self._dense_backward(
+            grad_output, [], bags.indices, sources, num_embeddings, padding_idx, scale_grad_by_freq
+        )
+
+    def embedding_bag_sample_weights_backward(
+        self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
+    ) -> Tensor:
+        bag_of = self._bag_of_positions(bags, None, padding_idx)
+        grad = grad_output.new_empty(bags.indices.numel())
+        self._bag_sample_weights(grad_output, weight, bags.indices, bag_of, grad, padding_idx)
+        return grad
+
+    def _bag_of_positions(self, bags: Bags, sizes: Tensor | None, padding_idx: int) -> Tensor:
+        """The bag of each position -> [N], -1: none; counts ids other than padding into sizes, zero on entry."""
+        dtype = torch.int32 if bags.num_bags < 2**31 else torch.int64
+        bag_of = bags.indices.new_empty(bags.indices.numel(), dtype=dtype)
+        self._bag_of(bags, bag_of, sizes, padding_idx)
+        return bag_of
+
+    def _bag_splits(self, weight: Tensor, bags: Bags) -> int:
+        """Into how many parts each bag is cut, so that few long bags keep the card busy; a power of two."""
+        programs = max(self._bag_programs(weight, bags.num_bags), 1)
+        wanted = min(
+            cdiv(MIN_BAG_PROGRAMS, programs),
+            bags.indices.numel() // (bags.num_bags * MIN_SPLIT_LENGTH),
+            MAX_BAG_SPLITS,
+        )
+        return 1 << max(wanted.bit_length() - 1, 0)
 
     def embedding_renorm_(
         self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
@@ -233,7 +367,7 @@ class KernelBackend(ABC):
             dtype=arithmetic_dtype(weight.dtype),
             device=weight.device,
         )
-        self._sum_runs(values, order, runs, total, scale_grad_by_freq=False)
+        self._sum_runs(values, order, runs, None, total, scale_grad_by_freq=False)
         self._rowwise_adagrad(update, total, run_keys, weight, state)
 
     @cached_property
@@ -308,6 +442,7 @@ class KernelBackend(ABC):
         grad_output: Tensor,
         order: Tensor,
         keys: Tensor,
+        sources: BagSources | None,
         grad_weight: Tensor,
         scale_grad_by_freq: bool,
     ) -> None:
@@ -328,6 +463,7 @@ class KernelBackend(ABC):
                 level_order,
                 keys,
                 counts,
+                sources,
                 grad_weight,
                 partial_values,
                 partial_keys,
@@ -339,6 +475,7 @@ class KernelBackend(ABC):
                 return
             values, keys, level_order = partial_values, partial_keys, None
             counts = partial_counts if scale_grad_by_freq else None
+            sources = None
 
     @abstractmethod
     def _prepare_gather(self, weight: Tensor) -> Gather: ...
@@ -347,8 +484,8 @@ class KernelBackend(ABC):
     def _scatter_add(
         self,
         grad_output: Tensor,
-        rows: Tensor | None,
         ids: Tensor,
+        sources: BagSources | None,
         grad_weight: Tensor,
         padding_idx: int,
     ) -> None: ...
@@ -383,6 +520,7 @@ class KernelBackend(ABC):
         order: Tensor | None,
         keys: Tensor,
         counts: Tensor | None,
+        sources: BagSources | None,
         grad_weight: Tensor,
         partial_values: Tensor | None,
         partial_keys: Tensor | None,
@@ -422,6 +560,54 @@ class KernelBackend(ABC):
 
     @abstractmethod
     def _counts(self, ids: Tensor, counts: Tensor) -> None: ...
+
+    @abstractmethod
+    def _bag_programs(self, weight: Tensor, num_bags: int) -> int:
+        """How many programs `_bag_sum` launches for whole bags."""
+
+    @abstractmethod
+    def _bag_sum(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        output: Tensor,
+        sizes: Tensor | None,
+        padding_idx: int,
+        mean: bool,
+        splits: int,
+        record: BoundsRecord | None,
+    ) -> None: ...
+
+    @abstractmethod
+    def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None: ...
+
+    @abstractmethod
+    def _bag_max(
+        self,
+        weight: Tensor,
+        bags: Bags,
+        output: Tensor,
+        winner: Tensor | None,
+        padding_idx: int,
+        record: BoundsRecord | None,
+    ) -> None: ...
+
+    @abstractmethod
+    def _bag_of(
+        self, bags: Bags, bag_of: Tensor, sizes: Tensor | None, padding_idx: int
+    ) -> None: ...
+
+    @abstractmethod
+    def _bag_sample_weights(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        bag_of: Tensor,
+        grad: Tensor,
+        padding_idx: int,
+    ) -> None: ...
 
 
 def max_torch_sort_ids(key_bytes: int) -> int:

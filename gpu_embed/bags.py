@@ -1,0 +1,102 @@
+"""Which positions of the ids belong to which bag."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Bags(NamedTuple):
+    """N ids cut into B bags.
+
+    Bag b holds the positions from offsets[b], and bag 0 those from 0, up to the next offset, or to N where there is
+    none. Offsets may be wrong: whoever reads them keeps them within [0, N].
+    """
+
+    indices: Tensor  # [N], adjacent in memory
+    offsets: (
+        Tensor | None
+    )  # [B], or [B + 1] where the last bag's end is given; None: all bags are equally long
+    num_bags: int
+
+    @property
+    def bag_length(self) -> int:
+        """Ids a bag where there are no offsets."""
+        return self.indices.numel() // max(self.num_bags, 1)
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """Ids, bags, offsets, and ids a bag: what every kernel asks for."""
+        if self.offsets is None:
+            return self.indices.numel(), self.num_bags, 0, self.bag_length
+        return self.indices.numel(), self.num_bags, self.offsets.numel(), 0
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Where each bag begins, and where it ends -> int64 [B] each, with torch's operators."""
+        num_indices, device = self.indices.numel(), self.indices.device
+        if self.offsets is None:
+            begin = torch.arange(self.num_bags, device=device) * self.bag_length
+            return begin, begin + self.bag_length
+        offsets = self.offsets.to(torch.int64).clamp(0, num_indices)
+        begin = torch.cat([offsets.new_zeros(1), offsets[1 : self.num_bags]])[: self.num_bags]
+        end = torch.cat([offsets[1:], offsets.new_full((1,), num_indices)])[: self.num_bags]
+        return begin, end
+
+    def bag_of(self) -> Tensor:
+        """The bag of each position -> int64 [N], -1: none; with torch's operators, differentiating nothing."""
+        positions = torch.arange(self.indices.numel(), device=self.indices.device)
+        if self.num_bags == 0:
+            return torch.full_like(positions, -1)
+        begin, end = self.ends()
+        bag = torch.searchsorted(begin, positions, right=True) - 1
+        return torch.where(positions < end[-1], bag, -1)
+
+    def sizes(self, padding_idx: int) -> Tensor:
+        """Ids a bag, padding not counted -> int64 [B], with torch's operators."""
+        begin, end = self.ends()
+        if padding_idx < 0:
+            return end - begin
+        counted = (self.indices != padding_idx).to(torch.int64)
+        before = torch.cat([counted.new_zeros(1), counted.cumsum(0)])
+        return before[end] - before[begin]
+
+
+def make_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Bags:
+    """Bags of ids [N] at offsets, or of ids [B, L], one a row."""
+    num_bags = count_bags(indices, offsets, include_last_offset)
+    if offsets is not None:
+        offsets = offsets.contiguous()
+    return Bags(indices.contiguous().view(-1), offsets, num_bags)
+
+
+def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:
+    """How many bags there are: shapes alone tell."""
+    return indices.shape[0] if offsets is None else offsets.shape[0] - include_last_offset
+
+
+def check_offsets(offsets: Tensor, indices: Tensor) -> None:
+    """Raise torch's RuntimeError for offsets on the CPU that do not cut these ids into bags.
+
+    Where torch reads outside of the ids, a decreasing offset, it is an error too.
+    """
+    if offsets.numel() == 0:
+        return
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0:
+        name = offsets.to(torch.promote_types(offsets.dtype, indices.dtype)).type()
+        raise RuntimeError(
+            "offsets[0] has to be 0, i.e., the first sequence in the mini-batch has to start from "
+            f"position 0. However, got {first}\n[ {name}{{}} ]"
+        )
+    if last > indices.numel():
+        raise RuntimeError(
+            f"offsets[-1] can not be greater than input's length {indices.numel()} "
+            f"but got offsets[-1] of {last}"
+        )
+    # Not a difference, which wraps around in uint8.
+    decreasing = (offsets[1:] < offsets[:-1]).nonzero()
+    if len(decreasing):
+        place = int(decreasing[0])
+        raise RuntimeError(
+            f"offsets must not decrease, but offsets[{place}] is {int(offsets[place])} "
+            f"and offsets[{place + 1}] is {int(offsets[place + 1])}"
+        )

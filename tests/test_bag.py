@@ -1,0 +1,567 @@
+"""Bags: sum, mean and max, forward and backward, against what they are defined as."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import GRADIENT_DTYPES, ID_DTYPES, ids, integer_gradient, same_bits, table
+
+import gpu_embed
+from gpu_embed.backends import kernel_backend
+from gpu_embed.functional import embedding_bag
+
+MODES = ("sum", "mean", "max")
+V = 6
+# ids, offsets, include_last_offset, and where each bag begins and ends. Sizes are powers of two, so that means of
+# integers are exact; so they are without row 1, the padding of some tests, of which some bags hold nothing else.
+FORMS = {
+    "2-D": ([[0, 1, 2, 1], [1, 1, 1, 1], [5, 3, 3, 0]], None, False, [(0, 4), (4, 8), (8, 12)]),
+    "one bag": ([4, 0], [0], False, [(0, 2)]),
+    "empty ends": (
+        [0, 2, 5, 5, 1, 1, 1],
+        [0, 0, 4, 4, 5, 7],
+        False,
+        [(0, 0), (0, 4), (4, 4), (4, 5), (5, 7), (7, 7)],
+    ),
+    "last offset": ([3, 1, 0, 3], [0, 2, 2, 4], True, [(0, 2), (2, 2), (2, 4)]),
+    "ids in no bag": ([3, 1, 0, 3, 5, 5, 2], [0, 2, 4], True, [(0, 2), (2, 4)]),
+    "no ids": ([], [0, 0], False, [(0, 0), (0, 0)]),
+    "no bags": ([], [], False, []),
+    "last offset alone": ([4, 4], [0], True, []),
+}
+each_form = pytest.mark.parametrize("form", FORMS)
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+
+def bags(form, target, dtype=torch.int64):
+    """The arguments of a call, ids in front, and where each bag begins and ends."""
+    values, offsets, include_last_offset, ranges = FORMS[form]
+    indices = torch.tensor(values, device=target.device).to(dtype)
+    if offsets is not None:
+        offsets = torch.tensor(offsets, dtype=torch.int64, device=target.device)
+    return indices, {"offsets": offsets, "include_last_offset": include_last_offset}, ranges
+
+
+def defined(weight, indices, ranges, mode, padding_idx=None, per_sample_weights=None):
+    """What bags are: rows picked out, scaled and reduced, in fp64; differentiable."""
+    weight, indices = weight.double(), indices.flatten().long()
+    output = []
+    for begin, end in ranges:
+        kept = torch.arange(begin, end, device=weight.device)
+        if padding_idx is not None:
+            kept = kept[indices[kept] != padding_idx % len(weight)]
+        rows = weight[indices[kept]]
+        if per_sample_weights is not None:
+            rows = rows * per_sample_weights.flatten().double()[kept, None]
+        if len(kept) == 0 or mode == "sum":
+            output.append(rows.sum(0))
+        elif mode == "mean":
+            output.append(rows.sum(0) / len(kept))
+        else:
+            output.append(rows.max(0).values)
+    return torch.stack(output) if output else weight[:0] * 1
+
+
+def integers(num_embeddings, embedding_dim, dtype, device):
+    """A table of integers from -8 to 8, no two of a column alike while there are no more than 17 rows."""
+    generator = torch.Generator().manual_seed(embedding_dim)
+    columns = [torch.randperm(17, generator=generator) - 8 for _ in range(embedding_dim)]
+    rows = torch.arange(num_embeddings) % 17
+    return torch.stack(columns, 1)[rows].to(dtype).to(device)
+
+
+def check(weight, indices, arguments, ranges, mode, grad_seed=0, **more):
+    """Output and gradients are exact; everything is of integers, so no rounding is in doubt."""
+    ours, exact = (weight.detach().clone().requires_grad_() for _ in range(2))
+    output = embedding_bag(indices, ours, mode=mode, **arguments, **more)
+    expected = defined(exact, indices, ranges, mode, more.get("padding_idx"))
+    assert output.dtype == weight.dtype
+    assert output.is_contiguous()
+    assert torch.equal(output.double(), expected)
+    grad_output = integer_gradient(tuple(output.shape), weight.dtype, weight.device) * 4
+    output.backward(grad_output)
+    expected.backward(grad_output.double())
+    assert ours.grad.dtype == weight.dtype
+    assert torch.equal(ours.grad.double(), exact.grad)
+
+
+@pytest.fixture(params=["atomic", "sorted"])
+def method(request, target):
+    """Forces one gradient kernel where the backend has two; the others run once."""
+    if target.backend not in ("triton", "cupy") and request.param != "sorted":
+        pytest.skip(f"{target.backend} has no choice of method")
+    with gpu_embed.use_gradient_method(request.param):
+        yield request.param
+
+
+@each_mode
+@each_form
+@pytest.mark.parametrize("padding_idx", [None, 1, -5])
+def test_every_form_of_bags(target, method, form, mode, padding_idx):
+    """Contract 7: empty bags and bags of padding alone are 0, and ids in no bag have no gradient."""
+    indices, arguments, ranges = bags(form, target)
+    weight = integers(V, 5, torch.float32, target.device)
+    if form == "no bags":
+        assert embedding_bag(indices, weight, mode=mode, **arguments).shape == (0, 5)
+        return
+    if form == "2-D" and padding_idx is not None:
+        indices[2, 3] = 1  # three rows would make thirds
+        indices[2, 0] = 1
+    check(weight, indices, arguments, ranges, mode, padding_idx=padding_idx)
+
+
+@each_mode
+@pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
+def test_every_dtype_of_the_table(target, dtype, mode):
+    """Contract 2: exact in every dtype."""
+    indices, arguments, ranges = bags("empty ends", target)
+    check(integers(V, 8, dtype, target.device), indices, arguments, ranges, mode)
+
+
+@each_mode
+@pytest.mark.parametrize("embedding_dim", [1, 3, 32, 50, 130, 516])
+def test_every_width_of_rows(target, method, embedding_dim, mode):
+    """Contract 1's widths: several bags side by side in one program, and several programs a bag."""
+    indices, arguments, ranges = bags("empty ends", target)
+    weight = integers(V, embedding_dim, torch.float32, target.device)
+    check(weight, indices, arguments, ranges, mode)
+
+
+@pytest.mark.parametrize("offsets_dtype", ID_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
+def test_every_dtype_of_ids_and_offsets(target, dtype, offsets_dtype):
+    """Contract 7: the two need not agree; int16 and uint8 go beyond torch."""
+    indices, arguments, ranges = bags("empty ends", target, dtype)
+    arguments["offsets"] = arguments["offsets"].to(offsets_dtype)
+    weight = integers(300, 3, torch.float32, target.device)
+    indices[3] = 200 if dtype == torch.uint8 else 127
+    check(weight, indices, arguments, ranges, "mean")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "offsets_dtype"),
+    [(torch.bool, torch.int64), (torch.int8, torch.int32), (torch.int64, torch.bool)],
+    ids=str,
+)
+def test_other_integers_are_promoted_as_by_torch(target, dtype, offsets_dtype):
+    indices = torch.tensor([1, 0, 1, 1], device=target.device).to(dtype)
+    offsets = torch.tensor([0, 1], device=target.device).to(offsets_dtype)
+    weight = integers(V, 3, torch.float32, target.device)
+    actual = embedding_bag(indices, weight, offsets, mode="sum")
+    assert torch.equal(actual, F.embedding_bag(indices.long(), weight, offsets.long(), mode="sum"))
+
+
+STRIDED = {
+    "transposed": lambda x: x.t().contiguous().t() if x.dim() == 2 else x,
+    "every other": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "off by one": lambda x: torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@each_mode
+@pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
+def test_tensors_of_any_strides(target, method, view, mode):
+    """Contract 1's strides: of the table, the ids, the offsets, the weights of samples, and the gradient."""
+    weight = integers(V, 8, torch.float32, target.device)
+    indices, _, ranges = bags("2-D", target)
+    check(view(weight), view(indices), {}, ranges, mode)
+    indices, arguments, ranges = bags("last offset", target)
+    leaf, exact = (weight.clone().requires_grad_() for _ in range(2))
+    output = embedding_bag(view(indices), leaf, mode=mode, **arguments)
+    expected = defined(exact, view(indices), ranges, mode)
+    grad_output = view(integer_gradient((3, 8), torch.float32, target.device) * 4)
+    output.backward(grad_output)
+    expected.backward(grad_output.double())
+    assert torch.equal(leaf.grad.double(), exact.grad)
+
+
+@each_form
+@pytest.mark.parametrize("padding_idx", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_per_sample_weights_and_their_gradient(target, dtype, form, padding_idx):
+    """Contract 7: rows times weights; each weight's gradient is its row times its bag's gradient."""
+    indices, arguments, ranges = bags(form, target)
+    weight = integers(V, 5, dtype, target.device)
+    weights = integer_gradient(tuple(indices.shape), dtype, target.device) + 3
+    leaves, exact = (
+        [leaf.clone().requires_grad_() for leaf in (weight, weights)] for _ in range(2)
+    )
+    output = embedding_bag(
+        indices,
+        leaves[0],
+        mode="sum",
+        per_sample_weights=leaves[1],
+        padding_idx=padding_idx,
+        **arguments,
+    )
+    expected = defined(exact[0], indices, ranges, "sum", padding_idx, exact[1])
+    assert torch.equal(output.double(), expected)
+    grad_output = integer_gradient(tuple(output.shape), dtype, target.device)
+    output.backward(grad_output)
+    expected.backward(grad_output.double())
+    for leaf, right in zip(leaves, exact, strict=True):
+        right = torch.zeros_like(leaf) if right.grad is None else right.grad
+        assert torch.equal(leaf.grad.double(), right.double())
+
+
+@pytest.mark.parametrize("embedding_dim", [1, 33, 200, 1030])
+def test_per_sample_weights_of_wide_rows(target, embedding_dim):
+    weight = integers(V, embedding_dim, torch.float32, target.device)
+    indices, arguments, _ = bags("empty ends", target)
+    weights = torch.ones(indices.shape, device=target.device, requires_grad=True)
+    output = embedding_bag(indices, weight, mode="sum", per_sample_weights=weights, **arguments)
+    grad_output = integer_gradient(tuple(output.shape), torch.float32, target.device)
+    (grad,) = torch.autograd.grad(output, weights, grad_output)
+    bag = torch.tensor([1, 1, 1, 1, 3, 4, 4], device=target.device)
+    assert torch.equal(grad, (weight[indices] * grad_output[bag]).sum(1))
+
+
+def test_what_takes_no_part_cannot_spoil_the_rest(target):
+    """NaN in the padding's row, or in its weight, is as good as not there."""
+    weight = integers(V, 3, torch.float32, target.device)
+    weight[1] = float("nan")
+    weights = torch.tensor([1.0, float("nan"), 2.0], device=target.device).requires_grad_()
+    indices = torch.tensor([0, 1, 4], device=target.device)
+    offsets = torch.tensor([0], device=target.device)
+    leaf = weight.clone().requires_grad_()
+    output = embedding_bag(
+        indices, leaf, offsets, mode="sum", per_sample_weights=weights, padding_idx=1
+    )
+    assert torch.equal(output, (weight[0] + 2 * weight[4])[None])
+    output.sum().backward()
+    assert torch.equal(weights.grad[[0, 2]], weight[[0, 4]].sum(1))
+    assert weights.grad[1] == 0
+    assert torch.equal(leaf.grad.sum(1), torch.tensor([3.0, 0, 0, 0, 6, 0], device=target.device))
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_are_rounded_once(target, dtype, mode):
+    """Contract 2: 1 + eps/2 + eps/2 is 1 + eps, and 4096 ones are 4096; as a mean, 1."""
+    eps = torch.finfo(dtype).eps
+    weight = torch.tensor([[1.0], [eps / 2]], dtype=dtype, device=target.device)
+    indices = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]], device=target.device)
+    exact = (1 + 3.5 * eps) / (8 if mode == "mean" else 1)
+    expected = torch.tensor([[exact]], dtype=torch.float64).to(dtype)
+    assert torch.equal(embedding_bag(indices, weight, mode=mode).cpu(), expected)
+    ones = torch.zeros(1, 4096, dtype=torch.int64, device=target.device)
+    total = embedding_bag(ones, weight, mode=mode)
+    assert total.item() == (1 if mode == "mean" else 4096)
+
+
+@each_mode
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_4096_ones_make_4096(target, dtype, mode):
+    """Contract 2: gradients of one row from 4096 bags, summed in fp32; for max too."""
+    weight = torch.ones(2, 2, dtype=dtype, device=target.device, requires_grad=True)
+    indices = torch.ones(4096, 1, dtype=torch.int64, device=target.device)
+    output = embedding_bag(indices, weight, mode=mode)
+    output.backward(torch.ones_like(output))
+    assert weight.grad.tolist() == [[0, 0], [4096, 4096]]
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
+def test_random_sums_stay_within_the_bound_of_fp32(target, method, dtype, mode):
+    """Contract 2: |actual - exact| <= (count + 2) * eps32 * sum(|terms|), and half an ulp for the rounding."""
+    if method == "atomic" and dtype.itemsize == 2:
+        pytest.skip("atomics serve fp32 and fp64 only")
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(7, 5, generator=generator).to(dtype).to(target.device).requires_grad_()
+    indices = ids("zipf", 60, 7, target.device)
+    offsets = torch.tensor([0, 7, 30, 30, 31], device=target.device)
+    output = embedding_bag(indices, weight, offsets, mode=mode)
+    grad_output = torch.randn(output.shape, generator=generator).to(output)
+    output.backward(grad_output)
+
+    def exact(weight, grad_output):
+        leaf = weight.detach().double().requires_grad_()
+        output = F.embedding_bag(indices, leaf, offsets, mode=mode)
+        output.backward(grad_output.double())
+        return output.detach(), leaf.grad
+
+    for actual, right, magnitude in zip(
+        (output, weight.grad),
+        exact(weight, grad_output),
+        exact(weight.detach().abs(), grad_output.abs()),
+        strict=True,
+    ):
+        bound = 62 * torch.finfo(torch.float32).eps * magnitude
+        bound += torch.finfo(dtype).eps / 2 * right.abs()
+        assert ((actual.double() - right).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_long_bags_are_split(target, dtype, padding_idx, mode, monkeypatch):
+    """Several programs a bag, whose sums are added in a fixed order; one bag is shorter than the others' parts."""
+    monkeypatch.setattr(kernel_backend, "MIN_SPLIT_LENGTH", 8)
+    weight = torch.eye(4, 5).to(dtype).to(target.device)
+    indices = torch.arange(96, device=target.device) % 4
+    offsets = torch.tensor([0, 64, 67], device=target.device)
+    ranges = [(0, 64), (64, 67), (67, 96)]
+    expected = defined(weight, indices, ranges, mode, padding_idx)
+    # The same as with bags in one piece, each sum being exact.
+    actual = embedding_bag(indices, weight, offsets, mode=mode, padding_idx=padding_idx)
+    assert torch.equal(actual.float(), expected.to(dtype).float())
+    if target.backend in ("triton", "cupy"):
+        backend = gpu_embed.backends.select(torch.device(target.device))
+        bags = gpu_embed.bags.make_bags(indices, offsets, False)
+        assert backend._bag_splits(weight, bags) == 4
+
+
+def test_splits_follow_shapes():
+    """Long bags are split where there are few, and never into less than the least length."""
+    backend = gpu_embed.backends.load("triton")
+    for num_bags, length, embedding_dim, expected in (
+        (1, 2**20, 128, 512),
+        (1, 100, 128, 1),
+        (1, 2**12, 128, 64),
+        (256, 2**12, 128, 8),
+        (4096, 2**12, 128, 1),
+        (1, 2**20, 65536, 4),
+    ):
+        weight = torch.empty(10, embedding_dim, device="meta")
+        indices = torch.empty(num_bags, length, dtype=torch.int64, device="meta")
+        bags = gpu_embed.bags.make_bags(indices, None, False)
+        assert backend._bag_splits(weight, bags) == expected, (num_bags, length, embedding_dim)
+
+
+# max.
+
+
+def test_the_first_of_equal_maxima_gets_the_gradient(target, method):
+    """Contract 7: rows 2 and 0 are equal; which of them is met first decides, as in torch."""
+    values = torch.tensor([[1.0, 5.0], [0.0, 9.0], [1.0, 5.0]], device=target.device)
+    for row, first in (([2, 0, 1], 2), ([0, 2, 1], 0), ([1, 0, 2], 0)):
+        weight = values.clone().requires_grad_()
+        indices = torch.tensor([row], device=target.device)
+        embedding_bag(indices, weight, mode="max").sum().backward()
+        assert weight.grad[:, 0].nonzero().tolist() == [[first]]
+        assert weight.grad[:, 1].tolist() == [0, 1, 0]
+
+
+def test_an_id_twice_in_a_bag_gets_the_gradient_of_a_maximum_once(target, method):
+    weight = integers(V, 3, torch.float32, target.device).requires_grad_()
+    indices = torch.tensor([[2, 2, 2], [2, 2, 2]], device=target.device)
+    embedding_bag(indices, weight, mode="max").sum().backward()
+    assert weight.grad.sum(1).tolist() == [0, 0, 6, 0, 0, 0]
+
+
+nan, inf = float("nan"), float("inf")
+SPECIAL = {
+    "NaN first": [nan, 1, inf],
+    "NaN later": [1, nan, 0],
+    "NaN and then larger": [1, nan, 3],
+    "NaN alone": [nan],
+    "NaN behind padding": [8, nan, 1],
+    "-inf": [-inf, -inf],
+    "-inf and NaN": [-inf, nan, -inf],
+    "zeros": [-0.0, 0.0],
+    "negative": [-3, -2, -4],
+}
+
+
+@pytest.mark.parametrize("values", SPECIAL.values(), ids=SPECIAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_special_values_compare_as_in_torch(target, values, dtype):
+    """Contract 7: a NaN stays where it comes first, and is passed over where it does not; so on every device."""
+    rows = torch.tensor(values, dtype=dtype)[:, None].repeat(1, 3)
+    # Row 0 is the padding; it holds what could win.
+    weight = torch.cat([torch.full((1, 3), 100, dtype=dtype), rows]).to(target.device)
+    indices = torch.arange(len(values))[None] + 1
+    indices[indices.new_tensor([values]) == 8] = 0
+    ours, theirs = weight.clone().requires_grad_(), weight.cpu().clone().requires_grad_()
+    output = embedding_bag(indices.to(target.device), ours, mode="max", padding_idx=0)
+    expected = F.embedding_bag(indices, theirs, mode="max", padding_idx=0)
+    assert same_bits(output.cpu(), expected)
+    output.backward(torch.ones_like(output))
+    expected.backward(torch.ones_like(expected))
+    assert torch.equal(ours.grad.cpu(), theirs.grad)
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("padding_idx", [None, 1])
+@pytest.mark.parametrize("form", ["2-D", "empty ends", "ids in no bag"])
+def test_scale_grad_by_freq_divides_by_the_count(target, form, padding_idx, mode):
+    """Contract 7: by how often the id is in a bag. torch's CPU kernel divides by another id's count."""
+    indices, arguments, ranges = bags(form, target)
+    weight, exact = (
+        integers(V, 3, torch.float64, target.device).requires_grad_() for _ in range(2)
+    )
+    arguments |= {"mode": mode, "padding_idx": padding_idx}
+    output = embedding_bag(indices, weight, scale_grad_by_freq=True, **arguments)
+    grad_output = integer_gradient(tuple(output.shape), torch.float64, target.device)
+    output.backward(grad_output)
+    defined(exact, indices, ranges, mode, padding_idx).backward(grad_output)
+    counts = indices.flatten()[: ranges[-1][1]].bincount(minlength=V).clamp(min=1)
+    # Terms are rounded where torch's operators multiply by 1 / count.
+    assert torch.allclose(weight.grad, exact.grad / counts[:, None], rtol=2**-50, atol=2**-50)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_counts_over_chunks(target, padding_idx):
+    """The same over runs of ids that cross the chunks of the sorted gradient."""
+    indices = ids("zipf", 150, 5, target.device)
+    weight = torch.zeros(5, 3, device=target.device, requires_grad=True)
+    offsets = torch.arange(0, 150, 10, device=target.device)
+    arguments = {"mode": "sum", "padding_idx": padding_idx}
+    output = embedding_bag(indices, weight, offsets, scale_grad_by_freq=True, **arguments)
+    output.sum().backward()
+    # Each row's gradient is count / count.
+    expected = torch.ones(5, 3, device=target.device)
+    if padding_idx is not None:
+        expected[padding_idx] = 0
+    close = {"rtol": 0, "atol": 150 * 2 * 2**-24 if target.backend == "torch" else 0}
+    assert torch.allclose(weight.grad, expected, **close)
+
+
+@each_mode
+def test_max_norm_scales_rows_first(target, mode):
+    """Contract 7: the rows in bags, in place, and those of padding too."""
+    weight = integers(V, 4, torch.float64, target.device)
+    ours, theirs = weight.clone(), weight.cpu().clone()
+    indices = torch.tensor([1, 0, 3, 1], device=target.device)
+    offsets = torch.tensor([0, 3], device=target.device)
+    arguments = {"mode": mode, "max_norm": 2.5, "norm_type": 1, "padding_idx": 3}
+    output = embedding_bag(indices, ours, offsets, **arguments)
+    expected = F.embedding_bag(indices.cpu(), theirs, offsets.cpu(), **arguments)
+    assert torch.allclose(ours.cpu(), theirs, rtol=1e-14)
+    assert torch.allclose(output.cpu(), expected, rtol=1e-14)
+    assert torch.equal(ours[[2, 4, 5]], weight[[2, 4, 5]])
+
+
+@pytest.mark.parametrize("form", ["2-D", "empty ends", "last offset"])
+@pytest.mark.parametrize("mode", ["sum", "mean", "weighted"])
+@pytest.mark.parametrize("padding_idx", [None, 1])
+def test_sparse_gradients_are_torchs(target, form, mode, padding_idx):
+    """Contract 7: one entry an id, in input order, duplicates kept, padding dropped, uncoalesced."""
+    indices, arguments, _ = bags(form, target)
+    arguments |= {"padding_idx": padding_idx, "sparse": True, "mode": "sum"}
+    if mode == "mean":
+        arguments["mode"] = "mean"
+    if mode == "weighted":
+        weights = integer_gradient(tuple(indices.shape), torch.float64, target.device)
+        arguments["per_sample_weights"] = weights
+    ours, theirs = (integers(V, 3, torch.float64, target.device).requires_grad_() for _ in range(2))
+    output = embedding_bag(indices, ours, **arguments)
+    grad_output = integer_gradient(tuple(output.shape), torch.float64, target.device) * 4
+    output.backward(grad_output)
+    F.embedding_bag(indices, theirs, **arguments).backward(grad_output)
+    assert ours.grad.layout == torch.sparse_coo
+    assert not ours.grad.is_coalesced()
+    assert torch.equal(ours.grad._indices(), theirs.grad._indices())
+    assert torch.allclose(ours.grad._values(), theirs.grad._values(), rtol=2**-51)
+
+
+@each_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deterministic_gradients_repeat_bit_for_bit(target, dtype, mode):
+    """Contract 4: torch's own kernel for max refuses to be deterministic on CUDA; ours is."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(20, 3, generator=generator).to(dtype).to(target.device).requires_grad_()
+    indices = ids("zipf", 120, 20, target.device).view(30, 4)
+    grad_output = torch.randn(30, 3, generator=generator).to(dtype).to(target.device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [
+            torch.autograd.grad(embedding_bag(indices, weight, mode=mode), weight, grad_output)[0]
+            for _ in range(3)
+        ]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(same_bits(run, runs[0]) for run in runs)
+    assert not runs[0].isnan().any()
+
+
+# Sizes at the edge.
+
+
+@each_mode
+def test_tables_without_columns(target, mode):
+    weight = torch.empty(4, 0, device=target.device, requires_grad=True)
+    output = embedding_bag(torch.tensor([[1, 2]], device=target.device), weight, mode=mode)
+    assert output.shape == (1, 0)
+    output.sum().backward()
+    assert weight.grad.shape == (4, 0)
+
+
+@each_mode
+def test_tables_without_rows(target, mode):
+    """Contract 6: every id is out of range; empty bags are fine."""
+    weight = torch.empty(0, 3, device=target.device, requires_grad=True)
+    offsets = torch.tensor([0, 0], device=target.device)
+    none = torch.tensor([], dtype=torch.int64, device=target.device)
+    output = embedding_bag(none, weight, offsets, mode=mode)
+    assert torch.equal(output, torch.zeros(2, 3, device=target.device))
+    output.sum().backward()
+    assert weight.grad.shape == (0, 3)
+    with gpu_embed.set_bounds_check("off"):
+        output = embedding_bag(torch.tensor([[0, 4]], device=target.device), weight, mode=mode)
+    assert torch.equal(output, torch.zeros(1, 3, device=target.device))
+
+
+@each_mode
+def test_no_bags_of_three(target, mode):
+    weight = table(4, 3, torch.float32, target.device).requires_grad_()
+    indices = torch.empty(0, 3, dtype=torch.int64, device=target.device)
+    output = embedding_bag(indices, weight, mode=mode)
+    assert output.shape == (0, 3)
+    output.sum().backward()
+    assert not weight.grad.any()
+
+
+def test_wrong_offsets_never_read_outside_of_the_ids(target):
+    """Contract 6: on CUDA nobody looks at the offsets before the kernel, which keeps to the ids."""
+    if target.device == "cpu":
+        pytest.skip(
+            "offsets on the CPU are checked before; the next test asks the kernels themselves"
+        )
+    weight = table(4, 3, torch.float32, target.device).requires_grad_()
+    indices = torch.tensor([1, 2, 3], device=target.device)
+    for offsets in ([0, 2, 1], [0, 99, 2], [0, -7, 2], [1, 2, 3], [0, 1, 2**40]):
+        offsets = torch.tensor(offsets, device=target.device)
+        for mode in MODES:
+            output = embedding_bag(indices, weight, offsets, mode=mode)
+            with pytest.raises(RuntimeError, match=r"offsets\[\d\] is "):
+                gpu_embed.check_bounds()
+            with gpu_embed.set_bounds_check("off"):
+                output.sum().backward()
+
+
+WRONG_OFFSETS = {
+    "decreasing": ([0, 2, 1], r"offsets\[2\] is 1"),
+    "past the end": ([0, 2, 99], r"offsets\[2\] is 99"),
+    "negative": ([0, -7, 2], r"offsets\[1\] is -7"),
+    "late start": ([1, 2, 3], r"offsets\[0\] is 1"),
+}
+
+
+@each_mode
+@pytest.mark.parametrize(("offsets", "message"), WRONG_OFFSETS.values(), ids=WRONG_OFFSETS)
+def test_kernels_clamp_and_record_wrong_offsets(target, offsets, message, mode):
+    """Contract 6: nothing outside of the ids is read; what is read is recorded as wrong."""
+    if target.backend not in ("triton", "cupy"):
+        pytest.skip(f"{target.backend} has no kernels")
+    device = torch.device(target.device)
+    backend = gpu_embed.backends.select(device)
+    # The ids lie between ids that would be seen to be out of range.
+    indices = torch.tensor([99, 99, 1, 2, 3, 99, 99], device=device)[2:5]
+    bags = gpu_embed.bags.Bags(indices, torch.tensor(offsets, device=device), 3)
+    weight = torch.ones(4, 3, device=device)
+    record = gpu_embed.bounds.BoundsRecord(device)
+    if mode == "max":
+        output, _ = backend.embedding_bag_max(weight, bags, -1, True, record)
+    else:
+        output = backend.embedding_bag(weight, None, bags, -1, mode, record)
+    assert output.max() <= (3 if mode == "sum" else 1)
+    with pytest.raises(RuntimeError, match=message):
+        record.raise_if_claimed()
+    if mode != "max":
+        grad = backend.embedding_bag_dense_backward(output, None, bags, 4, -1, mode, False)
+        assert not grad[0].any()
+        assert grad.isfinite().all()
