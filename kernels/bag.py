@@ -97,8 +97,8 @@ def record_offsets(
 
 
 # Program (i, j, s) owns bags [i * BLOCK_B, ...), one a row of its tile, columns [j * BLOCK_D, ...), and the s-th of as
-# many equal parts of each bag as the grid is deep. The rows of the tile walk their bags side by side and exchange nothing
-# but the longest length.
+# many equal parts of each bag as the grid is deep. The rows of the tile walk their bags side by side and exchange
+# nothing but the longest length.
 @triton.jit
 def bag_sum_kernel(
     weight_ptr,  # [num_embeddings, D], any strides

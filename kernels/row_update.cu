@@ -129,7 +129,7 @@ __global__ void row_update_kernel(
       (Acc)(step_size * lr), (Acc)(1.0 - decay * lr), (Acc)eps, (Acc)avg_weight, (Acc)sq_weight,
       (Acc)grad_scale, STOCHASTIC_ROUNDING, seed, step};
   walk_runs<Value, Acc, VEC, false, UNROLL, false>(
-      values_ptr, order_ptr, keys_ptr, nullptr, nullptr, nullptr, nullptr, partial_values_ptr,
+      values_ptr, order_ptr, keys_ptr, nullptr, nullptr, (const Weight*)nullptr, nullptr, partial_values_ptr,
       partial_keys_ptr, nullptr, num_keys, num_embeddings, value_row_stride, value_col_stride, D,
       CHUNK, order_bytes, key_bytes, 0, update);
 }

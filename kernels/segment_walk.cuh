@@ -18,6 +18,7 @@ template <
     bool SCALE_GRAD_BY_FREQ,
     int UNROLL,
     bool BAGS,
+    typename Weight,
     typename EndRun>
 __device__ inline void walk_runs(
     // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the partial sums of the level below
@@ -26,7 +27,7 @@ __device__ inline void walk_runs(
     const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys that name no row take no part
     const int32* __restrict__ counts_ptr,  // [num_keys]: ids behind each value; null: one
     const void* __restrict__ bag_of_ptr,   // BAGS: one a position, -1: in no bag
-    const Value* __restrict__ per_sample_weights_ptr,  // BAGS: one a position; null: 1
+    const Weight* __restrict__ per_sample_weights_ptr,  // BAGS: one a position; null: 1
     const int32* __restrict__ sizes_ptr,               // BAGS: one a row of values; null: 1
     // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it. ATOMIC_ENDS: null, and so are the next two
     Acc* __restrict__ partial_values_ptr,
