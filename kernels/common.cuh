@@ -128,6 +128,11 @@ __device__ inline int64 load_integer(const void* ptr, int64 i, int64 bytes) {
   }
 }
 
+// Position i of an array of int32 or int64.
+__device__ inline int64 load_position(const void* ptr, int64 i, int64 bytes) {
+  return bytes == 4 ? ((const int32*)ptr)[i] : ((const int64*)ptr)[i];
+}
+
 __device__ inline void store_integer(void* ptr, int64 i, int64 value, int64 bytes) {
   switch (bytes) {
     case 1:

@@ -35,7 +35,7 @@ extern "C" __global__ void sort_keys_kernel(
     int64 key_bytes) {
   const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (n >= num_indices) return;
-  const int64 position = order_ptr ? load_integer(order_ptr, n, order_bytes) : n;
+  const int64 position = order_ptr ? load_position(order_ptr, n, order_bytes) : n;
   const int64 index = load_integer(indices_ptr, position, index_bytes);
   store_integer(keys_ptr, n, sort_key(index, num_embeddings, padding_idx), key_bytes);
 }

@@ -82,7 +82,7 @@ __device__ inline void walk_runs(
       const int64 position = first + u;
       next_key[u] = position + 1 < num_keys ? load_integer(keys_ptr, position + 1, key_bytes) : -1;
       source[u] =
-          order_ptr && position < end ? load_integer(order_ptr, position, order_bytes) : position;
+          order_ptr && position < end ? load_position(order_ptr, position, order_bytes) : position;
     }
     Vector<Value, VEC> value[UNROLL];
     int32 ids[UNROLL];

@@ -23,8 +23,8 @@ MIN_SPLIT_LENGTH = 64
 MAX_BAG_SPLITS = 512
 # Keys a chunk of the sorted gradient: few, for parallelism.
 CHUNK = 32
-# A backward may take 16 bytes an id and 64 MiB beyond the gradient. The allocator rounds each of its few large
-# blocks up, by 2 MiB at most; a quarter of the 64 MiB is left to it, and the rest is what is planned with.
+# A backward may take 16 bytes an id and 64 MiB beyond the gradient. A quarter of the 64 MiB is left to the
+# allocator, which rounds each of the few large blocks up, by 1 MiB at most; the rest is what is planned with.
 BYTES_PER_ID = 16
 MAX_EXTRA_BYTES = 48 * 2**20
 # Up to here positions are int32.
@@ -405,7 +405,8 @@ class KernelBackend(ABC):
     ) -> tuple[Tensor, Tensor]:
         """`_sorted_keys` in 16 bytes an id: two arrays of keys and two of positions, of 4 bytes at most.
 
-        Where a key or a position takes 8 bytes, positions travel alone, and the keys are made in the end.
+        Where a key or a position takes 8 bytes, positions travel alone, and the keys are made in the end; only
+        there a copy of ids that are not adjacent in memory comes on top.
         """
         ids = flat_ids(indices)
         num_ids = ids.numel()
