@@ -13,6 +13,7 @@ import gpu_embed
 from gpu_embed.backends._triton import GATHER_ROWS, TritonBackend
 from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
+from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
 
 META = torch.device("meta")
 
@@ -36,6 +37,9 @@ class Case:
     equal_lengths: bool = False  # of the bags, which so need no offsets
     per_sample_weights: bool = False
     mean: bool = False  # the gradient of a mean, not of a sum
+    lr_on_device: bool = False
+    rows: bool = False  # whether only some rows may change
+    stochastic_rounding: bool = False
 
     def __str__(self) -> str:
         """The operation, D, the dtype, and what differs from the defaults."""
@@ -150,6 +154,27 @@ def _bag_sample_weights(case: Case, backend: TritonBackend) -> None:
     )
 
 
+def _row_update(case: Case, backend: TritonBackend) -> None:
+    weight = case.matrix(case.num_embeddings)
+    state = tuple(
+        torch.empty(
+            weight.shape[:1] if layout.per_row else weight.shape,
+            dtype=arithmetic_dtype(case.dtype),
+            device=META,
+        )
+        for layout in STATE[case.operation]
+    )
+    update = RowUpdate(
+        case.operation,
+        step_size=0.1,
+        lr=torch.empty(1, dtype=torch.float64, device=META) if case.lr_on_device else None,
+        stream=Stream(1, 1) if case.stochastic_rounding else None,
+    )
+    rows = torch.empty(len(weight), dtype=torch.bool, device=META) if case.rows else None
+    values = case.matrix(case.num_indices)
+    backend.row_update_(update, weight, state, case.ids(), values, rows)
+
+
 OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "embedding": _embedding,
     "atomic": _gradient,
@@ -162,6 +187,7 @@ OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "bag_atomic": _bag_gradient,
     "bag_sorted": _bag_gradient,
     "bag_sample_weights": _bag_sample_weights,
+    **dict.fromkeys(STATE, _row_update),
 }
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -265,4 +291,24 @@ CASES = (
     Case("bag_sample_weights", 300, BF16, padding_idx=0),
     Case("bag_sample_weights", 33, FP64),
     Case("bag_sample_weights", 64, FP32, transposed=True),
+    Case("sgd", 128, lr_on_device=True),
+    Case("sgd", 128, BF16, stochastic_rounding=True),
+    Case("adagrad", 128),
+    Case("adagrad", 33, FP16),
+    Case("adam", 128, rows=True),
+    Case("adam", 300, num_indices=3073, lr_on_device=True),
+    Case("adam", 16),
+    Case("adam", 1, num_indices=PAST_INT32, num_embeddings=PAST_INT32),
+    Case("adam", 64, transposed=True),
+    Case("adam", 64, FP64),
+    Case("adam", 128, BF16),
+    Case("adam", 128, FP16, stochastic_rounding=True),
+    # A row in a program of one warp, of several, and in none.
+    Case("rowwise_adagrad", 16),
+    Case("rowwise_adagrad", 128),
+    Case("rowwise_adagrad", 768, BF16, lr_on_device=True),
+    Case("rowwise_adagrad", 4096),
+    Case("rowwise_adagrad", 2048, FP64),
+    Case("rowwise_adagrad", 5000),
+    Case("rowwise_adagrad", 8192, BF16, stochastic_rounding=True, lr_on_device=True),
 )

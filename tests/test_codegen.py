@@ -20,6 +20,7 @@ from gpu_embed.bench import codegen_table
 from gpu_embed.bench.codegen import Compiled
 from gpu_embed.bench.codegen_cases import CASES, MANY_IDS, Case
 from gpu_embed.bench.occupancy import TARGETS
+from gpu_embed.row_update import STATE
 
 pytestmark = [
     pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed")
@@ -124,8 +125,8 @@ def test_every_kernel_and_every_row_of_the_gather_table_is_compiled(launches: La
 @each(lambda case: True)
 def test_registers_hold_everything(launches: Launches, case: Case):
     for launch in of_case(launches, case):
-        # A few masks that segment_sum needs again after its loop may wait on the stack meanwhile.
-        allowed = 16 if launch.kernel == "segment_sum_kernel" else 0
+        # A few masks that the walk needs again after its loop may wait on the stack meanwhile.
+        allowed = 16 if launch.kernel in ("segment_sum_kernel", "row_update_kernel") else 0
         assert launch.spilled_bytes <= allowed, launch
         stacked = [i for i in launch.machine.instructions if i.operation == "local"]
         assert not any(i.in_loop for i in stacked), launch
@@ -225,6 +226,46 @@ def test_radix_sort_reads_whole_vectors_and_waits_for_nothing(launches: Launches
         assert not [i for i in launch.instructions if i.operation in ("add", "exchange")]
         if launch.kernel == "digit_counts_kernel":
             assert {i.operation for i in launch.instructions if i.in_loop} == {"load"}
+
+
+def updates_of_case(launches: Launches, case: Case) -> list[Compiled]:
+    return [launch for launch in of_case(launches, case) if launch.kernel == "row_update_kernel"]
+
+
+@each(lambda case: case.operation in STATE and case.embedding_dim < 5000)
+def test_updates_move_whole_vectors(launches: Launches, case: Case):
+    """Of 16 bytes, or as few as the narrower of weight and gradient, and the rows' alignment, allow."""
+    acc_itemsize = max(case.dtype.itemsize, 4)
+    # The state's and the partial sums' rows are contiguous, but an access has as many columns of each.
+    items = min(case.access_bytes(case.dtype.itemsize) // case.dtype.itemsize, 16 // acc_itemsize)
+    items = gcd(items, case.embedding_dim)
+    # The first launch sums the gradient, each later one the partial sums of the one before.
+    value_itemsize = case.dtype.itemsize
+    for launch in updates_of_case(launches, case):
+        expected = {
+            ("load", "values_ptr"): items * value_itemsize,
+            ("load", "weight_ptr"): items * case.dtype.itemsize,
+            ("store", "weight_ptr"): items * case.dtype.itemsize,
+        }
+        for layout, pointer in zip(
+            STATE[case.operation], ("state_ptr", "second_state_ptr"), strict=False
+        ):
+            width = acc_itemsize if layout.per_row else items * acc_itemsize
+            expected |= {("load", pointer): width, ("store", pointer): width}
+        for access, width in expected.items():
+            # A row over several warps may move in wider vectors yet.
+            assert launch.widths(*access) <= {width, 16 if launch.num_warps > 1 else width}, access
+        value_itemsize = acc_itemsize
+
+
+@each(lambda case: case.operation in STATE and case.operation != "rowwise_adagrad")
+def test_updates_need_no_other_thread(launches: Launches, case: Case):
+    """Four neighbours of a row share a block of random words, so they must lie in one thread."""
+    for launch in updates_of_case(launches, case):
+        assert launch.shared_bytes == 0
+        assert not any(i.operation in ("barrier", "shared") for i in launch.instructions)
+        if launch.settings["BLOCK_C"] == 1:
+            assert not any(i.operation == "shuffle" and i.in_loop for i in launch.instructions)
 
 
 @each(
