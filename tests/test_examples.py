@@ -1,0 +1,176 @@
+"""The examples run as their docstrings say, and what they show is true."""
+
+import importlib.util
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the demo's extra is not installed")
+image = pytest.importorskip("matplotlib.image", reason="the demo's extra is not installed")
+
+RECOMMENDER = Path(__file__).resolve().parent.parent / "examples" / "recommender.py"
+
+
+@pytest.fixture(scope="module")
+def recommender():
+    """The example as a module."""
+    spec = importlib.util.spec_from_file_location("recommender", RECOMMENDER)
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclass looks its module up by name.
+    sys.modules["recommender"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["recommender"]
+
+
+def run_short(folder: Path, device: str) -> str:
+    """Run the example as a user does, with its output in a pipe."""
+    done = subprocess.run(
+        [sys.executable, RECOMMENDER, "--short", "--data", "synthetic", "--device", device],
+        cwd=folder,
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("recommender")
+
+
+@pytest.fixture(scope="module")
+def output(folder: Path) -> str:
+    return run_short(folder, "cpu")
+
+
+def test_recommender_learns(output: str):
+    losses = [float(loss) for loss in re.findall(r" (\d\.\d{3})", output.split("each epoch:")[1])]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0] - 0.8
+
+
+def test_recommender_beats_popularity(output: str):
+    found = re.findall(r"ranked by .* recall@10 (0\.\d+)  NDCG@10 (0\.\d+)", output)
+    popularity, model = ((float(recall), float(ndcg)) for recall, ndcg in found)
+    assert model[0] > 2 * popularity[0] > 0
+    assert model[1] > 2 * popularity[1] > 0
+
+
+def test_recommender_times_every_setup(output: str, recommender):
+    times = re.findall(r"^(.+?) +(\d+\.\d) ms a step, +(\d+\.\d\d) times ours$", output, re.M)
+    assert [name for name, _, _ in times] == list(recommender.SETUPS)
+    assert all(float(ms) > 0 for _, ms, _ in times)
+    assert times[0][2] == "1.00"
+
+
+def test_recommender_draws_a_picture_where_it_says(output: str, folder: Path):
+    picture = folder / "recommender.png"
+    assert f"picture: {picture}" in output
+    assert [path.name for path in folder.iterdir()] == [picture.name]
+    height, width, _ = image.imread(picture).shape
+    assert (width, height) == (1440, 540)
+
+
+def test_recommender_without_recbole_says_so(recommender, tmp_path, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "recbole" else find_spec(name)
+    )
+    monkeypatch.setattr(recommender, "step_ms", lambda trainer, steps, advance: 1.0)
+    out = str(tmp_path / "a.png")
+    arguments = ["--short", "--epochs", "1", "--out", out, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["recommender.py", *arguments])
+    recommender.main()
+    shown = capsys.readouterr().out
+    assert "recbole is not installed (pip install --no-deps recbole)" in shown
+    assert "a synthetic click log" in shown
+
+
+ITEMS = """item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq
+1\tA "Film\t1990\tDrama
+2\tAnother\t1991\tDrama Comedy
+"""
+USERS = """user_id:token\tage:token\tgender:token\toccupation:token\tzip_code:token
+1\t24\tM\twriter\t00000
+2\t7\tF\tnone\t00000
+"""
+RATINGS = """user_id:token\titem_id:token\trating:float\ttimestamp:float
+2\t1\t3\t50
+1\t2\t5\t30
+1\t1\t1\t20
+"""
+
+
+def test_movielens_is_read_in_the_order_of_time(recommender, tmp_path):
+    for kind, text in (("item", ITEMS), ("user", USERS), ("inter", RATINGS)):
+        (tmp_path / f"ml-100k.{kind}").write_text(text)
+    clicks = recommender.movielens(tmp_path)
+    assert clicks.train[:, :3].tolist() == [[1, 1, 0]]
+    assert clicks.test[:, :3].tolist() == [[1, 2, 1], [2, 1, 0]]
+    # Numbered as they come, from 1: M, 20s, writer; F, 0s, none. 1990, Drama; 1991, Drama, Comedy.
+    assert clicks.user_traits.tolist() == [[0, 0, 0], [1, 2, 3], [4, 5, 6]]
+    assert clicks.item_traits.tolist() == [[0, 0, 0], [1, 2, 0], [3, 2, 4]]
+
+
+def test_history_is_the_users_own_and_the_latest_first(recommender):
+    events = torch.tensor([[1, 5], [1, 6], [1, 7], [2, 8], [2, 9]])
+    clicks = recommender.split("any", events, torch.zeros(3, 1), torch.zeros(10, 1))
+    assert clicks.train[:, :5].tolist() == [[1, 5, 0, 0, 0], [1, 6, 5, 0, 0], [2, 8, 0, 0, 0]]
+    assert clicks.test[:, :5].tolist() == [[1, 7, 6, 5, 0], [2, 9, 8, 0, 0]]
+    assert clicks.counts.tolist() == [0, 0, 0, 0, 0, 1, 1, 0, 1, 0]
+    assert clicks.seen.nonzero().tolist() == [[0, 0], [1, 0], [1, 5], [1, 6], [2, 0], [2, 8]]
+
+
+def test_ranking_leaves_out_what_was_seen(recommender):
+    events = torch.tensor([[1, 1], [1, 2], [2, 3], [2, 4]])
+    clicks = recommender.split("any", events, torch.zeros(3, 1), torch.zeros(20, 1))
+    # Of 19 items, user 1 has item 2 behind items 5 and 1, which was seen; user 2 has item 4 behind eleven.
+    scores = torch.zeros(2, 20)
+    scores[0, [1, 5, 2]] = torch.tensor([3.0, 2.0, 1.0])
+    scores[1, 5:16] = 1
+    recall, ndcg = recommender.ranking(clicks, lambda examples: scores)
+    assert recall == 1 / 2
+    assert ndcg == pytest.approx(1 / math.log2(3) / 2)
+
+
+def test_crosses_are_hashed_into_the_table_and_absent_traits_are_absent(recommender):
+    traits = torch.tensor([[0, 0, 0], [1, 2, 0], [2, 1, 3]])
+    hashed = recommender.hashed(traits, buckets=50)
+    assert hashed.shape == (3, 6)
+    assert (hashed != 0).sum(1).tolist() == [0, 3, 6]
+    assert 0 <= int(hashed.min()) <= int(hashed.max()) < 50
+    many = torch.stack((torch.arange(1, 1001), torch.full((1000,), 7)), 1)
+    # 1000 pairs in a million buckets: hardly two meet.
+    assert len(recommender.hashed(many, 2**20)[:, 1].unique()) > 990
+
+
+def test_tables_change_in_the_backward_pass_and_keep_no_gradient(recommender):
+    clicks = recommender.synthetic(50, 100, 10, seed=0)
+    trainers = [
+        recommender.Trainer(clicks, 64, setup, "cpu", seed=3) for setup in recommender.SETUPS
+    ]
+    before = [weight.detach().clone() for weight in trainers[0].model.parameters()]
+    losses = []
+    for trainer in trainers:
+        torch.manual_seed(5)
+        losses.append(trainer.step(torch.arange(64)))
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+    after = list(trainers[0].model.parameters())
+    assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert all(weight.grad is None for weight in trainers[0].model.tables())
+
+
+@pytest.mark.gpu
+def test_recommender_runs_on_the_gpu(tmp_path):
+    assert "serves cuda" in run_short(tmp_path, "cuda")
