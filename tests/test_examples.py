@@ -80,7 +80,7 @@ def test_recommender_draws_a_picture_where_it_says(output: str, folder: Path):
     assert f"picture: {picture}" in output
     assert [path.name for path in folder.iterdir()] == [picture.name]
     height, width, _ = image.imread(picture).shape
-    assert (width, height) == (1440, 540)
+    assert (width, height) == (1440, 576)
 
 
 def test_recommender_without_recbole_says_so(recommender, tmp_path, monkeypatch, capsys):
