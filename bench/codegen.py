@@ -75,6 +75,7 @@ class Launch:
     """One launch that the backend would have made for a case."""
 
     case: str
+    architecture: int  # the oldest that it is for
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
@@ -84,14 +85,18 @@ class Launch:
 class RecordingBackend(TritonBackend):
     """Keeps its launches instead of making them."""
 
-    def __init__(self, case: str) -> None:
+    def __init__(self, case: Case) -> None:
         self._case = case
         self.launches: list[Launch] = []
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
     ) -> None:
-        self.launches.append(Launch(self._case, kernel, grid, args, settings))
+        case = self._case
+        self.launches.append(Launch(str(case), case.architecture, kernel, grid, args, settings))
+
+    def _capability(self, device: torch.device) -> tuple[int, int]:
+        return divmod(self._case.architecture, 10)
 
 
 def record_launches(cases: Iterable[Case]) -> tuple[list[Launch], dict[str, str]]:
@@ -99,7 +104,7 @@ def record_launches(cases: Iterable[Case]) -> tuple[list[Launch], dict[str, str]
     launches: list[Launch] = []
     failures: dict[str, str] = {}
     for case in cases:
-        backend = RecordingBackend(str(case))
+        backend = RecordingBackend(case)
         try:
             case.call(backend)
         except Exception as error:  # whatever it is, the other cases go on
@@ -131,7 +136,7 @@ class OfflineDriver:
 def compile_launches(
     architecture: int, launches: Sequence[Launch], advance: Callable[[Launch], None]
 ) -> tuple[list[Compiled], dict[str, str]]:
-    """Compile each launch, and say so; returns also for which cases that failed, and why.
+    """Compile each launch for such a card, and say so; returns also for which cases that failed, and why.
 
     Triton's driver stays replaced: nothing can be launched in this process any more.
     """
@@ -142,6 +147,8 @@ def compile_launches(
     failures: dict[str, str] = {}
     for launch in launches:
         advance(launch)
+        if launch.architecture > architecture:
+            continue
         try:
             binary = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.settings)
         except Exception as error:  # as above

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gpu_embed
-from gpu_embed.backends._triton import GATHER_ROWS, TritonBackend
+from gpu_embed.backends._triton import GATHER_ROWS, ONE_HOT, TritonBackend
 from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
@@ -50,6 +50,11 @@ class Case:
                 words.append(SHORT.get(field.name, field.name) + _text(value))
         return "-".join(words)
 
+    @property
+    def architecture(self) -> int:
+        """The oldest that it is for."""
+        return 90 if self.operation in ("embedding_descriptor", "descriptor") else 80
+
     def call(self, backend: TritonBackend) -> None:
         """Call the backend on tensors without data, whose addresses count as aligned."""
         OPERATIONS[self.operation](self, backend)
@@ -85,9 +90,14 @@ def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
 
 
-def _embedding(case: Case, backend: TritonBackend) -> None:
+def _embedding(case: Case, backend: TritonBackend, method: str = "auto") -> None:
     record = BoundsRecord(META) if case.record else None
-    backend.embedding(case.matrix(case.num_embeddings), case.ids(), case.padding_idx, record)
+    with gpu_embed.use_gather_method(method):
+        backend.embedding(case.matrix(case.num_embeddings), case.ids(), case.padding_idx, record)
+
+
+def _embedding_by_descriptor(case: Case, backend: TritonBackend) -> None:
+    _embedding(case, backend, "descriptor")
 
 
 def _gradient(case: Case, backend: TritonBackend) -> None:
@@ -177,7 +187,11 @@ def _row_update(case: Case, backend: TritonBackend) -> None:
 
 OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "embedding": _embedding,
+    "embedding_descriptor": _embedding_by_descriptor,
     "atomic": _gradient,
+    "descriptor": _gradient,
+    "sorted_atomic": _gradient,
+    "one_hot": _gradient,
     "sorted": _gradient,
     "renorm": _renorm,
     "counts": _counts,
@@ -311,4 +325,22 @@ CASES = (
     Case("rowwise_adagrad", 2048, FP64),
     Case("rowwise_adagrad", 5000),
     Case("rowwise_adagrad", 8192, BF16, stochastic_rounding=True, lr_on_device=True),
+    Case("embedding_descriptor", 4096, BF16, record=True),
+    Case("embedding_descriptor", 768, BF16),
+    Case("embedding_descriptor", 128, FP32, record=True, padding_idx=0),
+    Case("embedding_descriptor", 12, FP32, index_dtype=torch.uint8),
+    Case("embedding_descriptor", 1, torch.complex128, num_indices=1),
+    Case("descriptor", 768),
+    Case("descriptor", 128, padding_idx=0),
+    Case("descriptor", 4, index_dtype=torch.uint8),
+    Case("descriptor", 64, transposed=True),
+    Case("sorted_atomic", 768),
+    Case("sorted_atomic", 33, padding_idx=0),
+    Case("sorted_atomic", 16, num_indices=3073),
+    Case("sorted_atomic", 64, FP64),
+    # Every row of the one-hot table.
+    *(Case("one_hot", 768, BF16, num_embeddings=rows) for rows in ONE_HOT),
+    Case("one_hot", 33, FP16, num_embeddings=200, index_dtype=torch.uint8, padding_idx=0),
+    Case("one_hot", 8, BF16, num_embeddings=256),
+    Case("one_hot", 64, BF16, num_embeddings=2, transposed=True),
 )

@@ -15,7 +15,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from gpu_embed.backends._triton import GATHER_ROWS
+from gpu_embed.backends._triton import GATHER_ROWS, ONE_HOT
+from gpu_embed.backends.kernel_backend import cdiv
 from gpu_embed.bench import codegen_table
 from gpu_embed.bench.codegen import Compiled
 from gpu_embed.bench.codegen_cases import CASES, MANY_IDS, Case
@@ -95,6 +96,10 @@ def of_case(launches: Launches, case: Case) -> list[Compiled]:
     return [launch for launch in launches.compiled if launch.case == str(case)]
 
 
+def of_kernel(launches: Launches, kernel: str) -> list[Compiled]:
+    return [launch for launch in launches.compiled if launch.kernel == kernel]
+
+
 def gradient_of_case(launches: Launches, case: Case, kernel: str) -> list[Compiled]:
     """What a gradient launches, but for the sort of its ids."""
     found = [launch for launch in of_case(launches, case) if launch.kernel not in SORT_KERNELS]
@@ -106,20 +111,26 @@ def test_names_tell_the_cases_apart():
     assert len({str(case) for case in CASES}) == len(CASES)
 
 
-def test_every_kernel_and_every_row_of_the_gather_table_is_compiled(launches: Launches):
+def test_every_kernel_and_every_row_of_the_launch_tables_is_compiled(
+    launches: Launches, architecture: int
+):
     (folder,) = find_spec("gpu_embed.kernels").submodule_search_locations
     written = {
         name
         for file in Path(folder).glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
     }
-    assert {launch.kernel for launch in launches.compiled} == written
+    # Older cards have no bulk copy engine.
+    missing = {name for name in written if "descriptor" in name and architecture < 90}
+    assert {launch.kernel for launch in launches.compiled} == written - missing
     rows = {
         (launch.settings["BLOCK_N"], launch.settings["BLOCK_D"], launch.num_warps)
         for launch in launches.compiled
         if launch.kernel == "gather_rows_kernel"
     }
     assert rows == {(row.BLOCK_N, row.BLOCK_D, row.num_warps) for row in GATHER_ROWS.values()}
+    one_hot = {launch.settings["BLOCK_V"] for launch in of_kernel(launches, "one_hot_kernel")}
+    assert one_hot == set(ONE_HOT)
 
 
 @each(lambda case: True)
@@ -136,7 +147,10 @@ def test_machine_code_accesses_memory_as_ptx_says(launches: Launches):
     """The tests below read PTX, which knows the names of pointers."""
     for launch in launches.compiled:
         kinds = {i for i in launch.machine.instructions if i.operation != "local"}
-        assert kinds == {i._replace(pointer="") for i in launch.instructions}, launch
+        written = {i._replace(pointer="") for i in launch.instructions}
+        assert kinds <= written, launch
+        # The assembler folds a shuffle of what all threads hold alike.
+        assert {i.operation for i in written - kinds} <= {"shuffle"}, launch
 
 
 def test_no_kernel_is_worse_than_the_committed_table(launches: Launches, architecture: int):
@@ -275,3 +289,59 @@ def test_renorm_moves_whole_vectors(launches: Launches, case: Case):
     _, launch = of_case(launches, case)
     assert launch.widths("load", "row_ptr") == {16}
     assert launch.widths("store", "row_ptr") == {16}
+
+
+# A bulk copy takes so many words at once.
+MAX_COPY = 256
+
+
+def copies(launch: Compiled, operation: str, in_loop: bool = False) -> int:
+    return sum((i.operation, i.in_loop) == (operation, in_loop) for i in launch.instructions)
+
+
+@each(lambda case: case.operation == "embedding_descriptor")
+def test_rows_are_copied_in_bulk_and_several_are_in_flight(launches: Launches, case: Case):
+    for launch in of_case(launches, case):
+        assert launch.widths("load", "weight_desc") == set()
+        assert launch.widths("store", "output_desc") == set()
+        a_row = cdiv(launch.settings["BLOCK_D"], MAX_COPY)
+        if launch.settings["ROWS"] == 1:
+            assert copies(launch, "bulk load") == copies(launch, "bulk store") == a_row
+            continue
+        # As many as are in flight are loaded before the loop, and in it one for each that is stored.
+        assert copies(launch, "bulk load") == (launch.settings["STAGES"] - 1) * a_row
+        assert copies(launch, "bulk load", in_loop=True) == a_row
+        assert copies(launch, "bulk store", in_loop=True) == a_row
+
+
+@each(lambda case: case.operation == "descriptor")
+def test_rows_are_added_in_bulk(launches: Launches, case: Case):
+    for launch in of_case(launches, case):
+        assert copies(launch, "bulk add") == launch.settings["ROWS"]
+        assert not any(i.operation == "add" or i.in_loop for i in launch.instructions)
+        rows = min(case.access_bytes(4), max(4, 4 * launch.settings["BLOCK_D"] // 32))
+        assert launch.widths("load", "grad_output_ptr") == {rows}
+
+
+@each(lambda case: case.operation == "sorted_atomic")
+def test_ends_of_chunks_are_added_and_the_rest_is_stored(
+    launches: Launches, architecture: int, case: Case
+):
+    (launch,) = gradient_of_case(launches, case, "segment_sum_kernel")
+    width = case.access_bytes(case.dtype.itemsize)
+    assert launch.widths("load", "values_ptr") == {width}
+    assert launch.widths("store", "grad_weight_ptr") == {width}
+    vectors = case.dtype == torch.float32 and architecture >= 90
+    assert launch.widths("add", "grad_weight_ptr") == {width if vectors else case.dtype.itemsize}
+    assert not any(i.in_loop for i in launch.instructions if i.operation == "add")
+
+
+@each(lambda case: case.operation == "one_hot")
+def test_one_hot_products_store_once_for_each_split(launches: Launches, case: Case):
+    product, total = of_case(launches, case)
+    assert (product.kernel, total.kernel) == ("one_hot_kernel", "sum_splits_kernel")
+    stores = [i for i in product.instructions if i.operation == "store"]
+    assert {i.pointer for i in stores} == {"partial_ptr"}
+    assert not any(i.in_loop for i in stores)
+    assert any(i.in_loop for i in product.instructions if i.pointer == "grad_output_ptr")
+    assert not any(i.in_loop for i in total.instructions)

@@ -166,16 +166,17 @@ DIGIT_SCATTER = FlatLaunch(128, num_warps=1)
 # 132 multiprocessors with 32 programs each make about as many; 252 blocks are what a byte counts.
 SORT_TILES = SortTiles(STEP=512, TILES=4096, MAX_STEPS=63)
 RENORM_ITEMS = 1024
-# Words a program of gather_descriptor_kernel: rows of so many fill the flight by themselves, and then go from
-# one copy to the next without passing through registers.
+# Words in flight of a program of gather_descriptor_kernel, but no more rows than four. Rows of so many words go
+# alone, from one copy to the next without passing through registers.
 DESCRIPTOR_WORDS = 1024
-# By the power of two that holds the table's rows: 16 to 64 sums a thread.
+DESCRIPTOR_ROWS = 4
+# By the power of two that holds the table's rows: 16 or 32 sums a thread.
 ONE_HOT = {
     16: OneHotLaunch(16, 64, 128),
     32: OneHotLaunch(32, 64, 64),
     64: OneHotLaunch(64, 32, 64),
-    128: OneHotLaunch(128, 32, 64, num_warps=8),
-    256: OneHotLaunch(256, 32, 64, num_warps=8),
+    128: OneHotLaunch(128, 32, 32),
+    256: OneHotLaunch(256, 32, 64, num_warps=16),
 }
 # Ids a split of one_hot_kernel at the least, and for each row of the table, so that the splits' sums, which are
 # written and read again, are few beside the gradients. One tile adds them all up.
@@ -986,11 +987,12 @@ def too_many(number: int, what: str) -> str:
 
 @cache
 def gather_descriptor_launch(row_words: int) -> GatherDescriptorLaunch:
-    """Long rows alone in a program, short ones several after one another."""
+    """Long rows alone in a program, short ones after one another."""
     block_d = min(_next_power_of_2(row_words), DESCRIPTOR_WORDS)
     if block_d == DESCRIPTOR_WORDS:
         return GatherDescriptorLaunch(ROWS=1, BLOCK_D=block_d, STAGES=1)
-    return GatherDescriptorLaunch(ROWS=16, BLOCK_D=block_d, STAGES=5)
+    in_flight = min(DESCRIPTOR_WORDS // block_d, DESCRIPTOR_ROWS)
+    return GatherDescriptorLaunch(ROWS=16, BLOCK_D=block_d, STAGES=in_flight + 1)
 
 
 @cache
