@@ -75,11 +75,11 @@ class Launch:
     """One launch that the backend would have made for a case."""
 
     case: str
-    architecture: int  # the oldest that it is for
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     settings: dict[str, Any]
+    architecture: int = 0  # the oldest that it is for
 
 
 class RecordingBackend(TritonBackend):
@@ -93,7 +93,7 @@ class RecordingBackend(TritonBackend):
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
     ) -> None:
         case = self._case
-        self.launches.append(Launch(str(case), case.architecture, kernel, grid, args, settings))
+        self.launches.append(Launch(str(case), kernel, grid, args, settings, case.architecture))
 
     def _capability(self, device: torch.device) -> tuple[int, int]:
         return divmod(self._case.architecture, 10)

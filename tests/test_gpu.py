@@ -23,14 +23,16 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
 REQUIRE_GPU = os.environ.get("GPU_EMBED_REQUIRE_GPU") == "1"
-# Every kernel that can compute a gradient of each dtype.
+# Every kernel that can compute a gradient of each dtype, whatever the shape and the backend.
 METHODS = [
     pytest.param(dtype, method, id=f"{dtype}-{method}".removeprefix("torch."))
     for dtype, method in (
         (torch.float32, "atomic"),
         (torch.float32, "sorted"),
+        (torch.float32, "sorted_atomic"),
         (torch.float64, "atomic"),
         (torch.float64, "sorted"),
+        (torch.float64, "sorted_atomic"),
         (torch.bfloat16, "sorted"),
         (torch.float16, "sorted"),
     )
@@ -725,6 +727,184 @@ def test_gradients_of_batches_are_not_copied(backend):
             assert torch.equal(actual, expected.float())
 
 
+# Kernels that only Triton has, where they are asked for.
+
+
+@pytest.fixture
+def descriptors(triton: str) -> str:
+    """For the bulk copy engine."""
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need compute capability 9.0")
+    return triton
+
+
+# (V, D, N, dtype): rows of 16 bytes, of no power of two of words, around the longest copy, and of many copies.
+DESCRIPTOR_TABLES = [
+    (50_000, 4, 100_000, torch.float32),
+    (1000, 12, 33, torch.float32),
+    (70_000, 64, 1_000_000, torch.bfloat16),
+    (5000, 300, 3073, torch.float32),
+    (5000, 768, 8192, torch.bfloat16),
+    (300, 4096, 4099, torch.float16),
+    (300, 4100, 515, torch.float32),
+    (40, 48, 1, torch.uint8),
+    (40, 3, 70, torch.complex128),
+]
+
+
+@pytest.mark.parametrize("shape", DESCRIPTOR_TABLES, ids=str)
+def test_bulk_copies_look_up_bit_for_bit(descriptors, shape):
+    """Contract 1: whole programs and ragged ones, bad ids and zeroed ones among them."""
+    num_embeddings, embedding_dim, num_indices, dtype = shape
+    weight = table(num_embeddings, embedding_dim, dtype, DEVICE)
+    indices = random_ids(num_indices, num_embeddings)
+    zero_idx = indices[num_indices // 2].item()
+    indices[::5] = num_embeddings + 3
+    indices[1::5] = -1
+    indices[2::5] = 2**40
+    before = weight.clone()
+    with gpu_embed.use_gather_method("descriptor"):
+        output = backends.load("triton").embedding(weight, indices, zero_idx, None)
+    kept = (indices >= 0) & (indices < num_embeddings) & (indices != zero_idx)
+    expected = torch.zeros_like(output)
+    expected[kept] = weight[indices[kept]]
+    assert same_bits(output, expected)
+    assert same_bits(weight, before)
+
+
+@pytest.mark.parametrize("index_dtype", ID_DTYPES, ids=str)
+def test_bulk_copies_take_every_id_dtype(descriptors, index_dtype):
+    weight = table(256, 32, torch.float32, DEVICE)
+    highest = min(256, torch.iinfo(index_dtype).max + 1)
+    indices = random_ids(3073, highest).to(index_dtype)
+    with gpu_embed.use_gather_method("descriptor"):
+        assert same_bits(embedding(indices, weight), weight[indices.long()])
+
+
+def test_bulk_copies_of_part_of_a_table(descriptors):
+    """Contract 1: rows that lie apart, at an offset; what lies between them is not read or written."""
+    whole = table(1000, 96, torch.float32, DEVICE)
+    weight = whole[8:900:2, 32:64]
+    indices = random_ids(5000, len(weight))
+    with gpu_embed.use_gather_method("descriptor"):
+        assert same_bits(embedding(indices, weight), weight[indices])
+
+
+def test_bulk_copies_allocate_the_output_alone(descriptors):
+    weight = table(5000, 1024, torch.float32, DEVICE)
+    indices = random_ids(10_000, 5000)
+    with gpu_embed.use_gather_method("descriptor"):
+        embedding(indices, weight)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        output = embedding(indices, weight)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before == output.numel() * 4
+
+
+@pytest.mark.large
+def test_bulk_copies_past_2_31_elements(descriptors):
+    """Contract 3: coordinates are 32 bit, addresses are not."""
+    num_embeddings, embedding_dim = 19_345_706, 128
+    rows, values = distinct_rows(num_embeddings, embedding_dim)
+    weight = torch.zeros(num_embeddings, embedding_dim, device=DEVICE)
+    weight[rows] = values.float()
+    choice = random_ids(3073, len(rows))
+    grad_output = integers(3073, embedding_dim)
+    with (
+        gpu_embed.use_gather_method("descriptor"),
+        gpu_embed.use_gradient_method("descriptor"),
+    ):
+        assert torch.equal(embedding(rows[choice], weight), values.float()[choice])
+        del weight
+        grad_weight = torch.ops.gpu_embed.embedding_dense_backward(
+            grad_output, rows[choice], num_embeddings, -1, False
+        )
+    expected = exact_gradient(choice, len(rows), grad_output).float()
+    assert torch.equal(grad_weight[rows], expected)
+    assert grad_weight.abs().sum(dtype=torch.float64) == expected.abs().sum(dtype=torch.float64)
+
+
+BULK_GRADIENTS = [
+    (50_000, 768, 8192),
+    (100_000, 4, 100_000),
+    (30_000, 300, 50_000),
+    (7, 8, 100_000),
+    (2000, 384, 713_268),
+]
+
+
+@pytest.mark.parametrize("shape", BULK_GRADIENTS, ids=str)
+@pytest.mark.parametrize("kind", ["zipf", "equal"])
+def test_bulk_additions_sum_exactly(descriptors, shape, kind):
+    """Contract 2: also where all rows meet on one, and with gradients of every stride."""
+    num_embeddings, embedding_dim, num_indices = shape
+    indices = ids(kind, num_indices, num_embeddings, DEVICE)
+    grad_output = integers(num_indices, embedding_dim)
+    views = [grad_output, grad_output[:1].expand_as(grad_output)]
+    if grad_output.numel() < 2**25:
+        views.append(grad_output.t().contiguous().t())
+    for view in views:
+        with gpu_embed.use_gradient_method("descriptor"):
+            actual = gradient(indices, num_embeddings, view)
+        assert torch.equal(actual, exact_gradient(indices, num_embeddings, view).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num_embeddings", [1, 2, 16, 17, 64, 100, 256])
+@pytest.mark.parametrize("embedding_dim", [1, 33, 768, 4096])
+def test_one_hot_products_sum_exactly(triton, dtype, num_embeddings, embedding_dim):
+    """Contract 2: fp32 sums on the matrix units, rounded once; padding and bad ids are not read."""
+    num_indices = 30_000
+    indices = random_ids(num_indices, num_embeddings)
+    grad_output = integers(num_indices, embedding_dim, dtype=dtype)
+    grad_output[::7] = float("nan")
+    indices[::7] = num_embeddings
+    with gpu_embed.use_gradient_method("one_hot"), gpu_embed.set_bounds_check("off"):
+        actual = gradient(indices, num_embeddings, grad_output)
+    kept = indices < num_embeddings
+    exact = exact_gradient(indices[kept], num_embeddings, grad_output[kept])
+    assert torch.equal(actual, exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_hot_products_stay_within_the_bound_and_repeat(triton, deterministic, dtype):
+    """Contracts 2 and 4: random floats; matrix units may round a sum down, which eps allows for."""
+    indices = random_ids(50_000, 50)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    grad_output = torch.randn(50_000, 384, generator=generator, device=DEVICE).to(dtype)
+    with gpu_embed.use_gradient_method("one_hot"):
+        runs = [gradient(indices, 50, grad_output) for _ in range(20)]
+    assert all(same_bits(run, runs[0]) for run in runs)
+    exact = exact_gradient(indices, 50, grad_output)
+    bound = exact_gradient(indices, 50, grad_output.abs())
+    bound *= indices.bincount().max() * torch.finfo(torch.float32).eps
+    bound += torch.finfo(dtype).eps / 2 * (exact.abs() + bound).clamp(min=torch.finfo(dtype).tiny)
+    assert ((runs[0].double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("descriptor", torch.float32), ("one_hot", torch.bfloat16)]
+)
+def test_forced_kernels_run_in_cuda_graphs(descriptors, method, dtype):
+    """Contract 5: descriptors are arguments of the launch, so a replay finds them."""
+    weight = table(200, 64, dtype, DEVICE).requires_grad_()
+    indices = random_ids(3073, 200)
+    grad_output = integers(3073, 64, dtype=dtype)
+
+    def step() -> tuple[Tensor, Tensor]:
+        output = embedding(indices, weight)
+        return output, *torch.autograd.grad(output, weight, grad_output)
+
+    with gpu_embed.use_gather_method("descriptor"), gpu_embed.use_gradient_method(method):
+        graph, (output, grad_weight) = captured(step)
+        indices.copy_(random_ids(3073, 200, seed=1))
+        graph.replay()
+        assert same_bits(output, weight.detach()[indices])
+        assert torch.equal(grad_weight, exact_gradient(indices, 200, grad_output).to(dtype))
+
+
 # Training.
 
 
@@ -815,7 +995,7 @@ def test_triton_and_cupy_agree(dtype, embedding_dim):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sanitizer_finds_nothing_in_any_kernel(backend, dtype):
     """Contract 6: no access outside of any tensor, bad ids included; every kernel, ragged at every edge."""
-    methods = ("atomic", "sorted") if dtype == torch.float32 else ("sorted",)
+    methods = ("atomic", "sorted", "sorted_atomic") if dtype == torch.float32 else ("sorted",)
     for embedding_dim in (1, 8, 33, 300):
         indices = ids("zipf", 77, 19, DEVICE)
         weight = table(19, embedding_dim, dtype, DEVICE).requires_grad_()
@@ -851,4 +1031,24 @@ def test_sanitizer_finds_nothing_in_copies(backend, dtype):
         for view in (weight, weight[:, 1:], weight[::2], weight.t().contiguous().t()):
             indices = random_ids(77, len(view))
             assert same_bits(embedding(indices, view), view[indices])
+    torch.cuda.synchronize()
+
+
+def test_sanitizer_finds_nothing_in_forced_kernels(descriptors):
+    """Contract 6: bulk copies, bulk additions and one-hot products, ragged at every edge, bad ids included."""
+    indices = ids("zipf", 77, 19, DEVICE)
+    indices[5], indices[-1] = 19, -1
+    for embedding_dim in (4, 36, 300, 1100):
+        weight = table(19, embedding_dim, torch.float32, DEVICE)
+        grad_output = integers(77, embedding_dim)
+        with (
+            gpu_embed.set_bounds_check("off"),
+            gpu_embed.use_gather_method("descriptor"),
+            gpu_embed.use_gradient_method("descriptor"),
+        ):
+            assert not embedding(indices, weight)[[5, -1]].any()
+            gradient(indices, 19, grad_output, padding_idx=2)
+    with gpu_embed.set_bounds_check("off"), gpu_embed.use_gradient_method("one_hot"):
+        for num_embeddings in (19, 200):
+            gradient(indices, num_embeddings, integers(77, 33, dtype=torch.bfloat16))
     torch.cuda.synchronize()
