@@ -43,7 +43,8 @@ def one_hot_kernel(
             mask=added[:, None] & (d < D),
             other=0,
         )  # [BLOCK_N, BLOCK_D]
-        one_hot = (row == index[None, :]) & added[None, :]  # [BLOCK_V, BLOCK_N]
+        # Ids without a gradient have zeros behind them.
+        one_hot = row == index[None, :]  # [BLOCK_V, BLOCK_N]
         total = tl.dot(one_hot.to(grad.dtype), grad, total)
     tl.store(
         partial_ptr + (split * num_embeddings + row) * D + d,

@@ -217,7 +217,10 @@ def test_a_known_table_notices_another_method(target):
             embedding(indices, weight)
 
 
-def test_a_forced_method_launches_its_own_kernel(target, method, monkeypatch):
+@pytest.mark.parametrize(("embedding_dim", "chosen"), [(12, "flat"), (128, "rows")])
+def test_a_forced_method_launches_its_own_kernel(
+    target, method, embedding_dim, chosen, monkeypatch
+):
     """Contract 9: what is asked for is what runs."""
     skip_without_kernel(target, method)
     backend = backends.load(target.backend)
@@ -228,9 +231,9 @@ def test_a_forced_method_launches_its_own_kernel(target, method, monkeypatch):
         return type(backend)._launch(backend, kernel, *arguments, **settings)
 
     monkeypatch.setattr(backend, "_launch", launch)
-    weight = table(5, 12, torch.float32, target.device)
+    weight = table(5, embedding_dim, torch.float32, target.device)
     backend.embedding(weight, torch.tensor([4, 0], device=target.device), -1, None)
-    assert launched == [f"gather_{'flat' if method == 'auto' else method}_kernel"]
+    assert launched == [f"gather_{chosen if method == 'auto' else method}_kernel"]
 
 
 def test_methods_that_a_backend_lacks_are_refused(target):
