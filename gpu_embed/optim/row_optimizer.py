@@ -245,7 +245,7 @@ def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
             raise ValueError(
                 f"rows: the mask must be of shape [{num_embeddings}], got {list(rows.shape)}"
             )
-        return rows
+        return rows.contiguous()
     ids = rows.flatten()
     if ids.numel() == 0:
         ids = ids.to(torch.int64)
