@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .optimizers import Definition, Steps
+
 # Comparisons go in pieces of about so many elements, so that they need little memory beside the results.
 PIECE = 2**24
 # Summing in 16 bits may lose this share of the summed magnitudes and still count as a sum.
 LARGEST_LOSS = 1 / 16
+# More operations than any optimizer needs for a number of the table.
+ROUNDINGS = 64
 SHORT = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -43,10 +47,25 @@ def check_forward(output: Tensor, weight: Tensor, ids: Tensor) -> Verdict:
     return Verdict(True, "exact")
 
 
+def check_bags(output: Tensor, weight: Tensor, ids: Tensor, fp32: bool) -> Verdict:
+    """Output [B, D] must be the sums of weight[ids], ids [B, L]; bounds as of `check_gradient`."""
+    num_bags, hotness = ids.shape
+    if output.shape != (num_bags, weight.shape[1]) or output.dtype != weight.dtype:
+        return Verdict(False, f"the output is {output.dtype} {list(output.shape)}")
+    judge = Judge(output.dtype, fp32)
+    length = max(1, PIECE // (hotness * weight.shape[1]))
+    for start in range(0, num_bags, length):
+        part = slice(start, start + length)
+        rows = weight.index_select(0, ids[part].flatten()).view(-1, hotness, weight.shape[1])
+        rows = rows.double()
+        judge(output[part], rows.sum(1), rows.abs_().sum(1), hotness)
+    return judge.verdict("the sum of a bag")
+
+
 def check_gradient(
     actual: Tensor, grad_output: Tensor, ids: Tensor, padding_idx: int | None, fp32: bool
 ) -> Verdict:
-    """Gradient [V, D] against sums in fp64.
+    """Gradient [V, D] against sums in fp64. Each row of grad_output belongs to one id, or to one bag.
 
     A sum of n numbers x in any order is off by at most n eps sum(|x|), plus its one rounding to the table's
     dtype. eps is fp32's (fp64's for a table of that), or without `fp32` the table's own.
@@ -56,24 +75,43 @@ def check_gradient(
     rows, sums = _sums(grad_output, ids, padding_idx)
     if (place := _first_nonzero_row(actual, rows)) is not None:
         return Verdict(False, f"row {place} has a gradient, though no id asks for it")
-    own = torch.finfo(actual.dtype)
-    wide = torch.float64 if actual.dtype == torch.float64 else torch.float32
-    worst = loss = 0.0
-    accepted = True
+    judge = Judge(actual.dtype, fp32)
     for columns, total, magnitude, counts in sums:
-        error = (actual[:, columns].index_select(0, rows).double() - total).abs_()
+        judge(actual[:, columns].index_select(0, rows), total, magnitude, counts)
+    return judge.verdict("the gradient")
+
+
+class Judge:
+    """Compares sums of a dtype with fp64's, piece by piece, by the bounds of `check_gradient`."""
+
+    def __init__(self, dtype: torch.dtype, fp32: bool) -> None:
+        self._dtype = dtype
+        self._wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self._fp32 = fp32
+        self._worst = self._loss = 0.0
+        self._accepted = True
+
+    def __call__(
+        self, actual: Tensor, total: Tensor, magnitude: Tensor, counts: Tensor | float
+    ) -> None:
+        """Sums of `counts` numbers of the summed magnitudes; fp64 but for actual."""
+        own = torch.finfo(self._dtype)
+        error = (actual.double() - total).abs_()
         rounding = own.eps * (total.abs() + own.smallest_normal)
-        bound = 2 * torch.finfo(wide).eps * counts * magnitude + rounding
-        worst = max(worst, _largest(error / bound))
-        share = (own.eps * counts).clamp(max=LARGEST_LOSS)
-        accepted &= bool((error <= share * magnitude + rounding).all())
-        loss = max(loss, _largest((error - rounding).clamp(min=0) / magnitude.clamp(min=1e-300)))
-    if worst <= 1:
-        return Verdict(True, f"error {worst:.2g} of the {SHORT[wide]} bound")
-    lost = f"loses up to {100 * loss:.2g} % of the summed magnitudes"
-    if accepted and not fp32:
-        return Verdict(True, f"{SHORT[actual.dtype]} sum, {lost}")
-    return Verdict(False, f"the gradient {lost}")
+        bound = 2 * torch.finfo(self._wide).eps * counts * magnitude + rounding
+        self._worst = max(self._worst, _largest(error / bound))
+        share = torch.as_tensor(own.eps * counts).clamp(max=LARGEST_LOSS)
+        self._accepted &= bool((error <= share * magnitude + rounding).all())
+        loss = _largest((error - rounding).clamp(min=0) / magnitude.clamp(min=1e-300))
+        self._loss = max(self._loss, loss)
+
+    def verdict(self, what: str) -> Verdict:
+        if self._worst <= 1:
+            return Verdict(True, f"error {self._worst:.2g} of the {SHORT[self._wide]} bound")
+        lost = f"loses up to {100 * self._loss:.2g} % of the summed magnitudes"
+        if self._accepted and not self._fp32:
+            return Verdict(True, f"{SHORT[self._dtype]} sum, {lost}")
+        return Verdict(False, f"{what} {lost}")
 
 
 def check_step(
@@ -86,16 +124,8 @@ def check_step(
 ) -> Verdict:
     """Table [V, D] after SGD: before - learning_rate * gradient; all other rows as they were."""
     rows, sums = _sums(grad_output, ids, padding_idx)
-    untouched = torch.ones(len(before), dtype=torch.bool, device=before.device)
-    untouched[rows] = False
-    length = max(1, PIECE // before.shape[1])
-    for start in range(0, len(before), length):
-        part = slice(start, start + length)
-        changed = (before[part] != after[part]).any(dim=1) & untouched[part]
-        if changed.any():
-            return Verdict(
-                False, f"row {start + int(changed.int().argmax())} changed without an id"
-            )
+    if (place := _first_changed_row(before, after, rows)) is not None:
+        return Verdict(False, f"row {place} changed without an id")
     eps = torch.finfo(before.dtype).eps
     worst = 0.0
     for columns, total, magnitude, counts in sums:
@@ -111,41 +141,113 @@ def check_step(
     return Verdict(False, f"the step is off by {worst:.2g} times the bound")
 
 
+def check_steps(
+    definition: Definition,
+    before: Tensor,
+    after: Tensor,
+    grad_output: Tensor,
+    id_sets: Sequence[Tensor],
+    padding_idx: int | None,
+) -> Verdict:
+    """Table [V, D] after a step with each of the id sets, from fresh state, against the definition in fp64.
+
+    grad_output holds integers whose sums are exact in the table's dtype, so only the optimizer's own operations
+    round: fewer than ROUNDINGS for a number, and for a mean over a row one more for each column.
+    """
+    kept = [_kept(ids, padding_idx) for ids in id_sets]
+    rows = torch.unique(torch.cat([ids for ids, _ in kept]))
+    if (place := _first_changed_row(before, after, rows)) is not None:
+        return Verdict(False, f"row {place} changed without an id")
+    places = [torch.searchsorted(rows, ids) for ids, _ in kept]
+    used = [torch.zeros(len(rows), 1, dtype=torch.bool, device=rows.device) for _ in kept]
+    for is_used, place_of in zip(used, places, strict=True):
+        is_used[place_of] = True
+    embedding_dim = before.shape[1]
+
+    def grads(columns: slice) -> list[Tensor]:
+        return [
+            _row_sums(grad_output[:, columns], ids.numel(), positions, place_of, len(rows))
+            for ids, (_, positions), place_of in zip(id_sets, kept, places, strict=True)
+        ]
+
+    width = max(1, PIECE // max(1, len(rows), *(ids.numel() for ids in id_sets)))
+    pieces = [slice(start, start + width) for start in range(0, embedding_dim, width)]
+    mean_squares = [grad_output.new_zeros(len(rows), 1, dtype=torch.float64) for _ in id_sets]
+    for columns in pieces:
+        for mean_square, grad in zip(mean_squares, grads(columns), strict=True):
+            mean_square += grad.square_().sum(1, keepdim=True) / embedding_dim
+    worst = 0.0
+    for columns in pieces:
+        old = before[:, columns].index_select(0, rows).double()
+        expected, change = definition.apply(Steps(old, grads(columns), used, mean_squares))
+        new = after[:, columns].index_select(0, rows).double()
+        eps = (ROUNDINGS + embedding_dim) * torch.finfo(before.dtype).eps
+        worst = max(worst, _largest((new - expected).abs_() / (eps * (old.abs() + change))))
+    if worst <= 1:
+        return Verdict(True, f"{definition.name}, error {worst:.2g} of the bound")
+    return Verdict(False, f"not {definition.name}: off by {worst:.2g} times the bound")
+
+
 Sums = Iterator[tuple[slice, Tensor, Tensor, Tensor]]
 
 
 def _sums(grad_output: Tensor, ids: Tensor, padding_idx: int | None) -> tuple[Tensor, Sums]:
     """The rows that get a gradient, and by columns: total, sum of magnitudes, counts [rows, 1]."""
-    kept = None if padding_idx is None else (ids != padding_idx).nonzero().squeeze(1)
-    if kept is not None:
-        ids = ids.index_select(0, kept)
-    rows, places, counts = torch.unique(ids.long(), return_inverse=True, return_counts=True)
+    num_ids = ids.numel()
+    ids, positions = _kept(ids, padding_idx)
+    rows, places, counts = torch.unique(ids, return_inverse=True, return_counts=True)
 
     def by_columns() -> Sums:
-        width = max(1, PIECE // max(1, ids.numel()))
+        width = max(1, PIECE // max(1, num_ids))
         for start in range(0, grad_output.shape[1], width):
             columns = slice(start, start + width)
             values = grad_output[:, columns]
-            if kept is not None:
-                values = values.index_select(0, kept)
-            values = values.double()
-            total = values.new_zeros(len(rows), values.shape[1])
-            magnitude = total.clone()
-            total.index_add_(0, places, values)
-            magnitude.index_add_(0, places, values.abs_())
+            total = _row_sums(values, num_ids, positions, places, len(rows))
+            magnitude = _row_sums(values.abs(), num_ids, positions, places, len(rows))
             yield columns, total, magnitude, counts[:, None].double()
 
     return rows, by_columns()
 
 
+def _kept(ids: Tensor, padding_idx: int | None) -> tuple[Tensor, Tensor | None]:
+    """The ids that get a gradient, int64, flat, and their positions; None: all."""
+    flat = ids.flatten().long()
+    if padding_idx is None:
+        return flat, None
+    positions = (flat != padding_idx).nonzero().squeeze(1)
+    return flat.index_select(0, positions), positions
+
+
+def _row_sums(
+    values: Tensor, num_ids: int, positions: Tensor | None, places: Tensor, num_rows: int
+) -> Tensor:
+    """Sums in fp64 of values [N or bags, d], those of a bag for each of its ids, by row -> [num_rows, d]."""
+    values = values.double()
+    if num_ids > len(values) > 0:
+        values = values.repeat_interleave(num_ids // len(values), 0)
+    if positions is not None:
+        values = values.index_select(0, positions)
+    return values.new_zeros(num_rows, values.shape[1]).index_add_(0, places, values)
+
+
+def _first_changed_row(before: Tensor, after: Tensor, rows: Tensor) -> int | None:
+    """The first row that is not in `rows` and not as it was."""
+    return _first_row(lambda part: before[part] != after[part], before.shape, rows)
+
+
 def _first_nonzero_row(gradient: Tensor, rows: Tensor) -> int | None:
     """The first row that is not in `rows` and not zero."""
-    unused = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device)
+    return _first_row(lambda part: gradient[part] != 0, gradient.shape, rows)
+
+
+def _first_row(differs: Callable[[slice], Tensor], shape: torch.Size, rows: Tensor) -> int | None:
+    """The first row of a table that differs somewhere and is not in `rows`."""
+    unused = torch.ones(shape[0], dtype=torch.bool, device=rows.device)
     unused[rows] = False
-    length = max(1, PIECE // gradient.shape[1])
-    for start in range(0, len(gradient), length):
+    length = max(1, PIECE // shape[1])
+    for start in range(0, shape[0], length):
         part = slice(start, start + length)
-        bad = (gradient[part] != 0).any(dim=1) & unused[part]
+        bad = differs(part).any(dim=1) & unused[part]
         if bad.any():
             return start + int(bad.int().argmax())
     return None

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OURS = "gpu_embed"
-# What a user of the layer gets: the kernel of our own choice, and sparse=True where that was asked for.
-OFFERED = (OURS, f"{OURS}-sparse")
+# What a user of the layer gets: the kernel of our own choice, sparse=True, and updates in the backward pass.
+OFFERED = (OURS, f"{OURS}-sparse", f"{OURS}-in-backward")
 # Broken and slower rows are always printed; of the others this many.
 SHOWN = 40
 # Wide enough for one line a row where the output is a file and has no width of its own.
@@ -95,6 +95,7 @@ def describe(cell: Key) -> str:
         f"V={cell.vocab:,}",
         f"D={cell.dim:,}",
         f"N={cell.num_ids:,}",
+        f"bags of {cell.hotness}" if cell.hotness > 1 else "",
         cell.distribution,
         cell.id_dtype if cell.id_dtype != "int64" else "",
         f"padding {cell.padding:.0%}" if cell.padding else "",

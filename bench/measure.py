@@ -1,32 +1,44 @@
 """One measurement: build the provider, check its result, and only then time it.
 
 Protocol: the table and the gradients are random, never zeros. Several id sets take turns. The table's gradient
-is cleared before each call that makes one; its zero-fill and cast are part of the call. warm: call after call;
-cold: the last cache is flushed before each. The byte formulas stand in traffic.py, the clocks in timing.py,
-the bounds in check.py.
+is cleared before each call that makes one; its zero-fill and cast are part of the call. A step is the whole of
+forward, backward and optimizer. warm: call after call; cold: the last cache is flushed before each. The byte
+formulas stand in traffic.py, the clocks in timing.py, the bounds in check.py, the optimizers in optimizers.py.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from . import ids as ids_module
-from .check import Verdict, check_forward, check_gradient, check_step
+from .check import (
+    Verdict,
+    check_bags,
+    check_forward,
+    check_gradient,
+    check_step,
+    check_steps,
+)
 from .machine import readable_bytes
-from .providers import LEARNING_RATE, Layer, Provider, first_line
+from .memory import peak_of_step
+from .optimizers import LEARNING_RATE, by_hand
+from .providers import Layer, Provider, first_line
 from .results import Row
-from .shapes import DTYPES, ID_DTYPES, Cell
+from .shapes import DTYPES, ID_DTYPES, STEPS, Cell
 from .timing import Call, Effort, host_us, time_calls
-from .traffic import Counts, count, traffic
+from .traffic import Counts, count, state_bytes, traffic
 
 NUM_ID_SETS = 4
+# Of the integers that steps are checked with; fewer where their sums would not be exact.
+LARGEST_INTEGER = 8
 # Where the host's time is measured: next to no work.
 TINY = Cell(vocab=128, dim=16, num_ids=8)
+TINY_HOTNESS = 4
 
 
 class Problem:
@@ -39,7 +51,12 @@ class Problem:
         id_dtype = ID_DTYPES[cell.id_dtype]
         if cell.vocab - 1 > torch.iinfo(id_dtype).max:
             raise ids_module.IdsError(f"{cell.id_dtype} ids cannot reach {cell.vocab:,} rows")
-        self.id_sets: list[Tensor] = []
+        if cell.num_ids % cell.hotness:
+            raise ids_module.IdsError(
+                f"{cell.num_ids:,} ids do not make whole bags of {cell.hotness}"
+            )
+        shape = (-1, cell.hotness) if cell.pooled else (-1,)
+        self.id_sets: list[Tensor] = []  # each [N], or [bags, hotness]
         for i in range(num_id_sets):
             drawn = ids_module.draw(
                 cell.distribution,
@@ -49,7 +66,7 @@ class Problem:
                 cell.padding,
                 self.padding_idx,
             )
-            self.id_sets.append(drawn.to(device, id_dtype))
+            self.id_sets.append(drawn.to(device, id_dtype).view(shape))
         self.counts: Counts = count(self.id_sets[0], self.padding_idx)
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(str(cell).encode()))
         self._generator = generator
@@ -58,10 +75,22 @@ class Problem:
 
     @property
     def grad_output(self) -> Tensor:
-        """Random gradient of the output, [N, D]."""
+        """Random gradient of the output, [N or bags, D]."""
         if self._grad_output is None:
-            self._grad_output = self._random(self.cell.num_ids)
+            self._grad_output = self._random(self.cell.num_outputs)
         return self._grad_output
+
+    def integer_grad_output(self) -> Tensor:
+        """The same of integers so small that every sum of them is exact in fp32."""
+        largest = min(LARGEST_INTEGER, 2**24 // self.cell.num_ids)
+        return torch.randint(
+            -largest,
+            largest + 1,
+            self.grad_output.shape,
+            generator=self._generator,
+            dtype=self.weight.dtype,
+            device=self.device,
+        )
 
     def ids(self, i: int) -> Tensor:
         return self.id_sets[i % len(self.id_sets)]
@@ -75,15 +104,24 @@ class Problem:
         )
 
 
-def needed_bytes(cell: Cell, mode: str, num_id_sets: int = NUM_ID_SETS) -> int:
-    """What a cell takes in a mode: table, ids, output and gradients, and the check's copy for a step."""
+def needed_bytes(
+    cell: Cell, mode: str, num_id_sets: int = NUM_ID_SETS, tables_beside: int = 1
+) -> int:
+    """What a cell takes in a mode: table, ids, output and gradients; for a step the optimizer's state and a copy.
+
+    Args:
+        tables_beside: how many of the table's size a provider holds in a step, such as its gradient.
+    """
     itemsize = DTYPES[cell.dtype].itemsize
-    table, rows = cell.vocab * cell.dim * itemsize, cell.num_ids * cell.dim * itemsize
+    table, rows = cell.vocab * cell.dim * itemsize, cell.num_outputs * cell.dim * itemsize
     ids = num_id_sets * cell.num_ids * ID_DTYPES[cell.id_dtype].itemsize
-    # Of the tables: itself, its gradient, and the copy that a step is compared with.
-    tables = {"forward": 1, "backward": 2, "full": 2, "step": 3}[mode]
+    if mode in STEPS:
+        # The check compares with the table as it was.
+        tables = (2 + tables_beside) * table + cell.vocab * state_bytes(cell, mode)
+    else:
+        tables = {"forward": 1, "backward": 2, "full": 2}[mode] * table
     outputs = 1 if mode == "forward" else 2
-    return tables * table + outputs * rows + ids
+    return tables + outputs * rows + ids
 
 
 @dataclass
@@ -109,6 +147,7 @@ class Bench:
             vocab=cell.vocab,
             dim=cell.dim,
             num_ids=cell.num_ids,
+            hotness=cell.hotness,
             distribution=cell.distribution,
             unique_ids=None,
             padding=cell.padding,
@@ -124,9 +163,9 @@ class Bench:
         """Make the cell's tensors. Raises IdsError, or the allocator's error."""
         return Problem(cell, self.device, self.seed, NUM_ID_SETS)
 
-    def does_not_fit(self, cell: Cell, mode: str) -> str | None:
+    def does_not_fit(self, cell: Cell, mode: str, tables_beside: int = 1) -> str | None:
         """Why there is not enough memory for the cell; None: there is."""
-        needed = needed_bytes(cell, mode)
+        needed = needed_bytes(cell, mode, tables_beside=tables_beside)
         if needed <= self.memory:
             return None
         return f"needs {readable_bytes(needed)}, {readable_bytes(self.memory)} may be used"
@@ -165,12 +204,15 @@ class Bench:
     ) -> tuple[Row, Call | None]:
         """The row with its verdict, and what to time; None: the result is wrong."""
         row = replace(row, unique_ids=problem.counts.unique)
-        layer = provider.build(problem.weight, problem.padding_idx, mode)
+        # Before the layer is there, whose state would take its place in memory too.
+        step_peak = _step_peak_bytes(provider, problem, mode) if mode in STEPS else None
+        layer = provider.build(problem.weight, problem.cell, mode)
         verdict = self._check(layer, problem, mode, provider.sums_in_fp32)
         row = replace(row, match=verdict.match)
         if not verdict.ok:
             return replace(row, status="wrong"), None
-        row = replace(row, peak_extra_bytes=_peak_extra_bytes(layer, problem, mode))
+        extra = None if mode in STEPS else _peak_extra_bytes(layer, problem, mode)
+        row = replace(row, peak_extra_bytes=extra, step_peak_bytes=step_peak)
         return row, _call(layer, problem, mode)
 
     def _check(self, layer: Layer, problem: Problem, mode: str, fp32: bool) -> Verdict:
@@ -178,16 +220,15 @@ class Bench:
         ids, cell = problem.ids(1), problem.cell
         table = layer.weight.detach().view(cell.vocab, cell.dim)
         output = layer.lookup(ids)
-        verdict = check_forward(output.detach(), table, ids)
+        if cell.pooled:
+            verdict = check_bags(output.detach(), table, ids, fp32)
+        else:
+            verdict = check_forward(output.detach(), table, ids)
         if mode == "forward" or not verdict.ok:
             return verdict
-        if mode == "step":
+        if mode in STEPS:
             del output
-            before = table.clone()
-            _step(layer, ids, problem.grad_output)
-            return check_step(
-                before, table, problem.grad_output, ids, problem.padding_idx, LEARNING_RATE
-            )
+            return _check_step(layer, table, problem)
         (gradient,) = torch.autograd.grad(output, layer.weight, problem.grad_output)
         del output
         return check_gradient(
@@ -218,13 +259,19 @@ class Bench:
 
     def _host_us(self, provider: Provider, cell: Cell, mode: str) -> float | None:
         """The host's time per call, on a tiny table of the same dtypes; measured once for each."""
-        if not self.effort.host_seconds or cell.operation != "embedding":
+        if not self.effort.host_seconds or cell.operation == "embedding_graph":
             return None
-        key = (provider.name, mode, cell.dtype, cell.id_dtype)
+        key = (provider.name, mode, cell.operation, cell.dtype, cell.id_dtype)
         if key not in self._host:
-            tiny = replace(TINY, dtype=cell.dtype, id_dtype=cell.id_dtype)
+            tiny = replace(
+                TINY,
+                operation=cell.operation,
+                hotness=TINY_HOTNESS if cell.pooled else 1,
+                dtype=cell.dtype,
+                id_dtype=cell.id_dtype,
+            )
             problem = Problem(tiny, self.device, self.seed, NUM_ID_SETS)
-            layer = provider.build(problem.weight, problem.padding_idx, mode)
+            layer = provider.build(problem.weight, tiny, mode)
             call = _call(layer, problem, mode)
             self._host[key] = host_us([call], self.device, self.effort.host_seconds)[0]
         return self._host[key]
@@ -256,7 +303,8 @@ def _call(layer: Layer, problem: Problem, mode: str) -> Call:
         )
     if mode == "full":
         return Call(lambda i: _full(layer, problem.ids(i), grad_output))
-    return Call(lambda i: _step(layer, problem.ids(i), grad_output))
+    step = _stepper(layer)
+    return Call(lambda i: step(problem.ids(i), grad_output))
 
 
 def _full(layer: Layer, ids: Tensor, grad_output: Tensor) -> None:
@@ -264,15 +312,48 @@ def _full(layer: Layer, ids: Tensor, grad_output: Tensor) -> None:
     layer.lookup(ids).backward(grad_output)
 
 
-def _step(layer: Layer, ids: Tensor, grad_output: Tensor) -> None:
-    if layer.fused_step is not None:
-        layer.fused_step(ids, grad_output)
-        return
-    _full(layer, ids, grad_output)
-    gradient = layer.weight.grad
-    assert gradient is not None
-    with torch.no_grad():
-        layer.weight.add_(gradient, alpha=-LEARNING_RATE)
+def _stepper(layer: Layer) -> Callable[[Tensor, Tensor], None]:
+    """One training step, given ids and the output's gradient."""
+    update = by_hand(layer.weight) if layer.update is None else layer.update
+
+    def step(ids: Tensor, grad_output: Tensor) -> None:
+        _full(layer, ids, grad_output)
+        if update.run is not None:
+            update.run()
+
+    return step
+
+
+def _check_step(layer: Layer, table: Tensor, problem: Problem) -> Verdict:
+    """One step of SGD; of an optimizer with state two, as its definition shows from the second on."""
+    definition = None if layer.update is None else layer.update.definition
+    before, step, padding_idx = table.clone(), _stepper(layer), problem.padding_idx
+    if definition is None:
+        ids, grad_output = problem.ids(1), problem.grad_output
+        step(ids, grad_output)
+        return check_step(before, table, grad_output, ids, padding_idx, LEARNING_RATE)
+    grad_output, id_sets = problem.integer_grad_output(), [problem.ids(1), problem.ids(2)]
+    for ids in id_sets:
+        step(ids, grad_output)
+    return check_steps(definition, before, table, grad_output, id_sets, padding_idx)
+
+
+def _step_peak_bytes(provider: Provider, problem: Problem, mode: str) -> int:
+    """Memory at the peak of a step: the table, and what is not there before the provider is built."""
+    table = problem.weight
+    is_copy = False
+    grad_output = problem.grad_output
+
+    def build() -> Callable[[], None]:
+        nonlocal is_copy
+        layer = provider.build(table, problem.cell, mode)
+        is_copy = layer.weight.data_ptr() != table.data_ptr()
+        step = _stepper(layer)
+        return lambda: step(problem.ids(0), grad_output)
+
+    peak = peak_of_step(build, problem.device)
+    table.grad = None
+    return peak if is_copy else peak + table.nbytes
 
 
 def _graph_call(layer: Layer, problem: Problem) -> Call:
@@ -308,11 +389,11 @@ def _graph_call(layer: Layer, problem: Problem) -> Call:
 
 def _peak_extra_bytes(layer: Layer, problem: Problem, mode: str) -> int | None:
     """Device memory at the peak of one call, beyond its inputs, its output and the table's gradient."""
-    if problem.device.type != "cuda" or problem.cell.operation != "embedding":
+    if problem.device.type != "cuda" or problem.cell.operation == "embedding_graph":
         return None
     grad_output = None if mode == "forward" else problem.grad_output
     cell, itemsize = problem.cell, problem.weight.element_size()
-    output, gradient = cell.num_ids * cell.dim * itemsize, cell.vocab * cell.dim * itemsize
+    output, gradient = cell.num_outputs * cell.dim * itemsize, cell.vocab * cell.dim * itemsize
     results = {"forward": output, "backward": gradient}.get(mode, output + gradient)
     layer.weight.grad = None
     edge = None
@@ -325,11 +406,9 @@ def _peak_extra_bytes(layer: Layer, problem: Problem, mode: str) -> int | None:
         layer.lookup(problem.ids(0))
     elif edge is not None:
         torch.autograd.grad(edge, layer.weight, grad_output)
-    elif mode == "full":
-        _full(layer, problem.ids(0), problem.grad_output)
     else:
-        _step(layer, problem.ids(0), problem.grad_output)
+        _full(layer, problem.ids(0), problem.grad_output)
     torch.cuda.synchronize(problem.device)
     peak = torch.cuda.max_memory_allocated(problem.device) - before
-    # A fused step has no gradient, a full pass may free the output before: never less than nothing.
+    # A full pass may free the output before: never less than nothing.
     return max(0, peak - results)

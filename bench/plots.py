@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .compare import by_cell, geometric_mean, is_ours, our_row, ratio_of, time_of
 from .results import Key, ResultsError, Row, read_header, read_rows
+from .shapes import STEPS
 
 T = TypeVar("T")
 
@@ -33,6 +34,11 @@ FEWEST_POINTS = 3
 GROWTH_RANGE = (10_000, 50_000_000)
 # The growth picture wants the vocabulary to grow by at least this factor.
 GROWTH_SPAN = 100
+# What the names of the providers say of a step.
+STEP_CAPTION = (
+    "A step is forward, backward and the optimizer's update. -sparse: a sparse gradient · "
+    "in-backward, fbgemm-gpu: updated inside the backward pass · the others: a gradient as large as the table"
+)
 # Ratios beyond this factor share the darkest colours of the heat map.
 RATIO_LIMIT = 8.0
 
@@ -52,6 +58,7 @@ STYLES = {
     "gpu_embed-atomic": Style("#56B4E9", "<", "--"),
     "gpu_embed-sorted": Style("#003B73", ">", "--"),
     "gpu_embed-sparse": Style("#7A8FE0", "p", ":"),
+    "gpu_embed-in-backward": Style("#00A6C7", "d", "-."),
     "torch": Style("#D55E00", "s"),
     "torch-sparse": Style("#8F2D00", "h", ":"),
     "torch.compile": Style("#E69F00", "D"),
@@ -59,8 +66,9 @@ STYLES = {
     "liger-kernel": Style("#009E73", "^"),
     "flag-gems": Style("#000000", "X"),
     "fbgemm-gpu": Style("#8C6D00", "P"),
+    "fbgemm-gpu-cpu": Style("#5C4A00", "P", "--"),
 }
-OTHER_OURS = ("#00A6C7", "#4D5B9E", "#8AB6D6", "#2E5A88", "#6C8EBF", "#1F77B4")
+OTHER_OURS = ("#14507A", "#4D5B9E", "#8AB6D6", "#2E5A88", "#6C8EBF", "#1F77B4")
 OTHER_RIVALS = ("#A6761D", "#7F7F7F", "#882255", "#44AA99", "#B2182B")
 
 
@@ -102,7 +110,13 @@ def pictures(rows: Sequence[Row], header: Mapping[str, Any]) -> Iterator[Picture
     """Every picture that the rows allow, one at a time, and why the others are missing."""
     styles = choose_styles(row.provider for row in rows)
     caption = describe_run(rows, header)
-    for draw in (vocabulary_pictures, ratio_pictures, contention_pictures, growth_pictures):
+    for draw in (
+        vocabulary_pictures,
+        ratio_pictures,
+        contention_pictures,
+        growth_pictures,
+        step_pictures,
+    ):
         yield from draw(rows, styles, caption)
 
 
@@ -162,8 +176,16 @@ def short_number(value: float) -> str:
 def vocabulary_pictures(
     rows: Sequence[Row], styles: Mapping[str, Style], caption: str
 ) -> Iterator[Picture | Skipped]:
-    """ms above, % of copy bandwidth below; a column for each shape, a picture for each mode."""
-    curves = _curves(rows, lambda key: key._replace(vocab=0), lambda row: row.vocab, FEWEST_POINTS)
+    """ms above, % of copy bandwidth below; a column for each shape, a picture for each mode.
+
+    Steps have a picture of their own.
+    """
+    curves = _curves(
+        [row for row in rows if row.mode not in STEPS],
+        lambda key: key._replace(vocab=0),
+        lambda row: row.vocab,
+        FEWEST_POINTS,
+    )
     if not curves:
         yield Skipped(
             "time against vocabulary",
@@ -234,7 +256,8 @@ def ratio_pictures(
             if not any(square.ratios for square in squares.values()):
                 continue
             drawn = True
-            title = f"{what}: how many times faster gpu_embed is than {rival}"
+            title = f"{mode}: how many times faster gpu_embed is than {rival}"
+            title += "" if operation == "embedding" else f"\n{operation}"
             yield _finish(_heat_map(squares), {}, title, caption, "ratio", what, rival)
     if not drawn:
         yield Skipped("ratio against each rival", "no cell was timed by both gpu_embed and a rival")
@@ -494,6 +517,66 @@ def _first_time(rows: Sequence[Row]) -> float:
     return next((time for row in rows if (time := time_of(row))), math.nan)
 
 
+# 5. What a training step costs
+
+
+def step_pictures(
+    rows: Sequence[Row], styles: Mapping[str, Style], caption: str
+) -> Iterator[Picture | Skipped]:
+    """ms above, peak memory below, against the vocabulary; a column for each optimizer."""
+    curves = _curves(
+        [row for row in rows if row.mode in STEPS],
+        lambda key: key._replace(vocab=0),
+        lambda row: row.vocab,
+        FEWEST_POINTS,
+    )
+    if not curves:
+        yield Skipped(
+            "cost of a training step", f"no step was timed at {FEWEST_POINTS} or more vocabularies"
+        )
+    for shape, group in _grouped(curves, lambda key: key._replace(mode="")):
+        modes = {key: group[key] for key in sorted(group, key=lambda key: [*STEPS].index(key.mode))}
+        subtitle = _shape_title(shape, "vocab", "set", "mode").replace("\n", ", ")
+        yield _finish(
+            _step_figure(modes, styles),
+            styles,
+            f"Set {shape.set}: what a training step costs as the table grows\n{subtitle}",
+            f"{STEP_CAPTION}\n{_with_failures(caption, modes)}",
+            "step",
+            shape.set,
+            *subtitle.split(", "),
+        )
+
+
+def _step_figure(
+    modes: Mapping[Key, Mapping[str, list[Row]]], styles: Mapping[str, Style]
+) -> Figure:
+    has_memory = any(_values(curves, _peak_mebibytes) for curves in modes.values())
+    figure, axes = _figure(2 if has_memory else 1, len(modes))
+    for column, (key, curves) in enumerate(modes.items()):
+        above = axes[0][column]
+        _draw_curves(above, curves, styles, lambda row: row.vocab, time_of, band=True)
+        above.set_title(STEPS[key.mode], fontsize=10)
+        if has_memory:
+            _draw_curves(axes[1][column], curves, styles, lambda row: row.vocab, _peak_mebibytes)
+        for panel in axes[:, column]:
+            _log_axis(panel, "x", _values(curves, lambda row: row.vocab), short_number)
+        axes[-1][column].set_xlabel("vocabulary V (rows of the table)")
+    # Optimizers are compared along a row of panels.
+    for panels, value_of in zip(axes, (time_of, _peak_mebibytes), strict=False):
+        values = [value for curves in modes.values() for value in _values(curves, value_of)]
+        for panel in panels:
+            _log_axis(panel, "y", values, short_number)
+    axes[0][0].set_ylabel("time of a step (ms),\nmedian and p20 to p80")
+    if has_memory:
+        axes[1][0].set_ylabel("memory at the step's peak (MiB),\ntable and state included")
+    return figure
+
+
+def _peak_mebibytes(row: Row) -> float | None:
+    return None if row.step_peak_bytes is None else row.step_peak_bytes / 2**20
+
+
 # What the pictures share
 
 
@@ -631,6 +714,8 @@ def _shape_title(key: Key, *known: str) -> str:
         for name in ("operation", "dtype", "distribution", "id_dtype")
         if name not in known and (name, getattr(key, name)) not in USUAL
     ]
+    if key.hotness > 1:
+        first.append(f"bags of {key.hotness}")
     if key.padding:
         second.append(f"{key.padding:.0%} padding")
     return "\n".join(", ".join(line) for line in (first, second) if line)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,23 +24,25 @@ from torch import Tensor
 import gpu_embed
 from gpu_embed.backends.gradient_method import RULES
 
-from .shapes import DTYPES, MODES, Cell
-
-# A power of two, so that scaling a gradient by it rounds nothing.
-LEARNING_RATE = 2.0**-10
+from . import optimizers
+from .optimizers import Update
+from .shapes import DTYPES, MODES, STEPS, Cell
 
 
 @dataclass(frozen=True)
 class Layer:
     """What a provider builds on a table."""
 
-    lookup: Callable[[Tensor], Tensor]  # ids [N] -> [N, D], differentiable
+    lookup: Callable[
+        [Tensor], Tensor
+    ]  # ids [N] -> [N, D], or bags [B, L] -> [B, D]; differentiable
     weight: Tensor  # the leaf that receives the gradient; as many elements as the table [V, D]
-    # Forward, backward and SGD at LEARNING_RATE by the provider itself: (ids, grad_output).
-    fused_step: Callable[[Tensor, Tensor], None] | None = None
+    update: Update | None = None  # how a step ends; None: SGD on the gradient
 
 
-Build = Callable[[Tensor, int | None, str], Layer]  # weight [V, D] (a leaf), padding_idx, mode
+Build = Callable[[Tensor, Cell, str], Layer]  # weight [V, D] (a leaf), cell, mode
+# Whoever brings no optimizer takes a step of SGD.
+WITHOUT_OPTIMIZER = ("forward", "backward", "full", "step")
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,11 @@ class Provider:
     build: Build
     module: str = "torch"  # what it imports
     package: str = "torch"  # what pip calls it
-    modes: tuple[str, ...] = MODES
+    modes: tuple[str, ...] = WITHOUT_OPTIMIZER
     cpu: bool = False  # whether it runs on the CPU
+    cuda: bool = True  # whether it runs on CUDA devices
+    # What it holds in a step beside the table, in tables: the gradient, or a copy.
+    tables_beside: int = 1
     # Whether its gradient must be a sum in fp32, rounded once; else sums in the table's dtype are accepted.
     sums_in_fp32: bool = False
     requirement: Callable[[torch.device], str | None] = lambda device: None
@@ -65,6 +71,8 @@ class Provider:
         """None where it can run on the device, else the reason in one sentence."""
         if device.type == "cpu" and not self.cpu:
             return "needs a CUDA device"
+        if device.type == "cuda" and not self.cuda:
+            return "runs on the CPU alone"
         return self.not_installed() or self.requirement(device)
 
     def not_installed(self) -> str | None:
@@ -85,7 +93,9 @@ class Provider:
     def refuses(self, cell: Cell, mode: str) -> str | None:
         """Why it cannot be asked for this cell; None: it can."""
         if mode not in self.modes:
-            return f"measured in the mode {' and '.join(self.modes)} alone"
+            return f"measured in {', '.join(self.modes)} alone"
+        if mode in STEPS and mode != "step" and cell.dtype not in ("float32", "float64"):
+            return f"optimizers are checked on float32 and float64 tables, not on {cell.dtype}"
         return self.refusal(cell)
 
 
@@ -107,21 +117,32 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _torch(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
-    return Layer(lambda ids: F.embedding(ids, weight, padding_idx), weight)
+def _lookup(
+    functional: ModuleType, weight: Tensor, cell: Cell, sparse: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """By torch.nn.functional or by ours, whose signatures are the same."""
+    if cell.pooled:
+        return lambda ids: functional.embedding_bag(ids, weight, mode="sum", sparse=sparse)
+    return lambda ids: functional.embedding(ids, weight, cell.padding_idx, sparse=sparse)
 
 
-def _torch_sparse(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
-    return Layer(lambda ids: F.embedding(ids, weight, padding_idx, sparse=True), weight)
+def _torch(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    return Layer(_lookup(F, weight, cell), weight, optimizers.dense(weight, mode))
 
 
-def _torch_compile(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
+def _torch_sparse(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    return Layer(_lookup(F, weight, cell, sparse=True), weight, optimizers.sparse(weight, mode))
+
+
+def _torch_compile(weight: Tensor, cell: Cell, mode: str) -> Layer:
     # Each shape is compiled on its own; the former ones would count against the limit of recompilations.
     torch._dynamo.reset()
 
     @partial(torch.compile, fullgraph=True, dynamic=False)
     def lookup(ids: Tensor, table: Tensor) -> Tensor:
-        return F.embedding(ids, table, padding_idx)
+        if cell.pooled:
+            return F.embedding_bag(ids, table, mode="sum")
+        return F.embedding(ids, table, cell.padding_idx)
 
     return Layer(lambda ids: lookup(ids, weight), weight)
 
@@ -162,26 +183,26 @@ class IndexAddEmbedding(torch.autograd.Function):
         return grad_weight, None, None
 
 
-def _index_add(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
-    return Layer(lambda ids: IndexAddEmbedding.apply(weight, ids, padding_idx), weight)
+def _index_add(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    return Layer(lambda ids: IndexAddEmbedding.apply(weight, ids, cell.padding_idx), weight)
 
 
-def _liger(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
-    if padding_idx is None:
+def _liger(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    if cell.padding_idx is None:
         apply = importlib.import_module(LIGER).LigerEmbeddingFunction.apply
         return Layer(lambda ids: apply(weight, ids), weight)
     # Its layer draws a table of its own: on the meta device that costs nothing.
     with torch.device("meta"):
         layer = importlib.import_module(
             "liger_kernel.transformers.experimental.embedding"
-        ).LigerEmbedding(*weight.shape, padding_idx)
+        ).LigerEmbedding(*weight.shape, cell.padding_idx)
     layer.weight = weight
     return Layer(layer, weight)
 
 
-def _flag_gems(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
+def _flag_gems(weight: Tensor, cell: Cell, mode: str) -> Layer:
     gems = importlib.import_module(FLAG_GEMS)
-    padding = -1 if padding_idx is None else padding_idx
+    padding = -1 if cell.padding_idx is None else cell.padding_idx
 
     class GemsEmbedding(torch.autograd.Function):
         @staticmethod
@@ -198,73 +219,79 @@ def _flag_gems(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
     return Layer(lambda ids: GemsEmbedding.apply(weight, ids), weight)
 
 
-def _fbgemm(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
-    """Its dense tables; for a step those whose backward is the SGD update."""
+def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    """Its dense tables; for a step those whose backward is the update."""
     training = importlib.import_module(FBGEMM)
-    no_pooling = training.PoolingMode.NONE
     configs = importlib.import_module("fbgemm_gpu.split_embedding_configs")
     precision = {
         torch.float32: configs.SparseType.FP32,
         torch.float16: configs.SparseType.FP16,
     }[weight.dtype]
     num_embeddings, embedding_dim = weight.shape
-    with torch.cuda.device(weight.device):
-        if mode != "step":
+    cuda = weight.is_cuda
+    common = {
+        "pooling_mode": training.PoolingMode.SUM if cell.pooled else training.PoolingMode.NONE,
+        "weights_precision": precision,
+        "output_dtype": precision,
+    }
+    with torch.cuda.device(weight.device) if cuda else nullcontext():
+        if mode not in STEPS:
             tables = training.DenseTableBatchedEmbeddingBagsCodegen(
-                [(num_embeddings, embedding_dim)],
-                pooling_mode=no_pooling,
-                weights_precision=precision,
-                output_dtype=precision,
+                [(num_embeddings, embedding_dim)], use_cpu=not cuda, **common
             )
             tables.weights = torch.nn.Parameter(weight.detach().view(-1))
-            return Layer(lambda ids: tables(ids, _one_id_a_bag(ids)), tables.weights)
-        common = importlib.import_module("fbgemm_gpu.split_table_batched_embeddings_ops_common")
+            return Layer(_offsets_lookup(tables, cell), tables.weights)
+        places = importlib.import_module("fbgemm_gpu.split_table_batched_embeddings_ops_common")
+        location = places.EmbeddingLocation.DEVICE if cuda else places.EmbeddingLocation.HOST
+        device = training.ComputeDevice.CUDA if cuda else training.ComputeDevice.CPU
+        kind, definition = {
+            "step": (configs.EmbOptimType.EXACT_SGD, None),
+            "step_adam": (configs.EmbOptimType.ADAM, optimizers.LAZY_ADAM),
+            "step_rowwise_adagrad": (
+                configs.EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+                optimizers.ROWWISE_ADAGRAD,
+            ),
+        }[mode]
         tables = training.SplitTableBatchedEmbeddingBagsCodegen(
-            [
-                (
-                    num_embeddings,
-                    embedding_dim,
-                    common.EmbeddingLocation.DEVICE,
-                    training.ComputeDevice.CUDA,
-                )
-            ],
-            pooling_mode=no_pooling,
-            weights_precision=precision,
-            output_dtype=precision,
-            optimizer=configs.EmbOptimType.EXACT_SGD,
-            learning_rate=LEARNING_RATE,
+            [(num_embeddings, embedding_dim, location, device)],
+            optimizer=kind,
+            learning_rate=optimizers.LEARNING_RATE,
+            beta1=optimizers.BETAS[0],
+            beta2=optimizers.BETAS[1],
+            eps=optimizers.EPS,
             stochastic_rounding=False,
+            **common,
         )
     own = tables.split_embedding_weights()[0]
     own.copy_(weight.detach())
+    return Layer(_offsets_lookup(tables, cell), own, optimizers.Update(None, definition))
 
-    def lookup(ids: Tensor) -> Tensor:
-        rows: Tensor = tables(ids, _one_id_a_bag(ids))
-        return rows
 
-    def step(ids: Tensor, grad_output: Tensor) -> None:
-        lookup(ids).backward(grad_output)
-
-    return Layer(lookup, own, step)
+def _offsets_lookup(tables: Callable[..., Tensor], cell: Cell) -> Callable[[Tensor], Tensor]:
+    """Of flat ids and where each bag begins; without sums a bag is one id."""
+    return lambda ids: tables(ids.view(-1), _offsets(cell, ids.dtype, ids.device))
 
 
 @cache
-def _offsets(num_ids: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.arange(num_ids + 1, dtype=dtype, device=device)
+def _offsets(cell: Cell, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(0, cell.num_ids + 1, cell.hotness, dtype=dtype, device=device)
 
 
-def _one_id_a_bag(ids: Tensor) -> Tensor:
-    return _offsets(ids.numel(), ids.dtype, ids.device)
+def _gpu_embed(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    lookup = _lookup(gpu_embed.functional, weight, cell)
+    return Layer(lookup, weight, optimizers.dense(weight, mode))
 
 
-def _gpu_embed(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
-    return Layer(lambda ids: gpu_embed.functional.embedding(ids, weight, padding_idx), weight)
+def _gpu_embed_sparse(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    lookup = _lookup(gpu_embed.functional, weight, cell, sparse=True)
+    return Layer(lookup, weight, optimizers.ours(weight, mode, in_backward=False))
 
 
-def _gpu_embed_sparse(weight: Tensor, padding_idx: int | None, mode: str) -> Layer:
-    return Layer(
-        lambda ids: gpu_embed.functional.embedding(ids, weight, padding_idx, sparse=True), weight
-    )
+def _gpu_embed_in_backward(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    # A parameter of its own, for the hooks to go away with.
+    table = torch.nn.Parameter(weight.detach())
+    lookup = _lookup(gpu_embed.functional, table, cell, sparse=True)
+    return Layer(lookup, table, optimizers.ours(table, mode, in_backward=True))
 
 
 def _small_ids(cell: Cell) -> str | None:
@@ -272,11 +299,15 @@ def _small_ids(cell: Cell) -> str | None:
     return None if cell.id_dtype in ("int64", "int32") else f"takes no {cell.id_dtype} ids"
 
 
+def _no_bags(cell: Cell) -> str | None:
+    return "it has no bags" if cell.pooled else _small_ids(cell)
+
+
 def _short_addresses(cell: Cell) -> str | None:
     """Kernels that compute addresses in 32 bits read and write anywhere past 2^31 elements."""
     if max(cell.vocab, cell.num_ids) * cell.dim >= 2**31:
         return "its addresses are 32 bit"
-    return _small_ids(cell)
+    return _no_bags(cell)
 
 
 def _fbgemm_tables(cell: Cell) -> str | None:
@@ -353,7 +384,7 @@ def _gather_candidate(
     refusal: Callable[[Cell], str | None] = lambda cell: None,
     requirement: Callable[[torch.device], str | None] = lambda device: None,
 ) -> Provider:
-    """This package, with a lookup kernel forced."""
+    """This package, with a lookup kernel forced; bags have another."""
     return Provider(
         f"gpu_embed-gather-{method}",
         f"this package, lookup by {description}",
@@ -362,7 +393,7 @@ def _gather_candidate(
         "gpu_embed",
         ("forward",),
         requirement=requirement,
-        refusal=refusal,
+        refusal=lambda cell: "bags are not looked up by it" if cell.pooled else refusal(cell),
         setting=lambda: gpu_embed.use_gather_method(method),
         candidate=True,
     )
@@ -382,6 +413,7 @@ PROVIDERS = {
             _gpu_embed,
             "gpu_embed",
             "gpu_embed",
+            MODES,
             cpu=True,
             sums_in_fp32=True,
         ),
@@ -418,20 +450,41 @@ PROVIDERS = {
         _gather_candidate("descriptor", "tensor descriptors", _descriptor_rows, _needs_descriptors),
         Provider(
             "gpu_embed-sparse",
-            "this package, sparse=True",
+            "this package, sparse=True; a step by gpu_embed.optim",
             _gpu_embed_sparse,
             "gpu_embed",
             "gpu_embed",
-            ("step",),
+            tuple(STEPS),
             cpu=True,
+            tables_beside=0,
+            sums_in_fp32=True,
         ),
-        Provider("torch", "torch.nn.functional.embedding", _torch, cpu=True, refusal=_small_ids),
+        Provider(
+            "gpu_embed-in-backward",
+            "the same by gpu_embed.optim.apply_in_backward",
+            _gpu_embed_in_backward,
+            "gpu_embed",
+            "gpu_embed",
+            tuple(STEPS),
+            cpu=True,
+            tables_beside=0,
+            sums_in_fp32=True,
+        ),
+        Provider(
+            "torch",
+            "torch.nn.functional; a step by torch.optim on the dense gradient",
+            _torch,
+            modes=MODES,
+            cpu=True,
+            refusal=_small_ids,
+        ),
         Provider(
             "torch-sparse",
-            "the same, sparse=True",
+            "the same, sparse=True; Adam is SparseAdam",
             _torch_sparse,
-            modes=("step",),
+            modes=tuple(STEPS),
             cpu=True,
+            tables_beside=0,
             refusal=_small_ids,
         ),
         Provider(
@@ -449,7 +502,7 @@ PROVIDERS = {
             _index_add,
             modes=("backward", "full", "step"),
             cpu=True,
-            refusal=_small_ids,
+            refusal=_no_bags,
         ),
         Provider(
             "liger-kernel",
@@ -469,10 +522,22 @@ PROVIDERS = {
         ),
         Provider(
             "fbgemm-gpu",
-            "table batched embeddings, no pooling; a step is fused with SGD",
+            "table batched embeddings; their backward pass is the step",
             _fbgemm,
             FBGEMM,
             "fbgemm-gpu",
+            MODES,
+            refusal=_fbgemm_tables,
+        ),
+        Provider(
+            "fbgemm-gpu-cpu",
+            "the same on the CPU, where it lacks Adam",
+            _fbgemm,
+            FBGEMM,
+            "fbgemm-gpu-cpu",
+            tuple(mode for mode in MODES if mode != "step_adam"),
+            cpu=True,
+            cuda=False,
             refusal=_fbgemm_tables,
         ),
     )

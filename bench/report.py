@@ -51,7 +51,8 @@ HEADER_LABELS = {
 RATIO_MEANS = (
     "The best rival is, cell by cell, the fastest provider with the right result that is not gpu_embed. "
     "A ratio is its time / gpu_embed's time, from the same run: above 1, gpu_embed is faster. "
-    "gpu_embed is the layer with the kernels of its own choice; in a step, the faster of that and sparse=True."
+    "gpu_embed is the layer with the kernels of its own choice; in a step, the fastest of that, of sparse=True "
+    "with gpu_embed.optim, and of updates in the backward pass."
 )
 
 STATUS_TEXTS = {
@@ -308,6 +309,7 @@ SET_COLUMNS = [
     "% of copy",
     "host us",
     "extra MiB",
+    "step's peak MiB",
     "check and notes",
 ]
 
@@ -354,7 +356,10 @@ def _set_cells(row: Row, rival: Row | None) -> list[tuple[str, str]]:
     ratio = ratio_of(rival, row) if is_ours(row.provider) else None
     timed = time_of(row) is not None
     versus = f"{ratio:.2f} ({rival.provider})" if ratio is not None and rival is not None else ""
-    mebibytes = None if row.peak_extra_bytes is None else row.peak_extra_bytes / 2**20
+    extra, peak = (
+        None if size is None else size / 2**20
+        for size in (row.peak_extra_bytes, row.step_peak_bytes)
+    )
     return [
         (row.provider, "text"),
         (STATUS_TEXTS[row.status], "text" if row.status == "ok" else "text bad"),
@@ -366,7 +371,8 @@ def _set_cells(row: Row, rival: Row | None) -> list[tuple[str, str]]:
         (_number(row.gbps_logical if timed else None, ",.0f"), ""),
         (_number(row.percent_of_copy if timed else None, ".1f"), ""),
         (_number(row.host_us if timed else None, ".1f"), ""),
-        (_number(mebibytes, ",.1f"), ""),
+        (_number(extra, ",.1f"), ""),
+        (_number(peak, ",.1f"), ""),
         ("; ".join(text for text in (row.match, row.note) if text), "text wrap"),
     ]
 

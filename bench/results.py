@@ -22,13 +22,14 @@ class Row:
     """One provider on one cell. The fields are the CSV's columns, in this order; None is an empty field."""
 
     set: str
-    operation: str  # "embedding"
-    mode: str  # forward | backward | full | step
+    operation: str  # embedding | embedding_bag | embedding_graph
+    mode: str  # forward | backward | full | step | step_adam | step_rowwise_adagrad
     dtype: str  # "float32", "bfloat16", ...: torch's names
     id_dtype: str
     vocab: int  # V, rows of the table
     dim: int  # D, columns
     num_ids: int  # N
+    hotness: int  # ids in a bag; 1 without bags
     distribution: str  # uniform | zipf:1.05 | equal | sorted | text | hot:0.5 | ...
     unique_ids: int | None  # rows that the first of the rotated id sets reads
     padding: float  # share of the ids that are padding_idx
@@ -46,7 +47,9 @@ class Row:
     )
     host_us: float | None = None  # the host's own time per call, on a tiny input
     match: str = ""  # "exact", "error 0.12 of the fp32 bound", or what is wrong
-    peak_extra_bytes: int | None = None  # device memory beyond inputs and results
+    peak_extra_bytes: int | None = None  # device memory beyond inputs and results; not of steps
+    # Memory at the peak of a step: table, optimizer's state, gradient, output and whatever comes and goes.
+    step_peak_bytes: int | None = None
     device: str = ""
     torch: str = ""
     triton: str = ""
@@ -65,6 +68,7 @@ class Row:
             self.vocab,
             self.dim,
             self.num_ids,
+            self.hotness,
             self.distribution,
             self.padding,
             self.provider,
@@ -82,13 +86,22 @@ class Key(NamedTuple):
     vocab: int
     dim: int
     num_ids: int
+    hotness: int
     distribution: str
     padding: float
     provider: str
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-INTEGERS = ("vocab", "dim", "num_ids", "unique_ids", "peak_extra_bytes")
+INTEGERS = (
+    "vocab",
+    "dim",
+    "num_ids",
+    "hotness",
+    "unique_ids",
+    "peak_extra_bytes",
+    "step_peak_bytes",
+)
 FLOATS = (
     "padding",
     "ms_p20",

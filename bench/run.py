@@ -147,7 +147,7 @@ def _refused(bench: Bench, job: Job, row: Row) -> Row | None:
         reason = reason or "CUDA graphs need a CUDA device"
     if reason is not None:
         return replace(row, status="missing", note=reason)
-    full = bench.does_not_fit(job.cell, job.mode)
+    full = bench.does_not_fit(job.cell, job.mode, job.provider.tables_beside)
     return None if full is None else replace(row, status="oom", note=full)
 
 

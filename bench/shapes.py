@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 # forward: a lookup into a table that is being trained. backward: its dense gradient. full: both.
-# step: both, and the table updated by SGD.
-MODES = ("forward", "backward", "full", "step")
+# step: both, and the table updated by an optimizer.
+STEPS = {"step": "SGD", "step_adam": "Adam", "step_rowwise_adagrad": "row-wise Adagrad"}
+MODES = ("forward", "backward", "full", *STEPS)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -31,7 +32,7 @@ ID_DTYPES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One shape: num_ids rows of a table [vocab, dim]."""
+    """One shape: num_ids rows of a table [vocab, dim], in bags if they are summed."""
 
     vocab: int
     dim: int
@@ -40,17 +41,29 @@ class Cell:
     id_dtype: str = "int64"
     distribution: str = "uniform"
     padding: float = 0.0  # share of the ids that are padding_idx
-    # "embedding", or "embedding_graph": forward and backward captured in a CUDA graph.
+    # "embedding"; "embedding_bag": the rows of each bag are summed; "embedding_graph": forward and backward of
+    # an embedding captured in a CUDA graph.
     operation: str = "embedding"
+    hotness: int = 1  # ids in a bag
 
     @property
     def padding_idx(self) -> int | None:
         return self.vocab - 1 if self.padding else None
 
+    @property
+    def pooled(self) -> bool:
+        return self.operation == "embedding_bag"
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of the output: one for each id, or for each bag."""
+        return self.num_ids // self.hotness
+
     def __str__(self) -> str:
         padded = f", {self.padding:.0%} padding" if self.padding else ""
+        bags = f" in bags of {self.hotness}" if self.pooled else ""
         return (
-            f"{self.vocab:,} x {self.dim:,} {self.dtype}, {self.num_ids:,} ids "
+            f"{self.vocab:,} x {self.dim:,} {self.dtype}, {self.num_ids:,} ids{bags} "
             f"({self.distribution}{padded})"
         )
 
@@ -90,34 +103,42 @@ SETS = {
         ),
         ShapeSet(
             "B",
-            "power law, one id a sample (pooled bags are not measured yet)",
-            "cuEmbed's sweep, hotness 1",
+            "power law: one id a sample, and summed bags of 16 and 64",
+            "cuEmbed's sweep",
             ("forward", "backward"),
-            grid(
-                distribution=("zipf:0", "zipf:1.05", "zipf:1.15"),
-                vocab=(1_000_000, 10_000_000),
-                dim=(32, 128),
-                num_ids=(1024, 32768, 131072),
-                id_dtype=("int32",),
+            tuple(
+                replace(
+                    cell,
+                    num_ids=hotness * cell.num_ids,
+                    hotness=hotness,
+                    operation="embedding" if hotness == 1 else "embedding_bag",
+                )
+                for cell in grid(
+                    distribution=("zipf:0", "zipf:1.05", "zipf:1.15"),
+                    vocab=(1_000_000, 10_000_000),
+                    dim=(32, 128),
+                    num_ids=(1024, 32768, 131072),
+                    id_dtype=("int32",),
+                )
+                for hotness in (1, 16, 64)
             ),
         ),
         ShapeSet(
             "C",
-            "one of many tables, without pooling (32 tables at once are not measured yet)",
+            "one of many tables, with and without sums (32 tables at once are not measured yet)",
             "FBGEMM's default, batch 512 x 20 ids",
-            ("forward", "backward", "step"),
-            grid(
-                distribution=("uniform", "zipf:1.05"),
-                vocab=(100_000,),
-                dim=(128,),
-                num_ids=(10_240,),
+            ("forward", "backward", *STEPS),
+            tuple(
+                Cell(100_000, 128, 10_240, distribution=ids, operation=operation, hotness=hotness)
+                for ids in ("uniform", "zipf:1.05")
+                for operation, hotness in (("embedding", 1), ("embedding_bag", 20))
             ),
         ),
         ShapeSet(
             "D",
             "large vocabulary: one table, no pooling (10 tables at once are not measured yet)",
             "dynamicemb; a recommender's 10M rows",
-            ("forward", "backward", "step"),
+            ("forward", "backward", *STEPS),
             (
                 Cell(1_677_721, 128, 1_048_570, distribution="zipf:1.05"),
                 Cell(10_000_000, 128, 65_536, distribution="zipf:1.05"),
@@ -195,7 +216,7 @@ SETS = {
             "J",
             "growth: the same 65,536 ids against tables of 10,000 to 50,000,000 rows",
             "the cost of a vocabulary",
-            ("forward", "backward", "step"),
+            ("forward", "backward", *STEPS),
             grid(
                 vocab=(10_000, 100_000, 1_000_000, 10_000_000, 50_000_000),
                 dim=(32,),

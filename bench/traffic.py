@@ -1,17 +1,20 @@
 """How many bytes a lookup has to move, and how long a card needs for them.
 
 With V, D, N as everywhere, s bytes an element, i bytes an id, U different rows among the ids, and U', N' the
-same without padding, whose gradient nobody asks for:
+same without padding, whose gradient nobody asks for. O rows are put out, O' of them with a gradient: N and N', or
+in bags the number of bags. An optimizer keeps S bytes for each row: none for SGD, 2 D s for Adam, s for row-wise
+Adagrad (its s is at least 4).
 
-    mode      DRAM: each row from memory once     logical: each id on its own
-    forward   U D s + N D s + N i                 2 N D s + N i
-    backward  N' D s + V D s + N i                2 N' D s + V D s + N i
-    full      forward + backward                  forward + backward
-    step      forward + N' D s + 2 U' D s + N i   forward + N' D s + 2 N' D s + N i
+    mode      DRAM: each row from memory once           logical: each id on its own
+    forward   U D s + O D s + N i                       N D s + O D s + N i
+    backward  O' D s + V D s + N i                      2 N' D s + V D s + N i
+    full      forward + backward                        forward + backward
+    step      forward + O' D s + 2 U' (D s + S) + N i   forward + N' D s + 2 N' (D s + S) + N i
 
 forward reads rows and writes the output. backward reads the output's gradient and writes the table's, zeros
-included; logically each id adds to its row. step never needs the table's gradient: it reads and writes the
-used rows. DRAM bytes are the floor: what any program has to move when nothing is in the caches.
+included; logically each id reads its gradient and adds to its row. step never needs the table's gradient: it reads
+and writes the used rows and what the optimizer keeps for them. DRAM bytes are the floor: what any program has to
+move when nothing is in the caches.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .shapes import DTYPES, ID_DTYPES, Cell
+from .shapes import DTYPES, ID_DTYPES, STEPS, Cell
 
 # What a large copy reaches of the data sheet's bandwidth, by the one figure that PREDICTION names.
 COPY_SHARE = 0.9
@@ -88,22 +91,32 @@ def traffic(cell: Cell, mode: str, counts: Counts) -> Traffic:
     row = cell.dim * DTYPES[cell.dtype].itemsize
     ids = cell.num_ids * ID_DTYPES[cell.id_dtype].itemsize
     forward = Traffic(
-        (counts.unique + cell.num_ids) * row + ids,
-        2 * cell.num_ids * row + ids,
+        (counts.unique + cell.num_outputs) * row + ids,
+        (cell.num_ids + cell.num_outputs) * row + ids,
     )
     if mode == "forward":
         return forward
-    if mode == "step":
+    # Bags have no padding here.
+    kept_outputs = cell.num_outputs if cell.pooled else counts.kept
+    if mode in STEPS:
+        updated = row + state_bytes(cell, mode)
         return Traffic(
-            forward.dram + (counts.kept + 2 * counts.unique_kept) * row + ids,
-            forward.logical + 3 * counts.kept * row + ids,
+            forward.dram + kept_outputs * row + 2 * counts.unique_kept * updated + ids,
+            forward.logical + counts.kept * (row + 2 * updated) + ids,
         )
     backward = Traffic(
-        (counts.kept + cell.vocab) * row + ids, (2 * counts.kept + cell.vocab) * row + ids
+        (kept_outputs + cell.vocab) * row + ids, (2 * counts.kept + cell.vocab) * row + ids
     )
     if mode == "backward":
         return backward
     return Traffic(forward.dram + backward.dram, forward.logical + backward.logical)
+
+
+def state_bytes(cell: Cell, mode: str) -> int:
+    """What the optimizer of a step keeps for a row."""
+    itemsize = max(4, DTYPES[cell.dtype].itemsize)
+    numbers = {"step": 0, "step_adam": 2 * cell.dim, "step_rowwise_adagrad": 1}[mode]
+    return numbers * itemsize
 
 
 def predicted_ms(card: Card, dram_bytes: int) -> float:

@@ -19,6 +19,7 @@ BASE = Row(
     vocab=1024,
     dim=768,
     num_ids=16384,
+    hotness=1,
     distribution="uniform",
     unique_ids=1024,
     padding=0.0,

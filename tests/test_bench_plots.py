@@ -16,6 +16,7 @@ from matplotlib.text import Text  # noqa: E402
 
 from gpu_embed.bench import plots  # noqa: E402
 from gpu_embed.bench.results import Row, RowWriter, write_header  # noqa: E402
+from gpu_embed.bench.shapes import STEPS  # noqa: E402
 
 BASE = Row(
     set="S",
@@ -26,6 +27,7 @@ BASE = Row(
     vocab=10_000,
     dim=128,
     num_ids=65_536,
+    hotness=1,
     distribution="uniform",
     unique_ids=None,
     padding=0.0,
@@ -120,6 +122,14 @@ RICH_ROWS = [
     *rows_of(
         set=["J"], mode=["forward", "backward", "full"], vocab=GROWING, distribution=["zipf:1"]
     ),
+    *rows_of(
+        set=["K"],
+        mode=list(STEPS),
+        vocab=GROWING,
+        operation=["embedding_bag"],
+        hotness=[16],
+        step_peak_bytes=[2**30],
+    ),
 ]
 
 
@@ -130,7 +140,7 @@ def rich_pictures():
 
 def test_every_kind_is_drawn(rich_pictures):
     kinds = {picture.name.split("-")[0] for picture in rich_pictures}
-    assert kinds == {"vocabulary", "ratio", "contention", "growth"}
+    assert kinds == {"vocabulary", "ratio", "contention", "growth", "step"}
     assert len({picture.name for picture in rich_pictures}) == len(rich_pictures)
 
 
@@ -341,10 +351,42 @@ def test_growth_needs_points_and_a_span_within_its_range(vocabs, enough):
     assert bool(skipped) is not enough
 
 
-def test_nothing_at_all_is_four_kinds_skipped():
+def test_steps_are_drawn_with_their_memory():
+    rows = rows_of(mode=["step_adam", "step"], vocab=GROWING, dim=[32, 64])
+    rows = [replace(row, step_peak_bytes=3 * 2**20 * row.vocab // 1000) for row in rows]
+    found, _ = drawn(rows, plots.step_pictures)
+    assert [picture.name for picture in found] == [
+        f"step-S-D_{dim}-N_65_536-float32-uniform" for dim in (32, 64)
+    ]
+    panels = np.reshape(found[0].figure.axes, (2, 2))
+    # In the order in which the modes are listed, on common scales.
+    assert [panel.get_title() for panel in panels[0]] == ["SGD", "Adam"]
+    assert panels[0, 0].get_ylim() == panels[0, 1].get_ylim()
+    assert list(lines_of(panels[1, 1])["torch"].get_ydata()) == [30, 3000, 150_000]
+    assert "time of a step (ms)" in panels[0, 0].get_ylabel()
+    assert "MiB" in panels[1, 0].get_ylabel()
+    assert "in-backward" in found[0].figure.get_supxlabel()
+
+
+def test_steps_without_memory_have_no_empty_panel_and_no_other_picture_of_time():
+    rows = rows_of(mode=["step"], vocab=GROWING)
+    (picture,), _ = drawn(rows, plots.step_pictures)
+    assert len(picture.figure.axes) == 1
+    assert drawn(rows, plots.vocabulary_pictures)[0] == []
+
+
+def test_bags_are_named_in_titles():
+    rows = rows_of(vocab=VOCABS, operation=["embedding_bag"], hotness=[1, 16])
+    (picture,), _ = drawn(rows, plots.vocabulary_pictures)
+    titles = [panel.get_title() for panel in picture.figure.axes[:2]]
+    assert ["bags of" in title for title in titles] == [False, True]
+    assert "N = 65,536, bags of 16" in titles[1]
+
+
+def test_nothing_at_all_is_five_kinds_skipped():
     found, skipped = drawn([failed(row, "error") for row in rows_of(vocab=VOCABS)])
     assert not found
-    assert len(skipped) == 4
+    assert len(skipped) == 5
     assert all(item.reason for item in skipped)
 
 
