@@ -12,6 +12,8 @@ other two, and they differentiate any number of times, in both directions:
 single elements, so its gradient is `gpu_embed::embedding_dense_backward` of a table with one column.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -267,16 +269,10 @@ for _name, _kernel, _fake in (
 
 def _is_plain_call(*tensors: Tensor | None) -> bool:
     """Whether the dispatcher would go straight to autograd and from there to the kernel."""
-    keys = torch._C.DispatchKeySet.from_raw_repr(0)
-    for tensor in tensors:
-        if tensor is not None:
-            keys = keys | torch._C._dispatch_keys(tensor)
-    return (
-        torch._C._dispatch_tls_local_include_set().raw_repr() in ops.PLAIN_MODES
-        and keys.raw_repr() in ops.PLAIN_TENSORS
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch.autograd._profiler_enabled()
-    )
+    if torch.compiler.is_compiling() or not ops.is_plain_mode():
+        return False
+    keys = [torch._C._dispatch_keys(tensor) for tensor in tensors if tensor is not None]
+    return functools.reduce(operator.or_, keys).raw_repr() in ops.PLAIN_TENSORS
 
 
 def _below_autograd(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
@@ -372,7 +368,7 @@ def _register_bilinear(
     def call(
         x: Tensor, y: Tensor | None, indices: Tensor, offsets: Tensor | None, *arguments: Any
     ) -> Tensor:
-        if torch.compiler.is_compiling() or not _is_plain_call(x, y, indices, offsets):
+        if not _is_plain_call(x, y, indices, offsets):
             return op(x, y, indices, offsets, *arguments)
         if needs_gradient(x, y):
             return apply(None, x, y, indices, offsets, *arguments)
@@ -533,7 +529,7 @@ def _sparse_gradient(
     )
     if per_sample_weights is not None:
         values = values * per_sample_weights.reshape(-1, 1)
-    return ops._sparse_gradient(values, ids, num_embeddings, padding_idx, scale_grad_by_freq)
+    return ops.sparse_gradient(values, ids, num_embeddings, padding_idx, scale_grad_by_freq)
 
 
 call_embedding_bag = _register_bilinear(
@@ -622,7 +618,7 @@ def call_embedding_bag_max(
 ) -> Tensor:
     """The largest values alone."""
     bags_and_padding = (indices, offsets, include_last_offset, padding_idx)
-    if torch.compiler.is_compiling() or not _is_plain_call(weight, indices, offsets):
+    if not _is_plain_call(weight, indices, offsets):
         output, _ = embedding_bag_max(weight, *bags_and_padding, True)
     elif weight.requires_grad and torch.is_grad_enabled():
         output, _ = _apply_max(None, weight, *bags_and_padding, True)

@@ -165,7 +165,7 @@ def _embedding_adjoint(
     sparse: bool,
 ) -> Tensor:
     if sparse:
-        return _sparse_gradient(grad, indices, num_embeddings, padding_idx, scale_grad_by_freq)
+        return sparse_gradient(grad, indices, num_embeddings, padding_idx, scale_grad_by_freq)
     return call_embedding_dense_backward(
         grad, indices, num_embeddings, padding_idx, scale_grad_by_freq
     )
@@ -182,7 +182,7 @@ def _embedding_dense_backward_adjoint(
     return call_embedding_dense_double_backward(grad, indices, padding_idx, scale_grad_by_freq)
 
 
-def _sparse_gradient(
+def sparse_gradient(
     grad_output: Tensor,
     indices: Tensor,
     num_embeddings: int,
@@ -249,13 +249,14 @@ def is_plain_call(x: Tensor, indices: Tensor) -> bool:
     """Whether the dispatcher would go straight to autograd and from there to the kernel."""
     return (
         not torch.compiler.is_compiling()
-        and _is_plain_mode()
+        and is_plain_mode()
         and (torch._C._dispatch_keys(x) | torch._C._dispatch_keys(indices)).raw_repr()
         in PLAIN_TENSORS
     )
 
 
-def _is_plain_mode() -> bool:
+def is_plain_mode() -> bool:
+    """Whether nothing but autograd stands between a call and its kernel, for plain tensors."""
     return (
         _included_keys().raw_repr() in PLAIN_MODES
         and torch.autograd.forward_ad._current_level < 0
@@ -379,7 +380,7 @@ _apply_known = KnownEmbedding.apply  # type: ignore[attr-defined]
 
 def call_known_embedding(table: KnownTable, weight: Tensor, indices: Tensor) -> Tensor:
     """`call_embedding` for a table and ids that it serves."""
-    if not _is_plain_mode():
+    if not is_plain_mode():
         return embedding(weight, indices, *table.arguments)
     if weight.requires_grad and torch.is_grad_enabled():
         output: Tensor = _apply_known(weight, indices, table)

@@ -121,7 +121,8 @@ __device__ inline void walk_runs(
           store_end(lead_ptr, key, total);
           if (SCALE_GRAD_BY_FREQ && first_columns) partial_counts_ptr[2 * chunk] = count;
         } else if (names_row(key, num_embeddings)) {
-          if (BAGS && count == 0) count = 1;  // no position of the run is in a bag
+          // Where no position of the run is in a bag.
+          if (SCALE_GRAD_BY_FREQ && count == 0) count = 1;
           end_run(key, d, total, count);
         }
         set_zero(total);

@@ -137,12 +137,12 @@ class KernelBackend(ABC):
         grad_output: Tensor,
         steps: list[RowSteps],
         indices: Tensor,
-        sources: BagSources | None,
+        bag_sources: Callable[[], BagSources] | None,
         num_embeddings: int,
         padding_idx: int,
         scale_grad_by_freq: bool,
     ) -> Tensor:
-        """Rows of grad_output [*, D], one a position unless there are sources, summed over each id's positions.
+        """Rows of grad_output [*, D], one a position unless there are bags, summed over each id's positions.
 
         `steps` lead from one position's row to the next, as `row_matrix` says.
         """
@@ -157,13 +157,14 @@ class KernelBackend(ABC):
             scale_grad_by_freq,
             lambda method: (
                 self._gradient_refusal(method, num_indices, grad_weight)
-                if sources is None or method not in self._gradients
+                if bag_sources is None or method not in self._gradients
                 else "bags"
             ),
         )
         if method in ("sorted", "sorted_atomic"):
             keys, order = self._sorted_keys(indices, num_embeddings, padding_idx)
             # Not made before the sort has freed its memory.
+            sources = bag_sources() if bag_sources else None
             rows = row_numbers(steps, indices.device)
             if rows is not None:
                 order = rows.index_select(0, order)
@@ -187,6 +188,7 @@ class KernelBackend(ABC):
                 )
             return grad_weight
         ids = flat_ids(indices)
+        sources = bag_sources() if bag_sources else None
         rows = row_numbers(steps, indices.device)
         if method == "atomic":
             if rows is not None:
@@ -248,11 +250,13 @@ class KernelBackend(ABC):
         mode: str,
         scale_grad_by_freq: bool,
     ) -> Tensor:
-        sizes = None
-        if mode == "mean":
-            sizes = bags.indices.new_zeros(bags.num_bags, dtype=torch.int32)
-        bag_of = self._bag_of_positions(bags, sizes, padding_idx)
-        sources = BagSources(bag_of, per_sample_weights, sizes)
+        def sources() -> BagSources:
+            sizes = None
+            if mode == "mean":
+                sizes = bags.indices.new_zeros(bags.num_bags, dtype=torch.int32)
+            bag_of = self._bag_of_positions(bags, sizes, padding_idx)
+            return BagSources(bag_of, per_sample_weights, sizes)
+
         return self._dense_backward(
             grad_output, [], bags.indices, sources, num_embeddings, padding_idx, scale_grad_by_freq
         )
