@@ -221,7 +221,7 @@ def test_per_sample_weights_and_their_gradient(target, dtype, form, padding_idx)
         assert torch.equal(leaf.grad.double(), right.double())
 
 
-@pytest.mark.parametrize("embedding_dim", [1, 33, 200, 1030])
+@pytest.mark.parametrize("embedding_dim", [1, 33, 200, 516])
 def test_per_sample_weights_of_wide_rows(target, embedding_dim):
     weight = integers(V, embedding_dim, torch.float32, target.device)
     indices, arguments, _ = bags("empty ends", target)
@@ -254,16 +254,27 @@ def test_what_takes_no_part_cannot_spoil_the_rest(target):
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_rounded_once(target, dtype, mode):
-    """Contract 2: 1 + eps/2 + eps/2 is 1 + eps, and 4096 ones are 4096; as a mean, 1."""
+    """Contract 2: 1 + 7 * eps/2 is not 1; the mean is divided before that rounding."""
     eps = torch.finfo(dtype).eps
     weight = torch.tensor([[1.0], [eps / 2]], dtype=dtype, device=target.device)
     indices = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]], device=target.device)
     exact = (1 + 3.5 * eps) / (8 if mode == "mean" else 1)
     expected = torch.tensor([[exact]], dtype=torch.float64).to(dtype)
     assert torch.equal(embedding_bag(indices, weight, mode=mode).cpu(), expected)
-    ones = torch.zeros(1, 4096, dtype=torch.int64, device=target.device)
-    total = embedding_bag(ones, weight, mode=mode)
-    assert total.item() == (1 if mode == "mean" else 4096)
+
+
+def stops_growing_at(dtype):
+    """The integer to which 16-bit sums of ones would add up, and no further."""
+    return 2 / torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_long_sums_keep_growing(target, dtype):
+    """Contract 2: sums are taken in fp32."""
+    most = stops_growing_at(dtype)
+    weight = torch.tensor([[most], [1]], dtype=dtype, device=target.device)
+    indices = torch.tensor([[0] + [1] * 8], device=target.device)
+    assert embedding_bag(indices, weight, mode="sum").item() == most + 8
 
 
 @pytest.mark.parametrize(
@@ -271,13 +282,16 @@ def test_sums_are_rounded_once(target, dtype, mode):
     [*((mode, torch.bfloat16) for mode in MODES), ("max", torch.float16)],
     ids=str,
 )
-def test_4096_ones_make_4096(target, dtype, mode):
-    """Contract 2: gradients of one row from 4096 bags, summed in fp32; for max too."""
+def test_gradients_keep_growing(target, dtype, mode):
+    """Contract 2: the gradients of one row from several bags are summed in fp32; for max too."""
+    most = stops_growing_at(dtype)
     weight = torch.ones(2, 2, dtype=dtype, device=target.device, requires_grad=True)
-    indices = torch.ones(4096, 1, dtype=torch.int64, device=target.device)
+    indices = torch.ones(9, 1, dtype=torch.int64, device=target.device)
     output = embedding_bag(indices, weight, mode=mode)
-    output.backward(torch.ones_like(output))
-    assert weight.grad.tolist() == [[0, 0], [4096, 4096]]
+    grad_output = torch.ones_like(output)
+    grad_output[0] = most
+    output.backward(grad_output)
+    assert weight.grad.tolist() == [[0, 0], [most + 8, most + 8]]
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
