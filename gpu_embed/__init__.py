@@ -6,12 +6,18 @@ from .backends.gather_method import use_gather_method
 from .backends.gradient_method import use_gradient_method
 from .bounds import check_bounds, set_bounds_check
 from .nn import Embedding, EmbeddingBag
+from .table_inputs import batch_bags, batch_padded
+from .table_nn import TableBatchedEmbedding, TableBatchedEmbeddingBag
 
 __all__ = [
     "Embedding",
     "EmbeddingBag",
+    "TableBatchedEmbedding",
+    "TableBatchedEmbeddingBag",
     "available_backends",
     "backends",
+    "batch_bags",
+    "batch_padded",
     "check_bounds",
     "functional",
     "optim",

@@ -289,7 +289,7 @@ def _inside_function(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> An
     return _below_autograd(keyset, op, *inputs)
 
 
-def _register_bilinear(
+def register_bilinear(
     op: torch._ops.OpOverload,
     kernel: Callable[..., Tensor],
     derivative_x: Callable[..., Tensor],
@@ -532,16 +532,16 @@ def _sparse_gradient(
     return ops.sparse_gradient(values, ids, num_embeddings, padding_idx, scale_grad_by_freq)
 
 
-call_embedding_bag = _register_bilinear(
+call_embedding_bag = register_bilinear(
     embedding_bag, _embedding_bag, _bag_by_weight, _bag_by_sample_weights
 )
-call_embedding_bag_dense_backward = _register_bilinear(
+call_embedding_bag_dense_backward = register_bilinear(
     embedding_bag_dense_backward,
     _embedding_bag_dense_backward,
     _dense_backward_by_grad,
     _dense_backward_by_sample_weights,
 )
-call_embedding_bag_sample_weights_backward = _register_bilinear(
+call_embedding_bag_sample_weights_backward = register_bilinear(
     embedding_bag_sample_weights_backward,
     _embedding_bag_sample_weights_backward,
     _sample_weights_backward_by_grad,

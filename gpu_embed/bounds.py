@@ -31,9 +31,10 @@ class BoundsRecord:
     """One device's record of the first id out of range since the last error.
 
     Attributes:
-        words: int64 [6] on the device: claimed (0 or 1), flat position, id, rows of the table; and of an id in a
-            bag, the bag's number from 1 on (0: no bag) and its first position. A bag of -1 stands for a wrong
-            offset: its place, itself, and the number of ids are in the three words before.
+        words: int64 [7] on the device: claimed (0 or 1), flat position, id, rows of the table; of an id in a bag,
+            the bag's number from 1 on (0: no bag) and its first position; of an id of one of several tables, the
+            table's `table_name_id`. A bag of -1 stands for a wrong offset: its place, itself, and the number of
+            ids are in the three words before.
         flag: int32 [1] in host memory (pinned for CUDA): 1 once `words` is claimed.
     """
 
@@ -42,7 +43,7 @@ class BoundsRecord:
         self._on_cuda = device.type == "cuda"
         # Whatever mode the first lookup runs in, every later one must be able to write here.
         with torch.inference_mode(False):
-            self.words = torch.zeros(6, dtype=torch.int64, device=device)
+            self.words = torch.zeros(7, dtype=torch.int64, device=device)
             self.flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self._on_cuda)
         # A view of bytes reads in 20 ns where Tensor.item() takes microseconds.
         self._flag_view = self.flag.numpy().data
@@ -58,42 +59,32 @@ class BoundsRecord:
         if indices.numel() == 0:
             return
         flat = indices.reshape(-1).to(torch.int64)
-        self._write(flat, ~in_table(flat, num_embeddings), num_embeddings)
+        rows = torch.full_like(flat, num_embeddings)
+        self.write_places(flat, ~in_table(flat, num_embeddings), rows[None])
 
     def write_bags(self, bags: Bags, num_embeddings: int) -> None:
         """`write` for the ids that are in a bag."""
         flat = bags.indices.to(torch.int64)
         bag = bags.bag_of()
         begin, _ = bags.ends()
-        self._write(
+        self.write_places(
             flat,
             ~in_table(flat, num_embeddings) & (bag >= 0),
-            num_embeddings,
-            torch.stack([bag + 1, begin[bag.clamp(min=0)]]),
+            torch.stack(
+                [torch.full_like(flat, num_embeddings), bag + 1, begin[bag.clamp(min=0)]]
+            ),
         )
 
-    def _write(
-        self,
-        flat: Tensor,
-        out_of_range: Tensor,
-        num_embeddings: int,
-        bag_words: Tensor | None = None,
-    ) -> None:
-        """Record the first id that is out of range; bag_words: int64 [2, N], a position's last two words."""
+    def write_places(self, flat: Tensor, out_of_range: Tensor, words: Tensor) -> None:
+        """Record the first of these ids [N] that is out of range; words: int64 [*, N], from the rows on."""
         places = torch.arange(flat.numel(), device=self.device)
         position = torch.where(out_of_range, places, flat.numel() - 1).min()
-        if bag_words is None:
-            bag_words = flat.new_zeros((2, flat.numel()))
-        found = torch.stack(
-            [
-                torch.ones_like(position),
-                position,
-                # Not flat[position], which would wait for the GPU.
-                flat.gather(0, position.view(1))[0],
-                torch.full_like(position, num_embeddings),
-                *bag_words.gather(1, position.view(1, 1).expand(2, 1)).flatten(),
-            ]
-        )
+        found = torch.zeros_like(self.words)
+        found[0] = 1
+        found[1] = position
+        # Not flat[position], which would wait for the GPU.
+        found[2] = flat.gather(0, position.view(1))[0]
+        found[3 : 3 + len(words)] = words.index_select(1, position.view(1))[:, 0]
         self.words.copy_(torch.where(out_of_range.any() & (self.words[0] == 0), found, self.words))
         self.flag.copy_(self.words[:1], non_blocking=True)
 
@@ -126,7 +117,7 @@ class BoundsRecord:
             if not self._flag_view[0]:
                 return
             self._wait()
-            _, position, index, num_embeddings, bag, begin = self.words.tolist()
+            _, position, index, num_embeddings, bag, begin, name = self.words.tolist()
             # In this order: while the words are claimed, no kernel can raise the flag in between.
             self._flag_view[0] = 0
             self.words.zero_()
@@ -134,7 +125,8 @@ class BoundsRecord:
         if bag < 0:
             raise offset_error(index, position, num_embeddings)
         if bag:
-            raise bag_error(index, position, num_embeddings, bag - 1, position - begin)
+            table = list(_table_ids)[name - 1] if name else None
+            raise bag_error(index, position, num_embeddings, bag - 1, position - begin, table)
         raise out_of_range_error(index, position, num_embeddings, shape)
 
     def _wait(self) -> None:
@@ -160,16 +152,18 @@ def out_of_range_error(
 
 
 def bag_error(
-    index: int, position: int, num_embeddings: int, bag: int, place: int
+    index: int, position: int, num_embeddings: int, bag: int, place: int, table: str | None = None
 ) -> BagIndexError:
     """The error for one id out of range in a bag, torch's wording first.
 
     Args:
         place: the id's place in the bag, from 0 on.
+        table: the name of the bag's table, where there are several.
     """
+    of_table = "" if table is None else f" of table {table!r}"
     return BagIndexError(
         "embedding_bag: Expected idx >= 0 && idx < num_embeddings but found idx to be "
-        f"{index}, at position {place} of bag {bag} (flat position {position} of the input); "
+        f"{index}, at position {place} of bag {bag}{of_table} (flat position {position} of the input); "
         f"{_rule(num_embeddings)}"
     )
 
@@ -189,6 +183,12 @@ def _rule(num_embeddings: int) -> str:
         else "the table has 0 rows"
     )
     return f"{rows}. The table and the ids are unchanged."
+
+
+def table_name_id(name: str) -> int:
+    """A number, the same for the life of the process, by which a kernel names a table; never 0."""
+    with _creation_lock:
+        return _table_ids.setdefault(name, len(_table_ids) + 1)
 
 
 def set_bounds_check(mode: str) -> Restore:
@@ -277,4 +277,5 @@ def _cuda_index(device: torch.device) -> int:
 
 _cuda_records: dict[int, BoundsRecord] = {}
 _cpu_records = threading.local()
+_table_ids: dict[str, int] = {}
 _creation_lock = threading.Lock()

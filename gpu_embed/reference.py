@@ -4,14 +4,16 @@ Arrays are float32 or float64 (16-bit tables are widened by the caller); sums ar
 rounded once on return. Ids outside [0, num_embeddings) read as zeros and contribute nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .row_update import RowUpdate
 from .stochastic_rounding import random_words
+from .tables import TableField
 
 Array = NDArray  # any dtype; shapes stand in the docstrings
 
@@ -253,3 +255,115 @@ def embedding_bag_sample_weights_backward(
 def bag_of(offsets: Array) -> Array:
     """The bag of each position that is in one -> [offsets[-1]]."""
     return np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+
+# Many tables in one buffer. `tables` int [T, 8] holds the columns that `gpu_embed.tables.TableField` names.
+
+
+def table_batched_embedding(
+    weight: Array,
+    indices: Array,
+    offsets: Array,
+    tables: Array,
+    pooled: bool,
+    per_sample_weights: Array | None = None,
+    zero_padding: bool = False,
+) -> Array:
+    """Bags of T tables, table-major (offsets [T * B + 1]) -> [B, sum D]; not pooled: rows of each id -> [N, D].
+
+    Where they are not pooled, rows of padding_idx are read as stored unless zero_padding.
+    """
+    num_bags = (len(offsets) - 1) // len(tables)
+    parts = list(table_parts(weight, indices, offsets, tables))
+    if pooled:
+        output = np.zeros((num_bags, tables[:, TableField.DIM].sum()), weight.dtype)
+        for part in parts:
+            weights = None if per_sample_weights is None else per_sample_weights[part.positions]
+            output[:, part.columns] = embedding_bag(
+                part.weight, part.indices, part.offsets, part.padding_idx, part.mode, weights
+            )
+        return output
+    output = np.zeros((len(indices), tables[0, TableField.DIM]), weight.dtype)
+    for part in parts:
+        zero_idx = part.padding_idx if zero_padding else -1
+        output[part.positions] = embedding(part.weight, part.indices, zero_idx)
+    return output
+
+
+def table_batched_embedding_dense_backward(
+    grad_output: Array,
+    indices: Array,
+    offsets: Array,
+    tables: Array,
+    pooled: bool,
+    weight_shape: tuple[int, ...],
+    per_sample_weights: Array | None = None,
+) -> Array:
+    """Gradient of table_batched_embedding's buffer -> weight_shape."""
+    grad_weight = np.zeros(weight_shape, grad_output.dtype)
+    for part in table_parts(grad_weight, indices, offsets, tables):
+        num_embeddings = len(part.weight)
+        if pooled:
+            weights = None if per_sample_weights is None else per_sample_weights[part.positions]
+            part.weight[:] = embedding_bag_dense_backward(
+                grad_output[:, part.columns],
+                part.indices,
+                part.offsets,
+                num_embeddings,
+                part.padding_idx,
+                part.mode,
+                weights,
+            )
+        else:
+            part.weight[:] = embedding_dense_backward(
+                grad_output[part.positions], part.indices, num_embeddings, part.padding_idx
+            )
+    return grad_weight
+
+
+def table_batched_embedding_sample_weights_backward(
+    grad_output: Array, weight: Array, indices: Array, offsets: Array, tables: Array
+) -> Array:
+    """Gradient of table_batched_embedding's per_sample_weights -> [N]."""
+    grad = np.zeros(len(indices), grad_output.dtype)
+    for part in table_parts(weight, indices, offsets, tables):
+        grad[part.positions] = embedding_bag_sample_weights_backward(
+            grad_output[:, part.columns],
+            part.weight,
+            part.indices,
+            part.offsets,
+            part.padding_idx,
+        )
+    return grad
+
+
+class TablePart(NamedTuple):
+    """One table's share of a batch."""
+
+    weight: Array  # [V, D], in the buffer's memory
+    indices: Array  # [n]
+    offsets: Array  # [B + 1], from 0 on
+    positions: slice  # of those ids among all
+    columns: slice  # of the output
+    padding_idx: int
+    mode: str
+
+
+def table_parts(
+    weight: Array, indices: Array, offsets: Array, tables: Array
+) -> Iterator[TablePart]:
+    num_bags = (len(offsets) - 1) // len(tables)
+    for number, table in enumerate(tables):
+        rows, dim = table[TableField.NUM_ROWS], table[TableField.DIM]
+        first_element, first_column = table[TableField.FIRST_ELEMENT], table[TableField.FIRST_COLUMN]
+        ends = offsets[number * num_bags : (number + 1) * num_bags + 1]
+        positions = slice(ends[0], ends[-1])
+        yield TablePart(
+            weight.reshape(-1)[first_element : first_element + rows * dim].reshape(rows, dim),
+            indices[positions],
+            ends - ends[0],
+            positions,
+            slice(first_column, first_column + dim),
+            int(table[TableField.PADDING_IDX]),
+            "mean" if table[TableField.MEAN] else "sum",
+        )

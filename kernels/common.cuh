@@ -163,12 +163,13 @@ __device__ inline typename Accumulator<Weight>::type bag_scale(
 }
 
 // Write one bad id to the device's record.
-// record_ptr: int64 [6] on the device: claimed (0 or 1), position, id, rows of the table; bag_word and begin, which
-// stay 0 where there are no bags.
+// record_ptr: int64 [7] on the device: claimed (0 or 1), position, id, rows of the table; bag_word and begin, which
+// stay 0 where there are no bags; table, which stays 0 where there is one.
 // flag_ptr: int32 [1] in pinned host memory, which the host reads without a stall.
 // bag_word: the bag's number from 1 on. -1: not an id but the offset `index` at place `position` is wrong, and
 // num_embeddings is the number of ids.
 // begin: the bag's first position.
+// table: the number of its table's name.
 __device__ inline void record_out_of_range(
     int64* record_ptr,
     int32* flag_ptr,
@@ -176,7 +177,8 @@ __device__ inline void record_out_of_range(
     int64 index,
     int64 num_embeddings,
     int64 bag_word = 0,
-    int64 begin = 0) {
+    int64 begin = 0,
+    int64 table = 0) {
   // Whoever swaps the 0 out owns the record until the host clears it, so its values belong together.
   if (atomicExch((uint64*)record_ptr, 1ull) != 0) return;
   record_ptr[1] = position;
@@ -184,5 +186,6 @@ __device__ inline void record_out_of_range(
   record_ptr[3] = num_embeddings;
   record_ptr[4] = bag_word;
   record_ptr[5] = begin;
+  record_ptr[6] = table;
   *flag_ptr = 1;
 }

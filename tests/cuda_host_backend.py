@@ -37,9 +37,15 @@ FLAGS = (
 def _all_kernels() -> tuple[Kernel, ...]:
     """Every kernel that CupyBackend can ask for."""
     rows = {launch.ROWS for launch in (*_cupy.GATHER_ROWS.values(), _cupy.LONG_ROW)}
-    flat, scatter, unroll, bag = (
+    flat, scatter, unroll, bag, tables_bag = (
         launch.UNROLL
-        for launch in (_cupy.GATHER_FLAT, _cupy.SCATTER_ADD, _cupy.SEGMENT_SUM, _cupy.BAG)
+        for launch in (
+            _cupy.GATHER_FLAT,
+            _cupy.SCATTER_ADD,
+            _cupy.SEGMENT_SUM,
+            _cupy.BAG,
+            _cupy.TABLE_BAG,
+        )
     )
     # values, grad_weight, widths; the last two read the partial sums of a 16-bit table.
     segments = (
@@ -127,6 +133,29 @@ def _all_kernels() -> tuple[Kernel, ...]:
             )
         ),
         ("bag", "bag_of_kernel"),
+        *(
+            ("table_batched", f"table_bag_sum_kernel<{table}, {output}, {vec}, {split}, {tables_bag}>")
+            for table, widths in tables
+            for vec in widths
+            for split, output in (("false", table), ("true", _cupy_accumulator(table)))
+        ),
+        *(("table_batched", f"table_gather_kernel<{word}>") for word in words[1:]),
+        ("table_batched", "table_keys_kernel"),
+        *(
+            ("table_batched", f"table_scatter_add_kernel<float, {vec}, {tables_bag}>")
+            for vec in (1, 2, 4)
+        ),
+        ("table_batched", f"table_scatter_add_kernel<double, 1, {tables_bag}>"),
+        *(
+            ("table_batched", f"table_segment_sum_kernel<{value}, {grad}, {vec}, {unroll}>")
+            for value, grad, widths in segments
+            for vec in widths
+        ),
+        *(
+            ("table_batched", f"table_sample_weights_kernel<{table}, {vec}>")
+            for table, widths in tables
+            for vec in widths
+        ),
         *(("renorm", f"renorm_kernel<{weight}>") for weight in _cupy.FLOATS.values()),
         ("counts", "counts_kernel"),
     ]

@@ -17,6 +17,7 @@ from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..row_update import RowUpdate
 from ..settings import BACKEND, Restore
+from ..tables import TableBatch
 
 logger = logging.getLogger("gpu_embed")
 
@@ -129,6 +130,34 @@ class Backend(Protocol):
         self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
     ) -> Tensor:
         """Gradient of embedding_bag's per_sample_weights, mode "sum" -> [N], same dtype."""
+
+    def table_batched_embedding(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        zero_padding: bool,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        """Sums and means of the batch's bags -> [B, sum D]; where it is not pooled, each id's row -> [N, D].
+
+        weight is the tables' buffer, contiguous. Each table's padding takes no part in its bags; a row of its
+        own is zero if zero_padding says so. Positions in no bag give rows of zeros.
+        """
+
+    def table_batched_embedding_dense_backward(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        weight_shape: tuple[int, ...],
+    ) -> Tensor:
+        """Gradient of that buffer, given that of the output; padding gets none."""
+
+    def table_batched_embedding_sample_weights_backward(
+        self, grad_output: Tensor, weight: Tensor, batch: TableBatch
+    ) -> Tensor:
+        """Gradient of table_batched_embedding's per_sample_weights, for sums -> [N], same dtype."""
 
 
 # In the order of preference on a CUDA device.

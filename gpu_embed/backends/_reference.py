@@ -9,6 +9,7 @@ from .. import reference, stochastic_rounding
 from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..row_update import RowUpdate, arithmetic_dtype
+from ..tables import TableBatch, write_out_of_range
 from . import PreparedEmbedding
 
 ROUNDINGS = {
@@ -159,6 +160,49 @@ class ReferenceBackend:
         )
         return torch.from_numpy(grad).to(grad_output)
 
+    def table_batched_embedding(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        zero_padding: bool,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        if record is not None:
+            write_out_of_range(record, batch)
+        output = reference.table_batched_embedding(
+            _array(weight),
+            *_batch_arrays(batch),
+            batch.shape.pooled,
+            _array(per_sample_weights),
+            zero_padding,
+        )
+        return torch.from_numpy(output).to(weight)
+
+    def table_batched_embedding_dense_backward(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        weight_shape: tuple[int, ...],
+    ) -> Tensor:
+        grad_weight = reference.table_batched_embedding_dense_backward(
+            _array(grad_output),
+            *_batch_arrays(batch),
+            batch.shape.pooled,
+            weight_shape,
+            _array(per_sample_weights),
+        )
+        return torch.from_numpy(grad_weight).to(grad_output)
+
+    def table_batched_embedding_sample_weights_backward(
+        self, grad_output: Tensor, weight: Tensor, batch: TableBatch
+    ) -> Tensor:
+        grad = reference.table_batched_embedding_sample_weights_backward(
+            _array(grad_output), _array(weight), *_batch_arrays(batch)
+        )
+        return torch.from_numpy(grad).to(grad_output)
+
 
 def _array(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().cpu().double().numpy()
@@ -168,3 +212,8 @@ def _bag_arrays(bags: Bags) -> tuple[Any, Any]:
     """The ids [N] and the offsets [B + 1]."""
     begin, end = bags.ends()
     return bags.indices.cpu().numpy(), torch.cat([begin, end[-1:]]).cpu().numpy()
+
+
+def _batch_arrays(batch: TableBatch) -> tuple[Any, Any, Any]:
+    """The ids [N], the offsets [T * B + 1] and the tables' fields."""
+    return *_bag_arrays(batch.bags), batch.fields.cpu().numpy()

@@ -6,7 +6,8 @@ from torch import Tensor
 from ..bags import Bags
 from ..bounds import BoundsRecord, in_table
 from ..row_update import RowUpdate
-from . import PreparedEmbedding
+from ..tables import TableBatch, write_out_of_range
+from . import PreparedEmbedding, _torch_tables
 from ._torch_row_update import row_update_
 
 
@@ -177,6 +178,32 @@ class TorchBackend:
         rows = self.embedding(weight, bags.indices, -1, None).to(wide)
         products = rows * grad_output[bag.clamp(min=0)].to(wide)
         return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
+
+    def table_batched_embedding(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        zero_padding: bool,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        if record is not None:
+            write_out_of_range(record, batch)
+        return _torch_tables.embedding(weight, per_sample_weights, batch, zero_padding)
+
+    def table_batched_embedding_dense_backward(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        weight_shape: tuple[int, ...],
+    ) -> Tensor:
+        return _torch_tables.dense_backward(grad_output, per_sample_weights, batch, weight_shape)
+
+    def table_batched_embedding_sample_weights_backward(
+        self, grad_output: Tensor, weight: Tensor, batch: TableBatch
+    ) -> Tensor:
+        return _torch_tables.sample_weights_backward(grad_output, weight, batch)
 
 
 def _torch_ids(indices: Tensor) -> Tensor:

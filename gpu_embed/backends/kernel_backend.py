@@ -277,14 +277,9 @@ class KernelBackend(ABC):
         return bag_of
 
     def _bag_splits(self, weight: Tensor, bags: Bags) -> int:
-        """Into how many parts each bag is cut, so that few long bags keep the card busy; a power of two."""
-        programs = max(self._bag_programs(weight, bags.num_bags), 1)
-        wanted = min(
-            cdiv(MIN_BAG_PROGRAMS, programs),
-            bags.indices.numel() // (bags.num_bags * MIN_SPLIT_LENGTH),
-            MAX_BAG_SPLITS,
-        )
-        return 1 << max(wanted.bit_length() - 1, 0)
+        """Into how many parts each bag is cut, so that few long bags keep the card busy."""
+        programs = self._bag_programs(weight, bags.num_bags)
+        return bag_splits(programs, bags.indices.numel(), bags.num_bags)
 
     def embedding_renorm_(
         self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
@@ -613,6 +608,16 @@ class KernelBackend(ABC):
         grad: Tensor,
         padding_idx: int,
     ) -> None: ...
+
+
+def bag_splits(programs: int, num_indices: int, num_bags: int) -> int:
+    """Into how many parts to cut each bag where `programs` of them take whole bags; a power of two."""
+    wanted = min(
+        cdiv(MIN_BAG_PROGRAMS, max(programs, 1)),
+        num_indices // (num_bags * MIN_SPLIT_LENGTH),
+        MAX_BAG_SPLITS,
+    )
+    return 1 << max(wanted.bit_length() - 1, 0)
 
 
 def max_torch_sort_ids(key_bytes: int) -> int:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..tables import TableBatch
+
 VECTOR_BYTES = 16
 
 
@@ -98,6 +100,24 @@ def row_numbers(steps: list[RowSteps], device: torch.device) -> Tensor | None:
 
 def _num_rows(steps: list[RowSteps]) -> int:
     return 1 + sum((size - 1) * step for size, step in steps)
+
+
+def table_vector_width(values: Tensor, batch: TableBatch) -> int:
+    """Items that one access may move in every row of every table: a power of two that divides each D.
+
+    values: the tables' buffer, or a matrix in whose rows the tables' columns lie, as in the output's gradient.
+    """
+    itemsize = values.element_size()
+    if values.dim() == 2 and values.shape[1] > 1 and values.stride(1) != 1:
+        return 1
+    row_stride = values.stride(0) if values.dim() == 2 else 0
+    alignment = gcd(
+        VECTOR_BYTES,
+        batch.shape.dim_divisor * itemsize,
+        row_stride * itemsize,
+        values.data_ptr(),
+    )
+    return alignment // itemsize
 
 
 def flat_ids(indices: Tensor) -> Tensor:

@@ -1,0 +1,212 @@
+"""Batched tables: what the Triton and the CUDA C++ backend share, between the protocol and a single launch."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..bounds import BoundsRecord
+from ..tables import TableBatch
+from .gradient_method import choose
+from .kernel_backend import BagSources, KernelBackend, bag_splits, cdiv, chunk_size
+from .layout import sort_key_dtype
+
+
+class TableKernels(KernelBackend):
+    """A `KernelBackend` that looks up many tables in one launch; the launches allocate nothing."""
+
+    def table_batched_embedding(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        zero_padding: bool,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        if not batch.shape.pooled:
+            output = weight.new_empty((batch.indices.numel(), batch.shape.widest))
+            self._table_gather(weight, batch, output, zero_padding, record)
+            return output
+        output = weight.new_empty((batch.bags_per_table, batch.width))
+        splits = self._table_splits(weight, batch)
+        if splits == 1:
+            self._table_bag_sum(weight, per_sample_weights, batch, output, None, splits, record)
+            return output
+        acc_dtype = torch.promote_types(weight.dtype, torch.float32)
+        partial = output.new_empty((splits, *output.shape), dtype=acc_dtype)
+        sizes = torch.empty_like(partial, dtype=torch.int64) if batch.shape.mean else None
+        self._table_bag_sum(weight, per_sample_weights, batch, partial, sizes, splits, record)
+        # Tables differ in how they divide, so each element stands for a bag of one column.
+        self._bag_combine(
+            partial.view(splits, -1, 1),
+            None if sizes is None else sizes.view(splits, -1),
+            output.view(-1, 1),
+        )
+        return output
+
+    def table_batched_embedding_dense_backward(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        weight_shape: tuple[int, ...],
+    ) -> Tensor:
+        grad_weight = grad_output.new_zeros(weight_shape)
+        method = choose(
+            batch.indices.numel(),
+            batch.shape.num_rows,
+            batch.shape.widest,
+            grad_output.dtype,
+            torch.are_deterministic_algorithms_enabled(),
+            False,
+            lambda method: None if method in ("atomic", "sorted") else "several tables",
+        )
+        if method == "atomic" and batch.shape.pooled:
+            splits = self._table_splits(grad_output, batch)
+            self._table_scatter_add(grad_output, per_sample_weights, batch, grad_weight, splits)
+            return grad_weight
+        keys, sources = self._table_row_keys(batch, per_sample_weights)
+        if method == "atomic":
+            self._scatter_add(grad_output, keys, None, grad_weight, padding_idx=-1)
+            return grad_weight
+        keys, order = self._sorted_keys(keys, batch.shape.num_rows, padding_idx=-1)
+        if not batch.is_uniform:
+            assert sources is not None
+            self._sum_table_runs(grad_output, order, keys, sources, batch, grad_weight)
+            return grad_weight
+        if sources is not None:
+            # Bag b of table t is row b * T + t.
+            grad_output = grad_output.reshape(-1, batch.shape.widest)
+        self._sum_runs(grad_output, order, keys, sources, grad_weight, False)
+        return grad_weight
+
+    def table_batched_embedding_sample_weights_backward(
+        self, grad_output: Tensor, weight: Tensor, batch: TableBatch
+    ) -> Tensor:
+        keys, sources = self._table_row_keys(batch, None)
+        assert sources is not None
+        grad = grad_output.new_empty(batch.indices.shape)
+        self._table_sample_weights(grad_output, weight, keys, sources.bag_of, batch, grad)
+        return grad
+
+    def _table_row_keys(
+        self, batch: TableBatch, per_sample_weights: Tensor | None
+    ) -> tuple[Tensor, BagSources | None]:
+        """The row of each position [N], `num_rows` for those without a gradient, and where its gradient is.
+
+        Bag b of table t is source b * T + t. None without pooling: each position has its own.
+        """
+        keys = batch.indices.new_empty(
+            batch.indices.numel(), dtype=sort_key_dtype(batch.shape.num_rows)
+        )
+        if not batch.shape.pooled:
+            self._table_keys(batch, keys, None, None)
+            return keys, None
+        num_bags = batch.bags.num_bags
+        dtype = torch.int32 if num_bags < 2**31 else torch.int64
+        source = torch.empty_like(keys, dtype=dtype)
+        sizes = None
+        if batch.shape.mean:
+            sizes = torch.zeros(num_bags, dtype=torch.int32, device=keys.device)
+        self._table_keys(batch, keys, source, sizes)
+        return keys, BagSources(source, per_sample_weights, sizes)
+
+    def _sum_table_runs(
+        self,
+        grad_output: Tensor,
+        order: Tensor,
+        keys: Tensor,
+        sources: BagSources,
+        batch: TableBatch,
+        grad_weight: Tensor,
+    ) -> None:
+        """`_sum_runs` for tables of different widths."""
+        acc_dtype = torch.promote_types(grad_weight.dtype, torch.float32)
+        widest = batch.shape.widest
+        chunk = chunk_size(keys.numel(), widest, acc_dtype.itemsize)
+        values = grad_output
+        level: tuple[Tensor | None, Tensor | None, BagSources | None] = (order, None, sources)
+        while True:
+            num_chunks = cdiv(keys.numel(), chunk)
+            partial_values = values.new_empty((2 * num_chunks, widest), dtype=acc_dtype)
+            partial_keys = order.new_empty(2 * num_chunks, dtype=torch.int64)
+            partial_tables = order.new_empty(2 * num_chunks, dtype=torch.int32)
+            partial = (partial_values, partial_keys, partial_tables)
+            self._table_segment_sum(values, keys, *level, batch, grad_weight, *partial, chunk)
+            if num_chunks <= 1:
+                return
+            values, keys, key_tables = partial
+            level = None, key_tables, None
+
+    def _table_splits(self, matrix: Tensor, batch: TableBatch) -> int:
+        """Into how many parts each bag is cut, so that few long bags keep the card busy."""
+        programs = self._table_programs(matrix, batch)
+        return bag_splits(programs, batch.indices.numel(), batch.bags.num_bags)
+
+    @abstractmethod
+    def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
+        """How many programs `_table_bag_sum` and `_table_scatter_add` launch for whole bags."""
+
+    @abstractmethod
+    def _table_bag_sum(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        output: Tensor,
+        sizes: Tensor | None,
+        splits: int,
+        record: BoundsRecord | None,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_gather(
+        self,
+        weight: Tensor,
+        batch: TableBatch,
+        output: Tensor,
+        zero_padding: bool,
+        record: BoundsRecord | None,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_keys(
+        self, batch: TableBatch, keys: Tensor, sources: Tensor | None, sizes: Tensor | None
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_scatter_add(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        grad_weight: Tensor,
+        splits: int,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_segment_sum(
+        self,
+        values: Tensor,
+        keys: Tensor,
+        order: Tensor | None,
+        key_tables: Tensor | None,
+        sources: BagSources | None,
+        batch: TableBatch,
+        grad_weight: Tensor,
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        partial_tables: Tensor,
+        chunk: int,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_sample_weights(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        keys: Tensor,
+        sources: Tensor,
+        batch: TableBatch,
+        grad: Tensor,
+    ) -> None: ...

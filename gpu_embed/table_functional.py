@@ -1,0 +1,117 @@
+"""Batched lookups in many tables; every user error of theirs is raised here."""
+
+from typing import Any
+
+from torch import Tensor
+
+from . import ops, table_ops
+from .functional import INDEX_DTYPES
+from .tables import Tables
+
+
+def table_batched_embedding(
+    input: Tensor, weight: Tensor, offsets: Tensor, tables: Tables, sparse: bool = False
+) -> Tensor:
+    """Rows of the ids of all tables, `[N, embedding_dim]`; see `gpu_embed.TableBatchedEmbedding`."""
+    if not tables.layout.is_uniform:
+        raise ValueError(
+            "rows of tables of different embedding_dims have no common shape: "
+            f"{_dims(tables)}; look them up with gpu_embed.TableBatchedEmbeddingBag, or table by table"
+        )
+    return _look_up(input, weight, offsets, tables, None, sparse, pooled=False)
+
+
+def table_batched_embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    tables: Tables,
+    per_sample_weights: Tensor | None = None,
+    sparse: bool = False,
+) -> Tensor:
+    """Sums and means of the bags of all tables, [B, sum of embedding_dims]; see `TableBatchedEmbeddingBag`."""
+    if per_sample_weights is not None:
+        if input.size() != per_sample_weights.size():
+            raise ValueError(
+                f"table_batched_embedding_bag: If per_sample_weights ({per_sample_weights.shape}) is not "
+                f"None, then it must have the same shape as the input ({input.shape})"
+            )
+        for name, mode in zip(tables.layout.names, tables.layout.modes, strict=True):
+            if mode != "sum":
+                raise NotImplementedError(
+                    "table_batched_embedding_bag: per_sample_weights is only supported for mode='sum', "
+                    f"but table {name!r} has mode={mode!r}"
+                )
+        if per_sample_weights.dtype != weight.dtype:
+            raise RuntimeError(
+                "table_batched_embedding_bag: expected per_sample_weights of the tables' dtype "
+                f"{weight.dtype}, got {per_sample_weights.dtype}"
+            )
+    return _look_up(input, weight, offsets, tables, per_sample_weights, sparse, pooled=True)
+
+
+def _look_up(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    tables: Tables,
+    per_sample_weights: Tensor | None,
+    sparse: bool,
+    *,
+    pooled: bool,
+) -> Tensor:
+    layout = tables.layout
+    function = "table_batched_embedding_bag" if pooled else "table_batched_embedding"
+    for name, value in (("input", input), ("offsets", offsets)):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
+            )
+        if value.dim() != 1:
+            raise ValueError(f"{function}: {name} has to be a 1D Tensor, got {value.dim()}D")
+        if value.dtype not in INDEX_DTYPES:
+            raise RuntimeError(
+                f"{function}: expected {name} of dtype int64, int32, int16 or uint8, got {value.dtype}"
+            )
+    for name, tensor in (
+        ("input", input),
+        ("offsets", offsets),
+        ("per_sample_weights", per_sample_weights),
+    ):
+        if tensor is not None and tensor.device != weight.device:
+            raise RuntimeError(
+                f"{function}: expected all tensors to be on the same device, but {name} is on "
+                f"{tensor.device} and the tables are on {weight.device}"
+            )
+    if weight.dtype not in ops.GRADIENT_DTYPES:
+        raise RuntimeError(
+            f"{function}: expected tables of float64, float32, float16 or bfloat16, got {weight.dtype}"
+        )
+    if offsets.shape[0] % layout.num_tables != 1 % layout.num_tables or offsets.shape[0] == 0:
+        raise ValueError(
+            f"{function}: offsets must hold num_tables * B + 1 numbers for some B, but it has "
+            f"{offsets.shape[0]} and there are {layout.num_tables} tables"
+        )
+    if sparse and not layout.is_uniform:
+        raise RuntimeError(
+            f"{function}: a sparse gradient needs tables of one embedding_dim, but got {_dims(tables)}"
+        )
+    output: Any = table_ops.call_table_batched_embedding(
+        weight,
+        per_sample_weights,
+        input,
+        offsets,
+        tables.fields,
+        tables.table_of_column,
+        *layout.shape(pooled),
+        False,
+        sparse,
+    )
+    return output
+
+
+def _dims(tables: Tables) -> str:
+    layout = tables.layout
+    return ", ".join(
+        f"{name!r} {dim}" for name, dim in zip(layout.names, layout.embedding_dims, strict=True)
+    )
