@@ -70,9 +70,7 @@ class BoundsRecord:
         self.write_places(
             flat,
             ~in_table(flat, num_embeddings) & (bag >= 0),
-            torch.stack(
-                [torch.full_like(flat, num_embeddings), bag + 1, begin[bag.clamp(min=0)]]
-            ),
+            torch.stack([torch.full_like(flat, num_embeddings), bag + 1, begin[bag.clamp(min=0)]]),
         )
 
     def write_places(self, flat: Tensor, out_of_range: Tensor, words: Tensor) -> None:

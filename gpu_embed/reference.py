@@ -355,7 +355,10 @@ def table_parts(
     num_bags = (len(offsets) - 1) // len(tables)
     for number, table in enumerate(tables):
         rows, dim = table[TableField.NUM_ROWS], table[TableField.DIM]
-        first_element, first_column = table[TableField.FIRST_ELEMENT], table[TableField.FIRST_COLUMN]
+        first_element, first_column = (
+            table[TableField.FIRST_ELEMENT],
+            table[TableField.FIRST_COLUMN],
+        )
         ends = offsets[number * num_bags : (number + 1) * num_bags + 1]
         positions = slice(ends[0], ends[-1])
         yield TablePart(

@@ -86,9 +86,7 @@ def table_bag_sum_kernel(
     in_range = b < num_bags
     table = tl.load(table_of_column_ptr + column, mask=in_range, other=0).to(tl.int64)
     bag = table * num_bags + b
-    offset, next_offset = load_range(
-        offsets_ptr, bag, in_range, num_indices, num_all_bags + 1, 0
-    )
+    offset, next_offset = load_range(offsets_ptr, bag, in_range, num_indices, num_all_bags + 1, 0)
     begin, end = clamp_range(offset, next_offset, bag, in_range, num_indices)
     first = begin
     last = end
@@ -346,9 +344,7 @@ def table_scatter_add_kernel(
     in_range = b < num_bags
     table = tl.load(table_of_column_ptr + column, mask=in_range, other=0).to(tl.int64)
     bag = table * num_bags + b
-    offset, next_offset = load_range(
-        offsets_ptr, bag, in_range, num_indices, num_all_bags + 1, 0
-    )
+    offset, next_offset = load_range(offsets_ptr, bag, in_range, num_indices, num_all_bags + 1, 0)
     begin, end = clamp_range(offset, next_offset, bag, in_range, num_indices)
     first = begin
     last = end

@@ -134,7 +134,10 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ),
         ("bag", "bag_of_kernel"),
         *(
-            ("table_batched", f"table_bag_sum_kernel<{table}, {output}, {vec}, {split}, {tables_bag}>")
+            (
+                "table_batched",
+                f"table_bag_sum_kernel<{table}, {output}, {vec}, {split}, {tables_bag}>",
+            )
             for table, widths in tables
             for vec in widths
             for split, output in (("false", table), ("true", _cupy_accumulator(table)))

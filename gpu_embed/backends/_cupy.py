@@ -850,9 +850,7 @@ class CupyBackend(TableKernels):
     ) -> None:
         vec = min(_table_vector(grad_output, batch), _table_vector(weight, batch))
         self._launch(
-            Kernel(
-                "table_batched", f"table_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"
-            ),
+            Kernel("table_batched", f"table_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
             *TABLE_SAMPLE_WEIGHTS.grid(keys.numel()),
             keys.device,
             grad_output,
