@@ -139,7 +139,7 @@ def test_errors_of_load_state_dict_are_torchs(spoil, strict):
             found.append(str(error).replace("TableBatchedEmbeddingBag", "ModuleDict"))
     theirs, ours = found
     assert ours == theirs
-    if not strict and ours[1]:
+    if isinstance(ours, tuple) and ours[1]:
         assert tables_equal(layer, modules)
 
 

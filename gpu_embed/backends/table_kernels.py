@@ -8,7 +8,14 @@ from torch import Tensor
 from ..bounds import BoundsRecord
 from ..tables import TableBatch
 from .gradient_method import choose
-from .kernel_backend import BagSources, KernelBackend, bag_splits, cdiv, chunk_size
+from .kernel_backend import (
+    BagSources,
+    KernelBackend,
+    bag_splits,
+    cdiv,
+    chunk_size,
+    max_torch_sort_ids,
+)
 from .layout import sort_key_dtype
 
 
@@ -69,7 +76,7 @@ class TableKernels(KernelBackend):
         if method == "atomic":
             self._scatter_add(grad_output, keys, None, grad_weight, padding_idx=-1)
             return grad_weight
-        keys, order = self._sorted_keys(keys, batch.shape.num_rows, padding_idx=-1)
+        keys, order = self._sorted_row_keys(keys, batch.shape.num_rows)
         if not batch.is_uniform:
             assert sources is not None
             self._sum_table_runs(grad_output, order, keys, sources, batch, grad_weight)
@@ -110,6 +117,13 @@ class TableKernels(KernelBackend):
             sizes = torch.zeros(num_bags, dtype=torch.int32, device=keys.device)
         self._table_keys(batch, keys, source, sizes)
         return keys, BagSources(source, per_sample_weights, sizes)
+
+    def _sorted_row_keys(self, keys: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+        """`_sorted_keys` of keys that `_table_row_keys` made."""
+        if keys.numel() <= max_torch_sort_ids(keys.element_size()):
+            keys, order = torch.sort(keys, stable=True)
+            return keys, order
+        return self._radix_sort(keys, num_rows, padding_idx=-1)
 
     def _sum_table_runs(
         self,
