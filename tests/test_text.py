@@ -1,0 +1,118 @@
+"""Words to ids: the phrases of the introduction, the orders, and what goes wrong."""
+
+import sys
+
+import pytest
+import torch
+
+import gpu_embed
+from gpu_embed import text
+
+tokenizers = pytest.importorskip("tokenizers")
+
+PHRASES = ["Hope to see you soon", "Nice to see you again"]
+
+
+def test_phrases_by_appearance() -> None:
+    tokenizer = text.vocabulary(PHRASES)
+    assert isinstance(tokenizer, tokenizers.Tokenizer)
+    ids = text.encode(tokenizer, PHRASES)
+    assert ids.tolist() == [[0, 1, 2, 3, 4], [5, 1, 2, 3, 6]]
+    assert ids.dtype == torch.int64
+    assert text.table_size(tokenizer) == 7
+    assert gpu_embed.Embedding(7, 2)(ids).shape == (2, 5, 2)
+    assert tokenizer.decode([5, 1, 2]) == "Nice to see"
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [("appearance", ["b", "a", "c"]), ("frequency", ["a", "b", "c"])],
+)
+def test_order(order: str, words: list[str]) -> None:
+    tokenizer = text.vocabulary(["b a", "a c"], order=order)
+    assert [tokenizer.id_to_token(i) for i in range(3)] == words
+
+
+def test_specials_come_first_and_stay_whole() -> None:
+    tokenizer = text.vocabulary(["a [CLS] b"], specials=["[CLS]"], unknown="[UNK]", padding="[PAD]")
+    assert [tokenizer.id_to_token(i) for i in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "a", "b"]
+    assert text.encode(tokenizer, ["b [CLS] x", "a"]).tolist() == [[4, 2, 1], [3, 0, 0]]
+    assert text.table_size(tokenizer) == 5
+
+
+def test_lowercase_and_punctuation() -> None:
+    tokenizer = text.vocabulary(["Hope, hope!"], lowercase=True)
+    assert tokenizer.get_vocab() == {"hope": 0, ",": 1, "!": 2}
+    assert text.encode(tokenizer, ["HOPE!"]).tolist() == [[0, 2]]
+
+
+def test_saved_and_loaded(tmp_path) -> None:
+    tokenizer = text.vocabulary(PHRASES, unknown="[UNK]", padding="[PAD]")
+    tokenizer.enable_truncation(3)
+    file = tmp_path / "words.json"
+    tokenizer.save(str(file))
+    loaded = tokenizers.Tokenizer.from_file(str(file))
+    assert text.encode(loaded, PHRASES).tolist() == text.encode(tokenizer, PHRASES).tolist()
+    assert text.encode(loaded, PHRASES).shape == (2, 3)
+
+
+def test_unseen_word_is_named() -> None:
+    tokenizer = text.vocabulary(PHRASES, specials=["[CLS]"])
+    with pytest.raises(KeyError, match=r"'never' of text 1 .* unknown='\[UNK\]'"):
+        text.encode(tokenizer, ["Hope to see", "[CLS] you never see"])
+
+
+def test_texts_of_different_lengths() -> None:
+    tokenizer = text.vocabulary(PHRASES)
+    with pytest.raises(ValueError, match=r"1 to 2 words; .*padding='\[PAD\]'"):
+        text.encode(tokenizer, ["Hope", "to see"])
+
+
+def test_no_texts() -> None:
+    assert text.encode(text.vocabulary(PHRASES), []).shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ((PHRASES, "alphabet"), ValueError, "'appearance', 'frequency', got 'alphabet'"),
+        (("one text",), TypeError, "put it in a list"),
+        (([b"bytes"],), TypeError, "expected strings, got bytes"),
+        (([" "],), ValueError, "no word"),
+        ((PHRASES, "appearance", ["a", "a"]), ValueError, "given twice"),
+    ],
+    ids=["order", "string", "bytes", "empty", "specials"],
+)
+def test_wrong_arguments(arguments, error, match) -> None:
+    with pytest.raises(error, match=match):
+        text.vocabulary(*arguments)
+
+
+def test_tokenizers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'gpu_embed\[text\]'"):
+        text.vocabulary(PHRASES)
+
+
+KERAS_IDS = [[4, 1, 2, 3, 5], [6, 1, 2, 3, 7]]
+
+
+def test_ids_that_keras_counts_from_one() -> None:
+    with pytest.raises(
+        ValueError, match=r"counted from 1, as Keras's Tokenizer does.*Embedding\(8, \.\.\.\)"
+    ):
+        text.check_table_size(KERAS_IDS, 7)
+    text.check_table_size(KERAS_IDS, 8)
+
+
+@pytest.mark.parametrize(
+    ("ids", "rows", "match"),
+    [([0, 7], 7, "largest id is 7.*needs 8 rows, not 7"), ([-1], 7, "id -1 is negative")],
+)
+def test_other_ids_that_do_not_fit(ids, rows, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        text.check_table_size(torch.tensor(ids), rows)
+
+
+def test_no_ids_fit_any_table() -> None:
+    text.check_table_size([], 0)
