@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
+
+from .plot import place_labels
 
 GREY = "#777777"
 TORCH_COLOUR = "#f4a582"
@@ -70,44 +71,8 @@ def label_moves(
     """Write each word beside its row after the training, where nothing else stands."""
     along = np.linspace(0, 1, 40)[:, None, None]
     drawn = axes.transData.transform((before + along * (after - before)).reshape(-1, 2))
-    labels: list[Bbox] = []
-    for i, word in enumerate(words):
-        label = axes.annotate(
-            word,
-            xy=(after[i][0], after[i][1]),
-            xytext=(0, 0),
-            textcoords="offset pixels",
-            ha="center",
-            va="center",
-            color=f"C{i}",
-            fontsize=13,
-            fontweight="bold",
-        )
-        box = label.get_window_extent(canvas.get_renderer())
-        shift = free_shift(box, drawn, labels, axes.bbox)
-        label.set_position(shift)
-        labels.append(box.translated(*shift))
-
-
-def free_shift(
-    box: Bbox, drawn: np.ndarray, labels: Sequence[Bbox], frame: Bbox
-) -> tuple[float, float]:
-    """Move a box off its point, as little as lets it cover no label, no drawing and no frame."""
-
-    def covered(shift: tuple[float, float]) -> int:
-        moved = box.translated(*shift)
-        outside = moved.x0 < frame.x0 or moved.x1 > frame.x1
-        outside |= moved.y0 < frame.y0 or moved.y1 > frame.y1
-        padded = moved.padded(5)
-        return padded.count_contains(drawn) + 100 * (padded.count_overlaps(labels) + outside)
-
-    shifts = [
-        (np.cos(angle) * (box.width / 2 + gap), np.sin(angle) * (box.height / 2 + gap))
-        for gap in (12, 18, 26, 36)
-        for angle in np.arange(16) * np.pi / 8
-    ]
-    # min() keeps the first, so the nearest, of equally good ones.
-    return min(shifts, key=covered)
+    colours = [f"C{i}" for i in range(len(words))]
+    place_labels(axes, canvas, words, after, drawn, colours, fontsize=13)
 
 
 def draw_losses(axes: Axes, losses: Mapping[str, Sequence[float]], guessing: float) -> None:

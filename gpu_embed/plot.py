@@ -1,0 +1,182 @@
+"""Pictures of a table: people look at embeddings rather than read them (needs matplotlib, extra `demo`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+from torch import Tensor
+
+
+class Projection(NamedTuple):
+    """Rows in the plane."""
+
+    points: Tensor  # fp64, [rows, 2], on the CPU
+    axes: tuple[str, str]  # what the two columns are
+
+
+def table(
+    weight: Tensor,
+    labels: Sequence[str] | None = None,
+    ids: Sequence[int] | Tensor | None = None,
+    groups: Sequence[str] | None = None,
+    title: str | None = None,
+    axes: Axes | None = None,
+) -> Figure:
+    """Draw rows of a table as points, with their labels beside them where nothing else stands.
+
+    Args:
+        weight: the table, [V, D], any floating dtype and device; a layer's `weight`.
+        labels: one for each row drawn. None: the ids themselves, for up to 100 rows.
+        ids: the rows to draw. None: all of them.
+        groups: one name for each row drawn; rows of one group share a colour, and a legend names them.
+        title: above the picture.
+        axes: where to draw. None: a figure of its own.
+
+    Returns:
+        The figure; `figure.savefig("table.png")` writes it.
+
+    Raises:
+        ValueError: weight is not a matrix, an id is outside of it, or labels or groups are too few or many.
+
+    Two columns are drawn as they are; of more, the two directions along which the rows differ most (principal
+    components); the axes say how much of the variance they show.
+    """
+    if weight.dim() != 2 or weight.shape[1] == 0:
+        raise ValueError(
+            f"plot.table: expected a table [V, D] with D >= 1, got shape {tuple(weight.shape)}"
+        )
+    rows = torch.arange(len(weight)) if ids is None else torch.as_tensor(ids).reshape(-1).cpu()
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
+        raise ValueError(
+            f"plot.table: ids go from {int(rows.min())} to {int(rows.max())}, "
+            f"the table's from 0 to {len(weight) - 1}"
+        )
+    for name, given in (("labels", labels), ("groups", groups)):
+        if given is not None and len(given) != len(rows):
+            raise ValueError(f"plot.table: {len(given)} {name} for {len(rows)} rows")
+    if labels is None:
+        labels = [str(int(row)) for row in rows] if len(rows) <= 100 else [""] * len(rows)
+
+    projection = project(weight.detach()[rows.to(weight.device)])
+    if axes is None:
+        figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
+        axes = figure.subplots()
+    found = axes.get_figure(root=True)
+    assert found is not None
+    colours = draw_points(axes, projection, groups)
+    if title is not None:
+        axes.set_title(title)
+    canvas = FigureCanvasAgg(found)
+    # Only once all else is drawn are all places final, in pixels.
+    canvas.draw()
+    points = projection.points.numpy()
+    place_labels(axes, canvas, labels, points, axes.transData.transform(points), colours)
+    return found
+
+
+def project(rows: Tensor) -> Projection:
+    """Rows [N, D] in the plane: themselves where D <= 2, else their two principal components.
+
+    Each component points where its largest entry is positive, so that two runs give one picture.
+    """
+    values = rows.to("cpu", torch.float64)
+    num_columns = values.shape[1]
+    if num_columns <= 2:
+        points = torch.nn.functional.pad(values, (0, 2 - num_columns))
+        return Projection(points, ("first value of the row", "second value of the row"))
+    centred = values - values.mean(dim=0) if len(values) else values
+    _, strength, directions = torch.linalg.svd(centred, full_matrices=False)
+    directions = torch.nn.functional.pad(directions, (0, 0, 0, max(0, 2 - len(directions))))[:2]
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    directions = directions * torch.where(largest < 0, -1.0, 1.0)
+    variance = torch.nn.functional.pad(strength.square(), (0, 2))
+    shares = (100 * variance / variance.sum().clamp(min=torch.finfo(variance.dtype).tiny)).tolist()
+    first, second = (
+        f"{name} principal component ({share:.0f} % of the variance)"
+        for name, share in zip(("first", "second"), shares[:2], strict=True)
+    )
+    return Projection(centred @ directions.T, (first, second))
+
+
+def draw_points(axes: Axes, projection: Projection, groups: Sequence[str] | None) -> list[str]:
+    """Draw a point a row; returns each row's colour."""
+    points = projection.points.numpy()
+    names = list(dict.fromkeys(groups or ()))
+    colours = (
+        [f"C{names.index(group) % 10}" for group in groups] if groups else ["C0"] * len(points)
+    )
+    members = {name: [i for i, group in enumerate(groups or ()) if group == name] for name in names}
+    for name, own in (members or {"": list(range(len(points)))}).items():
+        colour = colours[own[0]] if own else "C0"
+        axes.plot(points[own, 0], points[own, 1], "o", label=name, markersize=6, color=colour)
+    axes.set_xlabel(projection.axes[0])
+    axes.set_ylabel(projection.axes[1])
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    if names:
+        axes.legend(loc="best")
+    return colours
+
+
+def place_labels(
+    axes: Axes,
+    canvas: FigureCanvasAgg,
+    labels: Sequence[str],
+    points: np.ndarray,
+    drawn: np.ndarray,
+    colours: Sequence[str],
+    fontsize: float = 10,
+) -> None:
+    """Write each label beside its point, where it covers no label, no drawing and no frame.
+
+    Args:
+        points: [N, 2] in the axes' data, one a label.
+        drawn: [*, 2] in pixels: what the labels should not cover.
+    """
+    boxes: list[Bbox] = []
+    for text, (x, y), colour in zip(labels, points, colours, strict=True):
+        if not text:
+            continue
+        label = axes.annotate(
+            text,
+            xy=(x, y),
+            xytext=(0, 0),
+            textcoords="offset pixels",
+            ha="center",
+            va="center",
+            color=colour,
+            fontsize=fontsize,
+            fontweight="bold",
+        )
+        box = label.get_window_extent(canvas.get_renderer())
+        shift = free_shift(box, drawn, boxes, axes.bbox)
+        label.set_position(shift)
+        boxes.append(box.translated(*shift))
+
+
+def free_shift(
+    box: Bbox, drawn: np.ndarray, labels: Sequence[Bbox], frame: Bbox
+) -> tuple[float, float]:
+    """Move a box off its point, as little as lets it cover no label, no drawing and no frame."""
+
+    def covered(shift: tuple[float, float]) -> int:
+        moved = box.translated(*shift)
+        outside = moved.x0 < frame.x0 or moved.x1 > frame.x1
+        outside |= moved.y0 < frame.y0 or moved.y1 > frame.y1
+        padded = moved.padded(5)
+        return padded.count_contains(drawn) + 100 * (padded.count_overlaps(labels) + outside)
+
+    shifts = [
+        (np.cos(angle) * (box.width / 2 + gap), np.sin(angle) * (box.height / 2 + gap))
+        for gap in (12, 18, 26, 36)
+        for angle in np.arange(16) * np.pi / 8
+    ]
+    # min() keeps the first, so the nearest, of equally good ones.
+    return min(shifts, key=covered)

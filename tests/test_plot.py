@@ -1,0 +1,91 @@
+"""Pictures of tables: the right points, readable labels, and errors that say what to do."""
+
+import pytest
+import torch
+
+plot = pytest.importorskip("gpu_embed.plot", exc_type=ImportError)
+
+WORDS = ["hope", "to", "see", "you", "soon", "nice", "again"]
+
+
+def points(figure):
+    (axes,) = figure.axes
+    return [tuple(point) for line in axes.lines for point in line.get_xydata().tolist()]
+
+
+def test_two_columns_are_drawn_as_they_are(tmp_path):
+    weight = torch.nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.5, 0.25]]))
+    figure = plot.table(weight, ["a", "b", "c"], title="three rows")
+    assert points(figure) == [(1.0, 2.0), (3.0, -4.0), (0.5, 0.25)]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"a", "b", "c"}
+    assert figure.axes[0].get_title() == "three rows"
+    assert figure.axes[0].get_xlabel() == "first value of the row"
+    figure.savefig(tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 5000
+
+
+def test_more_columns_are_their_principal_components():
+    # All variance lies along (3, 4, 0) and (0, 0, 1): 2 * 25 * 4 against 2 * 1.
+    along, across = torch.tensor([3.0, 4.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+    weight = torch.stack([2 * along, -2 * along, across, -across]) + 7
+    projection = plot.project(weight.to(torch.bfloat16))
+    expected = torch.tensor([[10, 0], [-10, 0], [0, 1], [0, -1]], dtype=torch.float64)
+    assert torch.allclose(projection.points, expected, atol=1e-12)
+    assert projection.axes == (
+        "first principal component (99 % of the variance)",
+        "second principal component (1 % of the variance)",
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 3), (2, 5), (4, 1), (0, 2)], ids=str)
+def test_small_tables(shape):
+    assert len(points(plot.table(torch.randn(shape)))) == shape[0]
+
+
+def test_equal_rows_have_no_variance():
+    projection = plot.project(torch.ones(3, 4))
+    assert projection.points.abs().max() == 0
+    assert "(0 % of the variance)" in projection.axes[0]
+
+
+def test_labels_stand_apart():
+    weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    figure = plot.table(weight)
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 40
+    overlapping = sum(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert overlapping == 0
+
+
+def test_chosen_rows_and_groups():
+    weight = torch.arange(14.0).view(7, 2)
+    figure = plot.table(weight, ["see", "again"], ids=[2, 6], groups=["verb", "adverb"])
+    assert points(figure) == [(4.0, 5.0), (12.0, 13.0)]
+    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["verb", "adverb"]
+
+
+def test_drawn_into_a_figure_of_the_callers():
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.subplots(1, 2)
+    assert plot.table(torch.randn(3, 2), axes=axes[1]) is figure
+    assert not axes[0].lines
+    assert axes[1].lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((torch.randn(3),), r"expected a table \[V, D\]"),
+        ((torch.randn(3, 0),), "D >= 1"),
+        ((torch.randn(7, 2), WORDS[:3]), "3 labels for 7 rows"),
+        ((torch.randn(7, 2), None, [7]), "ids go from 7 to 7, the table's from 0 to 6"),
+        ((torch.randn(7, 2), WORDS, None, ["a"]), "1 groups for 7 rows"),
+    ],
+    ids=["vector", "empty", "labels", "ids", "groups"],
+)
+def test_wrong_arguments(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        plot.table(*arguments)
