@@ -175,7 +175,7 @@ def free_shift(
 
     shifts = [
         (np.cos(angle) * (box.width / 2 + gap), np.sin(angle) * (box.height / 2 + gap))
-        for gap in (12, 18, 26, 36)
+        for gap in (12, 18, 26, 36, 50, 66)
         for angle in np.arange(16) * np.pi / 8
     ]
     # min() keeps the first, so the nearest, of equally good ones.
