@@ -28,10 +28,19 @@ import gpu_embed
 from . import backends, settings
 from .backends import Backend
 from .backends.gradient_method import RULES, GradientRule
+from .bags import Bags
+from .row_update import RowUpdate
 
 PACKAGES = ("torch", "numpy", "triton")
 CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
-OPERATIONS = ("embedding", "embedding_dense_backward", "embedding_renorm_", "embedding_counts")
+OPERATIONS = (
+    "embedding",
+    "embedding_dense_backward",
+    "embedding_renorm_",
+    "embedding_counts",
+    "embedding_bag",
+    "row_update_",
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def collect() -> dict[str, Any]:
         "gpus": [_gpu(device) for device in devices if device.type == "cuda"],
         "serves": {str(device): _serves(device) for device in devices},
         "settings": _settings(),
-        "gradient_methods": [_rule(rule) for rule in RULES],
+        "gradient_methods": [_rule(rule) for rule in RULES.values()],
         "checks": [asdict(check) for device in devices for check in check_device(device)],
     }
 
@@ -121,6 +130,21 @@ def _renormed(backend: Backend, device: torch.device) -> Tensor:
     return table
 
 
+def _bags(backend: Backend, device: torch.device) -> Tensor:
+    offsets = torch.tensor([0, 0, 7, 60], device=device)
+    bags = Bags(_ids(device).view(-1), offsets, len(offsets))
+    return backend.embedding_bag(_table(device), None, bags, 3, "sum", None)
+
+
+def _updated(backend: Backend, device: torch.device) -> Tensor:
+    table = _table(device)
+    values = _gradient(device).view(NUM_IDS, COLUMNS)
+    backend.row_update_(
+        RowUpdate("sgd", step_size=0.5), table, (), _ids(device).view(-1), values, None
+    )
+    return table
+
+
 SAMPLES: dict[str, Callable[[Backend, torch.device], Tensor]] = {
     "embedding": lambda backend, device: backend.embedding(_table(device), _ids(device), 3, None),
     "embedding_dense_backward": lambda backend, device: backend.embedding_dense_backward(
@@ -128,6 +152,8 @@ SAMPLES: dict[str, Callable[[Backend, torch.device], Tensor]] = {
     ),
     "embedding_renorm_": _renormed,
     "embedding_counts": lambda backend, device: backend.embedding_counts(_ids(device), ROWS),
+    "embedding_bag": _bags,
+    "row_update_": _updated,
 }
 
 
@@ -197,7 +223,12 @@ def _serves(device: torch.device) -> dict[str, Any]:
 
 def _settings() -> dict[str, str]:
     found = {}
-    for setting in (settings.BACKEND, settings.BOUNDS_CHECK, settings.GRADIENT_METHOD):
+    for setting in (
+        settings.BACKEND,
+        settings.BOUNDS_CHECK,
+        settings.GATHER_METHOD,
+        settings.GRADIENT_METHOD,
+    ):
         name = setting.variable.removeprefix("GPU_EMBED_").lower()
         try:
             found[name] = setting.value
@@ -208,9 +239,12 @@ def _settings() -> dict[str, str]:
 
 def _rule(rule: GradientRule) -> str:
     """One line of the table that chooses the gradient's kernel."""
+    chosen = rule.max_indices_per_row
     limits = [
+        "only where forced" if chosen is None else "",
         " or ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes),
-        f"up to {rule.max_indices_per_row:g} ids a row" if rule.max_indices_per_row < inf else "",
+        f"up to {chosen:g} ids a row" if chosen is not None and chosen < inf else "",
+        f"up to {rule.max_num_embeddings:g} rows" if rule.max_num_embeddings < inf else "",
         "" if rule.deterministic else "not deterministic",
         "" if rule.scale_grad_by_freq else "without scale_grad_by_freq",
     ]

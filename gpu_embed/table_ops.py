@@ -216,7 +216,7 @@ def _sparse_gradient(
             values = (wide / batch.bag_sizes(places)[bag][:, None]).to(values.dtype)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
-    return ops._sparse_gradient(values, rows, batch.shape.num_rows, -1, False)
+    return ops.sparse_gradient(values, rows, batch.shape.num_rows, -1, False)
 
 
 call_table_batched_embedding: Callable[..., Tensor] = register_bilinear(
