@@ -19,6 +19,7 @@ from gpu_embed import reference
 from gpu_embed.backends._cupy import Kernel
 from gpu_embed.backends.gradient_method import use_gradient_method
 from gpu_embed.bounds import BoundsRecord
+from gpu_embed.row_update import STATE, RowUpdate
 
 KERNELS_DIR = Path(__file__).parent.parent / "kernels"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -586,6 +587,26 @@ class TestFarRows:
         weight[-1] = 3.0
         sm_90.embedding_renorm_(weight, self.indices, 1.5, math.inf)
         torch.testing.assert_close(weight[-1], torch.full((8,), 1.5))
+
+    @pytest.mark.parametrize("formula", ["adam", "rowwise_adagrad"])
+    def test_row_update(self, sm_90: HostShimCupyBackend, formula: str) -> None:
+        weight = mapped(FAR_ROWS, 8, torch.float32)
+        state = tuple(
+            mapped(FAR_ROWS, 1, torch.float32).view(-1)
+            if layout.per_row
+            else mapped(FAR_ROWS, 8, torch.float32)
+            for layout in STATE[formula]
+        )
+        rows = mapped(FAR_ROWS, 1, torch.bool).view(-1)
+        rows[-1], rows[3] = True, True
+        update = RowUpdate(formula, 2.0, avg_weight=0.5, sq_weight=0.25, eps=2.0**-60)
+        # Of four entries two are for the last row, in which they are 3 in every column.
+        values = torch.tensor([[1.0], [4.0], [5.0], [2.0]]).expand(4, 8)
+        sm_90.row_update_(update, weight, state, self.indices, values, rows)
+        assert weight[-1].eq(-2).all()
+        assert weight[3].eq(-2).all()
+        assert not weight[-2].any()
+        assert state[-1][-1].eq(9.0 if formula == "rowwise_adagrad" else 9.0 / 4).all()
 
     def test_counts(self, sm_90: HostShimCupyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         counts = mapped(2**31 + 8, 1, torch.int32).view(-1)

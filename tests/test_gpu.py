@@ -16,7 +16,7 @@ from cases import ID_DTYPES, ids, same_bits, table
 from torch import Tensor
 
 import gpu_embed
-from gpu_embed import backends, bounds
+from gpu_embed import Embedding, backends, bounds, optim
 from gpu_embed.functional import embedding
 
 pytestmark = pytest.mark.gpu
@@ -989,6 +989,147 @@ def test_triton_and_cupy_agree(dtype, embedding_dim):
     assert torch.allclose(clipped, cupy_clipped, rtol=rtol, atol=0)
 
 
+# Optimizers.
+
+OPTIMIZERS = (optim.SGD, optim.Adagrad, optim.RowWiseAdagrad, optim.Adam, optim.AdamW)
+
+
+def sparse_layer(num_embeddings: int, embedding_dim: int, **arguments: object) -> Embedding:
+    layer = Embedding(num_embeddings, embedding_dim, sparse=True, device=DEVICE, **arguments)
+    with torch.no_grad():
+        layer.weight.zero_()
+    return layer
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("optimizer_class", [optim.RowWiseAdagrad, optim.Adagrad])
+def test_rows_past_2_31_elements_are_updated(backend, optimizer_class):
+    """Contract 3: 64-bit addresses of weight and state."""
+    layer = sparse_layer(19_345_706, 128, dtype=torch.bfloat16)
+    optimizer = optimizer_class(layer.parameters(), lr=0.5)
+    rows, _ = distinct_rows(*layer.weight.shape)
+    layer(rows.repeat(5)).sum().backward()
+    optimizer.step()
+    # A constant gradient of 5: both move by lr times its sign, but for eps.
+    assert torch.allclose(layer.weight[rows].float(), layer.weight.new_full((), -0.5).float())
+    assert layer.weight.count_nonzero() == len(rows) * 128
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_no_host_sync_for_optimizers(backend, optimizer_class, in_backward):
+    """Contract 5: not for padding, ids out of range, a tensor lr, chosen rows, random rounding or clipping."""
+    layer = sparse_layer(500, 48, dtype=torch.bfloat16, padding_idx=7)
+    arguments = {
+        "lr": torch.tensor(0.1, device=DEVICE),
+        "rows": range(400),
+        "stochastic_rounding": True,
+        "seed": 1,
+    }
+    if in_backward:
+        optim.apply_in_backward(layer, optimizer_class, **arguments)
+    else:
+        optimizer = optimizer_class(layer.parameters(), **arguments)
+
+    def step() -> None:
+        layer(indices).sum().backward()
+        if not in_backward:
+            optim.clip_grad_norm_(layer.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    indices = random_ids(3073, 500)
+    step()
+    with no_host_sync():
+        step()
+
+
+@pytest.mark.parametrize("optimizer_class", [optim.SGD, optim.Adagrad, optim.RowWiseAdagrad])
+def test_cuda_graphs_replay_steps(backend, optimizer_class):
+    """Contract 5: ids, gradients and the learning rate may change between replays."""
+    layers = [sparse_layer(1000, 48) for _ in range(2)]
+    lr = torch.tensor(0.5, device=DEVICE)
+    indices = random_ids(3073, 1000)
+    grad_output = integers(3073, 48)
+    optimizers = [optimizer_class(layer.parameters(), lr=lr) for layer in layers]
+
+    def step(which: int = 0) -> tuple[Tensor, ...]:
+        optimizers[which].zero_grad()
+        layers[which](indices).backward(grad_output)
+        optimizers[which].step()
+        return ()
+
+    graph, _ = captured(step)
+    # What the warm-up did, the twin does too; capturing itself runs nothing.
+    for _ in range(2):
+        step(1)
+    for seed in (1, 2):
+        indices.copy_(random_ids(3073, 1000, seed))
+        grad_output.copy_(integers(3073, 48, seed=seed))
+        lr.fill_(0.25 * seed)
+        graph.replay()
+        step(1)
+        assert same_bits(layers[0].weight.detach(), layers[1].weight.detach())
+
+
+def test_steps_with_numbers_of_their_own_are_not_captured(triton):
+    layer = sparse_layer(100, 8)
+    optimizer = optim.Adam(layer.parameters())
+
+    def step() -> None:
+        layer(torch.arange(5, device=DEVICE)).sum().backward()
+        optimizer.step()
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="a CUDA graph would repeat the step"),
+        torch.cuda.graph(graph),
+    ):
+        step()
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_memory_of_a_step(backend, optimizer_class):
+    """Beyond state and gradient: 32 bytes an id and 64 MiB, whatever the table's height."""
+    layer = sparse_layer(4_000_000, 64)
+    optimizer = optimizer_class(layer.parameters())
+    for indices in (random_ids(10, 4_000_000), random_ids(100_000, 4_000_000)):
+        optimizer.zero_grad()
+        layer(indices).sum().backward()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        optimizer.step()
+        peak = torch.cuda.max_memory_allocated() - before
+    sums = 0
+    if backend == "cupy" and optimizer_class is optim.RowWiseAdagrad:
+        sums = layer.weight.grad._values().nbytes  # it takes two steps there
+    assert peak <= 32 * 100_000 + 64 * 2**20 + sums
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+def test_two_streams_update_two_tables(backend, optimizer_class):
+    """The kernels run on the caller's stream: what that stream writes first, they read."""
+    layers = [sparse_layer(300, 64) for _ in range(2)]
+    optimizers = [optimizer_class(layer.parameters(), lr=0.5) for layer in layers]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    grad_output = integers(3073, 64)
+    indices = random_ids(3073, 300)
+    for stream, layer, optimizer in zip(streams, layers, optimizers, strict=True):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                optimizer.zero_grad()
+                output = layer(indices)
+                torch.cuda._sleep(SLEEP // 20)
+                output.backward(grad_output)
+                optimizer.step()
+    torch.cuda.synchronize()
+    assert layers[0].weight.any()
+    assert same_bits(layers[0].weight.detach(), layers[1].weight.detach())
+
+
 # Small enough to run under compute-sanitizer: `make gpu` picks tests by the word in their names.
 
 
@@ -1021,6 +1162,21 @@ def check_bad_ids(indices: Tensor, weight: Tensor) -> None:
     with gpu_embed.set_bounds_check("off"):
         gradient(indices, len(weight), torch.ones_like(output), scale_grad_by_freq=True)
     assert not output[[5, -1]].any()
+
+
+@pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sanitizer_finds_nothing_in_updates(backend, optimizer_class, dtype):
+    """Contract 6: no access outside of any tensor; rows in one warp, in several and in none."""
+    for embedding_dim in (1, 8, 33, 300, 5000):
+        weight = torch.nn.Parameter(table(19, embedding_dim, dtype, DEVICE))
+        optimizer = optimizer_class([weight], rows=range(18), stochastic_rounding=True, seed=0)
+        indices = ids("zipf", 77, 19, DEVICE)
+        weight.grad = torch.sparse_coo_tensor(
+            indices[None], integers(77, embedding_dim, dtype=dtype), weight.shape
+        )
+        optimizer.step()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.complex128], ids=str)
