@@ -1,6 +1,5 @@
 """One optimizer step of one table, as every backend is told of it."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ class Stream(NamedTuple):
     step: int  # [0, 2**32)
 
 
-@dataclass(frozen=True)
-class RowUpdate:
+class RowUpdate(NamedTuple):
     """What becomes of a row w and its state, given g: `grad_scale` times the row's summed gradient.
 
     Every operation is rounded to fp32 (fp64 for fp64 tables), in the order written; no multiplication and

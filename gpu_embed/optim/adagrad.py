@@ -61,7 +61,7 @@ class Adagrad(RowOptimizer):
 
     def _row_update(self, group: dict[str, Any], lr: float, step: int) -> RowUpdate:
         step_size = lr / (1 + (step - 1) * group["lr_decay"])
-        return RowUpdate(self.formula, step_size, eps=group["eps"])
+        return RowUpdate(self.formula, step_size, eps=float(group["eps"]))
 
     def _initial_state(self, group: dict[str, Any]) -> float:
         return float(group["initial_accumulator_value"])

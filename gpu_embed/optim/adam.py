@@ -58,11 +58,11 @@ class Adam(RowOptimizer):
         super().__init__(params, defaults)
 
     def _row_update(self, group: dict[str, Any], lr: float, step: int) -> RowUpdate:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         return RowUpdate(
             self.formula,
             step_size=lr * math.sqrt(1 - beta2**step) / (1 - beta1**step),
-            eps=group["eps"],
+            eps=float(group["eps"]),
             avg_weight=1 - beta1,
             sq_weight=1 - beta2,
         )
@@ -124,13 +124,13 @@ class AdamW(RowOptimizer):
         super().__init__(params, defaults)
 
     def _row_update(self, group: dict[str, Any], lr: float, step: int) -> RowUpdate:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         root_correction = math.sqrt(1 - beta2**step)
         # The formula has the uncorrected root, so both sides of the quotient take the correction.
         return RowUpdate(
             self.formula,
             step_size=lr * root_correction / (1 - beta1**step),
-            eps=group["eps"] * root_correction,
+            eps=float(group["eps"]) * root_correction,
             decay=lr * group["weight_decay"],
             avg_weight=1 - beta1,
             sq_weight=1 - beta2,

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -145,8 +144,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         lr = group["lr"]
         read_on_device = isinstance(lr, Tensor) and lr.device == device
         update = self._row_update(group, 1.0 if read_on_device else float(lr), state["step"])
-        return replace(
-            update,
+        return update._replace(
             grad_scale=-1.0 if group["maximize"] else 1.0,
             lr=lr.to(torch.float64).reshape(1) if read_on_device else None,
             stream=Stream(state["seed"], state["step"]) if group["stochastic_rounding"] else None,
