@@ -94,6 +94,8 @@ def header(
         "capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
         "copy_gbps": copy_gbps,
         "clocks": seen,
+        # Whoever else works on the machine slows what is measured there.
+        "load": load(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": version("triton"),
@@ -106,6 +108,14 @@ def header(
         "command": " ".join(command),
         "seed": seed,
     }
+
+
+def load() -> list[float] | None:
+    """The processes that wanted to run, in the mean of the last minute and of five; None where unknown."""
+    try:
+        return [round(mean, 2) for mean in os.getloadavg()[:2]]
+    except (AttributeError, OSError):  # Windows
+        return None
 
 
 def usable_memory(device: torch.device) -> int:

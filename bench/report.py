@@ -36,6 +36,7 @@ HEADER_LABELS = {
     "capability": "compute capability",
     "copy_gbps": "measured copy bandwidth (GB/s, read plus written)",
     "clocks": "clocks",
+    "load": "load of the CPU before, 1 and 5 minutes",
     "torch": "torch",
     "cuda": "CUDA",
     "triton": "triton",

@@ -170,6 +170,7 @@ def test_rows_in_one_file_alone_are_listed_and_counted(run):
         {"vocab": 1025},
         {"dim": 769},
         {"num_ids": 16385},
+        {"hotness": 16},
         {"distribution": "zipf:1.05"},
         {"padding": 0.3},
         {"provider": "gpu_embed-atomic"},
@@ -237,6 +238,7 @@ def test_many_rows_are_cut_short_but_never_the_bad_ones(run):
     [
         ({"gpu_embed": 2.0, "gpu_embed-sorted": 1.0}, "gpu_embed"),
         ({"gpu_embed": 2.0, "gpu_embed-sparse": 1.0}, "gpu_embed-sparse"),
+        ({"gpu_embed-in-backward": 1.0, "gpu_embed-sparse": 2.0}, "gpu_embed-in-backward"),
         ({"gpu_embed": None, "gpu_embed-sparse": 1.0}, "gpu_embed"),
         ({"gpu_embed-atomic": 2.0, "gpu_embed-sorted": 1.0, "torch": 0.5}, "gpu_embed-sorted"),
     ],
@@ -245,6 +247,13 @@ def test_which_row_stands_for_us(times, stands):
     """A forced method may be faster than our own choice; it does not stand for it."""
     rows = {name: row(ms=ms, provider=name) for name, ms in times.items()}
     assert compare.our_row(rows).provider == stands
+
+
+def test_a_bag_is_named_in_its_line():
+    cell = compare.cell_of(row(operation="embedding_bag", hotness=16))
+    assert "embedding_bag" in compare.describe(cell)
+    assert " bags of 16 " in compare.describe(cell)
+    assert "bags" not in compare.describe(compare.cell_of(row()))
 
 
 def test_the_best_rival_is_right_and_not_ours():

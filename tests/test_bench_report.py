@@ -42,6 +42,7 @@ HEADER = {
     "capability": [9, 0],
     "copy_gbps": 1234.56,
     "clocks": {"sm": "1 MHz"},
+    "load": [0.25, 1.5],
     "torch": "9.8.7",
     "triton": "6.5.4",
     "python": "3.99",
@@ -61,7 +62,7 @@ def row(provider: str, ms: float | None, **changes) -> Row:
 
 ROWS = [
     row("gpu_embed", 0.5),
-    row("gpu_embed-sorted", 2.5),
+    row("gpu_embed-sorted", 2.5, step_peak_bytes=3 * 2**19),
     row("torch", 2.0),
     row("torch.compile", 1.0),
     row("liger-kernel", None, status="wrong", match=NASTY),
@@ -179,6 +180,7 @@ def test_the_header_is_complete(page):
     assert found["measured copy bandwidth (GB/s, read plus written)"] == "1,234.6"
     assert found["commit"] == "0123456789abcdef with uncommitted changes"
     assert found["command"] == "python -m gpu_embed.bench run --set 'A|B'"
+    assert found["load of the CPU before, 1 and 5 minutes"] == "0.25 1.5"
     assert {"torch", "triton", "driver", "clocks", "Python", "date", "seed"} <= set(found)
 
 
@@ -207,6 +209,12 @@ def test_ratios_against_the_best_rival_are_highlighted(page):
     assert slow["best rival / this"] == ("0.50 (torch)", "behind")
     assert forced["best rival / this"] == ("0.40 (torch.compile)", "behind")
     assert all(found["best rival / this"][0] == "" for found in provider_rows(page, "torch"))
+
+
+def test_the_peak_of_a_step_has_a_column(page):
+    (found,) = provider_rows(page, "gpu_embed-sorted")
+    assert found["step's peak MiB"] == ("1.5", "")
+    assert found["extra MiB"] == ("", "")
 
 
 def test_a_time_beside_a_wrong_result_is_not_shown(tmp_path):
