@@ -345,3 +345,66 @@ def test_one_hot_products_store_once_for_each_split(launches: Launches, case: Ca
     assert not any(i.in_loop for i in stores)
     assert any(i.in_loop for i in product.instructions if i.pointer == "grad_output_ptr")
     assert not any(i.in_loop for i in total.instructions)
+
+
+WALKS_BAGS = ("bag_sum", "bag_mean", "bag_max")
+
+
+@each(lambda case: case.operation in WALKS_BAGS)
+def test_bags_are_read_in_whole_vectors(launches: Launches, case: Case):
+    walk, *rest = of_case(launches, case)
+    assert walk.kernel == ("bag_max_kernel" if case.operation == "bag_max" else "bag_sum_kernel")
+    assert walk.widths("load", "weight_ptr") == {case.access_bytes(case.dtype.itemsize)}
+    if rest:
+        # The parts' sums are fp32; a thread stores what it has loaded in as few accesses as there can be.
+        assert [launch.kernel for launch in rest] == ["bag_combine_kernel"]
+        assert walk.widths("store", "output_ptr") == {16}
+    elif not case.transposed:
+        assert walk.widths("store", "output_ptr") == {case.access_bytes(case.dtype.itemsize)}
+
+
+@each(lambda case: case.operation in WALKS_BAGS)
+def test_bags_are_walked_alone_and_each_id_is_loaded_once(launches: Launches, case: Case):
+    walk = of_case(launches, case)[0]
+    assert walk.num_warps == 1
+    in_loop = [i for i in walk.instructions if i.in_loop or case.num_indices == 1]
+    assert not [i for i in in_loop if i.operation in ("barrier", "shared", "shuffle")]
+    rows = [i for i in in_loop if (i.operation, i.pointer) == ("load", "weight_ptr")]
+    ids = [i for i in in_loop if (i.operation, i.pointer) == ("load", "indices_ptr")]
+    assert len(rows) == walk.settings["UNROLL"]
+    # One more, side by side, where ids are counted or checked before.
+    assert len(ids) == len(rows) + (case.record or case.operation == "bag_mean")
+
+
+@each(lambda case: case.operation in WALKS_BAGS)
+def test_nothing_loads_the_record_of_bags(launches: Launches, case: Case):
+    """Contract 6: bags of good ids cost no access to the record that the GPU would wait for."""
+    operations = {
+        i.operation
+        for i in of_case(launches, case)[0].instructions
+        if i.pointer in ("record_ptr", "flag_ptr")
+    }
+    assert operations == ({"exchange", "store"} if case.record else set())
+
+
+@each(lambda case: case.operation in ("bag_atomic", "bag_sorted"))
+def test_gradients_of_bags_move_what_those_of_lookups_move(launches: Launches, case: Case):
+    found = [launch for launch in of_case(launches, case) if launch.kernel not in SORT_KERNELS]
+    kernel, pointer = {
+        "bag_atomic": ("scatter_add_kernel", "grad_output_ptr"),
+        "bag_sorted": ("segment_sum_kernel", "values_ptr"),
+    }[case.operation]
+    assert [launch.kernel for launch in found[:2]] == ["bag_of_kernel", kernel]
+    assert {launch.kernel for launch in found[2:]} <= {kernel}
+    assert found[1].widths("load", pointer) == {case.access_bytes(case.dtype.itemsize)}
+    assert found[1].widths("load", "bag_of_ptr") == {4}
+    assert bool(found[1].widths("load", "sizes_ptr")) == case.mean
+    assert bool(found[1].widths("load", "per_sample_weights_ptr")) == case.per_sample_weights
+
+
+@each(lambda case: case.operation == "bag_sample_weights")
+def test_gradients_of_sample_weights_read_whole_vectors(launches: Launches, case: Case):
+    _, launch = of_case(launches, case)
+    width = case.access_bytes(case.dtype.itemsize)
+    assert launch.widths("load", "weight_ptr") == {width}
+    assert launch.widths("load", "grad_output_ptr") == {width}

@@ -1,6 +1,7 @@
 """torch's own samples of the function and the layer, replayed against ours.
 
-They ship with torch: OpInfo for `nn.functional.embedding`, ModuleInfo for `nn.Embedding`.
+They ship with torch: OpInfo for `nn.functional.embedding` and `nn.functional.embedding_bag`, ModuleInfo for
+`nn.Embedding` (it has none for `nn.EmbeddingBag`).
 """
 
 import functools
@@ -227,3 +228,94 @@ def test_module_error_inputs(target, module_info):
             layer = build(device=target.device)
             with pytest.raises(error.error_type, match=error.error_regex):
                 layer(*error.module_error_input.forward_input.args)
+
+
+@pytest.fixture(scope="module")
+def bag_samples():
+    """A function that yields weight, ids and the other arguments of every sample."""
+    infos = import_infos("common_methods_invocations", "op_db")
+    (info,) = (info for info in infos if info.name == "nn.functional.embedding_bag")
+    assert info.supported_dtypes("cpu") == set(OP_DTYPES)
+    assert info.supported_dtypes("cuda") == set(OP_DTYPES)
+
+    def samples(device, dtype, requires_grad=False):
+        return op_samples(info, device, dtype, requires_grad)
+
+    return samples
+
+
+def bag_leaves(weight, kwargs, dtype):
+    """The table, the weights of samples or None, and the arguments with them."""
+    weight = weight.detach().to(dtype, copy=True).requires_grad_()
+    weights = kwargs.get("per_sample_weights")
+    if weights is not None:
+        weights = weights.detach().to(dtype, copy=True).requires_grad_()
+    return weight, weights, {**kwargs, "per_sample_weights": weights}
+
+
+def bag_bound(ids, weight, *, grad_output, mode, **kwargs):
+    """How far a result may lie from the exact one: the roundings of its terms, of magnitudes in a sum.
+
+    At most 25 terms of three roundings each in the accumulation dtype, and one rounding of the result.
+
+    Returns:
+        Bounds for the output, the table's gradient, and that of the weights of samples, if there are any.
+    """
+    dtype = grad_output.dtype
+    weight, weights, kwargs = bag_leaves(weight.abs(), kwargs, torch.float64)
+    leaves = [weight]
+    if weights is not None:
+        leaves.append(weights.detach().abs().requires_grad_())
+        kwargs["per_sample_weights"] = leaves[1]
+    # Where one value is taken out of many, the sum of them all bounds it.
+    output = F.embedding_bag(ids, weight, mode="sum" if mode == "max" else mode, **kwargs)
+    output.backward(grad_output.double().abs())
+    eps = 75 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps + torch.finfo(dtype).eps
+    return [eps * total for total in (output.detach(), *(leaf.grad for leaf in leaves))]
+
+
+@pytest.mark.parametrize("dtype", OP_DTYPES, ids=dtype_name)
+def test_bags_forward_and_gradient(target, bag_samples, dtype):
+    """Contract 2: the fp64 results, rounded; contract 7: no argument is ignored."""
+    for sample, ids, kwargs in bag_samples(target.device, dtype):
+        ours, our_weights, our_kwargs = bag_leaves(sample, kwargs, dtype)
+        output = gpu_embed.functional.embedding_bag(ids, ours, **our_kwargs)
+        # The table as max_norm has left it.
+        exact, exact_weights, exact_kwargs = bag_leaves(ours, kwargs, torch.float64)
+        if exact_kwargs.pop("max_norm", None) is not None:
+            assert not torch.equal(ours, sample)
+        # torch's CPU kernel divides by the count of another id.
+        scaled = exact_kwargs.pop("scale_grad_by_freq", False)
+        sparse = exact_kwargs.pop("sparse", False)
+        expected = F.embedding_bag(ids, exact, **exact_kwargs)
+        grad_output = integer_gradient(tuple(output.shape), dtype, target.device)
+        if scaled and sparse:
+            with pytest.raises(RuntimeError, match="scale_grad_by_freq not supported with sparse"):
+                output.backward(grad_output)
+            continue
+        output.backward(grad_output)
+        expected.backward(grad_output.double())
+        if scaled:
+            exact.grad /= ids.flatten().bincount(minlength=len(exact)).clamp(min=1)[:, None]
+        assert ours.grad.is_sparse == sparse
+        results = [(output, expected), (ours.grad.to_dense(), exact.grad)]
+        if exact_weights is not None:
+            results.append((our_weights.grad, exact_weights.grad))
+        bounds = bag_bound(ids, ours, grad_output=grad_output, **exact_kwargs)
+        for (found, right), bound in zip(results, bounds, strict=True):
+            assert found.dtype == dtype
+            assert ((found.double() - right).abs() <= bound).all()
+
+
+def test_bags_gradcheck(target, bag_samples):
+    """Reverse and forward mode, and of second order, which torch's bags do not have."""
+    for sample, ids, kwargs in bag_samples(target.device, torch.float64, True):
+        weight, weights, kwargs = bag_leaves(sample, kwargs, torch.float64)
+        leaves = (weight,) if weights is None else (weight, weights)
+
+        def bags(weight, weights=None, ids=ids, kwargs=kwargs):
+            arguments = {**kwargs, "per_sample_weights": weights}
+            return gpu_embed.functional.embedding_bag(ids, weight, **arguments)
+
+        assert gradcheck(bags, leaves, check_forward_ad=True, fast_mode=True)
+        assert gradgradcheck(bags, leaves, fast_mode=True)
