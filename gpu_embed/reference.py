@@ -175,29 +175,27 @@ def embedding_bag(
     Bag b holds positions offsets[b] to offsets[b + 1] (offsets [B + 1]). padding_idx is left out, of the mean's
     divisor too; per_sample_weights [N] multiply the rows.
     """
-    scale = position_scales(indices, offsets, len(weight), padding_idx, mode, per_sample_weights)
+    scale = position_scales(indices, len(weight), padding_idx, per_sample_weights)
     rows = embedding(weight, indices, padding_idx).astype(np.float64) * scale[:, None]
-    output = [rows[begin:end].sum(axis=0) for begin, end in pairwise(offsets)]
-    return np.stack(output).astype(weight.dtype)
+    output = np.stack([rows[begin:end].sum(axis=0) for begin, end in pairwise(offsets)])
+    if mode == "mean":
+        output /= bag_sizes(indices, offsets, padding_idx)[:, None]
+    return output.astype(weight.dtype)
 
 
 def position_scales(
-    indices: Array,
-    offsets: Array,
-    num_embeddings: int,
-    padding_idx: int,
-    mode: str,
-    per_sample_weights: Array | None,
+    indices: Array, num_embeddings: int, padding_idx: int, per_sample_weights: Array | None
 ) -> Array:
-    """What multiplies the row of each position in its bag's output -> float64 [N]; 0: the row takes no part."""
+    """What multiplies the row of each position -> float64 [N]; 0 where it takes no part."""
+    read = in_table(indices, num_embeddings) & (indices != padding_idx)
+    return np.where(read, 1.0 if per_sample_weights is None else per_sample_weights, 0.0)
+
+
+def bag_sizes(indices: Array, offsets: Array, padding_idx: int) -> Array:
+    """How many ids of each bag are not padding, at least 1 -> [B]."""
     # An id of -1 is out of range, and no padding where -1 stands for there being none.
-    is_padding = (indices == padding_idx) & (indices >= 0)
-    scale = np.zeros(len(indices))
-    for begin, end in pairwise(offsets):
-        scale[begin:end] = 1.0 if per_sample_weights is None else per_sample_weights[begin:end]
-        if mode == "mean":
-            scale[begin:end] /= max((~is_padding[begin:end]).sum(), 1)
-    return np.where(in_table(indices, num_embeddings) & ~is_padding, scale, 0.0)
+    counted = (indices != padding_idx) | (indices < 0)
+    return np.array([max(counted[begin:end].sum(), 1) for begin, end in pairwise(offsets)])
 
 
 def embedding_bag_max(
@@ -232,9 +230,12 @@ def embedding_bag_dense_backward(
     scale_grad_by_freq: bool = False,
 ) -> Array:
     """Gradient of embedding_bag's weight -> [num_embeddings, D]: each position hands its bag's on to its row."""
-    scale = position_scales(indices, offsets, num_embeddings, padding_idx, mode, per_sample_weights)
+    wide = grad_output.astype(np.float64)
+    if mode == "mean":
+        wide /= bag_sizes(indices, offsets, padding_idx)[:, None]
     last = offsets[-1]
-    grad_rows = grad_output[bag_of(offsets)].astype(np.float64) * scale[:last, None]
+    scale = position_scales(indices, num_embeddings, padding_idx, per_sample_weights)
+    grad_rows = wide[bag_of(offsets)] * scale[:last, None]
     grad_weight = embedding_dense_backward(
         grad_rows, indices[:last], num_embeddings, padding_idx, scale_grad_by_freq
     )

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_embed
 from gpu_embed import bounds
-from gpu_embed.functional import embedding
+from gpu_embed.bags import make_bags
+from gpu_embed.functional import embedding, embedding_bag
 
 BAD_IDS = [5, 2**31, 2**40 + 1, -1, -(2**40)]
 
@@ -191,7 +192,7 @@ def test_recording_with_torchs_operators_never_waits():
     record = bounds.BoundsRecord(torch.device("cpu"))
     with Waits():
         record.write(torch.tensor([[1, 2], [7, 9]]), 5)
-    assert record.words.tolist() == [1, 2, 7, 5]
+    assert record.words.tolist() == [1, 2, 7, 5, 0, 0]
     assert record.flag.item() == 1
 
 
@@ -201,7 +202,7 @@ def test_an_error_while_another_is_cleared_is_not_lost(monkeypatch):
 
     def claim():
         if record.words[0] == 0:
-            record.words.copy_(torch.tensor([1, 0, 99, 5]))
+            record.words[:4] = torch.tensor([1, 0, 99, 5])
             record.flag.fill_(1)
 
     record.write(torch.tensor([7]), 5)
@@ -215,3 +216,107 @@ def test_check_bounds_has_nothing_to_say_without_cuda_lookups(monkeypatch):
     monkeypatch.setattr(bounds, "_cuda_records", {})
     for device in (None, 0, "cuda", "cpu"):
         gpu_embed.check_bounds(device)
+
+
+# Bags.
+
+MODES = ("sum", "mean", "max")
+each_mode = pytest.mark.parametrize("reduction", MODES)
+# Ids with one that is bad at flat position 5, offsets, and where it stands: bag, and place in it.
+BAD_BAGS = {
+    "2-D": (lambda bad: [[0, 4, 1], [2, 1, bad]], None, 1, 2),
+    "offsets": (lambda bad: [0, 4, 1, 2, 1, bad, 0], [0, 0, 4, 5], 3, 0),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+@pytest.mark.parametrize("form", BAD_BAGS)
+@each_mode
+def test_the_error_names_the_bag(target, reduction, form, bad):
+    """Contract 6: torch's wording and type first, then the id's bag and its place there, and the rows."""
+    make, offsets, bag, place = BAD_BAGS[form]
+    weight = table(5, 3, torch.float32, target.device)
+    indices = torch.tensor(make(bad), device=target.device)
+    if offsets is not None:
+        offsets = torch.tensor(offsets, device=target.device)
+    message = (
+        "embedding_bag: Expected idx >= 0 && idx < num_embeddings but found idx to be "
+        rf"{bad}, at position {place} of bag {bag} \(flat position 5 of the input\); the table has 5 rows"
+    )
+    for error in (IndexError, RuntimeError):
+        with gpu_embed.set_bounds_check("sync"), pytest.raises(error, match=message):
+            embedding_bag(indices, weight, offsets, mode=reduction)
+
+
+@each_mode
+def test_an_error_of_a_lookup_names_no_bag(target, reduction):
+    """Contract 6: what a bag's error wrote to the record is gone with it."""
+    weight = table(5, 3, torch.float32, target.device)
+    bad = torch.tensor([[0, 9]], device=target.device)
+    with gpu_embed.set_bounds_check("sync"):
+        with pytest.raises(IndexError, match="position 1 of bag 0"):
+            embedding_bag(bad, weight, mode=reduction)
+        with pytest.raises(IndexError, match=r"id 9 at position \(0, 1\) of the input"):
+            embedding(bad, weight)
+
+
+@each_mode
+def test_ids_in_no_bag_are_not_looked_at(target, reduction):
+    weight = table(5, 3, torch.float32, target.device)
+    indices = torch.tensor([1, 99], device=target.device)
+    offsets = torch.tensor([0, 1], device=target.device)
+    output = embedding_bag(indices, weight, offsets, mode=reduction, include_last_offset=True)
+    if target.device == "cuda":
+        gpu_embed.check_bounds()
+    assert torch.equal(output, weight[1:2])
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+@each_mode
+def test_bad_ids_of_bags_add_nothing(target, reduction, padding_idx):
+    """Contract 6: a mean counts such an id, as it counts a row of zeros; a maximum does not see it."""
+    weight = -1 - torch.arange(8.0, device=target.device).view(4, 2)
+    ours = weight.clone().requires_grad_()
+    indices = torch.tensor([[1, 9, -1, 3], [-3, 2**40, -1, 4]], device=target.device)
+    with gpu_embed.set_bounds_check("off"):
+        output = embedding_bag(indices, ours, mode=reduction, padding_idx=padding_idx)
+        output.sum().backward()
+    rows = weight[[1, 3]]
+    expected = {"sum": rows.sum(0), "mean": rows.sum(0) / 4, "max": rows[0]}[reduction]
+    assert torch.equal(output, torch.stack([expected, torch.zeros_like(expected)]))
+    share = {"sum": [1, 1], "mean": [0.25, 0.25], "max": [1, 0]}[reduction]
+    assert ours.grad[:, 0].tolist() == [0, share[0], 0, share[1]]
+
+
+def test_bad_ids_give_their_sample_weights_no_gradient(target):
+    weight = table(4, 2, torch.float32, target.device)
+    indices = torch.tensor([[1, 9, -1]], device=target.device)
+    weights = torch.full((1, 3), float("nan"), device=target.device)
+    weights[0, 0] = 2
+    weights.requires_grad_()
+    with gpu_embed.set_bounds_check("off"):
+        output = embedding_bag(indices, weight, mode="sum", per_sample_weights=weights)
+        output.sum().backward()
+    assert torch.equal(output, 2 * weight[1:2])
+    assert torch.equal(weights.grad, torch.stack([weight[1].sum(), *weight.new_zeros(2)])[None])
+
+
+@each_mode
+def test_bags_without_columns_are_checked_too(target, reduction):
+    weight = torch.empty(3, 0, device=target.device)
+    indices = torch.tensor([[0, 3]], device=target.device)
+    with (
+        gpu_embed.set_bounds_check("sync"),
+        pytest.raises(IndexError, match="found idx to be 3, at position 1 of bag 0"),
+    ):
+        embedding_bag(indices, weight, mode=reduction)
+
+
+def test_recording_bags_with_torchs_operators_never_waits():
+    """Contract 5: what CUDA's last resort does has no host sync."""
+    record = bounds.BoundsRecord(torch.device("cpu"))
+    bags = make_bags(torch.tensor([1, 2, 4, 9, 9]), torch.tensor([0, 0, 2, 4]), False)
+    with Waits():
+        record.write_bags(bags, 5)
+    assert record.words.tolist() == [1, 3, 9, 5, 3, 2]
+    assert record.flag.item() == 1

@@ -1,6 +1,6 @@
 """Hypothesis looks for shapes, dtypes, strides, ids and arguments that break a property."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from cases import (
 
 import gpu_embed
 from gpu_embed import ops
-from gpu_embed.functional import embedding
+from gpu_embed.functional import embedding, embedding_bag
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis draws the cases")
 st = hypothesis.strategies
@@ -305,3 +305,84 @@ def test_renorm_stays_near_the_exact_rows(target):
         if weight._base is not None:
             weight.zero_()
             assert not weight._base.any()
+
+
+@dataclass(frozen=True)
+class BagLookup:
+    """A lookup whose ids are cut into bags of these sizes."""
+
+    lookup: Lookup
+    sizes: tuple[int, ...]
+    behind: int | None  # ids behind the last offset; None: no last offset
+    offsets_dtype: torch.dtype
+    mode: str
+    padding_idx: int | None
+    weighted: bool
+    scale_grad_by_freq: bool
+
+    def arguments(self, device):
+        """The ids, and all but the table."""
+        indices = self.lookup.indices(device)
+        ends = torch.tensor([0, *self.sizes]).cumsum(0)
+        if self.behind is None:
+            ends = ends[:-1]
+        arguments = {
+            "offsets": laid_out(ends.to(self.offsets_dtype).to(device), self.lookup.ids_layout),
+            "mode": self.mode,
+            "padding_idx": self.padding_idx,
+            "include_last_offset": self.behind is not None,
+            "scale_grad_by_freq": self.scale_grad_by_freq and self.mode != "max",
+        }
+        if self.weighted and self.mode == "sum":
+            weights = integer_gradient(tuple(indices.shape), self.lookup.dtype, device)
+            arguments["per_sample_weights"] = weights.requires_grad_()
+        return indices, arguments
+
+
+@st.composite
+def bag_lookups(draw):
+    sizes = tuple(draw(st.lists(st.integers(0, 6), max_size=5)))
+    # Without bags every id is in none.
+    behind = draw(st.sampled_from([0, 3] if sizes else [3])) if draw(st.booleans()) else None
+    lookup = draw(lookups(GRADIENT_DTYPES))
+    lookup = replace(lookup, shape=(sum(sizes) + (behind or 0),))
+    return BagLookup(
+        lookup,
+        sizes,
+        behind,
+        offsets_dtype=draw(st.sampled_from(ID_DTYPES)),
+        mode=draw(st.sampled_from(["sum", "mean", "max"])),
+        padding_idx=draw(st.sampled_from([None, 0, -1])),
+        weighted=draw(st.booleans()),
+        scale_grad_by_freq=draw(st.booleans()),
+    )
+
+
+def test_bags_equal_the_reference(target):
+    """Contracts 2 and 7: integer sums and maxima are exact; means and counts within what a quotient loses."""
+
+    @holds(target, bag=bag_lookups(), method=st.sampled_from(["auto", "sorted"]))
+    def bags(bag, method):
+        indices, arguments = bag.arguments(target.device)
+        found = []
+        for backend in (target.backend, "reference"):
+            weight = bag.lookup.integers(target.device).requires_grad_()
+            leaves = [weight, arguments.get("per_sample_weights")]
+            with gpu_embed.use_backend(backend), gpu_embed.use_gradient_method(method):
+                output = embedding_bag(indices, weight, **arguments)
+                grad_output = integer_gradient(tuple(output.shape), output.dtype, target.device)
+                grads = torch.autograd.grad(
+                    output, [leaf for leaf in leaves if leaf is not None], grad_output
+                )
+            found.append((output, *grads))
+        quotients = bag.mode == "mean" or arguments["scale_grad_by_freq"]
+        # Some 30 terms, each of them divided twice at most, of sums that may cancel.
+        wide = torch.promote_types(bag.lookup.dtype, torch.float32)
+        close = {
+            "rtol": torch.finfo(bag.lookup.dtype).eps if quotients else 0,
+            "atol": 30 * 2 * 3 * 2 * torch.finfo(wide).eps if quotients else 0,
+        }
+        for actual, expected in zip(*found, strict=True):
+            assert actual.dtype == expected.dtype == bag.lookup.dtype
+            assert actual.is_contiguous()
+            assert torch.allclose(actual, expected, **close)
