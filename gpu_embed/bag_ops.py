@@ -12,8 +12,6 @@ other two, and they differentiate any number of times, in both directions:
 single elements, so its gradient is `gpu_embed::embedding_dense_backward` of a table with one column.
 """
 
-import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -267,12 +265,16 @@ for _name, _kernel, _fake in (
 # Gradients of sum and mean.
 
 
-def _is_plain_call(*tensors: Tensor | None) -> bool:
+def _is_plain_call(x: Tensor, y: Tensor | None, indices: Tensor, offsets: Tensor | None) -> bool:
     """Whether the dispatcher would go straight to autograd and from there to the kernel."""
     if torch.compiler.is_compiling() or not ops.is_plain_mode():
         return False
-    keys = [torch._C._dispatch_keys(tensor) for tensor in tensors if tensor is not None]
-    return functools.reduce(operator.or_, keys).raw_repr() in ops.PLAIN_TENSORS
+    keys = torch._C._dispatch_keys(x) | torch._C._dispatch_keys(indices)
+    if y is not None:
+        keys = keys | torch._C._dispatch_keys(y)
+    if offsets is not None:
+        keys = keys | torch._C._dispatch_keys(offsets)
+    return keys.raw_repr() in ops.PLAIN_TENSORS
 
 
 def _below_autograd(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
@@ -618,7 +620,7 @@ def call_embedding_bag_max(
 ) -> Tensor:
     """The largest values alone."""
     bags_and_padding = (indices, offsets, include_last_offset, padding_idx)
-    if not _is_plain_call(weight, indices, offsets):
+    if not _is_plain_call(weight, None, indices, offsets):
         output, _ = embedding_bag_max(weight, *bags_and_padding, True)
     elif weight.requires_grad and torch.is_grad_enabled():
         output, _ = _apply_max(None, weight, *bags_and_padding, True)

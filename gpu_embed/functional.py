@@ -133,11 +133,15 @@ def embedding_bag(
 
     Which tensors go to torch's own function is as for `embedding`.
     """
-    tensors = [input, weight]
-    tensors += [tensor for tensor in (offsets, per_sample_weights) if tensor is not None]
-    if any(type(tensor) not in PLAIN_TYPES for tensor in tensors) or any(
-        tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested
-        for tensor in tensors
+    if (
+        type(weight) not in PLAIN_TYPES
+        or type(input) not in PLAIN_TYPES
+        or not (offsets is None or type(offsets) in PLAIN_TYPES)
+        or not (per_sample_weights is None or type(per_sample_weights) in PLAIN_TYPES)
+        or weight.layout is not torch.strided
+        or weight.is_quantized
+        or weight.is_nested
+        or input.is_nested
     ):
         return _embedding_bag_by_torch(
             input,

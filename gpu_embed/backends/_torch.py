@@ -243,27 +243,31 @@ def _cpu_bags(
 ) -> tuple[Tensor, Tensor] | None:
     """torch's bags on the CPU -> [B, D], and for "max" the ids of the largest, -1 in an empty bag.
 
-    None where an id is out of range.
+    None where torch meets an id out of range, which it looks for itself.
     """
-    # torch takes ids behind the last offset into the last bag in some cases, and not in others.
-    begin, end = bags.ends()
-    last = int(end[-1])
-    ids = bags.indices[:last]
-    if per_sample_weights is not None:
-        per_sample_weights = per_sample_weights[:last]
-    if not in_table(_torch_ids(ids), weight.shape[0]).all():
+    ids, offsets = _torch_ids(bags.indices), bags.offsets
+    if offsets is None:
+        offsets = torch.arange(0, ids.numel(), bags.bag_length, dtype=ids.dtype)
+    elif offsets.numel() > bags.num_bags:
+        # torch takes ids behind the last offset into the last bag in some cases, and not in others.
+        last = int(offsets[-1])
+        ids, offsets = ids[:last], offsets[:-1]
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights[:last]
+    try:
+        output, _, sizes, max_ids = torch.embedding_bag(
+            weight,
+            ids,
+            offsets,
+            False,
+            ("sum", "mean", "max").index(mode),
+            False,
+            per_sample_weights,
+            False,
+            padding_idx if padding_idx >= 0 else None,
+        )
+    except RuntimeError:
         return None
-    output, _, sizes, max_ids = torch.embedding_bag(
-        weight,
-        _torch_ids(ids),
-        begin,
-        False,
-        ("sum", "mean", "max").index(mode),
-        False,
-        per_sample_weights,
-        False,
-        padding_idx if padding_idx >= 0 else None,
-    )
     if mode == "max":
         max_ids = torch.where(sizes[:, None] > 0, max_ids, -1)
     return output, max_ids
