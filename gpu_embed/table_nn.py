@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import table_functional
 from .nn import Embedding, EmbeddingBag
+from .row_parameter import RowParameter
 from .tables import TableLayout, Tables, make_layout
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 PerTable = Mapping[str, Any] | Sequence[Any]
 
 
-class _TableBatch(torch.nn.Module, ABC):
+class BatchedTables(torch.nn.Module, ABC):
     """What both layers are: many tables in one parameter, known to `state_dict` by their names."""
 
     fields: Tensor
@@ -139,6 +140,36 @@ class _TableBatch(torch.nn.Module, ABC):
         """Each table's name and rows."""
         return ((name, self[name]) for name in self)
 
+    def parameters_of(self, *names: str) -> list[RowParameter]:
+        """Some of the tables as parameters, for a param group of one of `gpu_embed.optim`'s optimizers.
+
+        Tables that lie side by side are one parameter, which takes one launch of a step's.
+
+        Raises:
+            KeyError: no table has that name.
+            ValueError: the layer has no sparse gradients, which alone can be taken apart without a copy.
+
+        Example::
+
+            tables = gpu_embed.TableBatchedEmbedding({"user": (9, 4), "item": (7, 4)}, sparse=True)
+            groups = [
+                {"params": tables.parameters_of("user"), "lr": 0.1},
+                {"params": tables.parameters_of("item"), "lr": 0.02},
+            ]
+            optimizer = gpu_embed.optim.RowWiseAdagrad(groups)
+        """
+        if not self.sparse:
+            raise ValueError("parameters_of is for layers with sparse=True")
+        ranges: list[list[int]] = []
+        for number in sorted({self._number(name) for name in names}):
+            first = self.layout.first_rows[number]
+            end = first + self.layout.num_embeddings[number]
+            if ranges and ranges[-1][1] == first:
+                ranges[-1][1] = end
+            else:
+                ranges.append([first, end])
+        return [RowParameter(self.weight, first, end - first) for first, end in ranges]
+
     @property
     def tables(self) -> Tables:
         return Tables(self.layout, self.fields, self.table_of_column)
@@ -253,7 +284,7 @@ class _TableBatch(torch.nn.Module, ABC):
         self._set_buffer(buffer)
 
 
-class TableBatchedEmbedding(_TableBatch):
+class TableBatchedEmbedding(BatchedTables):
     """Many tables of one embedding_dim, their rows looked up in one launch, without pooling.
 
     Input: the ids of all tables `[N]`, cut by offsets `[T * B + 1]` into bags, table-major as FBGEMM's are: bag
@@ -328,7 +359,7 @@ class TableBatchedEmbedding(_TableBatch):
         )
 
 
-class TableBatchedEmbeddingBag(_TableBatch):
+class TableBatchedEmbeddingBag(BatchedTables):
     """Sums or means of bags of rows of many tables, in one launch.
 
     Input: the ids of all tables `[N]`, cut by offsets `[T * B + 1]` into bags, table-major as FBGEMM's are: bag

@@ -1,13 +1,15 @@
 """Optimizer steps inside the backward pass, so that no gradient outlives its own table's turn."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .row_optimizer import RowOptimizer
+from ..row_parameter import whole_of
+from ..table_nn import BatchedTables
+from .row_optimizer import Params, RowOptimizer
 
 
 class UpdatesInBackward:
@@ -29,7 +31,7 @@ class UpdatesInBackward:
 
 
 def apply_in_backward(
-    params_or_module: torch.nn.Module | Iterable[Tensor],
+    params_or_module: torch.nn.Module | Params,
     optimizer_class: Callable[..., RowOptimizer],
     **arguments: Any,
 ) -> UpdatesInBackward:
@@ -43,8 +45,8 @@ def apply_in_backward(
     finds something in `.grad` raises. For the same reason a gradient cannot be clipped or unscaled first.
 
     Args:
-        params_or_module: tables; or a module, of which every Embedding and EmbeddingBag with sparse=True
-            (torch's or ours) is taken, and no other parameter.
+        params_or_module: tables, or param groups of them; or a module, of which every Embedding and EmbeddingBag
+            with sparse=True (torch's or ours, batched ones too) is taken, and no other parameter.
         optimizer_class: one of this package's, `RowWiseAdagrad` for one.
         arguments: what the class takes beside the parameters.
 
@@ -67,13 +69,16 @@ def apply_in_backward(
                 "whose weight requires a gradient"
             )
     else:
-        params = list(params_or_module)
+        params = list(params_or_module)  # type: ignore[arg-type]
     optimizer = optimizer_class(params, **arguments)
-    hooks: list[RemovableHandle] = []
+    parts: dict[Tensor, list[tuple[dict[str, Any], Tensor]]] = {}
     for group in optimizer.param_groups:
         for param in group["params"]:
-            _refuse_gradient(param)
-            hooks += _hook(optimizer, group, param)
+            parts.setdefault(whole_of(param), []).append((group, param))
+    hooks: list[RemovableHandle] = []
+    for whole, updated in parts.items():
+        _refuse_gradient(whole)
+        hooks += _hook(optimizer, whole, updated)
     return UpdatesInBackward(optimizer, hooks)
 
 
@@ -81,7 +86,7 @@ def _sparse_tables(module: torch.nn.Module) -> list[Tensor]:
     tables = [
         layer.weight
         for layer in module.modules()
-        if isinstance(layer, torch.nn.Embedding | torch.nn.EmbeddingBag)
+        if isinstance(layer, torch.nn.Embedding | torch.nn.EmbeddingBag | BatchedTables)
         and layer.sparse
         and layer.weight.requires_grad
     ]
@@ -89,17 +94,20 @@ def _sparse_tables(module: torch.nn.Module) -> list[Tensor]:
 
 
 def _hook(
-    optimizer: RowOptimizer, group: dict[str, Any], param: Tensor
+    optimizer: RowOptimizer, whole: Tensor, updated: list[tuple[dict[str, Any], Tensor]]
 ) -> tuple[RemovableHandle, RemovableHandle]:
+    """Have a table's gradient applied to each part of it that is to be updated, in that part's group."""
+
     @torch.no_grad()
-    def update(param: Tensor) -> None:
-        grad, param.grad = param.grad, None
+    def update(whole: Tensor) -> None:
+        grad, whole.grad = whole.grad, None
         assert grad is not None
-        optimizer._update(group, param, grad)
+        for group, param in updated:
+            optimizer._update(group, param, grad)
 
     return (
-        param.register_hook(lambda _: _refuse_gradient(param)),
-        param.register_post_accumulate_grad_hook(update),
+        whole.register_hook(lambda _: _refuse_gradient(whole)),
+        whole.register_post_accumulate_grad_hook(update),
     )
 
 

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
+from ..row_parameter import RowParameter, whole_of
 from ..row_update import STATE, UPDATE_DTYPES, RowUpdate, Stream, arithmetic_dtype
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -76,12 +77,21 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 loss = closure()
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
-                    self._update(group, param, param.grad)
+                grad = whole_of(param).grad
+                if grad is not None:
+                    self._update(group, param, grad)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients of all tables; those of `RowParameter`s are their whole's."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if isinstance(param, RowParameter):
+                    param.whole.grad = None
+        super().zero_grad(set_to_none)
+
     def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        """Apply one gradient to one table."""
+        """Apply one gradient to one table, or to those of its rows that the parameter is."""
         name = type(self).__name__
         if not grad.is_sparse:
             raise RuntimeError(
@@ -111,7 +121,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             self._settings(group, state, param.device),
             param,
             tuple(state[layout.name] for layout in STATE[self.formula]),
-            grad._indices()[0],
+            # Ids of other rows are then out of range, and take no part.
+            grad._indices()[0] - param.first_row
+            if isinstance(param, RowParameter)
+            else grad._indices()[0],
             grad._values(),
             None if rows is None else rows.to(param.device),
         )
@@ -160,6 +173,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         try:
             for param in group["params"]:
                 _check_table(type(self).__name__, param)
+            _check_disjoint(chain.from_iterable(other["params"] for other in self.param_groups))
             if group["seed"] is not None and not 0 <= group["seed"] < 2**62:
                 raise ValueError(f"Invalid seed: {group['seed']}")
             group["rows"] = _row_mask(group["rows"], group["params"])
@@ -227,6 +241,17 @@ def _check_table(name: str, param: Tensor) -> None:
             f"{name} updates dense tables [num_embeddings, embedding_dim] of float32, float64, float16 or "
             f"bfloat16, but got {param.dtype} of shape {list(param.shape)}, {param.layout}"
         )
+
+
+def _check_disjoint(params: Iterable[Tensor]) -> None:
+    """Raise ValueError for a `RowParameter` whose rows another parameter has too."""
+    ranges: dict[Tensor, list[tuple[int, int]]] = {}
+    for param in params:
+        first = param.first_row if isinstance(param, RowParameter) else 0
+        ranges.setdefault(whole_of(param), []).append((first, first + len(param)))
+    for taken in ranges.values():
+        if any(end > begin for (_, end), (begin, _) in pairwise(sorted(taken))):
+            raise ValueError("some rows appear in more than one parameter")
 
 
 def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
