@@ -1,5 +1,7 @@
 """Gradients: exact sums of integers, one rounding, determinism, and the choice of kernel."""
 
+from math import gcd
+
 import pytest
 import torch
 from cases import GRADIENT_DTYPES, ID_DTYPES, ids, integer_gradient, same_bits, table
@@ -8,6 +10,7 @@ from conftest import skip_without_kernel
 import gpu_embed
 from gpu_embed import backends
 from gpu_embed.backends.gradient_method import RULES, choose
+from gpu_embed.backends.layout import row_matrix, row_numbers
 from gpu_embed.functional import embedding
 from gpu_embed.settings import GRADIENT_METHOD
 
@@ -220,6 +223,7 @@ STRIDED_BATCHES = {
     ],
     "columns outside": lambda g: g.permute(2, 1, 0).contiguous().permute(2, 1, 0),
     "one text": lambda g: g[:1, None].transpose(0, 2),
+    "lines of words, one text for all": lambda g: g[:1].unflatten(1, (5, 2)).expand(4, 5, 2, 12),
 }
 
 
@@ -231,6 +235,19 @@ def test_gradients_of_batches_of_any_strides(target, method, view):
     indices = indices.view(grad_output.shape[:-1])
     actual, expected = gradient(indices, 6, grad_output)
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("view", STRIDED_BATCHES.values(), ids=STRIDED_BATCHES)
+def test_rows_of_a_batch_are_found_where_they_lie(view):
+    """No copy, and as few rows as the gradient's memory holds: their distance decides how wide a kernel reads."""
+    grad_output = view(torch.randn(4, 10, 12))
+    matrix, steps = row_matrix(grad_output)
+    rows = row_numbers(steps, matrix.device)
+    assert matrix.data_ptr() == grad_output.data_ptr()
+    assert matrix.stride(1) == grad_output.stride(-1)
+    assert torch.equal(matrix if rows is None else matrix[rows], grad_output.reshape(-1, 12))
+    if rows is not None:
+        assert gcd(*rows.tolist()) == 1
 
 
 def test_complex_tables_train(target):

@@ -133,12 +133,12 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("method", ["sorted", "atomic"])
-@pytest.mark.parametrize("words", [50, 3000])
+@pytest.mark.parametrize("words", [119, 3000])
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("ids_apart", [False, True], ids=["", "ids apart"])
 def test_gradients_and_ids_of_any_strides(backend, method, words, view, ids_apart):
     """No copy of the gradient; the copy of ids that are not adjacent is gone before the rest comes."""
-    texts = 20_000
+    texts = 20_000  # by 119 words: about as many ids as torch.sort is given
     grad_output = view(meta(texts, words, 64, dtype=torch.float32))
     indices = meta(words, texts, dtype=torch.int64).t()
     if not ids_apart:
