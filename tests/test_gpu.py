@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gpu_embed
 from gpu_embed import Embedding, backends, bounds, optim
-from gpu_embed.functional import embedding
+from gpu_embed.functional import embedding, embedding_bag
 
 pytestmark = pytest.mark.gpu
 
@@ -1207,4 +1207,188 @@ def test_sanitizer_finds_nothing_in_forced_kernels(descriptors):
     with gpu_embed.set_bounds_check("off"), gpu_embed.use_gradient_method("one_hot"):
         for num_embeddings in (19, 200):
             gradient(indices, num_embeddings, integers(77, 33, dtype=torch.bfloat16))
+
+
+# Bags.
+
+BAG_MODES = {
+    "sum": {"mode": "sum"},
+    "mean": {"mode": "mean"},
+    "max": {"mode": "max"},
+    "weighted": {"mode": "sum"},
+    "mean, padding, scaled": {"mode": "mean", "padding_idx": 3, "scale_grad_by_freq": True},
+}
+each_bag_mode = pytest.mark.parametrize("kind", BAG_MODES)
+
+
+def bag_arguments(kind: str, indices: Tensor, dtype: torch.dtype) -> dict:
+    arguments = dict(BAG_MODES[kind])
+    if kind == "weighted":
+        arguments["per_sample_weights"] = integers(len(indices), dtype=dtype).requires_grad_()
+    return arguments
+
+
+def cuts(num_bags: int, num_indices: int, seed: int = 0) -> Tensor:
+    """Offsets of bags of random sizes, some of them empty."""
+    return torch.cat([random_ids(num_bags - 1, num_indices, seed), integers(1).long() * 0]).sort()[
+        0
+    ]
+
+
+def exact_bags(indices: Tensor, weight: Tensor, offsets: Tensor, arguments: dict) -> Tensor:
+    """The same in fp64, by torch's own operator, whose CUDA kernel is right where its CPU kernel is not."""
+    wide = {
+        name: value.double() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    return torch.nn.functional.embedding_bag(indices.long(), weight.double(), offsets, **wide)
+
+
+@each_bag_mode
+@every_method
+def test_bags_equal_torchs_in_fp64(backend, dtype, method, kind):
+    """Contract 2: small integers, so sums and maxima are exact; means are divided once."""
+    if method == "atomic" and "scaled" in kind:
+        pytest.skip("atomics do not divide by the counts")
+    weight = integers(500, 48, dtype=dtype).requires_grad_()
+    indices, offsets = random_ids(20_000, 500), cuts(1500, 20_000)
+    arguments = bag_arguments(kind, indices, dtype)
+    leaves = [weight, *(v for v in arguments.values() if isinstance(v, Tensor))]
+    output = embedding_bag(indices, weight, offsets, **arguments)
+    expected = exact_bags(indices, weight, offsets, arguments)
+    grad_output = integers(*output.shape, dtype=dtype, seed=1)
+    with gpu_embed.use_gradient_method(method):
+        grads = torch.autograd.grad(output, leaves, grad_output)
+    exact = torch.autograd.grad(expected, leaves, grad_output.double())
+    magnitude = torch.autograd.grad(
+        exact_bags(indices, weight.abs(), offsets, arguments), leaves, grad_output.double().abs()
+    )
+    eps = torch.finfo(dtype).eps
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    # A mean is a quotient: of at most 200 terms in a row's gradient, each is rounded twice, and so are sums.
+    quotients = "mean" in kind
+    assert torch.allclose(output.double(), expected, rtol=eps if quotients else 0, atol=0)
+    for actual, right, most in zip(grads, exact, magnitude, strict=True):
+        bound = eps * right.abs() + 400 * wide * most.abs() if quotients else eps / 2 * right.abs()
+        assert ((actual.double() - right).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "max"])
+@pytest.mark.parametrize("num_bags", [1, 3])
+def test_few_long_bags(backend, kind, num_bags):
+    """A million ids in a bag or three: several programs a bag, in a fixed order."""
+    weight = integers(1000, 33)
+    indices, offsets = random_ids(1_000_000, 1000), cuts(num_bags, 1_000_000)
+    output = embedding_bag(indices, weight, offsets, mode=kind)
+    # Every partial sum is an integer below 2**24.
+    expected = exact_bags(indices, weight, offsets, {"mode": kind})
+    assert torch.equal(output, expected.float())
+    assert same_bits(output, embedding_bag(indices, weight, offsets, mode=kind))
+
+
+@each_bag_mode
+@pytest.mark.parametrize("num_indices", [3073, 1_000_000])
+def test_cuda_graphs_replay_bags(backend, kind, num_indices):
+    """Contract 5: one capture serves ids, offsets and gradients that change."""
+    weight = integers(5000, 64).requires_grad_()
+    indices, offsets = random_ids(num_indices, 5000), cuts(1000, num_indices)
+    grad_output = integers(1000, 64)
+    arguments = bag_arguments(kind, indices, torch.float32)
+
+    def step() -> tuple[Tensor, Tensor]:
+        output = embedding_bag(indices, weight, offsets, **arguments)
+        return output, *torch.autograd.grad(output, weight, grad_output)
+
+    # Atomics add means in any order.
+    with gpu_embed.use_gradient_method("sorted"):
+        graph, results = captured(step)
+        indices.copy_(random_ids(num_indices, 5000, 1))
+        offsets.copy_(cuts(1000, num_indices, 1))
+        grad_output.copy_(integers(1000, 64, seed=1))
+        graph.replay()
+        replayed = [result.clone() for result in results]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, step(), strict=True))
+
+
+@each_bag_mode
+def test_no_host_sync_for_bags(backend, kind):
+    """Contract 5: forward, backward and double backward wait for nothing."""
+    weight = table(500, 48, torch.float32, DEVICE).requires_grad_()
+    indices, offsets = random_ids(3073, 500), cuts(700, 3073)
+    grad_output = integers(700, 48).requires_grad_()
+    arguments = bag_arguments(kind, indices, torch.float32)
+
+    def step() -> None:
+        output = embedding_bag(indices, weight, offsets, **arguments)
+        (grad,) = torch.autograd.grad(output, weight, grad_output, create_graph=True)
+        torch.autograd.grad(grad, grad_output, torch.ones_like(grad))
+
+    step()
+    with no_host_sync():
+        step()
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("kind", ["sum", "max"])
+@pytest.mark.parametrize("method", ["atomic", "sorted"])
+def test_bags_of_rows_past_2_31_elements(backend, method, kind):
+    """Contract 3: 64-bit addresses of the table's rows, read and written."""
+    num_embeddings, embedding_dim = 2**26 + 5, 32
+    assert num_embeddings * embedding_dim > 2**31
+    weight = torch.zeros(num_embeddings, embedding_dim, device=DEVICE)
+    weight[-3:] = 1 + torch.arange(3.0, device=DEVICE)[:, None]
+    indices = torch.tensor([[num_embeddings - 1, num_embeddings - 3], [0, 1]], device=DEVICE)
+    weight.requires_grad_()
+    output = embedding_bag(indices, weight, mode=kind)
+    assert output[:, 0].tolist() == ([4, 0] if kind == "sum" else [3, 0])
+    with gpu_embed.use_gradient_method(method):
+        (grad,) = torch.autograd.grad(output[0].sum(), weight)
+    assert grad[-3:, 0].tolist() == ([1, 0, 1] if kind == "sum" else [0, 0, 1])
+    assert grad.sum().item() == embedding_dim * (2 if kind == "sum" else 1)
+
+
+@pytest.mark.large
+def test_bags_past_2_31_elements(backend):
+    """Contract 3: 64-bit addresses of the output and of its gradient."""
+    num_bags, embedding_dim = 2**26 + 5, 32
+    weight = integers(100, embedding_dim).requires_grad_()
+    indices = random_ids(num_bags, 100)[:, None]
+    output = embedding_bag(indices, weight, mode="sum")
+    for start in range(0, num_bags, 2**22):
+        part = slice(start, start + 2**22)
+        assert torch.equal(output[part], weight[indices[part, 0]]), start
+    with gpu_embed.use_gradient_method("sorted"):
+        output.backward(torch.ones(1, 1, device=DEVICE).expand_as(output))
+    assert torch.equal(weight.grad[:, 0], indices[:, 0].bincount(minlength=100).float())
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "max"])
+def test_bad_ids_of_bags_are_reported_late(backend, kind):
+    """Contract 6: with the bag, at the backward of the call, and the table and the next call are right."""
+    weight = table(50, 8, torch.float32, DEVICE).requires_grad_()
+    indices, offsets = random_ids(100, 50), torch.arange(0, 100, 10, device=DEVICE)
+    good = embedding_bag(indices, weight, offsets, mode=kind)
+    bad = indices.clone()
+    bad[37] = 50
+    output = embedding_bag(bad, weight, offsets, mode=kind)
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="found idx to be 50, at position 7 of bag 3"):
+        output.sum().backward()
+    assert torch.equal(embedding_bag(indices, weight, offsets, mode=kind), good)
+    good.sum().backward()
+
+
+@each_bag_mode
+def test_sanitizer_finds_nothing_in_bags(backend, kind):
+    """Contract 6: of any width, with ids and offsets that are wrong; run under compute-sanitizer by `make gpu`."""
+    for embedding_dim in (1, 3, 32, 50, 130):
+        weight = integers(19, embedding_dim).requires_grad_()
+        indices, offsets = random_ids(300, 19), cuts(40, 300)
+        arguments = bag_arguments(kind, indices, torch.float32)
+        for method in ("auto", "sorted"):
+            with gpu_embed.use_gradient_method(method):
+                embedding_bag(indices, weight, offsets, **arguments).sum().backward()
+        indices[5], indices[-1], offsets[7], offsets[9] = 19, -1, 2**40, -5
+        with gpu_embed.set_bounds_check("off"):
+            embedding_bag(indices, weight, offsets, **arguments).sum().backward()
     torch.cuda.synchronize()

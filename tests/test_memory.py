@@ -17,6 +17,7 @@ import gpu_embed
 from gpu_embed.backends import kernel_backend
 from gpu_embed.backends._cupy import CupyBackend
 from gpu_embed.backends._triton import TritonBackend
+from gpu_embed.bags import Bags
 
 MIB = 2**20
 
@@ -145,6 +146,39 @@ def test_gradients_and_ids_of_any_strides(backend, method, words, view, ids_apar
         indices = meta(texts, words, dtype=torch.int64)
     peak = peak_beyond_gradient(backend, grad_output, indices, 1_000_000, method)
     assert peak <= 16 * texts * words + 64 * MIB
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("bag_length", [1, 20])
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [(torch.bfloat16, "sorted"), (torch.float32, "sorted"), (torch.float32, "atomic")],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("num_indices", "num_embeddings"),
+    [*((n, v) for n, v in SIZES if n < 2**31), *TAKEOVERS],
+)
+def test_memory_beyond_the_gradient_of_bags(
+    backend, num_indices, num_embeddings, dtype, method, bag_length, mode
+):
+    """No gradient of each position is made, and its bag's number not before the ids are sorted.
+
+    A mean's sizes come on top, 4 bytes a bag.
+    """
+    num_bags = max(num_indices // bag_length, 1)
+    grad_output = meta(num_bags, 64, dtype=dtype)
+    indices, offsets = meta(num_indices, dtype=torch.int64), meta(num_bags, dtype=torch.int64)
+    bags = Bags(indices, offsets, num_bags)
+    with (
+        LiveBytes(grad_output, indices, offsets) as live,
+        gpu_embed.use_gradient_method(method),
+    ):
+        grad_weight = backend.embedding_bag_dense_backward(
+            grad_output, None, bags, num_embeddings, 0, mode, False
+        )
+    sizes = 4 * num_bags * (mode == "mean")
+    assert live.peak - grad_weight.nbytes <= 16 * num_indices + sizes + 64 * MIB
 
 
 def test_what_the_measure_sees():
