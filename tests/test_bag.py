@@ -488,7 +488,10 @@ def test_max_norm_scales_rows_first(target, mode):
 @pytest.mark.parametrize("mode", ["sum", "mean", "weighted"])
 @pytest.mark.parametrize("padding_idx", [None, 1])
 def test_sparse_gradients_are_torchs(target, form, mode, padding_idx):
-    """Contract 7: one entry an id, in input order, duplicates kept, padding dropped, uncoalesced."""
+    """Contract 7: one entry an id, in input order, duplicates kept, padding dropped, uncoalesced.
+
+    Contract 5: not on CUDA, where torch waits for the GPU to drop it, and where it is zeros here.
+    """
     indices, arguments, _ = bags(form, target)
     arguments |= {"padding_idx": padding_idx, "sparse": True, "mode": "sum"}
     if mode == "mean":
@@ -503,6 +506,10 @@ def test_sparse_gradients_are_torchs(target, form, mode, padding_idx):
     F.embedding_bag(indices, theirs, **arguments).backward(grad_output)
     assert ours.grad.layout == torch.sparse_coo
     assert not ours.grad.is_coalesced()
+    if target.device == "cuda" and padding_idx is not None:
+        dense = [leaf.grad.to_dense() for leaf in (ours, theirs)]
+        assert torch.allclose(*dense, rtol=2**-50, atol=2**-50)
+        return
     assert torch.equal(ours.grad._indices(), theirs.grad._indices())
     assert torch.allclose(ours.grad._values(), theirs.grad._values(), rtol=2**-51)
 

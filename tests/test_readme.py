@@ -9,11 +9,15 @@ from cases import FORWARD_DTYPES, GRADIENT_DTYPES, table
 
 import gpu_embed
 from gpu_embed.bench.cli import parse_args
-from gpu_embed.functional import embedding
+from gpu_embed.functional import embedding, embedding_bag
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-DTYPES = {"any": FORWARD_DTYPES, "float": (*GRADIENT_DTYPES, torch.complex64, torch.complex128)}
+DTYPES = {
+    "any": FORWARD_DTYPES,
+    "float": (*GRADIENT_DTYPES, torch.complex64, torch.complex128),
+    "real": GRADIENT_DTYPES,
+}
 
 
 def rows_of(heading):
@@ -86,9 +90,12 @@ def arguments_of(row):
 
 
 SUPPORT = rows_of("## What is supported")
+BAG_ROWS = [row for row in SUPPORT[1:] if "bags" in row[0]]
 
 
-@pytest.mark.parametrize("row", SUPPORT[1:], ids=lambda cells: cells[0])
+@pytest.mark.parametrize(
+    "row", [row for row in SUPPORT[1:] if row not in BAG_ROWS], ids=lambda c: c[0]
+)
 def test_the_support_table_holds(target, row):
     """Contract 7: every argument works on every backend, for every dtype that the README lists."""
     arguments = arguments_of(row[0])
@@ -110,3 +117,20 @@ def test_the_support_table_holds(target, row):
             assert grad[:, 0].tolist() == [0, padded, twice, 0], dtype
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("row", BAG_ROWS, ids=lambda cells: cells[0])
+def test_the_support_table_holds_of_bags(target, row):
+    modes = re.findall('"(\\w+)"', row[0]) or ["sum"]
+    weighted = "per_sample_weights" in row[0]
+    for mode in modes:
+        for dtype in DTYPES[row[SUPPORT[0].index(target.backend)]]:
+            weight = torch.arange(8, device=target.device).view(4, 2).to(dtype).requires_grad_()
+            indices = torch.tensor([[1, 2]], device=target.device)
+            weights = torch.full_like(indices, 2, dtype=dtype) if weighted else None
+            output = embedding_bag(indices, weight, mode=mode, per_sample_weights=weights)
+            scale = {"sum": (1, 1), "mean": (0.5, 0.5), "max": (0, 1)}[mode]
+            scale = [2 * s for s in scale] if weighted else scale
+            assert output.tolist() == [[2 * scale[0] + 4 * scale[1], 3 * scale[0] + 5 * scale[1]]]
+            output.backward(torch.ones_like(output))
+            assert weight.grad[:, 0].tolist() == [0, *scale, 0], dtype
