@@ -14,6 +14,7 @@ from gpu_embed.backends._triton import GATHER_ROWS, ONE_HOT, TritonBackend
 from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
+from gpu_embed.tables import TableBatch, TableLayout, make_layout
 
 META = torch.device("meta")
 
@@ -40,6 +41,7 @@ class Case:
     lr_on_device: bool = False
     rows: bool = False  # whether only some rows may change
     stochastic_rounding: bool = False
+    dims: tuple[int, ...] = ()  # of batched tables, the widest's first
 
     def __str__(self) -> str:
         """The operation, D, the dtype, and what differs from the defaults."""
@@ -70,7 +72,10 @@ class Case:
 
     def access_bytes(self, itemsize: int) -> int:
         """The widest access that rows of this case allow, their items being of that size."""
-        return itemsize if self.transposed else gcd(16, self.embedding_dim * itemsize)
+        return itemsize if self.transposed else gcd(16, *self._widths(itemsize))
+
+    def _widths(self, itemsize: int) -> list[int]:
+        return [dim * itemsize for dim in self.dims or (self.embedding_dim,)]
 
 
 # Before the value of a field in the name of a case; other fields are flags.
@@ -87,6 +92,8 @@ SHORT = {
 def _text(value: object) -> str:
     if value is True:
         return ""
+    if isinstance(value, tuple):
+        return f"{len(value)}x{value[0]}" if len(set(value)) == 1 else "_".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
 
 
@@ -185,6 +192,43 @@ def _row_update(case: Case, backend: TritonBackend) -> None:
     backend.row_update_(update, weight, state, case.ids(), values, rows)
 
 
+def _tables(case: Case, *, pooled: bool = True) -> tuple[TableLayout, TableBatch]:
+    """Batched tables and their ids, by the shapes of both."""
+    mode = "mean" if case.mean else "sum"
+    layout = make_layout([(case.num_embeddings, dim) for dim in case.dims], mode, None)
+    batch = TableBatch(
+        case.ids(),
+        case.ids().new_empty(layout.num_tables * case.num_bags + 1),
+        layout.fields(META),
+        layout.table_of_column(META),
+        layout.shape(pooled),
+    )
+    return layout, batch
+
+
+def _table_lookup(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case, pooled=case.operation == "table_bag")
+    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
+    record = BoundsRecord(META) if case.record else None
+    backend.table_batched_embedding(weight, _bag_weights(case), batch, False, record)
+
+
+def _table_gradient(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case)
+    grad_output = torch.empty(case.num_bags, batch.width, dtype=case.dtype, device=META)
+    with gpu_embed.use_gradient_method(case.operation.removeprefix("table_")):
+        backend.table_batched_embedding_dense_backward(
+            grad_output, _bag_weights(case), batch, layout.buffer_shape
+        )
+
+
+def _table_sample_weights(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case)
+    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
+    grad_output = weight.new_empty(case.num_bags, batch.width)
+    backend.table_batched_embedding_sample_weights_backward(grad_output, weight, batch)
+
+
 OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "embedding": _embedding,
     "embedding_descriptor": _embedding_by_descriptor,
@@ -201,6 +245,11 @@ OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "bag_atomic": _bag_gradient,
     "bag_sorted": _bag_gradient,
     "bag_sample_weights": _bag_sample_weights,
+    "table_bag": _table_lookup,
+    "table_rows": _table_lookup,
+    "table_atomic": _table_gradient,
+    "table_sorted": _table_gradient,
+    "table_sample_weights": _table_sample_weights,
     **dict.fromkeys(STATE, _row_update),
 }
 
@@ -305,6 +354,32 @@ CASES = (
     Case("bag_sample_weights", 300, BF16, padding_idx=0),
     Case("bag_sample_weights", 33, FP64),
     Case("bag_sample_weights", 64, FP32, transposed=True),
+    Case("table_bag", 128, FP32, record=True, dims=(128,) * 32),
+    Case("table_bag", 128, BF16, record=True, mean=True, dims=(128, 64, 32)),
+    Case("table_bag", 64, FP32, per_sample_weights=True, dims=(64, 10)),
+    Case("table_bag", 512, FP64, mean=True, dims=(512, 33)),
+    Case("table_bag", 8, FP16, index_dtype=torch.uint8, record=True, dims=(8, 8, 8)),
+    Case("table_bag", 128, FP32, num_indices=2**20, num_bags=4, mean=True, dims=(128, 64)),
+    Case("table_bag", 1, BF16, num_indices=1, num_bags=1, num_embeddings=1, dims=(1,)),
+    Case("table_bag", 4, FP32, num_indices=PAST_INT32, num_bags=PAST_INT32, dims=(4, 4)),
+    Case("table_rows", 128, FP32, record=True, dims=(128,) * 32),
+    Case("table_rows", 8, BF16, record=True, index_dtype=torch.int32, dims=(8, 8)),
+    Case("table_rows", 8, FP64, record=True, dims=(8, 8)),
+    Case("table_rows", 300, FP16, num_indices=3073, dims=(300, 300)),
+    Case("table_rows", 1, BF16, num_indices=1, num_bags=1, num_embeddings=1, dims=(1,)),
+    Case("table_atomic", 128, FP32, dims=(128,) * 32),
+    Case("table_atomic", 128, FP32, mean=True, dims=(128, 64, 32)),
+    Case("table_atomic", 64, FP32, per_sample_weights=True, dims=(64, 10)),
+    Case("table_atomic", 64, FP64, num_indices=2**20, num_bags=4, mean=True, dims=(64, 64)),
+    Case("table_atomic", 4, FP32, num_indices=PAST_INT32, num_bags=PAST_INT32, dims=(4, 4)),
+    Case("table_sorted", 128, BF16, mean=True, dims=(128, 128)),
+    Case("table_sorted", 128, FP32, mean=True, dims=(128, 64, 32)),
+    Case("table_sorted", 512, BF16, per_sample_weights=True, dims=(512, 64)),
+    Case("table_sorted", 300, FP16, dims=(300, 12)),
+    Case("table_sorted", 33, FP64, index_dtype=torch.int32, dims=(33, 8)),
+    Case("table_sample_weights", 128, FP32, dims=(128, 64)),
+    Case("table_sample_weights", 300, BF16, dims=(300, 8)),
+    Case("table_sample_weights", 33, FP64, num_indices=3073, dims=(33,)),
     Case("sgd", 128, lr_on_device=True),
     Case("sgd", 128, BF16, stochastic_rounding=True),
     Case("adagrad", 128),

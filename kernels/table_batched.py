@@ -465,9 +465,10 @@ def table_segment_sum_kernel(
                 here_table = tl.load(key_tables_ptr + position, mask=taken, other=0).to(tl.int64)
             else:
                 place = tl.load(order_ptr + position, mask=taken, other=0)
-                source = tl.load(sources_ptr + place, mask=taken, other=0).to(tl.int64)
-                row = source // num_tables
-                here_table = source - row * num_tables
+                source = tl.load(sources_ptr + place, mask=taken, other=0)
+                row = source // num_tables  # in 32 bits wherever they hold a source
+                here_table = (source - row * num_tables).to(tl.int64)
+                row = row.to(tl.int64)
                 column = load_multiple(tables_ptr, here_table, FIRST_COLUMN, VEC)
                 if per_sample_weights_ptr is not None:
                     scale = tl.load(per_sample_weights_ptr + place, mask=taken, other=0)
@@ -550,11 +551,12 @@ def table_sample_weights_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_range = n < num_indices
     key = tl.load(keys_ptr + n, mask=in_range, other=0).to(tl.int64)
-    source = tl.load(sources_ptr + n, mask=in_range, other=-1).to(tl.int64)
+    source = tl.load(sources_ptr + n, mask=in_range, other=-1)
     read = in_range & (source >= 0) & (key < num_rows)
     source = tl.maximum(source, 0)
-    b = source // num_tables
-    table = source - b * num_tables
+    b = source // num_tables  # in 32 bits wherever they hold a source
+    table = (source - b * num_tables).to(tl.int64)
+    b = b.to(tl.int64)
     width = load_multiple(tables_ptr, table, DIM, VEC)
     row = key - load_field(tables_ptr, table, FIRST_ROW)
     begin = load_multiple(tables_ptr, table, FIRST_ELEMENT, VEC) + row * width

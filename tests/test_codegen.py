@@ -137,7 +137,8 @@ def test_every_kernel_and_every_row_of_the_launch_tables_is_compiled(
 def test_registers_hold_everything(launches: Launches, case: Case):
     for launch in of_case(launches, case):
         # A few masks that the walk needs again after its loop may wait on the stack meanwhile.
-        allowed = 16 if launch.kernel in ("segment_sum_kernel", "row_update_kernel") else 0
+        walks = ("segment_sum_kernel", "row_update_kernel", "table_segment_sum_kernel")
+        allowed = 16 if launch.kernel in walks else 0
         assert launch.spilled_bytes <= allowed, launch
         stacked = [i for i in launch.machine.instructions if i.operation == "local"]
         assert not any(i.in_loop for i in stacked), launch
@@ -289,6 +290,71 @@ def test_renorm_moves_whole_vectors(launches: Launches, case: Case):
     _, launch = of_case(launches, case)
     assert launch.widths("load", "row_ptr") == {16}
     assert launch.widths("store", "row_ptr") == {16}
+
+
+def table_launch(launches: Launches, case: Case, kernel: str) -> Compiled:
+    """The launch of a kernel, the first if there are several."""
+    return next(launch for launch in of_case(launches, case) if launch.kernel == kernel)
+
+
+@each(lambda case: case.operation in ("table_bag", "table_rows"))
+def test_batched_tables_are_read_in_the_widest_vectors_that_all_allow(
+    launches: Launches, case: Case
+):
+    """One launch for all tables, no exchange between threads in its loop, and no barrier."""
+    kernel = {"table_bag": "table_bag_sum_kernel", "table_rows": "table_gather_kernel"}
+    found = of_case(launches, case)
+    launch = table_launch(launches, case, kernel[case.operation])
+    is_split = launch.settings.get("SPLIT", False)
+    assert len(found) == 1 + is_split
+    itemsize = case.dtype.itemsize
+    width = case.access_bytes(itemsize)
+    assert launch.widths("load", "weight_ptr") == {width}
+    items = width // itemsize
+    stored = items * (max(itemsize, 4) if is_split else itemsize)
+    assert launch.widths("store", "output_ptr") == {min(16, stored)}
+    assert not any(i.operation == "barrier" for i in launch.instructions)
+    if case.operation == "table_bag":
+        assert not any(
+            i.operation in ("shared", "shuffle") and i.in_loop for i in launch.instructions
+        )
+
+
+@each(lambda case: case.operation in ("table_bag", "table_rows"))
+def test_batched_tables_load_no_record(launches: Launches, case: Case):
+    """Contract 6: a lookup of good ids costs no access to the record that the GPU would wait for."""
+    launch = of_case(launches, case)[0]
+    operations = {
+        i.operation for i in launch.instructions if i.pointer in ("record_ptr", "flag_ptr")
+    }
+    assert operations == ({"exchange", "store"} if case.record else set())
+
+
+@each(lambda case: case.operation == "table_atomic")
+def test_gradients_of_batched_tables_are_added_as_vectors(
+    launches: Launches, architecture: int, case: Case
+):
+    (launch,) = of_case(launches, case)
+    width = case.access_bytes(case.dtype.itemsize)
+    assert launch.widths("load", "grad_output_ptr") == {width}
+    vectors = case.dtype == torch.float32 and architecture >= 90
+    assert launch.widths("add", "grad_weight_ptr") == {width if vectors else case.dtype.itemsize}
+    assert launch.shared_bytes == 0
+
+
+@each(lambda case: case.operation == "table_sorted" and len(set(case.dims)) > 1)
+def test_runs_of_tables_of_different_widths_move_as_whole_vectors(launches: Launches, case: Case):
+    itemsize = case.dtype.itemsize
+    acc_itemsize = max(itemsize, 4)
+    value_itemsize, width = itemsize, case.access_bytes(itemsize)
+    kernel = "table_segment_sum_kernel"
+    for launch in (launch for launch in of_case(launches, case) if launch.kernel == kernel):
+        items = width // value_itemsize
+        assert launch.widths("load", "values_ptr") == {width}
+        assert launch.widths("store", "grad_weight_ptr") == {items * itemsize}
+        exchanges = [i for i in launch.instructions if i.operation in ("shared", "shuffle")]
+        assert not any(i.in_loop for i in exchanges), exchanges
+        value_itemsize, width = acc_itemsize, case.access_bytes(acc_itemsize)
 
 
 # A bulk copy takes so many words at once.
