@@ -194,10 +194,10 @@ extern "C" __global__ void table_keys_kernel(
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,  // any integer dtype, [num_all_bags + 1]
     const Table* __restrict__ tables_ptr,  // [num_tables]
-    void* __restrict__ keys_ptr,           // [num_indices]: the row of each id; num_rows: none
-    void* __restrict__ sources_ptr,        // [num_indices]: bag b of table t is b * num_tables + t, -1: no bag;
-                                           // null: without pooling
-    int32* sizes_ptr,  // [num_all_bags], zero on entry: what divides the gradient of each source; null: nothing
+    void* __restrict__ keys_ptr,           // [num_indices]: the row of each id, num_rows: none; or null
+    // [num_indices]: bag b of table t is b * num_tables + t, -1: no bag; or null
+    void* __restrict__ sources_ptr,
+    int32* sizes_ptr,  // [num_all_bags], zero on entry: what divides the gradient of each source; or null
     int64 num_indices,
     int64 num_bags,  // of each table
     int64 num_all_bags,
@@ -221,9 +221,11 @@ extern "C" __global__ void table_keys_kernel(
   }
   const Table table = tables_ptr[t];
   const bool counted = in_bag && !is_padding(index, table.padding_idx);
-  const bool kept = counted && names_row(index, table.num_rows);
-  // Ids without a gradient sort behind all others.
-  store_integer(keys_ptr, n, kept ? table.first_row + index : num_rows, key_bytes);
+  if (keys_ptr) {
+    const bool kept = counted && names_row(index, table.num_rows);
+    // Ids without a gradient sort behind all others.
+    store_integer(keys_ptr, n, kept ? table.first_row + index : num_rows, key_bytes);
+  }
   if (!sources_ptr) return;
   const int64 source = bag % num_bags * num_tables + t;
   store_integer(sources_ptr, n, in_bag ? source : -1, source_bytes);

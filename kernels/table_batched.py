@@ -269,15 +269,15 @@ def table_keys_kernel(
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_all_bags + 1]
     tables_ptr,  # int64 [num_tables, NUM_FIELDS]
-    keys_ptr,  # the narrowest integer dtype that holds num_rows, [num_indices]: the row of each id
-    sources_ptr,  # [num_indices]: bag b of table t is b * num_tables + t, -1: no bag; None: without pooling
-    sizes_ptr,  # int32 [num_all_bags], zero on entry: what divides the gradient of each source; None: nothing
+    keys_ptr,  # the narrowest integer dtype that holds num_rows, [num_indices]: the row of each id; or None
+    sources_ptr,  # [num_indices]: bag b of table t is b * num_tables + t, -1: no bag; or None
+    sizes_ptr,  # int32 [num_all_bags], zero on entry: what divides the gradient of each source; or None
     num_indices,
     num_bags,  # of each table
     num_all_bags,
     num_tables,
     num_rows,  # of all tables
-    search_steps,  # bits of num_all_bags; without pooling, of num_tables
+    search_steps,  # bits of num_all_bags if there are sources, else of num_tables
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
@@ -294,12 +294,14 @@ def table_keys_kernel(
             tl.where(in_bag, source, -1).to(sources_ptr.dtype.element_ty),
             mask=in_range,
         )
-    index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
-    counted = in_bag & ~is_padding(index, load_field(tables_ptr, table, PADDING_IDX))
-    kept = counted & (index >= 0) & (index < load_field(tables_ptr, table, NUM_ROWS))
-    # Ids without a gradient sort behind all others.
-    key = tl.where(kept, load_field(tables_ptr, table, FIRST_ROW) + index, num_rows)
-    tl.store(keys_ptr + n, key.to(keys_ptr.dtype.element_ty), mask=in_range)
+    if keys_ptr is not None or sizes_ptr is not None:
+        index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
+        counted = in_bag & ~is_padding(index, load_field(tables_ptr, table, PADDING_IDX))
+    if keys_ptr is not None:
+        kept = counted & (index >= 0) & (index < load_field(tables_ptr, table, NUM_ROWS))
+        # Ids without a gradient sort behind all others.
+        key = tl.where(kept, load_field(tables_ptr, table, FIRST_ROW) + index, num_rows)
+        tl.store(keys_ptr + n, key.to(keys_ptr.dtype.element_ty), mask=in_range)
     if sizes_ptr is not None:
         is_mean = load_field(tables_ptr, table, MEAN_FLAG) == 1
         begin = tl.where(bag == 0, 0, tl.load(offsets_ptr + bag).to(tl.int64))

@@ -18,6 +18,7 @@ from gpu_embed.backends import kernel_backend
 from gpu_embed.backends._cupy import CupyBackend
 from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.bags import Bags
+from gpu_embed.tables import TableBatch, make_layout
 
 MIB = 2**20
 
@@ -123,6 +124,37 @@ def test_memory_beyond_the_gradient(
     indices = meta(num_indices, dtype=torch.int64)
     peak = peak_beyond_gradient(backend, grad_output, indices, num_embeddings, method)
     assert peak <= 16 * num_indices + 64 * MIB
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (128, 64), (1,)], ids=str)
+@pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "rows"])
+@pytest.mark.parametrize(
+    ("dtype", "method"), [(torch.bfloat16, "sorted"), (torch.float32, "atomic")]
+)
+@pytest.mark.parametrize(("num_indices", "num_rows"), [*SIZES[:-3], *TAKEOVERS])
+def test_memory_of_batched_tables(backend, num_indices, num_rows, dtype, method, pooled, dims):
+    """The rows that ids name are gone before the rest comes; bags take 4 bytes more, each."""
+    if len(set(dims)) > 1 and not pooled:
+        pytest.skip("rows of different lengths are not looked up")
+    num_bags = max(num_indices // 8, 1)
+    layout = make_layout([(num_rows, dim) for dim in dims], "mean" if pooled else "sum", None)
+    fields, table_of_column = (
+        meta(len(dims), 8, dtype=torch.int64),
+        meta(sum(dims), dtype=torch.int32),
+    )
+    offsets = meta(len(dims) * num_bags + 1, dtype=torch.int64)
+    indices = meta(num_indices, dtype=torch.int64)
+    batch = TableBatch(indices, offsets, fields, table_of_column, layout.shape(pooled))
+    shape = (num_bags, sum(dims)) if pooled else (num_indices, dims[0])
+    grad_output = meta(*shape, dtype=dtype)
+    with LiveBytes(grad_output, *batch[:4]) as live, gpu_embed.use_gradient_method(method):
+        grad_weight = backend.table_batched_embedding_dense_backward(
+            grad_output, None, batch, layout.buffer_shape
+        )
+    # The ids of more rows than 32 bits count cannot travel, and are none of the caller's.
+    per_id = 16 if layout.shape(pooled).num_rows < 2**31 else 24
+    limit = per_id * num_indices + 4 * len(dims) * num_bags + 64 * MIB
+    assert live.peak - grad_weight.nbytes <= limit
 
 
 VIEWS = {

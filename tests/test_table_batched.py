@@ -399,17 +399,16 @@ def launches(target, monkeypatch):
 @pytest.mark.parametrize("num_tables", [1, 2, 9])
 @pytest.mark.parametrize("dims", [(4,), (4, 8)], ids=["uniform", "mixed"])
 def test_launches_do_not_depend_on_the_number_of_tables(target, method, launches, num_tables, dims):
-    """One forward launch; the keys, one sort and one backward launch; or one atomic launch."""
+    """One forward launch; keys, one sort, sources and one backward launch; or one atomic launch."""
     sizes = [(3, dims[table % len(dims)]) for table in range(num_tables)]
     layer = integer_layer(sizes, target.device)
     ids, offsets = random_input(layer, 1)
     by_layer(layer, ids[: int(offsets[-1])], offsets)
     is_mixed = len({dim for _, dim in sizes}) > 1
+    walk = "table_segment_sum_kernel" if is_mixed else "segment_sum_kernel"
     gradient = {
         "atomic": ["table_scatter_add_kernel"],
-        "sorted": ["table_keys_kernel", "table_segment_sum_kernel"]
-        if is_mixed
-        else ["table_keys_kernel", "segment_sum_kernel"],
+        "sorted": ["table_keys_kernel", "table_keys_kernel", walk],
     }[method]
     assert launches == ["table_bag_sum_kernel", *gradient]
 

@@ -732,27 +732,31 @@ class CupyBackend(TableKernels):
         )
 
     def _table_keys(
-        self, batch: TableBatch, keys: Tensor, sources: Tensor | None, sizes: Tensor | None
+        self,
+        batch: TableBatch,
+        keys: Tensor | None,
+        sources: Tensor | None,
+        sizes: Tensor | None,
     ) -> None:
         self._launch(
             Kernel("table_batched", "table_keys_kernel"),
-            *TABLE_KEYS.grid(keys.numel()),
-            keys.device,
+            *TABLE_KEYS.grid(batch.indices.numel()),
+            batch.indices.device,
             batch.indices,
             batch.offsets,
             batch.fields,
             keys,
             sources,
             sizes,
-            keys.numel(),
+            batch.indices.numel(),
             batch.bags_per_table,
             batch.bags.num_bags,
             batch.num_tables,
             batch.shape.num_rows,
             batch.indices.element_size(),
             batch.offsets.element_size(),
-            keys.element_size(),
-            0 if sources is None else sources.element_size(),
+            _itemsize(keys),
+            _itemsize(sources),
         )
 
     def _table_scatter_add(

@@ -868,20 +868,24 @@ class TritonBackend(TableKernels):
         )
 
     def _table_keys(
-        self, batch: TableBatch, keys: Tensor, sources: Tensor | None, sizes: Tensor | None
+        self,
+        batch: TableBatch,
+        keys: Tensor | None,
+        sources: Tensor | None,
+        sizes: Tensor | None,
     ) -> None:
         num_ranges = batch.num_tables if sources is None else batch.bags.num_bags
         self._launch(
             self._kernels.table_keys,
-            (cdiv(keys.numel(), TABLE_KEYS.BLOCK),),
-            keys.device,
+            (cdiv(batch.indices.numel(), TABLE_KEYS.BLOCK),),
+            batch.indices.device,
             batch.indices,
             batch.offsets,
             batch.fields,
             keys,
             sources,
             sizes,
-            keys.numel(),
+            batch.indices.numel(),
             batch.bags_per_table,
             batch.bags.num_bags,
             batch.num_tables,

@@ -397,17 +397,20 @@ class KernelBackend(ABC):
             del ids
             keys, order = torch.sort(keys, stable=True)
             return keys, order
-        return self._radix_sort(indices, num_embeddings, padding_idx)
+        return self._radix_sort(lambda: flat_ids(indices), num_embeddings, padding_idx)
 
     def _radix_sort(
-        self, indices: Tensor, num_embeddings: int, padding_idx: int
+        self, make_ids: Callable[[], Tensor], num_embeddings: int, padding_idx: int
     ) -> tuple[Tensor, Tensor]:
         """`_sorted_keys` in 16 bytes an id: two arrays of keys and two of positions, of 4 bytes at most.
 
         Where a key or a position takes 8 bytes, positions travel alone, and the keys are made in the end; only
         there a copy of ids that are not adjacent in memory comes on top.
+
+        Args:
+            make_ids: the ids [N], adjacent in memory; a function, so that nobody else holds what it makes.
         """
-        ids = flat_ids(indices)
+        ids = make_ids()
         num_ids = ids.numel()
         num_keys = cdiv(num_ids, self.sort_tiles.STEP) * self.sort_tiles.STEP
         tile_size = self.sort_tiles.size(num_keys)

@@ -72,11 +72,13 @@ class TableKernels(KernelBackend):
             splits = self._table_splits(grad_output, batch)
             self._table_scatter_add(grad_output, per_sample_weights, batch, grad_weight, splits)
             return grad_weight
-        keys, sources = self._table_row_keys(batch, per_sample_weights)
         if method == "atomic":
+            keys = self._table_row_keys(batch)
             self._scatter_add(grad_output, keys, None, grad_weight, padding_idx=-1)
             return grad_weight
-        keys, order = self._sorted_row_keys(keys, batch.shape.num_rows)
+        keys, order = self._sorted_row_keys(batch)
+        # Not made before the sort has freed its memory.
+        sources = self._table_sources(batch, per_sample_weights)
         if not batch.is_uniform:
             assert sources is not None
             self._sum_table_runs(grad_output, order, keys, sources, batch, grad_weight)
@@ -90,40 +92,43 @@ class TableKernels(KernelBackend):
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
-        keys, sources = self._table_row_keys(batch, None)
+        keys = self._table_row_keys(batch)
+        sources = self._table_sources(batch, None)
         assert sources is not None
         grad = grad_output.new_empty(batch.indices.shape)
         self._table_sample_weights(grad_output, weight, keys, sources.bag_of, batch, grad)
         return grad
 
-    def _table_row_keys(
-        self, batch: TableBatch, per_sample_weights: Tensor | None
-    ) -> tuple[Tensor, BagSources | None]:
-        """The row of each position [N], `num_rows` for those without a gradient, and where its gradient is.
+    def _table_row_keys(self, batch: TableBatch) -> Tensor:
+        """The row of each position among the rows of all tables [N]; `num_rows` for those without a gradient."""
+        dtype = sort_key_dtype(batch.shape.num_rows)
+        keys = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
+        self._table_keys(batch, keys, None, None)
+        return keys
 
-        Bag b of table t is source b * T + t. None without pooling: each position has its own.
+    def _table_sources(
+        self, batch: TableBatch, per_sample_weights: Tensor | None
+    ) -> BagSources | None:
+        """Where the gradient of each position is: bag b of table t is source b * T + t.
+
+        None without pooling: each position has its own.
         """
-        keys = batch.indices.new_empty(
-            batch.indices.numel(), dtype=sort_key_dtype(batch.shape.num_rows)
-        )
         if not batch.shape.pooled:
-            self._table_keys(batch, keys, None, None)
-            return keys, None
+            return None
         num_bags = batch.bags.num_bags
         dtype = torch.int32 if num_bags < 2**31 else torch.int64
-        source = torch.empty_like(keys, dtype=dtype)
-        sizes = None
-        if batch.shape.mean:
-            sizes = torch.zeros(num_bags, dtype=torch.int32, device=keys.device)
-        self._table_keys(batch, keys, source, sizes)
-        return keys, BagSources(source, per_sample_weights, sizes)
+        source = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
+        sizes = source.new_zeros(num_bags, dtype=torch.int32) if batch.shape.mean else None
+        self._table_keys(batch, None, source, sizes)
+        return BagSources(source, per_sample_weights, sizes)
 
-    def _sorted_row_keys(self, keys: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        """`_sorted_keys` of keys that `_table_row_keys` made."""
-        if keys.numel() <= max_torch_sort_ids(keys.element_size()):
-            keys, order = torch.sort(keys, stable=True)
+    def _sorted_row_keys(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
+        """The rows of all positions in ascending order, and the position that each came from."""
+        num_rows = batch.shape.num_rows
+        if batch.indices.numel() <= max_torch_sort_ids(sort_key_dtype(num_rows).itemsize):
+            keys, order = torch.sort(self._table_row_keys(batch), stable=True)
             return keys, order
-        return self._radix_sort(keys, num_rows, padding_idx=-1)
+        return self._radix_sort(lambda: self._table_row_keys(batch), num_rows, padding_idx=-1)
 
     def _sum_table_runs(
         self,
@@ -185,7 +190,11 @@ class TableKernels(KernelBackend):
 
     @abstractmethod
     def _table_keys(
-        self, batch: TableBatch, keys: Tensor, sources: Tensor | None, sizes: Tensor | None
+        self,
+        batch: TableBatch,
+        keys: Tensor | None,
+        sources: Tensor | None,
+        sizes: Tensor | None,
     ) -> None: ...
 
     @abstractmethod
