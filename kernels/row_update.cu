@@ -26,7 +26,7 @@ extern "C" __global__ void select_rows_kernel(
 template <typename Weight, int VEC>
 struct RowUpdate {
   using Acc = typename Accumulator<Weight>::type;
-  static constexpr bool ATOMIC_ENDS = false;
+  enum : bool { ATOMIC_ENDS = false };
   Weight* weight_ptr;
   Acc* state_ptr;
   Acc* second_state_ptr;

@@ -13,7 +13,8 @@
 template <typename Grad, int VEC, bool SCALE_GRAD_BY_FREQ, bool ATOMIC>
 struct StoreGradient {
   using Acc = typename Accumulator<Grad>::type;
-  static constexpr bool ATOMIC_ENDS = ATOMIC;
+  // An enumerator, as a constant member would lie in global memory.
+  enum : bool { ATOMIC_ENDS = ATOMIC };
   Grad* grad_weight_ptr;
   int64 D;
 

@@ -192,7 +192,7 @@ def test_recording_with_torchs_operators_never_waits():
     record = bounds.BoundsRecord(torch.device("cpu"))
     with Waits():
         record.write(torch.tensor([[1, 2], [7, 9]]), 5)
-    assert record.words.tolist() == [1, 2, 7, 5, 0, 0]
+    assert record.words.tolist() == [1, 2, 7, 5, 0, 0, 0]
     assert record.flag.item() == 1
 
 
@@ -318,5 +318,5 @@ def test_recording_bags_with_torchs_operators_never_waits():
     bags = make_bags(torch.tensor([1, 2, 4, 9, 9]), torch.tensor([0, 0, 2, 4]), False)
     with Waits():
         record.write_bags(bags, 5)
-    assert record.words.tolist() == [1, 3, 9, 5, 3, 2]
+    assert record.words.tolist() == [1, 3, 9, 5, 3, 2, 0]
     assert record.flag.item() == 1
