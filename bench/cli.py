@@ -123,7 +123,7 @@ def add_run(run: argparse.ArgumentParser) -> None:
         ("vocab", "rows of the table: 65536, 2**16, 1e6, 10M"),
         ("dim", "columns of the table"),
         ("ids", "ids a call"),
-        ("distribution", "uniform, zipf:1.05, equal, sorted, text, hot:0.5, ..., or a file of ids"),
+        ("distribution", "uniform, zipf:1.05, text, hot:0.5, spread:8192, ..., or a file of ids"),
     ):
         run.add_argument(f"--{name}", nargs="+", help=f"{text}, in place of the set's")
     run.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR")

@@ -36,8 +36,8 @@ def draw(
     """Ids below `num_embeddings`, int64 [num_ids], on the CPU.
 
     Args:
-        distribution: "uniform", "zipf:ALPHA", "equal", "sorted", "text", "hot:FRACTION", "wordfreq",
-            "wordsegment", or a file of ids.
+        distribution: "uniform", "zipf:ALPHA", "equal", "sorted", "text", "hot:FRACTION", "spread:ROWS",
+            "wordfreq", "wordsegment", or a file of ids.
         padding: the share of the ids that is overwritten by `padding_idx`, at random places.
 
     Raises IdsError if the distribution is unknown, or its ids do not fit the table.
@@ -61,7 +61,9 @@ def parse(distribution: str) -> tuple[Draw, str]:
         return _from_file, distribution
     name, _, argument = distribution.partition(":")
     if name not in KINDS:
-        names = ", ".join(KINDS).replace("zipf", "zipf:ALPHA").replace("hot", "hot:FRACTION")
+        names = ", ".join(
+            f"{name}:{ARGUMENTS[name]}" if name in ARGUMENTS else name for name in KINDS
+        )
         raise IdsError(
             f"unknown distribution {distribution!r}: choose one of {names}, or a file "
             f"({', '.join(FILE_SUFFIXES)})"
@@ -126,6 +128,12 @@ def _hot(generator: torch.Generator, argument: str, num_ids: int, num_embeddings
     return ids
 
 
+def _spread(generator: torch.Generator, argument: str, num_ids: int, num_embeddings: int) -> Tensor:
+    """As many rows, evenly spaced over the table: what a call touches does not grow with the table."""
+    rows = round(_number("spread", argument))
+    return torch.randint(rows, (num_ids,), generator=generator) * num_embeddings // rows
+
+
 def _text(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
     """Python's documentation in reading order; words too rare for the table share its last row."""
     ids = _excerpt(_text_ranks(), generator, num_ids)
@@ -178,10 +186,12 @@ KINDS: dict[str, Draw] = {
     "equal": _equal,
     "sorted": _sorted,
     "hot": _hot,
+    "spread": _spread,
     "text": _text,
     **{name: _word_list(name) for name in WORD_LISTS},
 }
-LIMITS = {"zipf": (0.0, 10.0), "hot": (0.0, 1.0)}
+ARGUMENTS = {"zipf": "ALPHA", "hot": "FRACTION", "spread": "ROWS"}
+LIMITS = {"zipf": (0.0, 10.0), "hot": (0.0, 1.0), "spread": (1.0, 1e9)}
 
 
 def _number(name: str, text: str) -> float:

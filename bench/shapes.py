@@ -214,14 +214,14 @@ SETS = {
         ),
         ShapeSet(
             "J",
-            "growth: the same 65,536 ids against tables of 10,000 to 50,000,000 rows",
+            "growth: 65,536 ids against tables of 10,000 to 50,000,000 rows; power law, and always 8192 rows",
             "the cost of a vocabulary",
             ("forward", "backward", *STEPS),
             grid(
+                distribution=("zipf:1.05", "spread:8192"),
                 vocab=(10_000, 100_000, 1_000_000, 10_000_000, 50_000_000),
                 dim=(32,),
                 num_ids=(65_536,),
-                distribution=("zipf:1.05",),
             ),
         ),
     )

@@ -9,7 +9,18 @@ import torch
 
 from gpu_embed.bench import ids
 
-DRAWN = ("uniform", "zipf:0", "zipf:1", "zipf:1.05", "zipf:3", "equal", "sorted", "hot:0.3", "text")
+DRAWN = (
+    "uniform",
+    "zipf:0",
+    "zipf:1",
+    "zipf:1.05",
+    "zipf:3",
+    "equal",
+    "sorted",
+    "hot:0.3",
+    "spread:5",
+    "text",
+)
 
 
 @pytest.mark.parametrize("distribution", DRAWN)
@@ -23,7 +34,9 @@ def test_ids_lie_in_the_table_and_come_from_the_seed(distribution, num_embedding
     assert torch.equal(drawn, ids.draw(distribution, 3000, num_embeddings, seed=5))
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "zipf:1.05", "sorted", "hot:0.3", "text"])
+@pytest.mark.parametrize(
+    "distribution", ["uniform", "zipf:1.05", "sorted", "hot:0.3", "spread:99", "text"]
+)
 def test_another_seed_gives_other_ids(distribution):
     first, second = (ids.draw(distribution, 500, 10_000, seed) for seed in (0, 1))
     assert not torch.equal(first, second)
@@ -53,6 +66,12 @@ def test_equal_sorted_and_hot():
     # Exactly the share, and whatever the others hit by chance.
     assert 250 <= (ids.draw("hot:0.25", 1000, 10**9) == 0).sum() <= 251
     assert (ids.draw("hot:1", 1000, 10**9) == 0).all()
+
+
+@pytest.mark.parametrize("num_embeddings", [100, 12_345, 5_000_000_000])
+def test_spread_touches_the_same_number_of_rows_all_over_any_table(num_embeddings):
+    rows = ids.draw("spread:100", 5000, num_embeddings).unique()
+    assert rows.tolist() == [k * num_embeddings // 100 for k in range(100)]
 
 
 def test_padding_is_an_exact_share_at_random_places():
