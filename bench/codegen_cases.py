@@ -12,8 +12,10 @@ from torch import Tensor
 import gpu_embed
 from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.backends._triton.launch import GATHER_ROWS, ONE_HOT
+from gpu_embed.backends.kernel_backend import cdiv
 from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
+from gpu_embed.quantized import QuantizedTable
 from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
 from gpu_embed.tables import TableBatch, TableLayout, make_layout
 
@@ -43,6 +45,10 @@ class Case:
     rows: bool = False  # whether only some rows may change
     stochastic_rounding: bool = False
     dims: tuple[int, ...] = ()  # of batched tables, the widest's first
+    output_dtype: torch.dtype | None = None  # None: the table's
+    group_size: int = (
+        0  # columns of a quantized row that share a scale and a zero; 0: all, with no zero
+    )
 
     def __str__(self) -> str:
         """The operation, D, the dtype, and what differs from the defaults."""
@@ -87,6 +93,8 @@ SHORT = {
     "padding_idx": "padding",
     "norm_type": "norm",
     "num_bags": "B",
+    "output_dtype": "to_",
+    "group_size": "G",
 }
 
 
@@ -230,6 +238,31 @@ def _table_sample_weights(case: Case, backend: TritonBackend) -> None:
     backend.table_batched_embedding_sample_weights_backward(grad_output, weight, batch)
 
 
+def _take(case: Case, backend: TritonBackend) -> None:
+    record = BoundsRecord(META) if case.record else None
+    weight = case.matrix(case.num_embeddings)
+    backend.take_rows(weight, case.ids(), case.output_dtype or case.dtype, record)
+
+
+def _dequantize(case: Case, backend: TritonBackend) -> None:
+    """dtype is the scale's."""
+    bits = int(case.operation.removeprefix("dequantize_int"))
+    group_size = case.group_size or case.embedding_dim
+    values = torch.empty(
+        case.num_embeddings, cdiv(case.embedding_dim * bits, 8), dtype=torch.int8, device=META
+    )
+    scale = torch.empty(
+        case.num_embeddings,
+        cdiv(case.embedding_dim, group_size),
+        dtype=case.dtype,
+        device=META,
+    )
+    zero = torch.empty_like(scale, dtype=torch.int8) if case.group_size else None
+    table = QuantizedTable(values, scale, zero, case.embedding_dim, group_size, bits)
+    record = BoundsRecord(META) if case.record else None
+    backend.dequantize_rows(table, case.ids(), case.output_dtype or case.dtype, record)
+
+
 OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "embedding": _embedding,
     "embedding_descriptor": _embedding_by_descriptor,
@@ -251,6 +284,9 @@ OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "table_atomic": _table_gradient,
     "table_sorted": _table_gradient,
     "table_sample_weights": _table_sample_weights,
+    "take": _take,
+    "dequantize_int8": _dequantize,
+    "dequantize_int4": _dequantize,
     **dict.fromkeys(STATE, _row_update),
 }
 
@@ -419,4 +455,24 @@ CASES = (
     Case("one_hot", 33, FP16, num_embeddings=200, index_dtype=torch.uint8, padding_idx=0),
     Case("one_hot", 8, BF16, num_embeddings=256),
     Case("one_hot", 64, BF16, num_embeddings=2, transposed=True),
+    Case("take", 128, FP32, record=True),
+    Case("take", 128, FP32, record=True, output_dtype=BF16, index_dtype=torch.int32),
+    Case("take", 300, BF16, index_dtype=FP32, record=True),
+    Case("take", 50, FP32, output_dtype=FP16, num_indices=3073),
+    Case("take", 64, BF16, output_dtype=FP32),
+    Case("take", 33, FP64, index_dtype=torch.uint8),
+    Case("take", 1, FP32, num_indices=1, num_embeddings=1),
+    Case("take", 4, FP32, num_indices=PAST_INT32, index_dtype=torch.int8, record=True),
+    Case("take", 64, FP32, transposed=True),
+    Case("dequantize_int8", 128, FP32, record=True),
+    Case("dequantize_int8", 768, FP32, output_dtype=BF16, record=True, index_dtype=torch.int32),
+    Case("dequantize_int8", 50, FP16, index_dtype=FP32),
+    Case("dequantize_int8", 1, FP32, num_indices=1, num_embeddings=1),
+    Case("dequantize_int4", 128, FP32, record=True),
+    Case("dequantize_int4", 768, BF16, record=True),
+    Case("dequantize_int4", 256, FP32, group_size=128, record=True),
+    Case("dequantize_int4", 256, FP32, group_size=128, output_dtype=FP16, record=True),
+    Case("dequantize_int4", 33, FP32, num_indices=3073, record=True),
+    Case("dequantize_int4", 64, FP64, group_size=32),
+    Case("dequantize_int4", 4, FP32, num_indices=PAST_INT32, num_embeddings=PAST_INT32),
 )

@@ -6,6 +6,7 @@
 using uint8 = unsigned char;
 using uint16 = unsigned short;
 using uint32 = unsigned int;
+using int8 = signed char;
 using int16 = short;
 using int32 = int;
 using int64 = long long;

@@ -67,6 +67,15 @@ def _all_kernels() -> tuple[Kernel, ...]:
     # The partial sums of a gradient, which the last two read, know nothing of bags.
     tables = [(value, widths) for value, _, widths in segments[:4]]
     flags = ("false", "true")
+    # A dtype of rows, and one that they are converted to.
+    conversions = (
+        *((dtype, dtype) for dtype in FLOATS.values()),
+        *(
+            pair
+            for narrow in ("float16", "bfloat16")
+            for pair in (("float", narrow), (narrow, "float"))
+        ),
+    )
     words = [f"word{2**i}" for i in range(5)]
     found = [
         *(("gather", f"gather_rows_kernel<{word}, {r}>") for word in words for r in rows),
@@ -162,6 +171,17 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ),
         *(("renorm", f"renorm_kernel<{weight}>") for weight in FLOATS.values()),
         ("counts", "counts_kernel"),
+        *(
+            ("take", f"take_rows_kernel<{weight}, {output}, {vec}>")
+            for weight, output in conversions
+            for vec in ((1, 2) if weight == "double" else (1, 2, 4))
+        ),
+        *(
+            ("dequantize", f"dequantize_rows_kernel<{scale}, {output}, {vec}, {bits}>")
+            for scale, output in conversions
+            for vec in (1, 2 if scale == "double" else 4)
+            for bits in (8, 4)
+        ),
     ]
     return tuple(Kernel(*names) for names in found)
 

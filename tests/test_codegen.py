@@ -470,6 +470,42 @@ def test_gradients_of_bags_move_what_those_of_lookups_move(launches: Launches, c
     assert bool(found[1].widths("load", "per_sample_weights_ptr")) == case.per_sample_weights
 
 
+@each(lambda case: case.operation == "take" and not case.transposed)
+def test_taken_rows_move_in_whole_vectors(launches: Launches, case: Case):
+    """One launch; the narrower of the table and the output says how many items an access moves."""
+    (launch,) = of_case(launches, case)
+    itemsize, output_itemsize = case.dtype.itemsize, (case.output_dtype or case.dtype).itemsize
+    items = min(case.access_bytes(itemsize) // itemsize, 16 // output_itemsize)
+    assert launch.widths("load", "weight_ptr") == {items * itemsize}
+    assert launch.widths("store", "output_ptr") == {items * output_itemsize}
+    # Ids in their own dtype; those of neighbouring lanes may be joined.
+    assert min(launch.widths("load", "indices_ptr")) >= case.index_dtype.itemsize
+
+
+@each(lambda case: case.operation.startswith("dequantize"))
+def test_quantized_rows_are_loaded_as_bytes_and_stored_as_vectors(launches: Launches, case: Case):
+    (launch,) = of_case(launches, case)
+    bits = 4 if case.operation.endswith("int4") else 8
+    itemsize = (case.output_dtype or case.dtype).itemsize
+    items = gcd(16 // itemsize, case.embedding_dim, case.group_size or case.embedding_dim)
+    loaded = launch.widths("load", "values_ptr")
+    # Neighbouring lanes' vectors may be joined, and never cut.
+    assert min(loaded) >= max(items * bits // 8, 1)
+    assert launch.widths("store", "output_ptr") == {items * itemsize}
+    assert launch.widths("load", "scale_ptr") == {case.dtype.itemsize}
+    assert launch.widths("load", "zero_ptr") == ({1} if case.group_size else set())
+
+
+@each(lambda case: case.operation in ("take", "dequantize_int8", "dequantize_int4"))
+def test_taken_rows_load_no_record(launches: Launches, case: Case):
+    """Contract 6: a lookup of good ids costs no access to the record that the GPU would wait for."""
+    (launch,) = of_case(launches, case)
+    operations = {
+        i.operation for i in launch.instructions if i.pointer in ("record_ptr", "flag_ptr")
+    }
+    assert operations == ({"exchange", "store"} if case.record else set())
+
+
 @each(lambda case: case.operation == "bag_sample_weights")
 def test_gradients_of_sample_weights_read_whole_vectors(launches: Launches, case: Case):
     _, launch = of_case(launches, case)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..bags import Bags
 from ..bounds import BoundsRecord
+from ..quantized import QuantizedTable
 from ..row_update import RowUpdate
 from ..settings import BACKEND, Restore
 from ..tables import TableBatch
@@ -158,6 +159,24 @@ class Backend(Protocol):
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
         """Gradient of table_batched_embedding's per_sample_weights, for sums -> [N], same dtype."""
+
+    def take_rows(
+        self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None
+    ) -> Tensor:
+        """weight[indices] with Keras's rules, rounded to dtype -> [..., D].
+
+        Ids are of a dtype in `wrapped_ids.INDEX_DTYPES`; they are cut to integers, and count from the end where
+        they are negative. Which dtypes convert, `take_ops.converts` says.
+        """
+
+    def dequantize_rows(
+        self,
+        table: QuantizedTable,
+        indices: Tensor,
+        dtype: torch.dtype,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        """`take_rows` of what a quantized table stands for; rows that no id names are not dequantized."""
 
 
 # In the order of preference on a CUDA device.

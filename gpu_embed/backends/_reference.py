@@ -8,8 +8,10 @@ from torch import Tensor
 from .. import reference, stochastic_rounding
 from ..bags import Bags
 from ..bounds import BoundsRecord
+from ..quantized import QuantizedTable
 from ..row_update import RowUpdate, arithmetic_dtype
 from ..tables import TableBatch, write_out_of_range
+from ..wrapped_ids import rows_or_ids
 from . import PreparedEmbedding
 
 ROUNDINGS = {
@@ -202,6 +204,40 @@ class ReferenceBackend:
             _array(grad_output), _array(weight), *_batch_arrays(batch)
         )
         return torch.from_numpy(grad).to(grad_output)
+
+    def take_rows(
+        self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None
+    ) -> Tensor:
+        if record is not None:
+            record.write(rows_or_ids(indices, weight.shape[0]), weight.shape[0])
+        rows = reference.take_rows(_array(weight), _ids_array(indices))
+        return torch.from_numpy(rows).to(weight.device, dtype)
+
+    def dequantize_rows(
+        self,
+        table: QuantizedTable,
+        indices: Tensor,
+        dtype: torch.dtype,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        num_embeddings = table.values.shape[0]
+        if record is not None:
+            record.write(rows_or_ids(indices, num_embeddings), num_embeddings)
+        rows = reference.dequantize_rows(
+            table.values.cpu().numpy(),
+            _array(table.scale),
+            None if table.zero is None else table.zero.cpu().numpy(),
+            _ids_array(indices),
+            table.embedding_dim,
+            table.group_size,
+            table.bits,
+        )
+        return torch.from_numpy(rows).to(table.scale.device, dtype)
+
+
+def _ids_array(indices: Tensor) -> Any:
+    """The ids in a dtype that NumPy has."""
+    return (indices.double() if indices.is_floating_point() else indices).cpu().numpy()
 
 
 def _array(tensor: Tensor | None) -> Any:

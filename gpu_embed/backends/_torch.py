@@ -5,8 +5,10 @@ from torch import Tensor
 
 from ..bags import Bags
 from ..bounds import BoundsRecord, in_table
+from ..quantized import QuantizedTable
 from ..row_update import RowUpdate
 from ..tables import TableBatch, write_out_of_range
+from ..wrapped_ids import rows_or_ids
 from . import PreparedEmbedding, _torch_tables
 from ._torch_row_update import row_update_
 
@@ -204,6 +206,41 @@ class TorchBackend:
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
         return _torch_tables.sample_weights_backward(grad_output, weight, batch)
+
+    def take_rows(
+        self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None
+    ) -> Tensor:
+        rows = rows_or_ids(indices, weight.shape[0])
+        return self.embedding(weight, rows, -1, record).to(dtype)
+
+    def dequantize_rows(
+        self,
+        table: QuantizedTable,
+        indices: Tensor,
+        dtype: torch.dtype,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        num_embeddings = table.values.shape[0]
+        rows = rows_or_ids(indices, num_embeddings)
+        columns = self.embedding(table.values, rows, -1, record)
+        if table.bits == 4:
+            halves = torch.stack([columns & 15, columns >> 4 & 15], dim=-1).flatten(-2)
+            columns = (halves[..., : table.embedding_dim] ^ 8) - 8
+
+        def of_groups(numbers: Tensor) -> Tensor:
+            """One number a group of each row -> one a column."""
+            per_group = self.embedding(numbers.reshape(num_embeddings, -1), rows, -1, None)
+            per_column = per_group.repeat_interleave(table.group_size, dim=-1)
+            return per_column[..., : table.embedding_dim].to(wide)
+
+        wide = torch.promote_types(table.scale.dtype, torch.float32)
+        numbers = columns.to(wide)
+        if table.zero is None:
+            # What an id out of range reads as divides zeros by zeros.
+            scale = of_groups(table.scale)
+            read = in_table(rows, num_embeddings)[..., None]
+            return torch.where(read, numbers / scale, 0).to(dtype)
+        return ((numbers - of_groups(table.zero)) * of_groups(table.scale)).to(dtype)
 
 
 def _torch_ids(indices: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from .gather import CupyGather
 from .gradient import CupyGradient
 from .row_update import CupyRowUpdate
 from .tables import CupyTables
+from .take import CupyTake
 
 
-class CupyBackend(CupyGather, CupyGradient, CupyRowUpdate, CupyBags, CupyTables):
+class CupyBackend(CupyGather, CupyGradient, CupyRowUpdate, CupyBags, CupyTables, CupyTake):
     """`Backend` on the CUDA C++ kernels in gpu_embed.kernels."""

@@ -5,9 +5,12 @@ from .gather import TritonGather
 from .gradient import TritonGradient
 from .row_update import TritonRowUpdate
 from .tables import TritonTables
+from .take import TritonTake
 
 
-class TritonBackend(TritonGather, TritonGradient, TritonRowUpdate, TritonBags, TritonTables):
+class TritonBackend(
+    TritonGather, TritonGradient, TritonRowUpdate, TritonBags, TritonTables, TritonTake
+):
     """`Backend` on the kernels in gpu_embed.kernels.
 
     With TRITON_INTERPRET=1 in the environment before Triton is imported, the kernels run in its

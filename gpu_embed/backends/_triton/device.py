@@ -114,6 +114,7 @@ class TritonDevice(TableKernels):
         from ...kernels import (
             bag,
             counts,
+            dequantize,
             descriptor,
             gather,
             one_hot,
@@ -123,6 +124,7 @@ class TritonDevice(TableKernels):
             scatter_add,
             segment_sum,
             table_batched,
+            take,
         )
 
         return SimpleNamespace(
@@ -153,6 +155,8 @@ class TritonDevice(TableKernels):
             table_scatter_add=table_batched.table_scatter_add_kernel,
             table_segment_sum=table_batched.table_segment_sum_kernel,
             table_sample_weights=table_batched.table_sample_weights_kernel,
+            take_rows=take.take_rows_kernel,
+            dequantize_rows=dequantize.dequantize_rows_kernel,
         )
 
 

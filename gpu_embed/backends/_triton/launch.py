@@ -172,6 +172,8 @@ BAG_SAMPLE_WEIGHTS_VECTORS = 512
 TABLE_BAGS = TableLaunch()
 TABLE_GATHER = FlatLaunch(128, num_warps=1)
 TABLE_KEYS = FlatLaunch(512)
+TAKE_ROWS = FlatLaunch(256)
+DEQUANTIZE_ROWS = FlatLaunch(256)
 
 
 @cache

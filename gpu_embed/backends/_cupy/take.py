@@ -1,0 +1,68 @@
+"""Launches of the lookups with Keras's rules."""
+
+from torch import Tensor
+
+from ...bounds import BoundsRecord
+from ...quantized import QuantizedTable
+from ...wrapped_ids import INDEX_DTYPES
+from ..take_kernels import TakeKernels, quantized_vector, taken_vector
+from .device import FLOATS, CupyDevice
+from .launch import DEQUANTIZE_ROWS, MAX_SEGMENT_VECTOR, TAKE_ROWS
+from .nvrtc import Kernel
+
+
+class CupyTake(CupyDevice, TakeKernels):
+    """Lookups whose ids are cast and wrapped, and whose rows are converted."""
+
+    def _take_rows(
+        self, weight: Tensor, ids: Tensor, output: Tensor, record: BoundsRecord | None
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        vec = min(taken_vector(weight, output.element_size()), MAX_SEGMENT_VECTOR)
+        arguments = f"{FLOATS[weight.dtype]}, {FLOATS[output.dtype]}, {vec}"
+        self._launch(
+            Kernel("take", f"take_rows_kernel<{arguments}>"),
+            *TAKE_ROWS.grid(ids.numel() * (embedding_dim // vec)),
+            weight.device,
+            weight,
+            ids,
+            output,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            ids.numel(),
+            num_embeddings,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            embedding_dim,
+            INDEX_DTYPES.index(ids.dtype),
+        )
+
+    def _dequantize_rows(
+        self, table: QuantizedTable, ids: Tensor, output: Tensor, record: BoundsRecord | None
+    ) -> None:
+        # The widest that two kinds of tables, and three of rows, are worth a kernel for; else one column.
+        widest = dequantized_vector(output.element_size())
+        vec = widest if quantized_vector(table, output.element_size()) >= widest else 1
+        arguments = f"{FLOATS[table.scale.dtype]}, {FLOATS[output.dtype]}, {vec}, {table.bits}"
+        self._launch(
+            Kernel("dequantize", f"dequantize_rows_kernel<{arguments}>"),
+            *DEQUANTIZE_ROWS.grid(ids.numel() * (table.embedding_dim // vec)),
+            output.device,
+            table.values,
+            table.scale,
+            table.zero,
+            ids,
+            output,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            ids.numel(),
+            table.values.shape[0],
+            table.embedding_dim,
+            table.group_size,
+            INDEX_DTYPES.index(ids.dtype),
+        )
+
+
+def dequantized_vector(itemsize: int) -> int:
+    """Columns a thread where the rows allow it: 16 bytes of the output, and four at the most."""
+    return min(16 // itemsize, MAX_SEGMENT_VECTOR)

@@ -1,0 +1,61 @@
+"""Launches of the lookups with Keras's rules."""
+
+from torch import Tensor
+
+from ...bounds import BoundsRecord
+from ...quantized import QuantizedTable
+from ..kernel_backend import cdiv
+from ..take_kernels import TakeKernels, quantized_vector, taken_vector
+from .device import TritonDevice
+from .launch import DEQUANTIZE_ROWS, TAKE_ROWS
+
+
+class TritonTake(TritonDevice, TakeKernels):
+    """Lookups whose ids are cast and wrapped, and whose rows are converted."""
+
+    def _take_rows(
+        self, weight: Tensor, ids: Tensor, output: Tensor, record: BoundsRecord | None
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        vec = taken_vector(weight, output.element_size())
+        self._launch(
+            self._kernels.take_rows,
+            (cdiv(ids.numel() * (embedding_dim // vec), TAKE_ROWS.BLOCK),),
+            weight.device,
+            weight,
+            ids,
+            output,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            ids.numel(),
+            num_embeddings,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            **TAKE_ROWS.settings,
+        )
+
+    def _dequantize_rows(
+        self, table: QuantizedTable, ids: Tensor, output: Tensor, record: BoundsRecord | None
+    ) -> None:
+        vec = quantized_vector(table, output.element_size())
+        self._launch(
+            self._kernels.dequantize_rows,
+            (cdiv(ids.numel() * (table.embedding_dim // vec), DEQUANTIZE_ROWS.BLOCK),),
+            output.device,
+            table.values,
+            table.scale,
+            table.zero,
+            ids,
+            output,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            ids.numel(),
+            table.values.shape[0],
+            D=table.embedding_dim,
+            GROUP=table.group_size,
+            BITS=table.bits,
+            VEC=vec,
+            **DEQUANTIZE_ROWS.settings,
+        )

@@ -1,0 +1,37 @@
+"""Ids as Keras takes them, in torch's operators: of any real dtype, negative ones counted from the end."""
+
+import torch
+from torch import Tensor
+
+from .bounds import in_table
+
+# Kernels see a bool as the byte that it is; the others are numbered as in kernels/wrapped_index.cuh.
+INDEX_DTYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+)
+
+
+def integer_ids(indices: Tensor) -> Tensor:
+    """Ids cut to int64; NaN becomes an id that no table has."""
+    if indices.is_floating_point():
+        indices = indices.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return indices.to(torch.int64)
+
+
+def rows_or_ids(indices: Tensor, num_embeddings: int) -> Tensor:
+    """The row that each id means -> int64; where there is no such row, the id, which is out of range too.
+
+    So the error names what the caller wrote.
+    """
+    ids = integer_ids(indices)
+    rows = torch.where(ids < 0, ids + num_embeddings, ids)
+    return torch.where(in_table(rows, num_embeddings), rows, ids)
