@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from . import take_ops
-from .row_update import arithmetic_dtype
 from .wrapped_ids import INDEX_DTYPES
 
 INSTALL = "pip install 'gpu_embed[keras]'"
@@ -95,7 +94,7 @@ class Embedding(keras.layers.Embedding):
         ids = keras.ops.convert_to_tensor(inputs)
         table = self._embeddings.value
         if self.lora_enabled:
-            return self._add_lora(_take(table, ids, arithmetic_dtype(table.dtype)), ids)
+            return self._add_lora(_take(table, ids, _wide(table.dtype)), ids)
         dtype = self._torch_compute_dtype
         return (
             take_ops.take_rows(table, ids, dtype)
@@ -127,7 +126,7 @@ class Embedding(keras.layers.Embedding):
         scale = self.embeddings_scale.value
         dtype = self._torch_compute_dtype
         if self.lora_enabled:
-            dtype = arithmetic_dtype(scale.dtype)
+            dtype = _wide(scale.dtype)
         # Scales have no gradient here, and none in Keras unless somebody made them trainable.
         if scale.requires_grad or not _serves(scale, ids, dtype):
             return None
@@ -173,6 +172,11 @@ def _serves(table: Tensor, ids: Tensor, dtype: torch.dtype) -> bool:
         and ids.dtype in INDEX_DTYPES
         and take_ops.converts(table.dtype, dtype)
     )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of such rows are taken in; not torch.promote_types, which is an operator to an exporter."""
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _take(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:

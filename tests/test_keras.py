@@ -219,7 +219,7 @@ def test_regularizer_constraint_mask_and_weights(keras, ours):
     output = layer(ids)
     assert np.array_equal(output.detach().numpy(), weights[ids].astype(np.float32))
     assert output._keras_mask.tolist() == [[False, True, True]]
-    assert float(layer.losses[0]) == pytest.approx(0.5 * (weights**2).sum(), rel=1e-6)
+    assert layer.losses[0].item() == pytest.approx(0.5 * (weights**2).sum(), rel=1e-6)
     model = keras.Sequential([layer])
     model.compile("sgd", "mse")
     model.train_on_batch(ids, weights[ids] - 5)
@@ -269,19 +269,23 @@ def lora(ours, num_rows: int, dim: int, **kwargs):
 
 
 @pytest.mark.parametrize("kwargs", LAYERS.values(), ids=LAYERS)
-def test_lora_is_added_before_the_only_rounding(ours, device, kwargs):
+def test_lora_is_added_before_the_rounding_to_the_compute_dtype(ours, device, kwargs):
     layer = lora(ours, 7, 4, **kwargs)
     table, a, b = (
         variable.value.detach().cpu().double().numpy()
         for variable in (layer._embeddings, layer.lora_embeddings_a, layer.lora_embeddings_b)
     )
     output = layer(torch.tensor(IDS, device=device))
-    expected = table[ROWS] + 1.5 * a[ROWS] @ b
     dtype = getattr(torch, layer.compute_dtype)
     assert output.dtype == dtype
-    # The adapters' integers are exact: the sum is rounded to fp32, and then to the compute dtype.
-    wide = torch.tensor(expected).to(torch.promote_types(dtype, torch.float32))
-    assert torch.equal(output.detach().cpu(), wide.to(dtype))
+    # The products of integers are exact; three sums are rounded in fp32 or fp64, and the last to the output's dtype.
+    wide = torch.promote_types(dtype, torch.float32)
+    magnitude = np.abs(table[ROWS]) + 1.5 * np.abs(a[ROWS]) @ np.abs(b)
+    expected = table[ROWS] + 1.5 * a[ROWS] @ b
+    roundings = 3 * torch.finfo(wide).eps / 2 + (dtype != wide) * torch.finfo(dtype).eps
+    error = np.abs(output.detach().cpu().double().numpy() - expected)
+    assert (error <= roundings * magnitude).all()
+    assert np.abs(expected - table[ROWS]).max() > 1
 
 
 def test_gradients_of_lora_are_those_of_numpy(ours, device):
@@ -381,10 +385,6 @@ def test_fit_with_jit_compile(keras, ours, monkeypatch):
     assert changed.tolist() == [False, True, True, True, True, True, False]
 
 
-def graph_of(layer) -> torch.fx.Graph:
-    return torch.export.export(layer, (torch.tensor([[1, 2]]),), strict=False).graph
-
-
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 @pytest.mark.parametrize("with_lora", [False, True], ids=["", "lora"])
 def test_a_traced_call_is_made_of_torchs_operators(ours, mode, with_lora):
@@ -399,12 +399,14 @@ def test_a_traced_call_is_made_of_torchs_operators(ours, mode, with_lora):
     assert not [name for name in names if "gpu_embed" in name]
     assert torch.allclose(exported.module()(ids), layer(ids), rtol=1e-6)
     if with_lora and mode is None:
-        sizes = [
-            node.meta["val"].numel()
+        made = [
+            node
             for node in exported.graph.nodes
-            if node.meta.get("val") is not None and node.op == "call_function"
+            if node.op == "call_function" and node.meta.get("val") is not None
         ]
-        assert max(sizes) < 40 * 8
+        # A cast to the dtype that it has is the table itself.
+        made = [node.meta["val"] for node in made if "aten.to." not in str(node.target)]
+        assert max(value.numel() for value in made) < 40 * 8
 
 
 def test_compiled_and_mapped_calls(keras, ours):
@@ -433,20 +435,34 @@ def test_export_to_onnx_and_torch(model, tmp_path):
         assert np.allclose(program(row[None]).detach().numpy(), number, rtol=1e-6, atol=1e-6)
 
 
-LOAD_ON_NUMPY = """
-import sys, numpy as np, keras, gpu_embed.keras
-folder = sys.argv[1] if len(sys.argv) > 1 else FOLDER
-model = keras.saving.load_model(folder + "/model.keras")
+LOAD_ON_NUMPY = '''
+import importlib.abc, importlib.machinery, importlib.util, sys
+from unittest.mock import MagicMock
+
+class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Keras's NumPy backend imports these for what no embedding needs."""
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "scipy"):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+    def create_module(self, spec):
+        return MagicMock(__spec__=spec, __path__=[], __name__=spec.name)
+    def exec_module(self, module):
+        pass
+
+# Asked last: what is installed is found before.
+sys.meta_path.append(StandIns())
+import numpy as np, keras, gpu_embed.keras
+model = keras.saving.load_model(FOLDER + "/model.keras")
 layer = model.get_layer("table")
 assert type(layer) is gpu_embed.keras.Embedding
 base = keras.layers.Embedding(7, 4, weights=layer.get_weights())
 ids = np.array([[3, 1, 0], [2, 6, 3]])
 assert np.array_equal(layer(ids), base(ids))
-layer.quantize("int4")
-base.quantize("int4")
-assert np.array_equal(layer(ids), base(ids))
 print(keras.backend.backend(), model.predict(ids, verbose=0).ravel().tolist())
-"""
+for each in (layer, base):
+    each.quantize("int4")
+assert np.array_equal(layer(ids), base(ids))
+'''
 
 
 def test_save_and_load_here_and_on_another_backend(keras, ours, model, tmp_path):
