@@ -123,6 +123,25 @@ def test_a_word_is_moved_by_one_instruction(arch: int, bytes_: int, name: str) -
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
+    ("stem", "arguments", "load_bits", "store_bits"),
+    [
+        ("take", "float, float, 4", 128, 128),
+        ("take", "float, bfloat16, 4", 128, 64),
+        ("dequantize", "float, float, 4, 8", 32, 128),
+        ("dequantize", "float, float16, 4, 4", 16, 64),
+    ],
+)
+def test_taken_rows_move_in_vectors(
+    arch: int, stem: str, arguments: str, load_bits: int, store_bits: int
+) -> None:
+    opcodes = sass(Kernel(stem, f"{stem}_rows_kernel<{arguments}>"), arch)
+    # Ids are loaded in four widths, the record stores 32 and 64 bits.
+    assert accesses(opcodes, "LDG") == {8, 16, 32, 64, load_bits}
+    assert accesses(opcodes, "STG") == {32, 64, store_bits}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
     ("values", "grads", "vec", "load_bits", "store_bits"),
     [
         ("float", "float", 4, 128, 128),

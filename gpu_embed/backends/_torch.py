@@ -210,6 +210,12 @@ class TorchBackend:
     def take_rows(
         self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None
     ) -> Tensor:
+        if not weight.is_cuda and indices.dtype in (torch.int64, torch.int32):
+            # Negative ids are rare, and torch's CPU kernel finds them.
+            try:
+                return torch.embedding(weight, indices).to(dtype)
+            except IndexError:
+                pass
         rows = rows_or_ids(indices, weight.shape[0])
         return self.embedding(weight, rows, -1, record).to(dtype)
 
