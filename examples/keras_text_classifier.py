@@ -52,12 +52,13 @@ class Texts:
 
 
 def docstrings(num_parts: int) -> list[tuple[str, list[str]]]:
-    """The parts of the library with the most docstrings, and those, each once, in the order of their files."""
+    """The packages of the library with the most docstrings, and those, each once, in the order of their files."""
     library = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, dict[str, None]] = {}
     for file in sorted(library.rglob("*.py")):
         names = file.relative_to(library).with_suffix("").parts
-        if LEFT_OUT.intersection(names):
+        # A part is a package, not a single file.
+        if len(names) == 1 or LEFT_OUT.intersection(names):
             continue
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))

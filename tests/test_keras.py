@@ -5,10 +5,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
-from importlib.util import find_spec
+from functools import cache, partial
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,7 +86,7 @@ def run_python(code: str, **environ: str) -> subprocess.CompletedProcess:
 
 RUN_KERAS_TESTS = """
 import json, pytest
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from keras.src import layers
 import gpu_embed.keras
 from gpu_embed import take_ops
@@ -130,6 +130,31 @@ def test_keras_own_tests_pass_with_our_layer(tmp_path):
     assert outcomes["dequantize_rows"] > 20
 
 
+@cache
+def quantized(
+    layer_class: type,
+    mode: str | None,
+    device: str,
+    rows: int = 7,
+    dim: int = 4,
+    block_size: int | None = -1,
+    policy: str = "float32",
+):
+    """A layer of random numbers; made once, as Keras takes half a second to quantize it, so not to be changed."""
+    import keras
+
+    with keras.device(device):
+        layer = layer_class(rows, dim, dtype=policy)
+        layer.build()
+        layer.embeddings.assign(np.random.default_rng(0).normal(size=(rows, dim)))
+        if mode == "int4" and block_size != -1:
+            config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
+            layer.quantize(mode, config=config)
+        elif mode:
+            layer.quantize(mode)
+    return layer
+
+
 # Values and gradients.
 
 
@@ -139,12 +164,12 @@ def meant(layer) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kwargs", LAYERS.values(), ids=LAYERS)
-@pytest.mark.parametrize("ids_dtype", ["int32", "int64", "uint8", "int8", "float32"])
+@pytest.mark.parametrize("ids_dtype", ["int64", "float32"])
 def test_a_lookup_copies_rows(ours, device, kwargs, ids_dtype):
     """In the compute dtype, rounded once; the ids in any dtype, negative ones from the end."""
     layer = ours(7, 4, embeddings_initializer="normal", **kwargs)
     layer.build()
-    ids = np.array(ROWS if ids_dtype == "uint8" else IDS).astype(ids_dtype)
+    ids = np.array(IDS).astype(ids_dtype)
     output = layer(ids)
     expected = torch.tensor(meant(layer)).to(getattr(torch, layer.compute_dtype))
     assert output.device.type == device
@@ -190,13 +215,10 @@ def test_a_training_step_moves_the_rows_that_were_used(keras, ours, device):
 
 
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
-@pytest.mark.parametrize("index", [7, -8, 2**31 + 3, 2**32 + 3, -(2**40)])
+@pytest.mark.parametrize("index", [7, -8, 2**32 + 3])
 def test_ids_out_of_range_are_errors_that_name_them(ours, device, mode, index):
     """Contract 6: not clamped; an id that would be in the table after a cut to 32 bits neither."""
-    layer = ours(7, 4)
-    layer.build()
-    if mode:
-        layer.quantize(mode)
+    layer = quantized(ours, mode, device)
     ids = torch.tensor([[1, index]], device=device)
     message = rf"id {index} at position \(0, 1\).*7 rows"
     with gpu_embed.set_bounds_check("sync"), pytest.raises(IndexError, match=message):
@@ -239,22 +261,20 @@ def test_input_length_is_deprecated_as_in_keras_3(keras, ours):
 
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32, torch.float32], ids=str)
-def test_a_lookup_is_one_operator(keras, ours, mode, policy, ids_dtype):
+def test_a_lookup_is_one_operator(keras, ours, mode, policy):
     """Keras's own dispatches six and more; under a mixed policy it also casts the whole table."""
     op = "dequantize_rows" if mode else "take_rows"
-    ids = torch.tensor([[1, 2]]).to(ids_dtype)
-    seen = {}
-    for layer_class in (ours, keras.layers.Embedding):
-        layer = layer_class(7, 4, dtype=policy)
-        layer.build()
-        if mode:
-            layer.quantize(mode)
-        with Seen() as seen[layer_class]:
+    layer = quantized(ours, mode, "cpu", policy=policy)
+    for dtype in (torch.int64, torch.int32, torch.float32):
+        ids = torch.tensor([[1, 2]], dtype=dtype)
+        with Seen() as seen:
             layer(ids)
-    assert seen[ours].names == [f"gpu_embed.{op}.default"]
-    assert len(seen[keras.layers.Embedding].names) >= 5
-    assert seen[ours].largest == 8
+        assert seen.names == [f"gpu_embed.{op}.default"]
+        assert seen.largest == 8
+    keras_layer = quantized(keras.layers.Embedding, mode, "cpu")
+    with Seen() as seen:
+        keras_layer(ids.long())
+    assert len(seen.names) >= 6
 
 
 def lora(ours, num_rows: int, dim: int, **kwargs):
@@ -322,24 +342,16 @@ def test_lora_never_forms_the_table(keras, ours, mode):
         assert largest["keras"] >= 8000
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4", "int4 in blocks"])
-def test_quantized_tables_are_never_dequantized_whole(keras, ours, device, mode):
-    layer, reference = ours(1000, 24), keras.layers.Embedding(1000, 24)
-    for each in (layer, reference):
-        each.build()
-        each.embeddings.assign(np.random.default_rng(0).normal(size=(1000, 24)))
-        config = None
-        if mode == "int4 in blocks":
-            config = keras.quantizers.Int4QuantizationConfig(block_size=8)
-        elif mode == "int4":
-            config = keras.quantizers.Int4QuantizationConfig(block_size=None)
-        each.quantize(mode[:4], config=config)
+@pytest.mark.parametrize(("mode", "block_size"), [("int8", -1), ("int4", None), ("int4", 8)])
+def test_quantized_tables_are_never_dequantized_whole(keras, ours, device, mode, block_size):
+    shape = (device, 1000, 24, block_size)
     ids = torch.tensor([[1, 999], [5, 1]], device=device)
+    layer = quantized(ours, mode, *shape)
     with Seen() as seen:
         output = layer(ids)
     assert seen.largest == 4 * 24
     # The same fp32 operations in the same order.
-    assert torch.equal(output, reference(ids))
+    assert torch.equal(output, quantized(keras.layers.Embedding, mode, *shape)(ids))
 
 
 def test_other_modes_are_refused_as_by_keras(keras, ours):
@@ -373,14 +385,14 @@ def model(keras, ours):
 @pytest.mark.slow
 def test_fit_with_jit_compile(keras, ours, monkeypatch):
     """Traced by torch.compile, whose code for the CPU another test compiles."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     layer = ours(7, 1)
     model = keras.Sequential([keras.Input((3,), dtype="int32"), layer, keras.layers.Flatten()])
     model.compile(keras.optimizers.SGD(1.0), "mse", jit_compile=True)
     ids = np.array([[1, 2, 3], [3, 4, 5]])
     before = layer.embeddings.numpy()
-    losses = model.fit(ids, np.ones((2, 3)), epochs=3, verbose=0).history["loss"]
-    assert losses[0] > losses[1] > losses[2]
+    losses = model.fit(ids, np.ones((2, 3)), epochs=2, verbose=0).history["loss"]
+    assert losses[0] > losses[1]
     changed = (layer.embeddings.numpy() != before)[:, 0]
     assert changed.tolist() == [False, True, True, True, True, True, False]
 
@@ -409,13 +421,25 @@ def test_a_traced_call_is_made_of_torchs_operators(ours, mode, with_lora):
         assert max(value.numel() for value in made) < 40 * 8
 
 
-def test_compiled_and_mapped_calls(keras, ours):
+def test_compiled_and_mapped_calls_are_made_of_torchs_operators(keras, ours):
     layer = ours(7, 4)
     layer.build()
     ids = torch.tensor(IDS)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(layer, backend=keep, fullgraph=True)
     assert torch.equal(compiled(ids), layer(ids))
-    assert torch.equal(keras.ops.vectorized_map(layer, ids), layer(ids))
+    assert len(graphs) == 1
+    assert "gpu_embed" not in graphs[0].code
+    with Seen() as seen:
+        mapped = keras.ops.vectorized_map(layer, ids)
+    assert torch.equal(mapped, layer(ids))
+    assert seen.names
+    assert not [name for name in seen.names if "gpu_embed" in name]
 
 
 @pytest.mark.slow
@@ -533,18 +557,25 @@ def test_a_quantized_layer_has_the_dtype_that_it_promises(keras, ours, mode):
 # Import.
 
 
-def test_import_gpu_embed_leaves_keras_alone():
-    """Contract 10."""
-    done = run_python("import sys, gpu_embed; print('keras' in sys.modules)")
-    assert (done.stdout, done.stderr) == ("False\n", "")
+def import_anew() -> None:
+    """Run gpu_embed/keras.py with what `import keras` finds at the moment."""
+    file = Path(gpu_embed.__file__).parent / "keras.py"
+    spec = spec_from_file_location("gpu_embed.keras", file)
+    spec.loader.exec_module(module_from_spec(spec))
 
 
-def test_without_keras_the_error_says_what_to_install():
-    code = "import sys; sys.modules['keras'] = None; import gpu_embed.keras"
-    done = run_python(code)
-    assert (
-        "ImportError: gpu_embed.keras needs Keras 3: pip install 'gpu_embed[keras]'" in done.stderr
-    )
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, r"gpu_embed\.keras needs Keras 3: pip install 'gpu_embed\[keras\]'"),
+        (SimpleNamespace(__version__="2.15.0"), "gpu_embed.keras needs Keras 3, found 2.15.0"),
+    ],
+    ids=["none", "2.15"],
+)
+def test_without_keras_3_the_error_says_what_to_install(monkeypatch, found, message):
+    monkeypatch.setitem(sys.modules, "keras", found)
+    with pytest.raises(ImportError, match=message):
+        import_anew()
 
 
 @pytest.mark.skipif(find_spec("tensorflow") is not None, reason="TensorFlow is installed")
@@ -555,9 +586,3 @@ def test_without_a_choice_of_backend_the_error_says_what_to_set(tmp_path):
         "set KERAS_BACKEND=torch in the environment before keras is first imported" in done.stderr
     )
     assert "tensorflow" in done.stderr
-
-
-def test_keras_2_is_refused(tmp_path):
-    (tmp_path / "keras.py").write_text("__version__ = '2.15.0'\n")
-    done = run_python("import gpu_embed.keras", PYTHONPATH=str(Path(tmp_path)))
-    assert "ImportError: gpu_embed.keras needs Keras 3, found 2.15.0" in done.stderr

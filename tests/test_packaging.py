@@ -119,7 +119,7 @@ print("" if spec is None else [spec.origin, *(spec.submodule_search_locations or
     assert str(ROOT) not in run_python(code, cwd=tmp_path)
 
 
-def test_import_brings_in_neither_triton_nor_cupy(tmp_path: Path) -> None:
+def test_import_brings_in_neither_triton_nor_cupy_nor_keras(tmp_path: Path) -> None:
     """Contract 10: import costs nothing. Torch's own imports are not counted."""
     code = """
 import sys
@@ -127,7 +127,7 @@ import torch
 before = set(sys.modules)
 import gpu_embed
 added = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted(added & {"triton", "cupy", "cupy_backends"}))
+print(sorted(added & {"triton", "cupy", "cupy_backends", "keras"}))
 """
     assert run_python(code, cwd=tmp_path).strip() == "[]"
 
