@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import gpu_embed
-from gpu_embed.backends._triton import GATHER_ROWS, ONE_HOT, TritonBackend
+from gpu_embed.backends._triton import TritonBackend
+from gpu_embed.backends._triton.launch import GATHER_ROWS, ONE_HOT
 from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype

@@ -16,8 +16,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from gpu_embed.backends import _cupy
-from gpu_embed.backends._cupy import CupyBackend, Kernel
+from gpu_embed.backends._cupy import CupyBackend, launch
+from gpu_embed.backends._cupy.device import FLOATS, as_argument
+from gpu_embed.backends._cupy.nvrtc import Kernel
 
 KERNELS_DIR = Path(__file__).parent.parent / "kernels"
 SHIM_DIR = Path(__file__).parent / "host_shim"
@@ -36,15 +37,15 @@ FLAGS = (
 
 def _all_kernels() -> tuple[Kernel, ...]:
     """Every kernel that CupyBackend can ask for."""
-    rows = {launch.ROWS for launch in (*_cupy.GATHER_ROWS.values(), _cupy.LONG_ROW)}
+    rows = {rows.ROWS for rows in (*launch.GATHER_ROWS.values(), launch.LONG_ROW)}
     flat, scatter, unroll, bag, tables_bag = (
-        launch.UNROLL
-        for launch in (
-            _cupy.GATHER_FLAT,
-            _cupy.SCATTER_ADD,
-            _cupy.SEGMENT_SUM,
-            _cupy.BAG,
-            _cupy.TABLE_BAG,
+        settings.UNROLL
+        for settings in (
+            launch.GATHER_FLAT,
+            launch.SCATTER_ADD,
+            launch.SEGMENT_SUM,
+            launch.BAG,
+            launch.TABLE_BAG,
         )
     )
     # values, grad_weight, widths; the last two read the partial sums of a 16-bit table.
@@ -57,7 +58,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ("float", "bfloat16", (1, 2, 4)),
     )
     # Keys, positions, whether the keys are made of the ids.
-    step = f"{_cupy.SORT_TILES.STEP}, {_cupy.DIGIT.UNROLL}"
+    step = f"{launch.SORT_TILES.STEP}, {launch.DIGIT.UNROLL}"
     keys = ("uint8", "int16", "int32")
     later = [f"{key}, int32, false, {step}" for key in keys]
     alone = [f"int64, {order}, true, {step}" for order in ("int32", "int64")]
@@ -97,7 +98,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for value, weight, widths in segments
             for vec in widths
         ),
-        *(("row_update", f"rowwise_adagrad_kernel<{weight}>") for weight in _cupy.FLOATS.values()),
+        *(("row_update", f"rowwise_adagrad_kernel<{weight}>") for weight in FLOATS.values()),
         *(
             ("scatter_add", f"scatter_add_kernel<float, {vec}, {scatter}, true>")
             for vec in (1, 2, 4)
@@ -159,7 +160,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for table, widths in tables
             for vec in widths
         ),
-        *(("renorm", f"renorm_kernel<{weight}>") for weight in _cupy.FLOATS.values()),
+        *(("renorm", f"renorm_kernel<{weight}>") for weight in FLOATS.values()),
         ("counts", "counts_kernel"),
     ]
     return tuple(Kernel(*names) for names in found)
@@ -217,7 +218,7 @@ class HostShimCupyBackend(CupyBackend):
         assert threads[0] * threads[1] <= 1024
         values = [
             ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
-            for value in map(_cupy._address, args)
+            for value in map(as_argument, args)
         ]
         pointers = [ctypes.cast(ctypes.byref(value), ctypes.c_void_p) for value in values]
         outcome = self._library.host_launch(

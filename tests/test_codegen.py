@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from gpu_embed.backends._triton import GATHER_ROWS, ONE_HOT
+from gpu_embed.backends._triton.launch import GATHER_ROWS, ONE_HOT
 from gpu_embed.backends.kernel_backend import cdiv
 from gpu_embed.bench import codegen_table
 from gpu_embed.bench.codegen import Compiled

@@ -16,7 +16,7 @@ from cuda_host_backend import HostShimCupyBackend
 from torch import Tensor
 
 from gpu_embed import reference
-from gpu_embed.backends._cupy import Kernel
+from gpu_embed.backends._cupy.nvrtc import Kernel
 from gpu_embed.backends.gradient_method import use_gradient_method
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.row_update import STATE, RowUpdate

@@ -17,8 +17,9 @@ import pytest
 import torch
 from cuda_host_backend import KERNELS
 
-from gpu_embed.backends import _cupy
-from gpu_embed.backends._cupy import Kernel
+from gpu_embed.backends._cupy import CupyBackend, nvrtc
+from gpu_embed.backends._cupy import device as cupy_device
+from gpu_embed.backends._cupy.nvrtc import Kernel
 
 ARCHS = (60, 70, 80, 90)
 STEMS = tuple(dict.fromkeys(kernel.stem for kernel in KERNELS))
@@ -37,7 +38,7 @@ def nvrtc_archs() -> tuple[int, ...] | str:
     if importlib.util.find_spec("cupy") is None:
         return "cupy is not installed"
     try:
-        return _cupy._cupy().cuda.nvrtc.getSupportedArchs()
+        return nvrtc.import_cupy().cuda.nvrtc.getSupportedArchs()
     except Exception as error:
         return f"cupy finds no NVRTC: {error}"
 
@@ -55,7 +56,7 @@ def require(arch: int) -> None:
 def test_every_kernel_compiles_without_spills(arch: int, stem: str) -> None:
     require(arch)
     expressions = [kernel.expression for kernel in KERNELS if kernel.stem == stem]
-    image, symbols, log = _cupy.compile_kernels(stem, expressions, arch, ("--ptxas-options=-v",))
+    image, symbols, log = nvrtc.compile_kernels(stem, expressions, arch, ("--ptxas-options=-v",))
     assert image.startswith(b"\x7fELF")
     assert len(set(symbols.values())) == len(expressions)
     # ptxas reports each kernel, and with it the functions that it calls.
@@ -88,7 +89,7 @@ def sass(kernel: Kernel, arch: int) -> set[str]:
     tool = nvdisasm()
     if tool is None:
         missing("triton, which brings nvdisasm, is not installed")
-    compiled = _cupy.compile_kernels(kernel.stem, [kernel.expression], arch)
+    compiled = nvrtc.compile_kernels(kernel.stem, [kernel.expression], arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.image)
         cubin.flush()
@@ -176,7 +177,7 @@ def test_a_card_newer_than_nvrtc_gets_ptx() -> None:
     archs = nvrtc_archs()
     if isinstance(archs, str):
         missing(archs)
-    image, symbols, _ = _cupy.compile_kernels("counts", ["counts_kernel"], 999)
+    image, symbols, _ = nvrtc.compile_kernels("counts", ["counts_kernel"], 999)
     assert symbols == {"counts_kernel": "counts_kernel"}
     assert ".visible .entry counts_kernel(" in image.decode()
     assert f".target sm_{max(archs)}" in image.decode()
@@ -188,7 +189,7 @@ def test_subnormal_sums_are_not_flushed() -> None:
         missing(str(nvrtc_archs()))
     for stem in STEMS:
         expressions = [kernel.expression for kernel in KERNELS if kernel.stem == stem]
-        ptx = _cupy.compile_kernels(stem, expressions[-1:], 999).image.decode()
+        ptx = nvrtc.compile_kernels(stem, expressions[-1:], 999).image.decode()
         assert not re.findall(r"\b(?:add|mul|fma)\.(?:\w+\.)?ftz", ptx)
 
 
@@ -197,7 +198,7 @@ def test_updates_round_every_product() -> None:
     if isinstance(nvrtc_archs(), str):
         missing(str(nvrtc_archs()))
     (kernel,) = (k for k in KERNELS if k.expression == "row_update_kernel<float, float, 1, 4>")
-    ptx = _cupy.compile_kernels("row_update", [kernel.expression], 999).image.decode()
+    ptx = nvrtc.compile_kernels("row_update", [kernel.expression], 999).image.decode()
     assert "mul.rn.f32" in ptx
     assert not re.findall(r"fma\.\S*f32", ptx)
 
@@ -205,10 +206,10 @@ def test_updates_round_every_product() -> None:
 def test_an_error_shows_the_compilers_log(monkeypatch: pytest.MonkeyPatch) -> None:
     if isinstance(nvrtc_archs(), str):
         missing(str(nvrtc_archs()))
-    broken = _cupy.source("counts").replace("blockDim.x", "block_dim")
-    monkeypatch.setattr(_cupy, "source", lambda stem: broken)
+    broken = nvrtc.source("counts").replace("blockDim.x", "block_dim")
+    monkeypatch.setattr(nvrtc, "source", lambda stem: broken)
     with pytest.raises(RuntimeError, match=r'(?s)counts\.cu for .*"block_dim" is undefined'):
-        _cupy.compile_kernels("counts", ["counts_kernel"], 90)
+        nvrtc.compile_kernels("counts", ["counts_kernel"], 90)
 
 
 class Driver:
@@ -218,7 +219,7 @@ class Driver:
         self.images: list[bytes] = []
         self.launches: list[tuple[object, ...]] = []
         self.cuda = SimpleNamespace(
-            Device=nullcontext, Module=lambda: self, nvrtc=_cupy._cupy().cuda.nvrtc
+            Device=nullcontext, Module=lambda: self, nvrtc=nvrtc.import_cupy().cuda.nvrtc
         )
 
     def load(self, image: bytes) -> None:
@@ -232,11 +233,12 @@ class Driver:
 def test_a_launch_passes_addresses_and_torchs_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     require(90)
     driver = Driver()
-    monkeypatch.setattr(_cupy, "_cupy", lambda: driver)
+    for module in (cupy_device, nvrtc):
+        monkeypatch.setattr(module, "import_cupy", lambda: driver)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=77))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    backend = _cupy.CupyBackend()
+    backend = CupyBackend()
     device = torch.device("cuda", 0)
     tensor = torch.zeros(3)
     counts, renorm = Kernel("counts", "counts_kernel"), Kernel("renorm", "renorm_kernel<float>")
@@ -255,7 +257,7 @@ def test_a_launch_passes_addresses_and_torchs_stream(monkeypatch: pytest.MonkeyP
 def test_the_kernels_need_no_header() -> None:
     """NVRTC alone is enough: pip brings it without CUDA's headers."""
     for stem in STEMS:
-        assert "#include" not in _cupy.source(stem)
+        assert "#include" not in nvrtc.source(stem)
 
 
 def test_nvrtc_comes_from_pip_without_a_toolkit() -> None:

@@ -82,6 +82,10 @@ class BagSources(NamedTuple):
     sizes: Tensor | None  # int32 [B]: divides that row
 
 
+# Every position's gradient is a row of its own.
+NO_SOURCES = (None, None, None)
+
+
 class KernelBackend(ABC):
     """A `Backend` but for its name, `unusable_reason`, and one launch a kernel.
 

@@ -1,0 +1,163 @@
+"""Launches of the kernels of bags."""
+
+from torch import Tensor
+
+from ...bags import Bags
+from ...bounds import BoundsRecord
+from ..kernel_backend import cdiv
+from ..layout import vector_width
+from .device import FLOATS, CupyDevice, cpp_bool
+from .launch import BAG, BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS, MAX_SEGMENT_VECTOR
+from .nvrtc import Kernel
+
+
+class CupyBags(CupyDevice):
+    """Sums, means and maxima of bags."""
+
+    def _bag_programs(self, weight: Tensor, num_bags: int) -> int:
+        # Counted in warps, as for Triton.
+        return cdiv(num_bags * (weight.shape[1] // bag_vector(weight)), 32)
+
+    def _bag_sum(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        output: Tensor,
+        sizes: Tensor | None,
+        padding_idx: int,
+        mean: bool,
+        splits: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        embedding_dim = weight.shape[1]
+        vec = bag_vector(weight)
+        arguments = (
+            f"{FLOATS[weight.dtype]}, {FLOATS[output.dtype]}, {vec}, "
+            f"{cpp_bool(mean)}, {cpp_bool(splits > 1)}, {BAG.UNROLL}"
+        )
+        (blocks, _), threads = BAG.grid(bags.num_bags * (embedding_dim // vec))
+        self._launch(
+            Kernel("bag", f"bag_sum_kernel<{arguments}>"),
+            (blocks, splits),
+            threads,
+            weight.device,
+            weight,
+            bags.indices,
+            bags.offsets,
+            per_sample_weights,
+            output,
+            sizes,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            *bags.counts(),
+            weight.shape[0],
+            padding_idx,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            embedding_dim,
+            bags.indices.element_size(),
+            offset_bytes(bags),
+        )
+
+    def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:
+        num_bags, embedding_dim = output.shape
+        self._launch(
+            Kernel("bag", f"bag_combine_kernel<{FLOATS[output.dtype]}>"),
+            *BAG_COMBINE.grid(output.numel()),
+            output.device,
+            partial,
+            sizes,
+            output,
+            len(partial),
+            num_bags,
+            embedding_dim,
+        )
+
+    def _bag_max(
+        self,
+        weight: Tensor,
+        bags: Bags,
+        output: Tensor,
+        winner: Tensor | None,
+        padding_idx: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        embedding_dim = weight.shape[1]
+        vec = bag_vector(weight)
+        self._launch(
+            Kernel("bag", f"bag_max_kernel<{FLOATS[weight.dtype]}, {vec}, {BAG.UNROLL}>"),
+            *BAG.grid(bags.num_bags * (embedding_dim // vec)),
+            weight.device,
+            weight,
+            bags.indices,
+            bags.offsets,
+            output,
+            winner,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            *bags.counts(),
+            weight.shape[0],
+            padding_idx,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            embedding_dim,
+            bags.indices.element_size(),
+            offset_bytes(bags),
+        )
+
+    def _bag_of(self, bags: Bags, bag_of: Tensor, sizes: Tensor | None, padding_idx: int) -> None:
+        self._launch(
+            Kernel("bag", "bag_of_kernel"),
+            *BAG_OF.grid(bag_of.numel()),
+            bag_of.device,
+            bags.indices,
+            bags.offsets,
+            bag_of,
+            sizes,
+            *bags.counts(),
+            padding_idx,
+            bags.indices.element_size(),
+            offset_bytes(bags),
+            bag_of.element_size(),
+        )
+
+    def _bag_sample_weights(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        bag_of: Tensor,
+        grad: Tensor,
+        padding_idx: int,
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        vec = min(bag_vector(grad_output), bag_vector(weight))
+        self._launch(
+            Kernel("bag", f"bag_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
+            *BAG_SAMPLE_WEIGHTS.grid(ids.numel()),
+            ids.device,
+            grad_output,
+            weight,
+            ids,
+            bag_of,
+            grad,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            weight.stride(0) // vec,
+            weight.stride(1),
+            embedding_dim,
+            ids.element_size(),
+            bag_of.element_size(),
+        )
+
+
+def offset_bytes(bags: Bags) -> int:
+    return 0 if bags.offsets is None else bags.offsets.element_size()
+
+
+def bag_vector(matrix: Tensor) -> int:
+    return min(vector_width(matrix), MAX_SEGMENT_VECTOR)

@@ -1,0 +1,115 @@
+"""What every launch of a CUDA C++ kernel goes through: compiled at first use, on torch's stream."""
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..table_kernels import TableKernels
+from .nvrtc import Kernel, compile_kernels, import_cupy
+
+# 64-bit float atomics begin here.
+MIN_CAPABILITY = (6, 0)
+
+FLOATS = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+INTEGERS = {
+    torch.uint8: "uint8",
+    torch.int16: "int16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
+
+
+class CupyDevice(TableKernels):
+    """The part of the CuPy backend that launches, whatever the kernel."""
+
+    name = "cupy"
+
+    def __init__(self) -> None:
+        self._functions: dict[tuple[int, Kernel], Any] = {}
+
+    def unusable_reason(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"cupy kernels need a CUDA device, not {device.type}"
+        if find_spec("cupy") is None:
+            return "cupy is not installed (pip install 'gpu_embed[cupy12]' or 'gpu_embed[cupy13]')"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if torch.version.hip is not None:
+            return "only NVIDIA cards are supported"
+        try:
+            cupy = import_cupy()
+            cupy.cuda.runtime.getDeviceCount()
+        except Exception as error:  # a wheel for another CUDA, a missing library, an old driver
+            return f"cupy does not work here: {error}"
+        try:
+            archs = cupy.cuda.nvrtc.getSupportedArchs()
+        except Exception as error:
+            return f"cupy finds no NVRTC (pip install nvidia-cuda-nvrtc-cu12): {error}"
+        major, minor = torch.cuda.get_device_capability(device)
+        lowest = max(MIN_CAPABILITY, divmod(min(archs), 10))
+        if (major, minor) < lowest:
+            return (
+                f"this NVRTC compiles for compute capability {lowest[0]}.{lowest[1]} and newer, "
+                f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+            )
+        return None
+
+    def _launch(
+        self,
+        kernel: Kernel,
+        blocks: tuple[int, int],
+        threads: tuple[int, int],
+        device: torch.device,
+        *args: Tensor | int | float | None,
+    ) -> None:
+        """Run a kernel on torch's current stream; tensors go by address, int as int64, float as double."""
+        if 0 in blocks:
+            return
+        cupy = import_cupy()
+        index = torch.cuda.current_device() if device.index is None else device.index
+        # torch and CuPy may each carry a copy of the CUDA runtime, so each is told the device.
+        with torch.cuda.device(index), cupy.cuda.Device(index):
+            function = self._functions.get((index, kernel))
+            if function is None:
+                function = self._functions[index, kernel] = self._load(kernel, device)
+            stream = _Stream(torch.cuda.current_stream(index).cuda_stream)
+            function(blocks, threads, [as_argument(arg) for arg in args], stream=stream)
+
+    def _load(self, kernel: Kernel, device: torch.device) -> Any:
+        """The kernel, compiled for the current device and loaded there."""
+        major, minor = self._capability(device)
+        compiled = compile_kernels(kernel.stem, (kernel.expression,), 10 * major + minor)
+        module = import_cupy().cuda.Module()
+        module.load(compiled.image)
+        return module.get_function(compiled.symbols[kernel.expression])
+
+    def _capability(self, device: torch.device) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(device)
+
+
+class _Stream(NamedTuple):
+    """What CuPy asks of a stream. Its own class for foreign streams has changed between versions."""
+
+    ptr: int
+
+
+def as_argument(arg: Tensor | int | float | None) -> int | float:
+    if isinstance(arg, Tensor):
+        return arg.data_ptr()
+    return 0 if arg is None else arg
+
+
+def itemsize(tensor: Tensor | None) -> int:
+    """Bytes an item; 0 for a tensor that the kernel does without."""
+    return 0 if tensor is None else tensor.element_size()
+
+
+def cpp_bool(flag: bool) -> str:
+    return "true" if flag else "false"

@@ -1,0 +1,73 @@
+"""Launches of the lookup kernels."""
+
+from math import gcd
+
+from torch import Tensor
+
+from ...bounds import BoundsRecord
+from .. import gather_method
+from ..kernel_backend import Gather, no_kernel
+from ..layout import word_layout
+from .device import CupyDevice
+from .launch import GATHER_FLAT, GATHER_METHODS, GATHER_ROWS, LONG_ROW, LONG_ROW_WORDS
+from .nvrtc import Kernel
+
+
+class CupyGather(CupyDevice):
+    """Lookups: rows, or a flat range."""
+
+    def _prepare_gather(self, weight: Tensor) -> Gather:
+        layout = word_layout(weight)
+        # Two words of 8 bytes that one access moves are a word of 16 here.
+        word = f"word{layout.word_bytes * layout.vec}"
+        row_words = layout.row_words // layout.vec
+        rows = GATHER_ROWS.get(gcd(row_words, max(GATHER_ROWS)))
+        if rows is None and row_words >= LONG_ROW_WORDS:
+            rows = LONG_ROW
+        method = gather_method.forced(self._gather_refusal)
+        if method == "rows":
+            rows = rows or LONG_ROW
+        elif method == "flat":
+            rows = None
+        if rows is not None:
+            kernel = Kernel("gather", f"gather_rows_kernel<{word}, {rows.ROWS}>")
+        else:
+            kernel = Kernel("gather", f"gather_flat_kernel<{word}, {GATHER_FLAT.UNROLL}>")
+        # Not the table itself: what is prepared must not keep it alive.
+        address = weight.data_ptr()
+        device = weight.device
+        num_embeddings = weight.shape[0]
+
+        def gather(
+            ids: Tensor,
+            num_indices: int,
+            output: Tensor,
+            zero_idx: int,
+            record: BoundsRecord | None,
+        ) -> None:
+            self._launch(
+                kernel,
+                *(
+                    GATHER_FLAT.grid(num_indices * row_words)
+                    if rows is None
+                    else rows.grid(num_indices, row_words)
+                ),
+                device,
+                address,
+                ids,
+                output,
+                None if record is None else record.words,
+                None if record is None else record.flag,
+                num_indices,
+                num_embeddings,
+                zero_idx,
+                layout.row_stride // layout.vec,
+                layout.col_stride,
+                row_words,
+                ids.element_size(),
+            )
+
+        return gather
+
+    def _gather_refusal(self, method: str) -> str | None:
+        return None if method in GATHER_METHODS else no_kernel(self.name)

@@ -1,0 +1,84 @@
+"""Launch settings of the CUDA C++ kernels: one dataclass a kind of kernel, one table a kernel."""
+
+from dataclasses import dataclass
+
+from ..kernel_backend import SortTiles, cdiv
+
+# Columns a thread of a kernel that sums: more would cost registers and save nothing.
+MAX_SEGMENT_VECTOR = 4
+MAX_BLOCKS_Y = 65535
+
+# Blocks and threads, (x, y) each.
+Grid = tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class RowsLaunch:
+    """gather_rows_kernel: threads across a row, rows side by side in a block, and rows a thread."""
+
+    threads: tuple[int, int]
+    ROWS: int = 4
+
+    def grid(self, num_rows: int, row_words: int) -> Grid:
+        across, down = self.threads
+        # The threads stride over what so many blocks leave.
+        blocks_across = min(cdiv(row_words, across), MAX_BLOCKS_Y)
+        return (cdiv(num_rows, down * self.ROWS), blocks_across), self.threads
+
+
+@dataclass(frozen=True)
+class FlatLaunch:
+    """A kernel over a flat range: threads a block, and words, vectors or ids a thread."""
+
+    threads: int = 256
+    UNROLL: int = 1
+
+    def grid(self, items: int) -> Grid:
+        return (cdiv(items, self.threads * self.UNROLL), 1), (self.threads, 1)
+
+
+@dataclass(frozen=True)
+class WalkLaunch:
+    """A kernel whose threads walk alone: threads a block, each with one chunk, bag or tile, and loads in flight."""
+
+    threads: int = 256
+    UNROLL: int = 4
+
+    def grid(self, items: int) -> Grid:
+        return (cdiv(items, self.threads), 1), (self.threads, 1)
+
+
+# The settings below keep four loads in flight a thread without spills; they are starting points until they
+# are measured.
+
+# By the largest power of two that divides the words of a row; rows of other lengths go to GATHER_FLAT, which
+# has no lanes to spare, but a division to pay.
+GATHER_ROWS = {
+    32: RowsLaunch((32, 8)),
+    64: RowsLaunch((64, 4)),
+    128: RowsLaunch((128, 2)),
+}
+GATHER_FLAT = FlatLaunch(UNROLL=4)
+GATHER_METHODS = ("rows", "flat")
+# Rows so long that the idle lanes at their end do not matter.
+LONG_ROW_WORDS = 1024
+LONG_ROW = RowsLaunch((128, 2))
+SCATTER_ADD = FlatLaunch(UNROLL=4)
+SEGMENT_SUM = WalkLaunch()
+BAG = WalkLaunch(threads=128)
+SORT_KEYS = FlatLaunch()
+# Small blocks, so that a few tiles spread over all multiprocessors.
+DIGIT = WalkLaunch(threads=64)
+# 132 multiprocessors with 1024 threads each make about as many.
+SORT_TILES = SortTiles(STEP=64, TILES=2**17, MAX_STEPS=2**20)
+COUNTS = FlatLaunch()
+SELECT_ROWS = FlatLaunch()
+ROWWISE_ADAGRAD = FlatLaunch(threads=64)
+RENORM = FlatLaunch(threads=64)
+BAG_COMBINE = FlatLaunch()
+BAG_OF = FlatLaunch()
+BAG_SAMPLE_WEIGHTS = FlatLaunch(threads=128)
+TABLE_BAG = WalkLaunch(threads=128)
+TABLE_GATHER = FlatLaunch()
+TABLE_KEYS = FlatLaunch()
+TABLE_SAMPLE_WEIGHTS = FlatLaunch(threads=128)

@@ -1,0 +1,94 @@
+"""The CUDA C++ kernels compiled by NVRTC, with no GPU and no CUDA headers.
+
+CuPy's RawModule would compile and launch, but it refuses to work without CUDA's headers, which these kernels do
+not need and pip does not bring, and it compiles with -ftz=true, which turns subnormal gradients into zeros.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from typing import Any, NamedTuple
+
+OPTIONS = ("-std=c++17",)
+# row_update.cu rounds every product before it is added, as its formulas say.
+UNFUSED = {"row_update": ("-fmad=false",)}
+
+
+class Kernel(NamedTuple):
+    """One kernel of one file, as NVRTC names it."""
+
+    stem: str  # of the file in gpu_embed/kernels
+    expression: str  # its name in C++, with template arguments
+
+
+class Compiled(NamedTuple):
+    """What NVRTC made of some kernels of one file."""
+
+    image: bytes  # cubin, or PTX for cards newer than NVRTC
+    symbols: dict[str, str]  # the name of each expression in the image
+    log: str
+
+
+def compile_kernels(
+    stem: str, expressions: Sequence[str], arch: int, options: tuple[str, ...] = ()
+) -> Compiled:
+    """Compile kernels of gpu_embed/kernels/<stem>.cu; needs no GPU and no CUDA headers.
+
+    Args:
+        arch: ten times the compute capability. One that NVRTC does not know gets PTX for the newest older
+            one, which the driver compiles.
+        options: further options of NVRTC.
+
+    Raises RuntimeError with NVRTC's log if the code does not compile.
+    """
+    nvrtc = import_cupy().cuda.nvrtc
+    known = nvrtc.getSupportedArchs()
+    real = arch in known
+    target = f"sm_{arch}" if real else f"compute_{max(a for a in known if a <= arch)}"
+    program = nvrtc.createProgram(source(stem), f"{stem}.cu", [], [])
+    try:
+        for expression in expressions:
+            nvrtc.addNameExpression(program, expression)
+        try:
+            nvrtc.compileProgram(
+                program, (f"-arch={target}", *OPTIONS, *UNFUSED.get(stem, ()), *options)
+            )
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise RuntimeError(
+                f"gpu_embed: NVRTC cannot compile {stem}.cu for {target}\n{log}"
+            ) from error
+        # CuPy cuts off the image's last byte, taking it for the end of a string.
+        image = nvrtc.getCUBIN(program) + b"\0" if real else nvrtc.getPTX(program)
+        symbols = {name: nvrtc.getLoweredName(program, name) for name in expressions}
+        return Compiled(image, symbols, nvrtc.getProgramLog(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@cache
+def source(stem: str) -> str:
+    """A kernel file with what it includes put in its place, once, so that NVRTC looks for no file."""
+    folder = resources.files("gpu_embed.kernels")
+    included: set[str] = set()
+
+    def expanded(name: str) -> str:
+        return re.sub(
+            r'#include "(\w+\.cuh)"\n', lambda found: once(found[1]), (folder / name).read_text()
+        )
+
+    def once(name: str) -> str:
+        if name in included:
+            return ""
+        included.add(name)
+        return expanded(name).replace("#pragma once\n", "")
+
+    return expanded(f"{stem}.cu")
+
+
+@cache
+def import_cupy() -> Any:
+    import cupy
+
+    return cupy

@@ -1,0 +1,112 @@
+"""Launches of the row-wise optimizers."""
+
+import torch
+from torch import Tensor
+
+from ...row_update import RowUpdate
+from ..kernel_backend import cdiv
+from ..layout import vector_width
+from .device import FLOATS, CupyDevice, itemsize
+from .launch import MAX_SEGMENT_VECTOR, ROWWISE_ADAGRAD, SEGMENT_SUM, SELECT_ROWS
+from .nvrtc import Kernel
+
+# In the order of the enum in row_update.cu.
+FORMULAS = ("sgd", "adagrad", "adam")
+
+
+class CupyRowUpdate(CupyDevice):
+    """One optimizer step of the rows that a batch touched."""
+
+    def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None:
+        self._launch(
+            Kernel("row_update", "select_rows_kernel"),
+            *SELECT_ROWS.grid(ids.numel()),
+            ids.device,
+            ids,
+            rows,
+            chosen,
+            ids.numel(),
+            rows.numel(),
+        )
+
+    def _holds_row(self, embedding_dim: int, acc_dtype: torch.dtype) -> bool:
+        return False
+
+    def _row_update(
+        self,
+        update: RowUpdate,
+        values: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        chunk: int,
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        widths = (vector_width(matrix) for matrix in (values, weight, partial_values))
+        vec = min(*widths, MAX_SEGMENT_VECTOR)
+        arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
+        num_chunks = cdiv(keys.numel(), chunk)
+        seed, step = update.stream or (0, 0)
+        self._launch(
+            Kernel("row_update", f"row_update_kernel<{arguments}>"),
+            *SEGMENT_SUM.grid(num_chunks * (embedding_dim // vec)),
+            keys.device,
+            values,
+            order,
+            keys,
+            weight,
+            state[0] if state else None,
+            state[1] if len(state) > 1 else None,
+            partial_values,
+            partial_keys,
+            update.lr,
+            keys.numel(),
+            num_embeddings,
+            values.stride(0) // vec,
+            values.stride(1),
+            weight.stride(0),
+            weight.stride(1),
+            float(update.step_size),
+            float(update.decay),
+            float(update.eps),
+            float(update.avg_weight),
+            float(update.sq_weight),
+            float(update.grad_scale),
+            seed,
+            step,
+            embedding_dim,
+            FORMULAS.index(update.formula),
+            int(update.rounds_at_random(weight.dtype)),
+            chunk,
+            itemsize(order),
+            keys.element_size(),
+        )
+
+    def _rowwise_adagrad(
+        self, update: RowUpdate, total: Tensor, keys: Tensor, weight: Tensor, state: Tensor
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        seed, step = update.stream or (0, 0)
+        self._launch(
+            Kernel("row_update", f"rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"),
+            *ROWWISE_ADAGRAD.grid(keys.numel()),
+            keys.device,
+            total,
+            keys,
+            weight,
+            state,
+            update.lr,
+            num_embeddings,
+            *weight.stride(),
+            float(update.step_size),
+            float(update.eps),
+            float(update.grad_scale),
+            seed,
+            step,
+            embedding_dim,
+            int(update.rounds_at_random(weight.dtype)),
+            keys.numel(),
+        )

@@ -1,0 +1,243 @@
+"""Launches of the kernels of many tables at once."""
+
+import torch
+from torch import Tensor
+
+from ...bounds import BoundsRecord
+from ...tables import TableBatch
+from ..kernel_backend import NO_SOURCES, BagSources, cdiv
+from ..layout import table_vector_width
+from .device import FLOATS, CupyDevice, cpp_bool, itemsize
+from .gradient import VECTOR_ATOMICS_CAPABILITY, bag_bytes
+from .launch import (
+    MAX_SEGMENT_VECTOR,
+    SEGMENT_SUM,
+    TABLE_BAG,
+    TABLE_GATHER,
+    TABLE_KEYS,
+    TABLE_SAMPLE_WEIGHTS,
+)
+from .nvrtc import Kernel
+
+
+class CupyTables(CupyDevice):
+    """Tables in one buffer."""
+
+    def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
+        num_vectors = batch.bags_per_table * (batch.width // table_vector(matrix, batch))
+        return cdiv(num_vectors, 32)
+
+    def _table_bag_sum(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        output: Tensor,
+        sizes: Tensor | None,
+        splits: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        vec = table_vector(weight, batch)
+        arguments = (
+            f"{FLOATS[weight.dtype]}, {FLOATS[output.dtype]}, {vec}, "
+            f"{cpp_bool(splits > 1)}, {TABLE_BAG.UNROLL}"
+        )
+        (blocks, _), threads = TABLE_BAG.grid(batch.bags_per_table * (batch.width // vec))
+        self._launch(
+            Kernel("table_batched", f"table_bag_sum_kernel<{arguments}>"),
+            (blocks, splits),
+            threads,
+            weight.device,
+            weight,
+            batch.indices,
+            batch.offsets,
+            per_sample_weights,
+            batch.fields,
+            batch.table_of_column,
+            output,
+            sizes,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            batch.indices.numel(),
+            batch.bags_per_table,
+            batch.bags.num_bags,
+            batch.width,
+            batch.indices.element_size(),
+            batch.offsets.element_size(),
+        )
+
+    def _table_gather(
+        self,
+        weight: Tensor,
+        batch: TableBatch,
+        output: Tensor,
+        zero_padding: bool,
+        record: BoundsRecord | None,
+    ) -> None:
+        word_bytes = table_vector_width(weight, batch) * weight.element_size()
+        row_words = weight.shape[1] * weight.element_size() // word_bytes
+        self._launch(
+            Kernel("table_batched", f"table_gather_kernel<word{word_bytes}>"),
+            *TABLE_GATHER.grid(batch.indices.numel() * row_words),
+            weight.device,
+            weight,
+            batch.indices,
+            batch.offsets,
+            batch.fields,
+            output,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            batch.indices.numel(),
+            batch.bags_per_table,
+            batch.bags.num_bags,
+            batch.num_tables,
+            int(zero_padding),
+            row_words,
+            batch.indices.element_size(),
+            batch.offsets.element_size(),
+        )
+
+    def _table_keys(
+        self,
+        batch: TableBatch,
+        keys: Tensor | None,
+        sources: Tensor | None,
+        sizes: Tensor | None,
+    ) -> None:
+        self._launch(
+            Kernel("table_batched", "table_keys_kernel"),
+            *TABLE_KEYS.grid(batch.indices.numel()),
+            batch.indices.device,
+            batch.indices,
+            batch.offsets,
+            batch.fields,
+            keys,
+            sources,
+            sizes,
+            batch.indices.numel(),
+            batch.bags_per_table,
+            batch.bags.num_bags,
+            batch.num_tables,
+            batch.shape.num_rows,
+            batch.indices.element_size(),
+            batch.offsets.element_size(),
+            itemsize(keys),
+            itemsize(sources),
+        )
+
+    def _table_scatter_add(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        grad_weight: Tensor,
+        splits: int,
+    ) -> None:
+        vec = 1
+        if (
+            grad_output.dtype == torch.float32
+            and self._capability(grad_output.device) >= VECTOR_ATOMICS_CAPABILITY
+        ):
+            vec = table_vector_width(grad_output, batch)
+        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {TABLE_BAG.UNROLL}"
+        (blocks, _), threads = TABLE_BAG.grid(batch.bags_per_table * (batch.width // vec))
+        self._launch(
+            Kernel("table_batched", f"table_scatter_add_kernel<{arguments}>"),
+            (blocks, splits),
+            threads,
+            grad_output.device,
+            grad_output,
+            batch.indices,
+            batch.offsets,
+            per_sample_weights,
+            batch.fields,
+            batch.table_of_column,
+            grad_weight,
+            batch.indices.numel(),
+            batch.bags_per_table,
+            batch.bags.num_bags,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            batch.width,
+            batch.indices.element_size(),
+            batch.offsets.element_size(),
+        )
+
+    def _table_segment_sum(
+        self,
+        values: Tensor,
+        keys: Tensor,
+        order: Tensor | None,
+        key_tables: Tensor | None,
+        sources: BagSources | None,
+        batch: TableBatch,
+        grad_weight: Tensor,
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        partial_tables: Tensor,
+        chunk: int,
+    ) -> None:
+        widest = batch.shape.widest
+        vec = table_vector(values, batch)
+        arguments = (
+            f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
+        )
+        num_chunks = cdiv(keys.numel(), chunk)
+        self._launch(
+            Kernel("table_batched", f"table_segment_sum_kernel<{arguments}>"),
+            *SEGMENT_SUM.grid(num_chunks * (widest // vec)),
+            keys.device,
+            values,
+            order,
+            keys,
+            key_tables,
+            *(sources or NO_SOURCES),
+            batch.fields,
+            grad_weight,
+            partial_values,
+            partial_keys,
+            partial_tables,
+            keys.numel(),
+            batch.shape.num_rows,
+            batch.num_tables,
+            values.stride(0) // vec,
+            values.stride(1),
+            widest,
+            chunk,
+            itemsize(order),
+            keys.element_size(),
+            bag_bytes(sources),
+        )
+
+    def _table_sample_weights(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        keys: Tensor,
+        sources: Tensor,
+        batch: TableBatch,
+        grad: Tensor,
+    ) -> None:
+        vec = min(table_vector(grad_output, batch), table_vector(weight, batch))
+        self._launch(
+            Kernel("table_batched", f"table_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
+            *TABLE_SAMPLE_WEIGHTS.grid(keys.numel()),
+            keys.device,
+            grad_output,
+            weight,
+            keys,
+            sources,
+            batch.fields,
+            grad,
+            keys.numel(),
+            batch.shape.num_rows,
+            batch.num_tables,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            keys.element_size(),
+            sources.element_size(),
+        )
+
+
+def table_vector(values: Tensor, batch: TableBatch) -> int:
+    return min(table_vector_width(values, batch), MAX_SEGMENT_VECTOR)

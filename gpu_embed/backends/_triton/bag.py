@@ -1,0 +1,159 @@
+"""Launches of the kernels of bags."""
+
+from torch import Tensor
+
+from ...bags import Bags
+from ...bounds import BoundsRecord
+from ..kernel_backend import cdiv
+from ..layout import vector_width
+from .device import TritonDevice
+from .launch import BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
+
+
+class TritonBags(TritonDevice):
+    """Sums, means and maxima of bags."""
+
+    def _bag_programs(self, weight: Tensor, num_bags: int) -> int:
+        launch = bag_launch(weight.shape[1], vector_width(weight))
+        return cdiv(num_bags, launch.BLOCK_B) * cdiv(weight.shape[1], launch.BLOCK_D)
+
+    def _bag_sum(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        output: Tensor,
+        sizes: Tensor | None,
+        padding_idx: int,
+        mean: bool,
+        splits: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        embedding_dim = weight.shape[1]
+        vec = vector_width(weight)
+        launch = bag_launch(embedding_dim, vec)
+        self._launch(
+            self._kernels.bag_sum,
+            (
+                cdiv(bags.num_bags, launch.BLOCK_B),
+                cdiv(embedding_dim, launch.BLOCK_D),
+                splits,
+            ),
+            weight.device,
+            weight,
+            bags.indices,
+            bags.offsets,
+            per_sample_weights,
+            output,
+            sizes,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            *bags.counts(),
+            weight.shape[0],
+            padding_idx,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            MEAN=mean,
+            SPLIT=splits > 1,
+            **launch.settings,
+        )
+
+    def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:
+        num_bags, embedding_dim = output.shape
+        self._launch(
+            self._kernels.bag_combine,
+            (cdiv(output.numel(), BAG_COMBINE.BLOCK),),
+            output.device,
+            partial,
+            sizes,
+            output,
+            len(partial),
+            num_bags,
+            D=embedding_dim,
+            **BAG_COMBINE.settings,
+        )
+
+    def _bag_max(
+        self,
+        weight: Tensor,
+        bags: Bags,
+        output: Tensor,
+        winner: Tensor | None,
+        padding_idx: int,
+        record: BoundsRecord | None,
+    ) -> None:
+        embedding_dim = weight.shape[1]
+        vec = vector_width(weight)
+        launch = bag_launch(embedding_dim, vec)
+        self._launch(
+            self._kernels.bag_max,
+            (cdiv(bags.num_bags, launch.BLOCK_B), cdiv(embedding_dim, launch.BLOCK_D)),
+            weight.device,
+            weight,
+            bags.indices,
+            bags.offsets,
+            output,
+            winner,
+            None if record is None else record.words,
+            None if record is None else record.flag,
+            *bags.counts(),
+            weight.shape[0],
+            padding_idx,
+            weight.stride(0) // vec,
+            weight.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            **launch.settings,
+        )
+
+    def _bag_of(self, bags: Bags, bag_of: Tensor, sizes: Tensor | None, padding_idx: int) -> None:
+        self._launch(
+            self._kernels.bag_of,
+            (cdiv(bag_of.numel(), BAG_OF.BLOCK),),
+            bag_of.device,
+            bags.indices,
+            bags.offsets,
+            bag_of,
+            sizes,
+            *bags.counts(),
+            padding_idx,
+            bags.num_bags.bit_length(),
+            **BAG_OF.settings,
+        )
+
+    def _bag_sample_weights(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        bag_of: Tensor,
+        grad: Tensor,
+        padding_idx: int,
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        vec = min(vector_width(grad_output), vector_width(weight))
+        block_d = min(next_power_of_2(embedding_dim), 32 * vec)
+        block_n = BAG_SAMPLE_WEIGHTS_VECTORS * vec // block_d
+        self._launch(
+            self._kernels.bag_sample_weights,
+            (cdiv(ids.numel(), block_n),),
+            ids.device,
+            grad_output,
+            weight,
+            ids,
+            bag_of,
+            grad,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            grad_output.stride(0) // vec,
+            grad_output.stride(1),
+            weight.stride(0) // vec,
+            weight.stride(1),
+            D=embedding_dim,
+            VEC=vec,
+            BLOCK_N=block_n,
+            BLOCK_D=block_d,
+        )

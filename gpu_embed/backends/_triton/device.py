@@ -1,0 +1,174 @@
+"""What every launch of a Triton kernel goes through: the device, the kernels, and views of tensors as words."""
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cached_property
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..table_kernels import TableKernels
+
+# Triton compiles for these and newer cards only.
+MIN_CAPABILITY = (8, 0)
+# Bulk copies through tensor descriptors begin here.
+DESCRIPTOR_CAPABILITY = (9, 0)
+
+
+class TritonDevice(TableKernels):
+    """The part of the Triton backend that launches, whatever the kernel."""
+
+    name = "triton"
+
+    def unusable_reason(self, device: torch.device) -> str | None:
+        if find_spec("triton") is None:
+            return "triton is not installed (pip install triton; Linux only)"
+        try:
+            interpreted = self._interpreted
+        except Exception as error:  # a broken install, or a version without what the kernels use
+            return f"triton does not work here: {error}"
+        if interpreted:
+            return None
+        if device.type != "cuda":
+            return (
+                f"triton kernels need a CUDA device, not {device.type} "
+                "(or TRITON_INTERPRET=1 in the environment)"
+            )
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if torch.version.hip is not None:
+            return "only NVIDIA cards are supported"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY:
+            return (
+                f"triton needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, "
+                f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
+            )
+        return None
+
+    def _capability(self, device: torch.device) -> tuple[int, int]:
+        if self._interpreted:
+            return DESCRIPTOR_CAPABILITY
+        return torch.cuda.get_device_capability(device)
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
+    ) -> None:
+        with self._guard(device):
+            kernel[grid](*args, **settings)
+
+    def _guard(self, device: torch.device) -> Any:
+        """Triton launches on the current device; its interpreter runs one kernel at a time."""
+        if self._interpreted:
+            return _interpreter_lock
+        if device.index is None or device.index == torch.cuda.current_device():
+            return nullcontext()
+        return torch.cuda.device(device)
+
+    @cached_property
+    def _unfused(self) -> dict[str, bool]:
+        """Rounds every product before it is added, as the formulas say; the interpreter does anyhow."""
+        return {} if self._interpreted else {"enable_fp_fusion": False}
+
+    @cached_property
+    def _interpreted(self) -> bool:
+        return not isinstance(self._kernels.gather_rows, self._triton.JITFunction)
+
+    @cached_property
+    def _triton(self) -> Any:
+        import triton
+
+        return triton
+
+    @cached_property
+    def _view(self) -> Callable[[Tensor, Any], Any]:
+        """A tensor as words of another dtype, without keeping it alive."""
+        if not self._interpreted:
+            return WordsOf
+        # The interpreter reads more of a tensor than its address.
+        return lambda tensor, dtype: self._triton.reinterpret(tensor.detach(), dtype)
+
+    @cached_property
+    def _tensor_descriptor(self) -> Any:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor
+
+    @cached_property
+    def _words(self) -> dict[int, Any]:
+        """Triton's integer of so many bytes."""
+        from triton import language as tl
+
+        return {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+    @cached_property
+    def _kernels(self) -> SimpleNamespace:
+        if self._triton.knobs.runtime.interpret:
+            from .interpreter import complete
+
+            complete()
+        from ...kernels import (
+            bag,
+            counts,
+            descriptor,
+            gather,
+            one_hot,
+            radix_sort,
+            renorm,
+            row_update,
+            scatter_add,
+            segment_sum,
+            table_batched,
+        )
+
+        return SimpleNamespace(
+            gather_rows=gather.gather_rows_kernel,
+            gather_flat=gather.gather_flat_kernel,
+            gather_descriptor=descriptor.gather_descriptor_kernel,
+            scatter_add=scatter_add.scatter_add_kernel,
+            scatter_add_descriptor=descriptor.scatter_add_descriptor_kernel,
+            one_hot=one_hot.one_hot_kernel,
+            sum_splits=one_hot.sum_splits_kernel,
+            sort_keys=radix_sort.sort_keys_kernel,
+            digit_counts=radix_sort.digit_counts_kernel,
+            digit_scatter=radix_sort.digit_scatter_kernel,
+            segment_sum=segment_sum.segment_sum_kernel,
+            renorm=renorm.renorm_kernel,
+            counts=counts.counts_kernel,
+            select_rows=row_update.select_rows_kernel,
+            row_update=row_update.row_update_kernel,
+            rowwise_adagrad=row_update.rowwise_adagrad_kernel,
+            bag_sum=bag.bag_sum_kernel,
+            bag_combine=bag.bag_combine_kernel,
+            bag_max=bag.bag_max_kernel,
+            bag_of=bag.bag_of_kernel,
+            bag_sample_weights=bag.bag_sample_weights_kernel,
+            table_bag_sum=table_batched.table_bag_sum_kernel,
+            table_gather=table_batched.table_gather_kernel,
+            table_keys=table_batched.table_keys_kernel,
+            table_scatter_add=table_batched.table_scatter_add_kernel,
+            table_segment_sum=table_batched.table_segment_sum_kernel,
+            table_sample_weights=table_batched.table_sample_weights_kernel,
+        )
+
+
+class WordsOf:
+    """A tensor's memory under another dtype, all that a launch asks for: triton.reinterpret takes five
+    times as long, and keeps the tensor alive.
+    """
+
+    __slots__ = ("_address", "dtype")
+
+    def __init__(self, tensor: Tensor, dtype: Any) -> None:
+        self._address = tensor.data_ptr()
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+_interpreter_lock = threading.RLock()

@@ -1,0 +1,241 @@
+"""Launch settings of the Triton kernels: one dataclass a kind of kernel, one table a kernel."""
+
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
+
+from ..kernel_backend import MAX_EXTRA_BYTES, SortTiles, cdiv
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Settings of one kernel launch."""
+
+    @cached_property
+    def settings(self) -> dict[str, int]:
+        """The fields by name; kept, since making the dict costs more than the rest of the launch code."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class RowsLaunch(Launch):
+    """gather_rows_kernel: a tile of BLOCK_N rows by BLOCK_D words."""
+
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class FlatLaunch(Launch):
+    """A kernel over a flat range: BLOCK vectors, ids or keys a program."""
+
+    BLOCK: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class CountsLaunch(Launch):
+    """digit_counts_kernel: BLOCK keys at a time, UNROLL loads in flight a thread."""
+
+    BLOCK: int
+    UNROLL: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class SegmentLaunch(Launch):
+    """segment_sum_kernel: BLOCK_C chunks by BLOCK_D columns.
+
+    One warp a program: it needs no barrier, and every lane loads 16 bytes of a row.
+    """
+
+    BLOCK_C: int
+    BLOCK_D: int
+    UNROLL: int = 4
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
+class GatherDescriptorLaunch(Launch):
+    """gather_descriptor_kernel: ROWS rows of BLOCK_D words, STAGES - 1 of them in flight.
+
+    One warp a program: a single thread gives the engine its orders.
+    """
+
+    ROWS: int
+    BLOCK_D: int
+    STAGES: int
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
+class BagLaunch(Launch):
+    """bag_sum_kernel and bag_max_kernel: BLOCK_B bags by BLOCK_D columns; one warp, as for segment_sum_kernel."""
+
+    BLOCK_B: int
+    BLOCK_D: int
+    BLOCK_L: int
+    UNROLL: int = 4
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
+class TableLaunch(Launch):
+    """table_bag_sum_kernel and table_scatter_add_kernel: BLOCK vectors of their tables' columns, one a lane."""
+
+    BLOCK: int = 32
+    UNROLL: int = 4
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
+class ScatterDescriptorLaunch(Launch):
+    """scatter_add_descriptor_kernel: ROWS rows of BLOCK_D columns, all in flight."""
+
+    ROWS: int
+    BLOCK_D: int
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
+class OneHotLaunch(Launch):
+    """one_hot_kernel: a table of up to BLOCK_V rows, BLOCK_N ids at a time, BLOCK_D columns."""
+
+    BLOCK_V: int
+    BLOCK_N: int
+    BLOCK_D: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class CombineLaunch(Launch):
+    """bag_combine_kernel: BLOCK_S parts by BLOCK elements."""
+
+    BLOCK_S: int
+    BLOCK: int
+    num_warps: int = 4
+
+
+# The settings below follow from the code that they compile to (16-byte accesses, no spills, four loads in
+# flight a thread); they are starting points until they are measured.
+
+# Rows of a power of two of words, by words a row: 8 KiB a program.
+GATHER_ROWS = {
+    1: RowsLaunch(512, 1),  # 1024 spills
+    2: RowsLaunch(512, 2),
+    4: RowsLaunch(256, 4),
+    8: RowsLaunch(128, 8),
+    16: RowsLaunch(64, 16),
+    32: RowsLaunch(32, 32),
+    64: RowsLaunch(16, 64),
+    128: RowsLaunch(8, 128),
+    256: RowsLaunch(4, 256),
+    512: RowsLaunch(2, 512),
+}
+GATHER_FLAT = FlatLaunch(512)
+SCATTER_ADD = FlatLaunch(256)
+COUNTS = FlatLaunch(512)
+SORT_KEYS = FlatLaunch(1024)
+# One warp needs no barrier; 128 keys are 16 bytes a lane, and as many as the counters in a byte take.
+DIGIT_COUNTS = CountsLaunch(128, UNROLL=4, num_warps=1)
+DIGIT_SCATTER = FlatLaunch(128, num_warps=1)
+# 132 multiprocessors with 32 programs each make about as many; 252 blocks are what a byte counts.
+SORT_TILES = SortTiles(STEP=512, TILES=4096, MAX_STEPS=63)
+RENORM_ITEMS = 1024
+# Words in flight of a program of gather_descriptor_kernel, but no more rows than four. Rows of so many words go
+# alone, from one copy to the next without passing through registers.
+DESCRIPTOR_WORDS = 1024
+DESCRIPTOR_ROWS = 4
+# By the power of two that holds the table's rows: 16 or 32 sums a thread.
+ONE_HOT = {
+    16: OneHotLaunch(16, 64, 128),
+    32: OneHotLaunch(32, 64, 64),
+    64: OneHotLaunch(64, 32, 64),
+    128: OneHotLaunch(128, 32, 32),
+    256: OneHotLaunch(256, 32, 64, num_warps=16),
+}
+# Ids a split of one_hot_kernel at the least, and for each row of the table, so that the splits' sums, which are
+# written and read again, are few beside the gradients. One tile adds them all up.
+MIN_SPLIT = 512
+MIN_SPLIT_PER_ROW = 8
+MAX_SPLITS = 64
+SUM_SPLITS = FlatLaunch(64)
+SELECT_ROWS = FlatLaunch(1024)
+# Bytes of a row's sum that one program holds to see the row as a whole, and bytes a thread; longer rows take
+# two steps.
+MAX_HELD_ROW = 16384
+HELD_BYTES = 32
+ROWWISE_BLOCK = 1024
+BAG_OF = FlatLaunch(1024)
+BAG_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
+BAG_SAMPLE_WEIGHTS_VECTORS = 512
+TABLE_BAGS = TableLaunch()
+TABLE_GATHER = FlatLaunch(128, num_warps=1)
+TABLE_KEYS = FlatLaunch(512)
+
+
+@cache
+def segment_launch(embedding_dim: int, vec: int) -> SegmentLaunch:
+    """One warp wide, `vec` columns a lane; narrow rows put several chunks side by side."""
+    columns = 32 * vec
+    block_d = min(next_power_of_2(embedding_dim), columns)
+    return SegmentLaunch(BLOCK_C=columns // block_d, BLOCK_D=block_d)
+
+
+@cache
+def update_launch(embedding_dim: int, vec: int, held_bytes: int) -> SegmentLaunch:
+    """`segment_launch`; wide enough for a whole row of that many bytes a column, unless they are 0."""
+    launch = segment_launch(embedding_dim, vec)
+    if held_bytes == 0 or embedding_dim <= launch.BLOCK_D:
+        return launch
+    block_d = next_power_of_2(embedding_dim)
+    num_warps = max(block_d * held_bytes // (32 * HELD_BYTES), 1)
+    return SegmentLaunch(BLOCK_C=1, BLOCK_D=block_d, UNROLL=2, num_warps=num_warps)
+
+
+@cache
+def gather_descriptor_launch(row_words: int) -> GatherDescriptorLaunch:
+    """Long rows alone in a program, short ones after one another."""
+    block_d = min(next_power_of_2(row_words), DESCRIPTOR_WORDS)
+    if block_d == DESCRIPTOR_WORDS:
+        return GatherDescriptorLaunch(ROWS=1, BLOCK_D=block_d, STAGES=1)
+    in_flight = min(DESCRIPTOR_WORDS // block_d, DESCRIPTOR_ROWS)
+    return GatherDescriptorLaunch(ROWS=16, BLOCK_D=block_d, STAGES=in_flight + 1)
+
+
+@cache
+def scatter_descriptor_launch(embedding_dim: int) -> ScatterDescriptorLaunch:
+    """512 columns in flight, 16 a thread, in at most 8 rows."""
+    block_d = min(next_power_of_2(embedding_dim), 256)
+    return ScatterDescriptorLaunch(ROWS=min(512 // block_d, 8), BLOCK_D=block_d)
+
+
+@cache
+def one_hot_launch(num_embeddings: int, embedding_dim: int) -> OneHotLaunch:
+    """The table's entry, no wider than the rows are; a matrix unit takes 16 columns at the least."""
+    launch = ONE_HOT[max(next_power_of_2(num_embeddings), min(ONE_HOT))]
+    block_d = min(launch.BLOCK_D, max(next_power_of_2(embedding_dim), 16))
+    return replace(launch, BLOCK_D=block_d)
+
+
+def one_hot_split(num_indices: int, num_embeddings: int, embedding_dim: int, block_n: int) -> int:
+    """Ids a split of one_hot_kernel, a multiple of block_n.
+
+    It follows from the shapes alone, so the order of the additions is the same on every card.
+    """
+    splits = min(MAX_SPLITS, MAX_EXTRA_BYTES // (4 * num_embeddings * embedding_dim))
+    size = max(MIN_SPLIT, MIN_SPLIT_PER_ROW * num_embeddings, cdiv(num_indices, max(splits, 1)))
+    return cdiv(size, block_n) * block_n
+
+
+@cache
+def bag_launch(embedding_dim: int, vec: int) -> BagLaunch:
+    """One warp wide, `vec` columns a lane; narrow rows put several bags side by side."""
+    columns = 32 * vec
+    block_d = min(next_power_of_2(embedding_dim), columns)
+    block_b = columns // block_d
+    return BagLaunch(BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_L=32 // block_b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,113 @@
+"""Launches of the row-wise optimizers."""
+
+import torch
+from torch import Tensor
+
+from ...row_update import RowUpdate
+from ..kernel_backend import cdiv
+from ..layout import vector_width
+from .device import TritonDevice
+from .launch import MAX_HELD_ROW, ROWWISE_BLOCK, SELECT_ROWS, next_power_of_2, update_launch
+
+
+class TritonRowUpdate(TritonDevice):
+    """One optimizer step of the rows that a batch touched."""
+
+    def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None:
+        self._launch(
+            self._kernels.select_rows,
+            (cdiv(ids.numel(), SELECT_ROWS.BLOCK),),
+            ids.device,
+            ids,
+            rows,
+            chosen,
+            ids.numel(),
+            rows.numel(),
+            **SELECT_ROWS.settings,
+        )
+
+    def _holds_row(self, embedding_dim: int, acc_dtype: torch.dtype) -> bool:
+        return embedding_dim * acc_dtype.itemsize <= MAX_HELD_ROW
+
+    def _row_update(
+        self,
+        update: RowUpdate,
+        values: Tensor,
+        order: Tensor | None,
+        keys: Tensor,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        chunk: int,
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        # State is as wide as the partial sums, and is to be read in one access too.
+        widths = (vector_width(matrix) for matrix in (values, weight, partial_values))
+        vec = min(widths)
+        held_bytes = partial_values.element_size() if update.formula == "rowwise_adagrad" else 0
+        launch = update_launch(embedding_dim, vec, held_bytes)
+        num_chunks = cdiv(keys.numel(), chunk)
+        seed, step = update.stream or (0, 0)
+        self._launch(
+            self._kernels.row_update,
+            (cdiv(num_chunks, launch.BLOCK_C), cdiv(embedding_dim, launch.BLOCK_D)),
+            keys.device,
+            values,
+            order,
+            keys,
+            weight,
+            state[0] if state else None,
+            state[1] if len(state) > 1 else None,
+            partial_values,
+            partial_keys,
+            update.lr,
+            keys.numel(),
+            num_embeddings,
+            values.stride(0) // vec,
+            values.stride(1),
+            weight.stride(0) // vec,
+            weight.stride(1),
+            update.step_size,
+            update.decay,
+            update.eps,
+            update.avg_weight,
+            update.sq_weight,
+            update.grad_scale,
+            seed,
+            step,
+            D=embedding_dim,
+            VEC=vec,
+            FORMULA=update.formula,
+            STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
+            CHUNK=chunk,
+            **launch.settings,
+            **self._unfused,
+        )
+
+    def _rowwise_adagrad(
+        self, update: RowUpdate, total: Tensor, keys: Tensor, weight: Tensor, state: Tensor
+    ) -> None:
+        num_embeddings, embedding_dim = weight.shape
+        seed, step = update.stream or (0, 0)
+        self._launch(
+            self._kernels.rowwise_adagrad,
+            (keys.numel(),),
+            keys.device,
+            total,
+            keys,
+            weight,
+            state,
+            update.lr,
+            num_embeddings,
+            *weight.stride(),
+            update.step_size,
+            update.eps,
+            update.grad_scale,
+            seed,
+            step,
+            D=embedding_dim,
+            STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
+            BLOCK_D=min(next_power_of_2(embedding_dim), ROWWISE_BLOCK),
+            **self._unfused,
+        )
