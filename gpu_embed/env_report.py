@@ -7,6 +7,7 @@ exit code is 1 if a usable backend fails its check against the reference.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -29,6 +30,7 @@ from .backends.gradient_method import RULES, GradientRule, choose
 
 PACKAGES = ("torch", "numpy", "triton")
 CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+KERNEL_BACKENDS = ("triton", "cupy")
 SPARSE_GRADIENT = "sparse gradient"
 OPERATIONS = (*SAMPLES, SPARSE_GRADIENT)
 
@@ -125,7 +127,7 @@ def _operation(name: str, chosen: str | None) -> dict[str, str | None]:
     if name == SPARSE_GRADIENT:
         return {"backend": "torch", "kernels": "its entries are the output's gradient as it came"}
     kernels = None
-    if chosen in ("triton", "cupy"):
+    if chosen in KERNEL_BACKENDS:
         if name == "lookup":
             method = settings.GATHER_METHOD.value
             kernels = "rows or flat, by a row's width" if method == "auto" else f"{method}, forced"
@@ -162,9 +164,9 @@ def _why_unchosen(name: str, device: torch.device, chosen: str | None) -> str:
 
 def _launches(name: str | None) -> dict[str, str]:
     """The launch settings of a backend's kernels; they are the same for every architecture."""
-    if name is None:
+    if name not in KERNEL_BACKENDS:
         return {}
-    module = sys.modules[type(backends.load(name)).__module__]
+    module = importlib.import_module(f"gpu_embed.backends._{name}.launch")
     found = {}
     for table, value in vars(module).items():
         rows = value.items() if isinstance(value, dict) else [(None, value)]
@@ -247,7 +249,7 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gpu_embed.env_report",
         description="What is installed, which backend serves each device and why, and whether it "
@@ -255,7 +257,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit code: 1 if a backend fails its check.",
     )
     parser.add_argument("--json", action="store_true", help="for programs")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
     report = collect()
     print(json.dumps(report, indent=2) if args.json else text(report))
     bad = [check for check in report["checks"] if check["status"] in ("wrong", "failed")]

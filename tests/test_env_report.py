@@ -69,6 +69,7 @@ def test_the_choice_in_force_of_a_kernel_backend(capsys: pytest.CaptureFixture[s
     assert serves["launches"]["GATHER_ROWS[32]"] == "BLOCK_N=32 BLOCK_D=32 num_warps=4"
     for name, numbers in serves["launches"].items():
         assert re.search(rf"^    {re.escape(name)} +{numbers}$", said, re.M)
+    assert env_report._launches("cupy")["BAG"] == "threads=128 UNROLL=4"
 
 
 def test_forced_methods_are_said() -> None:
