@@ -179,11 +179,6 @@ def test_tables_change_in_the_backward_pass_and_keep_no_gradient(recommender):
     assert all(weight.grad is None for weight in trainers[0].model.tables())
 
 
-@pytest.mark.gpu
-def test_recommender_runs_on_the_gpu(tmp_path):
-    assert "serves cuda" in run_short(tmp_path, "cuda")
-
-
 def test_phrases(tmp_path):
     pytest.importorskip("tokenizers", reason="the text extra is not installed")
     output = run_example(tmp_path, "phrases.py", "--quick", "--device", "cpu")
@@ -200,3 +195,8 @@ def test_phrases(tmp_path):
         nearest = min(torch.dist(place[word], other) for other in others)
         assert torch.dist(place[word], place[twin]) < nearest
     assert image.imread(tmp_path / "phrases.png").shape[:2] == (840, 960)
+
+
+@pytest.mark.gpu
+def test_recommender_runs_on_the_gpu(tmp_path):
+    assert "serves cuda" in run_short(tmp_path, "cuda")
