@@ -10,7 +10,8 @@ from gpu_embed.bench import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"`((?:make|pip|python|python3) [^`\n]+)`")
+COMMAND = r"(?:make|pip|python3?) "
+INLINE = re.compile(rf"`({COMMAND}[^`\n]+)`")
 TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Ours, and how they take their arguments: what they do not understand raises.
 MODULES = {
@@ -25,8 +26,8 @@ def python_blocks(text: str) -> list[str]:
 
 
 def commands_in(text: str) -> list[str]:
-    """The lines of blocks in no language, and commands within a sentence; in order, each once."""
-    blocks = [block for language, block in FENCED.findall(text) if not language]
+    """The lines of blocks that begin with a command, and commands within a sentence; each once."""
+    blocks = [block for _, block in FENCED.findall(text) if re.match(COMMAND, block)]
     lines = [line.partition(" # ")[0].strip() for block in blocks for line in block.splitlines()]
     found = [line for line in lines + INLINE.findall(FENCED.sub("", text)) if line]
     # An option in brackets may be left out.
