@@ -12,6 +12,8 @@ from torch import Tensor
 
 from . import backends
 from .backends import Backend
+from .backends.gather_method import use_gather_method
+from .backends.gradient_method import use_gradient_method
 from .bags import Bags
 from .row_update import RowUpdate
 from .tables import TableBatch, TableLayout, make_layout
@@ -34,30 +36,34 @@ def check_device(device: torch.device) -> list[Check]:
 
 
 def check_backend(name: str, device: torch.device) -> Check:
-    """All of SAMPLES on one backend."""
-    backend, reference = backends.load(name), backends.load("reference")
+    """All of SAMPLES on one backend, with the kernels of its own choice."""
+    backend = backends.load(name)
     begin = time.perf_counter()
-    wrong: list[str] = []
-    status, detail = "right", ""
     reason = backend.unusable_reason(device)
     if reason is not None:
         status, detail = "not usable", reason
     else:
-        for operation, sample in SAMPLES.items():
-            # A self-check has to survive whatever a broken installation raises.
-            try:
-                results = sample(backend, device)
-            except Exception as error:
-                status, detail = "failed", f"{operation}: {type(error).__name__}: {error}"
-                break
-            expected = sample(reference, torch.device("cpu"))
-            if not all(map(torch.equal, (result.cpu() for result in results), expected)):
-                wrong.append(operation)
-        else:
-            if wrong:
-                status, detail = "wrong", f"differs from the reference in {', '.join(wrong)}"
+        with use_gather_method("auto"), use_gradient_method("auto"):
+            status, detail = _compare(backend, device)
     took = round(1e3 * (time.perf_counter() - begin), 1)
     return Check(str(device), name, status, detail, took)
+
+
+def _compare(backend: Backend, device: torch.device) -> tuple[str, str]:
+    """Status and detail of a backend that is usable."""
+    reference = backends.load("reference")
+    wrong = []
+    for operation, sample in SAMPLES.items():
+        # A self-check has to survive whatever a broken installation raises.
+        try:
+            results = [result.cpu() for result in sample(backend, device)]
+        except Exception as error:
+            return "failed", f"{operation}: {type(error).__name__}: {error}"
+        if not all(map(torch.equal, results, sample(reference, torch.device("cpu")))):
+            wrong.append(operation)
+    if wrong:
+        return "wrong", f"differs from the reference in {', '.join(wrong)}"
+    return "right", ""
 
 
 # Small integers, whose sums are exact in any order; counts and norms are powers of two, so that quotients are too.

@@ -113,7 +113,7 @@ def _serves(device: torch.device) -> dict[str, Any]:
     return {
         "operations": {operation: _operation(operation, chosen) for operation in OPERATIONS},
         "because": because,
-        "not": {
+        "others": {
             name: reason if reason != "usable" else _why_unchosen(name, device, chosen)
             for name, reason in backends.available_backends(device).items()
             if name != chosen
@@ -129,13 +129,20 @@ def _operation(name: str, chosen: str | None) -> dict[str, str | None]:
     kernels = None
     if chosen in KERNEL_BACKENDS:
         if name == "lookup":
-            method = settings.GATHER_METHOD.value
-            kernels = "rows or flat, by a row's width" if method == "auto" else f"{method}, forced"
+            kernels = _lookup_kernels()
         elif name == "max_norm":
             kernels = "sorted; complex tables by torch"
         elif "gradient" in name:
             kernels = _gradient_kernels(deterministic=name == "deterministic gradient")
     return {"backend": chosen, "kernels": kernels}
+
+
+def _lookup_kernels() -> str:
+    try:
+        method = settings.GATHER_METHOD.value
+    except ValueError as error:
+        return str(error)
+    return "rows or flat, by a row's width" if method == "auto" else f"{method}, forced"
 
 
 def _gradient_kernels(deterministic: bool) -> str:
@@ -155,6 +162,8 @@ def _gradient_kernels(deterministic: bool) -> str:
 
 def _why_unchosen(name: str, device: torch.device, chosen: str | None) -> str:
     """Why a backend that could serve the device does not."""
+    if chosen is None:
+        return "usable"
     if settings.BACKEND.value != "auto":
         return f"usable, but {settings.BACKEND.value} is forced"
     if name == "reference" or device.type != "cuda":
@@ -235,7 +244,7 @@ def text(report: dict[str, Any]) -> str:
             for name, taken in serves["operations"].items()
         ]
         lines += ["  why not the others"]
-        lines += [f"    {name:<10} {reason}" for name, reason in serves["not"].items()]
+        lines += [f"    {name:<10} {reason}" for name, reason in serves["others"].items()]
         if serves["launches"]:
             lines += ["  launch settings, on every architecture"]
             lines += [f"    {name:<27} {numbers}" for name, numbers in serves["launches"].items()]

@@ -58,7 +58,7 @@ def test_report_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     serves = report["serves"]["cpu"]
     assert set(serves["operations"]) == set(env_report.OPERATIONS)
     assert {taken["backend"] for taken in serves["operations"].values()} == {"torch"}
-    assert {"torch", *serves["not"]} == set(backends.BACKENDS)
+    assert {"torch", *serves["others"]} == set(backends.BACKENDS)
     assert serves["launches"] == {}
     assert {check["backend"] for check in report["checks"]} == set(backends.BACKENDS)
 
@@ -72,7 +72,7 @@ def test_the_choice_in_force_of_a_kernel_backend(capsys: pytest.CaptureFixture[s
     assert kernels["lookup"] == "rows or flat, by a row's width"
     assert kernels["gradient"] == "float32 atomic or sorted, bfloat16 sorted"
     assert kernels["deterministic gradient"] == "float32 sorted, bfloat16 sorted"
-    assert serves["not"]["torch"] == "usable, but triton is forced"
+    assert serves["others"]["torch"] == "usable, but triton is forced"
     assert serves["launches"]["GATHER_ROWS[32]"] == "BLOCK_N=32 BLOCK_D=32 num_warps=4"
     for name, numbers in serves["launches"].items():
         assert re.search(rf"^    {re.escape(name)} +{numbers}$", said, re.M)
@@ -160,14 +160,24 @@ def test_a_forced_backend_that_cannot_run_is_explained(
     assert "cupy is forced but cannot serve cpu" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["BACKEND", "GATHER_METHOD", "GRADIENT_METHOD", "BOUNDS_CHECK"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.usefixtures("torch_alone")
 def test_an_unknown_setting_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_embed.settings.GRADIENT_METHOD, "_value", None)
-    monkeypatch.setenv("GPU_EMBED_GRADIENT_METHOD", "guess")
-    env_report.main([])
-    assert "got 'guess'" in capsys.readouterr().out
+    with gpu_embed.use_backend(backend):
+        setting = getattr(gpu_embed.settings, name)
+        monkeypatch.setattr(setting, "_value", None)
+        monkeypatch.setenv(setting.variable, "guess")
+        assert env_report.main([]) == 0
+        monkeypatch.undo()
+    assert f"{setting.variable}: expected one of " in capsys.readouterr().out
+
+
+def test_a_forced_method_does_not_fail_the_check() -> None:
+    with gpu_embed.use_gather_method("descriptor"), gpu_embed.use_gradient_method("atomic"):
+        assert _self_check.check_backend("triton", CPU).status == "right"
 
 
 def test_command_without_triton_and_cupy(tmp_path) -> None:
