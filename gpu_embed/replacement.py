@@ -46,7 +46,7 @@ class Skipped:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReplacementReport:
     """What `replace_embeddings` did; print it.
 
@@ -58,7 +58,7 @@ class ReplacementReport:
 
     replaced: tuple[Replaced, ...]
     skipped: tuple[Skipped, ...]
-    model: torch.nn.Module = field(repr=False, compare=False)
+    model: torch.nn.Module = field(compare=False)
 
     def verify(self, *args: Any, **kwargs: Any) -> Verification:
         """Run `model(*args, **kwargs)` once and see which of the replaced modules look up with our op.
@@ -79,7 +79,7 @@ class ReplacementReport:
         """
         return verify(self.model, {one.name: one.module for one in self.replaced}, args, kwargs)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         found = len(self.replaced) + len(self.skipped)
         if found == 0:
             return f"{type(self.model).__name__} holds no torch.nn.Embedding or EmbeddingBag: nothing to replace"

@@ -57,7 +57,7 @@ class Verified:
         return f"{calls}, {how} torch's"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verification:
     """What a run showed of each replaced module; print it. True if `ok`."""
 
@@ -72,7 +72,7 @@ class Verification:
     def __bool__(self) -> bool:
         return self.ok
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if not self.modules:
             return "no module was replaced, so there is nothing to verify"
         width = max(len(one.name) for one in self.modules)
