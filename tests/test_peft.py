@@ -108,6 +108,28 @@ def test_verify_names_the_copy_that_is_not_in_use(peft):
     assert verification
 
 
+@pytest.mark.parametrize("adapter", ["LoRA on tables", "trainable tokens"])
+def test_override_aten_reaches_what_peft_looks_up_itself(peft, adapter, monkeypatch):
+    model = adapted(peft, build(), ADAPTERS[adapter])
+    replace_embeddings(model)
+    triton, shapes = gpu_embed.backends.load("triton"), []
+    if triton.unusable_reason(torch.device("cpu")) is not None:
+        pytest.skip("the interpreter is off")
+    look_up = triton.embedding
+
+    def counted(weight, *rest):
+        shapes.append(tuple(weight.shape))
+        return look_up(weight, *rest)
+
+    monkeypatch.setattr(triton, "embedding", counted)
+    expected = model.eval()(**BATCH).loss
+    with gpu_embed.use_backend("triton"), gpu_embed.override_aten():
+        assert torch.equal(model(**BATCH).loss, expected)
+    # LoRA's A of both tables; the table with the trained rows in it.
+    own = {"LoRA on tables": {(50, 2), (32, 2)}, "trainable tokens": {(50, 16)}}
+    assert own[adapter] <= set(shapes)
+
+
 def test_merged_saved_and_loaded(peft, tmp_path):
     """The adapter's file does not know of the swap; merging leaves our class."""
     models = [build(), build()]
