@@ -75,8 +75,11 @@ class Verification:
     def __repr__(self) -> str:
         if not self.modules:
             return "no module was replaced, so there is nothing to verify"
-        width = max(len(one.name) for one in self.modules)
-        return "\n".join(f"{one.name:<{width}}  {one}" for one in self.modules)
+        names = [one.name or "(the model itself)" for one in self.modules]
+        width = max(map(len, names))
+        return "\n".join(
+            f"{name:<{width}}  {one}" for name, one in zip(names, self.modules, strict=True)
+        )
 
 
 def verify(

@@ -278,9 +278,11 @@ def test_a_block_that_cannot_begin_changes_nothing(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.library, "get_kernel", get_kernel)
-        with pytest.raises(RuntimeError, match="no kernel"), override_aten():
+        with pytest.raises(RuntimeError, match="no kernel") as error, override_aten():
             raise AssertionError
+        # While the error's traceback still holds all that there was.
         assert registrations() == BEFORE
+        assert error.traceback
         patch.delattr(torch.library, "get_kernel")
         with (
             pytest.raises(RuntimeError, match=r"needs torch\.library\.get_kernel"),
