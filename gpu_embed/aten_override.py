@@ -17,8 +17,8 @@ def override_aten() -> Iterator[None]:
     """In a `with` block, `aten::embedding` and `aten::embedding_dense_backward` run on our kernels.
 
     That reaches what `replace_embeddings` leaves alone: subclasses of torch's layer, `torch.nn.functional.embedding`,
-    traced and scripted models, and the local part of a DTensor. A block must span the backward pass too. Also a
-    decorator. Blocks nest; the outermost one registers and, left in any way, takes back.
+    traced and scripted models. For the gradient, the block has to span the backward pass too. Also a decorator.
+    Blocks nest; the outermost one registers and, left in any way, takes back.
 
     What runs is the backend that serves the tensors' device; where that is torch, torch's own kernel. Covered are
     CUDA tensors, and with TRITON_INTERPRET=1 and `use_backend("triton")` CPU tensors; elsewhere the block

@@ -247,8 +247,12 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     training: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
     kept = []
     for holder, name, tensor in _changed_by_running(model):
-        # Of tensors with wrappers or layouts of their own no copy can be relied on.
-        if type(tensor) in PLAIN_TYPES and tensor.layout is torch.strided and not tensor.is_meta:
+        # Of tensors with wrappers or formats of their own no copy can be relied on.
+        if (
+            type(tensor) in PLAIN_TYPES
+            and tensor.layout is torch.strided
+            and not (tensor.is_meta or tensor.is_quantized)
+        ):
             kept.append((holder, name, tensor, tensor.detach().clone()))
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda})

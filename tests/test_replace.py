@@ -418,6 +418,23 @@ def test_verify_runs_on_every_backend(target):
     assert f"looked up with gpu_embed ({target.backend}), bit-equal to" in str(verification)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_verify_of_bags(target, mode, dtype):
+    """Of every length, 0 too, with padding, weights and max_norm; the order of a sum is the backend's."""
+    weight = table(50, 7, dtype, target.device)
+    bags = nn.EmbeddingBag.from_pretrained(weight, True, 4.0, mode=mode, padding_idx=3)
+    report = replace_embeddings(bags)
+    ids = torch.arange(90, device=target.device) * 7 % 50
+    offsets = torch.tensor([0, 0, 40, 41], device=target.device)
+    weights = table(90, 1, dtype, target.device)[:, 0] if mode == "sum" else None
+    before = weight.clone()
+    assert report.verify(ids, offsets, weights), report.verify(ids, offsets, weights)
+    assert torch.equal(weight, before)
+    bags(ids, offsets)
+    assert not torch.equal(weight, before)
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_verify_sees_a_wrong_lookup(mode, monkeypatch):
     """One bit in a row, and the smallest error in a bag that rounding cannot make."""
