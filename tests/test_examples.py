@@ -200,3 +200,45 @@ def test_phrases(tmp_path):
 @pytest.mark.gpu
 def test_recommender_runs_on_the_gpu(tmp_path):
     assert "serves cuda" in run_short(tmp_path, "cuda")
+
+
+def run_quick(name: str, device: str) -> str:
+    """Run an example that needs the integration extra."""
+    for package in ("transformers", "peft"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, "--quick", "--device", device],
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONIOENCODING": "utf-8"}
+        | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_swap_transformers_trains_as_before(device: str):
+    output = run_quick("swap_transformers.py", device)
+    assert "replaced 3 of 3 embeddings" in output
+    assert output.count("1 of 1 calls looked up with gpu_embed") == 3
+    found = re.findall(r"^(\w+) +loss ([\d.]+) -> ([\d.]+) +([\d.]+) ms a step$", output, re.M)
+    assert [name for name, *_ in found] == ["torch", "gpu_embed"]
+    assert all(float(ms) > 0 for *_, ms in found)
+    assert found[0][1] == found[1][1]
+    # The gradients of a table may be summed in another order, or not on the CPU.
+    assert float(found[1][2]) == pytest.approx(float(found[0][2]), abs=1e-3 * (device == "cuda"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_lora_learns_the_words(device: str):
+    output = run_quick("lora.py", device)
+    assert "replaced 3 of 3 embeddings" in output
+    (losses,) = re.findall(r"^loss: (.*)$", output, re.M)
+    losses = [float(loss) for loss in losses.split()]
+    assert losses[-1] < losses[0] / 2
+    assert "12 of 12 sentences are nearest to their meaning" in output

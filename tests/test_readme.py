@@ -32,7 +32,8 @@ def rows_of(heading):
 
 
 def test_the_example_runs_and_says_who_ran(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    section = README.split("## Use it\n", 1)[1]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     with gpu_embed.use_backend("auto"):
         exec(compile(code, "README.md", "exec"), {})
     assert re.match(r"\w+ serves (cpu|cuda)", capsys.readouterr().out)
