@@ -13,7 +13,7 @@ env_python := $(env_dir)/bin/python3
 .DEFAULT_GOAL := help
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test lint format gpu clean FORCE
+.PHONY: help demo test lint format docs gpu clean FORCE
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -85,6 +85,10 @@ lint: $(dev_env) ## check format, lint and types
 format: $(dev_env) ## rewrite the code in the project's format
 	$(env_python) -m ruff check --fix-only .
 	$(env_python) -m ruff format .
+
+# The variable silences an advertisement, not a warning.
+docs: $(dev_env) ## build docs/ into build/docs, strictly: a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(env_python) -m mkdocs build --strict
 
 # Every part runs, so that one failure hides no other.
 # Without torch's caching allocator memcheck sees where each tensor ends.

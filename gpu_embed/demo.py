@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gpu_embed
+import gpu_embed.text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,9 +75,18 @@ class PhraseTable:
 
 def encode_phrases(phrases: Sequence[str]) -> tuple[list[str], list[list[int]]]:
     """Give each word the next free id when it first appears."""
+    if has_tokenizers():
+        tokenizer = gpu_embed.text.vocabulary(phrases, lowercase=True)
+        vocabulary = tokenizer.get_vocab()
+        words = sorted(vocabulary, key=lambda word: vocabulary[word])
+        return words, gpu_embed.text.encode(tokenizer, phrases).tolist()
     ids: dict[str, int] = {}
     encoded = [[ids.setdefault(word, len(ids)) for word in p.lower().split()] for p in phrases]
     return list(ids), encoded
+
+
+def has_tokenizers() -> bool:
+    return importlib.util.find_spec("tokenizers") is not None
 
 
 def neighbour_pairs(encoded: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -126,6 +136,11 @@ def run_phrases(checks: Checks, device: torch.device, seed: int) -> PhraseTable:
     """Encode the phrases, train their table, print it and check the lookups."""
     console = checks.console
     words, encoded = encode_phrases(PHRASES)
+    console.print(
+        "Words to ids by gpu_embed.text, each word as it first appears:"
+        if has_tokenizers()
+        else "Words to ids by hand (with pip install 'gpu_embed[text]' by gpu_embed.text):"
+    )
     for phrase, ids in zip(PHRASES, encoded, strict=True):
         console.print(f"{phrase!r:25} -> {ids}")
 
@@ -500,8 +515,8 @@ def save_picture(phrases: PhraseTable, runs: Sequence[Run], guessing: float, out
 
     figure = _demo_picture.draw(
         phrases.words,
-        phrases.before.tolist(),
-        phrases.after.tolist(),
+        phrases.before,
+        phrases.after,
         {run.name: run.losses for run in runs},
         guessing,
     )

@@ -7,6 +7,7 @@ exit code is 1 if a usable backend fails its check against the reference.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -14,44 +15,24 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from math import inf
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import gpu_embed
 
 from . import backends, settings
-from .backends import Backend
-from .backends.gradient_method import RULES, GradientRule
-from .bags import Bags
-from .row_update import RowUpdate
+from ._self_check import SAMPLES, check_device
+from .backends.gradient_method import RULES, GradientRule, choose
 
 PACKAGES = ("torch", "numpy", "triton")
 CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
-OPERATIONS = (
-    "embedding",
-    "embedding_dense_backward",
-    "embedding_renorm_",
-    "embedding_counts",
-    "embedding_bag",
-    "row_update_",
-)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One backend on one device against the NumPy reference."""
-
-    device: str
-    backend: str
-    status: str  # "right", "wrong", "failed" or "not usable"
-    detail: str  # what is wrong, or why it is not usable
-    milliseconds: float
+KERNEL_BACKENDS = ("triton", "cupy")
+SPARSE_GRADIENT = "sparse gradient"
+OPERATIONS = (*SAMPLES, SPARSE_GRADIENT)
 
 
 def collect() -> dict[str, Any]:
@@ -70,91 +51,6 @@ def collect() -> dict[str, Any]:
         "gradient_methods": [_rule(rule) for rule in RULES.values()],
         "checks": [asdict(check) for device in devices for check in check_device(device)],
     }
-
-
-def check_device(device: torch.device) -> list[Check]:
-    """Every backend on this device; a second for all of them, first compilation aside."""
-    return [_check(name, device) for name in backends.BACKENDS]
-
-
-def _check(name: str, device: torch.device) -> Check:
-    backend = backends.load(name)
-    begin = time.perf_counter()
-
-    def result(status: str, detail: str = "") -> Check:
-        took = round(1e3 * (time.perf_counter() - begin), 1)
-        return Check(str(device), name, status, detail, took)
-
-    reason = backend.unusable_reason(device)
-    if reason is not None:
-        return result("not usable", reason)
-    reference = backends.load("reference")
-    try:
-        wrong = [
-            operation
-            for operation in OPERATIONS
-            if not torch.equal(
-                SAMPLES[operation](backend, device).cpu(),
-                SAMPLES[operation](reference, torch.device("cpu")),
-            )
-        ]
-    # A self-check has to survive whatever a broken installation raises.
-    except Exception as error:
-        return result("failed", f"{type(error).__name__}: {error}")
-    return (
-        result("wrong", f"differs from the reference in {', '.join(wrong)}")
-        if wrong
-        else result("right")
-    )
-
-
-# Small integers, whose sums are exact in any order, and rows whose norm is a power of two.
-ROWS, COLUMNS, NUM_IDS = 37, 20, 100
-
-
-def _table(device: torch.device) -> Tensor:
-    return (torch.arange(ROWS * COLUMNS) % 11 - 5.0).view(ROWS, COLUMNS).to(device)
-
-
-def _ids(device: torch.device) -> Tensor:
-    return (torch.arange(NUM_IDS) ** 2 % ROWS).view(4, -1).to(device)
-
-
-def _gradient(device: torch.device) -> Tensor:
-    return (torch.arange(NUM_IDS * COLUMNS) % 7 - 3.0).view(4, -1, COLUMNS).to(device)
-
-
-def _renormed(backend: Backend, device: torch.device) -> Tensor:
-    table = torch.full((ROWS, 16), 2.0, device=device)
-    backend.embedding_renorm_(table, _ids(device), 4.0, 2.0)
-    return table
-
-
-def _bags(backend: Backend, device: torch.device) -> Tensor:
-    offsets = torch.tensor([0, 0, 7, 60], device=device)
-    bags = Bags(_ids(device).view(-1), offsets, len(offsets))
-    return backend.embedding_bag(_table(device), None, bags, 3, "sum", None)
-
-
-def _updated(backend: Backend, device: torch.device) -> Tensor:
-    table = _table(device)
-    values = _gradient(device).view(NUM_IDS, COLUMNS)
-    backend.row_update_(
-        RowUpdate("sgd", step_size=0.5), table, (), _ids(device).view(-1), values, None
-    )
-    return table
-
-
-SAMPLES: dict[str, Callable[[Backend, torch.device], Tensor]] = {
-    "embedding": lambda backend, device: backend.embedding(_table(device), _ids(device), 3, None),
-    "embedding_dense_backward": lambda backend, device: backend.embedding_dense_backward(
-        _gradient(device), _ids(device), ROWS, 3, False
-    ),
-    "embedding_renorm_": _renormed,
-    "embedding_counts": lambda backend, device: backend.embedding_counts(_ids(device), ROWS),
-    "embedding_bag": _bags,
-    "row_update_": _updated,
-}
 
 
 def _packages() -> dict[str, str | None]:
@@ -205,7 +101,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _serves(device: torch.device) -> dict[str, Any]:
-    """The backend that every operation takes, why, and what the others say."""
+    """What every operation takes, why, why not the others, and the launch settings of the kernels."""
     try:
         chosen: str | None = backends.select(device).name
     except (RuntimeError, ValueError):  # a forced backend that cannot run, or an unknown name
@@ -215,10 +111,79 @@ def _serves(device: torch.device) -> dict[str, Any]:
     except ValueError as error:
         because = str(error)
     return {
-        "operations": dict.fromkeys(OPERATIONS, chosen),
+        "operations": {operation: _operation(operation, chosen) for operation in OPERATIONS},
         "because": because,
-        "backends": backends.available_backends(device),
+        "others": {
+            name: reason if reason != "usable" else _why_unchosen(name, device, chosen)
+            for name, reason in backends.available_backends(device).items()
+            if name != chosen
+        },
+        "launches": _launches(chosen),
     }
+
+
+def _operation(name: str, chosen: str | None) -> dict[str, str | None]:
+    """Who computes it, and by which kernels where there is a choice."""
+    if name == SPARSE_GRADIENT:
+        return {"backend": "torch", "kernels": "its entries are the output's gradient as it came"}
+    kernels = None
+    if chosen in KERNEL_BACKENDS:
+        if name == "lookup":
+            kernels = _lookup_kernels()
+        elif name == "max_norm":
+            kernels = "sorted; complex tables by torch"
+        elif "gradient" in name:
+            kernels = _gradient_kernels(deterministic=name == "deterministic gradient")
+    return {"backend": chosen, "kernels": kernels}
+
+
+def _lookup_kernels() -> str:
+    try:
+        method = settings.GATHER_METHOD.value
+    except ValueError as error:
+        return str(error)
+    return "rows or flat, by a row's width" if method == "auto" else f"{method}, forced"
+
+
+def _gradient_kernels(deterministic: bool) -> str:
+    """What the choice table says of 1000 rows that few ids name, and many."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        try:
+            methods = [
+                choose(num_indices, 1000, 64, dtype, deterministic, False)
+                for num_indices in (1000, 10**6)
+            ]
+        except (RuntimeError, ValueError) as error:  # a forced method, or an unknown name
+            return str(error)
+        found.append(f"{_name(dtype)} {' or '.join(dict.fromkeys(methods))}")
+    return ", ".join(found)
+
+
+def _why_unchosen(name: str, device: torch.device, chosen: str | None) -> str:
+    """Why a backend that could serve the device does not."""
+    if chosen is None:
+        return "usable"
+    if settings.BACKEND.value != "auto":
+        return f"usable, but {settings.BACKEND.value} is forced"
+    if name == "reference" or device.type != "cuda":
+        return "usable, but only where it is forced"
+    return f"usable, but {chosen} comes first"
+
+
+def _launches(name: str | None) -> dict[str, str]:
+    """The launch settings of a backend's kernels; they are the same for every architecture."""
+    if name not in KERNEL_BACKENDS:
+        return {}
+    module = importlib.import_module(f"gpu_embed.backends._{name}.launch")
+    found = {}
+    for table, value in vars(module).items():
+        rows = value.items() if isinstance(value, dict) else [(None, value)]
+        for key, launch in rows:
+            if is_dataclass(launch) and not isinstance(launch, type):
+                numbers = " ".join(f"{k}={v}" for k, v in asdict(launch).items())
+                found[table if key is None else f"{table}[{key}]"] = numbers
+    return found
 
 
 def _settings() -> dict[str, str]:
@@ -242,13 +207,17 @@ def _rule(rule: GradientRule) -> str:
     chosen = rule.max_indices_per_row
     limits = [
         "only where forced" if chosen is None else "",
-        " or ".join(str(dtype).removeprefix("torch.") for dtype in rule.dtypes),
+        " or ".join(map(_name, rule.dtypes)),
         f"up to {chosen:g} ids a row" if chosen is not None and chosen < inf else "",
         f"up to {rule.max_num_embeddings:g} rows" if rule.max_num_embeddings < inf else "",
         "" if rule.deterministic else "not deterministic",
         "" if rule.scale_grad_by_freq else "without scale_grad_by_freq",
     ]
     return f"{rule.method}: {', '.join(filter(None, limits)) or 'everything'}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def text(report: dict[str, Any]) -> str:
@@ -270,7 +239,15 @@ def text(report: dict[str, Any]) -> str:
     lines += [f"  {rule}" for rule in report["gradient_methods"]]
     for device, serves in report["serves"].items():
         lines += ["", f"{device}: {serves['because']}"]
-        lines += [f"  {name:<10} {reason}" for name, reason in serves["backends"].items()]
+        lines += [
+            f"  {name:<27} {taken['backend']}{': ' + taken['kernels'] if taken['kernels'] else ''}"
+            for name, taken in serves["operations"].items()
+        ]
+        lines += ["  why not the others"]
+        lines += [f"    {name:<10} {reason}" for name, reason in serves["others"].items()]
+        if serves["launches"]:
+            lines += ["  launch settings, on every architecture"]
+            lines += [f"    {name:<27} {numbers}" for name, numbers in serves["launches"].items()]
     lines += ["", "checked against the reference"]
     lines += [
         f"  {check['device']:<7} {check['backend']:<10} {check['status']:<6} "
@@ -281,7 +258,7 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gpu_embed.env_report",
         description="What is installed, which backend serves each device and why, and whether it "
@@ -289,7 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit code: 1 if a backend fails its check.",
     )
     parser.add_argument("--json", action="store_true", help="for programs")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
     report = collect()
     print(json.dumps(report, indent=2) if args.json else text(report))
     bad = [check for check in report["checks"] if check["status"] in ("wrong", "failed")]

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
+GREY = "#777777"
+
 
 class Projection(NamedTuple):
     """Rows in the plane."""
@@ -28,6 +30,7 @@ def table(
     groups: Sequence[str] | None = None,
     title: str | None = None,
     axes: Axes | None = None,
+    before: Tensor | None = None,
 ) -> Figure:
     """Draw rows of a table as points, with their labels beside them where nothing else stands.
 
@@ -38,19 +41,27 @@ def table(
         groups: one name for each row drawn; rows of one group share a colour, and a legend names them.
         title: above the picture.
         axes: where to draw. None: a figure of its own.
+        before: an earlier state of the table, [V, D]: an arrow shows each row's way from there.
 
     Returns:
         The figure; `figure.savefig("table.png")` writes it.
 
     Raises:
-        ValueError: weight is not a matrix, an id is outside of it, or labels or groups are too few or many.
+        ValueError: weight is not a matrix, `before` is not of its shape, an id is outside of it, or labels or
+            groups are too few or many.
 
     Two columns are drawn as they are; of more, the two directions along which the rows differ most (principal
-    components); the axes say how much of the variance they show.
+    components); the axes say how much of the variance they show. Both axes have one scale, so that distances
+    in the picture can be compared.
     """
     if weight.dim() != 2 or weight.shape[1] == 0:
         raise ValueError(
             f"plot.table: expected a table [V, D] with D >= 1, got shape {tuple(weight.shape)}"
+        )
+    if before is not None and before.shape != weight.shape:
+        raise ValueError(
+            f"plot.table: expected before of the table's shape {tuple(weight.shape)}, "
+            f"got {tuple(before.shape)}"
         )
     rows = torch.arange(len(weight)) if ids is None else torch.as_tensor(ids).reshape(-1).cpu()
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
@@ -64,21 +75,40 @@ def table(
     if labels is None:
         labels = [str(int(row)) for row in rows] if len(rows) <= 100 else [""] * len(rows)
 
-    projection = project(weight.detach()[rows.to(weight.device)])
+    states = [weight] if before is None else [weight, before]
+    projection = project(torch.cat([_rows(state, rows) for state in states]))
+    points = projection.points[: len(rows)].numpy()
+    starts = projection.points[len(rows) :].numpy()
     if axes is None:
         figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
         axes = figure.subplots()
     found = axes.get_figure(root=True)
     assert found is not None
-    colours = draw_points(axes, projection, groups)
+    if before is None:
+        colours = group_colours(groups) if groups else ["C0"] * len(points)
+        drawn = points
+    else:
+        colours = group_colours(groups or labels)
+        drawn = draw_moves(axes, starts, points, colours)
+    draw_points(axes, points, colours, groups)
+    axes.set_xlabel(projection.axes[0])
+    axes.set_ylabel(projection.axes[1])
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
     if title is not None:
         axes.set_title(title)
-    canvas = FigureCanvasAgg(found)
     # Only once all else is drawn are all places final, in pixels.
-    canvas.draw()
-    points = projection.points.numpy()
-    place_labels(axes, canvas, labels, points, axes.transData.transform(points), colours)
+    found.draw_without_rendering()
+    place_labels(axes, labels, points, axes.transData.transform(drawn), colours)
     return found
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    return table.detach()[rows.to(table.device)].cpu()
 
 
 def project(rows: Tensor) -> Projection:
@@ -105,34 +135,48 @@ def project(rows: Tensor) -> Projection:
     return Projection(centred @ directions.T, (first, second))
 
 
-def draw_points(axes: Axes, projection: Projection, groups: Sequence[str] | None) -> list[str]:
-    """Draw a point a row; returns each row's colour."""
-    points = projection.points.numpy()
-    names = list(dict.fromkeys(groups or ()))
-    colours = (
-        [f"C{names.index(group) % 10}" for group in groups] if groups else ["C0"] * len(points)
-    )
-    members = {name: [i for i, group in enumerate(groups or ()) if group == name] for name in names}
-    for name, own in (members or {"": list(range(len(points)))}).items():
-        colour = colours[own[0]] if own else "C0"
-        axes.plot(points[own, 0], points[own, 1], "o", label=name, markersize=6, color=colour)
-    axes.set_xlabel(projection.axes[0])
-    axes.set_ylabel(projection.axes[1])
-    axes.margins(0.12)
-    axes.grid(alpha=0.3)
-    if names:
-        axes.legend(loc="best")
-    return colours
+def group_colours(groups: Sequence[str]) -> list[str]:
+    """One of ten colours for each row, the same for rows of one group."""
+    names = list(dict.fromkeys(groups))
+    return [f"C{names.index(group) % 10}" for group in groups]
+
+
+def draw_moves(
+    axes: Axes, starts: np.ndarray, ends: np.ndarray, colours: Sequence[str]
+) -> np.ndarray:
+    """Draw an arrow a row; returns points along all of them, [*, 2]."""
+    for start, end, colour in zip(starts, ends, colours, strict=True):
+        axes.plot(*start, "o", color=colour, markerfacecolor="white", markersize=7)
+        axes.annotate(
+            "",
+            xy=(end[0], end[1]),
+            xytext=(start[0], start[1]),
+            arrowprops={"arrowstyle": "->", "color": colour, "shrinkA": 4, "shrinkB": 5},
+        )
+    axes.plot([], [], "o", color=GREY, markerfacecolor="white", markersize=7, label="before")
+    axes.plot([], [], "o", color=GREY, markersize=7, label="after")
+    along = np.linspace(0, 1, 40)[:, None, None]
+    return (starts + along * (ends - starts)).reshape(-1, 2)
+
+
+def draw_points(
+    axes: Axes, points: np.ndarray, colours: Sequence[str], groups: Sequence[str] | None
+) -> None:
+    """Draw a point a row, those of a colour and a group together."""
+    members: dict[tuple[str, str], list[int]] = {}
+    for i, colour in enumerate(colours):
+        members.setdefault((groups[i] if groups else "", colour), []).append(i)
+    for (name, colour), own in members.items():
+        axes.plot(points[own, 0], points[own, 1], "o", label=name, markersize=7, color=colour)
 
 
 def place_labels(
     axes: Axes,
-    canvas: FigureCanvasAgg,
     labels: Sequence[str],
     points: np.ndarray,
     drawn: np.ndarray,
     colours: Sequence[str],
-    fontsize: float = 10,
+    fontsize: float = 11,
 ) -> None:
     """Write each label beside its point, where it covers no label, no drawing and no frame.
 
@@ -155,7 +199,7 @@ def place_labels(
             fontsize=fontsize,
             fontweight="bold",
         )
-        box = label.get_window_extent(canvas.get_renderer())
+        box = label.get_window_extent()
         shift = free_shift(box, drawn, boxes, axes.bbox)
         label.set_position(shift)
         boxes.append(box.translated(*shift))
@@ -170,7 +214,7 @@ def free_shift(
         moved = box.translated(*shift)
         outside = moved.x0 < frame.x0 or moved.x1 > frame.x1
         outside |= moved.y0 < frame.y0 or moved.y1 > frame.y1
-        padded = moved.padded(5)
+        padded = moved.padded(8)
         return padded.count_contains(drawn) + 100 * (padded.count_overlaps(labels) + outside)
 
     shifts = [

@@ -1,5 +1,6 @@
 """The demo: what it prints, what it draws, and how it refuses."""
 
+import importlib.util
 import io
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import gpu_embed
-from gpu_embed import demo
+from gpu_embed import demo, text
 
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 image = pytest.importorskip("matplotlib.image", reason="the demo's extra is not installed")
@@ -45,8 +46,22 @@ def output(folder: Path) -> str:
     return done.stdout
 
 
-def test_phrases_become_ids_by_order_of_appearance():
+@pytest.mark.parametrize("installed", [True, False], ids=["by tokenizers", "by hand"])
+def test_phrases_become_ids_by_order_of_appearance(installed, monkeypatch):
+    calls = []
+    by_tokenizers = text.vocabulary
+    monkeypatch.setattr(
+        text,
+        "vocabulary",
+        lambda *args, **kwargs: calls.append(1) or by_tokenizers(*args, **kwargs),
+    )
+    if installed:
+        pytest.importorskip("tokenizers")
+    else:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     words, encoded = demo.encode_phrases(demo.PHRASES)
+    assert len(calls) == installed
     assert words == ["hope", "to", "see", "you", "soon", "nice", "again"]
     assert encoded == [[0, 1, 2, 3, 4], [5, 1, 2, 3, 6]]
 
@@ -109,6 +124,8 @@ def test_models_start_equal_and_see_equal_batches():
 
 def test_output_names_backend_and_ids(output: str):
     assert re.search(r"^backend: \w+ serves cpu", output, re.M)
+    by_tokenizers = "Words to ids by gpu_embed.text, each word as it first appears:"
+    assert (by_tokenizers in output) == demo.has_tokenizers()
     assert "'Hope to see you soon'    -> [0, 1, 2, 3, 4]" in output
     assert "'Nice to see you again'   -> [5, 1, 2, 3, 6]" in output
 
@@ -181,12 +198,12 @@ def test_picture_is_a_whole_png_and_alone(output: str, folder: Path):
 def test_labels_cover_neither_each_other_nor_a_row(seed: int):
     from gpu_embed import _demo_picture
 
-    rows = np.random.default_rng(seed).normal(size=(2, 7, 2))
+    rows = torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(seed))
     # Two words that end at the same place, as they do in the demo.
     rows[1, 5] = rows[1, 0] + 0.02
     words = demo.encode_phrases(demo.PHRASES)[0]
     losses = {"torch": [2.0, 1.0], "ours": [2.0, 1.001]}
-    figure = _demo_picture.draw(words, rows[0].tolist(), rows[1].tolist(), losses, 1.5)
+    figure = _demo_picture.draw(words, *rows, losses, 1.5)
     axes = figure.axes[0]
     boxes = [t.get_window_extent() for t in axes.texts if t.get_text() in words]
     assert len(boxes) == 7

@@ -1,6 +1,7 @@
 """The environment report: complete, true, and of exit code 1 when a backend computes wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
@@ -10,15 +11,22 @@ import torch
 from conftest import Target
 
 import gpu_embed
-from gpu_embed import backends, env_report
+from gpu_embed import _self_check, backends, env_report
 from gpu_embed.backends._torch import TorchBackend
 
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only torch is checked: Triton's interpreter would take a second for each report."""
+    monkeypatch.setattr(
+        env_report, "check_device", lambda device: [_self_check.check_backend("torch", device)]
+    )
+
+
 def test_every_usable_backend_is_right(target: Target) -> None:
-    checks = env_report.check_device(torch.device(target.device))
-    (check,) = [check for check in checks if check.backend == target.backend]
+    check = _self_check.check_backend(target.backend, torch.device(target.device))
     assert check.status in ("right", "not usable"), check.detail
     # The CUDA C++ kernels run on the CPU in these tests alone.
     assert check.status == "right" or target.backend == "cupy"
@@ -35,8 +43,12 @@ def test_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         "sorted: everything",
     ):
         assert fact in said
-    for reason in backends.available_backends(CPU).values():
-        assert reason in said
+    for name, reason in backends.available_backends(CPU).items():
+        if reason != "usable":
+            assert f"{name:<10} {reason}" in said
+    assert "reference  usable, but only where it is forced" in said
+    for operation in env_report.OPERATIONS:
+        assert re.search(rf"^  {operation} +torch", said, re.M)
 
 
 def test_report_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,29 +57,89 @@ def test_report_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["packages"]["torch"]
     serves = report["serves"]["cpu"]
     assert set(serves["operations"]) == set(env_report.OPERATIONS)
-    assert set(serves["backends"]) == set(backends.BACKENDS)
+    assert {taken["backend"] for taken in serves["operations"].values()} == {"torch"}
+    assert {"torch", *serves["others"]} == set(backends.BACKENDS)
+    assert serves["launches"] == {}
     assert {check["backend"] for check in report["checks"]} == set(backends.BACKENDS)
 
 
-@pytest.mark.parametrize("operation", env_report.OPERATIONS)
+def test_the_choice_in_force_of_a_kernel_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    with gpu_embed.use_backend("triton"):
+        serves = env_report.collect()["serves"]["cpu"]
+        env_report.main([])
+    said = capsys.readouterr().out
+    kernels = {name: taken["kernels"] for name, taken in serves["operations"].items()}
+    assert kernels["lookup"] == "rows or flat, by a row's width"
+    assert kernels["gradient"] == "float32 atomic or sorted, bfloat16 sorted"
+    assert kernels["deterministic gradient"] == "float32 sorted, bfloat16 sorted"
+    assert serves["others"]["torch"] == "usable, but triton is forced"
+    assert serves["launches"]["GATHER_ROWS[32]"] == "BLOCK_N=32 BLOCK_D=32 num_warps=4"
+    for name, numbers in serves["launches"].items():
+        assert re.search(rf"^    {re.escape(name)} +{numbers}$", said, re.M)
+    assert env_report._launches("cupy")["BAG"] == "threads=128 UNROLL=4"
+
+
+@pytest.mark.usefixtures("torch_alone")
+def test_forced_methods_are_said() -> None:
+    with (
+        gpu_embed.use_backend("triton"),
+        gpu_embed.use_gather_method("flat"),
+        gpu_embed.use_gradient_method("atomic"),
+    ):
+        operations = env_report.collect()["serves"]["cpu"]["operations"]
+    assert operations["lookup"]["kernels"] == "flat, forced"
+    refusal = "'atomic' is forced but cannot serve a table of torch.bfloat16"
+    assert refusal in operations["gradient"]["kernels"]
+
+
+# Each method of a backend, and the operations whose check calls it.
+METHODS = {
+    "embedding": "lookup",
+    "embedding_dense_backward": "gradient, deterministic gradient",
+    "embedding_renorm_": "max_norm",
+    "embedding_counts": "scale_grad_by_freq",
+    "embedding_bag": "bags",
+    "embedding_bag_max": "bags",
+    "embedding_bag_dense_backward": "gradient of bags",
+    "embedding_bag_sample_weights_backward": "gradient of bags",
+    "table_batched_embedding": "batched tables",
+    "table_batched_embedding_dense_backward": "gradient of batched tables",
+    "table_batched_embedding_sample_weights_backward": "gradient of batched tables",
+    "row_update_": "optimizer updates",
+}
+
+
+@pytest.mark.usefixtures("torch_alone")
+@pytest.mark.parametrize("method", METHODS)
 def test_a_wrong_backend_is_named(
-    operation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = getattr(TorchBackend, operation)
+    right = getattr(TorchBackend, method)
 
     def wrong(self: TorchBackend, first: Any, *args: Any) -> Any:
         result = right(self, first, *args)
-        changed = next(x for x in (result, first, *args) if isinstance(x, torch.Tensor))
+        outputs = result if isinstance(result, tuple) else (result, first, *args)
+        changed = next(x for x in outputs if isinstance(x, torch.Tensor))
         changed.view(-1)[-1] += 1
         return result
 
-    monkeypatch.setattr(TorchBackend, operation, wrong)
+    monkeypatch.setattr(TorchBackend, method, wrong)
     assert env_report.main([]) == 1
     said = capsys.readouterr()
-    assert f"torch on cpu wrong: differs from the reference in {operation}" in said.err
-    assert f"differs from the reference in {operation}" in said.out
+    for stream in said:
+        (named,) = re.findall(r"torch .*wrong.* differs from the reference in (.*)", stream)
+        # torch's bags call its lookup and its gradient.
+        assert METHODS[method] in named
 
 
+def test_every_method_of_a_backend_is_checked() -> None:
+    # This is `embedding`, decided once.
+    unchecked = {"unusable_reason", "prepare_embedding"}
+    methods = {name for name in vars(backends.Backend) if not name.startswith("_")}
+    assert methods - unchecked == set(METHODS)
+
+
+@pytest.mark.usefixtures("torch_alone")
 def test_a_backend_that_fails_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,9 +148,10 @@ def test_a_backend_that_fails_is_named(
 
     monkeypatch.setattr(TorchBackend, "embedding", fail)
     assert env_report.main([]) == 1
-    assert "torch on cpu failed: OSError: no such library" in capsys.readouterr().err
+    assert "torch on cpu failed: lookup: OSError: no such library" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("torch_alone")
 def test_a_forced_backend_that_cannot_run_is_explained(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -87,13 +160,24 @@ def test_a_forced_backend_that_cannot_run_is_explained(
     assert "cupy is forced but cannot serve cpu" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["BACKEND", "GATHER_METHOD", "GRADIENT_METHOD", "BOUNDS_CHECK"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.usefixtures("torch_alone")
 def test_an_unknown_setting_is_said(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu_embed.settings.GRADIENT_METHOD, "_value", None)
-    monkeypatch.setenv("GPU_EMBED_GRADIENT_METHOD", "guess")
-    env_report.main([])
-    assert "got 'guess'" in capsys.readouterr().out
+    with gpu_embed.use_backend(backend):
+        setting = getattr(gpu_embed.settings, name)
+        monkeypatch.setattr(setting, "_value", None)
+        monkeypatch.setenv(setting.variable, "guess")
+        assert env_report.main([]) == 0
+        monkeypatch.undo()
+    assert f"{setting.variable}: expected one of " in capsys.readouterr().out
+
+
+def test_a_forced_method_does_not_fail_the_check() -> None:
+    with gpu_embed.use_gather_method("descriptor"), gpu_embed.use_gradient_method("atomic"):
+        assert _self_check.check_backend("triton", CPU).status == "right"
 
 
 def test_command_without_triton_and_cupy(tmp_path) -> None:

@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 image = pytest.importorskip("matplotlib.image", reason="the demo's extra is not installed")
 
-RECOMMENDER = Path(__file__).resolve().parent.parent / "examples" / "recommender.py"
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+RECOMMENDER = EXAMPLES / "recommender.py"
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,10 @@ def recommender():
     del sys.modules["recommender"]
 
 
-def run_short(folder: Path, device: str) -> str:
-    """Run the example as a user does, with its output in a pipe."""
+def run_example(folder: Path, example: str, *options: str) -> str:
+    """Run an example as a user does, with its output in a pipe."""
     done = subprocess.run(
-        [sys.executable, RECOMMENDER, "--short", "--data", "synthetic", "--device", device],
+        [sys.executable, EXAMPLES / example, *options],
         cwd=folder,
         env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
@@ -42,6 +43,12 @@ def run_short(folder: Path, device: str) -> str:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     return done.stdout
+
+
+def run_short(folder: Path, device: str) -> str:
+    return run_example(
+        folder, RECOMMENDER.name, "--short", "--data", "synthetic", "--device", device
+    )
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +179,66 @@ def test_tables_change_in_the_backward_pass_and_keep_no_gradient(recommender):
     assert all(weight.grad is None for weight in trainers[0].model.tables())
 
 
+def test_phrases(tmp_path):
+    pytest.importorskip("tokenizers", reason="the text extra is not installed")
+    output = run_example(tmp_path, "phrases.py", "--quick", "--device", "cpu")
+    assert "'Hope to see you soon'    -> [0, 1, 2, 3, 4]" in output
+    assert "'Nice to see you again'   -> [5, 1, 2, 3, 6]" in output
+    first, last = map(float, re.search(r"^loss (\S+) -> (\S+)$", output, re.M).groups())
+    assert last < first - 1
+    rows = re.findall(r"^(\w+) +(-?\d\.\d\d) +(-?\d\.\d\d)$", output, re.M)
+    place = {word: torch.tensor([float(x), float(y)]) for word, x, y in rows}
+    assert list(place) == ["hope", "to", "see", "you", "soon", "nice", "again"]
+    # Words with the same neighbours are nearer to each other than to any other word.
+    for word, twin in (("hope", "nice"), ("soon", "again")):
+        others = [place[other] for other in place if other not in (word, twin)]
+        nearest = min(torch.dist(place[word], other) for other in others)
+        assert torch.dist(place[word], place[twin]) < nearest
+    assert image.imread(tmp_path / "phrases.png").shape[:2] == (840, 960)
+
+
 @pytest.mark.gpu
 def test_recommender_runs_on_the_gpu(tmp_path):
     assert "serves cuda" in run_short(tmp_path, "cuda")
+
+
+def run_quick(name: str, device: str) -> str:
+    """Run an example that needs the integration extra."""
+    for package in ("transformers", "peft"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, "--quick", "--device", device],
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONIOENCODING": "utf-8"}
+        | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_swap_transformers_trains_as_before(device: str):
+    output = run_quick("swap_transformers.py", device)
+    assert "replaced 3 of 3 embeddings" in output
+    assert output.count("1 of 1 calls looked up with gpu_embed") == 3
+    found = re.findall(r"^(\w+) +loss ([\d.]+) -> ([\d.]+) +([\d.]+) ms a step$", output, re.M)
+    assert [name for name, *_ in found] == ["torch", "gpu_embed"]
+    assert all(float(ms) > 0 for *_, ms in found)
+    assert found[0][1] == found[1][1]
+    # The gradients of a table may be summed in another order, or not on the CPU.
+    assert float(found[1][2]) == pytest.approx(float(found[0][2]), abs=1e-3 * (device == "cuda"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_lora_learns_the_words(device: str):
+    output = run_quick("lora.py", device)
+    assert "replaced 3 of 3 embeddings" in output
+    (losses,) = re.findall(r"^loss: (.*)$", output, re.M)
+    losses = [float(loss) for loss in losses.split()]
+    assert losses[-1] < losses[0] / 2
+    assert "12 of 12 sentences are nearest to their meaning" in output

@@ -65,6 +65,28 @@ def test_chosen_rows_and_groups():
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["verb", "adverb"]
 
 
+def test_way_from_an_earlier_state():
+    before = torch.tensor([[0.0, 0.0], [5.0, 5.0], [1.0, 0.0]])
+    weight = torch.tensor([[2.0, 1.0], [5.0, 6.0], [0.0, 3.0]])
+    figure = plot.table(weight, ["a", "b"], ids=[0, 2], before=before)
+    (axes,) = figure.axes
+    arrows = [(t.xyann, t.xy) for t in axes.texts if t.arrow_patch is not None]
+    assert arrows == [((0, 0), (2, 1)), ((1, 0), (0, 3))]
+    assert [t.get_text() for t in axes.texts if t.arrow_patch is None] == ["a", "b"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["before", "after"]
+    # Each way has a colour of its own, and its word has it too.
+    assert len({t.get_color() for t in axes.texts if t.get_text()}) == 2
+
+
+def test_both_states_are_projected_alike():
+    before, weight = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    figure = plot.table(weight, before=before)
+    expected = plot.project(torch.cat([weight, before])).points
+    arrows = [(*t.xyann, *t.xy) for t in figure.axes[0].texts if t.arrow_patch is not None]
+    drawn = torch.tensor(arrows, dtype=torch.float64)
+    assert torch.equal(drawn, torch.cat([expected[5:], expected[:5]], dim=1))
+
+
 def test_drawn_into_a_figure_of_the_callers():
     from matplotlib.figure import Figure
 
@@ -83,8 +105,12 @@ def test_drawn_into_a_figure_of_the_callers():
         ((torch.randn(7, 2), WORDS[:3]), "3 labels for 7 rows"),
         ((torch.randn(7, 2), None, [7]), "ids go from 7 to 7, the table's from 0 to 6"),
         ((torch.randn(7, 2), WORDS, None, ["a"]), "1 groups for 7 rows"),
+        (
+            (torch.randn(7, 2), None, None, None, None, None, torch.randn(6, 2)),
+            r"before of the table's shape \(7, 2\), got \(6, 2\)",
+        ),
     ],
-    ids=["vector", "empty", "labels", "ids", "groups"],
+    ids=["vector", "empty", "labels", "ids", "groups", "before"],
 )
 def test_wrong_arguments(arguments, match):
     with pytest.raises(ValueError, match=match):

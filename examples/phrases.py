@@ -1,0 +1,70 @@
+"""Two phrases as ids, and a table of two numbers a word, which learns which words stand beside each other.
+
+    pip install '.[demo,text]'
+    python examples/phrases.py
+
+Words with the same neighbours ("hope" and "nice", "soon" and "again") end up together: the picture shows it.
+"""
+
+import argparse
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gpu_embed
+import gpu_embed.plot
+import gpu_embed.text
+
+PHRASES = ["Hope to see you soon", "Nice to see you again"]
+
+
+def train(table: gpu_embed.Embedding, ids: Tensor, steps: int) -> list[float]:
+    """Guess each word's neighbours from its row; the loss of every step."""
+    pairs = [pair for phrase in ids.tolist() for pair in pairwise(phrase)]
+    pairs += [(right, left) for left, right in pairs]
+    words, neighbours = torch.tensor(pairs, device=ids.device).t()
+    guess = nn.Linear(table.embedding_dim, table.num_embeddings, device=ids.device)
+    # The small decay makes the best table unique.
+    weights = [*table.parameters(), *guess.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=0.05, weight_decay=0.002)
+    losses = []
+    for _ in range(steps):
+        loss = F.cross_entropy(guess(table(words)), neighbours)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("phrases.png"), help="the picture")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    tokenizer = gpu_embed.text.vocabulary(PHRASES, lowercase=True)
+    ids = gpu_embed.text.encode(tokenizer, PHRASES, args.device)
+    words = [tokenizer.id_to_token(i) for i in range(gpu_embed.text.table_size(tokenizer))]
+    table = gpu_embed.Embedding(len(words), 2).to(args.device)
+    before = table.weight.detach().clone()
+    for phrase, row in zip(PHRASES, ids.tolist(), strict=True):
+        print(f"{phrase!r:25} -> {row}")
+
+    losses = train(table, ids, steps=100 if args.quick else 150)
+    print(f"{gpu_embed.backends.explain(args.device)}\nloss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    for word, row in zip(words, table(torch.arange(len(words), device=args.device)), strict=True):
+        print(f"{word:6} {row[0]:6.2f} {row[1]:6.2f}")
+    title = f"Embedding({len(words)}, 2): words with the same neighbours meet"
+    gpu_embed.plot.table(table.weight, words, title=title, before=before).savefig(args.out)
+    print(f"picture: {args.out.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

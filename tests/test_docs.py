@@ -1,0 +1,135 @@
+"""The pages are true: their code prints what they say, their commands exist, and no public name is left out."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import ROOT, check, commands_in, python_blocks
+
+import gpu_embed
+from gpu_embed.bench.cli import CannotRunError
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+WITH_COMMANDS = [
+    page
+    for page in (*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "bench/RESULTS.md")
+    if commands_in(page.read_text())
+]
+
+
+def said_to_print(code: str) -> list[str]:
+    """The comment behind each print; ... stands for anything."""
+    lines = code.splitlines()
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    ends = sorted(node.end_lineno for node in calls if getattr(node.func, "id", "") == "print")
+    return [lines[end - 1].partition("  # ")[2] for end in ends if "  # " in lines[end - 1]]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_blocks(page.read_text())], ids=name_of
+)
+def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
+    for extra in ("tokenizers", "matplotlib"):
+        if extra in page.read_text():
+            pytest.importorskip(extra)
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(python_blocks(page.read_text()))
+    try:
+        with gpu_embed.use_backend("auto"):
+            exec(compile(code, str(page), "exec"), {"__name__": "page"})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    printed = iter(capsys.readouterr().out.splitlines())
+    for said in said_to_print(code):
+        pattern = re.escape(said).replace(re.escape("..."), ".*")
+        assert any(re.fullmatch(pattern, line) for line in printed), said
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
+def test_commands_exist(page):
+    for command in commands_in(page.read_text()):
+        check(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make nothing",
+        "python -m gpu_embed.bench compare",
+        "python -m gpu_embed.env_report --xml",
+        "python -m gpu_embed.nothing",
+        "python examples/nothing.py",
+        "python examples/phrases.py --nothing",
+        "pip install '.[nothing]'",
+        "pip install '.[demo,nothing]'",
+        "pip install -c nothing.txt .",
+        "make test && make nothing",
+        "nothing",
+    ],
+)
+def test_a_wrong_command_is_noticed(command):
+    with pytest.raises((AssertionError, OSError, SystemExit, CannotRunError)):
+        check(command)
+
+
+def test_every_public_name_is_in_the_reference():
+    directives = re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in PAGES), re.M)
+    assert len(directives) == len(set(directives))
+    owners = {"backends", "functional", "optim"}  # their names are listed one by one
+    expected = {f"gpu_embed.{name}" for name in set(gpu_embed.__all__) - owners}
+    expected |= {f"gpu_embed.optim.{name}" for name in gpu_embed.optim.__all__}
+    expected |= {f"gpu_embed.functional.{name}" for name in ("embedding", "embedding_bag")}
+    assert expected - set(directives) == set()
+
+
+def test_every_page_is_in_the_navigation():
+    pages = re.findall(r"[\w/]+\.md", yaml.dump(configuration()["nav"]))
+    assert sorted(pages) == [page.name for page in PAGES]
+
+
+def test_nothing_is_fetched_when_the_pages_are_built_or_read():
+    settings = configuration()
+    assert settings["theme"]["font"] is False
+    assert [p if isinstance(p, str) else next(iter(p)) for p in settings["plugins"]] == [
+        "search",
+        "mkdocstrings",
+    ]
+    assert "extra_javascript" not in settings
+    assert all((DOCS / sheet).is_file() for sheet in settings["extra_css"])
+
+
+def configuration():
+    return yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+
+
+def test_measured_numbers_are_those_of_the_notes():
+    rows = [
+        line
+        for line in (DOCS / "large_tables.md").read_text().splitlines()
+        if re.match(r"\| .*\| [\d.]+ \|", line)
+    ]
+    assert len(rows) == 10
+    notes = (ROOT / "bench/NOTES.md").read_text().splitlines()
+    assert set(rows) <= set(notes)
+
+
+def test_the_support_table_is_that_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| .* \| (?:any|float|real) \|$", (DOCS / "backends.md").read_text(), re.M)
+    assert len(rows) > 8
+    listed = re.findall(r"^\| .* \| (?:any|float|real) \|$", readme, re.M)
+    assert set(listed) <= set(rows)
+
+
+def test_pictures_are_small():
+    for picture in (DOCS / "pictures").iterdir():
+        limit = 300_000 if picture.is_symlink() else 150_000
+        assert 5_000 < picture.stat().st_size < limit, picture

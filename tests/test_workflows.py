@@ -1,0 +1,115 @@
+"""What CI and the issue template hold: well-formed, and of commands that exist."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import INLINE, ROOT, check
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+OURS = re.compile(r"(?:make|python3? -m|\.ci/)\S* ?[^\n|;)]*")
+
+
+def steps_of(workflow: Path) -> list[dict]:
+    (job,) = yaml.safe_load(workflow.read_text())["jobs"].values()
+    return job["steps"]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_workflow_is_well_formed(workflow):
+    parsed = yaml.safe_load(workflow.read_text())
+    # YAML 1.1 reads the key `on` as true.
+    assert parsed.keys() >= {"name", True, "permissions", "jobs"}
+    for job in parsed["jobs"].values():
+        assert job["runs-on"]
+        assert job["timeout-minutes"] <= 120
+        for step in job["steps"]:
+            assert ("run" in step) != ("uses" in step)
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_commands_of_workflows_exist(workflow):
+    scripts = [step["run"] for step in steps_of(workflow) if "run" in step]
+    commands = [command for script in scripts for command in OURS.findall(script)]
+    assert commands
+    for command in commands:
+        check(command)
+
+
+def test_gpu_job_runs_on_a_card_and_keeps_what_it_measured():
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/gpu.yml").read_text())["jobs"].values()
+    assert job["runs-on"] == ["self-hosted", "gpu"]
+    (upload,) = [step for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
+    assert upload["with"]["path"].split() == ["bench/results", "bench/RESULTS.md"]
+
+
+OLD = (
+    "nvidia-h100-2026-01-05-aaaa",
+    "nvidia-h100-2026-02-01-bbbb",
+    "nvidia-h100-nvl-2026-03-01-cccc",
+)
+
+
+@pytest.mark.parametrize(
+    ("measured", "code", "said"),
+    [
+        (
+            "nvidia-h100-2026-04-01-dddd",
+            0,
+            "compare {}/nvidia-h100-2026-02-01-bbbb/results.csv {}/",
+        ),
+        (
+            "nvidia-h100-2026-04-01-dddd",
+            1,
+            "compare {}/nvidia-h100-2026-02-01-bbbb/results.csv {}/",
+        ),
+        ("nvidia-h200-2026-04-01-dddd", 0, "no results of nvidia-h200 are committed"),
+        (None, 1, ""),
+    ],
+    ids=["same speed", "slower", "another card", "nothing measured"],
+)
+def test_gpu_job_compares_with_the_newest_results_of_its_card(tmp_path, measured, code, said):
+    (script,) = [
+        step["run"]
+        for step in steps_of(ROOT / ".github/workflows/gpu.yml")
+        if "compare" in step.get("run", "")
+    ]
+    results = tmp_path / "bench/results"
+    for name in OLD:
+        (results / name).mkdir(parents=True)
+        (results / name / "results.csv").touch()
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test", "-C", tmp_path]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "old"]):
+        subprocess.run([*git, *arguments], check=True)
+    if measured:
+        (results / measured).mkdir()
+        (results / measured / "results.csv").touch()
+    (tmp_path / "python3").write_text(f'#!/bin/sh\necho "$@"\nexit {code}\n')
+    (tmp_path / "python3").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-e", "-c", script],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert said.format("bench/results", "bench/results") in done.stdout
+
+
+def test_bug_report_asks_for_the_environment_report():
+    folder = ROOT / ".github/ISSUE_TEMPLATE"
+    assert isinstance(yaml.safe_load((folder / "config.yml").read_text()), dict)
+    form = yaml.safe_load((folder / "bug_report.yml").read_text())
+    assert form.keys() >= {"name", "description", "body"}
+    assert len({field["id"] for field in form["body"]}) == len(form["body"])
+    for field in form["body"]:
+        assert field["type"] in ("textarea", "dropdown")
+        assert field["attributes"]["label"]
+    (report,) = [field for field in form["body"] if field["id"] == "report"]
+    assert report["validations"]["required"] is True
+    commands = INLINE.findall(report["attributes"]["description"])
+    assert commands == ["python -m gpu_embed.env_report"]
+    check(commands[0])
