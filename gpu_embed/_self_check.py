@@ -15,6 +15,7 @@ from .backends import Backend
 from .backends.gather_method import use_gather_method
 from .backends.gradient_method import use_gradient_method
 from .bags import Bags
+from .quantized import QuantizedTable
 from .row_update import RowUpdate
 from .tables import TableBatch, TableLayout, make_layout
 
@@ -173,6 +174,24 @@ def _row_update(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
     return (table,)
 
 
+def _keras_lookup(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
+    return (backend.take_rows(_table(device), _ids(device) - ROWS, torch.bfloat16, None),)
+
+
+def _keras_quantized_lookup(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
+    """8 bits with a scale a row, and 4 bits with a scale and a zero for each group of 4 columns."""
+    scale = 2.0 ** _numbers((ROWS, COLUMNS // 4), 5, device)
+    values, zero = (_numbers(scale.shape[:1] + (n,), 13, device) for n in (COLUMNS, COLUMNS // 4))
+    values, zero = values.to(torch.int8), zero.to(torch.int8)
+    wide = QuantizedTable(values, scale[:, 0].contiguous(), None, COLUMNS, COLUMNS, 8)
+    packed = values[:, : COLUMNS // 2].contiguous()
+    narrow = QuantizedTable(packed, scale, zero, COLUMNS, 4, 4)
+    ids = _ids(device) - ROWS
+    return tuple(
+        backend.dequantize_rows(table, ids, torch.float32, None) for table in (wide, narrow)
+    )
+
+
 @contextmanager
 def _deterministic_algorithms() -> Iterator[None]:
     former = torch.are_deterministic_algorithms_enabled()
@@ -195,4 +214,6 @@ SAMPLES: dict[str, Callable[[Backend, torch.device], tuple[Tensor, ...]]] = {
     "batched tables": _table_batched,
     "gradient of batched tables": _table_batched_gradient,
     "optimizer updates": _row_update,
+    "Keras lookup": _keras_lookup,
+    "Keras quantized lookup": _keras_quantized_lookup,
 }
