@@ -41,7 +41,7 @@ __global__ void dequantize_rows_kernel(
     int64 num_indices,
     int64 num_embeddings,
     int64 D,      // < 2**31
-    int64 group,  // columns that share a scale; VEC divides it
+    int64 GROUP,  // columns that share a scale; VEC divides it
     int64 index_kind) {
   using Acc = typename Accumulator<Scale>::type;
   const FlatVector own = flat_vector(D / VEC);
@@ -53,7 +53,7 @@ __global__ void dequantize_rows_kernel(
   if (id.in_table) {
     int32 columns[VEC];
     load_columns<VEC, BITS>(values_ptr, id.row, d, D, columns);
-    const int64 place = id.row * ((D + group - 1) / group) + (uint32)d / (uint32)group;
+    const int64 place = id.row * ((D + GROUP - 1) / GROUP) + (uint32)d / (uint32)GROUP;
     const Acc scale = widen(scale_ptr[place]);
     const int32 zero = zero_ptr ? zero_ptr[place] : 0;
 #pragma unroll

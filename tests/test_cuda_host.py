@@ -19,6 +19,7 @@ from gpu_embed import reference
 from gpu_embed.backends._cupy.nvrtc import Kernel
 from gpu_embed.backends.gradient_method import use_gradient_method
 from gpu_embed.bounds import BoundsRecord
+from gpu_embed.quantized import QuantizedTable
 from gpu_embed.row_update import STATE, RowUpdate
 
 KERNELS_DIR = Path(__file__).parent.parent / "kernels"
@@ -569,6 +570,28 @@ class TestFarRows:
         expected = torch.stack([weight[i] for i in self.indices.tolist()])
         assert torch.equal(sm_90.embedding(weight, self.indices, -1, None), expected)
 
+    def test_take(self, sm_90: HostShimCupyBackend) -> None:
+        weight = mapped(FAR_ROWS, 8, torch.float16)
+        weight[-2:] = torch.arange(16).view(2, 8).half()
+        expected = torch.stack([weight[i] for i in self.indices.tolist()]).float()
+        for ids in (self.indices, self.indices - FAR_ROWS):
+            assert torch.equal(sm_90.take_rows(weight, ids, torch.float32, None), expected)
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_dequantize(self, sm_90: HostShimCupyBackend, bits: int) -> None:
+        """Of more than 2**31 scales and zeros too."""
+        columns = 64 // bits
+        values, zero = (mapped(FAR_ROWS, 8, torch.int8) for _ in range(2))
+        scale = mapped(FAR_ROWS, 8, torch.float16)
+        values[-1] = 0x11
+        scale[-1], zero[-1] = 2.0, -3
+        table = QuantizedTable(values, scale, zero, columns, columns // 8, bits)
+        output = sm_90.dequantize_rows(table, self.indices, torch.float32, None)
+        number = 0x11 if bits == 8 else 1
+        assert output[0].eq(2.0 * (number + 3)).all()
+        assert torch.equal(output[3], output[0])
+        assert not output[1:3].any()
+
     @pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
     def test_gradient(
         self, sm_90: HostShimCupyBackend, method: str, monkeypatch: pytest.MonkeyPatch
@@ -678,5 +701,5 @@ def test_each_cuda_kernel_has_the_name_and_the_arguments_of_its_triton_twin() ->
         assert cuda[name][: len(arguments)] == arguments, name
         rest = [argument for argument in cuda[name][len(arguments) :] if argument not in constants]
         widths = {"index_bytes", "order_bytes", "key_bytes", "bag_bytes"}
-        widths |= {"offset_bytes", "source_bytes"}
+        widths |= {"offset_bytes", "source_bytes", "index_kind"}
         assert set(rest) <= {*widths, "num_runs", "zero_padding"}, name
