@@ -72,8 +72,8 @@ class Embedding(keras.layers.Embedding):
     * -1 is the last row, as on Keras's torch backend. Any other id outside of the table is an IndexError that names
       it, late on CUDA and at once on the CPU: see `gpu_embed.set_bounds_check`. It is never clamped.
     * Gradients are dense and summed in fp32 (fp64 for fp64), whatever the compute dtype.
-    * LoRA gathers rows of A and multiplies these by B; the sum is rounded once. The table that the two amount to is
-      never formed, but by the attribute `embeddings` and where a model is saved.
+    * LoRA gathers rows of A and multiplies these by B; the sum is taken in fp32 (fp64 for fp64). The table that the
+      two amount to is never formed, but by the attribute `embeddings` and where a model is saved.
     * `quantize("int8")` and `quantize("int4")`, of one scale a row or of blocks: only the rows that ids name are
       dequantized, in the lookup. The output has the compute dtype, which `compute_output_spec` promises; in a
       model of a mixed policy that of Keras's own layer has the scales' dtype.
@@ -93,14 +93,12 @@ class Embedding(keras.layers.Embedding):
             return super().call(inputs)
         ids = keras.ops.convert_to_tensor(inputs)
         table = self._embeddings.value
-        if self.lora_enabled:
+        if self.lora_enabled and table.is_floating_point():
             return self._add_lora(_take(table, ids, _wide(table.dtype)), ids)
         dtype = self._torch_compute_dtype
-        return (
-            take_ops.take_rows(table, ids, dtype)
-            if _serves(table, ids, dtype)
-            else super().call(ids)
-        )
+        if _serves(table, ids, dtype):
+            return take_ops.take_rows(table, ids, dtype)
+        return super().call(ids)
 
     def _int8_call(self, inputs: Any, training: bool | None = None) -> Any:
         rows = self._dequantize(inputs, bits=8, block_size=None)
