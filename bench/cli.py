@@ -120,9 +120,10 @@ def add_run(run: argparse.ArgumentParser) -> None:
     for name, text in (
         ("dtype", "of the table"),
         ("id-dtype", "of the ids"),
-        ("vocab", "rows of the table: 65536, 2**16, 1e6, 10M"),
-        ("dim", "columns of the table"),
-        ("ids", "ids a call"),
+        ("tables", "tables in one call"),
+        ("vocab", "rows of a table: 65536, 2**16, 1e6, 10M"),
+        ("dim", "columns of a table"),
+        ("ids", "ids a call, in all tables"),
         ("distribution", "uniform, zipf:1.05, text, hot:0.5, spread:8192, ..., or a file of ids"),
     ):
         run.add_argument(f"--{name}", nargs="+", help=f"{text}, in place of the set's")
@@ -410,6 +411,7 @@ def read_choice(args: argparse.Namespace) -> Choice:
         modes=known("mode", args.mode, MODES),
         dtypes=known("dtype", args.dtype, DTYPES),
         id_dtypes=known("id dtype", args.id_dtype, ID_DTYPES),
+        tables=whole_numbers("--tables", args.tables),
         vocabs=whole_numbers("--vocab", args.vocab),
         dims=whole_numbers("--dim", args.dim),
         num_ids=whole_numbers("--ids", args.ids),

@@ -92,6 +92,7 @@ def describe(cell: Key) -> str:
         cell.operation if cell.operation != "embedding" else "",
         cell.mode,
         cell.dtype,
+        f"{cell.tables} tables" if cell.tables > 1 else "",
         f"V={cell.vocab:,}",
         f"D={cell.dim:,}",
         f"N={cell.num_ids:,}",

@@ -248,9 +248,9 @@ def ratio_pictures(
     """A heat map for each mode and rival; a square pools the dtypes, dims and distributions."""
     drawn = False
     rivals = [name for name in styles if not is_ours(name)]
-    for operation, mode in _in_order((row.operation, row.mode) for row in rows):
+    for operation, mode in _in_order((_operation(row), row.mode) for row in rows):
         what = mode if operation == "embedding" else f"{operation} {mode}"
-        cells = by_cell(row for row in rows if (row.operation, row.mode) == (operation, mode))
+        cells = by_cell(row for row in rows if (_operation(row), row.mode) == (operation, mode))
         for rival in rivals:
             squares = _squares(cells, rival)
             if not any(square.ratios for square in squares.values()):
@@ -261,6 +261,10 @@ def ratio_pictures(
             yield _finish(_heat_map(squares), {}, title, caption, "ratio", what, rival)
     if not drawn:
         yield Skipped("ratio against each rival", "no cell was timed by both gpu_embed and a rival")
+
+
+def _operation(row: Row) -> str:
+    return f"{row.operation}, many tables" if row.tables > 1 else row.operation
 
 
 @dataclass
@@ -714,6 +718,8 @@ def _shape_title(key: Key, *known: str) -> str:
         for name in ("operation", "dtype", "distribution", "id_dtype")
         if name not in known and (name, getattr(key, name)) not in USUAL
     ]
+    if key.tables > 1:
+        first.insert(0, f"{key.tables} tables")
     if key.hotness > 1:
         first.append(f"bags of {key.hotness}")
     if key.padding:

@@ -26,9 +26,10 @@ class Row:
     mode: str  # forward | backward | full | step | step_adam | step_rowwise_adagrad
     dtype: str  # "float32", "bfloat16", ...: torch's names
     id_dtype: str
-    vocab: int  # V, rows of the table
+    tables: int  # looked up in one call
+    vocab: int  # V, rows of a table
     dim: int  # D, columns
-    num_ids: int  # N
+    num_ids: int  # N, in all tables
     hotness: int  # ids in a bag; 1 without bags
     distribution: str  # uniform | zipf:1.05 | equal | sorted | text | hot:0.5 | ...
     unique_ids: int | None  # rows that the first of the rotated id sets reads
@@ -39,7 +40,11 @@ class Row:
     ms_p50: float | None = None
     ms_p80: float | None = None
     cold_ms_p50: float | None = None  # L2 flushed before each call
-    # Both from ms_p50; see measure.py for the byte formulas.
+    # What of a dense gradient is no sum, on its own: filling it with zeros, and rounding one of fp32 to 16 bits.
+    # The times above hold what a provider does of it.
+    zero_fill_ms: float | None = None
+    cast_ms: float | None = None
+    # Both from ms_p50; see traffic.py for the byte formulas.
     gbps_dram: float | None = None
     gbps_logical: float | None = None
     percent_of_copy: float | None = (
@@ -65,6 +70,7 @@ class Row:
             self.mode,
             self.dtype,
             self.id_dtype,
+            self.tables,
             self.vocab,
             self.dim,
             self.num_ids,
@@ -83,6 +89,7 @@ class Key(NamedTuple):
     mode: str
     dtype: str
     id_dtype: str
+    tables: int
     vocab: int
     dim: int
     num_ids: int
@@ -94,6 +101,7 @@ class Key(NamedTuple):
 
 COLUMNS = tuple(field.name for field in fields(Row))
 INTEGERS = (
+    "tables",
     "vocab",
     "dim",
     "num_ids",
@@ -108,6 +116,8 @@ FLOATS = (
     "ms_p50",
     "ms_p80",
     "cold_ms_p50",
+    "zero_fill_ms",
+    "cast_ms",
     "gbps_dram",
     "gbps_logical",
     "percent_of_copy",

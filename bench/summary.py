@@ -10,8 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import host_time
-from .ids import draw
-from .measure import Bench
+from .measure import Bench, draw_ids, places
 from .providers import PROVIDERS
 from .results import Row
 from .shapes import CPU_CELLS, HEADLINE, SETS, Cell
@@ -59,7 +58,8 @@ def summarize_gpu(bench: Bench, console: Console, progress: Progress) -> list[Ro
 
 
 def _is_of(row: Row, cell: Cell) -> bool:
-    return (row.vocab, row.dim, row.num_ids, row.dtype, row.distribution) == (
+    return (row.tables, row.vocab, row.dim, row.num_ids, row.dtype, row.distribution) == (
+        cell.tables,
         cell.vocab,
         cell.dim,
         cell.num_ids,
@@ -164,8 +164,7 @@ def prediction_table(card: Card) -> Table:
     table.add_column("predicted ms", justify="right")
     steps = [("D", cell) for cell in SETS["D"].cells]
     for name, cell in (*HEADLINE, *steps):
-        drawn = draw(cell.distribution, cell.num_ids, cell.vocab, 0, cell.padding, cell.padding_idx)
-        counts = count(drawn, cell.padding_idx)
+        counts = count(places(cell, draw_ids(cell, seed=0)), cell.padding_idx)
         for mode in ("step",) if (name, cell) in steps else ("forward", "backward"):
             moved = traffic(cell, mode, counts).dram
             ms = predicted_ms(card, moved)

@@ -214,7 +214,7 @@ def test_the_summary_of_a_cpu(capsys, monkeypatch):
 
 def test_the_summary_of_a_gpu_shows_right_and_wrong():
     blank = Row(
-        "A", "embedding", "forward", "float32", "int64", 9, 4, 3, 1, "uniform", 3, 0, "x", "ok"
+        "A", "embedding", "forward", "float32", "int64", 1, 9, 4, 3, 1, "uniform", 3, 0, "x", "ok"
     )
     table = summary.rows_table("title", [blank])
     assert table.row_count == 1

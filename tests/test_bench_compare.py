@@ -16,6 +16,7 @@ BASE = Row(
     mode="forward",
     dtype="float32",
     id_dtype="int64",
+    tables=1,
     vocab=1024,
     dim=768,
     num_ids=16384,

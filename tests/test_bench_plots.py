@@ -24,6 +24,7 @@ BASE = Row(
     mode="forward",
     dtype="float32",
     id_dtype="int64",
+    tables=1,
     vocab=10_000,
     dim=128,
     num_ids=65_536,
