@@ -1,5 +1,6 @@
 """The benchmark's instrument: gate, clocks, byte formulas, rows."""
 
+import csv
 import dataclasses
 
 import pytest
@@ -496,7 +497,12 @@ def test_a_half_written_line_is_cut_off(tmp_path):
     with RowWriter(tmp_path) as writer:
         writer.write(ROW)
     with (tmp_path / "results.csv").open("a") as file:
-        file.write("A,embedding,forw")
+        file.write('A,embedding,"forw')
+    # Whoever only looks, or may not go on, leaves the file as it is.
+    assert [row.vocab for row in read_rows(tmp_path)] == [10]
+    with pytest.raises(ResultsError, match="use --resume"):
+        RowWriter(tmp_path)
+    assert (tmp_path / "results.csv").read_text().endswith("forw")
     with RowWriter(tmp_path, resume=True) as writer:
         writer.write(dataclasses.replace(ROW, vocab=11))
     assert [row.vocab for row in read_rows(tmp_path)] == [10, 11]
@@ -505,10 +511,19 @@ def test_a_half_written_line_is_cut_off(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("num_ids", "ids"), "does not name the benchmark's columns"),
         (lambda text: text.replace(",10,", ",ten,"), "line 2: vocab is 'ten'"),
         (lambda text: text.replace(",ok,", ",fine,"), "line 2: status is 'fine'"),
         (lambda text: text + "A,B\n", "line 3: 2 fields where 33 are expected"),
+        (lambda text: "a,b\n", "does not name the benchmark's columns"),
+        (lambda text: "", "does not name the benchmark's columns"),
+        (lambda text: text.replace(",num_ids,", ",weather,"), "lacks column 'num_ids'"),
+        (lambda text: text.replace(",note", ",colour"), "has an unknown column 'colour'"),
+        (lambda text: text.replace(",note", ",match"), "repeats column 'match'"),
+        (lambda text: text.replace(",10,", ",,"), "line 2: vocab is ''"),
+        (lambda text: text.replace(",10,", ",0,"), "line 2: vocab is '0'"),
+        (lambda text: text.replace("0.25", "nan"), "line 2: ms_p50 is 'nan'"),
+        (lambda text: text.replace("0.25", "inf"), "line 2: ms_p50 is 'inf'"),
+        (lambda text: text.replace("0.25", "-1"), "line 2: ms_p50 is '-1'"),
     ],
 )
 def test_a_broken_file_is_said_in_one_sentence(tmp_path, change, message):
@@ -518,6 +533,48 @@ def test_a_broken_file_is_said_in_one_sentence(tmp_path, change, message):
     path.write_text(change(path.read_text()))
     with pytest.raises(ResultsError, match=message):
         read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.replace(b"\r\n", b"\n"),
+        lambda data: b"\xef\xbb\xbf" + data,
+        lambda data: data.rstrip(),
+        lambda data: data + b"\r\n",
+    ],
+    ids=["unix", "byte order mark", "no last end", "empty line"],
+)
+def test_files_that_passed_through_other_programs(tmp_path, change):
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+    path = tmp_path / "results.csv"
+    path.write_bytes(change(path.read_bytes()))
+    assert read_rows(tmp_path) == [ROW]
+
+
+def test_a_file_of_fewer_columns_can_be_compared_but_not_continued(tmp_path):
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+    path = tmp_path / "results.csv"
+    with path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    del row["zero_fill_ms"], row["note"]
+    with path.open("w", newline="") as file:
+        rewritten = csv.DictWriter(file, row)
+        rewritten.writeheader()
+        rewritten.writerow(row)
+    assert read_rows(tmp_path) == [ROW]
+    with pytest.raises(ResultsError, match="has the columns of another version"):
+        RowWriter(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("left", ["", "set,operation,mo"])
+def test_a_run_that_ended_before_its_first_row_left_nothing(tmp_path, left):
+    (tmp_path / "results.csv").write_text(left)
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+    assert read_rows(tmp_path) == [ROW]
 
 
 def test_headers(tmp_path):
