@@ -8,10 +8,18 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import io
+import logging
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import ModuleType
@@ -95,11 +103,35 @@ def _import_problem(module: str, package: str) -> str | None:
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"not installed (pip install {package})"
     try:
-        importlib.import_module(module)
+        with _quiet():
+            importlib.import_module(module)
     # A binary built for another torch fails in any way it likes.
     except Exception as error:
-        return f"installed, but cannot be imported: {first_line(error)}"
+        reason = first_line(_first_cause(error))
+        if "undefined symbol" in reason:
+            library = reason.partition(": undefined symbol")[0].rpartition("/")[2]
+            return f"installed, but built for another torch than {torch.__version__} ({library})"
+        return f"installed, but cannot be imported: {reason}"
     return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What a package says while it is imported; whether it can be used is said by us."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """torch says which library it could not load, and what it raises from says why."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def first_line(error: BaseException) -> str:

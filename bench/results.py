@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 RESULTS = "results.csv"
 HEADER = "header.json"
@@ -137,6 +137,10 @@ class ResultsError(ValueError):
     """A results file that cannot be read, said in one sentence."""
 
 
+class NotWrittenError(ResultsError):
+    """A row could not be written, as when the disk is full; the rows before it are whole."""
+
+
 class RowWriter:
     """Appends rows to DIR/results.csv; each is on disk before the next is measured.
 
@@ -159,22 +163,31 @@ class RowWriter:
             raise ResultsError(f"{path} has the columns of another version; choose another --out")
         directory.mkdir(parents=True, exist_ok=True)
         # A run that ended before its first row left nothing to keep.
-        self._file: IO[str] = path.open("r+" if self.done else "w", newline="", encoding="utf-8")
-        if self.done:
-            self._file.seek(len(lines))
-            self._file.truncate()
-        self._writer = csv.writer(self._file)
+        self._path = path
+        # Without a buffer, which would be written once more at the end.
+        self._file = path.open("r+b" if self.done else "wb", buffering=0)
+        self._end = self._file.seek(len(lines) if self.done else 0)
+        self._file.truncate()
         if not self.done:
             self._write(COLUMNS)
 
     def write(self, row: Row) -> None:
-        """Append one row and flush it."""
+        """Append one row. Raises NotWrittenError, and leaves no part of it."""
         self._write([_text(getattr(row, name)) for name in COLUMNS])
         self.done.add(row.key)
 
     def _write(self, values: Sequence[str]) -> None:
-        self._writer.writerow(values)
-        self._file.flush()
+        text = io.StringIO()
+        csv.writer(text).writerow(values)
+        line = memoryview(text.getvalue().encode())
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._file.seek(self._end)
+            self._file.truncate()
+            raise NotWrittenError(f"{self._path}: {error.strerror or error}") from None
+        self._end = self._file.tell()
 
     def __enter__(self) -> RowWriter:
         return self

@@ -129,7 +129,7 @@ def execute(
             elif problem is not None:
                 row = bench.measure(problem, job.provider, job.mode, row)
                 _free(bench.device)
-            elif isinstance(broken, ids_module.MissingWordsError):
+            elif isinstance(broken, ids_module.IdsError):
                 row = replace(row, status="missing", note=str(broken))
             elif broken is not None:
                 row = failed(row, broken)

@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import host_time
+from .console import print_table
 from .measure import Bench, draw_ids, places
 from .providers import PROVIDERS
 from .results import Row
@@ -53,7 +54,7 @@ def summarize_gpu(bench: Bench, console: Console, progress: Progress) -> list[Ro
     for _, cell in HEADLINE:
         shown = [row for row in rows if _is_of(row, cell)]
         if shown:
-            console.print(rows_table(str(cell), shown))
+            print_table(console, rows_table(str(cell), shown))
     return rows
 
 
@@ -102,12 +103,12 @@ def summarize_cpu(bench: Bench, console: Console, progress: Progress, card: Card
             rows += bench.measure_together(problem, (ours, theirs), mode, blank)
             progress.advance(task)
     progress.remove_task(task)
-    console.print(cpu_table(rows))
+    print_table(console, cpu_table(rows))
     task = progress.add_task("host time", total=None)
     times = host_time.measure_host_time()
     progress.remove_task(task)
-    console.print(host_table(times))
-    console.print(prediction_table(card))
+    print_table(console, host_table(times))
+    print_table(console, prediction_table(card))
     return rows
 
 

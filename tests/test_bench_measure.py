@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from gpu_embed.bench import check, host_time, measure, providers, run, timing, t
 from gpu_embed.bench.providers import PROVIDERS, Layer, Provider
 from gpu_embed.bench.results import (
     COLUMNS,
+    NotWrittenError,
     ResultsError,
     Row,
     RowWriter,
@@ -354,12 +356,22 @@ def test_a_provider_that_is_not_installed_says_how():
     assert PROVIDERS["fbgemm-gpu"].missing_reason(CPU) == "needs a CUDA device"
 
 
-def test_a_broken_import_is_a_reason(tmp_path, monkeypatch):
-    (tmp_path / "broken_for_bench.py").write_text("raise OSError('undefined symbol: x')")
+def test_a_broken_import_is_a_reason_and_says_nothing_itself(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.syspath_prepend(tmp_path)
-    broken = Provider("broken", "", looked_up, "broken_for_bench", "broken", cpu=True)
-    reason = "installed, but cannot be imported: OSError: undefined symbol: x"
-    assert broken.missing_reason(CPU) == reason
+    reasons = {
+        "raise OSError('no such thing')": "cannot be imported: OSError: no such thing",
+        # torch names the library alone; the loader's own error stands behind it.
+        "raise OSError('Could not load') from OSError('/a/b/x.so: undefined symbol: _ZN5torch8')": (
+            f"built for another torch than {torch.__version__} (x.so)"
+        ),
+    }
+    for number, (code, reason) in enumerate(reasons.items()):
+        code = f"import logging\nprint('loud')\nlogging.warning('louder')\n{code}\n"
+        (tmp_path / f"broken_{number}.py").write_text(code)
+        broken = Provider("broken", "", looked_up, f"broken_{number}", "broken", cpu=True)
+        assert broken.missing_reason(CPU) == f"installed, but {reason}"
+    said = capfd.readouterr()
+    assert said.out + said.err + caplog.text == ""
 
 
 @pytest.mark.parametrize(
@@ -533,6 +545,25 @@ def test_a_broken_file_is_said_in_one_sentence(tmp_path, change, message):
     path.write_text(change(path.read_text()))
     with pytest.raises(ResultsError, match=message):
         read_rows(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits the size of files")
+def test_a_row_that_does_not_fit_on_the_disk_leaves_no_part(tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+        size = (tmp_path / "results.csv").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+        try:
+            with pytest.raises(NotWrittenError, match=r"results.csv: File too large"):
+                writer.write(dataclasses.replace(ROW, vocab=11))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (tmp_path / "results.csv").stat().st_size == size
+        writer.write(dataclasses.replace(ROW, vocab=12))
+    assert [row.vocab for row in read_rows(tmp_path)] == [10, 12]
 
 
 @pytest.mark.parametrize(
