@@ -132,7 +132,11 @@ def add_run(run: argparse.ArgumentParser) -> None:
     ):
         run.add_argument(f"--{name}", nargs="+", help=f"{text}, in place of the set's")
     run.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR")
-    run.add_argument("--max-memory", metavar="SIZE", help="such as 8G: larger cells are left out")
+    run.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="such as 8G: larger cells are left out (default: half of what is free, on a GPU nine tenths)",
+    )
     run.add_argument("--limit", type=int, metavar="N", help="the first N cells alone")
     run.add_argument(
         "--seconds", type=float, default=0.5, help="for each measurement (default: %(default)s)"
@@ -301,7 +305,8 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     with results.RowWriter(args.out, args.resume) as writer:
         bench, speed = start(args, console)
         bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
-        bench.memory = bench.memory if memory is None else min(memory, bench.memory)
+        if memory is not None:
+            bench.memory = min(memory, machine.free_memory(bench.device))
         bench.copy_gbps = write_header(args, argv, bench, speed)
         try:
             done = measure(bench, jobs, writer, console)

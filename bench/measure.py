@@ -8,6 +8,7 @@ formulas stand in traffic.py, the clocks in timing.py, the bounds in check.py, t
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ from .traffic import Counts, count, state_bytes, traffic
 NUM_ID_SETS = 4
 # Of the integers that steps are checked with; fewer where their sums would not be exact.
 LARGEST_INTEGER = 8
+# Bytes from which memory counts more than the collector's time.
+LARGE_TABLE = 2**24
 # Where the host's time is measured: next to no work.
 TINY = Cell(vocab=128, dim=16, num_ids=8)
 TINY_HOTNESS = 4
@@ -247,13 +250,16 @@ class Bench:
     ) -> tuple[Row, Call | None]:
         """The row with its verdict, and what to time; None: the result is wrong."""
         row = replace(row, unique_ids=problem.counts.unique)
-        # Before the layer is there, whose state would take its place in memory too.
+        # Both before the layer is there, whose gradient or state would take its place in memory too.
+        parts = self._gradient_parts(problem, mode)
         step_peak = _step_peak_bytes(provider, problem, mode) if mode in STEPS else None
+        if parts is not None:
+            row = replace(row, zero_fill_ms=parts.zero_fill, cast_ms=parts.cast)
         layer = provider.build(problem.weight, problem.cell, mode)
         verdict = self._check(layer, problem, mode, provider.sums_in_fp32)
         row = replace(row, match=verdict.match)
         if not verdict.ok:
-            return replace(row, status="wrong"), None
+            return replace(row, status="wrong", zero_fill_ms=None, cast_ms=None), None
         extra = None if mode in STEPS else _peak_extra_bytes(layer, problem, mode)
         row = replace(row, peak_extra_bytes=extra, step_peak_bytes=step_peak)
         return row, _call(layer, problem, mode)
@@ -285,7 +291,6 @@ class Bench:
         warm = time_calls(calls, self.device, self.effort)
         cold = time_calls(calls, self.device, self.effort, cold=True) if self.effort.cold else None
         moved = traffic(problem.cell, mode, problem.counts)
-        parts = self._gradient_parts(problem, mode)
         timed = []
         for i, row in enumerate(rows):
             gbps = moved.dram / warm[i].p50 / 1e6
@@ -297,8 +302,6 @@ class Bench:
                     ms_p50=warm[i].p50,
                     ms_p80=warm[i].p80,
                     cold_ms_p50=cold[i].p50 if cold else None,
-                    zero_fill_ms=parts.zero_fill if parts else None,
-                    cast_ms=parts.cast if parts else None,
                     gbps_dram=gbps,
                     gbps_logical=moved.logical / warm[i].p50 / 1e6,
                     percent_of_copy=100 * gbps / self.copy_gbps,
@@ -437,7 +440,14 @@ def _step_peak_bytes(provider: Provider, problem: Problem, mode: str) -> int:
 
     peak = peak_of_step(build, problem.device)
     table.grad = None
+    collect_cycles(problem)
     return peak + beside
+
+
+def collect_cycles(problem: Problem) -> None:
+    """Free what hooks and optimizers hold in cycles: the state of a large table is as large as that."""
+    if problem.weight.nbytes >= LARGE_TABLE:
+        gc.collect()
 
 
 def _graph_call(layer: Layer, problem: Problem) -> Call:

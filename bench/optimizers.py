@@ -6,6 +6,7 @@ definition is then the optimizer and not the rounding of its settings.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -160,6 +161,9 @@ def ours(leaves: Sequence[Tensor], mode: str, in_backward: bool) -> Update:
     """`gpu_embed.optim` on a sparse gradient: as a step, or inside the backward pass."""
     optimizer, definition = OURS[mode]
     if in_backward:
-        gpu_embed.optim.apply_in_backward(leaves, optimizer, lr=LEARNING_RATE)
-        return Update(None, definition)
+        updates = gpu_embed.optim.apply_in_backward(leaves, optimizer, lr=LEARNING_RATE)
+        update = Update(None, definition)
+        # A hook that knows its tensor holds it, and the optimizer's state, for ever: torch sees no such cycle.
+        weakref.finalize(update, updates.remove)
+        return update
     return Update(optimizer(leaves, lr=LEARNING_RATE).step, definition)

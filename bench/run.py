@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import ids as ids_module
-from .measure import Bench, Problem, failed
+from .measure import Bench, Problem, collect_cycles, failed
 from .providers import PROVIDERS, Provider
 from .results import Row, RowWriter
 from .shapes import SETS, Cell, varied
@@ -128,6 +128,7 @@ def execute(
                 row = refused
             elif problem is not None:
                 row = bench.measure(problem, job.provider, job.mode, row)
+                collect_cycles(problem)
                 _free(bench.device)
             elif isinstance(broken, ids_module.IdsError):
                 row = replace(row, status="missing", note=str(broken))

@@ -150,6 +150,36 @@ def test_memory_and_files_of_ids(tmp_path):
     assert {row.unique_ids for row in rows if row.status == "ok"} <= {7, 8}
 
 
+def test_a_table_that_does_not_fit_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.machine, "free_memory", lambda device: 22 * 2**30)
+
+    def made(*arguments):
+        raise AssertionError("a table was made")
+
+    monkeypatch.setattr(cli.Bench, "problem", made)
+    command = ["run", "--device", "cpu", "--set", "J", "--vocab", "5e7", "--mode", "step_adam"]
+    command += [
+        "--distribution",
+        "spread:8192",
+        "--providers",
+        "torch",
+        "torch-sparse",
+        "gpu_embed",
+    ]
+    assert cli.main([*command, "--max-memory", "20G", "--out", str(tmp_path / "20")]) == 0
+    said = {row.provider: (row.status, row.note) for row in read_rows(tmp_path / "20")}
+    assert said == {
+        "torch": ("oom", "needs 29.8 GiB, 20.0 GiB may be used"),
+        "torch-sparse": ("oom", "needs 23.9 GiB, 20.0 GiB may be used"),
+        "gpu_embed": ("oom", "needs 29.8 GiB, 20.0 GiB may be used"),
+    }
+    # No more than there is, whatever is asked for; and half of it where nothing is.
+    for asked, used in ((["--max-memory", "99G"], 22), ([], 11)):
+        assert cli.main([*command, *asked, "--out", str(tmp_path / str(used))]) == 0
+        notes = {row.note for row in read_rows(tmp_path / str(used))}
+        assert all(note.endswith(f"{used}.0 GiB may be used") for note in notes)
+
+
 BAD = {
     "run": "--set names what to measure: A, B, C",
     "run --set Z": "unknown set 'Z': choose from A, B, C",
