@@ -256,8 +256,8 @@ def ratio_pictures(
             if not any(square.ratios for square in squares.values()):
                 continue
             drawn = True
-            title = f"{mode}: how many times faster gpu_embed is than {rival}"
-            title += "" if operation == "embedding" else f"\n{operation}"
+            title = f"How many times faster gpu_embed is than {rival}\n{mode}"
+            title += "" if operation == "embedding" else f", {operation}"
             yield _finish(_heat_map(squares), {}, title, caption, "ratio", what, rival)
     if not drawn:
         yield Skipped("ratio against each rival", "no cell was timed by both gpu_embed and a rival")
@@ -665,11 +665,15 @@ def _finish(
     figure: Figure, styles: Mapping[str, Style], title: str, caption: str, *name: object
 ) -> Picture:
     """Title above, providers at the right, the machine beneath."""
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    lines = (_wrapped(line, figure.get_figwidth()) for line in caption.splitlines())
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8, color=GREY)
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     handles = [drawn[provider] for provider in styles if provider in drawn]
+    width = figure.get_figwidth()
+    # An inch holds about 10 bold letters of the title, and 15 of 8 points; the legend takes 2.5 inches.
+    room = int(10 * (width - 2.5 if handles else width))
+    figure.suptitle(_wrapped(title, room, ", "), x=0.01, ha="left", fontweight="bold")
+    figure.supxlabel(
+        _wrapped(caption, int(15 * width), " · "), x=0.01, ha="left", fontsize=8, color=GREY
+    )
     if handles:
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
     *parts, page, pages = name if isinstance(name[-1], int) else (*name, 1, 1)
@@ -693,17 +697,18 @@ def _with_failures(caption: str, shapes: Mapping[Key, Mapping[str, Sequence[Row]
     return "\n".join(([f"No point: {' · '.join(failures)}"] if failures else []) + [caption])
 
 
-def _wrapped(caption: str, width: float) -> str:
-    """Break between the parts, where the line would leave the picture."""
-    # At 8 points an inch holds about 15 characters.
-    room = int(width * 15)
-    lines = [""]
-    for part in caption.split(" · "):
-        longer = f"{lines[-1]} · {part}" if lines[-1] else part
-        if len(longer) <= room or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(part)
+def _wrapped(text: str, room: int, joint: str) -> str:
+    """Break lines of more characters than there is room for, between the parts."""
+    lines = []
+    for line in text.splitlines():
+        first, *parts = line.split(joint)
+        lines.append(first)
+        for part in parts:
+            longer = f"{lines[-1]}{joint}{part}"
+            if len(longer) <= room:
+                lines[-1] = longer
+            else:
+                lines.append(part)
     return "\n".join(lines)
 
 

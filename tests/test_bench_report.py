@@ -167,7 +167,7 @@ def test_pictures_are_inside_and_real(page):
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(pictures) == 2
     for attributes in pictures:
-        assert "how many times faster gpu_embed is than torch" in attributes["alt"]
+        assert "How many times faster gpu_embed is than torch" in attributes["alt"]
         data = base64.b64decode(attributes["src"].split(",", 1)[1], validate=True)
         pixels = image.imread(io.BytesIO(data))
         assert pixels[..., :3].std() > 0.01

@@ -2,7 +2,8 @@
 
 `kernel[grid](...)` asks in every call, anew, for the type of each argument, the options and the environment, and
 takes the host several times as long as all the rest of a lookup. All that may differ between two of our calls of one
-kernel is in the key below, which is as fine as Triton's own or finer; the binary is the one that Triton chose.
+kernel is in the key below, which is as fine as Triton's own or finer; the binary is the one that Triton chose. What
+Triton is told later, such as TRITON_DEBUG=1, reaches the kernels that it has not compiled yet.
 """
 
 from functools import lru_cache
