@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m gpu_embed.bench"
 OWN = "gpu_embed"
-SAME_RUN = ("device", "torch", "triton", "commit", "seed")
+SAME_RUN = ("device", "torch", "triton", "commit", "dirty", "seed")
 
 
 class CannotRunError(Exception):

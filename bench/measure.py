@@ -156,6 +156,10 @@ def needed_bytes(
     else:
         tables = ({"forward": 1, "backward": 2, "full": 2}[mode] + copies) * table
     outputs = 1 if mode == "forward" else 2
+    if cell.tables > 1:
+        # The check puts together what a loop leaves apart.
+        outputs += 1
+        tables += table if mode in ("backward", "full") else 0
     return tables + outputs * rows + ids
 
 

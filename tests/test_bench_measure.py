@@ -118,6 +118,31 @@ def test_wrong_results_have_no_time(bench, mode):
     assert [getattr(row, name) for name in timed] == [None] * len(timed)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "mode", "shown"),
+    [
+        ("bfloat16", "backward", (True, True)),
+        ("float32", "full", (True, False)),
+        ("bfloat16", "forward", (False, False)),
+        ("float32", "step", (False, False)),
+    ],
+)
+def test_zero_fill_and_cast_are_shown_apart(bench, dtype, mode, shown):
+    row = measured(bench, PROVIDERS["torch"], dataclasses.replace(CELL, dtype=dtype), mode)
+    assert row.status == "ok", row
+    times = (row.zero_fill_ms, row.cast_ms)
+    assert tuple(time is not None for time in times) == shown
+    assert all(time > 0 for time in times if time is not None)
+
+
+def test_a_cast_that_does_not_fit_is_not_measured(bench):
+    cell = dataclasses.replace(CELL, dtype="float16")
+    bench.memory = measure.needed_bytes(cell, "backward")
+    row = measured(bench, PROVIDERS["torch"], cell, "backward")
+    assert row.zero_fill_ms > 0
+    assert row.cast_ms is None
+
+
 def test_padding_that_gets_a_gradient_is_wrong(bench):
     unpadded = fake(lambda weight, ids, padding_idx: F.embedding(ids, weight))
     row = measured(bench, unpadded, dataclasses.replace(CELL, padding=0.5), "backward")

@@ -212,6 +212,17 @@ def test_ratios_against_the_best_rival_are_highlighted(page):
     assert all(found["best rival / this"][0] == "" for found in provider_rows(page, "torch"))
 
 
+def test_what_is_no_sum_in_a_gradient_stands_above_its_rows(tmp_path):
+    with RowWriter(tmp_path) as writer:
+        for name in ("gpu_embed", "torch"):
+            writer.write(
+                replace(BASE, provider=name, mode="backward", zero_fill_ms=0.5, cast_ms=0.25)
+            )
+    text = report.write_report(tmp_path).read_text()
+    said = "; zero-fill of the gradient 0.5 ms, its cast from fp32 0.25 ms"
+    assert text.count(said) == 1
+
+
 def test_the_peak_of_a_step_has_a_column(page):
     (found,) = provider_rows(page, "gpu_embed-sorted")
     assert found["step's peak MiB"] == ("1.5", "")
