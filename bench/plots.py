@@ -578,7 +578,7 @@ def _step_figure(
 
 
 def _peak_mebibytes(row: Row) -> float | None:
-    return None if row.step_peak_bytes is None else row.step_peak_bytes / 2**20
+    return row.step_peak_bytes / 2**20 if row.step_peak_bytes else None
 
 
 # What the pictures share
@@ -740,7 +740,7 @@ def _log_axis(axes: Axes, name: str, values: Sequence[float], text: Callable[[fl
     """A logarithmic axis from one round number to another, labelled with plain numbers."""
     low, high = min(values), max(values)
     grid = [
-        round(digit * 10.0**power, 12)
+        float(f"{digit}e{power}")
         for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         for digit in (1, 2, 5)
     ]

@@ -388,6 +388,28 @@ def test_steps_without_memory_have_no_empty_panel_and_no_other_picture_of_time()
     assert drawn(rows, plots.vocabulary_pictures)[0] == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: replace(row, ms_p20=0.0, percent_of_copy=0.0),
+        lambda row: replace(row, ms_p50=0.0),
+        lambda row: replace(row, ms_p20=None, ms_p50=1e-250 * row.vocab, ms_p80=None),
+        lambda row: replace(row, ms_p20=None, ms_p50=1e250 * row.vocab, ms_p80=None),
+        lambda row: replace(row, percent_of_copy=1e30),
+        lambda row: replace(row, mode="step", step_peak_bytes=0),
+        lambda row: replace(row, set="<b>/..", distribution="../x y.npy"),
+    ],
+    ids=["zero p20", "zero time", "tiny", "huge", "vast share", "zero peak", "odd names"],
+)
+def test_odd_values_are_drawn_or_skipped(change):
+    rows = [change(row) for row in rows_of(("gpu_embed",), vocab=[10, 100, 1000])]
+    pictures, skipped = drawn(rows)
+    assert len(pictures) + len(skipped) >= 5
+    for picture in pictures:
+        assert plots.png(picture.figure).startswith(b"\x89PNG")
+        assert "/" not in picture.name
+
+
 def test_bags_are_named_in_titles():
     rows = rows_of(vocab=VOCABS, operation=["embedding_bag"], hotness=[1, 16])
     (picture,), _ = drawn(rows, plots.vocabulary_pictures)
