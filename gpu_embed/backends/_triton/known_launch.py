@@ -1,7 +1,7 @@
 """Launches that Triton has seen before, past its own launch path.
 
 `kernel[grid](...)` asks in every call, anew, for the type of each argument, the options and the environment, and
-takes the host several times as long as all the rest of a lookup. All that may differ between two of our calls of one
+takes the host longer than all the rest of a lookup. All that may differ between two of our calls of one
 kernel is in the key below, which is as fine as Triton's own or finer; the binary is the one that Triton chose. What
 Triton is told later, such as TRITON_DEBUG=1, reaches the kernels that it has not compiled yet.
 """
@@ -28,19 +28,20 @@ def launch(
     key = _key(kernel, device, args, settings)
     known = _binaries.get(key)
     if known is not None:
-        binary, constants = known
+        binary, constants, _ = known
         binary[(*grid, 1, 1)[:3]](*args, *constants)
         return
     binary = kernel[grid](*args, **settings)
     # None: a cache hook has kept Triton from compiling.
     if key is not None and binary is not None:
         constants = tuple(settings[name] for name in kernel.arg_names[len(args) :])
-        _binaries[key] = binary, constants
+        # The kernel is kept, as its id is in the key.
+        _binaries[key] = binary, constants, kernel
 
 
 def _key(kernel: Any, device: int | None, args: Key, settings: dict[str, Any]) -> Key | None:
     """What Triton specialises a binary for; None: an argument whose type is not known here."""
-    # A kernel's own hash takes as long as two arguments; it lives as long as the process.
+    # A kernel's own hash takes as long as two arguments.
     key: list[Any] = [id(kernel), device, *settings, *settings.values()]
     append = key.append
     try:
@@ -65,4 +66,4 @@ def _number_kind(number: int) -> int:
     return 4 * width + 2 * (number & ALIGNMENT_MASK == 0) + (number == 1)
 
 
-_binaries: dict[Key | None, tuple[Any, Key]] = {}
+_binaries: dict[Key | None, tuple[Any, Key, Any]] = {}
