@@ -21,6 +21,7 @@ import gpu_embed
 
 from . import ids as ids_module
 from . import machine, results
+from .console import make_console, print_table, progress_bar, replace_what_cannot_be_shown
 from .headline import LAST_START_SECONDS, headline_jobs, results_directory
 from .measure import Bench
 from .occupancy import MULTIPROCESSORS, TARGETS
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m gpu_embed.bench"
 OWN = "gpu_embed"
-SAME_RUN = ("device", "torch", "triton", "commit", "seed")
+SAME_RUN = ("device", "torch", "triton", "commit", "dirty", "seed")
 
 
 class CannotRunError(Exception):
@@ -58,7 +59,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Measure embedding lookups and their gradients against everybody else's. Without a "
         "command: a summary of this machine in one minute.",
         epilog="Exit code: 0 done, 1 a result of gpu_embed's own is wrong or failed (compare: a "
-        "regression; codegen: a kernel is worse), 2 it cannot start, 130 interrupted.",
+        "regression; codegen: a kernel is worse), 2 it cannot start or go on, 130 interrupted.",
     )
     machine_options(parser)
     parser.add_argument(
@@ -74,7 +75,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     )
     commands.add_parser("list", help="the sets of shapes, and who can be measured here")
-    compare = commands.add_parser("compare", help="exit 1 where NEW is slower than OLD")
+    compare = commands.add_parser(
+        "compare",
+        help="exit 1 where a row of gpu_embed's in NEW is slower than in OLD, wrong or missing",
+    )
     compare.add_argument("old", type=Path, metavar="OLD", help="results.csv, or its directory")
     compare.add_argument("new", type=Path, metavar="NEW")
     compare.add_argument(
@@ -120,14 +124,19 @@ def add_run(run: argparse.ArgumentParser) -> None:
     for name, text in (
         ("dtype", "of the table"),
         ("id-dtype", "of the ids"),
-        ("vocab", "rows of the table: 65536, 2**16, 1e6, 10M"),
-        ("dim", "columns of the table"),
-        ("ids", "ids a call"),
+        ("tables", "tables in one call"),
+        ("vocab", "rows of a table: 65536, 2**16, 1e6, 10M"),
+        ("dim", "columns of a table"),
+        ("ids", "ids a call, in all tables"),
         ("distribution", "uniform, zipf:1.05, text, hot:0.5, spread:8192, ..., or a file of ids"),
     ):
         run.add_argument(f"--{name}", nargs="+", help=f"{text}, in place of the set's")
     run.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR")
-    run.add_argument("--max-memory", metavar="SIZE", help="such as 8G: larger cells are left out")
+    run.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="such as 8G: larger cells are left out (default: half of what is free, on a GPU nine tenths)",
+    )
     run.add_argument("--limit", type=int, metavar="N", help="the first N cells alone")
     run.add_argument(
         "--seconds", type=float, default=0.5, help="for each measurement (default: %(default)s)"
@@ -197,7 +206,7 @@ def whole_number(option: str, text: str) -> int:
 def memory_size(text: str) -> int:
     """Bytes of 8G, 500M, 8GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?", text, re.IGNORECASE)
-    if match is None:
+    if match is None or float(match[1]) == 0:
         raise CannotRunError(f"--max-memory {text}: expected a size such as 8G or 500M")
     return int(float(match[1]) * 1024 ** ("KMGT".index(match[2].upper()) + 1))
 
@@ -296,18 +305,20 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     with results.RowWriter(args.out, args.resume) as writer:
         bench, speed = start(args, console)
         bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
-        bench.memory = bench.memory if memory is None else min(memory, bench.memory)
+        if memory is not None:
+            bench.memory = min(memory, machine.free_memory(bench.device))
         bench.copy_gbps = write_header(args, argv, bench, speed)
         try:
             done = measure(bench, jobs, writer, console)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, results.NotWrittenError) as end:
             kept = sum(job.row(bench).key in writer.done for job in jobs)
+            interrupted = isinstance(end, KeyboardInterrupt)
             print(
-                f"\n{PROG}: interrupted; {kept} of {len(jobs)} measurements are in "
-                f"{args.out / results.RESULTS}, the same command with --resume measures the rest",
+                f"\n{PROG}: {'interrupted' if interrupted else end}; {kept} of {len(jobs)} measurements "
+                f"are in {args.out / results.RESULTS}, the same command with --resume measures the rest",
                 file=sys.stderr,
             )
-            return 130
+            return 130 if interrupted else 2
     say_counts(done, args.out, console)
     return own_failures(done, console)
 
@@ -410,6 +421,7 @@ def read_choice(args: argparse.Namespace) -> Choice:
         modes=known("mode", args.mode, MODES),
         dtypes=known("dtype", args.dtype, DTYPES),
         id_dtypes=known("id dtype", args.id_dtype, ID_DTYPES),
+        tables=whole_numbers("--tables", args.tables),
         vocabs=whole_numbers("--vocab", args.vocab),
         dims=whole_numbers("--dim", args.dim),
         num_ids=whole_numbers("--ids", args.ids),
@@ -433,7 +445,12 @@ def write_header(
                 f"{args.out} holds results with {name} {old.get(name)!r}, this run has "
                 f"{new[name]!r}: choose another --out"
             )
-    return float(old["copy_gbps"])
+    former = old.get("copy_gbps")
+    if not isinstance(former, int | float) or not 0 < former < math.inf:
+        raise CannotRunError(
+            f"{args.out / results.HEADER} names no copy bandwidth: choose another --out"
+        )
+    return float(former)
 
 
 def own_failures(rows: Iterable[results.Row], console: Console) -> int:
@@ -447,7 +464,7 @@ def own_failures(rows: Iterable[results.Row], console: Console) -> int:
     return 1 if bad else 0
 
 
-def list_all() -> int:
+def list_all(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     console = make_console()
@@ -462,8 +479,8 @@ def list_all() -> int:
             shape_set.description,
             shape_set.origin,
         )
-    console.print(sets)
-    device = choose_device(None)
+    print_table(console, sets)
+    device = choose_device(args.device)
     providers = Table(title=f"Providers, on {device}", title_justify="left")
     for name in ("provider", "what", "version", "here"):
         providers.add_column(name)
@@ -474,7 +491,7 @@ def list_all() -> int:
             provider.version() or f"none (pip install {provider.package})",
             provider.missing_reason(device) or "usable",
         )
-    console.print(providers)
+    print_table(console, providers)
     for name in ids_module.WORD_LISTS:
         found = machine.version(name) or f"none (pip install {name})"
         console.print(f"word list {name}: {found}")
@@ -522,7 +539,7 @@ def codegen(args: argparse.Namespace) -> int:
             "memory in bytes; the instructions of the innermost loop."
         )
         for table in codegen_table.rich_tables(rows):
-            console.print(table)
+            print_table(console, table)
     for case, problem in failures.items():
         print(f"{PROG}: {case} does not compile: {problem}", file=sys.stderr)
     if args.out is not None and not failures:
@@ -536,32 +553,6 @@ def codegen(args: argparse.Namespace) -> int:
     return 1 if failures or problems else 0
 
 
-def make_console() -> Console:
-    from rich.console import Console
-
-    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
-    if not console.is_terminal:
-        # Tables in a file or a pipe need not fit a screen.
-        console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, width=140)
-    return console
-
-
-def progress_bar(console: Console) -> Progress:
-    """The bar with the time left; it stays out of pipes and files."""
-    from rich import progress
-
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("left"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
 def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run the command; the ones that draw and compare are imported when they are asked for."""
     check_extra("rich")
@@ -570,19 +561,19 @@ def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.command == "run":
         return run(args, argv)
     if args.command == "list":
-        return list_all()
+        return list_all(args)
     if args.command == "headline":
         check_extra("matplotlib")
         return headline(args, argv)
     if args.command == "compare":
         from .compare import main_compare
 
-        if not args.fail_below > 0:
-            raise CannotRunError(f"--fail-below {args.fail_below:g}: choose a number above 0")
         return main_compare(args.old, args.new, args.fail_below)
     if args.command == "codegen":
         return codegen(args)
     check_extra("matplotlib")
+    if not args.directory.is_dir():
+        raise CannotRunError(f"{args.directory} is no directory of results")
     if args.command == "plot":
         from .plots import plot_directory
 
@@ -597,13 +588,15 @@ def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    replace_what_cannot_be_shown()
     try:
         return dispatch(parse_args(argv), argv)
     except (CannotRunError, ids_module.IdsError, results.ResultsError) as problem:
         print(f"{PROG}: {problem}", file=sys.stderr)
         return 2
     except OSError as problem:
-        print(f"{PROG}: {problem}", file=sys.stderr)
+        where = f"{problem.filename}: " if problem.filename else ""
+        print(f"{PROG}: {where}{problem.strerror or problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{PROG}: interrupted", file=sys.stderr)

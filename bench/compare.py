@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .console import make_console, print_table
 from .results import Key, ResultsError, Row, read_rows
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ OURS = "gpu_embed"
 OFFERED = (OURS, f"{OURS}-sparse", f"{OURS}-in-backward")
 # Broken and slower rows are always printed; of the others this many.
 SHOWN = 40
-# Wide enough for one line a row where the output is a file and has no width of its own.
-LOG_WIDTH = 200
-
 REGRESSION = 1
 UNUSABLE = 2
 
@@ -92,6 +90,7 @@ def describe(cell: Key) -> str:
         cell.operation if cell.operation != "embedding" else "",
         cell.mode,
         cell.dtype,
+        f"{cell.tables} tables" if cell.tables > 1 else "",
         f"V={cell.vocab:,}",
         f"D={cell.dim:,}",
         f"N={cell.num_ids:,}",
@@ -147,8 +146,9 @@ class Comparison:
     only_new: list[Row]
 
     @property
-    def devices(self) -> tuple[set[str], set[str]]:
-        return {pair.old.device for pair in self.pairs}, {pair.new.device for pair in self.pairs}
+    def lost(self) -> list[Row]:
+        """Ours that had a time and are gone."""
+        return [row for row in self.only_old if is_ours(row.provider) and time_of(row)]
 
     def providers(self) -> dict[str, list[Pair]]:
         """The pairs by provider, ours first."""
@@ -173,27 +173,20 @@ def compare(old: Iterable[Row], new: Iterable[Row]) -> Comparison:
 def main_compare(old: Path, new: Path, fail_below: float) -> int:
     """Print the comparison; return 0, REGRESSION or UNUSABLE, for a shell.
 
-    Only gpu_embed's own rows decide: a rival that got slower is no fault of ours.
-    """
-    from rich.console import Console
+    Only gpu_embed's own rows decide: a rival that got slower is no fault of ours. A row of ours that had a time
+    and is not there any more counts too: a run that ended early must not pass.
 
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
-    try:
-        if not 0 < fail_below < math.inf:
-            raise ResultsError(f"--fail-below {fail_below}: expected a ratio above 0, such as 0.95")
-        comparison = compare(read_rows(old), read_rows(new))
-        if not comparison.pairs:
-            raise ResultsError(f"{old} and {new} have no row in common")
-    except ResultsError as error:
-        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(
-            f"compare: {error}"
-        )
-        return UNUSABLE
+    Raises ResultsError for files that cannot be compared, or a ratio that is none.
+    """
+    if not 0 < fail_below < math.inf:
+        raise ResultsError(f"--fail-below {fail_below}: expected a ratio above 0, such as 0.95")
+    comparison = compare(read_rows(old), read_rows(new))
+    if not comparison.pairs:
+        raise ResultsError(f"{old} and {new} have no row in common")
+    console = make_console()
     _print_versions(console, comparison)
-    console.print(_pair_table(comparison.pairs, fail_below))
-    console.print(_provider_table(comparison, fail_below))
+    print_table(console, _pair_table(comparison.pairs, fail_below))
+    print_table(console, _provider_table(comparison, fail_below))
     for name, rows in (("old", comparison.only_old), ("new", comparison.only_new)):
         _print_unmatched(console, name, rows)
     return _conclude(console, comparison, fail_below)
@@ -201,11 +194,12 @@ def main_compare(old: Path, new: Path, fail_below: float) -> int:
 
 def _conclude(console: Console, comparison: Comparison, fail_below: float) -> int:
     console.print("Rivals are shown for orientation; only gpu_embed's rows decide the exit code.")
-    old_devices, new_devices = comparison.devices
-    if old_devices != new_devices:
+    elsewhere = [pair for pair in comparison.pairs if pair.old.device != pair.new.device]
+    if elsewhere:
         console.print(
-            f"WARNING: this compares two machines ({_listed(old_devices)} and "
-            f"{_listed(new_devices)}), so the ratios say nothing about the code: no verdict.",
+            f"WARNING: this compares two machines ({_listed({pair.old.device for pair in elsewhere})} and "
+            f"{_listed({pair.new.device for pair in elsewhere})}), so the ratios say nothing about the "
+            "code: no verdict.",
             style="bold yellow",
         )
         return UNUSABLE
@@ -218,10 +212,11 @@ def _conclude(console: Console, comparison: Comparison, fail_below: float) -> in
         return UNUSABLE
     broke = sum(pair.broke for pair in judged)
     slower = sum(pair.regressed(fail_below) for pair in judged) - broke
-    if broke or slower:
+    lost = len(comparison.lost)
+    if broke or slower or lost:
         console.print(
-            f"REGRESSION: of {len(judged)} rows of gpu_embed, {slower} below {fail_below:g} "
-            f"and {broke} no longer ok.",
+            f"REGRESSION: of {len(judged) + lost} rows of gpu_embed, {slower} below {fail_below:g}, "
+            f"{broke} no longer ok and {lost} missing in new.",
             style="bold red",
         )
         return REGRESSION
@@ -263,7 +258,6 @@ def _pair_table(pairs: Sequence[Pair], fail_below: float) -> Table:
     for name in ("ratio", "old ms", "new ms"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("provider", no_wrap=True)
-    # A narrow terminal folds the long column; nothing is cut off.
     table.add_column("cell", overflow="fold")
     for pair in shown:
         table.add_row(

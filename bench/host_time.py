@@ -1,7 +1,7 @@
 """The host's microseconds per call, on the CPU, with nothing to wait for.
 
-The Triton backend is measured whole but for the launch itself, which needs a GPU: a stub stands in its place.
-So the figures say what Python, autograd and the allocation cost; on a GPU the launch comes on top.
+The Triton backend is measured whole, with Triton's own launch code, up to the call of the driver, which needs a
+GPU. So the figures say what Python, autograd and the allocation cost; on a GPU the driver's launch comes on top.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 import gpu_embed
 from gpu_embed import backends
 
+from .stub_launch import stub_driver, stub_kernel
 from .timing import Call, host_us
 
 MODES = ("inference", "forward", "forward + backward")
@@ -55,23 +57,39 @@ def measure_host_time(seconds: float = 0.4) -> list[HostTime]:
 def _targets() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "torch backend", lambda: gpu_embed.use_backend("torch")
     if importlib.util.find_spec("triton") is not None:
-        yield "triton backend without the launch", stub_triton
+        yield "triton backend up to the driver", stub_triton
 
 
 @contextmanager
 def stub_triton() -> Iterator[None]:
-    """Lookups on the CPU go through the Triton backend, which computes and launches nothing.
+    """Lookups on the CPU go through the Triton backend, which launches kernels that do nothing.
 
     Outputs are uninitialised: this is for the host's time alone.
     """
     from gpu_embed.backends._triton import TritonBackend
+    from gpu_embed.backends._triton.known_launch import launch
 
     class StubBackend(TritonBackend):
-        def _launch(self, *args: Any, **settings: Any) -> None:
-            return None
+        _interpreted = False
+        _kernels = SimpleNamespace(
+            **{
+                name: stub_kernel(kernel.fn)
+                for name, kernel in vars(TritonBackend()._kernels).items()
+            }
+        )
+
+        def _launch(
+            self,
+            kernel: Any,
+            grid: tuple[int, ...],
+            device: torch.device,
+            *args: Any,
+            **settings: Any,
+        ) -> None:
+            launch(kernel, grid, device.index, args, settings)
 
     # Forced and freed again, so that the former choice returns whatever happens.
-    with gpu_embed.use_backend("triton"):
+    with stub_driver(), gpu_embed.use_backend("triton"):
         backends._selected["triton", torch.device("cpu")] = StubBackend()
         yield
 

@@ -254,7 +254,9 @@ def _read(path: str) -> Tensor:
         pickle.UnpicklingError,
         zipfile.BadZipFile,
     ) as error:
-        raise IdsError(f"{path}: cannot be read as ids ({str(error).splitlines()[0]})") from None
+        # What NumPy and torch say of a broken file is about pickles and how to trust them.
+        reason = str(error).splitlines()[0] if path.endswith(".txt") else "the file is damaged"
+        raise IdsError(f"{path}: cannot be read as ids ({reason})") from None
     if not isinstance(ids, Tensor) or ids.numel() == 0:
         raise IdsError(f"{path}: expected one tensor with at least one id")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:

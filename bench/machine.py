@@ -119,13 +119,17 @@ def load() -> list[float] | None:
 
 
 def usable_memory(device: torch.device) -> int:
-    """Bytes that a cell may take on the device."""
+    """Bytes that a cell may take on the device, unless somebody knows better."""
+    return int(MEMORY_SHARE[device.type] * free_memory(device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = _free_host_memory()
-    return int(MEMORY_SHARE[device.type] * free)
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return _free_host_memory()
 
 
 def _free_host_memory() -> int:

@@ -8,9 +8,11 @@ formulas stand in traffic.py, the clocks in timing.py, the bounds in check.py, t
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +26,11 @@ from .check import (
     check_step,
     check_steps,
 )
+from .layer import Layer
 from .machine import readable_bytes
 from .memory import peak_of_step
 from .optimizers import LEARNING_RATE, by_hand
-from .providers import Layer, Provider, first_line
+from .providers import Provider, first_line
 from .results import Row
 from .shapes import DTYPES, ID_DTYPES, STEPS, Cell
 from .timing import Call, Effort, host_us, time_calls
@@ -36,41 +39,65 @@ from .traffic import Counts, count, state_bytes, traffic
 NUM_ID_SETS = 4
 # Of the integers that steps are checked with; fewer where their sums would not be exact.
 LARGEST_INTEGER = 8
+# Bytes from which memory counts more than the collector's time.
+LARGE_TABLE = 2**24
 # Where the host's time is measured: next to no work.
 TINY = Cell(vocab=128, dim=16, num_ids=8)
 TINY_HOTNESS = 4
 
 
+def draw_ids(cell: Cell, seed: int) -> Tensor:
+    """One id set, int64 on the CPU: [N], or [bags, hotness]; of T tables [T, N / T], [T, bags / T, hotness].
+
+    Raises IdsError if the ids do not fit the cell.
+    """
+    if cell.vocab - 1 > torch.iinfo(ID_DTYPES[cell.id_dtype]).max:
+        raise ids_module.IdsError(f"{cell.id_dtype} ids cannot reach {cell.vocab:,} rows")
+    if cell.num_ids % (cell.tables * cell.hotness):
+        of_tables = f" for {cell.tables} tables" if cell.tables > 1 else ""
+        raise ids_module.IdsError(
+            f"{cell.num_ids:,} ids do not make whole bags of {cell.hotness}{of_tables}"
+        )
+    if cell.tables > 1 and cell.padding:
+        raise ids_module.IdsError("padding is measured in one table alone")
+    drawn = [
+        ids_module.draw(
+            cell.distribution,
+            cell.num_ids // cell.tables,
+            cell.vocab,
+            seed * cell.tables + table,
+            cell.padding,
+            cell.padding_idx,
+        )
+        for table in range(cell.tables)
+    ]
+    ids = drawn[0] if cell.tables == 1 else torch.stack(drawn)
+    return ids.unflatten(-1, (-1, cell.hotness)) if cell.pooled else ids
+
+
+def places(cell: Cell, ids: Tensor) -> Tensor:
+    """An id set as rows of all tables, one under another: int64 [N] or [bags, hotness]."""
+    if cell.tables == 1:
+        return ids.long()
+    first = torch.arange(cell.tables, device=ids.device) * cell.vocab
+    return (ids.flatten(1).long() + first[:, None]).view_as(ids).flatten(0, 1)
+
+
 class Problem:
-    """The tensors of one cell, the same for every provider: table, rotated ids, gradients."""
+    """The tensors of one cell, the same for every provider: tables, rotated ids, gradients."""
 
     def __init__(self, cell: Cell, device: torch.device, seed: int, num_id_sets: int) -> None:
         self.cell = cell
         self.device = device
         self.padding_idx = cell.padding_idx
-        id_dtype = ID_DTYPES[cell.id_dtype]
-        if cell.vocab - 1 > torch.iinfo(id_dtype).max:
-            raise ids_module.IdsError(f"{cell.id_dtype} ids cannot reach {cell.vocab:,} rows")
-        if cell.num_ids % cell.hotness:
-            raise ids_module.IdsError(
-                f"{cell.num_ids:,} ids do not make whole bags of {cell.hotness}"
-            )
-        shape = (-1, cell.hotness) if cell.pooled else (-1,)
-        self.id_sets: list[Tensor] = []  # each [N], or [bags, hotness]
-        for i in range(num_id_sets):
-            drawn = ids_module.draw(
-                cell.distribution,
-                cell.num_ids,
-                cell.vocab,
-                seed * 1009 + i,
-                cell.padding,
-                self.padding_idx,
-            )
-            self.id_sets.append(drawn.to(device, id_dtype).view(shape))
-        self.counts: Counts = count(self.id_sets[0], self.padding_idx)
+        self.id_sets = [
+            draw_ids(cell, seed * 1009 + i).to(device, ID_DTYPES[cell.id_dtype])
+            for i in range(num_id_sets)
+        ]
+        self.counts: Counts = count(self.places(0), self.padding_idx)
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(str(cell).encode()))
         self._generator = generator
-        self.weight = torch.nn.Parameter(self._random(cell.vocab))
+        self.weight = torch.nn.Parameter(self._random(cell.rows))
         self._grad_output: Tensor | None = None
 
     @property
@@ -95,6 +122,9 @@ class Problem:
     def ids(self, i: int) -> Tensor:
         return self.id_sets[i % len(self.id_sets)]
 
+    def places(self, i: int) -> Tensor:
+        return places(self.cell, self.ids(i))
+
     def _random(self, rows: int) -> Tensor:
         return torch.randn(
             (rows, self.cell.dim),
@@ -105,23 +135,39 @@ class Problem:
 
 
 def needed_bytes(
-    cell: Cell, mode: str, num_id_sets: int = NUM_ID_SETS, tables_beside: int = 1
+    cell: Cell,
+    mode: str,
+    num_id_sets: int = NUM_ID_SETS,
+    tables_beside: int = 1,
+    copies: bool = False,
 ) -> int:
     """What a cell takes in a mode: table, ids, output and gradients; for a step the optimizer's state and a copy.
 
     Args:
         tables_beside: how many of the table's size a provider holds in a step, such as its gradient.
+        copies: whether it makes one in the other modes.
     """
     itemsize = DTYPES[cell.dtype].itemsize
-    table, rows = cell.vocab * cell.dim * itemsize, cell.num_outputs * cell.dim * itemsize
+    table, rows = cell.rows * cell.dim * itemsize, cell.num_outputs * cell.dim * itemsize
     ids = num_id_sets * cell.num_ids * ID_DTYPES[cell.id_dtype].itemsize
     if mode in STEPS:
         # The check compares with the table as it was.
-        tables = (2 + tables_beside) * table + cell.vocab * state_bytes(cell, mode)
+        tables = (2 + tables_beside) * table + cell.rows * state_bytes(cell, mode)
     else:
-        tables = {"forward": 1, "backward": 2, "full": 2}[mode] * table
+        tables = ({"forward": 1, "backward": 2, "full": 2}[mode] + copies) * table
     outputs = 1 if mode == "forward" else 2
+    if cell.tables > 1:
+        # The check puts together what a loop leaves apart.
+        outputs += 1
+        tables += table if mode in ("backward", "full") else 0
     return tables + outputs * rows + ids
+
+
+class Parts(NamedTuple):
+    """Milliseconds of what is no sum in a dense gradient."""
+
+    zero_fill: float
+    cast: float | None  # None: no 16-bit table, or too little memory to measure it
 
 
 @dataclass
@@ -134,7 +180,8 @@ class Bench:
     memory: int  # bytes that a cell may take
     seed: int = 0
     effort: Effort = field(default_factory=Effort)
-    _host: dict[tuple[str, ...], float | None] = field(default_factory=dict)
+    _host: dict[tuple[str, ...], float] = field(default_factory=dict)
+    _parts: dict[tuple[torch.Size, torch.dtype], Parts] = field(default_factory=dict)
 
     def row(self, set_name: str, cell: Cell, mode: str, provider: str, status: str = "ok") -> Row:
         """The row of a measurement that is still to be made."""
@@ -144,6 +191,7 @@ class Bench:
             mode=mode,
             dtype=cell.dtype,
             id_dtype=cell.id_dtype,
+            tables=cell.tables,
             vocab=cell.vocab,
             dim=cell.dim,
             num_ids=cell.num_ids,
@@ -163,9 +211,11 @@ class Bench:
         """Make the cell's tensors. Raises IdsError, or the allocator's error."""
         return Problem(cell, self.device, self.seed, NUM_ID_SETS)
 
-    def does_not_fit(self, cell: Cell, mode: str, tables_beside: int = 1) -> str | None:
+    def does_not_fit(
+        self, cell: Cell, mode: str, tables_beside: int = 1, copies: bool = False
+    ) -> str | None:
         """Why there is not enough memory for the cell; None: there is."""
-        needed = needed_bytes(cell, mode, tables_beside=tables_beside)
+        needed = needed_bytes(cell, mode, tables_beside=tables_beside, copies=copies)
         if needed <= self.memory:
             return None
         return f"needs {readable_bytes(needed)}, {readable_bytes(self.memory)} may be used"
@@ -204,35 +254,41 @@ class Bench:
     ) -> tuple[Row, Call | None]:
         """The row with its verdict, and what to time; None: the result is wrong."""
         row = replace(row, unique_ids=problem.counts.unique)
-        # Before the layer is there, whose state would take its place in memory too.
+        # Both before the layer is there, whose gradient or state would take its place in memory too.
+        parts = self._gradient_parts(problem, mode)
         step_peak = _step_peak_bytes(provider, problem, mode) if mode in STEPS else None
+        if parts is not None:
+            row = replace(row, zero_fill_ms=parts.zero_fill, cast_ms=parts.cast)
         layer = provider.build(problem.weight, problem.cell, mode)
         verdict = self._check(layer, problem, mode, provider.sums_in_fp32)
         row = replace(row, match=verdict.match)
         if not verdict.ok:
-            return replace(row, status="wrong"), None
+            return replace(row, status="wrong", zero_fill_ms=None, cast_ms=None), None
         extra = None if mode in STEPS else _peak_extra_bytes(layer, problem, mode)
         row = replace(row, peak_extra_bytes=extra, step_peak_bytes=step_peak)
         return row, _call(layer, problem, mode)
 
     def _check(self, layer: Layer, problem: Problem, mode: str, fp32: bool) -> Verdict:
         """The gate of one mode, on the second id set, so that the first is not the only one right."""
-        ids, cell = problem.ids(1), problem.cell
-        table = layer.weight.detach().view(cell.vocab, cell.dim)
-        output = layer.lookup(ids)
+        places, cell = problem.places(1), problem.cell
+        table = layer.weight.detach().view(problem.weight.shape)
+        outputs = layer.outputs(problem.ids(1))
+        rows = layer.order.gathered(tuple(output.detach() for output in outputs), cell.tables)
         if cell.pooled:
-            verdict = check_bags(output.detach(), table, ids, fp32)
+            verdict = check_bags(rows, table, places, fp32)
         else:
-            verdict = check_forward(output.detach(), table, ids)
+            verdict = check_forward(rows, table, places)
+        del rows
         if mode == "forward" or not verdict.ok:
             return verdict
         if mode in STEPS:
-            del output
+            del outputs
             return _check_step(layer, table, problem)
-        (gradient,) = torch.autograd.grad(output, layer.weight, problem.grad_output)
-        del output
+        gradients = torch.autograd.grad(outputs, layer.leaves, _handed_out(layer, problem))
+        del outputs
+        gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
         return check_gradient(
-            gradient.view(cell.vocab, cell.dim), problem.grad_output, ids, problem.padding_idx, fp32
+            gradient.view_as(table), problem.grad_output, places, problem.padding_idx, fp32
         )
 
     def _timed(self, calls: list[Call], rows: list[Row], problem: Problem, mode: str) -> list[Row]:
@@ -257,14 +313,34 @@ class Bench:
             )
         return timed
 
+    def _gradient_parts(self, problem: Problem, mode: str) -> Parts | None:
+        """Of the modes whose gradient is dense with everybody; measured once for each size."""
+        if mode not in ("backward", "full"):
+            return None
+        shape, dtype = problem.weight.shape, problem.weight.dtype
+        if (shape, dtype) not in self._parts:
+            effort = replace(self.effort, seconds=self.effort.seconds / 4)
+            gradient = torch.zeros_like(problem.weight, requires_grad=False)
+            (filled,) = time_calls([Call(lambda i: gradient.zero_())], self.device, effort)
+            cast = None
+            sums = shape.numel() * torch.float32.itemsize
+            if dtype.itemsize == 2 and needed_bytes(problem.cell, mode) + sums <= self.memory:
+                wide = torch.ones(shape, device=self.device)
+                (rounded,) = time_calls([Call(lambda i: gradient.copy_(wide))], self.device, effort)
+                cast = rounded.p50
+            self._parts[shape, dtype] = Parts(filled.p50, cast)
+        return self._parts[shape, dtype]
+
     def _host_us(self, provider: Provider, cell: Cell, mode: str) -> float | None:
         """The host's time per call, on a tiny table of the same dtypes; measured once for each."""
         if not self.effort.host_seconds or cell.operation == "embedding_graph":
             return None
-        key = (provider.name, mode, cell.operation, cell.dtype, cell.id_dtype)
+        key = (provider.name, mode, cell.operation, cell.dtype, cell.id_dtype, str(cell.tables))
         if key not in self._host:
             tiny = replace(
                 TINY,
+                num_ids=TINY.num_ids * cell.tables,
+                tables=cell.tables,
                 operation=cell.operation,
                 hotness=TINY_HOTNESS if cell.pooled else 1,
                 dtype=cell.dtype,
@@ -290,34 +366,41 @@ def _call(layer: Layer, problem: Problem, mode: str) -> Call:
         return _graph_call(layer, problem)
     if mode == "forward":
         return Call(lambda i: layer.lookup(problem.ids(i)))
-    grad_output = problem.grad_output
+    grads = _handed_out(layer, problem)
     if mode == "backward":
         # An edge keeps the graph and lets the output's memory go.
         edges = [
-            torch.autograd.graph.get_gradient_edge(layer.lookup(ids)) for ids in problem.id_sets
+            [torch.autograd.graph.get_gradient_edge(output) for output in layer.outputs(ids)]
+            for ids in problem.id_sets
         ]
         return Call(
             lambda i: torch.autograd.grad(
-                edges[i % len(edges)], layer.weight, grad_output, retain_graph=True
+                edges[i % len(edges)], layer.leaves, grads, retain_graph=True
             )
         )
     if mode == "full":
-        return Call(lambda i: _full(layer, problem.ids(i), grad_output))
+        return Call(lambda i: _full(layer, problem.ids(i), grads))
     step = _stepper(layer)
-    return Call(lambda i: step(problem.ids(i), grad_output))
+    return Call(lambda i: step(problem.ids(i), grads))
 
 
-def _full(layer: Layer, ids: Tensor, grad_output: Tensor) -> None:
-    layer.weight.grad = None
-    layer.lookup(ids).backward(grad_output)
+def _handed_out(layer: Layer, problem: Problem) -> tuple[Tensor, ...]:
+    """The gradient of each of the layer's outputs."""
+    return layer.order.handed_out(problem.grad_output, problem.cell.tables)
 
 
-def _stepper(layer: Layer) -> Callable[[Tensor, Tensor], None]:
-    """One training step, given ids and the output's gradient."""
-    update = by_hand(layer.weight) if layer.update is None else layer.update
+def _full(layer: Layer, ids: Tensor, grads: Sequence[Tensor]) -> None:
+    for leaf in layer.leaves:
+        leaf.grad = None
+    torch.autograd.backward(layer.outputs(ids), grads)
 
-    def step(ids: Tensor, grad_output: Tensor) -> None:
-        _full(layer, ids, grad_output)
+
+def _stepper(layer: Layer) -> Callable[[Tensor, Sequence[Tensor]], None]:
+    """One training step, given ids and the gradients of the outputs."""
+    update = by_hand(layer.leaves) if layer.update is None else layer.update
+
+    def step(ids: Tensor, grads: Sequence[Tensor]) -> None:
+        _full(layer, ids, grads)
         if update.run is not None:
             update.run()
 
@@ -329,58 +412,73 @@ def _check_step(layer: Layer, table: Tensor, problem: Problem) -> Verdict:
     definition = None if layer.update is None else layer.update.definition
     before, step, padding_idx = table.clone(), _stepper(layer), problem.padding_idx
     if definition is None:
-        ids, grad_output = problem.ids(1), problem.grad_output
-        step(ids, grad_output)
-        return check_step(before, table, grad_output, ids, padding_idx, LEARNING_RATE)
-    grad_output, id_sets = problem.integer_grad_output(), [problem.ids(1), problem.ids(2)]
-    for ids in id_sets:
-        step(ids, grad_output)
-    return check_steps(definition, before, table, grad_output, id_sets, padding_idx)
+        step(problem.ids(1), _handed_out(layer, problem))
+        return check_step(
+            before, table, problem.grad_output, problem.places(1), padding_idx, LEARNING_RATE
+        )
+    grad_output = problem.integer_grad_output()
+    grads = layer.order.handed_out(grad_output, problem.cell.tables)
+    for i in (1, 2):
+        step(problem.ids(i), grads)
+    places = [problem.places(1), problem.places(2)]
+    return check_steps(definition, before, table, grad_output, places, padding_idx)
 
 
 def _step_peak_bytes(provider: Provider, problem: Problem, mode: str) -> int:
     """Memory at the peak of a step: the table, and what is not there before the provider is built."""
     table = problem.weight
-    is_copy = False
-    grad_output = problem.grad_output
+    given = problem.grad_output
+    beside = 0
 
     def build() -> Callable[[], None]:
-        nonlocal is_copy
+        nonlocal beside
         layer = provider.build(table, problem.cell, mode)
-        is_copy = layer.weight.data_ptr() != table.data_ptr()
+        if layer.weight.data_ptr() == table.data_ptr():
+            beside += table.nbytes
         step = _stepper(layer)
-        return lambda: step(problem.ids(0), grad_output)
+        grads = _handed_out(layer, problem)
+        # The gradient that a model would hand in is not the step's.
+        if grads[0].data_ptr() != given.data_ptr():
+            beside -= given.nbytes
+        return lambda: step(problem.ids(0), grads)
 
     peak = peak_of_step(build, problem.device)
     table.grad = None
-    return peak if is_copy else peak + table.nbytes
+    collect_cycles(problem)
+    return peak + beside
+
+
+def collect_cycles(problem: Problem) -> None:
+    """Free what hooks and optimizers hold in cycles: the state of a large table is as large as that."""
+    if problem.weight.nbytes >= LARGE_TABLE:
+        gc.collect()
 
 
 def _graph_call(layer: Layer, problem: Problem) -> Call:
     """Forward and backward captured once; new ids are copied into the graph's before each replay."""
     if problem.device.type != "cuda":
         raise RuntimeError("CUDA graphs need a CUDA device")
-    ids, grad_output = problem.ids(0).clone(), problem.grad_output
+    ids, grads = problem.ids(0).clone(), _handed_out(layer, problem)
     side = torch.cuda.Stream(problem.device)
     side.wait_stream(torch.cuda.current_stream(problem.device))
     with torch.cuda.stream(side):
         for _ in range(3):
-            _full(layer, ids, grad_output)
+            _full(layer, ids, grads)
     torch.cuda.current_stream(problem.device).wait_stream(side)
     layer.weight.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = layer.lookup(ids)
-        output.backward(grad_output)
+        output.backward(*grads)
     gradient = layer.weight.grad
     assert gradient is not None
     ids.copy_(problem.ids(1))
     graph.replay()
-    table = layer.weight.detach().view(problem.cell.vocab, problem.cell.dim)
+    table = layer.weight.detach().view(problem.weight.shape)
     verdict = check_forward(output.detach(), table, ids)
     if verdict.ok:
         verdict = check_gradient(
-            gradient.view_as(table), grad_output, ids, problem.padding_idx, fp32=False
+            gradient.view_as(table), problem.grad_output, ids, problem.padding_idx, fp32=False
         )
     if not verdict.ok:
         raise RuntimeError(f"the replayed graph is wrong: {verdict.match}")
@@ -391,23 +489,26 @@ def _peak_extra_bytes(layer: Layer, problem: Problem, mode: str) -> int | None:
     """Device memory at the peak of one call, beyond its inputs, its output and the table's gradient."""
     if problem.device.type != "cuda" or problem.cell.operation == "embedding_graph":
         return None
-    grad_output = None if mode == "forward" else problem.grad_output
+    grads = None if mode == "forward" else _handed_out(layer, problem)
     cell, itemsize = problem.cell, problem.weight.element_size()
-    output, gradient = cell.num_outputs * cell.dim * itemsize, cell.vocab * cell.dim * itemsize
+    output, gradient = cell.num_outputs * cell.dim * itemsize, problem.weight.nbytes
     results = {"forward": output, "backward": gradient}.get(mode, output + gradient)
-    layer.weight.grad = None
-    edge = None
+    for leaf in layer.leaves:
+        leaf.grad = None
+    edges = []
     if mode == "backward":
-        edge = torch.autograd.graph.get_gradient_edge(layer.lookup(problem.ids(0)))
+        outputs = layer.outputs(problem.ids(0))
+        edges = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
+        del outputs
     torch.cuda.synchronize(problem.device)
     before = torch.cuda.memory_allocated(problem.device)
     torch.cuda.reset_peak_memory_stats(problem.device)
-    if mode == "forward":
+    if grads is None:
         layer.lookup(problem.ids(0))
-    elif edge is not None:
-        torch.autograd.grad(edge, layer.weight, grad_output)
+    elif edges:
+        torch.autograd.grad(edges, layer.leaves, grads)
     else:
-        _full(layer, problem.ids(0), problem.grad_output)
+        _full(layer, problem.ids(0), grads)
     torch.cuda.synchronize(problem.device)
     peak = torch.cuda.max_memory_allocated(problem.device) - before
     # A full pass may free the output before: never less than nothing.

@@ -6,6 +6,7 @@ definition is then the optimizer and not the rounding of its settings.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,8 +87,12 @@ class Update:
     definition: Definition | None = None  # None: SGD
 
 
-def by_hand(weight: Tensor) -> Update:
+def by_hand(leaves: Sequence[Tensor]) -> Update:
     """SGD on whatever gradient the backward pass leaves."""
+    if len(leaves) > 1:
+        # On a GPU in fewer launches than there are tables.
+        return Update(torch.optim.SGD(leaves, LEARNING_RATE).step)
+    (weight,) = leaves
 
     @torch.no_grad()
     def run() -> None:
@@ -97,46 +102,52 @@ def by_hand(weight: Tensor) -> Update:
     return Update(run)
 
 
-def dense(weight: Tensor, mode: str) -> Update:
+def dense(leaves: Sequence[Tensor], mode: str) -> Update:
     """torch's optimizers on a dense gradient; row-wise Adagrad, which torch lacks, in its operators."""
     if mode == "step_adam":
-        adam = torch.optim.Adam([weight], LEARNING_RATE, BETAS, EPS, fused=True)
+        adam = torch.optim.Adam(leaves, LEARNING_RATE, BETAS, EPS, fused=True)
         return Update(adam.step, ADAM)
     if mode == "step_rowwise_adagrad":
-        total = weight.new_zeros(len(weight), 1)
-
-        @torch.no_grad()
-        def run() -> None:
-            assert weight.grad is not None
-            # The norm needs no second table for the squares.
-            norm = torch.linalg.vector_norm(weight.grad, dim=1, keepdim=True)
-            total.add_(norm.square_().div_(weight.shape[1]))
-            weight.addcdiv_(weight.grad, total.sqrt().add_(EPS), value=-LEARNING_RATE)
-
-        return Update(run, ROWWISE_ADAGRAD)
-    return by_hand(weight)
+        return _rowwise_adagrad_of(leaves, _add_dense_rows)
+    return by_hand(leaves)
 
 
-def sparse(weight: Tensor, mode: str) -> Update:
+def sparse(leaves: Sequence[Tensor], mode: str) -> Update:
     """The same on a sparse gradient."""
     if mode == "step_adam":
-        adam = torch.optim.SparseAdam([weight], LEARNING_RATE, BETAS, EPS)
+        adam = torch.optim.SparseAdam(list(leaves), LEARNING_RATE, BETAS, EPS)
         return Update(adam.step, SPARSE_ADAM)
     if mode == "step_rowwise_adagrad":
-        total = weight.new_zeros(len(weight), 1)
+        return _rowwise_adagrad_of(leaves, _add_sparse_rows)
+    return by_hand(leaves)
 
-        @torch.no_grad()
-        def run() -> None:
+
+def _rowwise_adagrad_of(
+    leaves: Sequence[Tensor], add_rows: Callable[[Tensor, Tensor, Tensor], None]
+) -> Update:
+    totals = [weight.new_zeros(len(weight), 1) for weight in leaves]
+
+    @torch.no_grad()
+    def run() -> None:
+        for weight, total in zip(leaves, totals, strict=True):
             assert weight.grad is not None
-            gradient = weight.grad.coalesce()
-            rows, values = gradient.indices()[0], gradient.values()
-            total.index_add_(0, rows, values.square().mean(1, keepdim=True))
-            weight.index_add_(
-                0, rows, values / (total[rows].sqrt_().add_(EPS)), alpha=-LEARNING_RATE
-            )
+            add_rows(weight, weight.grad, total)
 
-        return Update(run, ROWWISE_ADAGRAD)
-    return by_hand(weight)
+    return Update(run, ROWWISE_ADAGRAD)
+
+
+def _add_dense_rows(weight: Tensor, grad: Tensor, total: Tensor) -> None:
+    # The norm needs no second table for the squares.
+    norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True)
+    total.add_(norm.square_().div_(weight.shape[1]))
+    weight.addcdiv_(grad, total.sqrt().add_(EPS), value=-LEARNING_RATE)
+
+
+def _add_sparse_rows(weight: Tensor, grad: Tensor, total: Tensor) -> None:
+    grad = grad.coalesce()
+    rows, values = grad.indices()[0], grad.values()
+    total.index_add_(0, rows, values.square().mean(1, keepdim=True))
+    weight.index_add_(0, rows, values / (total[rows].sqrt_().add_(EPS)), alpha=-LEARNING_RATE)
 
 
 OURS: dict[str, tuple[Callable[..., gpu_embed.optim.RowOptimizer], Definition | None]] = {
@@ -146,10 +157,13 @@ OURS: dict[str, tuple[Callable[..., gpu_embed.optim.RowOptimizer], Definition | 
 }
 
 
-def ours(weight: Tensor, mode: str, in_backward: bool) -> Update:
+def ours(leaves: Sequence[Tensor], mode: str, in_backward: bool) -> Update:
     """`gpu_embed.optim` on a sparse gradient: as a step, or inside the backward pass."""
     optimizer, definition = OURS[mode]
     if in_backward:
-        gpu_embed.optim.apply_in_backward([weight], optimizer, lr=LEARNING_RATE)
-        return Update(None, definition)
-    return Update(optimizer([weight], lr=LEARNING_RATE).step, definition)
+        updates = gpu_embed.optim.apply_in_backward(leaves, optimizer, lr=LEARNING_RATE)
+        update = Update(None, definition)
+        # A hook that knows its tensor holds it, and the optimizer's state, for ever: torch sees no such cycle.
+        weakref.finalize(update, updates.remove)
+        return update
+    return Update(optimizer(leaves, lr=LEARNING_RATE).step, definition)

@@ -248,19 +248,23 @@ def ratio_pictures(
     """A heat map for each mode and rival; a square pools the dtypes, dims and distributions."""
     drawn = False
     rivals = [name for name in styles if not is_ours(name)]
-    for operation, mode in _in_order((row.operation, row.mode) for row in rows):
+    for operation, mode in _in_order((_operation(row), row.mode) for row in rows):
         what = mode if operation == "embedding" else f"{operation} {mode}"
-        cells = by_cell(row for row in rows if (row.operation, row.mode) == (operation, mode))
+        cells = by_cell(row for row in rows if (_operation(row), row.mode) == (operation, mode))
         for rival in rivals:
             squares = _squares(cells, rival)
             if not any(square.ratios for square in squares.values()):
                 continue
             drawn = True
-            title = f"{mode}: how many times faster gpu_embed is than {rival}"
-            title += "" if operation == "embedding" else f"\n{operation}"
+            title = f"How many times faster gpu_embed is than {rival}\n{mode}"
+            title += "" if operation == "embedding" else f", {operation}"
             yield _finish(_heat_map(squares), {}, title, caption, "ratio", what, rival)
     if not drawn:
         yield Skipped("ratio against each rival", "no cell was timed by both gpu_embed and a rival")
+
+
+def _operation(row: Row) -> str:
+    return f"{row.operation}, many tables" if row.tables > 1 else row.operation
 
 
 @dataclass
@@ -574,7 +578,7 @@ def _step_figure(
 
 
 def _peak_mebibytes(row: Row) -> float | None:
-    return None if row.step_peak_bytes is None else row.step_peak_bytes / 2**20
+    return row.step_peak_bytes / 2**20 if row.step_peak_bytes else None
 
 
 # What the pictures share
@@ -661,11 +665,15 @@ def _finish(
     figure: Figure, styles: Mapping[str, Style], title: str, caption: str, *name: object
 ) -> Picture:
     """Title above, providers at the right, the machine beneath."""
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    lines = (_wrapped(line, figure.get_figwidth()) for line in caption.splitlines())
-    figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8, color=GREY)
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     handles = [drawn[provider] for provider in styles if provider in drawn]
+    width = figure.get_figwidth()
+    # An inch holds about 10 bold letters of the title, and 15 of 8 points; the legend takes 2.5 inches.
+    room = int(10 * (width - 2.5 if handles else width))
+    figure.suptitle(_wrapped(title, room, ", "), x=0.01, ha="left", fontweight="bold")
+    figure.supxlabel(
+        _wrapped(caption, int(15 * width), " · "), x=0.01, ha="left", fontsize=8, color=GREY
+    )
     if handles:
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
     *parts, page, pages = name if isinstance(name[-1], int) else (*name, 1, 1)
@@ -689,17 +697,18 @@ def _with_failures(caption: str, shapes: Mapping[Key, Mapping[str, Sequence[Row]
     return "\n".join(([f"No point: {' · '.join(failures)}"] if failures else []) + [caption])
 
 
-def _wrapped(caption: str, width: float) -> str:
-    """Break between the parts, where the line would leave the picture."""
-    # At 8 points an inch holds about 15 characters.
-    room = int(width * 15)
-    lines = [""]
-    for part in caption.split(" · "):
-        longer = f"{lines[-1]} · {part}" if lines[-1] else part
-        if len(longer) <= room or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(part)
+def _wrapped(text: str, room: int, joint: str) -> str:
+    """Break lines of more characters than there is room for, between the parts."""
+    lines = []
+    for line in text.splitlines():
+        first, *parts = line.split(joint)
+        lines.append(first)
+        for part in parts:
+            longer = f"{lines[-1]}{joint}{part}"
+            if len(longer) <= room:
+                lines[-1] = longer
+            else:
+                lines.append(part)
     return "\n".join(lines)
 
 
@@ -714,6 +723,8 @@ def _shape_title(key: Key, *known: str) -> str:
         for name in ("operation", "dtype", "distribution", "id_dtype")
         if name not in known and (name, getattr(key, name)) not in USUAL
     ]
+    if key.tables > 1:
+        first.insert(0, f"{key.tables} tables")
     if key.hotness > 1:
         first.append(f"bags of {key.hotness}")
     if key.padding:
@@ -729,7 +740,7 @@ def _log_axis(axes: Axes, name: str, values: Sequence[float], text: Callable[[fl
     """A logarithmic axis from one round number to another, labelled with plain numbers."""
     low, high = min(values), max(values)
     grid = [
-        round(digit * 10.0**power, 12)
+        float(f"{digit}e{power}")
         for power in range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         for digit in (1, 2, 5)
     ]

@@ -8,11 +8,19 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import io
+import logging
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import ModuleType
 from typing import Any
@@ -24,23 +32,12 @@ from torch import Tensor
 import gpu_embed
 from gpu_embed.backends.gradient_method import RULES
 
-from . import optimizers
+from . import many_tables, optimizers
+from .layer import Layer
 from .optimizers import Update
 from .shapes import DTYPES, MODES, STEPS, Cell
 
-
-@dataclass(frozen=True)
-class Layer:
-    """What a provider builds on a table."""
-
-    lookup: Callable[
-        [Tensor], Tensor
-    ]  # ids [N] -> [N, D], or bags [B, L] -> [B, D]; differentiable
-    weight: Tensor  # the leaf that receives the gradient; as many elements as the table [V, D]
-    update: Update | None = None  # how a step ends; None: SGD on the gradient
-
-
-Build = Callable[[Tensor, Cell, str], Layer]  # weight [V, D] (a leaf), cell, mode
+Build = Callable[[Tensor, Cell, str], Layer]  # weight [T * V, D] (a leaf), cell, mode
 # Whoever brings no optimizer takes a step of SGD.
 WITHOUT_OPTIMIZER = ("forward", "backward", "full", "step")
 
@@ -59,6 +56,8 @@ class Provider:
     cuda: bool = True  # whether it runs on CUDA devices
     # What it holds in a step beside the table, in tables: the gradient, or a copy.
     tables_beside: int = 1
+    # Whether it makes a table of its own in the other modes too.
+    copies: bool = False
     # Whether its gradient must be a sum in fp32, rounded once; else sums in the table's dtype are accepted.
     sums_in_fp32: bool = False
     requirement: Callable[[torch.device], str | None] = lambda device: None
@@ -104,11 +103,35 @@ def _import_problem(module: str, package: str) -> str | None:
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"not installed (pip install {package})"
     try:
-        importlib.import_module(module)
+        with _quiet():
+            importlib.import_module(module)
     # A binary built for another torch fails in any way it likes.
     except Exception as error:
-        return f"installed, but cannot be imported: {first_line(error)}"
+        reason = first_line(_first_cause(error))
+        if "undefined symbol" in reason:
+            library = reason.partition(": undefined symbol")[0].rpartition("/")[2]
+            return f"installed, but built for another torch than {torch.__version__} ({library})"
+        return f"installed, but cannot be imported: {reason}"
     return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What a package says while it is imported; whether it can be used is said by us."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """torch says which library it could not load, and what it raises from says why."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def first_line(error: BaseException) -> str:
@@ -117,21 +140,34 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _lookup(
-    functional: ModuleType, weight: Tensor, cell: Cell, sparse: bool = False
-) -> Callable[[Tensor], Tensor]:
+def _one_table(
+    functional: ModuleType,
+    weight: Tensor,
+    cell: Cell,
+    sparse: bool,
+    update: Callable[[tuple[Tensor, ...]], Update],
+) -> Layer:
     """By torch.nn.functional or by ours, whose signatures are the same."""
-    if cell.pooled:
-        return lambda ids: functional.embedding_bag(ids, weight, mode="sum", sparse=sparse)
-    return lambda ids: functional.embedding(ids, weight, cell.padding_idx, sparse=sparse)
+
+    def lookup(ids: Tensor) -> Tensor:
+        output: Tensor = functional.embedding(ids, weight, cell.padding_idx, sparse=sparse)
+        return output
+
+    def bags(ids: Tensor) -> Tensor:
+        output: Tensor = functional.embedding_bag(ids, weight, mode="sum", sparse=sparse)
+        return output
+
+    return Layer(bags if cell.pooled else lookup, weight, update((weight,)))
 
 
 def _torch(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    return Layer(_lookup(F, weight, cell), weight, optimizers.dense(weight, mode))
+    build = many_tables.in_turns if cell.tables > 1 else _one_table
+    return build(F, weight, cell, False, partial(optimizers.dense, mode=mode))
 
 
 def _torch_sparse(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    return Layer(_lookup(F, weight, cell, sparse=True), weight, optimizers.sparse(weight, mode))
+    build = many_tables.in_turns if cell.tables > 1 else _one_table
+    return build(F, weight, cell, True, partial(optimizers.sparse, mode=mode))
 
 
 def _torch_compile(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -227,7 +263,6 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
         torch.float32: configs.SparseType.FP32,
         torch.float16: configs.SparseType.FP16,
     }[weight.dtype]
-    num_embeddings, embedding_dim = weight.shape
     cuda = weight.is_cuda
     common = {
         "pooling_mode": training.PoolingMode.SUM if cell.pooled else training.PoolingMode.NONE,
@@ -237,10 +272,13 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
     with torch.cuda.device(weight.device) if cuda else nullcontext():
         if mode not in STEPS:
             tables = training.DenseTableBatchedEmbeddingBagsCodegen(
-                [(num_embeddings, embedding_dim)], use_cpu=not cuda, **common
+                [(cell.vocab, cell.dim)] * cell.tables, use_cpu=not cuda, **common
             )
             tables.weights = torch.nn.Parameter(weight.detach().view(-1))
-            return Layer(_offsets_lookup(tables, cell), tables.weights)
+            lookup = many_tables.offsets_lookup(tables, cell)
+            # On the CPU they know no lookup without sums, and put bags of one id side by side.
+            as_bags = replace(cell, operation="embedding_bag") if not cuda else cell
+            return Layer(lookup, tables.weights, order=many_tables.order_of(as_bags))
         places = importlib.import_module("fbgemm_gpu.split_table_batched_embeddings_ops_common")
         location = places.EmbeddingLocation.DEVICE if cuda else places.EmbeddingLocation.HOST
         device = training.ComputeDevice.CUDA if cuda else training.ComputeDevice.CPU
@@ -253,7 +291,7 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
             ),
         }[mode]
         tables = training.SplitTableBatchedEmbeddingBagsCodegen(
-            [(num_embeddings, embedding_dim, location, device)],
+            [(cell.vocab, cell.dim, location, device)] * cell.tables,
             optimizer=kind,
             learning_rate=optimizers.LEARNING_RATE,
             beta1=optimizers.BETAS[0],
@@ -262,36 +300,36 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
             stochastic_rounding=False,
             **common,
         )
-    own = tables.split_embedding_weights()[0]
-    own.copy_(weight.detach())
-    return Layer(_offsets_lookup(tables, cell), own, optimizers.Update(None, definition))
+    own = (tables.weights_dev if cuda else tables.weights_host).detach()
+    own.copy_(weight.detach().view(-1))
+    return Layer(
+        many_tables.offsets_lookup(tables, cell),
+        own,
+        optimizers.Update(None, definition),
+        order=many_tables.order_of(cell),
+    )
 
 
-def _offsets_lookup(tables: Callable[..., Tensor], cell: Cell) -> Callable[[Tensor], Tensor]:
-    """Of flat ids and where each bag begins; without sums a bag is one id."""
-    return lambda ids: tables(ids.view(-1), _offsets(cell, ids.dtype, ids.device))
-
-
-@cache
-def _offsets(cell: Cell, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.arange(0, cell.num_ids + 1, cell.hotness, dtype=dtype, device=device)
+def _ours(
+    weight: Tensor, cell: Cell, sparse: bool, update: Callable[[tuple[Tensor, ...]], Update]
+) -> Layer:
+    if cell.tables > 1:
+        return many_tables.batched(weight, cell, sparse, update)
+    return _one_table(gpu_embed.functional, weight, cell, sparse, update)
 
 
 def _gpu_embed(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    lookup = _lookup(gpu_embed.functional, weight, cell)
-    return Layer(lookup, weight, optimizers.dense(weight, mode))
+    return _ours(weight, cell, False, partial(optimizers.dense, mode=mode))
 
 
 def _gpu_embed_sparse(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    lookup = _lookup(gpu_embed.functional, weight, cell, sparse=True)
-    return Layer(lookup, weight, optimizers.ours(weight, mode, in_backward=False))
+    return _ours(weight, cell, True, partial(optimizers.ours, mode=mode, in_backward=False))
 
 
 def _gpu_embed_in_backward(weight: Tensor, cell: Cell, mode: str) -> Layer:
     # A parameter of its own, for the hooks to go away with.
     table = torch.nn.Parameter(weight.detach())
-    lookup = _lookup(gpu_embed.functional, table, cell, sparse=True)
-    return Layer(lookup, table, optimizers.ours(table, mode, in_backward=True))
+    return _ours(table, cell, True, partial(optimizers.ours, mode=mode, in_backward=True))
 
 
 def _small_ids(cell: Cell) -> str | None:
@@ -300,12 +338,17 @@ def _small_ids(cell: Cell) -> str | None:
 
 
 def _no_bags(cell: Cell) -> str | None:
-    return "it has no bags" if cell.pooled else _small_ids(cell)
+    return "it has no bags" if cell.pooled else _single_table(cell)
+
+
+def _single_table(cell: Cell) -> str | None:
+    """Of the layers that know one table, torch's alone stands for a loop over many."""
+    return "one table at a time" if cell.tables > 1 else _small_ids(cell)
 
 
 def _short_addresses(cell: Cell) -> str | None:
     """Kernels that compute addresses in 32 bits read and write anywhere past 2^31 elements."""
-    if max(cell.vocab, cell.num_ids) * cell.dim >= 2**31:
+    if max(cell.rows, cell.num_ids) * cell.dim >= 2**31:
         return "its addresses are 32 bit"
     return _no_bags(cell)
 
@@ -327,7 +370,7 @@ def _atomic_tables(cell: Cell) -> str | None:
 def _descriptor_gradients(cell: Cell) -> str | None:
     if cell.dtype != "float32":
         return f"no bulk additions to {cell.dtype} tables"
-    return _descriptor_rows(cell)
+    return _descriptor_rows(cell) or _single_table(cell)
 
 
 def _descriptor_rows(cell: Cell) -> str | None:
@@ -342,7 +385,7 @@ def _one_hot_tables(cell: Cell) -> str | None:
         return f"its tables are not {cell.dtype}"
     if cell.vocab > rule.max_num_embeddings:
         return f"its tables have {rule.max_num_embeddings} rows at most"
-    return None
+    return _single_table(cell)
 
 
 def _needs_triton(device: torch.device) -> str | None:
@@ -378,13 +421,23 @@ def _gradient_candidate(
     )
 
 
+def _sorted_atomic_tables(cell: Cell) -> str | None:
+    return _atomic_tables(cell) or _single_table(cell)
+
+
 def _gather_candidate(
     method: str,
     description: str,
     refusal: Callable[[Cell], str | None] = lambda cell: None,
     requirement: Callable[[torch.device], str | None] = lambda device: None,
 ) -> Provider:
-    """This package, with a lookup kernel forced; bags have another."""
+    """This package, with a lookup kernel forced; bags and several tables have others."""
+
+    def refused(cell: Cell) -> str | None:
+        if cell.pooled or cell.tables > 1:
+            return "neither bags nor several tables are looked up by it"
+        return refusal(cell)
+
     return Provider(
         f"gpu_embed-gather-{method}",
         f"this package, lookup by {description}",
@@ -393,7 +446,7 @@ def _gather_candidate(
         "gpu_embed",
         ("forward",),
         requirement=requirement,
-        refusal=lambda cell: "bags are not looked up by it" if cell.pooled else refusal(cell),
+        refusal=refused,
         setting=lambda: gpu_embed.use_gather_method(method),
         candidate=True,
     )
@@ -409,7 +462,7 @@ PROVIDERS = {
     for provider in (
         Provider(
             "gpu_embed",
-            "this package, gradient kernel by its table",
+            "this package, gradient kernel by its table; many tables batched",
             _gpu_embed,
             "gpu_embed",
             "gpu_embed",
@@ -439,7 +492,7 @@ PROVIDERS = {
             setting=lambda: gpu_embed.use_gradient_method("sorted"),
         ),
         _gradient_candidate(
-            "sorted_atomic", "sorted segments, atomics at their edges", _atomic_tables
+            "sorted_atomic", "sorted segments, atomics at their edges", _sorted_atomic_tables
         ),
         _gradient_candidate(
             "descriptor", "tensor descriptors", _descriptor_gradients, _needs_descriptors
@@ -472,7 +525,7 @@ PROVIDERS = {
         ),
         Provider(
             "torch",
-            "torch.nn.functional; a step by torch.optim on the dense gradient",
+            "torch.nn.functional, table by table; a step by torch.optim on the dense gradient",
             _torch,
             modes=MODES,
             cpu=True,
@@ -493,7 +546,7 @@ PROVIDERS = {
             _torch_compile,
             cpu=True,
             requirement=_compiler_missing,
-            refusal=_small_ids,
+            refusal=_single_table,
             setting=_keep_buffers,
         ),
         Provider(
@@ -527,6 +580,7 @@ PROVIDERS = {
             FBGEMM,
             "fbgemm-gpu",
             MODES,
+            copies=True,
             refusal=_fbgemm_tables,
         ),
         Provider(
@@ -538,6 +592,7 @@ PROVIDERS = {
             tuple(mode for mode in MODES if mode != "step_adam"),
             cpu=True,
             cuda=False,
+            copies=True,
             refusal=_fbgemm_tables,
         ),
     )

@@ -330,6 +330,7 @@ def _set_table(rows: Sequence[Row], opened: bool) -> str:
     for cell, providers in cells.items():
         unique = next((row.unique_ids for row in providers.values() if row.unique_ids), None)
         text = describe(cell) + (f", {unique:,} different ids" if unique else "")
+        text += _gradient_parts(providers.values())
         lines.append(
             f'<tbody><tr><th class="cell" colspan="{len(SET_COLUMNS)}">{escape(text)}</th></tr>'
         )
@@ -339,6 +340,15 @@ def _set_table(rows: Sequence[Row], opened: bool) -> str:
         lines.append("</tbody>")
     lines.append("</table></details>")
     return "\n".join(lines)
+
+
+def _gradient_parts(rows: Iterable[Row]) -> str:
+    """What the zero-fill of the cell's gradient and its cast from fp32 take on their own."""
+    row = next((row for row in rows if row.zero_fill_ms is not None), None)
+    if row is None:
+        return ""
+    cast = "" if row.cast_ms is None else f", its cast from fp32 {_number(row.cast_ms)} ms"
+    return f"; zero-fill of the gradient {_number(row.zero_fill_ms)} ms{cast}"
 
 
 def _set_row(row: Row, rival: Row | None) -> str:

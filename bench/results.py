@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 RESULTS = "results.csv"
 HEADER = "header.json"
@@ -26,9 +28,10 @@ class Row:
     mode: str  # forward | backward | full | step | step_adam | step_rowwise_adagrad
     dtype: str  # "float32", "bfloat16", ...: torch's names
     id_dtype: str
-    vocab: int  # V, rows of the table
+    tables: int  # looked up in one call
+    vocab: int  # V, rows of a table
     dim: int  # D, columns
-    num_ids: int  # N
+    num_ids: int  # N, in all tables
     hotness: int  # ids in a bag; 1 without bags
     distribution: str  # uniform | zipf:1.05 | equal | sorted | text | hot:0.5 | ...
     unique_ids: int | None  # rows that the first of the rotated id sets reads
@@ -39,7 +42,11 @@ class Row:
     ms_p50: float | None = None
     ms_p80: float | None = None
     cold_ms_p50: float | None = None  # L2 flushed before each call
-    # Both from ms_p50; see measure.py for the byte formulas.
+    # What of a dense gradient is no sum, on its own: filling it with zeros, and rounding one of fp32 to 16 bits.
+    # The times above hold what a provider does of it.
+    zero_fill_ms: float | None = None
+    cast_ms: float | None = None
+    # Both from ms_p50; see traffic.py for the byte formulas.
     gbps_dram: float | None = None
     gbps_logical: float | None = None
     percent_of_copy: float | None = (
@@ -65,6 +72,7 @@ class Row:
             self.mode,
             self.dtype,
             self.id_dtype,
+            self.tables,
             self.vocab,
             self.dim,
             self.num_ids,
@@ -83,6 +91,7 @@ class Key(NamedTuple):
     mode: str
     dtype: str
     id_dtype: str
+    tables: int
     vocab: int
     dim: int
     num_ids: int
@@ -93,7 +102,10 @@ class Key(NamedTuple):
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
+# What a file may lack: an older one has fewer columns.
+OPTIONAL = {field.name: field.default for field in fields(Row) if field.default is not MISSING}
 INTEGERS = (
+    "tables",
     "vocab",
     "dim",
     "num_ids",
@@ -108,6 +120,8 @@ FLOATS = (
     "ms_p50",
     "ms_p80",
     "cold_ms_p50",
+    "zero_fill_ms",
+    "cast_ms",
     "gbps_dram",
     "gbps_logical",
     "percent_of_copy",
@@ -115,8 +129,16 @@ FLOATS = (
 )
 
 
+# Numbers that say what was measured.
+NEEDED = ("tables", "vocab", "dim", "num_ids", "hotness", "padding")
+
+
 class ResultsError(ValueError):
     """A results file that cannot be read, said in one sentence."""
+
+
+class NotWrittenError(ResultsError):
+    """A row could not be written, as when the disk is full; the rows before it are whole."""
 
 
 class RowWriter:
@@ -131,28 +153,41 @@ class RowWriter:
         Raises ResultsError if there are results already and `resume` is not set, or they are no results.
         """
         path = directory / RESULTS
-        exists = path.exists() and path.stat().st_size > 0
-        self.done = {row.key for row in _repaired_rows(path)} if exists else set()
+        lines = _whole_lines(path.read_bytes()) if path.exists() else b""
+        self.done = {row.key for row in _parsed(lines, path)} if lines else set()
         if self.done and not resume:
             raise ResultsError(
                 f"{path} exists already; use --resume to add what it lacks, or another --out"
             )
+        if self.done and _columns(lines) != COLUMNS:
+            raise ResultsError(f"{path} has the columns of another version; choose another --out")
         directory.mkdir(parents=True, exist_ok=True)
         # A run that ended before its first row left nothing to keep.
-        mode = "a" if self.done else "w"
-        self._file: IO[str] = path.open(mode, newline="", encoding="utf-8")
-        self._writer = csv.writer(self._file)
+        self._path = path
+        # Without a buffer, which would be written once more at the end.
+        self._file = path.open("r+b" if self.done else "wb", buffering=0)
+        self._end = self._file.seek(len(lines) if self.done else 0)
+        self._file.truncate()
         if not self.done:
             self._write(COLUMNS)
 
     def write(self, row: Row) -> None:
-        """Append one row and flush it."""
+        """Append one row. Raises NotWrittenError, and leaves no part of it."""
         self._write([_text(getattr(row, name)) for name in COLUMNS])
         self.done.add(row.key)
 
     def _write(self, values: Sequence[str]) -> None:
-        self._writer.writerow(values)
-        self._file.flush()
+        text = io.StringIO()
+        csv.writer(text).writerow(values)
+        line = memoryview(text.getvalue().encode())
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._file.seek(self._end)
+            self._file.truncate()
+            raise NotWrittenError(f"{self._path}: {error.strerror or error}") from None
+        self._end = self._file.tell()
 
     def __enter__(self) -> RowWriter:
         return self
@@ -173,16 +208,16 @@ def read_rows(path: Path) -> list[Row]:
     """
     file = path / RESULTS if path.is_dir() else path
     try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            reader = csv.reader(lines)
-            columns = next(reader, None)
-            if columns is None or tuple(columns) != COLUMNS:
-                raise ResultsError(f"{file}: the first line does not name the benchmark's columns")
-            return [_row(values, f"{file}, line {reader.line_num}") for values in reader if values]
+        data = file.read_bytes()
     except OSError as error:
         raise ResultsError(f"{file}: {error.strerror or error}") from None
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ResultsError(f"{file}: no CSV file ({error})") from None
+    try:
+        return _parsed(data, file)
+    except ResultsError:
+        # A killed run may leave half a line at the end.
+        if data.endswith(b"\n") or not (whole := _whole_lines(data)):
+            raise
+        return _parsed(whole, file)
 
 
 def write_header(directory: Path, header: Mapping[str, Any]) -> None:
@@ -207,19 +242,46 @@ def read_header(directory: Path) -> dict[str, Any]:
     return header
 
 
-def _repaired_rows(path: Path) -> list[Row]:
-    """The rows, after cutting off a last line that a crash left half written."""
-    data = path.read_bytes()
-    if not data.endswith(b"\n"):
-        path.write_bytes(data[: data.rfind(b"\n") + 1])
-    return read_rows(path)
+def _whole_lines(data: bytes) -> bytes:
+    """Without a last line whose end was never written."""
+    return data[: data.rfind(b"\n") + 1]
 
 
-def _row(values: Sequence[str], place: str) -> Row:
-    if len(values) != len(COLUMNS):
-        raise ResultsError(f"{place}: {len(values)} fields where {len(COLUMNS)} are expected")
+def _parsed(data: bytes, file: Path) -> list[Row]:
+    try:
+        # A spreadsheet writes a byte order mark.
+        reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+        columns = next(reader, [])
+        _check_columns(columns, file)
+        return [
+            _row(columns, values, f"{file}, line {reader.line_num}") for values in reader if values
+        ]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ResultsError(f"{file}: no CSV file ({error})") from None
+
+
+def _columns(data: bytes) -> tuple[str, ...]:
+    return tuple(next(csv.reader([data.decode("utf-8-sig").partition("\n")[0]])))
+
+
+def _check_columns(columns: Sequence[str], file: Path) -> None:
+    """An unknown column may say what was measured, so it is not passed over."""
+    if not set(columns) & set(COLUMNS):
+        raise ResultsError(f"{file}: the first line does not name the benchmark's columns")
+    for what, names in (
+        ("lacks", [name for name in COLUMNS if name not in columns and name not in OPTIONAL]),
+        ("has an unknown", [name for name in columns if name not in COLUMNS]),
+        ("repeats", [name for name in COLUMNS if list(columns).count(name) > 1]),
+    ):
+        if names:
+            raise ResultsError(f"{file}: the first line {what} column {names[0]!r}")
+
+
+def _row(columns: Sequence[str], values: Sequence[str], place: str) -> Row:
+    if len(values) != len(columns):
+        raise ResultsError(f"{place}: {len(values)} fields where {len(columns)} are expected")
     parsed: dict[str, Any] = {}
-    for name, text in zip(COLUMNS, values, strict=True):
+    for name, text in zip(columns, values, strict=True):
         try:
             parsed[name] = _value(name, text)
         except ValueError:
@@ -230,11 +292,15 @@ def _row(values: Sequence[str], place: str) -> Row:
 
 
 def _value(name: str, text: str) -> Any:
-    if name in INTEGERS:
-        return int(text) if text else None
-    if name in FLOATS:
-        return float(text) if text else None
-    return text
+    """Raises ValueError for what is no number of the column's kind."""
+    if name not in INTEGERS and name not in FLOATS:
+        return text
+    if not text and name not in NEEDED:
+        return None
+    number = int(text) if name in INTEGERS else float(text)
+    if not 0 <= number < math.inf or (name in NEEDED and name in INTEGERS and number == 0):
+        raise ValueError
+    return number
 
 
 def _text(value: object) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import ids as ids_module
-from .measure import Bench, Problem, failed
+from .measure import Bench, Problem, collect_cycles, failed
 from .providers import PROVIDERS, Provider
 from .results import Row, RowWriter
 from .shapes import SETS, Cell, varied
@@ -40,6 +40,7 @@ class Choice:
     modes: Sequence[str] | None = None
     dtypes: Sequence[str] | None = None
     id_dtypes: Sequence[str] | None = None
+    tables: Sequence[int] | None = None
     vocabs: Sequence[int] | None = None
     dims: Sequence[int] | None = None
     num_ids: Sequence[int] | None = None
@@ -84,6 +85,7 @@ def _cells(choice: Choice) -> Iterable[tuple[str, Cell]]:
                     SETS[name].cells,
                     dtype=choice.dtypes,
                     id_dtype=choice.id_dtypes,
+                    tables=choice.tables,
                     vocab=choice.vocabs,
                     dim=choice.dims,
                     num_ids=num_ids,
@@ -126,8 +128,9 @@ def execute(
                 row = refused
             elif problem is not None:
                 row = bench.measure(problem, job.provider, job.mode, row)
+                collect_cycles(problem)
                 _free(bench.device)
-            elif isinstance(broken, ids_module.MissingWordsError):
+            elif isinstance(broken, ids_module.IdsError):
                 row = replace(row, status="missing", note=str(broken))
             elif broken is not None:
                 row = failed(row, broken)
@@ -147,7 +150,7 @@ def _refused(bench: Bench, job: Job, row: Row) -> Row | None:
         reason = reason or "CUDA graphs need a CUDA device"
     if reason is not None:
         return replace(row, status="missing", note=reason)
-    full = bench.does_not_fit(job.cell, job.mode, job.provider.tables_beside)
+    full = bench.does_not_fit(job.cell, job.mode, job.provider.tables_beside, job.provider.copies)
     return None if full is None else replace(row, status="oom", note=full)
 
 

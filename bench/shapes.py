@@ -32,7 +32,7 @@ ID_DTYPES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One shape: num_ids rows of a table [vocab, dim], in bags if they are summed."""
+    """One shape: num_ids rows of tables [vocab, dim], in bags if they are summed."""
 
     vocab: int
     dim: int
@@ -45,6 +45,12 @@ class Cell:
     # an embedding captured in a CUDA graph.
     operation: str = "embedding"
     hotness: int = 1  # ids in a bag
+    tables: int = 1  # looked up in one call, each with its share of the ids
+
+    @property
+    def rows(self) -> int:
+        """Rows of all tables."""
+        return self.tables * self.vocab
 
     @property
     def padding_idx(self) -> int | None:
@@ -62,8 +68,9 @@ class Cell:
     def __str__(self) -> str:
         padded = f", {self.padding:.0%} padding" if self.padding else ""
         bags = f" in bags of {self.hotness}" if self.pooled else ""
+        tables = f"{self.tables} tables of " if self.tables > 1 else ""
         return (
-            f"{self.vocab:,} x {self.dim:,} {self.dtype}, {self.num_ids:,} ids{bags} "
+            f"{tables}{self.vocab:,} x {self.dim:,} {self.dtype}, {self.num_ids:,} ids{bags} "
             f"({self.distribution}{padded})"
         )
 
@@ -125,22 +132,31 @@ SETS = {
         ),
         ShapeSet(
             "C",
-            "one of many tables, with and without sums (32 tables at once are not measured yet)",
+            "32 tables in one call, with and without sums",
             "FBGEMM's default, batch 512 x 20 ids",
             ("forward", "backward", *STEPS),
             tuple(
-                Cell(100_000, 128, 10_240, distribution=ids, operation=operation, hotness=hotness)
-                for ids in ("uniform", "zipf:1.05")
+                Cell(
+                    100_000,
+                    128,
+                    32 * 512 * 20,
+                    distribution=distribution,
+                    operation=operation,
+                    hotness=hotness,
+                    tables=32,
+                )
+                for distribution in ("uniform", "zipf:1.05")
                 for operation, hotness in (("embedding", 1), ("embedding_bag", 20))
             ),
         ),
         ShapeSet(
             "D",
-            "large vocabulary: one table, no pooling (10 tables at once are not measured yet)",
+            "large vocabulary, no pooling: one table, and ten in one call",
             "dynamicemb; a recommender's 10M rows",
             ("forward", "backward", *STEPS),
             (
                 Cell(1_677_721, 128, 1_048_570, distribution="zipf:1.05"),
+                Cell(1_677_721, 128, 1_048_570, distribution="zipf:1.05", tables=10),
                 Cell(10_000_000, 128, 65_536, distribution="zipf:1.05"),
             ),
         ),

@@ -10,8 +10,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import host_time
-from .ids import draw
-from .measure import Bench
+from .console import print_table
+from .measure import Bench, draw_ids, places
 from .providers import PROVIDERS
 from .results import Row
 from .shapes import CPU_CELLS, HEADLINE, SETS, Cell
@@ -54,12 +54,13 @@ def summarize_gpu(bench: Bench, console: Console, progress: Progress) -> list[Ro
     for _, cell in HEADLINE:
         shown = [row for row in rows if _is_of(row, cell)]
         if shown:
-            console.print(rows_table(str(cell), shown))
+            print_table(console, rows_table(str(cell), shown))
     return rows
 
 
 def _is_of(row: Row, cell: Cell) -> bool:
-    return (row.vocab, row.dim, row.num_ids, row.dtype, row.distribution) == (
+    return (row.tables, row.vocab, row.dim, row.num_ids, row.dtype, row.distribution) == (
+        cell.tables,
         cell.vocab,
         cell.dim,
         cell.num_ids,
@@ -102,12 +103,12 @@ def summarize_cpu(bench: Bench, console: Console, progress: Progress, card: Card
             rows += bench.measure_together(problem, (ours, theirs), mode, blank)
             progress.advance(task)
     progress.remove_task(task)
-    console.print(cpu_table(rows))
+    print_table(console, cpu_table(rows))
     task = progress.add_task("host time", total=None)
     times = host_time.measure_host_time()
     progress.remove_task(task)
-    console.print(host_table(times))
-    console.print(prediction_table(card))
+    print_table(console, host_table(times))
+    print_table(console, prediction_table(card))
     return rows
 
 
@@ -164,8 +165,7 @@ def prediction_table(card: Card) -> Table:
     table.add_column("predicted ms", justify="right")
     steps = [("D", cell) for cell in SETS["D"].cells]
     for name, cell in (*HEADLINE, *steps):
-        drawn = draw(cell.distribution, cell.num_ids, cell.vocab, 0, cell.padding, cell.padding_idx)
-        counts = count(drawn, cell.padding_idx)
+        counts = count(places(cell, draw_ids(cell, seed=0)), cell.padding_idx)
         for mode in ("step",) if (name, cell) in steps else ("forward", "backward"):
             moved = traffic(cell, mode, counts).dram
             ms = predicted_ms(card, moved)

@@ -1,9 +1,9 @@
 """How many bytes a lookup has to move, and how long a card needs for them.
 
-With V, D, N as everywhere, s bytes an element, i bytes an id, U different rows among the ids, and U', N' the
-same without padding, whose gradient nobody asks for. O rows are put out, O' of them with a gradient: N and N', or
-in bags the number of bags. An optimizer keeps S bytes for each row: none for SGD, 2 D s for Adam, s for row-wise
-Adagrad (its s is at least 4).
+With V the rows of all tables, D, N as everywhere, s bytes an element, i bytes an id, U different rows among the
+ids, and U', N' the same without padding, whose gradient nobody asks for. O rows are put out, O' of them with a
+gradient: N and N', or in bags the number of bags. An optimizer keeps S bytes for each row: none for SGD, 2 D s for
+Adam, s for row-wise Adagrad (its s is at least 4).
 
     mode      DRAM: each row from memory once           logical: each id on its own
     forward   U D s + O D s + N i                       N D s + O D s + N i
@@ -96,7 +96,7 @@ def traffic(cell: Cell, mode: str, counts: Counts) -> Traffic:
     )
     if mode == "forward":
         return forward
-    # Bags have no padding here.
+    # Neither bags nor several tables have padding here.
     kept_outputs = cell.num_outputs if cell.pooled else counts.kept
     if mode in STEPS:
         updated = row + state_bytes(cell, mode)
@@ -105,7 +105,7 @@ def traffic(cell: Cell, mode: str, counts: Counts) -> Traffic:
             forward.logical + counts.kept * (row + 2 * updated) + ids,
         )
     backward = Traffic(
-        (kept_outputs + cell.vocab) * row + ids, (2 * counts.kept + cell.vocab) * row + ids
+        (kept_outputs + cell.rows) * row + ids, (2 * counts.kept + cell.rows) * row + ids
     )
     if mode == "backward":
         return backward

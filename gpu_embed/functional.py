@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 
 from . import bag_ops, ops
 from .lookup import INDEX_DTYPES, KnownTable, known_tables
@@ -49,7 +50,7 @@ def embedding(
     A weight or input of another tensor subclass (DTensor, torchao), and tensors that are sparse, quantized
     or nested, go to torch's own function.
     """
-    known = None if torch.compiler.is_compiling() else known_tables.get(id(weight))
+    known = None if is_compiling() else known_tables.get(id(weight))
     if (
         known is not None
         and max_norm is None

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
@@ -259,12 +260,13 @@ def is_plain_mode() -> bool:
     """Whether nothing but autograd stands between a call and its kernel, for plain tensors."""
     return (
         _included_keys().raw_repr() in PLAIN_MODES
-        and torch.autograd.forward_ad._current_level < 0
-        and not torch.autograd._profiler_enabled()
+        and forward_ad._current_level < 0
+        and not _profiler_enabled()
     )
 
 
 _included_keys = torch._C._dispatch_tls_local_include_set
+_profiler_enabled = torch.autograd._profiler_enabled
 
 
 def _register_linear(
@@ -296,7 +298,7 @@ def _register_linear(
             ctx.num_rows = x.shape[0]
             # Saved, so that autograd notices ids that were changed in place.
             ctx.save_for_backward(indices)
-            if torch.autograd.forward_ad._current_level >= 0:
+            if forward_ad._current_level >= 0:
                 ctx.save_for_forward(indices)
             return run(x, indices, *arguments)
 
@@ -326,7 +328,7 @@ def _register_linear(
 
     def autograd(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
         differentiated = torch.is_grad_enabled() and x.requires_grad
-        if not differentiated and torch.autograd.forward_ad._current_level < 0:
+        if not differentiated and forward_ad._current_level < 0:
             return below_autograd(keyset, x, indices, *arguments)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():

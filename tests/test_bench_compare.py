@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("rich", reason="the benchmark's extra is not installed")
 
-from gpu_embed.bench import compare
+from gpu_embed.bench import cli, compare
 from gpu_embed.bench.results import Row, RowWriter
 
 BASE = Row(
@@ -16,6 +16,7 @@ BASE = Row(
     mode="forward",
     dtype="float32",
     id_dtype="int64",
+    tables=1,
     vocab=1024,
     dim=768,
     num_ids=16384,
@@ -46,9 +47,8 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
             with RowWriter(tmp_path / name) as writer:
                 for one in rows:
                     writer.write(one)
-        code = compare.main_compare(
-            tmp_path / "old" / "results.csv", tmp_path / "new", fail_below=fail_below
-        )
+        files = [str(tmp_path / "old" / "results.csv"), str(tmp_path / "new")]
+        code = cli.main(["compare", *files, "--fail-below", str(fail_below)])
         printed = capsys.readouterr()
         return code, printed.out + printed.err
 
@@ -60,7 +60,7 @@ def test_one_slower_row_of_three_fails(run):
     new = [row(1024), row(2048, ms=1.25), row(4096, ms=0.5)]
     code, text = run(old, new)
     assert code == 1
-    assert "REGRESSION: of 3 rows of gpu_embed, 1 below 0.95 and 0 no longer ok" in text
+    assert "REGRESSION: of 3 rows of gpu_embed, 1 below 0.95, 0 no longer ok and 0 missing" in text
     # Worst first, with the ratio old / new.
     places = [text.index(f"{ratio} ") for ratio in ("0.800", "1.000", "2.000")]
     assert places == sorted(places)
@@ -113,7 +113,7 @@ def test_a_row_that_stopped_working_is_a_regression(run, status):
     assert code == 1
     (broken,) = (line for line in text.splitlines() if "BROKEN" in line)
     assert status in broken
-    assert "0 below 0.95 and 1 no longer ok" in text
+    assert "0 below 0.95, 1 no longer ok and 0 missing" in text
 
 
 def test_a_time_beside_a_wrong_result_does_not_count(run):
@@ -152,7 +152,9 @@ def test_rows_in_one_file_alone_are_listed_and_counted(run):
     old = [row(), row(4096), row(8192, provider="torch")]
     new = [row(), row(2048)]
     code, text = run(old, new)
-    assert code == 0
+    # A run that ended early, or that left a set out, must not pass.
+    assert code == 1
+    assert "0 no longer ok and 1 missing in new" in text
     assert "2 rows only in old, 1 of them gpu_embed's" in text
     assert "1 rows only in new, 1 of them gpu_embed's" in text
     for vocab in ("V=4,096", "V=8,192", "V=2,048"):
@@ -167,6 +169,7 @@ def test_rows_in_one_file_alone_are_listed_and_counted(run):
         {"mode": "backward"},
         {"dtype": "bfloat16"},
         {"id_dtype": "int32"},
+        {"tables": 2},
         {"vocab": 1025},
         {"dim": 769},
         {"num_ids": 16385},
@@ -196,6 +199,18 @@ def test_two_machines_are_compared_with_a_warning_and_no_verdict(run):
     assert "0.500" in text
 
 
+def test_rivals_that_are_gone_and_rows_that_had_no_time_are_no_regression(run):
+    gone = [row(8192, provider="torch"), row(4096, ms=None, status="oom")]
+    assert run([row(), *gone], [row()])[0] == 0
+
+
+def test_rows_that_changed_places_between_two_machines_give_no_verdict(run):
+    here, there = "synthetic device 1", "synthetic device 2"
+    old = [row(1024, device=here), row(2048, device=there)]
+    new = [row(1024, device=there), row(2048, device=here)]
+    assert run(old, new)[0] == 2
+
+
 def test_rivals_alone_give_no_verdict(run):
     code, text = run([row(provider="torch")], [row(provider="torch")])
     assert code == 2
@@ -206,7 +221,7 @@ def test_a_file_that_is_missing_or_no_results_is_unusable(tmp_path, capsys):
     missing, other = tmp_path / "none.csv", tmp_path / "other.csv"
     other.write_text("a,b\n1,2\n")
     for bad in (missing, other):
-        assert compare.main_compare(bad, bad, 0.95) == 2
+        assert cli.main(["compare", str(bad), str(bad)]) == 2
         assert bad.name in capsys.readouterr().err
 
 

@@ -1,6 +1,8 @@
 """The benchmark's instrument: gate, clocks, byte formulas, rows."""
 
+import csv
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from gpu_embed.bench import check, host_time, measure, providers, run, timing, t
 from gpu_embed.bench.providers import PROVIDERS, Layer, Provider
 from gpu_embed.bench.results import (
     COLUMNS,
+    NotWrittenError,
     ResultsError,
     Row,
     RowWriter,
@@ -113,6 +116,31 @@ def test_wrong_results_have_no_time(bench, mode):
     assert message in row.match
     timed = ("ms_p20", "ms_p50", "ms_p80", "cold_ms_p50", "gbps_dram", "gbps_logical", "host_us")
     assert [getattr(row, name) for name in timed] == [None] * len(timed)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "shown"),
+    [
+        ("bfloat16", "backward", (True, True)),
+        ("float32", "full", (True, False)),
+        ("bfloat16", "forward", (False, False)),
+        ("float32", "step", (False, False)),
+    ],
+)
+def test_zero_fill_and_cast_are_shown_apart(bench, dtype, mode, shown):
+    row = measured(bench, PROVIDERS["torch"], dataclasses.replace(CELL, dtype=dtype), mode)
+    assert row.status == "ok", row
+    times = (row.zero_fill_ms, row.cast_ms)
+    assert tuple(time is not None for time in times) == shown
+    assert all(time > 0 for time in times if time is not None)
+
+
+def test_a_cast_that_does_not_fit_is_not_measured(bench):
+    cell = dataclasses.replace(CELL, dtype="float16")
+    bench.memory = measure.needed_bytes(cell, "backward")
+    row = measured(bench, PROVIDERS["torch"], cell, "backward")
+    assert row.zero_fill_ms > 0
+    assert row.cast_ms is None
 
 
 def test_padding_that_gets_a_gradient_is_wrong(bench):
@@ -353,12 +381,22 @@ def test_a_provider_that_is_not_installed_says_how():
     assert PROVIDERS["fbgemm-gpu"].missing_reason(CPU) == "needs a CUDA device"
 
 
-def test_a_broken_import_is_a_reason(tmp_path, monkeypatch):
-    (tmp_path / "broken_for_bench.py").write_text("raise OSError('undefined symbol: x')")
+def test_a_broken_import_is_a_reason_and_says_nothing_itself(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.syspath_prepend(tmp_path)
-    broken = Provider("broken", "", looked_up, "broken_for_bench", "broken", cpu=True)
-    reason = "installed, but cannot be imported: OSError: undefined symbol: x"
-    assert broken.missing_reason(CPU) == reason
+    reasons = {
+        "raise OSError('no such thing')": "cannot be imported: OSError: no such thing",
+        # torch names the library alone; the loader's own error stands behind it.
+        "raise OSError('Could not load') from OSError('/a/b/x.so: undefined symbol: _ZN5torch8')": (
+            f"built for another torch than {torch.__version__} (x.so)"
+        ),
+    }
+    for number, (code, reason) in enumerate(reasons.items()):
+        code = f"import logging\nprint('loud')\nlogging.warning('louder')\n{code}\n"
+        (tmp_path / f"broken_{number}.py").write_text(code)
+        broken = Provider("broken", "", looked_up, f"broken_{number}", "broken", cpu=True)
+        assert broken.missing_reason(CPU) == f"installed, but {reason}"
+    said = capfd.readouterr()
+    assert said.out + said.err + caplog.text == ""
 
 
 @pytest.mark.parametrize(
@@ -442,6 +480,7 @@ ROW = Row(
     mode="forward",
     dtype="float32",
     id_dtype="int64",
+    tables=1,
     vocab=10,
     dim=4,
     num_ids=3,
@@ -461,9 +500,9 @@ ROW = Row(
 
 def test_columns_are_fixed():
     assert ",".join(COLUMNS) == (
-        "set,operation,mode,dtype,id_dtype,vocab,dim,num_ids,hotness,distribution,unique_ids,padding,"
-        "provider,status,ms_p20,ms_p50,ms_p80,cold_ms_p50,gbps_dram,gbps_logical,percent_of_copy,"
-        "host_us,match,peak_extra_bytes,step_peak_bytes,device,torch,triton,commit,note"
+        "set,operation,mode,dtype,id_dtype,tables,vocab,dim,num_ids,hotness,distribution,unique_ids,padding,"
+        "provider,status,ms_p20,ms_p50,ms_p80,cold_ms_p50,zero_fill_ms,cast_ms,gbps_dram,gbps_logical,"
+        "percent_of_copy,host_us,match,peak_extra_bytes,step_peak_bytes,device,torch,triton,commit,note"
     )
 
 
@@ -495,7 +534,12 @@ def test_a_half_written_line_is_cut_off(tmp_path):
     with RowWriter(tmp_path) as writer:
         writer.write(ROW)
     with (tmp_path / "results.csv").open("a") as file:
-        file.write("A,embedding,forw")
+        file.write('A,embedding,"forw')
+    # Whoever only looks, or may not go on, leaves the file as it is.
+    assert [row.vocab for row in read_rows(tmp_path)] == [10]
+    with pytest.raises(ResultsError, match="use --resume"):
+        RowWriter(tmp_path)
+    assert (tmp_path / "results.csv").read_text().endswith("forw")
     with RowWriter(tmp_path, resume=True) as writer:
         writer.write(dataclasses.replace(ROW, vocab=11))
     assert [row.vocab for row in read_rows(tmp_path)] == [10, 11]
@@ -504,10 +548,19 @@ def test_a_half_written_line_is_cut_off(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("num_ids", "ids"), "does not name the benchmark's columns"),
         (lambda text: text.replace(",10,", ",ten,"), "line 2: vocab is 'ten'"),
         (lambda text: text.replace(",ok,", ",fine,"), "line 2: status is 'fine'"),
-        (lambda text: text + "A,B\n", "line 3: 2 fields where 30 are expected"),
+        (lambda text: text + "A,B\n", "line 3: 2 fields where 33 are expected"),
+        (lambda text: "a,b\n", "does not name the benchmark's columns"),
+        (lambda text: "", "does not name the benchmark's columns"),
+        (lambda text: text.replace(",num_ids,", ",weather,"), "lacks column 'num_ids'"),
+        (lambda text: text.replace(",note", ",colour"), "has an unknown column 'colour'"),
+        (lambda text: text.replace(",note", ",match"), "repeats column 'match'"),
+        (lambda text: text.replace(",10,", ",,"), "line 2: vocab is ''"),
+        (lambda text: text.replace(",10,", ",0,"), "line 2: vocab is '0'"),
+        (lambda text: text.replace("0.25", "nan"), "line 2: ms_p50 is 'nan'"),
+        (lambda text: text.replace("0.25", "inf"), "line 2: ms_p50 is 'inf'"),
+        (lambda text: text.replace("0.25", "-1"), "line 2: ms_p50 is '-1'"),
     ],
 )
 def test_a_broken_file_is_said_in_one_sentence(tmp_path, change, message):
@@ -517,6 +570,67 @@ def test_a_broken_file_is_said_in_one_sentence(tmp_path, change, message):
     path.write_text(change(path.read_text()))
     with pytest.raises(ResultsError, match=message):
         read_rows(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits the size of files")
+def test_a_row_that_does_not_fit_on_the_disk_leaves_no_part(tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+        size = (tmp_path / "results.csv").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+        try:
+            with pytest.raises(NotWrittenError, match=r"results.csv: File too large"):
+                writer.write(dataclasses.replace(ROW, vocab=11))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (tmp_path / "results.csv").stat().st_size == size
+        writer.write(dataclasses.replace(ROW, vocab=12))
+    assert [row.vocab for row in read_rows(tmp_path)] == [10, 12]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.replace(b"\r\n", b"\n"),
+        lambda data: b"\xef\xbb\xbf" + data,
+        lambda data: data.rstrip(),
+        lambda data: data + b"\r\n",
+    ],
+    ids=["unix", "byte order mark", "no last end", "empty line"],
+)
+def test_files_that_passed_through_other_programs(tmp_path, change):
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+    path = tmp_path / "results.csv"
+    path.write_bytes(change(path.read_bytes()))
+    assert read_rows(tmp_path) == [ROW]
+
+
+def test_a_file_of_fewer_columns_can_be_compared_but_not_continued(tmp_path):
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+    path = tmp_path / "results.csv"
+    with path.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    del row["zero_fill_ms"], row["note"]
+    with path.open("w", newline="") as file:
+        rewritten = csv.DictWriter(file, row)
+        rewritten.writeheader()
+        rewritten.writerow(row)
+    assert read_rows(tmp_path) == [ROW]
+    with pytest.raises(ResultsError, match="has the columns of another version"):
+        RowWriter(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("left", ["", "set,operation,mo"])
+def test_a_run_that_ended_before_its_first_row_left_nothing(tmp_path, left):
+    (tmp_path / "results.csv").write_text(left)
+    with RowWriter(tmp_path) as writer:
+        writer.write(ROW)
+    assert read_rows(tmp_path) == [ROW]
 
 
 def test_headers(tmp_path):

@@ -21,6 +21,7 @@ BASE = Row(
     mode="backward",
     dtype="float32",
     id_dtype="int64",
+    tables=1,
     vocab=1024,
     dim=768,
     num_ids=16384,
@@ -166,7 +167,7 @@ def test_pictures_are_inside_and_real(page):
     pictures = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(pictures) == 2
     for attributes in pictures:
-        assert "how many times faster gpu_embed is than torch" in attributes["alt"]
+        assert "How many times faster gpu_embed is than torch" in attributes["alt"]
         data = base64.b64decode(attributes["src"].split(",", 1)[1], validate=True)
         pixels = image.imread(io.BytesIO(data))
         assert pixels[..., :3].std() > 0.01
@@ -209,6 +210,17 @@ def test_ratios_against_the_best_rival_are_highlighted(page):
     assert slow["best rival / this"] == ("0.50 (torch)", "behind")
     assert forced["best rival / this"] == ("0.40 (torch.compile)", "behind")
     assert all(found["best rival / this"][0] == "" for found in provider_rows(page, "torch"))
+
+
+def test_what_is_no_sum_in_a_gradient_stands_above_its_rows(tmp_path):
+    with RowWriter(tmp_path) as writer:
+        for name in ("gpu_embed", "torch"):
+            writer.write(
+                replace(BASE, provider=name, mode="backward", zero_fill_ms=0.5, cast_ms=0.25)
+            )
+    text = report.write_report(tmp_path).read_text()
+    said = "; zero-fill of the gradient 0.5 ms, its cast from fp32 0.25 ms"
+    assert text.count(said) == 1
 
 
 def test_the_peak_of_a_step_has_a_column(page):

@@ -1,6 +1,8 @@
 """The benchmark's bags and whole steps: each optimizer by its own definition, bytes, peak memory."""
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -223,6 +225,22 @@ def test_hooks_end_with_their_provider(bench):
         assert bench.measure(problem, PROVIDERS[name], "step_adam", row).status == "ok"
     F.embedding(problem.ids(0), problem.weight).sum().backward()
     assert problem.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["gpu_embed-in-backward", "gpu_embed-sparse", "torch", "torch-sparse"]
+)
+def test_the_state_of_a_provider_ends_with_it(name):
+    """Of a large table it is as large as that, and the next provider needs the memory."""
+    problem = measure.Problem(CELL, CPU, 0, 2)
+    layer = PROVIDERS[name].build(problem.weight, CELL, "step_adam")
+    step = measure._stepper(layer)
+    step(problem.ids(0), [problem.grad_output])
+    held = [weakref.ref(o) for o in gc.get_objects() if type(o).__name__ in ("Adam", "SparseAdam")]
+    assert held
+    del layer, step
+    gc.collect()
+    assert [reference() for reference in held] == [None] * len(held)
 
 
 def test_ids_make_whole_bags(bench):

@@ -12,6 +12,8 @@ from ..wrapped_ids import rows_or_ids
 from . import PreparedEmbedding, _torch_tables
 from ._torch_row_update import row_update_
 
+TORCH_INDEX_DTYPES = (torch.int64, torch.int32)
+
 
 class TorchBackend:
     """`Backend` on torch's operators. Runs everywhere; casts int16 and uint8 ids, which torch does not take."""
@@ -41,7 +43,21 @@ class TorchBackend:
         return torch.where(read[..., None], rows, rows.new_zeros(()))
 
     def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
-        return self.embedding
+        if weight.is_cuda or weight.shape[0] == 0:
+            return self.embedding
+
+        def embedding(
+            weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+        ) -> Tensor:
+            if zero_idx < 0 and indices.dtype in TORCH_INDEX_DTYPES:
+                # As above: torch's CPU kernel checks the ids itself.
+                try:
+                    return torch.embedding(weight, indices)
+                except IndexError:
+                    pass
+            return self.embedding(weight, indices, zero_idx, record)
+
+        return embedding
 
     def embedding_dense_backward(
         self,
@@ -250,7 +266,7 @@ class TorchBackend:
 
 
 def _torch_ids(indices: Tensor) -> Tensor:
-    return indices if indices.dtype in (torch.int64, torch.int32) else indices.to(torch.int32)
+    return indices if indices.dtype in TORCH_INDEX_DTYPES else indices.to(torch.int32)
 
 
 def _dense_backward_in_fp32(

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cached_property
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..table_kernels import TableKernels
+from .known_launch import launch
 
 # Triton compiles for these and newer cards only.
 MIN_CAPABILITY = (8, 0)
@@ -58,16 +58,16 @@ class TritonDevice(TableKernels):
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
     ) -> None:
-        with self._guard(device):
-            kernel[grid](*args, **settings)
-
-    def _guard(self, device: torch.device) -> Any:
-        """Triton launches on the current device; its interpreter runs one kernel at a time."""
         if self._interpreted:
-            return _interpreter_lock
-        if device.index is None or device.index == torch.cuda.current_device():
-            return nullcontext()
-        return torch.cuda.device(device)
+            # It runs one kernel at a time.
+            with _interpreter_lock:
+                kernel[grid](*args, **settings)
+        elif device.index == torch.cuda.current_device():
+            launch(kernel, grid, device.index, args, settings)
+        else:
+            # Triton launches on the current device.
+            with torch.cuda.device(device):
+                launch(kernel, grid, device.index, args, settings)
 
     @cached_property
     def _unfused(self) -> dict[str, bool]:

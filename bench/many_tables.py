@@ -1,0 +1,78 @@
+"""Lookups in many tables: one after another, or by this package's batched layers in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+import gpu_embed
+
+from .layer import APART, ONE_UNDER_ANOTHER, SIDE_BY_SIDE, Layer, Order
+from .optimizers import Update
+from .shapes import Cell
+
+BatchedTables = gpu_embed.TableBatchedEmbedding | gpu_embed.TableBatchedEmbeddingBag
+
+
+def in_turns(
+    functional: ModuleType,
+    weight: Tensor,
+    cell: Cell,
+    sparse: bool,
+    update: Callable[[tuple[Tensor, ...]], Update],
+) -> Layer:
+    """A loop over the tables, each a leaf of its own: what a `ModuleList` of torch's layers does.
+
+    The outputs stay apart, so that no time goes into putting them together.
+    """
+    parts = tuple(torch.nn.Parameter(rows) for rows in weight.detach().split(cell.vocab))
+    # A model has the ids of each table in a tensor of their own.
+    ids_of_tables = cache(torch.unbind)
+
+    def lookup(ids: Tensor) -> tuple[Tensor, ...]:
+        tables = zip(ids_of_tables(ids), parts, strict=True)
+        if cell.pooled:
+            return tuple(
+                functional.embedding_bag(own, table, mode="sum", sparse=sparse)
+                for own, table in tables
+            )
+        return tuple(functional.embedding(own, table, sparse=sparse) for own, table in tables)
+
+    return Layer(lookup, weight, update(parts), parts, APART)
+
+
+def batched(
+    weight: Tensor, cell: Cell, sparse: bool, update: Callable[[tuple[Tensor, ...]], Update]
+) -> Layer:
+    """gpu_embed.TableBatchedEmbedding, or for bags TableBatchedEmbeddingBag, on this memory."""
+    kind: type[BatchedTables] = (
+        gpu_embed.TableBatchedEmbeddingBag if cell.pooled else gpu_embed.TableBatchedEmbedding
+    )
+    # On the meta device no table is drawn, only to be replaced.
+    tables = kind([(cell.vocab, cell.dim)] * cell.tables, sparse=sparse, device="meta")
+    tables._set_buffer(weight.detach())
+    return Layer(
+        offsets_lookup(tables, cell),
+        tables.weight,
+        update((tables.weight,)),
+        order=order_of(cell),
+    )
+
+
+def order_of(cell: Cell) -> Order:
+    """How batched layers, ours and FBGEMM's, hand their rows out."""
+    return SIDE_BY_SIDE if cell.pooled and cell.tables > 1 else ONE_UNDER_ANOTHER
+
+
+def offsets_lookup(tables: Callable[..., Tensor], cell: Cell) -> Callable[[Tensor], Tensor]:
+    """Of flat ids and where each bag begins; without sums a bag is one id."""
+    return lambda ids: tables(ids.view(-1), _offsets(cell, ids.dtype, ids.device))
+
+
+@cache
+def _offsets(cell: Cell, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(0, cell.num_ids + 1, cell.hotness, dtype=dtype, device=device)

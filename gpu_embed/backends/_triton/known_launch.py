@@ -1,0 +1,69 @@
+"""Launches that Triton has seen before, past its own launch path.
+
+`kernel[grid](...)` asks in every call, anew, for the type of each argument, the options and the environment, and
+takes the host longer than all the rest of a lookup. All that may differ between two of our calls of one
+kernel is in the key below, which is as fine as Triton's own or finer; the binary is the one that Triton chose. What
+Triton is told later, such as TRITON_DEBUG=1, reaches the kernels that it has not compiled yet.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+INT32 = 2**31
+INT64 = 2**63
+# Triton knows of addresses, and of whole numbers, whether they are multiples of this.
+ALIGNMENT_MASK = 15
+
+Key = tuple[Any, ...]
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: int | None, args: Key, settings: dict[str, Any]
+) -> None:
+    """`kernel[grid](*args, **settings)` on this device, which is the current one.
+
+    Args:
+        settings: the kernel's constants, by name, and Triton's options.
+    """
+    key = _key(kernel, device, args, settings)
+    known = _binaries.get(key)
+    if known is not None:
+        binary, constants, _ = known
+        binary[(*grid, 1, 1)[:3]](*args, *constants)
+        return
+    binary = kernel[grid](*args, **settings)
+    # None: a cache hook has kept Triton from compiling.
+    if key is not None and binary is not None:
+        constants = tuple(settings[name] for name in kernel.arg_names[len(args) :])
+        # The kernel is kept, as its id is in the key.
+        _binaries[key] = binary, constants, kernel
+
+
+def _key(kernel: Any, device: int | None, args: Key, settings: dict[str, Any]) -> Key | None:
+    """What Triton specialises a binary for; None: an argument whose type is not known here."""
+    # A kernel's own hash takes as long as two arguments.
+    key: list[Any] = [id(kernel), device, *settings, *settings.values()]
+    append = key.append
+    try:
+        for arg in args:
+            kind = type(arg)
+            if kind is int:
+                append(_number_kind(arg))
+            elif arg is None or kind is float:
+                append(kind)
+            else:
+                append(arg.dtype)
+                append(arg.data_ptr() & ALIGNMENT_MASK)
+    except AttributeError:
+        return None
+    return tuple(key)
+
+
+@lru_cache(maxsize=2**14)
+def _number_kind(number: int) -> int:
+    """Numbers of one kind are the same to Triton: 1, multiples of 16, and the others, each by its width."""
+    width = 0 if -INT32 <= number < INT32 else 1 if -INT64 <= number < INT64 else 2
+    return 4 * width + 2 * (number & ALIGNMENT_MASK == 0) + (number == 1)
+
+
+_binaries: dict[Key | None, tuple[Any, Key, Any]] = {}

@@ -1,0 +1,127 @@
+"""Launches past Triton's own path: the binary is Triton's choice, and so is what it is called with."""
+
+import itertools
+import time
+
+import pytest
+import torch
+
+jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed")
+
+from triton import language as tl  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+
+from gpu_embed.backends._triton import TritonBackend, known_launch  # noqa: E402
+from gpu_embed.backends._triton.device import WordsOf  # noqa: E402
+from gpu_embed.bench.stub_launch import stub_driver, stub_kernel  # noqa: E402
+
+
+def one_of_each(pointer, other_ptr, number, factor, D: tl.constexpr, BLOCK: tl.constexpr):
+    pass
+
+
+MEMORY = torch.zeros(64, dtype=torch.int64)
+TENSORS = (
+    MEMORY,
+    MEMORY[1:],  # 8 bytes further: no longer a multiple of 16
+    MEMORY[2:],
+    MEMORY.view(torch.float32)[1:],
+    WordsOf(MEMORY, tl.int32),
+    WordsOf(MEMORY[1:], tl.int32),
+)
+NUMBERS = (0, 1, -1, 15, 16, 2**31 - 1, 2**31, -(2**31), -(2**31) - 16, 2**40, 2**63, 2**64 - 16)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What reached the driver, and known launches without a past."""
+    monkeypatch.setattr(known_launch, "_binaries", {})
+    calls = []
+    with stub_driver():
+        yield calls
+
+
+def test_the_binary_is_the_one_that_triton_chooses(launched):
+    kernel = stub_kernel(one_of_each)
+    variants = [
+        ((pointer, other, number, factor), {"D": d, "BLOCK": 64, "num_warps": warps})
+        for pointer, other, number, factor in (
+            *itertools.product(TENSORS, (MEMORY, None), (3,), (0.5,)),
+            *itertools.product((MEMORY,), (None,), NUMBERS, (0.5, 2.0, 1, True)),
+        )
+        for d, warps in ((4, 1), (8, 1), (4, 4))
+    ]
+    chosen = [kernel[(2,)](*args, **settings) for args, settings in variants]
+    assert len(set(map(id, chosen))) > 50
+    for _ in range(2):
+        for (args, settings), binary in zip(variants, chosen, strict=True):
+            binary._run = lambda *launch, binary=binary: launched.append((binary, launch))
+            known_launch.launch(kernel, (2, 3), None, args, settings)
+            ran, launch = launched.pop()
+            assert ran is binary
+            assert launch[:4] == (2, 3, 1, 0)
+            assert launch[9:] == (*args, settings["D"], settings["BLOCK"])
+
+
+def test_a_known_launch_does_not_ask_triton_again(launched, monkeypatch):
+    kernel = stub_kernel(one_of_each, lambda *launch: launched.append(launch))
+    call = (kernel, (1,), None, (MEMORY, None, 3, 0.5), {"D": 4, "BLOCK": 8})
+    known_launch.launch(*call)
+    monkeypatch.setattr(jit.JITFunction, "run", None)
+    known_launch.launch(*call)
+    assert (launched[0][:4], launched[0][9:]) == (launched[1][:4], launched[1][9:])
+    # Numbers of one kind share a binary, others do not.
+    known_launch.launch(*call[:3], (MEMORY, None, 5, 0.25), call[4])
+    assert launched[2][9:13] == (MEMORY, None, 5, 0.25)
+    with pytest.raises(TypeError):
+        known_launch.launch(*call[:3], (MEMORY, None, 16, 0.5), call[4])
+    with pytest.raises(TypeError):
+        known_launch.launch(kernel, (1,), 1, *call[3:])
+
+
+def test_arguments_of_other_types_go_triton_s_way(launched):
+    kernel = stub_kernel(one_of_each, lambda *launch: launched.append(launch))
+    for rows in (4, 8):
+        block = TensorDescriptor(MEMORY.view(torch.int32), [rows, 4], [4, 1], [1, 4])
+        for _ in range(2):
+            known_launch.launch(kernel, (1,), None, (block, None, 3, 0.5), {"D": 4, "BLOCK": 8})
+            assert launched[-1][9] is block
+    assert known_launch._binaries == {}
+
+
+def test_every_argument_of_our_kernels_is_known(launched, monkeypatch):
+    """But for descriptors, so that no launch takes the long way unnoticed."""
+    seen = set()
+
+    class Keyed(TritonBackend):
+        _interpreted = False
+
+        def _launch(self, kernel, grid, device, *args, **settings):
+            key = known_launch._key(kernel, None, args, settings)
+            seen.add((kernel.__name__, key is not None))
+
+    backend = Keyed()
+    weight, ids = torch.zeros(9, 8), torch.tensor([3, 1])
+    backend.embedding(weight, ids, -1, None)
+    backend.embedding_dense_backward(weight[:2], ids, 9, -1, False)
+    backend.embedding_dense_backward(weight[:2], ids, 9, 3, True)
+    backend.embedding_renorm_(weight, ids, 1.0, 2.0)
+    assert len(seen) > 4
+    assert all(known for _, known in seen), seen
+
+
+def test_it_is_faster_than_triton_s_way(launched):
+    kernel = stub_kernel(one_of_each)
+    args, settings = (MEMORY, MEMORY, 3, 0.5), {"D": 4, "BLOCK": 8, "num_warps": 4}
+    best = {}
+    for _ in range(30):
+        for name, call in (
+            ("known", lambda: known_launch.launch(kernel, (1,), None, args, settings)),
+            ("triton", lambda: kernel[(1,)](*args, **settings)),
+        ):
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            took = time.perf_counter() - start
+            best[name] = min(took, best.get(name, took))
+    assert best["known"] < 0.7 * best["triton"], best
