@@ -13,6 +13,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from gpu_embed.backends._triton import TritonBackend, known_launch  # noqa: E402
 from gpu_embed.backends._triton.device import WordsOf  # noqa: E402
+from gpu_embed.bench.codegen import record_launches  # noqa: E402
+from gpu_embed.bench.codegen_cases import CASES  # noqa: E402
 from gpu_embed.bench.stub_launch import stub_driver, stub_kernel  # noqa: E402
 
 
@@ -108,6 +110,28 @@ def test_every_argument_of_our_kernels_is_known(launched, monkeypatch):
     backend.embedding_renorm_(weight, ids, 1.0, 2.0)
     assert len(seen) > 4
     assert all(known for _, known in seen), seen
+
+
+def test_each_launch_of_ours_reaches_the_driver_as_by_triton_s_way(launched):
+    """Every kernel, with all its launch settings, and arguments that a launch leaves at their defaults."""
+    launches, failures = record_launches(CASES)
+    assert not failures
+    stubs, defaulted = {}, set()
+    for one in launches:
+        function = one.kernel.fn
+        if function not in stubs:
+            stubs[function] = stub_kernel(function, lambda *launch: launched.append(launch))
+        kernel = stubs[function]
+        for _ in range(2):
+            known_launch.launch(kernel, one.grid, None, one.args, one.settings)
+        by_triton, known = launched[-2:]
+        assert known[:4] == by_triton[:4]
+        # By identity: tensors without data cannot be compared.
+        assert [*map(id, known[9:])] == [*map(id, by_triton[9:])], one.case
+        if {param.name for param in kernel.params[len(one.args) :]} - one.settings.keys():
+            defaulted.add(function.__name__)
+    assert "segment_sum_kernel" in defaulted
+    assert len(stubs) > 20
 
 
 def test_it_is_faster_than_triton_s_way(launched):

@@ -34,7 +34,8 @@ def launch(
     binary = kernel[grid](*args, **settings)
     # None: a cache hook has kept Triton from compiling.
     if key is not None and binary is not None:
-        constants = tuple(settings[name] for name in kernel.arg_names[len(args) :])
+        rest = kernel.params[len(args) :]
+        constants = tuple(settings.get(param.name, param.default) for param in rest)
         # The kernel is kept, as its id is in the key.
         _binaries[key] = binary, constants, kernel
 
