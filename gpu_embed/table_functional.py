@@ -29,7 +29,7 @@ def table_batched_embedding_bag(
     per_sample_weights: Tensor | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """Sums and means of the bags of all tables, [B, sum of embedding_dims]; see `TableBatchedEmbeddingBag`."""
+    """Sums, means and maxima of the bags of all tables, [B, sum of embedding_dims]; see `TableBatchedEmbeddingBag`."""
     if per_sample_weights is not None:
         if input.size() != per_sample_weights.size():
             raise ValueError(
@@ -92,20 +92,12 @@ def _look_up(
             f"{function}: offsets must hold num_tables * B + 1 numbers for some B, but it has "
             f"{offsets.shape[0]} and there are {layout.num_tables} tables"
         )
-    if sparse and not layout.is_uniform:
-        raise RuntimeError(
-            f"{function}: a sparse gradient needs tables of one embedding_dim, but got {_dims(tables)}"
-        )
+    batch = (input, offsets, tables.fields, tables.table_of_column)
+    shape = layout.shape(pooled)
+    if "max" in layout.modes:
+        return table_ops.call_table_batched_embedding_max(weight, *batch, *shape, sparse)
     output: Any = table_ops.call_table_batched_embedding(
-        weight,
-        per_sample_weights,
-        input,
-        offsets,
-        tables.fields,
-        tables.table_of_column,
-        *layout.shape(pooled),
-        False,
-        sparse,
+        weight, per_sample_weights, *batch, None, *shape, False, sparse
     )
     return output
 

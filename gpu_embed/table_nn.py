@@ -10,6 +10,7 @@ from torch import Tensor
 from . import table_functional
 from .nn import Embedding, EmbeddingBag
 from .row_parameter import RowParameter
+from .table_gradient import TableGradient
 from .tables import TableLayout, Tables, make_layout
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ class BatchedTables(torch.nn.Module, ABC):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if sparse and not layout.is_uniform:
-            raise ValueError(
-                f"{type(self).__name__}: sparse=True needs tables of one embedding_dim, got "
-                f"{list(layout.embedding_dims)}"
-            )
         self.layout = layout
         self.sparse = sparse
         self._set_buffer(torch.zeros(layout.buffer_shape, device=device, dtype=dtype))
@@ -55,7 +51,7 @@ class BatchedTables(torch.nn.Module, ABC):
 
         Raises:
             TypeError: a module of another type.
-            ValueError: no module; modules that one buffer cannot hold; a module with mode "max", max_norm or
+            ValueError: no module; modules that one buffer cannot hold; a module with max_norm or
                 scale_grad_by_freq, which the batched layers do not have.
         """
         function = f"{cls.__name__}.from_modules"
@@ -162,13 +158,11 @@ class BatchedTables(torch.nn.Module, ABC):
             raise ValueError("parameters_of is for layers with sparse=True")
         ranges: list[list[int]] = []
         for number in sorted({self._number(name) for name in names}):
-            first = self.layout.first_rows[number]
-            end = first + self.layout.num_embeddings[number]
-            if ranges and ranges[-1][1] == first:
-                ranges[-1][1] = end
+            if ranges and ranges[-1][1] == number:
+                ranges[-1][1] = number + 1
             else:
-                ranges.append([first, end])
-        return [RowParameter(self.weight, first, end - first) for first, end in ranges]
+                ranges.append([number, number + 1])
+        return [RowParameter(self.weight, self.layout.row_range(*ends)) for ends in ranges]
 
     @property
     def tables(self) -> Tables:
@@ -193,6 +187,8 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def _make_metadata(self) -> None:
         device = self.weight.device
+        # By this an optimizer knows that a parameter of one dimension is made of rows.
+        self.weight.row_range = self.layout.row_range(0, len(self))  # type: ignore[attr-defined]
         # Not in state_dict: they follow from the constructor's arguments.
         self.register_buffer("fields", self.layout.fields(device), persistent=False)
         self.register_buffer(
@@ -200,7 +196,13 @@ class BatchedTables(torch.nn.Module, ABC):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Self":
+        grad = self.weight.grad
+        if isinstance(grad, TableGradient):
+            self.weight.grad = None
         super()._apply(fn, recurse)
+        if isinstance(grad, TableGradient):
+            # Module._apply would give its memory to another, and it has none.
+            self.weight.grad = fn(grad)
         # `to_empty` leaves them undefined.
         self._make_metadata()
         return self

@@ -304,7 +304,7 @@ def test_batched_tables_are_read_in_the_widest_vectors_that_all_allow(
     launches: Launches, case: Case
 ):
     """One launch for all tables; the threads of bags exchange nothing in their loop, and wait at no barrier."""
-    kernel = {"table_bag": "table_bag_sum_kernel", "table_rows": "table_gather_kernel"}
+    kernel = {"table_bag": "table_bag_kernel", "table_rows": "table_gather_kernel"}
     found = of_case(launches, case)
     launch = table_launch(launches, case, kernel[case.operation])
     is_split = launch.settings.get("SPLIT", False)

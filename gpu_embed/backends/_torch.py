@@ -6,9 +6,10 @@ from torch import Tensor
 from ..bags import Bags
 from ..bounds import BoundsRecord, in_table
 from ..row_update import RowUpdate
+from ..table_gradient import TableEntries
 from ..tables import TableBatch, write_out_of_range
 from . import PreparedEmbedding, _torch_tables
-from ._torch_row_update import row_update_
+from ._torch_row_update import row_update_, table_row_update_
 
 
 class TorchBackend:
@@ -191,6 +192,17 @@ class TorchBackend:
             write_out_of_range(record, batch)
         return _torch_tables.embedding(weight, per_sample_weights, batch, zero_padding)
 
+    def table_batched_embedding_max(
+        self,
+        weight: Tensor,
+        batch: TableBatch,
+        with_winner: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        if record is not None:
+            write_out_of_range(record, batch)
+        return _torch_tables.embedding_max(weight, batch, with_winner)
+
     def table_batched_embedding_dense_backward(
         self,
         grad_output: Tensor,
@@ -204,6 +216,16 @@ class TorchBackend:
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
         return _torch_tables.sample_weights_backward(grad_output, weight, batch)
+
+    def table_row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        entries: TableEntries,
+        rows: Tensor | None,
+    ) -> None:
+        table_row_update_(update, weight, state, entries, rows)
 
 
 def _torch_ids(indices: Tensor) -> Tensor:
