@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .row_sums import sums_of_rows
 from .row_update import arithmetic_dtype
@@ -109,14 +109,16 @@ class TableEntries(NamedTuple):
             values=torch.cat([one.values, two.values]),
         )
 
-    def converted(self, dtype: torch.dtype, device: torch.device) -> "TableEntries":
-        scales, winner = self.scales, self.winner
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> "TableEntries":
+        """With other values, which may be of another dtype and on another device."""
+        values = convert(self.values)
+        device, scales, winner = values.device, self.scales, self.winner
         return self._replace(
             rows=self.rows.to(device),
             sources=self.sources.to(device),
-            scales=None if scales is None else scales.to(device, arithmetic_dtype(dtype)),
+            scales=None if scales is None else scales.to(device, arithmetic_dtype(values.dtype)),
             winner=None if winner is None else winner.to(device),
-            values=self.values.to(device, dtype),
+            values=values,
             fields=self.fields.to(device),
         )
 
@@ -217,6 +219,10 @@ class TableGradient(Tensor):
     def to_dense(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.entries.to_dense(self.shape)
 
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> "TableGradient":
+        """With what a function makes of the values, as `torch.nn.Module._apply` wants it."""
+        return TableGradient(self.entries.converted(convert), self.shape)
+
     def multiply_(self, factor: Tensor) -> "TableGradient":
         """Multiply all values by a tensor of one element, in place."""
         if self._part is None:
@@ -248,9 +254,10 @@ class TableGradient(Tensor):
             result = handler(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, TableGradient):
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and any(isinstance(one, TableGradient) for one in tree_leaves(value)):
                 raise RuntimeError(
                     f"{func}: the gradient of tables of different embedding_dims is not changed in place but by "
                     "multiplication with a number, and by addition of another such; call its to_dense() first"
@@ -272,7 +279,7 @@ def _alias(self: TableGradient) -> TableGradient:
 
 def _clone(self: TableGradient, *, memory_format: Any = None) -> TableGradient:
     # Whoever writes to one replaces the tensors, so that they can be shared.
-    return TableGradient(self.entries._replace(values=self.entries.values.clone()), self.shape)
+    return self.converted(torch.clone)
 
 
 def _to_copy(
@@ -285,7 +292,7 @@ def _to_copy(
     dtype = dtype or self.dtype
     if not dtype.is_floating_point:
         return NotImplemented
-    return TableGradient(self.entries.converted(dtype, device or self.device), self.shape)
+    return self.converted(lambda values: values.to(device, dtype))
 
 
 def _joinable(self: Any, other: Any) -> bool:

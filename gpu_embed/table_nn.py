@@ -201,8 +201,8 @@ class BatchedTables(torch.nn.Module, ABC):
             self.weight.grad = None
         super()._apply(fn, recurse)
         if isinstance(grad, TableGradient):
-            # Module._apply would give its memory to another, and it has none.
-            self.weight.grad = fn(grad)
+            # It has no memory of its own, which fn might ask for.
+            self.weight.grad = grad.converted(fn)
         # `to_empty` leaves them undefined.
         self._make_metadata()
         return self

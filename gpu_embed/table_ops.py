@@ -245,7 +245,9 @@ def _by_weight(
     grad: Tensor, weight_length: int, per_sample_weights: Tensor | None, *batch_and_flags: Any
 ) -> Tensor:
     *arguments, _zero_padding, sparse = batch_and_flags
-    if sparse:
+    is_uniform = _batch(*arguments).is_uniform
+    # torch.func differentiates functions of plain tensors.
+    if sparse and (is_uniform or not torch._C._are_functorch_transforms_active()):
         return _sparse_gradient(grad, per_sample_weights, _batch(*arguments), weight_length)
     return call_table_batched_embedding_dense_backward(
         grad, per_sample_weights, *arguments, weight_length

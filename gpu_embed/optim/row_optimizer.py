@@ -127,7 +127,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         rows = None if rows is None else rows.to(param.device)
         row_range = row_range_of(param)
         if isinstance(grad, TableGradient):
-            assert row_range is not None
+            if row_range is None:
+                raise RuntimeError(
+                    f"{name}: a parameter was copied without its layer; copy both at once, as in "
+                    "copy.deepcopy((layer, optimizer))"
+                )
             # Rows of other tables are then out of range, and take no part.
             entries = grad.entries.within(row_range)
             if entries.rows.numel():
