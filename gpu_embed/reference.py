@@ -294,9 +294,7 @@ def table_batched_embedding(
             weights = None if per_sample_weights is None else per_sample_weights[part.positions]
             if part.mode == "max":
                 assert winner is not None
-                output[:, part.columns] = values_at(
-                    part.weight, indices, winner[:, part.columns]
-                )
+                output[:, part.columns] = values_at(part.weight, indices, winner[:, part.columns])
                 continue
             output[:, part.columns] = embedding_bag(
                 part.weight, part.indices, part.offsets, part.padding_idx, part.mode, weights
@@ -317,12 +315,8 @@ def table_batched_embedding_max(
     winner = np.full((num_bags, tables[:, TableField.DIM].sum()), -1)
     for part in table_parts(weight, indices, offsets, tables):
         if part.mode == "max":
-            _, position = largest_of_bags(
-                part.weight, part.indices, part.offsets, part.padding_idx
-            )
-            winner[:, part.columns] = np.where(
-                position < 0, -1, position + part.positions.start
-            )
+            _, position = largest_of_bags(part.weight, part.indices, part.offsets, part.padding_idx)
+            winner[:, part.columns] = np.where(position < 0, -1, position + part.positions.start)
     output = table_batched_embedding(weight, indices, offsets, tables, True, winner=winner)
     return output, winner
 

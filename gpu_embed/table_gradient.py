@@ -1,4 +1,4 @@
-"""The sparse gradient of tables of different widths: which rows, and where in the output's gradient their values lie."""
+"""The sparse gradient of tables of different widths: which rows, and where in the output's gradient they lie."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +18,9 @@ class TableEntries(NamedTuple):
     rows: Tensor  # int64 [N], among the rows of all tables; others take no part
     sources: Tensor  # int32 or int64 [N]: the columns of table t in row b of values are b * T + t
     scales: Tensor | None  # [N], in the dtype of the arithmetic: multiplies them; None: 1
-    winner: Tensor | None  # int32 or int64 [B, sum D]: the one entry that has them, where a table takes maxima
+    winner: (
+        Tensor | None
+    )  # int32 or int64 [B, sum D]: the one entry that has them, where a table takes maxima
     values: Tensor  # [B, sum D], any strides
     fields: Tensor  # int64 [T, 8], as of `TableBatch`
     num_rows: int  # of all tables
@@ -187,7 +189,7 @@ class TableGradient(Tensor):
     _store: _Store
     _part: RowRange | None  # None: all rows
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -195,7 +197,7 @@ class TableGradient(Tensor):
     ) -> "TableGradient":
         store = entries if isinstance(entries, _Store) else _Store(entries)
         values = store.entries.values
-        self: TableGradient = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: TableGradient = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=values.dtype, device=values.device
         )
         self._store = store
@@ -223,7 +225,7 @@ class TableGradient(Tensor):
         """With what a function makes of the values, as `torch.nn.Module._apply` wants it."""
         return TableGradient(self.entries.converted(convert), self.shape)
 
-    def multiply_(self, factor: Tensor) -> "TableGradient":
+    def times_(self, factor: Tensor) -> "TableGradient":
         """Multiply all values by a tensor of one element, in place."""
         if self._part is None:
             self._store.multiply_(factor)
@@ -231,7 +233,7 @@ class TableGradient(Tensor):
             self._store.multiply_(torch.where(self.entries.in_table(), factor, 1))
         return self
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"TableGradient(entries={len(self.entries.rows)}, shape={tuple(self.shape)}, "
             f"dtype={self.dtype}, device='{self.device}')"
@@ -241,7 +243,7 @@ class TableGradient(Tensor):
         return TableGradient, (self.entries, self.shape)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: torch._ops.OpOverload,
         types: Any,
@@ -329,7 +331,11 @@ def _number(self: Any, other: Any) -> Tensor | None:
         return None
     if isinstance(other, complex):
         return None
-    return torch.as_tensor(other, dtype=arithmetic_dtype(self.dtype), device=self.device)
+    dtype = arithmetic_dtype(self.dtype)
+    if isinstance(other, Tensor) and other.device == self.device:
+        return other.to(dtype)
+    # Made on the device, as a copy to it would wait.
+    return torch.full((), float(other), dtype=dtype, device=self.device)
 
 
 def _mul(self: Any, other: Any) -> Any:
@@ -341,7 +347,7 @@ def _mul(self: Any, other: Any) -> Any:
 
 def _mul_(self: Any, other: Any) -> Any:
     number = _number(self, other)
-    return NotImplemented if number is None else self.multiply_(number)
+    return NotImplemented if number is None else self.times_(number)
 
 
 def _div(self: Any, other: Any) -> Any:
@@ -351,7 +357,7 @@ def _div(self: Any, other: Any) -> Any:
 
 def _div_(self: Any, other: Any) -> Any:
     number = _number(self, other)
-    return NotImplemented if number is None else self.multiply_(1 / number)
+    return NotImplemented if number is None else self.times_(1 / number)
 
 
 def _zero_(self: TableGradient) -> Any:
@@ -382,7 +388,7 @@ def _unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None
             if scales is not None:
                 found |= (~scales.isfinite()).any()
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.dtype)))
-            grad.multiply_(inv_scale.to(arithmetic_dtype(grad.dtype)).reshape(()))
+            grad.times_(inv_scale.to(arithmetic_dtype(grad.dtype)).reshape(()))
 
 
 _aten = torch.ops.aten

@@ -37,29 +37,29 @@ def add_mean(state, square, width):
 
 
 @triton.jit
-def load_elements(row_args, key, place, element, mask, loaded):
-    """Weight and state of parts of rows, read before the sums of a step are known.
-
-    Those of a row's weight lie at `place`, those of its state at `element`; of the row as a whole, at `key`.
-    """
-    weight_ptr, state_ptr, second_state_ptr = row_args[0]
+def load_elements(row_args, places, mask, loaded):
+    """Weight and state of parts of rows at these places, read before the sums of a step are known."""
+    weight_place, state_place, second_state_place = places
     FORMULA: tl.constexpr = row_args[2]
-    weight = tl.load(weight_ptr + place, mask=mask, other=0)
+    weight = tl.load(weight_place, mask=mask, other=0)
     state = weight
     second_state = weight
     if FORMULA == "rowwise_adagrad":
-        state = tl.load(state_ptr + key, mask=loaded, other=0)[:, None]  # [BLOCK_C, 1]
+        state = tl.load(state_place, mask=loaded, other=0)[:, None]  # [BLOCK_C, 1]
     elif FORMULA != "sgd":
-        state = tl.load(state_ptr + element, mask=mask, other=0)
+        state = tl.load(state_place, mask=mask, other=0)
     if FORMULA == "adam":
-        second_state = tl.load(second_state_ptr + element, mask=mask, other=0)
+        second_state = tl.load(second_state_place, mask=mask, other=0)
     return weight, state, second_state
 
 
 @triton.jit
-def update_elements(row_args, row, key, place, element, width, total, mask, stored, d):
-    """The update of what `load_elements` read, whose summed gradient is total [BLOCK_C, BLOCK_D]."""
-    weight_ptr, state_ptr, second_state_ptr = row_args[0]
+def update_elements(row_args, row, places, key, width, total, mask, stored, d):
+    """The update of what `load_elements` read, whose summed gradient is total [BLOCK_C, BLOCK_D].
+
+    key [BLOCK_C]: the rows' numbers. width: how many columns they have.
+    """
+    weight_place, state_place, second_state_place = places
     step_size, keep, eps, avg_weight, sq_weight, grad_scale, seed, step = row_args[1]
     FORMULA: tl.constexpr = row_args[2]
     STOCHASTIC_ROUNDING: tl.constexpr = row_args[3]
@@ -81,15 +81,15 @@ def update_elements(row_args, row, key, place, element, width, total, mask, stor
         w = w - step_size * divide(state, square_root(second_state) + eps)
 
     if FORMULA == "rowwise_adagrad":
-        tl.store(state_ptr + key, tl.sum(state, 1), mask=stored)
+        tl.store(state_place, tl.sum(state, 1), mask=stored)
     elif FORMULA != "sgd":
-        tl.store(state_ptr + element, state, mask=mask)
+        tl.store(state_place, state, mask=mask)
     if FORMULA == "adam":
-        tl.store(second_state_ptr + element, second_state, mask=mask)
-    dtype = weight_ptr.dtype.element_ty
+        tl.store(second_state_place, second_state, mask=mask)
+    dtype = weight_place.dtype.element_ty
     if STOCHASTIC_ROUNDING:
         w = round_at_random(w, random_words(seed, step, key[:, None], d), dtype)
-    tl.store(weight_ptr + place, w.to(dtype), mask=mask)
+    tl.store(weight_place, w.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -113,25 +113,34 @@ def step_numbers(
 
 
 @triton.jit
-def load_row(row_args, key, loaded, d, in_row):
-    """Of the rows of BLOCK_C keys of one table."""
+def row_places(row_args, key, d):
+    """Where weight and state of the rows of BLOCK_C keys of one table lie."""
+    weight_place, state_place, second_state_place = row_args[0]
+    FORMULA: tl.constexpr = row_args[2]
     row_stride, col_stride = row_args[4]
     D: tl.constexpr = row_args[5]
-    place = (key * row_stride)[:, None] + d * col_stride
-    element = (key * D)[:, None] + d
-    return load_elements(row_args, key, place, element, loaded[:, None] & in_row, loaded)
+    weight_place = weight_place + (key * row_stride)[:, None] + d * col_stride
+    if FORMULA == "rowwise_adagrad":
+        state_place = state_place + key
+    elif FORMULA != "sgd":
+        state_place = state_place + (key * D)[:, None] + d
+    if FORMULA == "adam":
+        second_state_place = second_state_place + (key * D)[:, None] + d
+    return weight_place, state_place, second_state_place
+
+
+@triton.jit
+def load_row(row_args, key, loaded, d, in_row):
+    return load_elements(row_args, row_places(row_args, key, d), loaded[:, None] & in_row, loaded)
 
 
 @triton.jit
 def update_row(row_args, row, key, total, stored, d, in_row):
-    """Of the rows of BLOCK_C keys of one table."""
-    row_stride, col_stride = row_args[4]
     D: tl.constexpr = row_args[5]
-    place = (key * row_stride)[:, None] + d * col_stride
-    element = (key * D)[:, None] + d
     width = tl.full([1, 1], D, total.dtype)
     mask = stored[:, None] & in_row
-    update_elements(row_args, row, key, place, element, width, total, mask, stored, d)
+    places = row_places(row_args, key, d)
+    update_elements(row_args, row, places, key, width, total, mask, stored, d)
 
 
 # The grid, the walk and the levels are those of segment_sum_kernel. For "rowwise_adagrad" BLOCK_D holds a row.

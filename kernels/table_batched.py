@@ -176,9 +176,7 @@ def table_bag_kernel(
                 # Not `>=`, so that the first of equals stays, and so does a NaN that came first.
                 better = (kept & is_max)[:, None] & (empty[:, None] | (value > total))
                 winner = tl.where(better, n[:, None], winner)
-                total = tl.where(
-                    is_max[:, None], tl.where(better, value, total), total + value
-                )
+                total = tl.where(is_max[:, None], tl.where(better, value, total), total + value)
                 empty = empty & ~kept
             elif winner_ptr is not None:
                 total += tl.where(has_won(tables_ptr, table, winner, first + step + u), value, 0)

@@ -20,18 +20,31 @@ from .table_batched import (
 
 
 @triton.jit
+def row_places(row_args, key, begin, d):
+    """Where weight and state of the rows of BLOCK_C keys lie, each in its table."""
+    weight_place, state_place, second_state_place = row_args[0]
+    FORMULA: tl.constexpr = row_args[2]
+    weight_place = weight_place + begin[:, None] + d
+    if FORMULA == "rowwise_adagrad":
+        state_place = state_place + key
+    elif FORMULA != "sgd":
+        state_place = state_place + begin[:, None] + d
+    if FORMULA == "adam":
+        second_state_place = second_state_place + begin[:, None] + d
+    return weight_place, state_place, second_state_place
+
+
+@triton.jit
 def load_table_row(row_args, key, begin, mask, loaded, d):
-    """Of the rows of BLOCK_C keys, each in its table."""
-    place = begin[:, None] + d
-    return load_elements(row_args, key, place, place, mask, loaded)
+    return load_elements(row_args, row_places(row_args, key, begin, d), mask, loaded)
 
 
 @triton.jit
 def update_table_row(row_args, row, key, begin, width, total, mask, stored, d):
-    """Of the rows of BLOCK_C keys, each in its table."""
-    place = begin[:, None] + d
+    # What is not stored may be no row of any table.
     width = tl.maximum(width, 1).to(total.dtype)[:, None]
-    update_elements(row_args, row, key, place, place, width, total, mask, stored, d)
+    places = row_places(row_args, key, begin, d)
+    update_elements(row_args, row, places, key, width, total, mask, stored, d)
 
 
 # The grid, the walk and the levels are those of table_segment_sum_kernel. For "rowwise_adagrad" BLOCK_D holds a row.

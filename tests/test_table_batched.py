@@ -535,7 +535,14 @@ def test_sparse_gradients_times_per_sample_weights(target):
 def op_arguments(target, sizes, pooled):
     layer = integer_layer(sizes, target.device, mode="sum", padding_idx=0)
     ids, offsets = random_input(layer, 2)
-    return layer, (ids, offsets, layer.fields, layer.table_of_column, None, *layer.layout.shape(pooled))
+    return layer, (
+        ids,
+        offsets,
+        layer.fields,
+        layer.table_of_column,
+        None,
+        *layer.layout.shape(pooled),
+    )
 
 
 OPCHECK = {

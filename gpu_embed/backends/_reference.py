@@ -245,15 +245,15 @@ class ReferenceBackend:
                 continue
             first_row, num_rows = fields[TableField.FIRST_ROW], fields[TableField.NUM_ROWS]
             dim, begin = fields[TableField.DIM], fields[TableField.FIRST_ELEMENT]
-
-            def of_table(buffer: Tensor) -> Tensor:
-                return buffer.view(-1)[begin : begin + num_rows * dim].view(num_rows, dim)
-
+            of_rows = slice(first_row, first_row + num_rows)
+            of_elements = slice(begin, begin + num_rows * dim)
             self.row_update_(
                 update,
-                of_table(weight),
+                weight.view(-1)[of_elements].view(num_rows, dim),
                 tuple(
-                    tensor[first_row : first_row + num_rows] if layout.per_row else of_table(tensor)
+                    tensor[of_rows]
+                    if layout.per_row
+                    else tensor.view(-1)[of_elements].view(num_rows, dim)
                     for layout, tensor in zip(STATE[update.formula], state, strict=True)
                 ),
                 entries.rows[own] - first_row,

@@ -101,15 +101,11 @@ def _updated(
 # Each changes the state in place and returns w. An `alpha=` would fuse, and so round once less.
 
 
-def _sgd(
-    u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor
-) -> Tensor:
+def _sgd(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> Tensor:
     return w - g * _times_lr(u.step_size, u)
 
 
-def _adagrad(
-    u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor
-) -> Tensor:
+def _adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> Tensor:
     total = state[0].add_(g * g)
     return w - g / (_square_root(total) + u.eps) * _times_lr(u.step_size, u)
 
@@ -122,9 +118,7 @@ def _rowwise_adagrad(
     return w - (step_size / (_square_root(total) + u.eps))[:, None] * g
 
 
-def _adam(
-    u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor
-) -> Tensor:
+def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> Tensor:
     avg, sq = state
     avg.add_((g - avg) * u.avg_weight)
     sq.add_((g * g - sq) * u.sq_weight)

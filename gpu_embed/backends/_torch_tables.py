@@ -33,9 +33,7 @@ def embedding(
     return _columns(total, batch).to(weight.dtype)
 
 
-def embedding_max(
-    weight: Tensor, batch: TableBatch, with_winner: bool
-) -> tuple[Tensor, Tensor]:
+def embedding_max(weight: Tensor, batch: TableBatch, with_winner: bool) -> tuple[Tensor, Tensor]:
     """`Backend.table_batched_embedding_max` but for the record."""
     places = batch.places()
     read = places.counted & (places.row >= 0)

@@ -189,7 +189,9 @@ class TableKernels(KernelBackend):
         keys, order = self._sorted_keys(entries.rows, entries.num_rows, padding_idx=-1)
         acc_dtype = arithmetic_dtype(weight.dtype)
         if update.formula == "rowwise_adagrad" and not self._holds_row(entries.widest, acc_dtype):
-            total, run_keys = self._sums_of_runs(entries.row_values(), order, keys, entries.num_rows)
+            total, run_keys = self._sums_of_runs(
+                entries.row_values(), order, keys, entries.num_rows
+            )
             self._table_rowwise_adagrad(update, total, run_keys, weight, state[0], entries)
             return
         chunk = chunk_size(keys.numel(), entries.widest, acc_dtype.itemsize)

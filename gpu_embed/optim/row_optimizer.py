@@ -19,11 +19,12 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 class RowOptimizer(torch.optim.Optimizer, ABC):
     """Base of the optimizers of this package: `torch.optim.Optimizer`s for tables with sparse gradients.
 
-    A step reads the gradient as `sparse=True` left it (a `TableGradient`; or a COO tensor, uncoalesced, or coalesced, or several backwards' put
-    together), sums the entries of each row in fp32 (fp64 for fp64 tables), and updates that row and its state
-    in place, once. A row without an entry is neither read nor written, so a step's cost and memory grow with
-    the ids of the batch and not with the table; only the state, made at the first step, is as tall as the
-    table. Nothing waits for the GPU. An entry of zeros counts as an entry, as for torch.optim.SparseAdam.
+    A step reads the gradient as `sparse=True` left it (uncoalesced, or coalesced, or several backwards' put
+    together; or a `TableGradient`), sums the entries of each row in fp32 (fp64 for fp64 tables), and updates that
+    row and its state in place, once. A row without an entry is neither read nor written, so a step's cost and
+    memory grow with the ids of the batch and not with the table; only the state, made at the first step, is as
+    tall as the table. Nothing waits for the GPU. An entry of zeros counts as an entry, as for
+    torch.optim.SparseAdam.
 
     All arithmetic and all state are fp32 (fp64 for fp64 tables), also for 16-bit tables, whose rows are rounded
     as they are stored.

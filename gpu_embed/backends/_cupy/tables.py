@@ -28,7 +28,9 @@ class CupyTables(CupyDevice):
     """Tables in one buffer."""
 
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
-        num_vectors = batch.bags_per_table * (batch.width // table_vector(matrix, batch.shape.dim_divisor))
+        num_vectors = batch.bags_per_table * (
+            batch.width // table_vector(matrix, batch.shape.dim_divisor)
+        )
         return cdiv(num_vectors, 32)
 
     def _table_bag(
@@ -232,7 +234,10 @@ class CupyTables(CupyDevice):
         batch: TableBatch,
         grad: Tensor,
     ) -> None:
-        vec = min(table_vector(grad_output, batch.shape.dim_divisor), table_vector(weight, batch.shape.dim_divisor))
+        vec = min(
+            table_vector(grad_output, batch.shape.dim_divisor),
+            table_vector(weight, batch.shape.dim_divisor),
+        )
         self._launch(
             Kernel("table_batched", f"table_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
             *TABLE_SAMPLE_WEIGHTS.grid(keys.numel()),

@@ -26,7 +26,9 @@ class TritonTables(TritonDevice):
 
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
         num_elements = batch.bags_per_table * batch.width
-        return cdiv(num_elements // table_vector_width(matrix, batch.shape.dim_divisor), TABLE_BAGS.BLOCK)
+        return cdiv(
+            num_elements // table_vector_width(matrix, batch.shape.dim_divisor), TABLE_BAGS.BLOCK
+        )
 
     def _table_bag(
         self,
@@ -213,7 +215,10 @@ class TritonTables(TritonDevice):
         grad: Tensor,
     ) -> None:
         widest = batch.shape.widest
-        vec = min(table_vector_width(grad_output, batch.shape.dim_divisor), table_vector_width(weight, batch.shape.dim_divisor))
+        vec = min(
+            table_vector_width(grad_output, batch.shape.dim_divisor),
+            table_vector_width(weight, batch.shape.dim_divisor),
+        )
         block_d = min(next_power_of_2(widest), 32 * vec)
         block_n = BAG_SAMPLE_WEIGHTS_VECTORS * vec // block_d
         self._launch(
