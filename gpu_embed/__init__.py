@@ -6,6 +6,7 @@ from .backends.gather_method import use_gather_method
 from .backends.gradient_method import use_gradient_method
 from .bounds import check_bounds, set_bounds_check
 from .nn import Embedding, EmbeddingBag
+from .table_gradient import TableGradient
 from .table_inputs import batch_bags, batch_padded
 from .table_nn import TableBatchedEmbedding, TableBatchedEmbeddingBag
 
@@ -14,6 +15,7 @@ __all__ = [
     "EmbeddingBag",
     "TableBatchedEmbedding",
     "TableBatchedEmbeddingBag",
+    "TableGradient",
     "available_backends",
     "backends",
     "batch_bags",

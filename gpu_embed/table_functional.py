@@ -92,7 +92,7 @@ def _look_up(
             f"{offsets.shape[0]} and there are {layout.num_tables} tables"
         )
     arguments = (weight, per_sample_weights, input, offsets, tables, sparse, pooled)
-    if sparse and not layout.is_uniform:
+    if sparse and not layout.is_uniform and torch.compiler.is_compiling():
         return _call_in_eager_mode(*arguments)
     return _call(*arguments)
 

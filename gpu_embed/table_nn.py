@@ -139,7 +139,9 @@ class BatchedTables(torch.nn.Module, ABC):
     def parameters_of(self, *names: str) -> list[RowParameter]:
         """Some of the tables as parameters, for a param group of one of `gpu_embed.optim`'s optimizers.
 
-        Tables that lie side by side are one parameter, which takes one launch of a step's.
+        Tables that lie side by side are one parameter, for which a step sorts the ids once and launches one
+        update. It is `[rows, embedding_dim]`, or `[elements]` for several of different embedding_dims; `rows=` of
+        an optimizer counts its rows, through all its tables.
 
         Raises:
             KeyError: no table has that name.
@@ -362,7 +364,7 @@ class TableBatchedEmbedding(BatchedTables):
 
 
 class TableBatchedEmbeddingBag(BatchedTables):
-    """Sums or means of bags of rows of many tables, in one launch.
+    """Sums, means or maxima of bags of rows of many tables, in one launch.
 
     Input: the ids of all tables `[N]`, cut by offsets `[T * B + 1]` into bags, table-major as FBGEMM's are: bag
     `t * B + b` is bag b of table t. `gpu_embed.batch_bags` and `gpu_embed.batch_padded` make both. Ids and
@@ -373,11 +375,13 @@ class TableBatchedEmbeddingBag(BatchedTables):
     Args:
         tables: (num_embeddings, embedding_dim) of each table, by name; or in a sequence, for the names "0",
             "1", ... The kernels move as many bytes at a time, 16 at the most, as divide every table's rows.
-        mode: "sum" or "mean": one for all tables, by name, or in a sequence. Not "max".
+        mode: "sum", "mean" or "max": one for all tables, by name, or in a sequence. Of equal maxima the first
+            gets the gradient, as in EmbeddingBag; where a table has this mode, long bags are not split.
         padding_idx: the row of a table that takes no part in its bags, and gets no gradient: one for all
             tables, by name, or in a sequence; None: none. Negative counts from the end.
-        sparse: the gradient is a sparse COO tensor (uncoalesced, one entry an id); for tables of one
-            embedding_dim.
+        sparse: the gradient has one entry an id, and its cost does not grow with the tables: a sparse COO tensor
+            (uncoalesced) for tables of one embedding_dim, else a `gpu_embed.TableGradient`. In a bag whose
+            maximum is taken every id has an entry, of zeros where it is not the largest.
         device, dtype: of all tables; fp64, fp32, fp16 or bf16.
 
     Attributes:
@@ -389,12 +393,12 @@ class TableBatchedEmbeddingBag(BatchedTables):
     (fp64 for fp64) and rounded once; an empty bag's is zero.
 
     Raises:
-        ValueError: names, shapes, modes or offsets that do not fit; sparse and different embedding_dims.
+        ValueError: names, shapes, modes or offsets that do not fit.
         IndexError, RuntimeError: an id is out of its table's range (an error that is both, as for
             EmbeddingBag); when, is set by `gpu_embed.set_bounds_check`. The message names the table, the bag,
             the id's place in it, and the table's rows.
         RuntimeError: a wrong dtype or device; offsets on the CPU that do not cut the ids into bags.
-        NotImplementedError: per_sample_weights, and a table of mode "mean".
+        NotImplementedError: per_sample_weights, and a table of mode "mean" or "max".
         TypeError: an argument is no tensor.
 
     Example::

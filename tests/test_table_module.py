@@ -487,7 +487,8 @@ def test_arguments_that_do_not_fit(call, error, message):
         call(TableBatchedEmbeddingBag([(2, 1), (2, 2)]))
 
 
-def test_weights_of_a_mean():
-    layer = TableBatchedEmbeddingBag({"a": (2, 1), "b": (2, 2)}, mode={"b": "mean"})
-    with pytest.raises(NotImplementedError, match="table 'b' has mode='mean'"):
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_weights_of_a_mean_or_a_maximum(mode):
+    layer = TableBatchedEmbeddingBag({"a": (2, 1), "b": (2, 2)}, mode={"b": mode})
+    with pytest.raises(NotImplementedError, match=f"table 'b' has mode='{mode}'"):
         layer(IDS, OFFSETS, torch.ones(2))
