@@ -144,6 +144,20 @@ class _Store:
     def __init__(self, entries: TableEntries) -> None:
         self.entries = entries
 
+    @property
+    def entries(self) -> TableEntries:
+        if self._entries.values._version != self._version:
+            raise RuntimeError(
+                "the gradient of a batched layer's output was modified by an inplace operation, but the sparse "
+                "gradient of its tables still reads it; change it after the optimizer's step"
+            )
+        return self._entries
+
+    @entries.setter
+    def entries(self, entries: TableEntries) -> None:
+        self._entries = entries
+        self._version = entries.values._version
+
     def multiply_(self, factor: Tensor) -> None:
         """factor: one for each entry, or one number."""
         self.entries = self.entries.multiplied(factor)
@@ -167,6 +181,7 @@ class _SparseStore(_Store):
 
     def multiply_(self, factor: Tensor) -> None:
         self.entries.values.mul_(factor.reshape(-1, 1))
+        self.entries = self._entries
 
 
 class TableGradient(Tensor):
@@ -238,6 +253,10 @@ class TableGradient(Tensor):
             f"TableGradient(entries={len(self.entries.rows)}, shape={tuple(self.shape)}, "
             f"dtype={self.dtype}, device='{self.device}')"
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TableGradient":
+        memo[id(self)] = copied = self.clone()
+        return copied  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return TableGradient, (self.entries, self.shape)

@@ -134,6 +134,22 @@ def test_the_gradient_of_the_output_is_left_as_it_is():
     assert torch.equal(grad_output, torch.ones_like(output))
 
 
+def test_the_gradient_of_the_output_may_not_change_before_the_step():
+    """It is not copied, so what is written to it would be applied."""
+    layer, _ = layers()
+    ids, offsets = random_input(layer, 3)
+    output = layer(ids, offsets)
+    grad_output = torch.ones_like(output)
+    output.backward(grad_output)
+    ids.zero_()  # of these there is a copy
+    optimizer = optim.SGD(layer.parameters(), lr=1.0)
+    before = layer.weight.detach().clone()
+    grad_output.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        optimizer.step()
+    assert torch.equal(layer.weight, before)
+
+
 def test_several_backwards_and_several_lookups_add_up():
     sparse, dense = layers()
     for layer in (sparse, dense):
