@@ -169,13 +169,13 @@ class _SparseStore(_Store):
     def __init__(self, grad: Tensor) -> None:
         num_rows, dim = grad.shape
         rows, values = grad._indices()[0], grad._values()
-        fields = torch.zeros(1, 8, dtype=torch.int64)
+        fields = torch.zeros(1, 8, dtype=torch.int64, device=rows.device)
         fields[0, TableField.NUM_ROWS] = num_rows
         fields[0, TableField.DIM] = dim
         sources = torch.arange(len(rows), device=rows.device)
         super().__init__(
             TableEntries(
-                rows, sources, None, None, values, fields.to(rows.device), num_rows, dim, dim
+                rows, sources, None, None, values, fields, num_rows, dim, dim
             )
         )
 

@@ -351,7 +351,8 @@ def test_gradients_of_batched_tables_are_added_as_vectors(
     (launch,) = of_case(launches, case)
     width = case.access_bytes(case.dtype.itemsize)
     assert launch.widths("load", "grad_output_ptr") == {width}
-    vectors = case.dtype == torch.float32 and architecture >= 90
+    # Of a maximum a thread adds those of its elements that have won.
+    vectors = case.dtype == torch.float32 and architecture >= 90 and not case.max
     assert launch.widths("add", "grad_weight_ptr") == {width if vectors else case.dtype.itemsize}
     assert launch.shared_bytes == 0
 

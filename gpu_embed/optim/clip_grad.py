@@ -20,7 +20,8 @@ def clip_grad_norm_(
     """`torch.nn.utils.clip_grad_norm_` for gradients of which some or all are sparse, or are `TableGradient`s.
 
     The norm is that of the gradients as they would be dense: the entries of a row are summed first. Their sums
-    take as much memory as the gradient's values, whatever the table's height, and nothing waits for the GPU.
+    take as much memory as the gradient's values (of a `TableGradient`, as if all its rows had the length of the
+    longest), whatever the table's height, and nothing waits for the GPU.
 
     Args:
         parameters: whose gradients to scale, in place.
