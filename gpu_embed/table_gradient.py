@@ -18,9 +18,8 @@ class TableEntries(NamedTuple):
     rows: Tensor  # int64 [N], among the rows of all tables; others take no part
     sources: Tensor  # int32 or int64 [N]: the columns of table t in row b of values are b * T + t
     scales: Tensor | None  # [N], in the dtype of the arithmetic: multiplies them; None: 1
-    winner: (
-        Tensor | None
-    )  # int32 or int64 [B, sum D]: the one entry that has them, where a table takes maxima
+    # int32 or int64 [B, sum D]: the one entry that has them, where a table takes maxima; None: none does.
+    winner: Tensor | None
     values: Tensor  # [B, sum D], any strides
     fields: Tensor  # int64 [T, 8], as of `TableBatch`
     num_rows: int  # of all tables
@@ -174,9 +173,7 @@ class _SparseStore(_Store):
         fields[0, TableField.DIM] = dim
         sources = torch.arange(len(rows), device=rows.device)
         super().__init__(
-            TableEntries(
-                rows, sources, None, None, values, fields, num_rows, dim, dim
-            )
+            TableEntries(rows, sources, None, None, values, fields, num_rows, dim, dim)
         )
 
     def multiply_(self, factor: Tensor) -> None:
@@ -190,7 +187,8 @@ class TableGradient(Tensor):
     One entry an id, not summed, as in torch's sparse gradients. But those want rows of one width, and how many ids
     each table has is known to the GPU alone: so rows would have to be padded to the widest table's, or every
     element be given an index of 8 bytes. This one copies no values at all: an entry names a row, and where in the
-    gradient of the layer's output its values lie. It takes 12 bytes an id beside that gradient, 16 with a weight.
+    gradient of the layer's output its values lie. It takes 12 bytes an id beside that gradient, 16 with a weight,
+    and where maxima are taken 4 bytes an element of the output.
 
     It is a tensor of the parameter's shape. Several are added up, multiplied and divided by a number, moved and
     converted as such, also by `GradScaler`, and by `gpu_embed.optim.clip_grad_norm_`; the optimizers of
