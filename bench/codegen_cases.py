@@ -17,6 +17,7 @@ from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.quantized import QuantizedTable
 from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
+from gpu_embed.table_gradient import TableEntries
 from gpu_embed.tables import TableBatch, TableLayout, make_layout
 
 META = torch.device("meta")
@@ -41,6 +42,7 @@ class Case:
     equal_lengths: bool = False  # of the bags, which so need no offsets
     per_sample_weights: bool = False
     mean: bool = False  # the gradient of a mean, not of a sum
+    max: bool = False  # the gradient of tables of which some take maxima
     lr_on_device: bool = False
     rows: bool = False  # whether only some rows may change
     stochastic_rounding: bool = False
@@ -201,7 +203,9 @@ def _row_update(case: Case, backend: TritonBackend) -> None:
     backend.row_update_(update, weight, state, case.ids(), values, rows)
 
 
-def _tables(case: Case, *, pooled: bool = True) -> tuple[TableLayout, TableBatch]:
+def _tables(
+    case: Case, *, pooled: bool = True, with_winner: bool = False
+) -> tuple[TableLayout, TableBatch]:
     """Batched tables and their ids, by the shapes of both."""
     mode = "mean" if case.mean else "sum"
     layout = make_layout([(case.num_embeddings, dim) for dim in case.dims], mode, None)
@@ -212,6 +216,9 @@ def _tables(case: Case, *, pooled: bool = True) -> tuple[TableLayout, TableBatch
         layout.table_of_column(META),
         layout.shape(pooled),
     )
+    if with_winner:
+        shape = case.num_bags, batch.width
+        batch = batch._replace(winner=case.ids().new_empty(shape, dtype=batch.position_dtype))
     return layout, batch
 
 
@@ -222,8 +229,15 @@ def _table_lookup(case: Case, backend: TritonBackend) -> None:
     backend.table_batched_embedding(weight, _bag_weights(case), batch, False, record)
 
 
-def _table_gradient(case: Case, backend: TritonBackend) -> None:
+def _table_max(case: Case, backend: TritonBackend) -> None:
     layout, batch = _tables(case)
+    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
+    record = BoundsRecord(META) if case.record else None
+    backend.table_batched_embedding_max(weight, batch, True, record)
+
+
+def _table_gradient(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case, with_winner=case.max)
     grad_output = torch.empty(case.num_bags, batch.width, dtype=case.dtype, device=META)
     with gpu_embed.use_gradient_method(case.operation.removeprefix("table_")):
         backend.table_batched_embedding_dense_backward(
@@ -263,6 +277,35 @@ def _dequantize(case: Case, backend: TritonBackend) -> None:
     backend.dequantize_rows(table, case.ids(), case.output_dtype or case.dtype, record)
 
 
+def _table_update(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case, with_winner=case.max)
+    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
+    formula = case.operation.removeprefix("table_")
+    arithmetic = arithmetic_dtype(case.dtype)
+    num_rows = batch.shape.num_rows
+    state = tuple(
+        torch.empty(num_rows if state.per_row else weight.shape, dtype=arithmetic, device=META)
+        for state in STATE[formula]
+    )
+    scales = case.ids().new_empty(case.num_indices, dtype=arithmetic) if case.mean else None
+    entries = TableEntries(
+        case.ids(),
+        case.ids().to(torch.int32),
+        scales,
+        batch.winner,
+        torch.empty(case.num_bags, batch.width, dtype=case.dtype, device=META),
+        batch.fields,
+        num_rows,
+        batch.shape.widest,
+        batch.shape.dim_divisor,
+    )
+    rows = torch.empty(num_rows, dtype=torch.bool, device=META) if case.rows else None
+    update = RowUpdate(
+        formula, step_size=0.1, stream=Stream(1, 1) if case.stochastic_rounding else None
+    )
+    backend.table_row_update_(update, weight, state, entries, rows)
+
+
 OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "embedding": _embedding,
     "embedding_descriptor": _embedding_by_descriptor,
@@ -283,10 +326,12 @@ OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
     "table_rows": _table_lookup,
     "table_atomic": _table_gradient,
     "table_sorted": _table_gradient,
+    "table_max": _table_max,
     "table_sample_weights": _table_sample_weights,
     "take": _take,
     "dequantize_int8": _dequantize,
     "dequantize_int4": _dequantize,
+    **{f"table_{formula}": _table_update for formula in STATE},
     **dict.fromkeys(STATE, _row_update),
 }
 
@@ -399,6 +444,9 @@ CASES = (
     Case("table_bag", 128, FP32, num_indices=2**20, num_bags=4, mean=True, dims=(128, 64)),
     Case("table_bag", 1, BF16, num_indices=1, num_bags=1, num_embeddings=1, dims=(1,)),
     Case("table_bag", 4, FP32, num_indices=PAST_INT32, num_bags=PAST_INT32, dims=(4, 4)),
+    Case("table_max", 128, FP32, record=True, dims=(128, 64)),
+    Case("table_max", 64, BF16, mean=True, dims=(64, 8)),
+    Case("table_max", 33, FP64, dims=(33, 1)),
     Case("table_rows", 128, FP32, record=True, dims=(128,) * 32),
     Case("table_rows", 8, BF16, record=True, index_dtype=torch.int32, dims=(8, 8)),
     Case("table_rows", 8, FP64, record=True, dims=(8, 8)),
@@ -414,9 +462,19 @@ CASES = (
     Case("table_sorted", 512, BF16, per_sample_weights=True, dims=(512, 64)),
     Case("table_sorted", 300, FP16, dims=(300, 12)),
     Case("table_sorted", 33, FP64, index_dtype=torch.int32, dims=(33, 8)),
+    Case("table_atomic", 128, FP32, max=True, dims=(128, 64, 32)),
+    Case("table_sorted", 128, BF16, max=True, mean=True, dims=(128, 128)),
+    Case("table_sorted", 128, FP32, max=True, dims=(128, 64)),
     Case("table_sample_weights", 128, FP32, dims=(128, 64)),
     Case("table_sample_weights", 300, BF16, dims=(300, 8)),
     Case("table_sample_weights", 33, FP64, num_indices=3073, dims=(33,)),
+    Case("table_sgd", 128, BF16, stochastic_rounding=True, dims=(128, 64)),
+    Case("table_adagrad", 128, FP32, mean=True, dims=(128, 64, 32)),
+    Case("table_adam", 128, FP32, max=True, rows=True, dims=(128, 64)),
+    Case("table_adam", 33, FP64, dims=(33, 8)),
+    Case("table_rowwise_adagrad", 128, FP32, dims=(128, 64, 32)),
+    Case("table_rowwise_adagrad", 768, BF16, mean=True, dims=(768, 64)),
+    Case("table_rowwise_adagrad", 8192, BF16, stochastic_rounding=True, dims=(8192, 8)),
     Case("sgd", 128, lr_on_device=True),
     Case("sgd", 128, BF16, stochastic_rounding=True),
     Case("adagrad", 128),

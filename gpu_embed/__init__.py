@@ -8,6 +8,7 @@ from .backends.gradient_method import use_gradient_method
 from .bounds import check_bounds, set_bounds_check
 from .nn import Embedding, EmbeddingBag
 from .replacement import replace_embeddings, restore_embeddings
+from .table_gradient import TableGradient
 from .table_inputs import batch_bags, batch_padded
 from .table_nn import TableBatchedEmbedding, TableBatchedEmbeddingBag
 
@@ -16,6 +17,7 @@ __all__ = [
     "EmbeddingBag",
     "TableBatchedEmbedding",
     "TableBatchedEmbeddingBag",
+    "TableGradient",
     "available_backends",
     "backends",
     "batch_bags",

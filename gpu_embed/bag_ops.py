@@ -265,7 +265,7 @@ for _name, _kernel, _fake in (
 # Gradients of sum and mean.
 
 
-def _is_plain_call(x: Tensor, y: Tensor | None, indices: Tensor, offsets: Tensor | None) -> bool:
+def is_plain_call(x: Tensor, y: Tensor | None, indices: Tensor, offsets: Tensor | None) -> bool:
     """Whether the dispatcher would go straight to autograd and from there to the kernel."""
     if torch.compiler.is_compiling() or not ops.is_plain_mode():
         return False
@@ -277,18 +277,18 @@ def _is_plain_call(x: Tensor, y: Tensor | None, indices: Tensor, offsets: Tensor
     return keys.raw_repr() in ops.PLAIN_TENSORS
 
 
-def _below_autograd(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
+def below_autograd(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 
-def _inside_function(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
-    """`_below_autograd` for the forward of an autograd function."""
+def inside_function(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
+    """`below_autograd` for the forward of an autograd function."""
     if torch._C._are_functorch_transforms_active():
         # The levels below differentiate too, and this one has switched their modes off.
         with torch.enable_grad(), _set_fwd_grad_enabled(True):
-            return _below_autograd(keyset, op, *inputs)
-    return _below_autograd(keyset, op, *inputs)
+            return below_autograd(keyset, op, *inputs)
+    return below_autograd(keyset, op, *inputs)
 
 
 def register_bilinear(
@@ -319,7 +319,7 @@ def register_bilinear(
         def forward(keyset: Any, *inputs: Any) -> Tensor:
             if keyset is None:
                 return kernel(*inputs)
-            return _inside_function(keyset, op, *inputs)
+            return inside_function(keyset, op, *inputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -361,7 +361,7 @@ def register_bilinear(
 
     def autograd(keyset: Any, x: Tensor, y: Tensor | None, *rest: Any) -> Tensor:
         if not needs_gradient(x, y) and torch.autograd.forward_ad._current_level < 0:
-            return _below_autograd(keyset, op, x, y, *rest)
+            return below_autograd(keyset, op, x, y, *rest)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return apply(keyset, x, y, *rest)
@@ -370,7 +370,7 @@ def register_bilinear(
     def call(
         x: Tensor, y: Tensor | None, indices: Tensor, offsets: Tensor | None, *arguments: Any
     ) -> Tensor:
-        if not _is_plain_call(x, y, indices, offsets):
+        if not is_plain_call(x, y, indices, offsets):
             return op(x, y, indices, offsets, *arguments)
         if needs_gradient(x, y):
             return apply(None, x, y, indices, offsets, *arguments)
@@ -561,7 +561,7 @@ class _Max(_SingleLevelFunction):
     def forward(keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         if keyset is None:
             return _embedding_bag_max(*inputs)
-        return _inside_function(keyset, embedding_bag_max, *inputs)
+        return inside_function(keyset, embedding_bag_max, *inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -598,7 +598,7 @@ class _Max(_SingleLevelFunction):
 def _max_autograd(keyset: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     differentiated = torch.is_grad_enabled() and weight.requires_grad
     if not differentiated and torch.autograd.forward_ad._current_level < 0:
-        return _below_autograd(keyset, embedding_bag_max, weight, *rest)
+        return below_autograd(keyset, embedding_bag_max, weight, *rest)
     if torch._C._are_functorch_transforms_active():
         with enable_single_level_autograd_function():
             return _apply_max(keyset, weight, *rest)
@@ -620,7 +620,7 @@ def call_embedding_bag_max(
 ) -> Tensor:
     """The largest values alone."""
     bags_and_padding = (indices, offsets, include_last_offset, padding_idx)
-    if not _is_plain_call(weight, None, indices, offsets):
+    if not is_plain_call(weight, None, indices, offsets):
         output, _ = embedding_bag_max(weight, *bags_and_padding, True)
     elif weight.requires_grad and torch.is_grad_enabled():
         output, _ = _apply_max(None, weight, *bags_and_padding, True)

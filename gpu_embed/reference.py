@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .row_update import RowUpdate
 from .stochastic_rounding import random_words
-from .tables import TableField
+from .tables import MODES, TableField
 
 Array = NDArray  # any dtype; shapes stand in the docstrings
 
@@ -71,6 +71,7 @@ def row_update(
     values: Array,
     rows: Array | None = None,
     rounding: Callable[[Array, Array], Array] | None = None,
+    first_row: int = 0,
 ) -> None:
     """One optimizer step on the rows of weight [V, D] that indices [N] name, in place; so is the state.
 
@@ -80,6 +81,7 @@ def row_update(
         values: the gradient [N, D] of each position; those of one row are summed first.
         rows: bool [V]: the rows that may change; None: all.
         rounding: how random bits round weight to the table's dtype; None: the caller rounds to nearest.
+        first_row: what the number of row 0 is among the rows that share the stream of random bits.
     """
     kept = in_table(indices, len(weight))
     if rows is not None:
@@ -92,7 +94,7 @@ def row_update(
     lr = 1.0 if update.lr is None else float(update.lr)
     w, new = FORMULAS[update.formula](update, lr, weight[used], old, g)
     if rounding is not None and update.stream is not None:
-        w = rounding(w, random_words(used, w.shape[1], *update.stream))
+        w = rounding(w, random_words(used + first_row, w.shape[1], *update.stream))
     weight[used] = w
     for array, part in zip(state, new, strict=True):
         array[used] = part
@@ -205,18 +207,26 @@ def embedding_bag_max(
 
     The first of equals wins. NaN wins where it comes first in its bag, and nowhere else, as in torch.
     """
-    num_embeddings, embedding_dim = weight.shape
-    output = np.zeros((len(offsets) - 1, embedding_dim), weight.dtype)
-    winner = np.full(output.shape, -1)
-    columns = np.arange(embedding_dim)
+    output, position = largest_of_bags(weight, indices, offsets, padding_idx)
+    embedding_dim = weight.shape[1]
+    ids = np.append(indices, -1).astype(np.int64)[position]
+    return output, np.where(position < 0, -1, ids * embedding_dim + np.arange(embedding_dim))
+
+
+def largest_of_bags(
+    weight: Array, indices: Array, offsets: Array, padding_idx: int = -1
+) -> tuple[Array, Array]:
+    """embedding_bag_max's output, and the position in indices of each row that it is of -> [B, D]; -1: none."""
+    output = np.zeros((len(offsets) - 1, weight.shape[1]), weight.dtype)
+    position = np.full(output.shape, -1)
+    read = in_table(indices, len(weight)) & (indices != padding_idx)
     for bag, (begin, end) in enumerate(pairwise(offsets)):
-        ids = indices[begin:end].astype(np.int64)
-        ids = ids[in_table(ids, num_embeddings) & (ids != padding_idx)]
-        for place, index in enumerate(ids):
-            better = (weight[index] > output[bag]) | (place == 0)
-            output[bag] = np.where(better, weight[index], output[bag])
-            winner[bag] = np.where(better, index * embedding_dim + columns, winner[bag])
-    return output, winner
+        for n in begin + np.flatnonzero(read[begin:end]):
+            row = weight[indices[n]]
+            better = (row > output[bag]) | (position[bag] < 0)
+            output[bag] = np.where(better, row, output[bag])
+            position[bag] = np.where(better, n, position[bag])
+    return output, position
 
 
 def embedding_bag_dense_backward(
@@ -269,10 +279,12 @@ def table_batched_embedding(
     pooled: bool,
     per_sample_weights: Array | None = None,
     zero_padding: bool = False,
+    winner: Array | None = None,
 ) -> Array:
     """Bags of T tables, table-major (offsets [T * B + 1]) -> [B, sum D]; not pooled: rows of each id -> [N, D].
 
-    Where they are not pooled, rows of padding_idx are read as stored unless zero_padding.
+    Where they are not pooled, rows of padding_idx are read as stored unless zero_padding. Of a table of mode
+    "max" the values at the positions winner [B, sum D].
     """
     num_bags = (len(offsets) - 1) // len(tables)
     parts = list(table_parts(weight, indices, offsets, tables))
@@ -280,6 +292,10 @@ def table_batched_embedding(
         output = np.zeros((num_bags, tables[:, TableField.DIM].sum()), weight.dtype)
         for part in parts:
             weights = None if per_sample_weights is None else per_sample_weights[part.positions]
+            if part.mode == "max":
+                assert winner is not None
+                output[:, part.columns] = values_at(part.weight, indices, winner[:, part.columns])
+                continue
             output[:, part.columns] = embedding_bag(
                 part.weight, part.indices, part.offsets, part.padding_idx, part.mode, weights
             )
@@ -291,6 +307,30 @@ def table_batched_embedding(
     return output
 
 
+def table_batched_embedding_max(
+    weight: Array, indices: Array, offsets: Array, tables: Array
+) -> tuple[Array, Array]:
+    """Bags as of table_batched_embedding, and for tables of mode "max" which position each maximum is; -1: none."""
+    num_bags = (len(offsets) - 1) // len(tables)
+    winner = np.full((num_bags, tables[:, TableField.DIM].sum()), -1)
+    for part in table_parts(weight, indices, offsets, tables):
+        if part.mode == "max":
+            _, position = largest_of_bags(part.weight, part.indices, part.offsets, part.padding_idx)
+            winner[:, part.columns] = np.where(position < 0, -1, position + part.positions.start)
+    output = table_batched_embedding(weight, indices, offsets, tables, True, winner=winner)
+    return output, winner
+
+
+def values_at(weight: Array, indices: Array, positions: Array) -> Array:
+    """From each column of weight [V, D] the elements in the rows of the ids at positions [B, D]; -1: zero."""
+    ids = np.append(indices, 0).astype(np.int64)[positions]
+    columns = np.arange(weight.shape[1])
+    output = np.zeros(positions.shape, weight.dtype)
+    there = positions >= 0
+    output[there] = weight[ids, columns][there] if len(weight) else 0
+    return output
+
+
 def table_batched_embedding_dense_backward(
     grad_output: Array,
     indices: Array,
@@ -299,12 +339,20 @@ def table_batched_embedding_dense_backward(
     pooled: bool,
     weight_shape: tuple[int, ...],
     per_sample_weights: Array | None = None,
+    winner: Array | None = None,
 ) -> Array:
     """Gradient of table_batched_embedding's buffer -> weight_shape."""
     grad_weight = np.zeros(weight_shape, grad_output.dtype)
     for part in table_parts(grad_weight, indices, offsets, tables):
         num_embeddings = len(part.weight)
-        if pooled:
+        if part.mode == "max":
+            assert winner is not None
+            bag, column = np.nonzero(winner[:, part.columns] >= 0)
+            rows = indices[winner[:, part.columns][bag, column]]
+            total = np.zeros(part.weight.shape)
+            np.add.at(total, (rows, column), grad_output[:, part.columns][bag, column])
+            part.weight[:] = total
+        elif pooled:
             weights = None if per_sample_weights is None else per_sample_weights[part.positions]
             part.weight[:] = embedding_bag_dense_backward(
                 grad_output[:, part.columns],
@@ -369,7 +417,7 @@ def table_parts(
             positions,
             slice(first_column, first_column + dim),
             int(table[TableField.PADDING_IDX]),
-            "mean" if table[TableField.MEAN] else "sum",
+            MODES[table[TableField.MODE]],
         )
 
 

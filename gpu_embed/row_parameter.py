@@ -6,38 +6,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .table_gradient import TableGradient
+from .tables import RowRange
+
 
 class RowParameter(torch.nn.Parameter):
-    """Rows of a parameter `[num_embeddings, embedding_dim]`, in its memory, for an optimizer of this package.
+    """Rows of a layer's parameter, in its memory, for an optimizer of this package.
 
-    No gradient is computed for it: the whole parameter's is, and an optimizer takes these rows' part of it.
+    They are `[rows, embedding_dim]`, or, of several tables of different embedding_dims, `[elements]`. No gradient
+    is computed for them: the whole parameter's is, and an optimizer takes these rows' part of it.
 
     Attributes:
         whole: the parameter.
-        first_row: where in it the rows begin.
-        grad: their part of the whole's gradient; reading a sparse one waits for the GPU, which the optimizers
-            of this package need not do. Setting it to None does so to the whole's.
+        row_range: which of its rows these are.
+        grad: their part of the whole's gradient; of a sparse one a `TableGradient`, which shares its memory.
+            Setting it to None does so to the whole's.
     """
 
     whole: torch.nn.Parameter
-    first_row: int
+    row_range: RowRange
 
-    def __new__(cls, whole: torch.nn.Parameter, first_row: int, num_rows: int) -> "RowParameter":
-        rows = whole.detach().narrow(0, first_row, num_rows)
+    def __new__(cls, whole: torch.nn.Parameter, row_range: RowRange) -> "RowParameter":
+        rows = _rows_of(whole, row_range)
         self: RowParameter = torch.Tensor._make_subclass(cls, rows, whole.requires_grad)
         self.whole = whole
-        self.first_row = first_row
+        self.row_range = row_range
         return self
+
+    def follow(self) -> None:
+        """Go where the whole has gone: `layer.to(...)` gives it other memory."""
+        rows = _rows_of(self.whole, self.row_range)
+        if (rows.data_ptr(), rows.dtype, rows.device) != (self.data_ptr(), self.dtype, self.device):
+            self.data = rows
 
     @property
     def grad(self) -> Tensor | None:
         grad = self.whole.grad
-        if grad is None or not grad.is_sparse:
-            return None if grad is None else grad.narrow(0, self.first_row, len(self))
-        ids = grad._indices()[0] - self.first_row
-        kept = (ids >= 0) & (ids < len(self))
-        values = grad._values()[kept]
-        return torch.sparse_coo_tensor(ids[kept][None], values, self.shape, check_invariants=False)
+        if grad is None:
+            return None
+        if grad.is_sparse:
+            grad = TableGradient.of_sparse(grad)
+        if isinstance(grad, TableGradient):
+            return grad.of(self.row_range)
+        return _rows_of(grad, self.row_range)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
@@ -46,9 +57,28 @@ class RowParameter(torch.nn.Parameter):
         self.whole.grad = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowParameter":
-        return type(self)(copy.deepcopy(self.whole, memo), self.first_row, len(self))
+        return type(self)(copy.deepcopy(self.whole, memo), self.row_range)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return type(self), (self.whole, self.row_range)
+
+
+def _rows_of(whole: Tensor, part: RowRange) -> Tensor:
+    elements = torch.Size(part.shape).numel()
+    return whole.detach().view(-1).narrow(0, part.first_element, elements).view(part.shape)
 
 
 def whole_of(param: Tensor) -> Tensor:
     """The parameter that has the gradient."""
     return param.whole if isinstance(param, RowParameter) else param
+
+
+def row_range_of(param: Tensor) -> RowRange | None:
+    """Which rows of a layer's parameter it is; None: a table of its own."""
+    row_range: RowRange | None = getattr(param, "row_range", None)
+    return row_range
+
+
+def num_rows_of(param: Tensor) -> int:
+    row_range = row_range_of(param)
+    return param.shape[0] if row_range is None else row_range.num_rows

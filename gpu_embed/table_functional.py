@@ -1,7 +1,6 @@
 """Batched lookups in many tables; every user error of theirs is raised here."""
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
 from . import ops, table_ops
@@ -29,7 +28,7 @@ def table_batched_embedding_bag(
     per_sample_weights: Tensor | None = None,
     sparse: bool = False,
 ) -> Tensor:
-    """Sums and means of the bags of all tables, [B, sum of embedding_dims]; see `TableBatchedEmbeddingBag`."""
+    """Sums, means and maxima of the bags of all tables, [B, sum of embedding_dims]; see `TableBatchedEmbeddingBag`."""
     if per_sample_weights is not None:
         if input.size() != per_sample_weights.size():
             raise ValueError(
@@ -92,22 +91,33 @@ def _look_up(
             f"{function}: offsets must hold num_tables * B + 1 numbers for some B, but it has "
             f"{offsets.shape[0]} and there are {layout.num_tables} tables"
         )
-    if sparse and not layout.is_uniform:
-        raise RuntimeError(
-            f"{function}: a sparse gradient needs tables of one embedding_dim, but got {_dims(tables)}"
-        )
-    output: Any = table_ops.call_table_batched_embedding(
-        weight,
-        per_sample_weights,
-        input,
-        offsets,
-        tables.fields,
-        tables.table_of_column,
-        *layout.shape(pooled),
-        False,
-        sparse,
+    arguments = (weight, per_sample_weights, input, offsets, tables, sparse, pooled)
+    if sparse and not layout.is_uniform and torch.compiler.is_compiling():
+        return _call_in_eager_mode(*arguments)
+    return _call(*arguments)
+
+
+def _call(
+    weight: Tensor,
+    per_sample_weights: Tensor | None,
+    input: Tensor,
+    offsets: Tensor,
+    tables: Tables,
+    sparse: bool,
+    pooled: bool,
+) -> Tensor:
+    batch = (input, offsets, tables.fields, tables.table_of_column)
+    shape = tables.layout.shape(pooled)
+    if "max" in tables.layout.modes:
+        return table_ops.call_table_batched_embedding_max(weight, *batch, *shape, sparse)
+    output: Tensor = table_ops.call_table_batched_embedding(
+        weight, per_sample_weights, *batch, None, *shape, False, sparse
     )
     return output
+
+
+# A graph has no place for a gradient that is no plain tensor, so torch.compile breaks its graph here.
+_call_in_eager_mode = torch._disable_dynamo(_call)
 
 
 def _dims(tables: Tables) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from . import table_functional
 from .nn import Embedding, EmbeddingBag
 from .row_parameter import RowParameter
+from .table_gradient import TableGradient
 from .tables import TableLayout, Tables, make_layout
 
 if TYPE_CHECKING:
@@ -33,11 +34,6 @@ class BatchedTables(torch.nn.Module, ABC):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        if sparse and not layout.is_uniform:
-            raise ValueError(
-                f"{type(self).__name__}: sparse=True needs tables of one embedding_dim, got "
-                f"{list(layout.embedding_dims)}"
-            )
         self.layout = layout
         self.sparse = sparse
         self._set_buffer(torch.zeros(layout.buffer_shape, device=device, dtype=dtype))
@@ -55,7 +51,7 @@ class BatchedTables(torch.nn.Module, ABC):
 
         Raises:
             TypeError: a module of another type.
-            ValueError: no module; modules that one buffer cannot hold; a module with mode "max", max_norm or
+            ValueError: no module; modules that one buffer cannot hold; a module with max_norm or
                 scale_grad_by_freq, which the batched layers do not have.
         """
         function = f"{cls.__name__}.from_modules"
@@ -143,7 +139,9 @@ class BatchedTables(torch.nn.Module, ABC):
     def parameters_of(self, *names: str) -> list[RowParameter]:
         """Some of the tables as parameters, for a param group of one of `gpu_embed.optim`'s optimizers.
 
-        Tables that lie side by side are one parameter, which takes one launch of a step's.
+        Tables that lie side by side are one parameter, for which a step sorts the ids once and launches one
+        update. It is `[rows, embedding_dim]`, or `[elements]` for several of different embedding_dims; `rows=` of
+        an optimizer counts its rows, through all its tables.
 
         Raises:
             KeyError: no table has that name.
@@ -162,13 +160,11 @@ class BatchedTables(torch.nn.Module, ABC):
             raise ValueError("parameters_of is for layers with sparse=True")
         ranges: list[list[int]] = []
         for number in sorted({self._number(name) for name in names}):
-            first = self.layout.first_rows[number]
-            end = first + self.layout.num_embeddings[number]
-            if ranges and ranges[-1][1] == first:
-                ranges[-1][1] = end
+            if ranges and ranges[-1][1] == number:
+                ranges[-1][1] = number + 1
             else:
-                ranges.append([first, end])
-        return [RowParameter(self.weight, first, end - first) for first, end in ranges]
+                ranges.append([number, number + 1])
+        return [RowParameter(self.weight, self.layout.row_range(*ends)) for ends in ranges]
 
     @property
     def tables(self) -> Tables:
@@ -193,6 +189,8 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def _make_metadata(self) -> None:
         device = self.weight.device
+        # By this an optimizer knows that a parameter of one dimension is made of rows.
+        self.weight.row_range = self.layout.row_range(0, len(self))  # type: ignore[attr-defined]
         # Not in state_dict: they follow from the constructor's arguments.
         self.register_buffer("fields", self.layout.fields(device), persistent=False)
         self.register_buffer(
@@ -200,7 +198,13 @@ class BatchedTables(torch.nn.Module, ABC):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Self":
+        grad = self.weight.grad
+        if isinstance(grad, TableGradient):
+            self.weight.grad = None
         super()._apply(fn, recurse)
+        if isinstance(grad, TableGradient):
+            # It has no memory of its own, which fn might ask for.
+            self.weight.grad = grad.converted(fn)
         # `to_empty` leaves them undefined.
         self._make_metadata()
         return self
@@ -360,7 +364,7 @@ class TableBatchedEmbedding(BatchedTables):
 
 
 class TableBatchedEmbeddingBag(BatchedTables):
-    """Sums or means of bags of rows of many tables, in one launch.
+    """Sums, means or maxima of bags of rows of many tables, in one launch.
 
     Input: the ids of all tables `[N]`, cut by offsets `[T * B + 1]` into bags, table-major as FBGEMM's are: bag
     `t * B + b` is bag b of table t. `gpu_embed.batch_bags` and `gpu_embed.batch_padded` make both. Ids and
@@ -371,11 +375,13 @@ class TableBatchedEmbeddingBag(BatchedTables):
     Args:
         tables: (num_embeddings, embedding_dim) of each table, by name; or in a sequence, for the names "0",
             "1", ... The kernels move as many bytes at a time, 16 at the most, as divide every table's rows.
-        mode: "sum" or "mean": one for all tables, by name, or in a sequence. Not "max".
+        mode: "sum", "mean" or "max": one for all tables, by name, or in a sequence. Of equal maxima the first
+            gets the gradient, as in EmbeddingBag; where a table has this mode, long bags are not split.
         padding_idx: the row of a table that takes no part in its bags, and gets no gradient: one for all
             tables, by name, or in a sequence; None: none. Negative counts from the end.
-        sparse: the gradient is a sparse COO tensor (uncoalesced, one entry an id); for tables of one
-            embedding_dim.
+        sparse: the gradient has one entry an id, and its cost does not grow with the tables: a sparse COO tensor
+            (uncoalesced) for tables of one embedding_dim, else a `gpu_embed.TableGradient`. In a bag whose
+            maximum is taken every id has an entry, of zeros where it is not the largest.
         device, dtype: of all tables; fp64, fp32, fp16 or bf16.
 
     Attributes:
@@ -387,12 +393,12 @@ class TableBatchedEmbeddingBag(BatchedTables):
     (fp64 for fp64) and rounded once; an empty bag's is zero.
 
     Raises:
-        ValueError: names, shapes, modes or offsets that do not fit; sparse and different embedding_dims.
+        ValueError: names, shapes, modes or offsets that do not fit.
         IndexError, RuntimeError: an id is out of its table's range (an error that is both, as for
             EmbeddingBag); when, is set by `gpu_embed.set_bounds_check`. The message names the table, the bag,
             the id's place in it, and the table's rows.
         RuntimeError: a wrong dtype or device; offsets on the CPU that do not cut the ids into bags.
-        NotImplementedError: per_sample_weights, and a table of mode "mean".
+        NotImplementedError: per_sample_weights, and a table of mode "mean" or "max".
         TypeError: an argument is no tensor.
 
     Example::

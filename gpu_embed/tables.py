@@ -15,6 +15,8 @@ from .bounds import BoundsRecord, table_name_id
 
 # Tables of different widths begin at a multiple of so many elements: 16 bytes in every dtype from 16 bits on.
 TABLE_ALIGNMENT = 8
+# By their number in `TableField.MODE`.
+MODES = ("sum", "mean", "max")
 
 
 class TableField:
@@ -25,9 +27,18 @@ class TableField:
     FIRST_ELEMENT = 2  # where it begins in the buffer
     DIM = 3
     FIRST_COLUMN = 4  # where its columns begin in the output
-    MEAN = 5  # 1: mean, 0: sum
+    MODE = 5  # of MODES
     PADDING_IDX = 6  # -1: none
     NAME = 7  # the name's number, `bounds.table_name_id`
+
+
+class RowRange(NamedTuple):
+    """The rows of tables that lie one behind another in the buffer."""
+
+    first_row: int  # among the rows of all tables
+    num_rows: int
+    first_element: int  # where in the buffer they begin
+    shape: tuple[int, ...]  # as a tensor: [rows, D] of one D, else [elements]
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class TableLayout:
     names: tuple[str, ...]
     num_embeddings: tuple[int, ...]
     embedding_dims: tuple[int, ...]
-    modes: tuple[str, ...]  # "sum" or "mean"
+    modes: tuple[str, ...]  # of MODES
     padding_idx: tuple[int, ...]  # -1: none
 
     @property
@@ -85,6 +96,15 @@ class TableLayout:
             return buffer.narrow(0, self.first_rows[table], rows)
         return buffer.narrow(0, self.first_elements[table], rows * dim).view(rows, dim)
 
+    def row_range(self, first: int, end: int) -> RowRange:
+        """The tables from number `first` up to `end`."""
+        num_rows = sum(self.num_embeddings[first:end])
+        if self.is_uniform or end - first == 1:
+            shape: tuple[int, ...] = (num_rows, self.embedding_dims[first])
+        else:
+            shape = (self._starts[end] - self._starts[first],)
+        return RowRange(self.first_rows[first], num_rows, self._starts[first], shape)
+
     def shape(self, pooled: bool) -> "TableShape":
         return TableShape(
             sum(self.num_embeddings),
@@ -102,7 +122,7 @@ class TableLayout:
             self.first_elements,
             self.embedding_dims,
             self.first_columns,
-            tuple(int(mode == "mean") for mode in self.modes),
+            tuple(MODES.index(mode) for mode in self.modes),
             self.padding_idx,
             tuple(table_name_id(name) for name in self.names),
         )
@@ -141,6 +161,9 @@ class TableBatch(NamedTuple):
     fields: Tensor  # int64 [T, 8]
     table_of_column: Tensor  # int32 [sum D]
     shape: TableShape
+    # int32 or int64 [B, sum D]: in columns of tables of mode "max" the position that is the maximum, -1: none; where
+    # it is known, what becomes of a table is linear. None: no table has that mode.
+    winner: Tensor | None = None
 
     @property
     def num_tables(self) -> int:
@@ -155,6 +178,11 @@ class TableBatch(NamedTuple):
     def width(self) -> int:
         """Columns of the pooled output."""
         return self.table_of_column.shape[0]
+
+    @property
+    def position_dtype(self) -> torch.dtype:
+        """An integer dtype that holds a position."""
+        return torch.int32 if self.indices.shape[0] < 2**31 else torch.int64
 
     @property
     def is_uniform(self) -> bool:
@@ -186,6 +214,10 @@ class TableBatch(NamedTuple):
         row = torch.where(in_bag & in_table, self.field(TableField.FIRST_ROW, table) + index, -1)
         return Places(bag, table, row, in_bag & ~is_padding)
 
+    def sources(self, places: "Places") -> Tensor:
+        """Which part of the output each position adds to -> int64 [N]: that of bag b of table t is b * T + t."""
+        return (places.bag - places.table * self.bags_per_table) * self.num_tables + places.table
+
     def bag_sizes(self, places: "Places") -> Tensor:
         """What divides each bag's sum -> int64 [T * B]: ids that count for a mean, at least 1; 1 for a sum."""
         num_bags = self.num_tables * self.bags_per_table
@@ -193,7 +225,8 @@ class TableBatch(NamedTuple):
         counted = torch.where(places.counted, places.bag, num_bags)
         sizes = sizes.index_add_(0, counted, torch.ones_like(counted))[:-1].clamp(min=1)
         table = torch.arange(num_bags, device=sizes.device) // self.bags_per_table
-        return torch.where(self.field(TableField.MEAN, table) == 1, sizes, 1)
+        is_mean = self.field(TableField.MODE, table) == MODES.index("mean")
+        return torch.where(is_mean, sizes, 1)
 
 
 class Places(NamedTuple):
@@ -236,12 +269,8 @@ def make_layout(
             )
     modes = _per_table("mode", mode, names, "sum")
     for name, one in zip(names, modes, strict=True):
-        if one == "max":
-            raise ValueError(
-                f"table {name!r}: mode 'max' is not for batched tables; use gpu_embed.EmbeddingBag"
-            )
-        if one not in ("sum", "mean"):
-            raise ValueError(f"table {name!r}: mode has to be one of sum or mean, got {one!r}")
+        if one not in MODES:
+            raise ValueError(f"table {name!r}: mode has to be one of sum, mean, max, got {one!r}")
     paddings = _per_table("padding_idx", padding_idx, names, None)
     return TableLayout(
         names,

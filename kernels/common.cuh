@@ -155,10 +155,9 @@ __device__ inline bool names_row(int64 index, int64 num_embeddings) {
 }
 
 // What multiplies the gradient of bag `bag` at position n: the per-sample weight, or one over the bag's size, or 1.
-template <typename Weight>
-__device__ inline typename Accumulator<Weight>::type bag_scale(
+template <typename Acc, typename Weight>
+__device__ inline Acc bag_scale(
     const Weight* per_sample_weights_ptr, int64 n, const int32* sizes_ptr, int64 bag) {
-  using Acc = typename Accumulator<Weight>::type;
   if (per_sample_weights_ptr) return widen(per_sample_weights_ptr[n]);
   return sizes_ptr ? 1 / (Acc)sizes_ptr[bag] : (Acc)1;
 }

@@ -4,10 +4,7 @@
 
 #include "common.cuh"
 #include "segment_walk.cuh"
-#include "stochastic_rounding.cuh"
-
-// Which formula.
-enum Formula { SGD, ADAGRAD, ADAM };
+#include "update.cuh"
 
 // Thread i of the grid owns position i of indices.
 extern "C" __global__ void select_rows_kernel(
@@ -22,69 +19,17 @@ extern "C" __global__ void select_rows_kernel(
   selected_ptr[n] = names_row(index, num_embeddings) && rows_ptr[index] ? index : -1;
 }
 
-// What becomes of VEC columns of a row, once its gradient is summed.
+// Where a row of one table lies.
 template <typename Weight, int VEC>
-struct RowUpdate {
+struct RowUpdate : Update<Weight, VEC> {
   using Acc = typename Accumulator<Weight>::type;
   enum : bool { ATOMIC_ENDS = false };
-  Weight* weight_ptr;
-  Acc* state_ptr;
-  Acc* second_state_ptr;
   int64 row_stride;  // in elements
   int64 col_stride;  // in elements
   int64 D;
-  int64 FORMULA;
-  Acc step_size, keep, eps, avg_weight, sq_weight, grad_scale;
-  int64 STOCHASTIC_ROUNDING;
-  int64 seed, step;
 
   __device__ void operator()(int64 key, int64 d, const Vector<Acc, VEC>& total, int32) const {
-    Vector<Weight, VEC>& weight =
-        *(Vector<Weight, VEC>*)(weight_ptr + key * row_stride + d * col_stride);
-    Vector<Acc, VEC>& state = *(Vector<Acc, VEC>*)(state_ptr + key * D + d);
-    Vector<Acc, VEC>& second_state = *(Vector<Acc, VEC>*)(second_state_ptr + key * D + d);
-    // Read as a whole, so that it takes one access.
-    Vector<Weight, VEC> row = weight;
-    Vector<Acc, VEC> w, g;
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) {
-      w.lane[i] = widen(row.lane[i]);
-      g.lane[i] = total.lane[i] * grad_scale;
-    }
-    if (FORMULA == SGD) {
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) w.lane[i] -= step_size * g.lane[i];
-    } else if (FORMULA == ADAGRAD) {
-      Vector<Acc, VEC> sum = state;
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        sum.lane[i] += g.lane[i] * g.lane[i];
-        w.lane[i] -= step_size * (g.lane[i] / ((Acc)sqrt(sum.lane[i]) + eps));
-      }
-      state = sum;
-    } else {
-      Vector<Acc, VEC> avg = state, sq = second_state;
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        avg.lane[i] += (g.lane[i] - avg.lane[i]) * avg_weight;
-        sq.lane[i] += (g.lane[i] * g.lane[i] - sq.lane[i]) * sq_weight;
-        w.lane[i] *= keep;
-        w.lane[i] -= step_size * (avg.lane[i] / ((Acc)sqrt(sq.lane[i]) + eps));
-      }
-      state = avg;
-      second_state = sq;
-    }
-    if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) {
-      const Vector<uint32, 4> random = random_words(seed, step, key, d / 4);
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) {
-        narrow_at_random(w.lane[i], word_of(random, (d + i) % 4), row.lane[i]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) narrow(w.lane[i], row.lane[i]);
-    }
-    weight = row;
+    this->update(key, key * row_stride + d * col_stride, key * D + d, d, total);
   }
 };
 
@@ -125,9 +70,10 @@ __global__ void row_update_kernel(
   using Acc = typename Accumulator<Weight>::type;
   const double lr = lr_ptr ? *lr_ptr : 1.0;
   const RowUpdate<Weight, VEC> update = {
-      weight_ptr, state_ptr, second_state_ptr, weight_row_stride, weight_col_stride, D, FORMULA,
-      (Acc)(step_size * lr), (Acc)(1.0 - decay * lr), (Acc)eps, (Acc)avg_weight, (Acc)sq_weight,
-      (Acc)grad_scale, STOCHASTIC_ROUNDING, seed, step};
+      {weight_ptr, state_ptr, second_state_ptr, FORMULA, (Acc)(step_size * lr),
+       (Acc)(1.0 - decay * lr), (Acc)eps, (Acc)avg_weight, (Acc)sq_weight, (Acc)grad_scale,
+       STOCHASTIC_ROUNDING, seed, step},
+      weight_row_stride, weight_col_stride, D};
   walk_runs<Value, Acc, VEC, false, UNROLL, false>(
       values_ptr, order_ptr, keys_ptr, nullptr, nullptr, (const Weight*)nullptr, nullptr, partial_values_ptr,
       partial_keys_ptr, nullptr, num_keys, num_embeddings, value_row_stride, value_col_stride, D,
@@ -153,44 +99,10 @@ __global__ void rowwise_adagrad_kernel(
     int64 D,
     int64 STOCHASTIC_ROUNDING,
     int64 num_runs) {
-  using Acc = typename Accumulator<Weight>::type;
-  constexpr int BLOCK_D = 16;
   const int64 run = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (run >= num_runs || !names_row(keys_ptr[run], num_embeddings)) return;
   const int64 key = keys_ptr[run];
-  const Acc* const row_total_ptr = total_ptr + run * D;
-  const Acc scale = (Acc)grad_scale;
-
-  Acc square = 0;
-  for (int64 first = 0; first < D; first += BLOCK_D) {
-    // Summed in blocks: the rounding errors of a long row grow with the number of its blocks only.
-    Acc block = 0;
-    for (int64 d = first; d < D && d < first + BLOCK_D; ++d) {
-      const Acc g = row_total_ptr[d] * scale;
-      block += g * g;
-    }
-    square += block;
-  }
-  const Acc sum = state_ptr[key] + square / (Acc)D;
-  state_ptr[key] = sum;
-
-  const double lr = lr_ptr ? *lr_ptr : 1.0;
-  const Acc factor = (Acc)(step_size * lr) / ((Acc)sqrt(sum) + (Acc)eps);
-  for (int64 first = 0; first < D; first += 4) {
-    Vector<uint32, 4> random;
-    set_zero(random);
-    if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) random = random_words(seed, step, key, first / 4);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64 d = first + i;
-      if (d >= D) break;
-      Weight& weight = weight_ptr[key * weight_row_stride + d * weight_col_stride];
-      const Acc w = widen(weight) - factor * (row_total_ptr[d] * scale);
-      if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) {
-        narrow_at_random(w, random.lane[i], weight);
-      } else {
-        narrow(w, weight);
-      }
-    }
-  }
+  update_by_mean_square(
+      total_ptr + run * D, weight_ptr + key * weight_row_stride, weight_col_stride, state_ptr + key,
+      lr_ptr ? *lr_ptr : 1.0, step_size, eps, grad_scale, seed, step, key, D, STOCHASTIC_ROUNDING);
 }

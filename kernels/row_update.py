@@ -31,40 +31,39 @@ def select_rows_kernel(
 
 
 @triton.jit
-def add_mean(state, square, D: tl.constexpr):
-    """The state of row-wise Adagrad and the mean of D squares, of which their sum is given."""
-    return state + divide(square, tl.full(square.shape, D, square.dtype))
+def add_mean(state, square, width):
+    """The state of row-wise Adagrad and the mean of a row's squares, of which their sum is given."""
+    return state + divide(square, tl.broadcast_to(width, square.shape))
 
 
 @triton.jit
-def load_row(row_args, key, loaded, d, in_row):
-    """The rows of weight and state of BLOCK_C keys, read before the sums of a step are known."""
-    weight_ptr, state_ptr, second_state_ptr, row_stride, col_stride = row_args[0]
-    D: tl.constexpr = row_args[2]
-    FORMULA: tl.constexpr = row_args[3]
-    mask = loaded[:, None] & in_row
-    weight = tl.load(weight_ptr + (key * row_stride)[:, None] + d * col_stride, mask=mask, other=0)
+def load_elements(row_args, places, mask, loaded):
+    """Weight and state of parts of rows at these places, read before the sums of a step are known."""
+    weight_place, state_place, second_state_place = places
+    FORMULA: tl.constexpr = row_args[2]
+    weight = tl.load(weight_place, mask=mask, other=0)
     state = weight
     second_state = weight
     if FORMULA == "rowwise_adagrad":
-        state = tl.load(state_ptr + key, mask=loaded, other=0)[:, None]  # [BLOCK_C, 1]
+        state = tl.load(state_place, mask=loaded, other=0)[:, None]  # [BLOCK_C, 1]
     elif FORMULA != "sgd":
-        state = tl.load(state_ptr + (key * D)[:, None] + d, mask=mask, other=0)
+        state = tl.load(state_place, mask=mask, other=0)
     if FORMULA == "adam":
-        second_state = tl.load(second_state_ptr + (key * D)[:, None] + d, mask=mask, other=0)
+        second_state = tl.load(second_state_place, mask=mask, other=0)
     return weight, state, second_state
 
 
 @triton.jit
-def update_row(row_args, row, key, total, stored, d, in_row):
-    """The update of the rows of BLOCK_C keys, whose summed gradient is total [BLOCK_C, BLOCK_D]."""
-    weight_ptr, state_ptr, second_state_ptr, row_stride, col_stride = row_args[0]
+def update_elements(row_args, row, places, key, width, total, mask, stored, d):
+    """The update of what `load_elements` read, whose summed gradient is total [BLOCK_C, BLOCK_D].
+
+    key [BLOCK_C]: the rows' numbers. width: how many columns they have.
+    """
+    weight_place, state_place, second_state_place = places
     step_size, keep, eps, avg_weight, sq_weight, grad_scale, seed, step = row_args[1]
-    D: tl.constexpr = row_args[2]
-    FORMULA: tl.constexpr = row_args[3]
-    STOCHASTIC_ROUNDING: tl.constexpr = row_args[4]
+    FORMULA: tl.constexpr = row_args[2]
+    STOCHASTIC_ROUNDING: tl.constexpr = row_args[3]
     weight, state, second_state = row
-    mask = stored[:, None] & in_row
     w = weight.to(total.dtype)
     g = total * grad_scale
     if FORMULA == "sgd":
@@ -73,7 +72,7 @@ def update_row(row_args, row, key, total, stored, d, in_row):
         state = state + g * g
         w = w - step_size * divide(g, square_root(state) + eps)
     elif FORMULA == "rowwise_adagrad":
-        state = add_mean(state, tl.sum(g * g, 1, keep_dims=True), D)  # [BLOCK_C, 1]
+        state = add_mean(state, tl.sum(g * g, 1, keep_dims=True), width)  # [BLOCK_C, 1]
         w = w - divide(step_size + tl.zeros_like(state), square_root(state) + eps) * g
     else:
         state = state + (g - state) * avg_weight
@@ -82,15 +81,66 @@ def update_row(row_args, row, key, total, stored, d, in_row):
         w = w - step_size * divide(state, square_root(second_state) + eps)
 
     if FORMULA == "rowwise_adagrad":
-        tl.store(state_ptr + key, tl.sum(state, 1), mask=stored)
+        tl.store(state_place, tl.sum(state, 1), mask=stored)
     elif FORMULA != "sgd":
-        tl.store(state_ptr + (key * D)[:, None] + d, state, mask=mask)
+        tl.store(state_place, state, mask=mask)
     if FORMULA == "adam":
-        tl.store(second_state_ptr + (key * D)[:, None] + d, second_state, mask=mask)
-    dtype = weight_ptr.dtype.element_ty
+        tl.store(second_state_place, second_state, mask=mask)
+    dtype = weight_place.dtype.element_ty
     if STOCHASTIC_ROUNDING:
         w = round_at_random(w, random_words(seed, step, key[:, None], d), dtype)
-    tl.store(weight_ptr + (key * row_stride)[:, None] + d * col_stride, w.to(dtype), mask=mask)
+    tl.store(weight_place, w.to(dtype), mask=mask)
+
+
+@triton.jit
+def step_numbers(
+    lr_ptr, step_size, decay, eps, avg_weight, sq_weight, grad_scale, seed, step, dtype
+):
+    """What `update_elements` calculates with, in the dtype that it calculates in."""
+    lr = tl.full([1, 1], 1, tl.float64)
+    if lr_ptr is not None:
+        lr *= tl.load(lr_ptr)
+    return (
+        (step_size * lr).to(dtype),
+        (1 - decay * lr).to(dtype),
+        tl.full([1, 1], eps, dtype),
+        tl.full([1, 1], avg_weight, dtype),
+        tl.full([1, 1], sq_weight, dtype),
+        tl.full([1, 1], grad_scale, dtype),
+        seed,
+        step,
+    )
+
+
+@triton.jit
+def row_places(row_args, key, d):
+    """Where weight and state of the rows of BLOCK_C keys of one table lie."""
+    weight_place, state_place, second_state_place = row_args[0]
+    FORMULA: tl.constexpr = row_args[2]
+    row_stride, col_stride = row_args[4]
+    D: tl.constexpr = row_args[5]
+    weight_place = weight_place + (key * row_stride)[:, None] + d * col_stride
+    if FORMULA == "rowwise_adagrad":
+        state_place = state_place + key
+    elif FORMULA != "sgd":
+        state_place = state_place + (key * D)[:, None] + d
+    if FORMULA == "adam":
+        second_state_place = second_state_place + (key * D)[:, None] + d
+    return weight_place, state_place, second_state_place
+
+
+@triton.jit
+def load_row(row_args, key, loaded, d, in_row):
+    return load_elements(row_args, row_places(row_args, key, d), loaded[:, None] & in_row, loaded)
+
+
+@triton.jit
+def update_row(row_args, row, key, total, stored, d, in_row):
+    D: tl.constexpr = row_args[5]
+    width = tl.full([1, 1], D, total.dtype)
+    mask = stored[:, None] & in_row
+    places = row_places(row_args, key, d)
+    update_elements(row_args, row, places, key, width, total, mask, stored, d)
 
 
 # The grid, the walk and the levels are those of segment_sum_kernel. For "rowwise_adagrad" BLOCK_D holds a row.
@@ -131,20 +181,11 @@ def row_update_kernel(
     acc_dtype: tl.constexpr = (
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
-    lr = tl.full([1, 1], 1, tl.float64)
-    if lr_ptr is not None:
-        lr *= tl.load(lr_ptr)
-    numbers = (
-        (step_size * lr).to(acc_dtype),
-        (1 - decay * lr).to(acc_dtype),
-        tl.full([1, 1], eps, acc_dtype),
-        tl.full([1, 1], avg_weight, acc_dtype),
-        tl.full([1, 1], sq_weight, acc_dtype),
-        tl.full([1, 1], grad_scale, acc_dtype),
-        seed,
-        step,
+    numbers = step_numbers(
+        lr_ptr, step_size, decay, eps, avg_weight, sq_weight, grad_scale, seed, step, acc_dtype
     )
-    tensors = (weight_ptr, state_ptr, second_state_ptr, weight_row_stride * VEC, weight_col_stride)
+    tensors = (weight_ptr, state_ptr, second_state_ptr)
+    strides = (weight_row_stride * VEC, weight_col_stride)
     segment_sum_kernel(
         values_ptr,
         order_ptr,
@@ -170,7 +211,7 @@ def row_update_kernel(
         BLOCK_D=BLOCK_D,
         LOAD_ROW=load_row,
         STORE_ROW=update_row,
-        row_args=(tensors, numbers, D, FORMULA, STOCHASTIC_ROUNDING),
+        row_args=(tensors, numbers, FORMULA, STOCHASTIC_ROUNDING, strides, D),
     )
 
 
@@ -205,7 +246,8 @@ def rowwise_adagrad_kernel(
             d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
             g = tl.load(total_ptr + run * D + d, mask=d < D, other=0) * scale
             square += tl.sum(g * g, 1, keep_dims=True)
-        state = add_mean(tl.load(state_ptr + key) + tl.zeros([1, 1], acc_dtype), square, D)
+        width = tl.full([1, 1], D, acc_dtype)
+        state = add_mean(tl.load(state_ptr + key) + tl.zeros([1, 1], acc_dtype), square, width)
         lr = tl.full([1, 1], 1, tl.float64)
         if lr_ptr is not None:
             lr *= tl.load(lr_ptr)

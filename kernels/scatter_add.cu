@@ -48,7 +48,7 @@ __global__ void scatter_add_kernel(
     grad[u] = *(const Vector<Grad, VEC>*)(
         grad_output_ptr + source * grad_row_stride * VEC + d * grad_col_stride);
     if (BAGS) {
-      const Grad scale = bag_scale(per_sample_weights_ptr, n, sizes_ptr, source);
+      const Grad scale = bag_scale<Grad>(per_sample_weights_ptr, n, sizes_ptr, source);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) grad[u].lane[i] *= scale;
     }

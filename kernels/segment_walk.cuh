@@ -100,7 +100,7 @@ __device__ inline void walk_runs(
             ids[u] = 0;
             continue;
           }
-          scale[u] = bag_scale(per_sample_weights_ptr, n, sizes_ptr, source[u]);
+          scale[u] = bag_scale<Acc>(per_sample_weights_ptr, n, sizes_ptr, source[u]);
         }
         value[u] = *(const Vector<Value, VEC>*)(
             values_ptr + source[u] * value_row_stride * VEC + d * value_col_stride);

@@ -5,18 +5,7 @@
 
 #include "bag_range.cuh"
 #include "common.cuh"
-
-// What there is to know of a table; the host keeps one a row of an int64 tensor.
-struct Table {
-  int64 first_row;  // its first row's number
-  int64 num_rows;
-  int64 first_element;  // where it begins in the buffer
-  int64 dim;
-  int64 first_column;  // where its columns begin in the output
-  int64 mean;          // 1: mean, 0: sum
-  int64 padding_idx;   // -1: none
-  int64 name;          // the number of its name
-};
+#include "table_walk.cuh"
 
 // The last of these ranges, each of so many bags, that begins at position n or before it.
 __device__ inline int64 find_range(
@@ -42,9 +31,10 @@ __device__ inline Range split_range(Range range) {
 // Thread (i, s) of the grid owns vector i of the output and the s-th of as many equal parts of its bag as the grid is
 // deep. So no thread idles, whatever the tables' widths; neighbours walk the same bag, or the next table's.
 //
-// Weight: of the tables. Output: the same; or, with SPLIT, what sums are taken in.
-template <typename Weight, typename Output, int VEC, bool SPLIT, int UNROLL>
-__global__ void table_bag_sum_kernel(
+// Weight: of the tables. Output: the same; or, with SPLIT, what sums are taken in. Winner: int32 or int64.
+// MAX: whether any table takes maxima, which are to be found; not with SPLIT.
+template <typename Weight, typename Output, int VEC, bool MAX, bool SPLIT, int UNROLL>
+__global__ void table_bag_kernel(
     const Weight* __restrict__ weight_ptr,              // the tables' buffer
     const void* __restrict__ indices_ptr,               // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,               // any integer dtype, [num_all_bags + 1]
@@ -53,6 +43,9 @@ __global__ void table_bag_sum_kernel(
     const int32* __restrict__ table_of_column_ptr,      // [D]
     Output* __restrict__ output_ptr,  // [num_bags, D]; SPLIT: [num_splits, num_bags, D]
     int64* __restrict__ sizes_ptr,    // SPLIT: as the output: what the parts divide by, in sum; null: nothing
+    // int32 or int64 [num_bags, D]: the position that is the maximum, -1: none. MAX: written, or null; else read, as
+    // what a table's maximum is to be, or null: no table has mode "max".
+    void* __restrict__ winner_ptr,
     int64* record_ptr,                // [7], or null: do not record
     int32* flag_ptr,                  // [1], pinned host memory, or null
     int64 num_indices,
@@ -60,7 +53,8 @@ __global__ void table_bag_sum_kernel(
     int64 num_all_bags,
     int64 D,  // of all tables together; VEC divides each one's
     int64 index_bytes,
-    int64 offset_bytes) {
+    int64 offset_bytes,
+    int64 winner_bytes) {
   using Acc = typename Accumulator<Weight>::type;
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   const int64 b = thread / (D / VEC);
@@ -84,6 +78,12 @@ __global__ void table_bag_sum_kernel(
   Vector<Acc, VEC> total;
   set_zero(total);
   int64 size = 0;
+  const bool is_max = table.mode == MAX_MODE;
+  int64 winner[VEC];
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) {
+    winner[i] = !MAX && is_max ? load_integer(winner_ptr, b * D + column + i, winner_bytes) : -1;
+  }
   for (int64 step = part.begin; step < part.end; step += UNROLL) {
     // All loads of a step are issued before the first sum needs one.
     int64 index[UNROLL];
@@ -116,19 +116,30 @@ __global__ void table_bag_sum_kernel(
             range.begin,
             table.name);
       }
+      if (is_max && !names_row(index[u], table.num_rows)) continue;
 #pragma unroll
-      for (int i = 0; i < VEC; ++i) total.lane[i] += widen(value[u].lane[i]) * scale[u];
+      for (int i = 0; i < VEC; ++i) {
+        const Acc wide = widen(value[u].lane[i]);
+        if (!is_max) {
+          total.lane[i] += wide * scale[u];
+          // Not `>=`, so that the first of equals stays, and so does a NaN that came first.
+        } else if (MAX ? winner[i] < 0 || wide > total.lane[i] : winner[i] == step + u) {
+          total.lane[i] = wide;
+          winner[i] = step + u;
+        }
+      }
     }
   }
 
-  if (!table.mean) size = blockIdx.y == 0;
+  if (table.mode != MEAN_MODE) size = blockIdx.y == 0;
   const int64 out = (SPLIT ? blockIdx.y * num_bags + b : b) * D + column;
   Vector<Output, VEC> output;
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
     if (SPLIT && sizes_ptr) sizes_ptr[out + i] = size;
+    if (MAX && winner_ptr) store_integer(winner_ptr, out + i, winner[i], winner_bytes);
     narrow(
-        !SPLIT && table.mean ? total.lane[i] / (Acc)(size > 0 ? size : 1) : total.lane[i],
+        !SPLIT && table.mode == MEAN_MODE ? total.lane[i] / (Acc)(size > 0 ? size : 1) : total.lane[i],
         output.lane[i]);
   }
   *(Vector<Output, VEC>*)(output_ptr + out) = output;
@@ -231,10 +242,11 @@ extern "C" __global__ void table_keys_kernel(
   store_integer(sources_ptr, n, in_bag ? source : -1, source_bytes);
   if (!sizes_ptr || !in_bag) return;
   // The first position of a bag adds all of them, so that the others need not queue at one address.
-  int64 size = table.mean && !counted ? -1 : 0;
+  const bool is_mean = table.mode == MEAN_MODE;
+  int64 size = is_mean && !counted ? -1 : 0;
   const int64 begin = bag == 0 ? 0 : load_integer(offsets_ptr, bag, offset_bytes);
   if (n == begin) {
-    size += table.mean ? load_integer(offsets_ptr, bag + 1, offset_bytes) - begin : 1;
+    size += is_mean ? load_integer(offsets_ptr, bag + 1, offset_bytes) - begin : 1;
   }
   if (size != 0) atomicAdd(sizes_ptr + source, (int32)size);
 }
@@ -246,6 +258,7 @@ __global__ void table_scatter_add_kernel(
     const void* __restrict__ indices_ptr,      // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,      // any integer dtype, [num_all_bags + 1]
     const Grad* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
+    const void* __restrict__ winner_ptr,  // [num_bags, D]: the position that is the maximum; null: no such table
     const Table* __restrict__ tables_ptr,             // [num_tables]
     const int32* __restrict__ table_of_column_ptr,    // [D]
     Grad* grad_weight_ptr,                            // the tables' buffer, zero on entry
@@ -256,7 +269,8 @@ __global__ void table_scatter_add_kernel(
     int64 grad_col_stride,  // in elements
     int64 D,                // of all tables together; VEC divides each one's
     int64 index_bytes,
-    int64 offset_bytes) {
+    int64 offset_bytes,
+    int64 winner_bytes) {
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   const int64 b = thread / (D / VEC);
   const int64 column = thread % (D / VEC) * VEC;
@@ -276,7 +290,13 @@ __global__ void table_scatter_add_kernel(
   Grad* const first_row = grad_weight_ptr + table.first_element + column - table.first_column;
   Vector<Grad, VEC> grad = *(const Vector<Grad, VEC>*)(
       grad_output_ptr + b * grad_row_stride * VEC + column * grad_col_stride);
-  if (table.mean) {
+  int64 winner[VEC];
+  const bool is_max = winner_ptr && table.mode == MAX_MODE;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) {
+    winner[i] = is_max ? load_integer(winner_ptr, b * D + column + i, winner_bytes) : -1;
+  }
+  if (table.mode == MEAN_MODE) {
     int64 size = 0;
     for (int64 n = range.begin; n < range.end; ++n) {
       size += !is_padding(load_integer(indices_ptr, n, index_bytes), table.padding_idx);
@@ -294,6 +314,14 @@ __global__ void table_scatter_add_kernel(
     for (int u = 0; u < UNROLL; ++u) {
       if (index[u] == table.padding_idx || !names_row(index[u], table.num_rows)) continue;
       Vector<Grad, VEC> value = grad;
+      if (is_max) {
+        // One by one, as few of them have won.
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+          if (winner[i] == step + u) atomicAdd(first_row + index[u] * table.dim + i, grad.lane[i]);
+        }
+        continue;
+      }
       if (per_sample_weights_ptr) {
         const Grad scale = per_sample_weights_ptr[step + u];
 #pragma unroll
@@ -304,8 +332,21 @@ __global__ void table_scatter_add_kernel(
   }
 }
 
-// As segment_sum_kernel, for tables of different widths: thread i of the grid owns chunk i / (D / VEC), and of each
-// table that has them the VEC columns from i % (D / VEC) * VEC on.
+// Stores the sum, rounded once.
+template <typename Grad, int VEC>
+struct StoreTableGradient {
+  using Acc = typename Accumulator<Grad>::type;
+  Grad* grad_weight_ptr;
+
+  __device__ void operator()(int64, int64 element, int64, const Vector<Acc, VEC>& total) const {
+    Vector<Grad, VEC> row;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) narrow(total.lane[i], row.lane[i]);
+    *(Vector<Grad, VEC>*)(grad_weight_ptr + element) = row;
+  }
+};
+
+// As segment_sum_kernel, for tables of different widths.
 template <typename Value, typename Grad, int VEC, int UNROLL>
 __global__ void table_segment_sum_kernel(
     // [num_bags, *], any strides (VEC > 1: column stride 1): grad_output; or [num_keys, D]: the level below
@@ -316,6 +357,7 @@ __global__ void table_segment_sum_kernel(
     const void* __restrict__ sources_ptr,      // [positions]: bag b of table t is b * num_tables + t, -1: none
     const Grad* __restrict__ per_sample_weights_ptr,  // one a position; null: 1
     const int32* __restrict__ sizes_ptr,              // one a source; null: 1
+    const void* __restrict__ winner_ptr,  // [num_bags, *], contiguous: the position that is the maximum; or null
     const Table* __restrict__ tables_ptr,             // [num_tables]
     Grad* __restrict__ grad_weight_ptr,               // the tables' buffer, zero on entry
     // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it
@@ -325,112 +367,22 @@ __global__ void table_segment_sum_kernel(
     int64 num_keys,
     int64 num_rows,  // of all tables
     int64 num_tables,
-    int64 value_row_stride,  // in units of VEC elements
-    int64 value_col_stride,  // in elements
-    int64 D,                 // of the widest table; VEC divides each one's
-    int64 CHUNK,             // UNROLL divides it
+    int64 value_row_stride,   // in units of VEC elements
+    int64 value_col_stride,   // in elements
+    int64 winner_row_stride,  // columns of all tables
+    int64 D,                  // of the widest table; VEC divides each one's
+    int64 CHUNK,              // UNROLL divides it
     int64 order_bytes,
     int64 key_bytes,
-    int64 source_bytes) {
+    int64 source_bytes,
+    int64 winner_bytes) {
   using Acc = typename Accumulator<Grad>::type;
-  const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  const int64 chunk = thread / (D / VEC);
-  const int64 d = thread % (D / VEC) * VEC;
-  const int64 start = chunk * CHUNK;
-  if (start >= num_keys) return;
-  const int64 end = start + CHUNK < num_keys ? start + CHUNK : num_keys;
-  const bool first_columns = d == 0;
-  Acc* const lead_ptr = partial_values_ptr + 2 * chunk * D + d;
-  Acc* const trail_ptr = lead_ptr + D;
-
-  int64 key = load_integer(keys_ptr, start, key_bytes);
-  // True while the run at hand began in an earlier chunk.
-  bool leading = start > 0 && names_row(key, num_rows) &&
-                 key == load_integer(keys_ptr, start - 1, key_bytes);
-  if (first_columns) {
-    partial_keys_ptr[2 * chunk] = leading ? key : -1;
-    partial_keys_ptr[2 * chunk + 1] = -1;
-  }
-
-  Vector<Acc, VEC> total;
-  set_zero(total);
-  int32 table = 0;
-  bool run_ends = false;
-  for (int64 first = start; first < end; first += UNROLL) {
-    // All loads of a step are issued before the first sum needs one.
-    int64 next_key[UNROLL];
-    int64 place[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      const int64 position = first + u;
-      next_key[u] = position + 1 < num_keys ? load_integer(keys_ptr, position + 1, key_bytes) : -1;
-      place[u] =
-          order_ptr && position < end ? load_integer(order_ptr, position, order_bytes) : position;
-    }
-    Vector<Value, VEC> value[UNROLL];
-    Acc scale[UNROLL];
-    int32 tables[UNROLL];
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      set_zero(value[u]);
-      scale[u] = 1;
-      tables[u] = 0;
-      if (first + u >= end || !names_row(u == 0 ? key : next_key[u - 1], num_rows)) continue;
-      int64 row = place[u];
-      int64 column = d;
-      if (order_ptr) {
-        const int64 source = load_integer(sources_ptr, place[u], source_bytes);
-        row = source / num_tables;
-        tables[u] = source % num_tables;
-        column += tables_ptr[tables[u]].first_column;
-        scale[u] = bag_scale(per_sample_weights_ptr, place[u], sizes_ptr, source);
-      } else {
-        tables[u] = key_tables_ptr[place[u]];
-      }
-      if (d < tables_ptr[tables[u]].dim) {
-        value[u] = *(const Vector<Value, VEC>*)(
-            values_ptr + row * value_row_stride * VEC + column * value_col_stride);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < UNROLL; ++u) {
-      if (first + u >= end) break;
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) total.lane[i] += widen(value[u].lane[i]) * scale[u];
-      table = tables[u];
-      run_ends = key != next_key[u];
-      if (run_ends) {
-        if (leading) {
-          *(Vector<Acc, VEC>*)lead_ptr = total;
-          if (first_columns) partial_tables_ptr[2 * chunk] = table;
-        } else if (names_row(key, num_rows) && d < tables_ptr[table].dim) {
-          const Table& owner = tables_ptr[table];
-          Vector<Grad, VEC> row;
-#pragma unroll
-          for (int i = 0; i < VEC; ++i) narrow(total.lane[i], row.lane[i]);
-          *(Vector<Grad, VEC>*)(
-              grad_weight_ptr + owner.first_element + (key - owner.first_row) * owner.dim + d) = row;
-        }
-        set_zero(total);
-        leading = false;
-      }
-      key = next_key[u];
-    }
-  }
-
-  // The run at hand goes on in the next chunk.
-  if (end == num_keys || run_ends || !names_row(key, num_rows)) return;
-  if (leading) {
-    // A run that fills the whole chunk is its leading sum; a trailing zero keeps its keys adjacent.
-    *(Vector<Acc, VEC>*)lead_ptr = total;
-    if (first_columns) partial_tables_ptr[2 * chunk] = table;
-    set_zero(total);
-  }
-  *(Vector<Acc, VEC>*)trail_ptr = total;
-  if (first_columns) {
-    partial_keys_ptr[2 * chunk + 1] = key;
-    partial_tables_ptr[2 * chunk + 1] = table;
-  }
+  walk_table_runs<Value, Acc, VEC, UNROLL>(
+      values_ptr, order_ptr, keys_ptr, key_tables_ptr, sources_ptr, per_sample_weights_ptr, sizes_ptr,
+      winner_ptr, tables_ptr, partial_values_ptr, partial_keys_ptr, partial_tables_ptr, num_keys,
+      num_rows, num_tables, value_row_stride, value_col_stride, winner_row_stride, D, CHUNK,
+      order_bytes, key_bytes, source_bytes, winner_bytes,
+      StoreTableGradient<Grad, VEC>{grad_weight_ptr});
 }
 
 // Thread i of the grid owns position i: the inner product of its row and its bag's gradient.

@@ -18,10 +18,13 @@ NUM_ROWS = tl.constexpr(1)
 FIRST_ELEMENT = tl.constexpr(2)  # where it begins in the buffer
 DIM = tl.constexpr(3)
 FIRST_COLUMN = tl.constexpr(4)  # where its columns begin in the output
-MEAN_FLAG = tl.constexpr(5)  # 1: mean, 0: sum
+MODE = tl.constexpr(5)
 PADDING_IDX = tl.constexpr(6)  # -1: none
 NAME = tl.constexpr(7)  # the number of its name
 NUM_FIELDS = tl.constexpr(8)
+# What MODE holds; 0 is a sum.
+MEAN_MODE = tl.constexpr(1)
+MAX_MODE = tl.constexpr(2)
 
 
 @triton.jit
@@ -37,6 +40,14 @@ def load_multiple(tables_ptr, table, field: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
+def row_begin(tables_ptr, table, row, VEC: tl.constexpr):
+    """Where in the buffer these rows of these tables begin."""
+    first = load_multiple(tables_ptr, table, FIRST_ELEMENT, VEC)
+    row_in_table = row - load_field(tables_ptr, table, FIRST_ROW)
+    return first + row_in_table * load_multiple(tables_ptr, table, DIM, VEC)
+
+
+@triton.jit
 def find_range(offsets_ptr, n, num_ranges, range_bags, search_steps):
     """The last of these ranges, each of so many bags, that begins at position n or before it."""
     low = n * 0
@@ -49,11 +60,18 @@ def find_range(offsets_ptr, n, num_ranges, range_bags, search_steps):
     return low
 
 
+@triton.jit
+def has_won(tables_ptr, table, winner, n):
+    """Where position n may hand its row on: everywhere but in a maximum that another position is."""
+    is_max = load_field(tables_ptr, table, MODE) == MAX_MODE
+    return ~is_max[:, None] | (winner.to(tl.int64) == n[:, None])
+
+
 # Program (i, s) owns vectors [i * BLOCK, ...) of the output, each of its own bag, and the s-th of as many equal
 # parts of each bag as the grid is deep. So no lane idles, whatever the tables' widths; lanes side by side walk
 # the same bag, or the next table's.
 @triton.jit
-def table_bag_sum_kernel(
+def table_bag_kernel(
     weight_ptr,  # the tables' buffer
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_tables * num_bags + 1]
@@ -62,6 +80,9 @@ def table_bag_sum_kernel(
     table_of_column_ptr,  # int32 [D]
     output_ptr,  # [num_bags, D]; SPLIT: the parts' sums in the accumulation dtype, [num_splits, num_bags, D]
     sizes_ptr,  # int64 [num_splits, num_bags, D]: SPLIT and MEAN: what the parts divide by, in sum; else None
+    # int32 or int64 [num_bags, D]: the position that is the maximum, -1: none. MAX: written, or None; else read, as
+    # what a table's maximum is to be, or None: no table has mode "max".
+    winner_ptr,
     record_ptr,  # int64 [7], or None: do not record
     flag_ptr,  # int32 [1], pinned host memory, or None
     num_indices,
@@ -70,6 +91,7 @@ def table_bag_sum_kernel(
     D: tl.constexpr,  # of all tables together
     VEC: tl.constexpr,  # elements a thread loads with one instruction; divides every table's D
     MEAN: tl.constexpr,  # whether any table takes means
+    MAX: tl.constexpr,  # whether any table takes maxima, which are to be found; not with SPLIT
     SPLIT: tl.constexpr,
     UNROLL: tl.constexpr,  # rows in flight a thread
     BLOCK: tl.constexpr,
@@ -101,9 +123,16 @@ def table_bag_sum_kernel(
     column_in_table = column - load_multiple(tables_ptr, table, FIRST_COLUMN, VEC)
     base = load_multiple(tables_ptr, table, FIRST_ELEMENT, VEC) + column_in_table
     d = tl.arange(0, VEC)[None, :]  # [1, VEC]
+    out = ((start + tl.arange(0, BLOCK)) * VEC)[:, None] + d
 
     total = tl.zeros([BLOCK, VEC], acc_dtype)
     size = tl.zeros([BLOCK], tl.int64)
+    if MAX:
+        is_max = load_field(tables_ptr, table, MODE) == MAX_MODE
+        winner = tl.full([BLOCK, VEC], -1, tl.int64)
+        empty = in_range
+    elif winner_ptr is not None:
+        winner = tl.load(winner_ptr + out, mask=in_range[:, None], other=-1)
     bad_n = tl.full([BLOCK], -1, tl.int64)
     bad_index = tl.zeros([BLOCK], tl.int64)
     for step in range(0, tl.max(last - first, 0), UNROLL):
@@ -139,11 +168,23 @@ def table_bag_sum_kernel(
             value = values[u].to(acc_dtype)
             if per_sample_weights_ptr is not None:
                 value *= scales[u][:, None]
-            total += value
+            if MAX:
+                n = first + step + u
+                index = indices[u]
+                kept = (n < last) & ~is_padding(index, padding_idx)
+                kept = kept & (index >= 0) & (index < num_rows)
+                # Not `>=`, so that the first of equals stays, and so does a NaN that came first.
+                better = (kept & is_max)[:, None] & (empty[:, None] | (value > total))
+                winner = tl.where(better, n[:, None], winner)
+                total = tl.where(is_max[:, None], tl.where(better, value, total), total + value)
+                empty = empty & ~kept
+            elif winner_ptr is not None:
+                total += tl.where(has_won(tables_ptr, table, winner, first + step + u), value, 0)
+            else:
+                total += value
 
-    out = ((start + tl.arange(0, BLOCK)) * VEC)[:, None] + d
     if MEAN:
-        is_mean = load_field(tables_ptr, table, MEAN_FLAG) == 1
+        is_mean = load_field(tables_ptr, table, MODE) == MEAN_MODE
         size = tl.where(is_mean, size, tl.where(tl.program_id(1) == 0, 1, 0))
     if SPLIT:
         out += tl.program_id(1) * num_bags * D
@@ -154,6 +195,8 @@ def table_bag_sum_kernel(
         divisor = tl.maximum(size, 1).to(acc_dtype)[:, None]
         total = divide(total, tl.broadcast_to(divisor, [BLOCK, VEC]))
     tl.store(output_ptr + out, total.to(output_ptr.dtype.element_ty), mask=in_range[:, None])
+    if MAX and winner_ptr is not None:
+        tl.store(winner_ptr + out, winner.to(winner_ptr.dtype.element_ty), mask=in_range[:, None])
     if record_ptr is not None:
         reports = in_range & (column_in_table == 0)
         record_bag_out_of_range(
@@ -303,7 +346,7 @@ def table_keys_kernel(
         key = tl.where(kept, load_field(tables_ptr, table, FIRST_ROW) + index, num_rows)
         tl.store(keys_ptr + n, key.to(keys_ptr.dtype.element_ty), mask=in_range)
     if sizes_ptr is not None:
-        is_mean = load_field(tables_ptr, table, MEAN_FLAG) == 1
+        is_mean = load_field(tables_ptr, table, MODE) == MEAN_MODE
         begin = tl.where(bag == 0, 0, tl.load(offsets_ptr + bag).to(tl.int64))
         length = tl.load(offsets_ptr + bag + 1).to(tl.int64) - begin
         # The first position of a bag adds all of them, so that the others need not queue at one address.
@@ -322,6 +365,7 @@ def table_scatter_add_kernel(
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_all_bags + 1]
     per_sample_weights_ptr,  # grad_output's dtype, [num_indices], contiguous; None: all 1
+    winner_ptr,  # [num_bags, D]: the position that is the maximum, -1: none; None: no table has mode "max"
     tables_ptr,  # int64 [num_tables, NUM_FIELDS]
     table_of_column_ptr,  # int32 [D]
     grad_weight_ptr,  # fp32 or fp64, the tables' buffer, zero on entry
@@ -374,9 +418,12 @@ def table_scatter_add_kernel(
             n = begin + step
             index = tl.load(indices_ptr + n, mask=n < end, other=0).to(tl.int64)
             size += ((n < end) & ~is_padding(index, padding_idx)).to(tl.int64)
-        is_mean = load_field(tables_ptr, table, MEAN_FLAG) == 1
+        is_mean = load_field(tables_ptr, table, MODE) == MEAN_MODE
         divisor = tl.where(is_mean, tl.maximum(size, 1), 1).to(grad.dtype)[:, None]
         grad = divide(grad, tl.broadcast_to(divisor, [BLOCK, VEC]))
+    if winner_ptr is not None:
+        place = ((start + tl.arange(0, BLOCK)) * VEC)[:, None] + d
+        winner = tl.load(winner_ptr + place, mask=in_range[:, None], other=-1)
     for step in range(0, tl.max(last - first, 0), UNROLL):
         indices = ()
         for u in tl.static_range(UNROLL):
@@ -389,11 +436,14 @@ def table_scatter_add_kernel(
             value = grad
             if per_sample_weights_ptr is not None:
                 value *= tl.load(per_sample_weights_ptr + n, mask=added, other=0)[:, None]
+            mask = added[:, None]
+            if winner_ptr is not None:
+                mask = mask & has_won(tables_ptr, table, winner, n)
             # Nothing in this launch reads the sums, so no ordering is asked for.
             tl.atomic_add(
                 grad_weight_ptr + (base + index * row_stride)[:, None] + d,
                 value.to(grad_weight_ptr.dtype.element_ty),
-                mask=added[:, None],
+                mask=mask,
                 sem="relaxed",
             )
 
@@ -407,8 +457,9 @@ def table_segment_sum_kernel(
     keys_ptr,  # [num_keys], sorted row numbers; those outside [0, num_rows) take no part
     key_tables_ptr,  # int32 [num_keys]: each partial sum's table; None: that of its position
     sources_ptr,  # [positions]: bag b of table t is b * num_tables + t, -1: none; None: a level of partial sums
-    per_sample_weights_ptr,  # the table's dtype, one a position: multiplies its gradient; None: 1
+    per_sample_weights_ptr,  # one a position: multiplies its gradient; None: 1
     sizes_ptr,  # int32, one a source: divides its gradient; None: 1. Not both
+    winner_ptr,  # [num_bags, *], contiguous: the position that is the maximum; None: no table has mode "max"
     tables_ptr,  # int64 [num_tables, NUM_FIELDS]
     grad_weight_ptr,  # the tables' buffer, zero on entry
     partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D]: row 2c leads chunk c, 2c + 1 trails it
@@ -419,12 +470,16 @@ def table_segment_sum_kernel(
     num_tables,
     value_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
     value_col_stride,  # in elements
+    winner_row_stride,  # columns of all tables
     D: tl.constexpr,  # of the widest table
     VEC: tl.constexpr,  # elements a thread loads with one instruction
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,  # loads in flight a thread; divides CHUNK
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    LOAD_ROW: tl.constexpr = None,  # None: a complete sum is stored; else what table_row_update_kernel does with it
+    STORE_ROW: tl.constexpr = None,
+    row_args=None,
 ):
     acc_dtype: tl.constexpr = (
         tl.float64 if grad_weight_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -453,6 +508,7 @@ def table_segment_sum_kernel(
         values = ()
         scales = ()
         tables = ()
+        rows = ()
         for u in tl.static_range(UNROLL):
             position = start + step + u
             next_key = tl.load(keys_ptr + position + 1, mask=position + 1 < num_keys, other=-1).to(
@@ -479,15 +535,27 @@ def table_segment_sum_kernel(
                     size = tl.load(sizes_ptr + source, mask=taken, other=1).to(acc_dtype)
                     scales += (divide(tl.full([BLOCK_C], 1, acc_dtype), size),)
             tables += (here_table,)
-            width = load_multiple(tables_ptr, here_table, DIM, VEC)
+            in_row = d < load_multiple(tables_ptr, here_table, DIM, VEC)[:, None]
             value = tl.load(
                 values_ptr
                 + (row * value_row_stride * VEC)[:, None]
                 + (column[:, None] + d) * value_col_stride,
-                mask=taken[:, None] & (d < width[:, None]),
+                mask=taken[:, None] & in_row,
                 other=0,
             )  # [BLOCK_C, BLOCK_D]
+            if winner_ptr is not None:
+                winner = tl.load(
+                    winner_ptr + (row * winner_row_stride + column)[:, None] + d,
+                    mask=taken[:, None] & in_row,
+                    other=-1,
+                )
+                won = has_won(tables_ptr, here_table, winner, place.to(tl.int64))
+                value = tl.where(won, value, 0)
             values += (value,)
+            if LOAD_ROW is not None:
+                ends = taken & (here != next_key) & ~(leads & (here == lead_key))
+                begin = row_begin(tables_ptr, here_table, here, VEC)
+                rows += (LOAD_ROW(row_args, here, begin, ends[:, None] & in_row, ends, d),)
         for u in tl.static_range(UNROLL):
             position = start + step + u
             value = values[u].to(acc_dtype)
@@ -497,14 +565,15 @@ def table_segment_sum_kernel(
             table = tables[u]
             run_ends = (position < num_keys) & (key != keys[u])
             stored = run_ends & ~leading & (key >= 0) & (key < num_rows)
+            begin = row_begin(tables_ptr, table, key, VEC)
             width = load_multiple(tables_ptr, table, DIM, VEC)
-            row = key - load_field(tables_ptr, table, FIRST_ROW)
-            begin = load_multiple(tables_ptr, table, FIRST_ELEMENT, VEC) + row * width
-            tl.store(
-                grad_weight_ptr + begin[:, None] + d,
-                total.to(grad_weight_ptr.dtype.element_ty),
-                mask=stored[:, None] & (d < width[:, None]),
-            )
+            mask = stored[:, None] & (d < width[:, None])
+            if STORE_ROW is None:
+                row = total.to(grad_weight_ptr.dtype.element_ty)
+                tl.store(grad_weight_ptr + begin[:, None] + d, row, mask=mask)
+            # An update costs more than a mask.
+            elif tl.max(stored.to(tl.int32), 0) > 0:
+                STORE_ROW(row_args, rows[u], key, begin, width, total, mask, stored, d)
             lead_ends = run_ends & leading
             lead_total = tl.where(lead_ends[:, None], total, lead_total)
             lead_table = tl.where(lead_ends, table, lead_table)
@@ -560,8 +629,7 @@ def table_sample_weights_kernel(
     table = (source - b * num_tables).to(tl.int64)
     b = b.to(tl.int64)
     width = load_multiple(tables_ptr, table, DIM, VEC)
-    row = key - load_field(tables_ptr, table, FIRST_ROW)
-    begin = load_multiple(tables_ptr, table, FIRST_ELEMENT, VEC) + row * width
+    begin = row_begin(tables_ptr, table, key, VEC)
     column = load_multiple(tables_ptr, table, FIRST_COLUMN, VEC)
     total = tl.zeros([BLOCK_N, BLOCK_D], acc_dtype)
     for first in range(0, D, BLOCK_D):

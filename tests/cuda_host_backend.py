@@ -146,11 +146,15 @@ def _all_kernels() -> tuple[Kernel, ...]:
         *(
             (
                 "table_batched",
-                f"table_bag_sum_kernel<{table}, {output}, {vec}, {split}, {tables_bag}>",
+                f"table_bag_kernel<{table}, {output}, {vec}, {find}, {split}, {tables_bag}>",
             )
             for table, widths in tables
             for vec in widths
-            for split, output in (("false", table), ("true", _cupy_accumulator(table)))
+            for find, split, output in (
+                ("false", "false", table),
+                ("true", "false", table),
+                ("false", "true", _cupy_accumulator(table)),
+            )
         ),
         *(("table_batched", f"table_gather_kernel<{word}>") for word in words[1:]),
         ("table_batched", "table_keys_kernel"),
@@ -168,6 +172,15 @@ def _all_kernels() -> tuple[Kernel, ...]:
             ("table_batched", f"table_sample_weights_kernel<{table}, {vec}>")
             for table, widths in tables
             for vec in widths
+        ),
+        *(
+            ("table_row_update", f"table_row_update_kernel<{value}, {weight}, {vec}, {unroll}>")
+            for value, weight, widths in segments
+            for vec in widths
+        ),
+        *(
+            ("table_row_update", f"table_rowwise_adagrad_kernel<{weight}>")
+            for weight in FLOATS.values()
         ),
         *(("renorm", f"renorm_kernel<{weight}>") for weight in FLOATS.values()),
         ("counts", "counts_kernel"),

@@ -137,7 +137,12 @@ def test_every_kernel_and_every_row_of_the_launch_tables_is_compiled(
 def test_registers_hold_everything(launches: Launches, case: Case):
     for launch in of_case(launches, case):
         # A few masks that the walk needs again after its loop may wait on the stack meanwhile.
-        walks = ("segment_sum_kernel", "row_update_kernel", "table_segment_sum_kernel")
+        walks = (
+            "segment_sum_kernel",
+            "row_update_kernel",
+            "table_segment_sum_kernel",
+            "table_row_update_kernel",
+        )
         allowed = 16 if launch.kernel in walks else 0
         assert launch.spilled_bytes <= allowed, launch
         stacked = [i for i in launch.machine.instructions if i.operation == "local"]
@@ -245,11 +250,17 @@ def test_radix_sort_reads_whole_vectors_and_waits_for_nothing(launches: Launches
             assert {i.operation for i in launch.instructions if i.in_loop} == {"load"}
 
 
+def formula_of(case: Case) -> str:
+    """Of an update, of one table or of many; other operations have other names."""
+    return case.operation.removeprefix("table_")
+
+
 def updates_of_case(launches: Launches, case: Case) -> list[Compiled]:
-    return [launch for launch in of_case(launches, case) if launch.kernel == "row_update_kernel"]
+    kernel = "table_row_update_kernel" if case.dims else "row_update_kernel"
+    return [launch for launch in of_case(launches, case) if launch.kernel == kernel]
 
 
-@each(lambda case: case.operation in STATE and case.embedding_dim < 5000)
+@each(lambda case: formula_of(case) in STATE and case.embedding_dim < 5000)
 def test_updates_move_whole_vectors(launches: Launches, case: Case):
     """Of 16 bytes, or as few as the narrower of weight and gradient, and the rows' alignment, allow."""
     acc_itemsize = max(case.dtype.itemsize, 4)
@@ -265,7 +276,7 @@ def test_updates_move_whole_vectors(launches: Launches, case: Case):
             ("store", "weight_ptr"): items * case.dtype.itemsize,
         }
         for layout, pointer in zip(
-            STATE[case.operation], ("state_ptr", "second_state_ptr"), strict=False
+            STATE[formula_of(case)], ("state_ptr", "second_state_ptr"), strict=False
         ):
             width = acc_itemsize if layout.per_row else items * acc_itemsize
             expected |= {("load", pointer): width, ("store", pointer): width}
@@ -275,7 +286,7 @@ def test_updates_move_whole_vectors(launches: Launches, case: Case):
         value_itemsize = acc_itemsize
 
 
-@each(lambda case: case.operation in STATE and case.operation != "rowwise_adagrad")
+@each(lambda case: formula_of(case) in STATE and formula_of(case) != "rowwise_adagrad")
 def test_updates_need_no_other_thread(launches: Launches, case: Case):
     """Four neighbours of a row share a block of random words, so they must lie in one thread."""
     for launch in updates_of_case(launches, case):
@@ -299,14 +310,15 @@ def table_launch(launches: Launches, case: Case, kernel: str) -> Compiled:
     return next(launch for launch in of_case(launches, case) if launch.kernel == kernel)
 
 
-@each(lambda case: case.operation in ("table_bag", "table_rows"))
+@each(lambda case: case.operation in ("table_bag", "table_max", "table_rows"))
 def test_batched_tables_are_read_in_the_widest_vectors_that_all_allow(
     launches: Launches, case: Case
 ):
     """One launch for all tables; the threads of bags exchange nothing in their loop, and wait at no barrier."""
-    kernel = {"table_bag": "table_bag_sum_kernel", "table_rows": "table_gather_kernel"}
     found = of_case(launches, case)
-    launch = table_launch(launches, case, kernel[case.operation])
+    pooled = case.operation != "table_rows"
+    kernel = "table_bag_kernel" if pooled else "table_gather_kernel"
+    launch = table_launch(launches, case, kernel)
     is_split = launch.settings.get("SPLIT", False)
     assert len(found) == 1 + is_split
     itemsize = case.dtype.itemsize
@@ -315,14 +327,14 @@ def test_batched_tables_are_read_in_the_widest_vectors_that_all_allow(
     items = width // itemsize
     stored = items * (max(itemsize, 4) if is_split else itemsize)
     assert launch.widths("store", "output_ptr") == {min(16, stored)}
-    if case.operation == "table_bag":
+    if pooled:
         exchanges = [
             i for i in launch.instructions if i.operation in ("barrier", "shared", "shuffle")
         ]
         assert not any(i.in_loop or i.operation == "barrier" for i in exchanges)
 
 
-@each(lambda case: case.operation in ("table_bag", "table_rows"))
+@each(lambda case: case.operation in ("table_bag", "table_max", "table_rows"))
 def test_batched_tables_load_no_record(launches: Launches, case: Case):
     """Contract 6: a lookup of good ids costs no access to the record that the GPU would wait for."""
     launch = of_case(launches, case)[0]
@@ -339,7 +351,8 @@ def test_gradients_of_batched_tables_are_added_as_vectors(
     (launch,) = of_case(launches, case)
     width = case.access_bytes(case.dtype.itemsize)
     assert launch.widths("load", "grad_output_ptr") == {width}
-    vectors = case.dtype == torch.float32 and architecture >= 90
+    # Of a maximum a thread adds those of its elements that have won.
+    vectors = case.dtype == torch.float32 and architecture >= 90 and not case.max
     assert launch.widths("add", "grad_weight_ptr") == {width if vectors else case.dtype.itemsize}
     assert launch.shared_bytes == 0
 

@@ -3,16 +3,14 @@
 The other files run their cases on CUDA too, through the `target` fixture.
 """
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 
 import pytest
 import torch
 from cases import ID_DTYPES, ids, same_bits, table
+from gpu_cases import DEVICE, captured, forced, integers, no_host_sync, random_ids, require
 from torch import Tensor
 
 import gpu_embed
@@ -21,8 +19,6 @@ from gpu_embed.functional import embedding, embedding_bag
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda"
-REQUIRE_GPU = os.environ.get("GPU_EMBED_REQUIRE_GPU") == "1"
 # Every kernel that can compute a gradient of each dtype, whatever the shape and the backend.
 METHODS = [
     pytest.param(dtype, method, id=f"{dtype}-{method}".removeprefix("torch."))
@@ -57,35 +53,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def triton() -> Iterator[str]:
     """For what does not depend on whose kernels run."""
     yield from forced("triton")
-
-
-def forced(name: str) -> Iterator[str]:
-    require(name)
-    with gpu_embed.use_backend(name):
-        yield name
-        gpu_embed.check_bounds()
-    torch.cuda.empty_cache()
-
-
-def require(name: str) -> None:
-    """Skip without the backend's library; with it, a backend that cannot run fails a required GPU run."""
-    reason = backends.load(name).unusable_reason(torch.device(DEVICE))
-    if reason is None:
-        return
-    if REQUIRE_GPU and find_spec(name) is not None:
-        pytest.fail(f"GPU_EMBED_REQUIRE_GPU=1 and {name}: {reason}")
-    pytest.skip(reason)
-
-
-def integers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Random integers in [-2, 2], drawn where they are used."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    return torch.randint(-2, 3, shape, generator=generator, device=DEVICE).to(dtype)
-
-
-def random_ids(num_indices: int, num_embeddings: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    return torch.randint(num_embeddings, (num_indices,), generator=generator, device=DEVICE)
 
 
 def gradient(
@@ -228,20 +195,6 @@ def test_more_than_2_31_ids_are_summed(backend, method):
 # CUDA graphs.
 
 
-def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple]:
-    """The graph of step(), and the tensors that step() returned, which each replay overwrites."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
-
-
 @every_method
 @pytest.mark.parametrize("num_indices", [3073, 1_000_000, 4_000_000])
 def test_cuda_graphs_replay_forward_and_backward(backend, dtype, method, num_indices):
@@ -382,16 +335,6 @@ def test_tensors_on_a_device_that_is_not_current(backend, dtype, method):
 
 
 # No host syncs.
-
-
-@contextmanager
-def no_host_sync() -> Iterator[None]:
-    """torch raises at each of its operators that waits for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_guard_against_syncs_works():

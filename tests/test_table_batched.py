@@ -28,12 +28,13 @@ every_table = pytest.mark.parametrize("sizes", TABLES.values(), ids=TABLES)
 
 
 def modes_of(sizes):
-    return (["mean", "sum", "mean"] * len(sizes))[: len(sizes)]
+    """Of tables of one D and of several: some of each."""
+    return (["mean", "max", "sum"] * len(sizes))[: len(sizes)]
 
 
 def paddings_of(sizes):
-    """For tables that are summed; a mean over three ids would be rounded."""
-    return ([None, -1, None] * len(sizes))[: len(sizes)]
+    """Not for tables that are averaged; a mean over three ids would be rounded."""
+    return ([None, 0, -1] * len(sizes))[: len(sizes)]
 
 
 @pytest.fixture(params=METHODS)
@@ -261,6 +262,104 @@ def test_deterministic_gradients(target):
         torch.testing.assert_close(one, other, rtol=0, atol=80 * 4 * 2**-23)
 
 
+# Maxima.
+
+
+mixed_or_not = pytest.mark.parametrize(
+    "sizes", [[(4, 4), (5, 4)], [(4, 4), (5, 8)]], ids=["uniform", "mixed"]
+)
+
+
+@mixed_or_not
+def test_the_first_of_equal_maxima_has_the_gradient(target, method, sizes):
+    """Contract 7: as in EmbeddingBag; also where all are negative, and where a row is named twice."""
+    layer = integer_layer(sizes, target.device, mode="max")
+    with torch.no_grad():
+        for name in layer:
+            layer[name].fill_(-3)
+            layer[name][1, ::2] = -2
+    ids = torch.tensor([2, 1, 3, 2, 0, 1, 3, 3, 4, 1], device=target.device)
+    offsets = torch.tensor([0, 3, 4, 7, 10], device=target.device)
+    actual = by_layer(layer, ids, offsets)
+    assert_same(actual, by_torch(layer, ids, offsets))
+    assert actual.output[0, :2].tolist() == [-2, -3]
+    grad_output = gradient_like(actual.output)
+    # Row 1 wins the even columns; row 2, which comes first, wins the odd ones.
+    assert torch.equal(actual.tables[0][1, ::2], grad_output[0, :4:2])
+    assert torch.equal(actual.tables[0][2, 1::2], grad_output[0, 1:4:2] + grad_output[1, 1:4:2])
+
+
+@mixed_or_not
+def test_maxima_of_numbers_that_are_not_finite(target, method, sizes):
+    """NaN is the largest where it comes first, and nowhere else, as in torch."""
+    layer = integer_layer(sizes, target.device, mode=["max", "sum"])
+    rows = [[torch.nan, 1, -torch.inf, 1], [2, torch.nan, -torch.inf, torch.inf], [3, 3, -3, -3]]
+    with torch.no_grad():
+        layer["0"][:3] = torch.tensor(rows)
+    ids = torch.tensor([0, 1, 2, 1, 0, 2, 0, 1, 0], device=target.device)
+    offsets = torch.tensor([0, 3, 6, 8, 9, 9, 9], device=target.device)
+    layer_of_three = layer(ids[:8], torch.cat([offsets[:4], offsets[3:4].expand(3)]))
+    first = torch.tensor([[torch.nan, 3, -3, torch.inf], [3, torch.nan, -3, torch.inf]])
+    assert torch.equal(layer_of_three[:2, :4].cpu().nan_to_num(99), first.nan_to_num(99))
+    output = layer_of_three.nan_to_num(0, 0, 0)
+    output.backward(gradient_like(output))
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_gradgradcheck_of_maxima(target):
+    """Contract 7: of any order, forward mode too, beside a table that is averaged."""
+    layer = integer_layer(
+        [(3, 2), (4, 1)], target.device, torch.float64, mode=["max", "mean"], padding_idx=[2, None]
+    )
+    with torch.no_grad():
+        # No two elements are equal, nor nearly so.
+        layer.weight.copy_(7 * torch.arange(layer.weight.numel()) % 23)
+    ids = torch.tensor([0, 1, 2, 1, 0, 2], device=target.device)
+    offsets = torch.tensor([0, 3, 4, 4, 6], device=target.device)
+    look_up = looked_up(layer, ids, offsets)
+    weight = layer.weight.detach().clone().requires_grad_()
+    assert gradcheck(look_up, weight, check_forward_ad=True, **quick(target))
+    assert gradgradcheck(look_up, weight, **quick(target))
+
+    def twice(weight):
+        return look_up(weight).pow(2).sum()
+
+    # torch.func, one level in another.
+    product = torch.func.jvp(torch.func.grad(twice), (weight.detach(),), (weight.detach(),))[1]
+    # A quadratic function's second derivative times the point is its first.
+    assert torch.allclose(product, torch.func.grad(twice)(weight.detach()))
+
+
+def test_opcheck_of_maxima(target):
+    """Contract 8: torch.library's own checks."""
+    layer = integer_layer([(3, 1), (2, 2)], target.device, mode=["max", "mean"])
+    ids, offsets = random_input(layer, 1)
+    shape = layer.layout.shape(True)
+    batch = (ids, offsets, layer.fields, layer.table_of_column)
+    op = table_ops.table_batched_embedding_max
+    torch.library.opcheck(op, (layer.weight, *batch, *shape, True, False))
+    _, winner = op(layer.weight, *batch, *shape, True, False)
+    arguments = (layer.weight, None, *batch, winner, *shape, False, False)
+    torch.library.opcheck(table_ops.table_batched_embedding, arguments)
+
+
+def test_compiled_maxima_equal_eager(target):
+    """Contract 8: one graph, forward and backward."""
+    torch._dynamo.reset()
+    eager, compiled = (
+        integer_layer(TABLES["mixed"], target.device, mode=["max", "sum", "max"]) for _ in range(2)
+    )
+    graph = torch.compile(compiled, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_bags in (2, 3):
+        ids, offsets = random_input(eager, num_bags)
+        for layer, look_up in ((eager, eager), (compiled, graph)):
+            layer.weight.grad = None
+            output = look_up(ids, offsets)
+            output.backward(gradient_like(output))
+        assert torch.equal(compiled.weight.grad, eager.weight.grad)
+    torch._dynamo.reset()
+
+
 # Ids out of range.
 
 
@@ -410,7 +509,22 @@ def test_launches_do_not_depend_on_the_number_of_tables(target, method, launches
         "atomic": ["table_scatter_add_kernel"],
         "sorted": ["table_keys_kernel", "table_keys_kernel", walk],
     }[method]
-    assert launches == ["table_bag_sum_kernel", *gradient]
+    assert launches == ["table_bag_kernel", *gradient]
+
+
+@pytest.mark.parametrize("num_tables", [1, 9])
+def test_launches_of_maxima(target, method, launches, num_tables):
+    """As many, also beside tables of other modes."""
+    layer = integer_layer(
+        [(3, 4)] * num_tables, target.device, mode=["max"] + ["mean"] * (num_tables - 1)
+    )
+    ids, offsets = random_input(layer, 1)
+    by_layer(layer, ids, offsets)
+    gradient = {
+        "atomic": ["table_scatter_add_kernel"],
+        "sorted": ["table_keys_kernel", "table_keys_kernel", "table_segment_sum_kernel"],
+    }[method]
+    assert launches == ["table_bag_kernel", *gradient]
 
 
 @pytest.mark.parametrize("num_tables", [1, 2, 9])
@@ -534,7 +648,14 @@ def test_sparse_gradients_times_per_sample_weights(target):
 def op_arguments(target, sizes, pooled):
     layer = integer_layer(sizes, target.device, mode="sum", padding_idx=0)
     ids, offsets = random_input(layer, 2)
-    return layer, (ids, offsets, layer.fields, layer.table_of_column, *layer.layout.shape(pooled))
+    return layer, (
+        ids,
+        offsets,
+        layer.fields,
+        layer.table_of_column,
+        None,
+        *layer.layout.shape(pooled),
+    )
 
 
 OPCHECK = {

@@ -185,11 +185,12 @@ def test_bags_from_and_to_modules(named, kind):
     modules = {
         "user": kind(7, 4, mode="sum", padding_idx=2, dtype=torch.float64),
         "item": kind(3, 12, mode="mean", dtype=torch.float64),
+        "shop": kind(5, 8, mode="max", padding_idx=0, dtype=torch.float64),
     }
     layer = TableBatchedEmbeddingBag.from_modules(modules if named else list(modules.values()))
-    assert list(layer) == (["user", "item"] if named else ["0", "1"])
-    assert layer.layout.modes == ("sum", "mean")
-    assert layer.layout.padding_idx == (2, -1)
+    assert list(layer) == (["user", "item", "shop"] if named else ["0", "1", "2"])
+    assert layer.layout.modes == ("sum", "mean", "max")
+    assert layer.layout.padding_idx == (2, -1, 0)
     assert layer.weight.dtype == torch.float64
     back = layer.to_modules()
     for one, other in zip(back.values(), modules.values(), strict=True):
@@ -225,7 +226,6 @@ REFUSED = {
     "another type": ([BAG, nn.Embedding(2, 3)], TypeError, "'1' is Embedding"),
     "max_norm": ([nn.EmbeddingBag(2, 3, max_norm=1.0)], ValueError, "'0' has max_norm"),
     "scaled": ([nn.EmbeddingBag(2, 3, scale_grad_by_freq=True)], ValueError, "scale_grad_by_freq"),
-    "max": ([nn.EmbeddingBag(2, 3, mode="max")], ValueError, "table '0': mode 'max'"),
     "dtypes": ([BAG, nn.EmbeddingBag(2, 3).half()], ValueError, "one dtype, got torch.float32"),
     "sparse": (
         [BAG, nn.EmbeddingBag(2, 3, sparse=True)],
@@ -433,15 +433,10 @@ CONSTRUCTED = {
     "no name": (lambda: TableBatchedEmbeddingBag({"": (1, 1)}), "not empty"),
     "no columns": (lambda: TableBatchedEmbeddingBag({"a": (1, 0)}), "table 'a': .* got 1 and 0"),
     "negative rows": (lambda: TableBatchedEmbeddingBag({"a": (-1, 2)}), "got -1 and 2"),
-    "max": (lambda: TableBatchedEmbeddingBag([(1, 1)], "max"), "mode 'max' is not for batched"),
-    "mode": (lambda: TableBatchedEmbeddingBag([(1, 1)], "median"), "one of sum or mean"),
+    "mode": (lambda: TableBatchedEmbeddingBag([(1, 1)], "median"), "one of sum, mean, max"),
     "modes": (lambda: TableBatchedEmbeddingBag([(1, 1)], ["sum", "sum"]), "2 values for 1 tables"),
     "mode of nobody": (lambda: TableBatchedEmbeddingBag([(1, 1)], {"x": "sum"}), "named 'x'"),
     "padding": (lambda: TableBatchedEmbeddingBag([(3, 1)], padding_idx=3), "within num_embeddings"),
-    "sparse": (
-        lambda: TableBatchedEmbeddingBag([(3, 1), (2, 2)], sparse=True),
-        "one embedding_dim",
-    ),
     "rows": (lambda: TableBatchedEmbedding([(3, 1), (2, 2)]), "have no common shape"),
 }
 
@@ -492,7 +487,8 @@ def test_arguments_that_do_not_fit(call, error, message):
         call(TableBatchedEmbeddingBag([(2, 1), (2, 2)]))
 
 
-def test_weights_of_a_mean():
-    layer = TableBatchedEmbeddingBag({"a": (2, 1), "b": (2, 2)}, mode={"b": "mean"})
-    with pytest.raises(NotImplementedError, match="table 'b' has mode='mean'"):
+@pytest.mark.parametrize("mode", ["mean", "max"])
+def test_weights_of_a_mean_or_a_maximum(mode):
+    layer = TableBatchedEmbeddingBag({"a": (2, 1), "b": (2, 2)}, mode={"b": mode})
+    with pytest.raises(NotImplementedError, match=f"table 'b' has mode='{mode}'"):
         layer(IDS, OFFSETS, torch.ones(2))

@@ -1,16 +1,23 @@
 """Row-wise optimizers on batched tables: the whole buffer at once, and tables with hyperparameters of their own."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from cases import same_bits
 from table_cases import integer_layer, integers, random_input
 
 import gpu_embed
-from gpu_embed import optim
+from gpu_embed import backends, optim
+from gpu_embed.backends._triton import row_update as triton_row_update
 from gpu_embed.row_parameter import RowParameter
 
 SIZES = {"user": (7, 4), "item": (3, 4), "shop": (5, 4)}
+# Rows of an odd number of elements, and what lies between tables that are no multiple of 8 of them.
+MIXED = {"user": (7, 3), "item": (3, 12), "shop": (5, 5)}
+MODES = {"item": "mean", "shop": "max"}
+every_size = pytest.mark.parametrize("sizes", [SIZES, MIXED], ids=["uniform", "mixed"])
 OPTIMIZERS = {
     "SGD": lambda params, **arguments: optim.SGD(params, **{"lr": 0.5, **arguments}),
     "Adagrad": lambda params, **arguments: optim.Adagrad(params, **{"lr": 0.5, **arguments}),
@@ -21,16 +28,38 @@ OPTIMIZERS = {
     "AdamW": lambda params, **arguments: optim.AdamW(params, **{"lr": 0.5, **arguments}),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+# One that sees a row as a whole, and one that does not.
+two_optimizers = pytest.mark.parametrize(
+    "make", [OPTIMIZERS["RowWiseAdagrad"], OPTIMIZERS["Adam"]], ids=["RowWiseAdagrad", "Adam"]
+)
 
 
-def sparse_layer(target=None, **arguments):
+def sparse_layer(target=None, sizes=SIZES, **arguments):
     device = "cpu" if target is None else target.device
-    return integer_layer(SIZES, device, sparse=True, mode={"item": "mean"}, **arguments)
+    return integer_layer(sizes, device, sparse=True, mode=MODES, **arguments)
+
+
+class Largest(torch.nn.Module):
+    """One table of mode "max", which EmbeddingBag has no sparse gradient for."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.table = gpu_embed.TableBatchedEmbeddingBag.from_modules([module])
+
+    @property
+    def weight(self):
+        return self.table.weight
+
+    def forward(self, ids, offsets):
+        return self.table(ids, torch.cat([offsets, offsets.new_full((1,), len(ids))]))
 
 
 def one_by_one(layer):
     """A layer for each table, and what makes of their outputs that of the batched one."""
     modules = layer.to_modules()
+    for name, module in modules.items():
+        if module.mode == "max":
+            modules[name] = Largest(module)
 
     def look_up(ids, offsets):
         num_bags = (len(offsets) - 1) // len(modules)
@@ -63,10 +92,11 @@ def assert_equal(layer, modules):
         assert torch.equal(rows, modules[name].weight), name
 
 
+@every_size
 @every_optimizer
-def test_one_update_of_the_buffer_is_one_of_each_table(target, make):
+def test_one_update_of_the_buffer_is_one_of_each_table(target, make, sizes):
     """Bit for bit, over two steps: a row's update depends on the row alone."""
-    layer = sparse_layer(target, padding_idx=0)
+    layer = sparse_layer(target, sizes, padding_idx=0)
     modules, look_up = one_by_one(layer)
     batches = batches_of(layer)
     before = layer.weight.detach().clone()
@@ -88,10 +118,11 @@ def test_torchs_own_sparse_optimizer_takes_the_gradient():
 # Tables with hyperparameters of their own.
 
 
+@every_size
 @every_optimizer
-def test_param_groups_by_table(target, make):
+def test_param_groups_by_table(target, make, sizes):
     """Each group its own hyperparameters; a table in no group stays as it is."""
-    layer = sparse_layer(target)
+    layer = sparse_layer(target, sizes)
     modules, look_up = one_by_one(layer)
     batches = batches_of(layer)
     groups = [
@@ -119,6 +150,16 @@ def test_an_optimizer_for_each_table():
     assert_equal(layer, modules)
 
 
+def test_neighbours_of_different_widths_are_one_parameter():
+    layer = sparse_layer(sizes=MIXED)
+    (both,) = layer.parameters_of("shop", "item")
+    assert both.data_ptr() == layer["item"].data_ptr()
+    assert both.numel() == 3 * 12 + 4 + 5 * 5 + 7
+    first, last = layer.parameters_of("shop", "user")
+    assert torch.equal(first, layer["user"])
+    assert torch.equal(last, layer["shop"])
+
+
 def test_neighbours_are_one_parameter():
     layer = sparse_layer()
     (both,) = layer.parameters_of("item", "user")
@@ -132,8 +173,9 @@ def test_neighbours_are_one_parameter():
         integer_layer(SIZES).parameters_of("user")
 
 
-def test_schedulers_and_state_dicts_know_the_tables():
-    layer, other = sparse_layer(), sparse_layer()
+@every_size
+def test_schedulers_and_state_dicts_know_the_tables(sizes):
+    layer, other = sparse_layer(sizes=sizes), sparse_layer(sizes=sizes)
     batches = batches_of(layer)
 
     def make(layer):
@@ -156,8 +198,9 @@ def test_schedulers_and_state_dicts_know_the_tables():
     assert torch.equal(layer.weight, other.weight)
 
 
-def test_rows_in_two_parameters_are_refused():
-    layer = sparse_layer()
+@every_size
+def test_rows_in_two_parameters_are_refused(sizes):
+    layer = sparse_layer(sizes=sizes)
     optimizer = optim.SGD(layer.parameters_of("user"), lr=1.0)
     for params in (layer.parameters_of("user"), list(layer.parameters())):
         with pytest.raises(ValueError, match="some rows appear in more than one parameter"):
@@ -166,18 +209,20 @@ def test_rows_in_two_parameters_are_refused():
     optimizer.add_param_group({"params": layer.parameters_of("item")})
 
 
-def test_the_gradient_of_some_rows():
+@every_size
+def test_the_gradient_of_some_rows(sizes):
     """Read by other code than ours, it is the whole's part."""
-    layer = sparse_layer()
+    layer = sparse_layer(sizes=sizes)
     (item,) = layer.parameters_of("item")
     assert item.grad is None
     ids, offsets = torch.tensor([6, 2, 0, 2]), torch.tensor([0, 1, 3, 4])
     layer(ids, offsets).sum().backward()
-    assert item.grad.is_sparse
-    assert torch.equal(item.grad.to_dense(), layer.weight.grad.to_dense()[7:10])
-    assert item.grad._nnz() == 2
-    layer.weight.grad = layer.weight.grad.to_dense()
-    assert torch.equal(item.grad, layer.weight.grad[7:10])
+    dense = layer.weight.grad.to_dense()
+    assert item.grad.shape == item.shape
+    assert torch.equal(item.grad.to_dense(), layer.layout.view(dense, 1))
+    assert item.grad.to_dense().any(1).tolist() == [True, False, True]
+    layer.weight.grad = dense
+    assert torch.equal(item.grad, layer.layout.view(dense, 1))
     with pytest.raises(ValueError, match="part of the whole"):
         item.grad = torch.zeros(3, 4)
     item.grad = None
@@ -185,12 +230,216 @@ def test_the_gradient_of_some_rows():
 
 
 def test_a_copied_optimizer_updates_its_own_tables():
-    layer = sparse_layer()
+    layer = sparse_layer(sizes=MIXED)
     (item,) = layer.parameters_of("item")
-    copied, item_copy = copy.deepcopy((layer, item))
-    assert isinstance(item_copy, RowParameter)
-    assert item_copy.whole is copied.weight
-    assert item_copy.data_ptr() == copied["item"].data_ptr()
+    for copied, item_copy in (
+        copy.deepcopy((layer, item)),
+        pickle.loads(pickle.dumps((layer, item))),
+    ):
+        assert isinstance(item_copy, RowParameter)
+        assert item_copy.whole is copied.weight
+        assert item_copy.data_ptr() == copied["item"].data_ptr()
+    batches = batches_of(layer)
+    for whole in (True, False):
+        layer = sparse_layer(sizes=MIXED)
+        params = layer.parameters() if whole else layer.parameters_of("item", "shop")
+        optimizer = optim.Adagrad(params, lr=0.5)
+        train([optimizer], layer, batches[:1])
+        twins = copy.deepcopy((layer, optimizer)), pickle.loads(pickle.dumps((layer, optimizer)))
+        train([optimizer], layer, batches[1:])
+        for copied, copied_optimizer in twins:
+            train([copied_optimizer], copied, batches[1:])
+            assert torch.equal(copied.weight, layer.weight)
+
+
+def test_an_optimizer_copied_without_its_layer_says_so():
+    layer = sparse_layer(sizes=MIXED)
+    optimizer = copy.deepcopy(optim.SGD(layer.parameters(), lr=1.0))
+    layer(*random_input(layer, 2)).sum().backward()
+    optimizer.param_groups[0]["params"][0].grad = layer.weight.grad
+    with pytest.raises(RuntimeError, match="was copied without its layer"):
+        optimizer.step()
+
+
+@every_size
+def test_tables_are_found_where_their_layer_has_moved(sizes):
+    """`layer.to(...)` gives the parameter other memory, in which its tables still are."""
+    layer, expected = sparse_layer(sizes=sizes), sparse_layer(sizes=sizes).double()
+    optimizer = optim.Adagrad(layer.parameters_of("item", "shop"), lr=0.5)
+    layer.double()
+    batches = batches_of(layer)
+    train([optimizer], layer, batches)
+    train([optim.Adagrad(expected.parameters_of("item", "shop"), lr=0.5)], expected, batches)
+    assert torch.equal(layer.weight, expected.weight)
+
+
+@every_size
+@pytest.mark.parametrize("factor", [1.0, torch.inf])
+def test_a_grad_scaler_unscales_the_gradients_of_tables(sizes, factor):
+    """Each once, whatever the groups, and a step with a number that is not finite is left out."""
+    layer, plain = sparse_layer(sizes=sizes), sparse_layer(sizes=sizes)
+    ids, offsets = random_input(layer, 3)
+    optimizer = optim.SGD(
+        [
+            {"params": layer.parameters_of("user"), "lr": 1.0},
+            {"params": layer.parameters_of("item", "shop"), "lr": 2.0},
+        ]
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    scaler.scale(factor * layer(ids, offsets).sum()).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    if factor == 1:
+        groups = [
+            {"params": plain.parameters_of("user"), "lr": 1.0},
+            {"params": plain.parameters_of("item", "shop"), "lr": 2.0},
+        ]
+        plain(ids, offsets).sum().backward()
+        optim.SGD(groups).step()
+    assert torch.equal(layer.weight, plain.weight)
+
+
+@every_size
+def test_gradients_of_tables_are_clipped(target, sizes):
+    """Whole or by table: the norm, and what is left, are those of the dense gradient."""
+    dense = integer_layer(sizes, target.device, mode=MODES)
+    ids, offsets = random_input(dense, 3)
+    dense(ids, offsets).sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_(dense.parameters(), 1.0)
+    for by_table in (False, True):
+        layer = sparse_layer(target, sizes)
+        layer(ids, offsets).sum().backward()
+        params = [*layer.parameters_of("user"), *layer.parameters_of("item", "shop")]
+        found = optim.clip_grad_norm_(params if by_table else layer.parameters(), 1.0)
+        # Fewer than 2**8 squares and products, each rounded.
+        assert abs(found - norm) <= 2**8 * 2.0**-23 * norm
+        difference = layer.weight.grad.to_dense() - dense.weight.grad
+        assert difference.abs().max() <= 2**9 * 2.0**-23
+
+
+@every_optimizer
+def test_rows_of_all_tables_are_chosen(target, make):
+    """rows= counts through the tables of a parameter; or within one table's own."""
+    layer, free = sparse_layer(target, MIXED), sparse_layer(target, MIXED)
+    batches = batches_of(layer)[:1]
+    start = layer.weight.detach().clone()
+    train([make(free.parameters())], free, batches)
+    train([make(layer.parameters(), rows=[1, 3, 7, 9, 12, 14])], layer, batches)
+    chosen = {"user": [1, 3], "item": [0, 2], "shop": [2, 4]}
+    for number, (name, rows) in enumerate(layer.items()):
+        before = layer.layout.view(start, number)
+        others = [row for row in range(len(rows)) if row not in chosen[name]]
+        assert torch.equal(rows[chosen[name]], free[name][chosen[name]])
+        assert torch.equal(rows[others], before[others])
+    (group,) = make(layer.parameters_of("shop"), rows=[4]).param_groups
+    assert group["rows"].tolist() == [False] * 4 + [True]
+
+
+@two_optimizers
+def test_hot_rows_are_summed_across_levels(target, make):
+    """Runs that cross chunks, of rows of different widths, side by side; and positions with weights."""
+    layer = integer_layer(MIXED, target.device, sparse=True)
+    modules, look_up = one_by_one(layer)
+    ids = torch.zeros(108, dtype=torch.int64, device=target.device)
+    ids[50:70] = 1
+    offsets = torch.arange(0, 109, 36, device=target.device)
+    train([make(layer.parameters())], layer, [(ids, offsets)])
+    train([make(modules.parameters())], look_up, [(ids, offsets)])
+    assert_equal(layer, modules)
+
+
+@two_optimizers
+def test_weighted_entries(target, make):
+    """per_sample_weights, in two lookups under one backward and two backwards before a step."""
+    layer = integer_layer(MIXED, target.device, sparse=True)
+    twin = integer_layer(MIXED, target.device)
+    ids, offsets = random_input(layer, 3)
+    weights = integers(len(ids), low=1).float().to(target.device)
+    optimizer = make(layer.parameters())
+    for _ in range(2):
+        for one in (layer, twin):
+            output = one(ids, offsets, weights) + 2 * one(ids.flip(0) % 3, offsets)
+            output.backward(integers(*output.shape).to(output))
+    assert torch.equal(layer.weight.grad.to_dense(), twin.weight.grad)
+    optimizer.step()
+    # The same gradient, with one entry a row.
+    modules = layer.to_modules()
+    for number, (name, rows) in enumerate(twin.items()):
+        table = modules[name].weight
+        table.data.copy_(rows)
+        grad = layer.layout.view(twin.weight.grad, number)
+        table.grad = grad.to_sparse(1)
+    make(modules.parameters()).step()
+    used = [layer.layout.view(twin.weight.grad, number).any(1) for number in range(3)]
+    for mask, (name, rows) in zip(used, layer.items(), strict=True):
+        assert torch.equal(rows[mask], modules[name].weight[mask])
+
+
+@two_optimizers
+def test_long_rows_and_short_ones(target, make, monkeypatch):
+    """Also where no program holds a row, so that row-wise Adagrad takes two steps."""
+    sizes = {"user": (3, 130), "item": (2, 1), "shop": (2, 33)}
+    if target.backend == "triton":
+        monkeypatch.setattr(triton_row_update, "MAX_HELD_ROW", 256)
+    layer = integer_layer(sizes, target.device, sparse=True)
+    modules, look_up = one_by_one(layer)
+    batches = batches_of(layer)[1:]
+    train([make(layer.parameters())], layer, batches)
+    train([make(modules.parameters())], look_up, batches)
+    for name, rows in layer.items():
+        # Sums of up to 130 squares, in another order where one of them takes two steps.
+        torch.testing.assert_close(rows, modules[name].weight, rtol=130 * 2**-23, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("formula", ["SGD", "RowWiseAdagrad"])
+def test_tables_are_rounded_at_random_alike_on_every_backend(target, dtype, formula):
+    """By the row's number among all, and the column: the words of `stochastic_rounding`."""
+    layers = []
+    for backend in (target.backend, "reference"):
+        layer = sparse_layer(target, MIXED).to(dtype)
+        with gpu_embed.use_backend(backend):
+            optimizer = OPTIMIZERS[formula](
+                layer.parameters(), lr=0.01, stochastic_rounding=True, seed=5
+            )
+            train([optimizer], layer, batches_of(layer)[:1])
+        layers.append(layer)
+    assert same_bits(layers[0].weight.detach(), layers[1].weight.detach())
+    nearest = sparse_layer(target, MIXED).to(dtype)
+    train([OPTIMIZERS[formula](nearest.parameters(), lr=0.01)], nearest, batches_of(nearest)[:1])
+    assert not same_bits(layers[0].weight.detach(), nearest.weight.detach())
+
+
+def test_a_learning_rate_on_the_device(target):
+    """Contract 5: read by the kernel."""
+    layers = [sparse_layer(target, MIXED) for _ in range(2)]
+    for layer, lr in zip(layers, (0.125, torch.tensor(0.125, device=target.device)), strict=True):
+        train([optim.Adagrad(layer.parameters(), lr=lr)], layer, batches_of(layer)[:1])
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+def test_a_step_is_one_sort_and_one_launch(target, monkeypatch):
+    """Whatever the number of tables and their height, and with nothing that grows with that."""
+    if target.backend != "triton":
+        pytest.skip("counts Triton's launches")
+    backend = backends.select(torch.device(target.device))
+    launch, names = backend._launch, []
+
+    def recording(kernel, *args, **settings):
+        names.append(kernel.__name__)
+        launch(kernel, *args, **settings)
+
+    monkeypatch.setattr(backend, "_launch", recording)
+    for num_tables, height in ((2, 3), (9, 1000)):
+        layer = integer_layer(
+            [(height, 4 + table % 2) for table in range(num_tables)], target.device, sparse=True
+        )
+        optimizer = optim.Adam(layer.parameters())
+        ids = torch.zeros(num_tables, dtype=torch.int64, device=target.device)
+        layer(ids, torch.arange(num_tables + 1, device=target.device)).sum().backward()
+        names.clear()
+        optimizer.step()
+        assert names == ["sort_keys_kernel", "table_row_update_kernel"]
 
 
 def test_dense_gradients_are_refused():
@@ -205,10 +454,11 @@ def test_dense_gradients_are_refused():
 
 
 @every_optimizer
+@every_size
 @pytest.mark.parametrize("by_table", [False, True], ids=["whole", "by table"])
-def test_updates_in_backward(make, by_table):
+def test_updates_in_backward(make, by_table, sizes):
     """The same as a step after it, and no gradient is kept."""
-    layer, stepped = sparse_layer(), sparse_layer()
+    layer, stepped = sparse_layer(sizes=sizes), sparse_layer(sizes=sizes)
     batches = batches_of(layer)
 
     def params(layer):
@@ -231,7 +481,7 @@ def test_updates_in_backward(make, by_table):
 
 def test_a_model_with_batched_tables_is_updated_in_backward():
     model = torch.nn.ModuleList(
-        [sparse_layer(), integer_layer(SIZES), gpu_embed.Embedding(2, 3, sparse=True)]
+        [sparse_layer(sizes=MIXED), integer_layer(SIZES), gpu_embed.Embedding(2, 3, sparse=True)]
     )
     model.append(gpu_embed.TableBatchedEmbedding([(2, 3)], sparse=True))
     updates = optim.apply_in_backward(model, optim.SGD, lr=1.0)

@@ -18,6 +18,7 @@ from ..bounds import BoundsRecord
 from ..quantized import QuantizedTable
 from ..row_update import RowUpdate
 from ..settings import BACKEND, Restore
+from ..table_gradient import TableEntries
 from ..tables import TableBatch
 
 logger = logging.getLogger("gpu_embed")
@@ -143,7 +144,21 @@ class Backend(Protocol):
         """Sums and means of the batch's bags -> [B, sum D]; where it is not pooled, each id's row -> [N, D].
 
         weight is the tables' buffer, contiguous. Each table's padding takes no part in its bags; a row of its
-        own is zero if zero_padding says so. Positions in no bag give rows of zeros.
+        own is zero if zero_padding says so. Positions in no bag give rows of zeros. Of a table of mode "max"
+        the values at the batch's `winner`.
+        """
+
+    def table_batched_embedding_max(
+        self,
+        weight: Tensor,
+        batch: TableBatch,
+        with_winner: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same for a batch of pooled tables, some of mode "max", that has no `winner`; the second is that.
+
+        Its values under tables of other modes are of no account; an empty tensor unless with_winner. The first
+        of equals wins; NaN wins where it comes first, and nowhere else.
         """
 
     def table_batched_embedding_dense_backward(
@@ -177,6 +192,20 @@ class Backend(Protocol):
         record: BoundsRecord | None,
     ) -> Tensor:
         """`take_rows` of what a quantized table stands for; rows that no id names are not dequantized."""
+
+    def table_row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        entries: TableEntries,
+        rows: Tensor | None,
+    ) -> None:
+        """`row_update_` for tables of different widths in one buffer, all at once.
+
+        weight [elements] is the buffer, or part of it that the entries' fields describe; state is of its shape,
+        or [entries.num_rows] where the formula keeps a number a row. A row's D is its own table's.
+        """
 
 
 # In the order of preference on a CUDA device.

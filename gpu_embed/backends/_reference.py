@@ -9,8 +9,9 @@ from .. import reference, stochastic_rounding
 from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..quantized import QuantizedTable
-from ..row_update import RowUpdate, arithmetic_dtype
-from ..tables import TableBatch, write_out_of_range
+from ..row_update import STATE, RowUpdate, arithmetic_dtype
+from ..table_gradient import TableEntries
+from ..tables import TableBatch, TableField, write_out_of_range
 from ..wrapped_ids import rows_or_ids
 from . import PreparedEmbedding
 
@@ -85,6 +86,7 @@ class ReferenceBackend:
         indices: Tensor,
         values: Tensor,
         rows: Tensor | None,
+        first_row: int = 0,
     ) -> None:
         table = weight.detach().cpu().to(arithmetic_dtype(weight.dtype)).clone().numpy()
         arrays = [tensor.cpu().clone().numpy() for tensor in state]
@@ -96,6 +98,7 @@ class ReferenceBackend:
             values.detach().cpu().double().numpy(),
             None if rows is None else rows.cpu().numpy(),
             ROUNDINGS.get(weight.dtype),
+            first_row,
         )
         weight.copy_(torch.from_numpy(table))
         for tensor, array in zip(state, arrays, strict=True):
@@ -178,8 +181,26 @@ class ReferenceBackend:
             batch.shape.pooled,
             _array(per_sample_weights),
             zero_padding,
+            _winner_array(batch),
         )
         return torch.from_numpy(output).to(weight)
+
+    def table_batched_embedding_max(
+        self,
+        weight: Tensor,
+        batch: TableBatch,
+        with_winner: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        if record is not None:
+            write_out_of_range(record, batch)
+        output, winner = reference.table_batched_embedding_max(
+            _array(weight), *_batch_arrays(batch)
+        )
+        winner = winner if with_winner else winner[:0, 0]
+        return torch.from_numpy(output).to(weight), torch.from_numpy(winner).to(
+            weight.device, batch.position_dtype
+        )
 
     def table_batched_embedding_dense_backward(
         self,
@@ -194,6 +215,7 @@ class ReferenceBackend:
             batch.shape.pooled,
             weight_shape,
             _array(per_sample_weights),
+            _winner_array(batch),
         )
         return torch.from_numpy(grad_weight).to(grad_output)
 
@@ -234,6 +256,43 @@ class ReferenceBackend:
         )
         return torch.from_numpy(rows).to(table.scale.device, dtype)
 
+    def table_row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        entries: TableEntries,
+        rows: Tensor | None,
+    ) -> None:
+        """One table after the other: an update is of rows, and knows of no other table."""
+        chosen = entries.in_table()
+        if rows is not None:
+            chosen &= rows[torch.where(chosen, entries.rows, 0)]
+        table = entries.sources.to(torch.int64) % entries.num_tables
+        values = entries.row_values()
+        for number, fields in enumerate(entries.fields.tolist()):
+            own = chosen & (table == number)
+            if not own.any():
+                continue
+            first_row, num_rows = fields[TableField.FIRST_ROW], fields[TableField.NUM_ROWS]
+            dim, begin = fields[TableField.DIM], fields[TableField.FIRST_ELEMENT]
+            of_rows = slice(first_row, first_row + num_rows)
+            of_elements = slice(begin, begin + num_rows * dim)
+            self.row_update_(
+                update,
+                weight.view(-1)[of_elements].view(num_rows, dim),
+                tuple(
+                    tensor[of_rows]
+                    if layout.per_row
+                    else tensor.view(-1)[of_elements].view(num_rows, dim)
+                    for layout, tensor in zip(STATE[update.formula], state, strict=True)
+                ),
+                entries.rows[own] - first_row,
+                values[own, :dim],
+                None,
+                first_row,
+            )
+
 
 def _ids_array(indices: Tensor) -> Any:
     """The ids in a dtype that NumPy has."""
@@ -248,6 +307,10 @@ def _bag_arrays(bags: Bags) -> tuple[Any, Any]:
     """The ids [N] and the offsets [B + 1]."""
     begin, end = bags.ends()
     return bags.indices.cpu().numpy(), torch.cat([begin, end[-1:]]).cpu().numpy()
+
+
+def _winner_array(batch: TableBatch) -> Any:
+    return None if batch.winner is None else batch.winner.cpu().numpy()
 
 
 def _batch_arrays(batch: TableBatch) -> tuple[Any, Any, Any]:

@@ -7,10 +7,11 @@ from ..bags import Bags
 from ..bounds import BoundsRecord, in_table
 from ..quantized import QuantizedTable
 from ..row_update import RowUpdate
+from ..table_gradient import TableEntries
 from ..tables import TableBatch, write_out_of_range
 from ..wrapped_ids import rows_or_ids
 from . import PreparedEmbedding, _torch_tables
-from ._torch_row_update import row_update_
+from ._torch_row_update import row_update_, table_row_update_
 
 TORCH_INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -209,6 +210,17 @@ class TorchBackend:
             write_out_of_range(record, batch)
         return _torch_tables.embedding(weight, per_sample_weights, batch, zero_padding)
 
+    def table_batched_embedding_max(
+        self,
+        weight: Tensor,
+        batch: TableBatch,
+        with_winner: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        if record is not None:
+            write_out_of_range(record, batch)
+        return _torch_tables.embedding_max(weight, batch, with_winner)
+
     def table_batched_embedding_dense_backward(
         self,
         grad_output: Tensor,
@@ -263,6 +275,16 @@ class TorchBackend:
             read = in_table(rows, num_embeddings)[..., None]
             return torch.where(read, numbers / scale, 0).to(dtype)
         return ((numbers - of_groups(table.zero)) * of_groups(table.scale)).to(dtype)
+
+    def table_row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        entries: TableEntries,
+        rows: Tensor | None,
+    ) -> None:
+        table_row_update_(update, weight, state, entries, rows)
 
 
 def _torch_ids(indices: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ..bounds import in_table
-from ..row_update import RowUpdate, Stream, arithmetic_dtype
+from ..row_update import STATE, RowUpdate, Stream, arithmetic_dtype
 from ..stochastic_rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
+from ..table_gradient import TableEntries
+from ..tables import TableField
 
 LOW = 0xFFFFFFFF
 
@@ -21,41 +23,102 @@ def row_update_(
     rows: Tensor | None,
 ) -> None:
     """`Backend.row_update_`; on CUDA it waits to learn how many rows there are."""
-    kept = in_table(indices, weight.shape[0])
-    if rows is not None:
-        kept &= rows[torch.where(kept, indices, 0)]
+    kept = _kept(indices, weight.shape[0], rows)
     used, run = torch.unique(indices[kept], return_inverse=True)
-    dtype = arithmetic_dtype(weight.dtype)
-    g = torch.zeros(len(used), weight.shape[1], dtype=dtype, device=weight.device)
-    g.index_add_(0, run, values[kept].to(dtype)).mul_(update.grad_scale)
+    g = _summed(update, weight.dtype, values[kept], used, run)
     kept_state = [tensor[used] for tensor in state]
-    w = FORMULAS[update.formula](update, weight[used].to(dtype), kept_state, g)
-    if update.stream is not None and update.rounds_at_random(weight.dtype):
-        w = ROUNDINGS[weight.dtype](w, _random_words(used, w.shape[1], update.stream))
-    weight[used] = w.to(weight.dtype)
+    weight[used] = _updated(update, weight[used], kept_state, g, used, weight.shape[1])
     for tensor, new in zip(state, kept_state, strict=True):
         tensor[used] = new
+
+
+def table_row_update_(
+    update: RowUpdate,
+    weight: Tensor,
+    state: tuple[Tensor, ...],
+    entries: TableEntries,
+    rows: Tensor | None,
+) -> None:
+    """`Backend.table_row_update_`; on CUDA it waits to learn how many rows there are.
+
+    Rows are as wide as the widest here, with zeros behind each one's D.
+    """
+    kept = _kept(entries.rows, entries.num_rows, rows)
+    used, run = torch.unique(entries.rows[kept], return_inverse=True)
+    g = _summed(update, weight.dtype, entries.row_values()[kept], used, run)
+    # Any entry of a row tells its table.
+    entry = torch.empty_like(used)
+    entry[run] = kept.nonzero()[:, 0]
+    used_entries = entries._replace(rows=used, sources=entries.sources[entry])
+    in_row = used_entries.in_row()
+    elements = used_entries.elements(0)[in_row]
+
+    def read(buffer: Tensor) -> Tensor:
+        wide = buffer.new_zeros(in_row.shape)
+        wide[in_row] = buffer.view(-1)[elements]
+        return wide
+
+    per_row = [layout.per_row for layout in STATE[update.formula]]
+    kept_state = [
+        tensor[used] if is_row else read(tensor)
+        for tensor, is_row in zip(state, per_row, strict=True)
+    ]
+    dim = used_entries.field(TableField.DIM)
+    weight.view(-1)[elements] = _updated(update, read(weight), kept_state, g, used, dim)[in_row]
+    for tensor, new, is_row in zip(state, kept_state, per_row, strict=True):
+        if is_row:
+            tensor[used] = new
+        else:
+            tensor.view(-1)[elements] = new[in_row]
+
+
+def _kept(indices: Tensor, num_rows: int, rows: Tensor | None) -> Tensor:
+    """Which entries are of a row that may change -> bool [N]."""
+    kept = in_table(indices, num_rows)
+    return kept if rows is None else kept & rows[torch.where(kept, indices, 0)]
+
+
+def _summed(
+    update: RowUpdate, dtype: torch.dtype, values: Tensor, used: Tensor, run: Tensor
+) -> Tensor:
+    """What g is of each row in use [U, D], `run` being its number there of each of the values [N, D]."""
+    dtype = arithmetic_dtype(dtype)
+    g = torch.zeros(len(used), values.shape[1], dtype=dtype, device=values.device)
+    return g.index_add_(0, run, values.to(dtype)).mul_(update.grad_scale)
+
+
+def _updated(
+    update: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, used: Tensor, dim: int | Tensor
+) -> Tensor:
+    """What becomes of rows w [U, D]; the state is changed in place. dim: D, or that of each row."""
+    dtype = w.dtype
+    w = FORMULAS[update.formula](update, w.to(g.dtype), state, g, dim)
+    if update.stream is not None and update.rounds_at_random(dtype):
+        w = ROUNDINGS[dtype](w, _random_words(used, w.shape[1], update.stream))
+    return w.to(dtype)
 
 
 # Each changes the state in place and returns w. An `alpha=` would fuse, and so round once less.
 
 
-def _sgd(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor) -> Tensor:
+def _sgd(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> Tensor:
     return w - g * _times_lr(u.step_size, u)
 
 
-def _adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor) -> Tensor:
+def _adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> Tensor:
     total = state[0].add_(g * g)
     return w - g / (_square_root(total) + u.eps) * _times_lr(u.step_size, u)
 
 
-def _rowwise_adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor) -> Tensor:
-    total = state[0].add_((g * g).sum(1) / w.shape[1])
+def _rowwise_adagrad(
+    u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor
+) -> Tensor:
+    total = state[0].add_((g * g).sum(1) / dim)
     step_size = torch.as_tensor(_times_lr(u.step_size, u), dtype=torch.float64).to(total)
     return w - (step_size / (_square_root(total) + u.eps))[:, None] * g
 
 
-def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor) -> Tensor:
+def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> Tensor:
     avg, sq = state
     avg.add_((g - avg) * u.avg_weight)
     sq.add_((g * g - sq) * u.sq_weight)
@@ -63,7 +126,8 @@ def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor) -> Tensor:
     return w - avg / (_square_root(sq) + u.eps) * _times_lr(u.step_size, u)
 
 
-FORMULAS: dict[str, Callable[[RowUpdate, Tensor, list[Tensor], Tensor], Tensor]] = {
+Formula = Callable[[RowUpdate, Tensor, list[Tensor], Tensor, int | Tensor], Tensor]
+FORMULAS: dict[str, Formula] = {
     "sgd": _sgd,
     "adagrad": _adagrad,
     "rowwise_adagrad": _rowwise_adagrad,

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..tables import Places, TableBatch, TableField
+from ..row_sums import sums_of_rows
+from ..tables import MODES, Places, TableBatch, TableField
 
 
 def embedding(
@@ -20,6 +21,8 @@ def embedding(
     rows = rows.to(torch.promote_types(weight.dtype, torch.float32))
     if per_sample_weights is not None:
         rows = torch.where(read[:, None], rows * per_sample_weights[:, None], 0)
+    if batch.winner is not None:
+        rows = torch.where(_won(batch, places), rows, 0)
     # Positions in no bag go to an extra one.
     num_bags = batch.bags.num_bags
     total = rows.new_zeros(num_bags + 1, batch.shape.widest)
@@ -28,6 +31,34 @@ def embedding(
     if batch.shape.mean:
         total /= batch.bag_sizes(places)[:, None]
     return _columns(total, batch).to(weight.dtype)
+
+
+def embedding_max(weight: Tensor, batch: TableBatch, with_winner: bool) -> tuple[Tensor, Tensor]:
+    """`Backend.table_batched_embedding_max` but for the record."""
+    places = batch.places()
+    read = places.counted & (places.row >= 0)
+    rows = _rows(weight, batch, places, read)
+    num_bags, num_indices = batch.bags.num_bags, len(read)
+    # What takes no part goes to an extra bag.
+    bag = torch.where(read, places.bag, num_bags)[:, None].expand_as(rows)
+    position = torch.arange(num_indices, device=bag.device)[:, None].expand_as(rows)
+
+    def first_position(candidate: Tensor) -> Tensor:
+        """The first of each bag where it holds; num_indices: nowhere."""
+        found = position.new_full((num_bags + 1, rows.shape[1]), num_indices)
+        return found.scatter_reduce_(0, bag, torch.where(candidate, position, num_indices), "amin")
+
+    # NaN is the largest where it comes first; elsewhere nothing is larger than what was there.
+    is_nan = rows.isnan()
+    floor = rows.new_full((num_bags + 1, rows.shape[1]), -torch.inf)
+    largest = floor.scatter_reduce(0, bag, torch.where(is_nan, -torch.inf, rows), "amax")
+    winner = first_position((rows == largest.gather(0, bag)) & ~is_nan)
+    first = first_position(torch.ones_like(is_nan))
+    winner = torch.where(first_position(is_nan) == first, first, winner)[:-1]
+    winner = torch.where(winner < num_indices, winner, -1)
+    winner = _columns(winner, batch).to(batch.position_dtype)
+    output = embedding(weight, None, batch._replace(winner=winner), False)
+    return output, winner if with_winner else winner.new_empty(0)
 
 
 def dense_backward(
@@ -45,20 +76,14 @@ def dense_backward(
         if batch.shape.mean:
             values = values / batch.bag_sizes(places)[:, None]
         values = values[places.bag.clamp(min=0)]
+        if batch.winner is not None:
+            values = torch.where(_won(batch, places), values, 0)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
-    # The rows in use are numbered anew, in their order; what is not kept comes last.
-    row = torch.where(kept, places.row, batch.shape.num_rows)
-    keys, order = row.sort(stable=True)
-    number = torch.zeros_like(keys)
-    torch.cumsum(keys[1:] != keys[:-1], 0, out=number[1:])
-    number = torch.empty_like(number).scatter_(0, order, number)
-    total = torch.zeros_like(values).index_add_(0, number, values)
+    total = sums_of_rows(torch.where(kept, places.row, -1), values).to(grad_output.dtype)
     # Every position of a row writes the same sum.
     grad_weight = grad_output.new_zeros(torch.Size(weight_shape).numel() + 1)
-    grad_weight[_elements(batch, places, kept, len(grad_weight) - 1)] = total[number].to(
-        grad_output.dtype
-    )
+    grad_weight[_elements(batch, places, kept, len(grad_weight) - 1)] = total
     return grad_weight[:-1].view(weight_shape)
 
 
@@ -70,6 +95,15 @@ def sample_weights_backward(grad_output: Tensor, weight: Tensor, batch: TableBat
     rows = _rows(weight, batch, places, read).to(wide)
     products = rows * _bag_rows(grad_output, batch)[places.bag.clamp(min=0)].to(wide)
     return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
+
+
+def _won(batch: TableBatch, places: Places) -> Tensor:
+    """Which elements of each position's row its bag takes -> bool [N, widest]: of a maximum, those that are it."""
+    assert batch.winner is not None
+    position = torch.arange(len(places.bag), device=places.bag.device)
+    winner = _bag_rows(batch.winner, batch)[places.bag.clamp(min=0)]
+    is_max = batch.field(TableField.MODE, places.table) == MODES.index("max")
+    return ~is_max[:, None] | (winner == position[:, None])
 
 
 def _rows(weight: Tensor, batch: TableBatch, places: Places, read: Tensor) -> Tensor:

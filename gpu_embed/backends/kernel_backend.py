@@ -314,7 +314,8 @@ class KernelBackend(ABC):
         if update.formula == "rowwise_adagrad" and not self._holds_row(
             weight.shape[1], arithmetic_dtype(weight.dtype)
         ):
-            self._update_rows_of_sums(update, weight, state[0], values, order, keys)
+            total, run_keys = self._sums_of_runs(values, order, keys, weight.shape[0])
+            self._rowwise_adagrad(update, total, run_keys, weight, state[0])
         else:
             self._update_runs(update, weight, state, values, order, keys)
 
@@ -351,27 +352,24 @@ class KernelBackend(ABC):
                 return
             values, keys, level_order = partial_values, partial_keys, None
 
-    def _update_rows_of_sums(
-        self,
-        update: RowUpdate,
-        weight: Tensor,
-        state: Tensor,
-        values: Tensor,
-        order: Tensor,
-        keys: Tensor,
-    ) -> None:
-        """Row-wise Adagrad in two steps: store the sums, one row a run, and then see each as a whole."""
+    def _sums_of_runs(
+        self, values: Tensor, order: Tensor, keys: Tensor, num_embeddings: int
+    ) -> tuple[Tensor, Tensor]:
+        """The sums of values [N, D] of each run, one after another, and the row of each; for row-wise Adagrad.
+
+        There are as many of both as there are keys; behind the last run rows are num_embeddings.
+        """
         runs = torch.zeros_like(keys, dtype=torch.int64)
         torch.cumsum(keys[1:] != keys[:-1], 0, out=runs[1:])
-        run_keys = torch.full_like(runs, weight.shape[0])
+        run_keys = torch.full_like(runs, num_embeddings)
         run_keys.scatter_(0, runs, keys.to(torch.int64))
         total = torch.zeros(
-            (keys.numel(), weight.shape[1]),
-            dtype=arithmetic_dtype(weight.dtype),
-            device=weight.device,
+            (keys.numel(), values.shape[1]),
+            dtype=arithmetic_dtype(values.dtype),
+            device=values.device,
         )
         self._sum_runs(values, order, runs, None, total, scale_grad_by_freq=False)
-        self._rowwise_adagrad(update, total, run_keys, weight, state)
+        return total, run_keys
 
     @cached_property
     def _gradients(self) -> dict[str, Gradient]:

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..tables import TableBatch
-
 VECTOR_BYTES = 16
 
 
@@ -102,9 +100,10 @@ def _num_rows(steps: list[RowSteps]) -> int:
     return 1 + sum((size - 1) * step for size, step in steps)
 
 
-def table_vector_width(values: Tensor, batch: TableBatch) -> int:
+def table_vector_width(values: Tensor, dim_divisor: int) -> int:
     """Items that one access may move in every row of every table: a power of two that divides each D.
 
+    dim_divisor: the largest number that divides each D.
     values: the tables' buffer, or a matrix in whose rows the tables' columns lie, as in the output's gradient.
     """
     itemsize = values.element_size()
@@ -113,7 +112,7 @@ def table_vector_width(values: Tensor, batch: TableBatch) -> int:
     row_stride = values.stride(0) if values.dim() == 2 else 0
     alignment = gcd(
         VECTOR_BYTES,
-        batch.shape.dim_divisor * itemsize,
+        dim_divisor * itemsize,
         row_stride * itemsize,
         values.data_ptr(),
     )

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from ..bounds import BoundsRecord
+from ..row_update import RowUpdate, arithmetic_dtype
+from ..table_gradient import TableEntries
 from ..tables import TableBatch
 from .gradient_method import choose
 from .kernel_backend import (
@@ -37,12 +39,16 @@ class TableKernels(KernelBackend):
         output = weight.new_empty((batch.bags_per_table, batch.width))
         splits = self._table_splits(weight, batch)
         if splits == 1:
-            self._table_bag_sum(weight, per_sample_weights, batch, output, None, splits, record)
+            self._table_bag(
+                weight, per_sample_weights, batch, output, None, batch.winner, False, splits, record
+            )
             return output
         acc_dtype = torch.promote_types(weight.dtype, torch.float32)
         partial = output.new_empty((splits, *output.shape), dtype=acc_dtype)
         sizes = torch.empty_like(partial, dtype=torch.int64) if batch.shape.mean else None
-        self._table_bag_sum(weight, per_sample_weights, batch, partial, sizes, splits, record)
+        self._table_bag(
+            weight, per_sample_weights, batch, partial, sizes, batch.winner, False, splits, record
+        )
         # Tables differ in how they divide, so each element stands for a bag of one column.
         self._bag_combine(
             partial.view(splits, -1, 1),
@@ -50,6 +56,20 @@ class TableKernels(KernelBackend):
             output.view(-1, 1),
         )
         return output
+
+    def table_batched_embedding_max(
+        self,
+        weight: Tensor,
+        batch: TableBatch,
+        with_winner: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        output = weight.new_empty((batch.bags_per_table, batch.width))
+        shape = output.shape if with_winner else (0,)
+        winner = output.new_empty(shape, dtype=batch.position_dtype)
+        found = winner if with_winner else None
+        self._table_bag(weight, None, batch, output, None, found, True, 1, record)
+        return output, winner
 
     def table_batched_embedding_dense_backward(
         self,
@@ -79,7 +99,7 @@ class TableKernels(KernelBackend):
         keys, order = self._sorted_row_keys(batch)
         # Not made before the sort has freed its memory.
         sources = self._table_sources(batch, per_sample_weights)
-        if not batch.is_uniform:
+        if not batch.is_uniform or batch.winner is not None:
             assert sources is not None
             self._sum_table_runs(grad_output, order, keys, sources, batch, grad_weight)
             return grad_weight
@@ -140,22 +160,53 @@ class TableKernels(KernelBackend):
         grad_weight: Tensor,
     ) -> None:
         """`_sum_runs` for tables of different widths."""
-        acc_dtype = torch.promote_types(grad_weight.dtype, torch.float32)
+        acc_dtype = arithmetic_dtype(grad_weight.dtype)
         widest = batch.shape.widest
         chunk = chunk_size(keys.numel(), widest, acc_dtype.itemsize)
         values = grad_output
         level: tuple[Tensor | None, Tensor | None, BagSources | None] = (order, None, sources)
         while True:
             num_chunks = cdiv(keys.numel(), chunk)
-            partial_values = values.new_empty((2 * num_chunks, widest), dtype=acc_dtype)
-            partial_keys = order.new_empty(2 * num_chunks, dtype=torch.int64)
-            partial_tables = order.new_empty(2 * num_chunks, dtype=torch.int32)
-            partial = (partial_values, partial_keys, partial_tables)
+            partial = partial_sums(num_chunks, widest, acc_dtype, order)
             self._table_segment_sum(values, keys, *level, batch, grad_weight, *partial, chunk)
             if num_chunks <= 1:
                 return
             values, keys, key_tables = partial
             level = None, key_tables, None
+
+    def table_row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        entries: TableEntries,
+        rows: Tensor | None,
+    ) -> None:
+        if rows is not None:
+            chosen = torch.empty_like(entries.rows)
+            self._select_rows(entries.rows, rows.view(torch.uint8), chosen)
+            entries = entries._replace(rows=chosen)
+        keys, order = self._sorted_keys(entries.rows, entries.num_rows, padding_idx=-1)
+        acc_dtype = arithmetic_dtype(weight.dtype)
+        if update.formula == "rowwise_adagrad" and not self._holds_row(entries.widest, acc_dtype):
+            total, run_keys = self._sums_of_runs(
+                entries.row_values(), order, keys, entries.num_rows
+            )
+            self._table_rowwise_adagrad(update, total, run_keys, weight, state[0], entries)
+            return
+        chunk = chunk_size(keys.numel(), entries.widest, acc_dtype.itemsize)
+        values = entries.values
+        level: tuple[Tensor | None, Tensor | None] = (order, None)
+        while True:
+            num_chunks = cdiv(keys.numel(), chunk)
+            partial = partial_sums(num_chunks, entries.widest, acc_dtype, order)
+            self._table_row_update(
+                update, values, keys, *level, entries, weight, state, *partial, chunk
+            )
+            if num_chunks <= 1:
+                return
+            values, keys, key_tables = partial
+            level = None, key_tables
 
     def _table_splits(self, matrix: Tensor, batch: TableBatch) -> int:
         """Into how many parts each bag is cut, so that few long bags keep the card busy."""
@@ -164,16 +215,18 @@ class TableKernels(KernelBackend):
 
     @abstractmethod
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
-        """How many programs `_table_bag_sum` and `_table_scatter_add` launch for whole bags."""
+        """How many programs `_table_bag` and `_table_scatter_add` launch for whole bags."""
 
     @abstractmethod
-    def _table_bag_sum(
+    def _table_bag(
         self,
         weight: Tensor,
         per_sample_weights: Tensor | None,
         batch: TableBatch,
         output: Tensor,
         sizes: Tensor | None,
+        winner: Tensor | None,
+        find_winner: bool,
         splits: int,
         record: BoundsRecord | None,
     ) -> None: ...
@@ -233,3 +286,42 @@ class TableKernels(KernelBackend):
         batch: TableBatch,
         grad: Tensor,
     ) -> None: ...
+
+    @abstractmethod
+    def _table_row_update(
+        self,
+        update: RowUpdate,
+        values: Tensor,
+        keys: Tensor,
+        order: Tensor | None,
+        key_tables: Tensor | None,
+        entries: TableEntries,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        partial_tables: Tensor,
+        chunk: int,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_rowwise_adagrad(
+        self,
+        update: RowUpdate,
+        total: Tensor,
+        keys: Tensor,
+        weight: Tensor,
+        state: Tensor,
+        entries: TableEntries,
+    ) -> None: ...
+
+
+def partial_sums(
+    num_chunks: int, widest: int, dtype: torch.dtype, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what runs leave at the ends of chunks: their sums, rows and tables."""
+    return (
+        like.new_empty((2 * num_chunks, widest), dtype=dtype),
+        like.new_empty(2 * num_chunks, dtype=torch.int64),
+        like.new_empty(2 * num_chunks, dtype=torch.int32),
+    )

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..row_sums import number_rows
+from ..table_gradient import TableGradient
 
 
 @torch.no_grad()
@@ -15,10 +17,11 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for gradients of which some or all are sparse.
+    """`torch.nn.utils.clip_grad_norm_` for gradients of which some or all are sparse, or are `TableGradient`s.
 
     The norm is that of the gradients as they would be dense: the entries of a row are summed first. Their sums
-    take as much memory as the gradient's values, whatever the table's height, and nothing waits for the GPU.
+    take as much memory as the gradient's values (of a `TableGradient`, as if all its rows had the length of the
+    longest), whatever the table's height, and nothing waits for the GPU.
 
     Args:
         parameters: whose gradients to scale, in place.
@@ -31,7 +34,7 @@ def clip_grad_norm_(
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    summed = [_row_sums(grad) if grad.is_sparse else grad for grad in grads]
+    summed = [_row_sums(grad) for grad in grads]
     total_norm = torch.nn.utils.get_total_norm(summed, norm_type, error_if_nonfinite)
     scale = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
     for grad in grads:
@@ -40,15 +43,19 @@ def clip_grad_norm_(
 
 
 def _row_sums(grad: Tensor) -> Tensor:
-    """The sum of each row's entries, and rows of zeros, at most as many as there are entries."""
-    values = grad._values()
-    if grad.is_coalesced() or values.numel() == 0:
+    """The sum of each row's entries, and rows of zeros, at most as many as there are entries; or all there is."""
+    if isinstance(grad, TableGradient):
+        entries = grad.entries
+        ids, values = torch.where(entries.in_table(), entries.rows, -1), entries.row_values()
+    elif not grad.is_sparse:
+        return grad
+    elif grad.is_coalesced():
+        return grad._values()
+    else:
+        ids, values = grad._indices()[0], grad._values()
+    if values.numel() == 0:
         return values
-    ids, order = grad._indices()[0].sort()
     # The rows of the table are numbered anew, in the order of their ids.
-    number = torch.zeros_like(ids)
-    torch.cumsum(ids[1:] != ids[:-1], 0, out=number[1:])
-    numbers = torch.empty_like(number).scatter_(0, order, number)
     return backends.select(grad.device).embedding_dense_backward(
-        values, numbers, len(ids), -1, False
+        values, number_rows(ids), len(ids), -1, False
     )

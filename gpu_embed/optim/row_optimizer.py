@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..row_parameter import RowParameter, whole_of
+from ..row_parameter import RowParameter, num_rows_of, row_range_of, whole_of
 from ..row_update import STATE, UPDATE_DTYPES, RowUpdate, Stream, arithmetic_dtype
+from ..table_gradient import TableGradient
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -19,17 +20,19 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     """Base of the optimizers of this package: `torch.optim.Optimizer`s for tables with sparse gradients.
 
     A step reads the gradient as `sparse=True` left it (uncoalesced, or coalesced, or several backwards' put
-    together), sums the entries of each row in fp32 (fp64 for fp64 tables), and updates that row and its state
-    in place, once. A row without an entry is neither read nor written, so a step's cost and memory grow with
-    the ids of the batch and not with the table; only the state, made at the first step, is as tall as the
-    table. Nothing waits for the GPU. An entry of zeros counts as an entry, as for torch.optim.SparseAdam.
+    together; or a `TableGradient`), sums the entries of each row in fp32 (fp64 for fp64 tables), and updates that
+    row and its state in place, once. A row without an entry is neither read nor written, so a step's cost and
+    memory grow with the ids of the batch and not with the table; only the state, made at the first step, is as
+    tall as the table. Nothing waits for the GPU. An entry of zeros counts as an entry, as for
+    torch.optim.SparseAdam.
 
     All arithmetic and all state are fp32 (fp64 for fp64 tables), also for 16-bit tables, whose rows are rounded
     as they are stored.
 
     Args:
         params: tables `[num_embeddings, embedding_dim]` (fp32, fp64, fp16, bf16), with or without names, or
-            param groups. Beside its hyperparameters a group may set any argument below.
+            param groups. The weight of a batched layer is one table, whose rows are those of all, one under
+            another; `parameters_of` takes it apart. Beside its hyperparameters a group may set any argument below.
         maximize: ascend instead.
         stochastic_rounding: store 16-bit tables rounded up or down at random, with the probabilities that make
             the mean right. To nearest, a step of less than half of the last bit is lost each time. Wider tables
@@ -93,12 +96,12 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         """Apply one gradient to one table, or to those of its rows that the parameter is."""
         name = type(self).__name__
-        if not grad.is_sparse:
+        if not grad.is_sparse and not isinstance(grad, TableGradient):
             raise RuntimeError(
                 f"{name} does not support dense gradients, please make the table with sparse=True, "
                 "or consider an optimizer of torch.optim instead"
             )
-        if grad.sparse_dim() != 1:
+        if grad.is_sparse and grad.sparse_dim() != 1:
             raise RuntimeError(
                 f"{name} expects the gradient of a table to be sparse in its rows alone, but it has "
                 f"{grad.sparse_dim()} sparse dimensions"
@@ -112,24 +115,36 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 f"{name}: a CUDA graph would repeat the step that it captured, but each step has "
                 "numbers of its own here"
             )
+        if isinstance(param, RowParameter):
+            param.follow()
         state = self._state_of(group, param)
         state["step"] += 1
-        if grad._nnz() == 0 or param.numel() == 0:
+        if param.numel() == 0:
             return
+        backend = backends.select(param.device)
+        update = self._settings(group, state, param.device)
+        tensors = tuple(state[layout.name] for layout in STATE[self.formula])
         rows = group["rows"]
-        backends.select(param.device).row_update_(
-            self._settings(group, state, param.device),
-            param,
-            tuple(state[layout.name] for layout in STATE[self.formula]),
-            # Ids of other rows are then out of range, and take no part.
-            grad._indices()[0] - param.first_row
-            if isinstance(param, RowParameter)
-            else grad._indices()[0],
-            grad._values(),
-            None if rows is None else rows.to(param.device),
-        )
+        rows = None if rows is None else rows.to(param.device)
+        row_range = row_range_of(param)
+        if isinstance(grad, TableGradient):
+            if row_range is None:
+                raise RuntimeError(
+                    f"{name}: a parameter was copied without its layer; copy both at once, as in "
+                    "copy.deepcopy((layer, optimizer))"
+                )
+            # Rows of other tables are then out of range, and take no part.
+            entries = grad.entries.within(row_range)
+            if entries.rows.numel():
+                backend.table_row_update_(update, param, tensors, entries, rows)
+        elif grad._nnz():
+            ids = grad._indices()[0]
+            if row_range is not None and row_range.first_row:
+                # As for the tables' entries.
+                ids = ids - row_range.first_row
+            backend.row_update_(update, param, tensors, ids, grad._values(), rows)
         # The kernels write behind autograd's back.
-        torch.autograd.graph.increment_version(param)
+        torch.autograd.graph.increment_version(whole_of(param))
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """The table's state, made if there is none."""
@@ -138,7 +153,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             state["step"] = 0
             for layout in STATE[self.formula]:
                 state[layout.name] = torch.full(
-                    param.shape[:1] if layout.per_row else param.shape,
+                    (num_rows_of(param),) if layout.per_row else param.shape,
                     self._initial_state(group),
                     dtype=arithmetic_dtype(param.dtype),
                     device=param.device,
@@ -236,7 +251,8 @@ def check_not_negative(name: str, value: Any) -> None:
 
 
 def _check_table(name: str, param: Tensor) -> None:
-    if param.dim() != 2 or param.layout is not torch.strided or param.dtype not in UPDATE_DTYPES:
+    is_table = param.dim() == 2 or row_range_of(param) is not None
+    if not is_table or param.layout is not torch.strided or param.dtype not in UPDATE_DTYPES:
         raise ValueError(
             f"{name} updates dense tables [num_embeddings, embedding_dim] of float32, float64, float16 or "
             f"bfloat16, but got {param.dtype} of shape {list(param.shape)}, {param.layout}"
@@ -247,8 +263,9 @@ def _check_disjoint(params: Iterable[Tensor]) -> None:
     """Raise ValueError for a `RowParameter` whose rows another parameter has too."""
     ranges: dict[Tensor, list[tuple[int, int]]] = {}
     for param in params:
-        first = param.first_row if isinstance(param, RowParameter) else 0
-        ranges.setdefault(whole_of(param), []).append((first, first + len(param)))
+        row_range = row_range_of(param)
+        first = 0 if row_range is None else row_range.first_row
+        ranges.setdefault(whole_of(param), []).append((first, first + num_rows_of(param)))
     for taken in ranges.values():
         if any(end > begin for (_, end), (begin, _) in pairwise(sorted(taken))):
             raise ValueError("some rows appear in more than one parameter")
@@ -258,9 +275,9 @@ def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
     """rows as bool [num_embeddings], on the first table's device."""
     if rows is None or not params:
         return None
-    num_embeddings = params[0].shape[0]
-    if any(param.shape[0] != num_embeddings for param in params):
-        heights = [param.shape[0] for param in params]
+    heights = [num_rows_of(param) for param in params]
+    num_embeddings = heights[0]
+    if any(height != num_embeddings for height in heights):
         raise ValueError(f"rows: the tables of the group have {heights} rows, which must be equal")
     rows = torch.as_tensor(rows, device=params[0].device)
     if rows.dtype == torch.bool:

@@ -11,8 +11,8 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 OPTIONS = ("-std=c++17",)
-# row_update.cu rounds every product before it is added, as its formulas say.
-UNFUSED = {"row_update": ("-fmad=false",)}
+# These round every product before it is added, as their formulas say.
+UNFUSED = dict.fromkeys(("row_update", "table_row_update"), ("-fmad=false",))
 
 
 class Kernel(NamedTuple):

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from ...bounds import BoundsRecord
+from ...row_update import RowUpdate
+from ...table_gradient import TableEntries
 from ...tables import TableBatch
 from ..kernel_backend import NO_SOURCES, BagSources, cdiv
 from ..layout import table_vector_width
@@ -11,6 +13,7 @@ from .device import FLOATS, CupyDevice, cpp_bool, itemsize
 from .gradient import VECTOR_ATOMICS_CAPABILITY, bag_bytes
 from .launch import (
     MAX_SEGMENT_VECTOR,
+    ROWWISE_ADAGRAD,
     SEGMENT_SUM,
     TABLE_BAG,
     TABLE_GATHER,
@@ -18,33 +21,38 @@ from .launch import (
     TABLE_SAMPLE_WEIGHTS,
 )
 from .nvrtc import Kernel
+from .row_update import FORMULAS
 
 
 class CupyTables(CupyDevice):
     """Tables in one buffer."""
 
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
-        num_vectors = batch.bags_per_table * (batch.width // table_vector(matrix, batch))
+        num_vectors = batch.bags_per_table * (
+            batch.width // table_vector(matrix, batch.shape.dim_divisor)
+        )
         return cdiv(num_vectors, 32)
 
-    def _table_bag_sum(
+    def _table_bag(
         self,
         weight: Tensor,
         per_sample_weights: Tensor | None,
         batch: TableBatch,
         output: Tensor,
         sizes: Tensor | None,
+        winner: Tensor | None,
+        find_winner: bool,
         splits: int,
         record: BoundsRecord | None,
     ) -> None:
-        vec = table_vector(weight, batch)
+        vec = table_vector(weight, batch.shape.dim_divisor)
         arguments = (
             f"{FLOATS[weight.dtype]}, {FLOATS[output.dtype]}, {vec}, "
-            f"{cpp_bool(splits > 1)}, {TABLE_BAG.UNROLL}"
+            f"{cpp_bool(find_winner)}, {cpp_bool(splits > 1)}, {TABLE_BAG.UNROLL}"
         )
         (blocks, _), threads = TABLE_BAG.grid(batch.bags_per_table * (batch.width // vec))
         self._launch(
-            Kernel("table_batched", f"table_bag_sum_kernel<{arguments}>"),
+            Kernel("table_batched", f"table_bag_kernel<{arguments}>"),
             (blocks, splits),
             threads,
             weight.device,
@@ -56,6 +64,7 @@ class CupyTables(CupyDevice):
             batch.table_of_column,
             output,
             sizes,
+            winner,
             None if record is None else record.words,
             None if record is None else record.flag,
             batch.indices.numel(),
@@ -64,6 +73,7 @@ class CupyTables(CupyDevice):
             batch.width,
             batch.indices.element_size(),
             batch.offsets.element_size(),
+            itemsize(winner),
         )
 
     def _table_gather(
@@ -74,7 +84,7 @@ class CupyTables(CupyDevice):
         zero_padding: bool,
         record: BoundsRecord | None,
     ) -> None:
-        word_bytes = table_vector_width(weight, batch) * weight.element_size()
+        word_bytes = table_vector_width(weight, batch.shape.dim_divisor) * weight.element_size()
         row_words = weight.shape[1] * weight.element_size() // word_bytes
         self._launch(
             Kernel("table_batched", f"table_gather_kernel<word{word_bytes}>"),
@@ -138,7 +148,7 @@ class CupyTables(CupyDevice):
             grad_output.dtype == torch.float32
             and self._capability(grad_output.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
-            vec = table_vector_width(grad_output, batch)
+            vec = table_vector_width(grad_output, batch.shape.dim_divisor)
         arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {TABLE_BAG.UNROLL}"
         (blocks, _), threads = TABLE_BAG.grid(batch.bags_per_table * (batch.width // vec))
         self._launch(
@@ -150,6 +160,7 @@ class CupyTables(CupyDevice):
             batch.indices,
             batch.offsets,
             per_sample_weights,
+            batch.winner,
             batch.fields,
             batch.table_of_column,
             grad_weight,
@@ -161,6 +172,7 @@ class CupyTables(CupyDevice):
             batch.width,
             batch.indices.element_size(),
             batch.offsets.element_size(),
+            itemsize(batch.winner),
         )
 
     def _table_segment_sum(
@@ -178,11 +190,12 @@ class CupyTables(CupyDevice):
         chunk: int,
     ) -> None:
         widest = batch.shape.widest
-        vec = table_vector(values, batch)
+        vec = table_vector(values, batch.shape.dim_divisor)
         arguments = (
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
         )
         num_chunks = cdiv(keys.numel(), chunk)
+        winner = batch.winner if sources else None
         self._launch(
             Kernel("table_batched", f"table_segment_sum_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (widest // vec)),
@@ -192,6 +205,7 @@ class CupyTables(CupyDevice):
             keys,
             key_tables,
             *(sources or NO_SOURCES),
+            winner,
             batch.fields,
             grad_weight,
             partial_values,
@@ -202,11 +216,13 @@ class CupyTables(CupyDevice):
             batch.num_tables,
             values.stride(0) // vec,
             values.stride(1),
+            batch.width,
             widest,
             chunk,
             itemsize(order),
             keys.element_size(),
             bag_bytes(sources),
+            itemsize(winner),
         )
 
     def _table_sample_weights(
@@ -218,7 +234,10 @@ class CupyTables(CupyDevice):
         batch: TableBatch,
         grad: Tensor,
     ) -> None:
-        vec = min(table_vector(grad_output, batch), table_vector(weight, batch))
+        vec = min(
+            table_vector(grad_output, batch.shape.dim_divisor),
+            table_vector(weight, batch.shape.dim_divisor),
+        )
         self._launch(
             Kernel("table_batched", f"table_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
             *TABLE_SAMPLE_WEIGHTS.grid(keys.numel()),
@@ -238,6 +257,107 @@ class CupyTables(CupyDevice):
             sources.element_size(),
         )
 
+    def _table_row_update(
+        self,
+        update: RowUpdate,
+        values: Tensor,
+        keys: Tensor,
+        order: Tensor | None,
+        key_tables: Tensor | None,
+        entries: TableEntries,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        partial_tables: Tensor,
+        chunk: int,
+    ) -> None:
+        widths = (
+            table_vector(tensor, entries.dim_divisor) for tensor in (values, weight, partial_values)
+        )
+        vec = min(widths)
+        arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
+        num_chunks = cdiv(keys.numel(), chunk)
+        seed, step = update.stream or (0, 0)
+        first_level = key_tables is None
+        sources = entries.sources if first_level else None
+        winner = entries.winner if first_level else None
+        self._launch(
+            Kernel("table_row_update", f"table_row_update_kernel<{arguments}>"),
+            *SEGMENT_SUM.grid(num_chunks * (entries.widest // vec)),
+            keys.device,
+            values,
+            order,
+            keys,
+            key_tables,
+            sources,
+            entries.scales if first_level else None,
+            winner,
+            entries.fields,
+            weight,
+            state[0] if state else None,
+            state[1] if len(state) > 1 else None,
+            partial_values,
+            partial_keys,
+            partial_tables,
+            update.lr,
+            keys.numel(),
+            entries.num_rows,
+            entries.num_tables,
+            values.stride(0) // vec,
+            values.stride(1),
+            entries.values.shape[1],
+            float(update.step_size),
+            float(update.decay),
+            float(update.eps),
+            float(update.avg_weight),
+            float(update.sq_weight),
+            float(update.grad_scale),
+            seed,
+            step,
+            entries.widest,
+            FORMULAS.index(update.formula),
+            int(update.rounds_at_random(weight.dtype)),
+            chunk,
+            itemsize(order),
+            keys.element_size(),
+            itemsize(sources),
+            itemsize(winner),
+        )
 
-def table_vector(values: Tensor, batch: TableBatch) -> int:
-    return min(table_vector_width(values, batch), MAX_SEGMENT_VECTOR)
+    def _table_rowwise_adagrad(
+        self,
+        update: RowUpdate,
+        total: Tensor,
+        keys: Tensor,
+        weight: Tensor,
+        state: Tensor,
+        entries: TableEntries,
+    ) -> None:
+        seed, step = update.stream or (0, 0)
+        kernel = f"table_rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"
+        self._launch(
+            Kernel("table_row_update", kernel),
+            *ROWWISE_ADAGRAD.grid(keys.numel()),
+            keys.device,
+            total,
+            keys,
+            entries.fields,
+            weight,
+            state,
+            update.lr,
+            entries.num_rows,
+            entries.num_tables,
+            float(update.step_size),
+            float(update.eps),
+            float(update.grad_scale),
+            seed,
+            step,
+            entries.widest,
+            int(update.rounds_at_random(weight.dtype)),
+            keys.numel(),
+        )
+
+
+def table_vector(values: Tensor, dim_divisor: int) -> int:
+    return min(table_vector_width(values, dim_divisor), MAX_SEGMENT_VECTOR)

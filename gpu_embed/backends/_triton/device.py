@@ -124,6 +124,7 @@ class TritonDevice(TableKernels):
             scatter_add,
             segment_sum,
             table_batched,
+            table_row_update,
             take,
         )
 
@@ -149,7 +150,7 @@ class TritonDevice(TableKernels):
             bag_max=bag.bag_max_kernel,
             bag_of=bag.bag_of_kernel,
             bag_sample_weights=bag.bag_sample_weights_kernel,
-            table_bag_sum=table_batched.table_bag_sum_kernel,
+            table_bag=table_batched.table_bag_kernel,
             table_gather=table_batched.table_gather_kernel,
             table_keys=table_batched.table_keys_kernel,
             table_scatter_add=table_batched.table_scatter_add_kernel,
@@ -157,6 +158,8 @@ class TritonDevice(TableKernels):
             table_sample_weights=table_batched.table_sample_weights_kernel,
             take_rows=take.take_rows_kernel,
             dequantize_rows=dequantize.dequantize_rows_kernel,
+            table_row_update=table_row_update.table_row_update_kernel,
+            table_rowwise_adagrad=table_row_update.table_rowwise_adagrad_kernel,
         )
 
 

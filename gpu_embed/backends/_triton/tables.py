@@ -3,17 +3,21 @@
 from torch import Tensor
 
 from ...bounds import BoundsRecord
+from ...row_update import RowUpdate
+from ...table_gradient import TableEntries
 from ...tables import TableBatch
 from ..kernel_backend import NO_SOURCES, BagSources, cdiv
 from ..layout import table_vector_width
 from .device import TritonDevice
 from .launch import (
     BAG_SAMPLE_WEIGHTS_VECTORS,
+    ROWWISE_BLOCK,
     TABLE_BAGS,
     TABLE_GATHER,
     TABLE_KEYS,
     next_power_of_2,
     segment_launch,
+    update_launch,
 )
 
 
@@ -22,20 +26,24 @@ class TritonTables(TritonDevice):
 
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
         num_elements = batch.bags_per_table * batch.width
-        return cdiv(num_elements // table_vector_width(matrix, batch), TABLE_BAGS.BLOCK)
+        return cdiv(
+            num_elements // table_vector_width(matrix, batch.shape.dim_divisor), TABLE_BAGS.BLOCK
+        )
 
-    def _table_bag_sum(
+    def _table_bag(
         self,
         weight: Tensor,
         per_sample_weights: Tensor | None,
         batch: TableBatch,
         output: Tensor,
         sizes: Tensor | None,
+        winner: Tensor | None,
+        find_winner: bool,
         splits: int,
         record: BoundsRecord | None,
     ) -> None:
         self._launch(
-            self._kernels.table_bag_sum,
+            self._kernels.table_bag,
             (self._table_programs(weight, batch), splits),
             weight.device,
             weight,
@@ -46,14 +54,16 @@ class TritonTables(TritonDevice):
             batch.table_of_column,
             output,
             sizes,
+            winner,
             None if record is None else record.words,
             None if record is None else record.flag,
             batch.indices.numel(),
             batch.bags_per_table,
             batch.bags.num_bags,
             D=batch.width,
-            VEC=table_vector_width(weight, batch),
+            VEC=table_vector_width(weight, batch.shape.dim_divisor),
             MEAN=batch.shape.mean,
+            MAX=find_winner,
             SPLIT=splits > 1,
             **TABLE_BAGS.settings,
         )
@@ -66,7 +76,7 @@ class TritonTables(TritonDevice):
         zero_padding: bool,
         record: BoundsRecord | None,
     ) -> None:
-        vec = table_vector_width(weight, batch)
+        vec = table_vector_width(weight, batch.shape.dim_divisor)
         self._launch(
             self._kernels.table_gather,
             (cdiv(output.numel() // vec, TABLE_GATHER.BLOCK),),
@@ -125,7 +135,7 @@ class TritonTables(TritonDevice):
         grad_weight: Tensor,
         splits: int,
     ) -> None:
-        vec = table_vector_width(grad_output, batch)
+        vec = table_vector_width(grad_output, batch.shape.dim_divisor)
         self._launch(
             self._kernels.table_scatter_add,
             (self._table_programs(grad_output, batch), splits),
@@ -134,6 +144,7 @@ class TritonTables(TritonDevice):
             batch.indices,
             batch.offsets,
             per_sample_weights,
+            batch.winner,
             batch.fields,
             batch.table_of_column,
             grad_weight,
@@ -164,7 +175,7 @@ class TritonTables(TritonDevice):
         chunk: int,
     ) -> None:
         widest = batch.shape.widest
-        vec = table_vector_width(values, batch)
+        vec = table_vector_width(values, batch.shape.dim_divisor)
         launch = segment_launch(widest, vec)
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
@@ -176,6 +187,7 @@ class TritonTables(TritonDevice):
             keys,
             key_tables,
             *(sources or NO_SOURCES),
+            batch.winner if sources else None,
             batch.fields,
             grad_weight,
             partial_values,
@@ -186,6 +198,7 @@ class TritonTables(TritonDevice):
             batch.num_tables,
             values.stride(0) // vec,
             values.stride(1),
+            batch.width,
             D=widest,
             VEC=vec,
             CHUNK=chunk,
@@ -202,7 +215,10 @@ class TritonTables(TritonDevice):
         grad: Tensor,
     ) -> None:
         widest = batch.shape.widest
-        vec = min(table_vector_width(grad_output, batch), table_vector_width(weight, batch))
+        vec = min(
+            table_vector_width(grad_output, batch.shape.dim_divisor),
+            table_vector_width(weight, batch.shape.dim_divisor),
+        )
         block_d = min(next_power_of_2(widest), 32 * vec)
         block_n = BAG_SAMPLE_WEIGHTS_VECTORS * vec // block_d
         self._launch(
@@ -224,4 +240,106 @@ class TritonTables(TritonDevice):
             VEC=vec,
             BLOCK_N=block_n,
             BLOCK_D=block_d,
+        )
+
+    def _table_row_update(
+        self,
+        update: RowUpdate,
+        values: Tensor,
+        keys: Tensor,
+        order: Tensor | None,
+        key_tables: Tensor | None,
+        entries: TableEntries,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        partial_tables: Tensor,
+        chunk: int,
+    ) -> None:
+        # State is as wide as the partial sums, and is to be read in one access too.
+        widths = (
+            table_vector_width(tensor, entries.dim_divisor)
+            for tensor in (values, weight, partial_values)
+        )
+        vec = min(widths)
+        held_bytes = partial_values.element_size() if update.formula == "rowwise_adagrad" else 0
+        launch = update_launch(entries.widest, vec, held_bytes)
+        num_chunks = cdiv(keys.numel(), chunk)
+        seed, step = update.stream or (0, 0)
+        first_level = key_tables is None
+        self._launch(
+            self._kernels.table_row_update,
+            (cdiv(num_chunks, launch.BLOCK_C), cdiv(entries.widest, launch.BLOCK_D)),
+            keys.device,
+            values,
+            order,
+            keys,
+            key_tables,
+            entries.sources if first_level else None,
+            entries.scales if first_level else None,
+            entries.winner if first_level else None,
+            entries.fields,
+            weight,
+            state[0] if state else None,
+            state[1] if len(state) > 1 else None,
+            partial_values,
+            partial_keys,
+            partial_tables,
+            update.lr,
+            keys.numel(),
+            entries.num_rows,
+            entries.num_tables,
+            values.stride(0) // vec,
+            values.stride(1),
+            entries.values.shape[1],
+            update.step_size,
+            update.decay,
+            update.eps,
+            update.avg_weight,
+            update.sq_weight,
+            update.grad_scale,
+            seed,
+            step,
+            D=entries.widest,
+            VEC=vec,
+            FORMULA=update.formula,
+            STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
+            CHUNK=chunk,
+            **launch.settings,
+            **self._unfused,
+        )
+
+    def _table_rowwise_adagrad(
+        self,
+        update: RowUpdate,
+        total: Tensor,
+        keys: Tensor,
+        weight: Tensor,
+        state: Tensor,
+        entries: TableEntries,
+    ) -> None:
+        seed, step = update.stream or (0, 0)
+        self._launch(
+            self._kernels.table_rowwise_adagrad,
+            (keys.numel(),),
+            keys.device,
+            total,
+            keys,
+            entries.fields,
+            weight,
+            state,
+            update.lr,
+            entries.num_rows,
+            entries.num_tables,
+            entries.num_tables.bit_length(),
+            update.step_size,
+            update.eps,
+            update.grad_scale,
+            seed,
+            step,
+            D=entries.widest,
+            STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
+            BLOCK_D=min(next_power_of_2(entries.widest), ROWWISE_BLOCK),
+            **self._unfused,
         )

@@ -1,0 +1,126 @@
+// The update of part of a row by the formulas of gpu_embed/row_update.py, operation by operation, so whatever
+// includes this is compiled without fused multiply-adds.
+
+#pragma once
+
+#include "common.cuh"
+#include "stochastic_rounding.cuh"
+
+// Which formula.
+enum Formula { SGD, ADAGRAD, ADAM };
+
+// What becomes of VEC columns of a row, once its gradient is summed.
+template <typename Weight, int VEC>
+struct Update {
+  using Acc = typename Accumulator<Weight>::type;
+  Weight* weight_ptr;
+  Acc* state_ptr;
+  Acc* second_state_ptr;
+  int64 FORMULA;
+  Acc step_size, keep, eps, avg_weight, sq_weight, grad_scale;
+  int64 STOCHASTIC_ROUNDING;
+  int64 seed, step;
+
+  // Columns d and on of row `key`: of the weight at `place`, of the state at `element`.
+  __device__ void update(
+      int64 key, int64 place, int64 element, int64 d, const Vector<Acc, VEC>& total) const {
+    Vector<Weight, VEC>& weight = *(Vector<Weight, VEC>*)(weight_ptr + place);
+    Vector<Acc, VEC>& state = *(Vector<Acc, VEC>*)(state_ptr + element);
+    Vector<Acc, VEC>& second_state = *(Vector<Acc, VEC>*)(second_state_ptr + element);
+    // Read as a whole, so that it takes one access.
+    Vector<Weight, VEC> row = weight;
+    Vector<Acc, VEC> w, g;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      w.lane[i] = widen(row.lane[i]);
+      g.lane[i] = total.lane[i] * grad_scale;
+    }
+    if (FORMULA == SGD) {
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) w.lane[i] -= step_size * g.lane[i];
+    } else if (FORMULA == ADAGRAD) {
+      Vector<Acc, VEC> sum = state;
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) {
+        sum.lane[i] += g.lane[i] * g.lane[i];
+        w.lane[i] -= step_size * (g.lane[i] / ((Acc)sqrt(sum.lane[i]) + eps));
+      }
+      state = sum;
+    } else {
+      Vector<Acc, VEC> avg = state, sq = second_state;
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) {
+        avg.lane[i] += (g.lane[i] - avg.lane[i]) * avg_weight;
+        sq.lane[i] += (g.lane[i] * g.lane[i] - sq.lane[i]) * sq_weight;
+        w.lane[i] *= keep;
+        w.lane[i] -= step_size * (avg.lane[i] / ((Acc)sqrt(sq.lane[i]) + eps));
+      }
+      state = avg;
+      second_state = sq;
+    }
+    if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) {
+      const Vector<uint32, 4> random = random_words(seed, step, key, d / 4);
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) {
+        narrow_at_random(w.lane[i], word_of(random, (d + i) % 4), row.lane[i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) narrow(w.lane[i], row.lane[i]);
+    }
+    weight = row;
+  }
+};
+
+// The update of a whole row of D columns by row-wise Adagrad.
+template <typename Weight>
+__device__ inline void update_by_mean_square(
+    const typename Accumulator<Weight>::type* __restrict__ total_ptr,  // [D], contiguous: the summed gradient
+    Weight* weight_ptr,                                               // [D]
+    int64 col_stride,                                                 // of the weight, in elements
+    typename Accumulator<Weight>::type* state_ptr,                    // [1]
+    double lr,
+    double step_size,
+    double eps,
+    double grad_scale,
+    int64 seed,
+    int64 step,
+    int64 key,
+    int64 D,
+    int64 STOCHASTIC_ROUNDING) {
+  using Acc = typename Accumulator<Weight>::type;
+  constexpr int BLOCK_D = 16;
+  const Acc scale = (Acc)grad_scale;
+
+  Acc square = 0;
+  for (int64 first = 0; first < D; first += BLOCK_D) {
+    // Summed in blocks: the rounding errors of a long row grow with the number of its blocks only.
+    Acc block = 0;
+    for (int64 d = first; d < D && d < first + BLOCK_D; ++d) {
+      const Acc g = total_ptr[d] * scale;
+      block += g * g;
+    }
+    square += block;
+  }
+  const Acc sum = *state_ptr + square / (Acc)D;
+  *state_ptr = sum;
+
+  const Acc factor = (Acc)(step_size * lr) / ((Acc)sqrt(sum) + (Acc)eps);
+  for (int64 first = 0; first < D; first += 4) {
+    Vector<uint32, 4> random;
+    set_zero(random);
+    if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) random = random_words(seed, step, key, first / 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64 d = first + i;
+      if (d >= D) break;
+      Weight& weight = weight_ptr[d * col_stride];
+      const Acc w = widen(weight) - factor * (total_ptr[d] * scale);
+      if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) {
+        narrow_at_random(w, random.lane[i], weight);
+      } else {
+        narrow(w, weight);
+      }
+    }
+  }
+}
