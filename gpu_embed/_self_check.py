@@ -17,6 +17,7 @@ from .backends.gradient_method import use_gradient_method
 from .bags import Bags
 from .quantized import QuantizedTable
 from .row_update import RowUpdate
+from .table_gradient import TableEntries
 from .tables import TableBatch, TableLayout, make_layout
 
 
@@ -149,8 +150,12 @@ def _batch(device: torch.device, mode: str = "mean") -> tuple[TableLayout, Table
 
 def _table_batched(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
     layout, batch = _batch(device)
+    _, maxima = _batch(device, "max")
     buffer = _numbers(layout.buffer_shape, 11, device)
-    return (backend.table_batched_embedding(buffer, None, batch, False, None),)
+    return (
+        backend.table_batched_embedding(buffer, None, batch, False, None),
+        backend.table_batched_embedding_max(buffer, maxima, False, None)[0],
+    )
 
 
 def _table_batched_gradient(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
@@ -172,6 +177,27 @@ def _row_update(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
     update = RowUpdate("sgd", step_size=0.5)
     backend.row_update_(update, table, (), _ids(device).view(-1), values, None)
     return (table,)
+
+
+def _table_row_update(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
+    """An entry an id of tables of two widths, its values in the gradient of their sums."""
+    layout, batch = _batch(device, "sum")
+    places, shape = batch.places(), batch.shape
+    bag = places.bag - places.table * batch.bags_per_table
+    entries = TableEntries(
+        torch.where(places.counted, places.row, -1),
+        bag * batch.num_tables + places.table,
+        None,
+        None,
+        _numbers((batch.bags_per_table, batch.width), 7, device),
+        batch.fields,
+        shape.num_rows,
+        shape.widest,
+        shape.dim_divisor,
+    )
+    buffer = _numbers(layout.buffer_shape, 11, device)
+    backend.table_row_update_(RowUpdate("sgd", step_size=0.5), buffer, (), entries, None)
+    return (buffer,)
 
 
 def _keras_lookup(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
@@ -214,6 +240,7 @@ SAMPLES: dict[str, Callable[[Backend, torch.device], tuple[Tensor, ...]]] = {
     "batched tables": _table_batched,
     "gradient of batched tables": _table_batched_gradient,
     "optimizer updates": _row_update,
+    "optimizer updates of batched tables": _table_row_update,
     "Keras lookup": _keras_lookup,
     "Keras quantized lookup": _keras_quantized_lookup,
 }

@@ -103,9 +103,11 @@ METHODS = {
     "embedding_bag_dense_backward": "gradient of bags",
     "embedding_bag_sample_weights_backward": "gradient of bags",
     "table_batched_embedding": "batched tables",
+    "table_batched_embedding_max": "batched tables",
     "table_batched_embedding_dense_backward": "gradient of batched tables",
     "table_batched_embedding_sample_weights_backward": "gradient of batched tables",
     "row_update_": "optimizer updates",
+    "table_row_update_": "optimizer updates of batched tables",
     "take_rows": "Keras lookup",
     "dequantize_rows": "Keras quantized lookup",
 }
