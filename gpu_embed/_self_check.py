@@ -240,7 +240,7 @@ SAMPLES: dict[str, Callable[[Backend, torch.device], tuple[Tensor, ...]]] = {
     "batched tables": _table_batched,
     "gradient of batched tables": _table_batched_gradient,
     "optimizer updates": _row_update,
-    "optimizer updates of batched tables": _table_row_update,
+    "batched optimizer updates": _table_row_update,
     "Keras lookup": _keras_lookup,
     "Keras quantized lookup": _keras_quantized_lookup,
 }

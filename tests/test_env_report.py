@@ -107,7 +107,7 @@ METHODS = {
     "table_batched_embedding_dense_backward": "gradient of batched tables",
     "table_batched_embedding_sample_weights_backward": "gradient of batched tables",
     "row_update_": "optimizer updates",
-    "table_row_update_": "optimizer updates of batched tables",
+    "table_row_update_": "batched optimizer updates",
     "take_rows": "Keras lookup",
     "dequantize_rows": "Keras quantized lookup",
 }
