@@ -157,7 +157,9 @@ def test_a_forced_backend_that_cannot_run_is_explained(
 ) -> None:
     with gpu_embed.use_backend("cupy"):
         assert env_report.main([]) == 0
-    assert "cupy is forced but cannot serve cpu" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cupy is forced but cannot serve cpu" in said
+    assert re.search(r"^  lookup +none$", said, re.M)
 
 
 @pytest.mark.parametrize("name", ["BACKEND", "GATHER_METHOD", "GRADIENT_METHOD", "BOUNDS_CHECK"])
@@ -180,6 +182,24 @@ def test_a_forced_method_does_not_fail_the_check() -> None:
         assert _self_check.check_backend("triton", CPU).status == "right"
 
 
+def test_the_check_is_deterministic_only_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(backend: backends.Backend, device: torch.device) -> tuple[()]:
+        seen.append(torch.get_deterministic_debug_mode())
+        return ()
+
+    monkeypatch.setattr(_self_check, "_gradient", look)
+    for former in range(3):
+        torch.set_deterministic_debug_mode(former)
+        try:
+            _self_check._deterministic_gradient(TorchBackend(), CPU)
+            assert torch.get_deterministic_debug_mode() == former
+        finally:
+            torch.set_deterministic_debug_mode(0)
+    assert seen == [2, 2, 2]
+
+
 def test_command_without_triton_and_cupy(tmp_path) -> None:
     for name in ("triton", "cupy"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
@@ -192,3 +212,6 @@ def test_command_without_triton_and_cupy(tmp_path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "triton does not work here: not here" in done.stdout
+    # The compiler alone would take longer to import.
+    (took,) = re.findall(r"cpu +torch +right +([\d.]+) ms", done.stdout)
+    assert float(took) < 1000
