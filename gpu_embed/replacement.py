@@ -242,6 +242,8 @@ def _reason_to_skip(
         return "sharded by a fully_shard of its own: replace before that"
     if kind not in REPLACEMENTS:
         return f"a subclass, which may do more: {kind.__module__}.{kind.__qualname__}"
+    if getattr(module, "weight", None) is None:
+        return "it holds no weight"
     if module.num_embeddings < min_rows:
         return f"{module.num_embeddings} rows are fewer than min_rows={min_rows}"
     if "forward" in module.__dict__ and not (

@@ -263,6 +263,16 @@ def test_a_forward_set_on_the_module_is_left_alone():
     assert type(model.words) is nn.Embedding
 
 
+def test_a_table_without_weight_is_left_alone():
+    """Removed by whoever looks up elsewhere; the others are replaced nevertheless."""
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Embedding(7, 4), nn.Embedding(7, 4))
+    model[0].weight = None
+    del model[2].weight
+    report = replace_embeddings(model)
+    assert names(report.replaced) == ["1"]
+    assert reasons(report) == {"0": "it holds no weight", "2": "it holds no weight"}
+
+
 def test_a_kept_forward_goes_along():
     """What accelerate leaves once its hook is removed, and what it calls from within one."""
     model = Model()
