@@ -24,6 +24,8 @@ def test_two_columns_are_drawn_as_they_are(tmp_path):
     assert {text.get_text() for text in figure.axes[0].texts} == {"a", "b", "c"}
     assert figure.axes[0].get_title() == "three rows"
     assert figure.axes[0].get_xlabel() == "first value of the row"
+    # One scale on both axes.
+    assert figure.axes[0].get_aspect() == 1
     figure.savefig(tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 5000
 
@@ -112,6 +114,12 @@ def test_matplotlib_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "gpu_embed.plot")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'gpu_embed\[demo\]'"):
         importlib.import_module("gpu_embed.plot")
+
+
+def test_ids_are_labels_of_up_to_a_hundred_rows():
+    weight = torch.arange(202.0).view(101, 2)
+    assert [text.get_text() for text in plot.table(weight[:100]).axes[0].texts][-1] == "99"
+    assert not plot.table(weight).axes[0].texts
 
 
 def test_chosen_rows_and_groups():

@@ -40,6 +40,23 @@ def test_specials_come_first_and_stay_whole() -> None:
     assert text.table_size(tokenizer) == 5
 
 
+def test_specials_of_any_place_pad_and_are_not_decoded() -> None:
+    tokenizer = text.vocabulary(["a b"], specials=["[CLS]", "[PAD]"], padding="[PAD]")
+    assert text.encode(tokenizer, ["[CLS] b", "a"]).tolist() == [[0, 3], [2, 1]]
+    assert tokenizer.decode([0, 3, 1]) == "b"
+
+
+def test_a_word_that_was_added_needs_a_row() -> None:
+    tokenizer = text.vocabulary(PHRASES)
+    tokenizer.add_tokens(["never"])
+    assert text.table_size(tokenizer) == 8
+    assert text.encode(tokenizer, ["never see"]).tolist() == [[7, 2]]
+
+
+def test_ids_lie_on_the_device() -> None:
+    assert text.encode(text.vocabulary(PHRASES), PHRASES, "meta").device.type == "meta"
+
+
 def test_a_special_that_begins_as_another() -> None:
     tokenizer = text.vocabulary(["<a> <ab>"], specials=["<a", "<ab>"])
     assert tokenizer.get_vocab() == {"<a": 0, "<ab>": 1, ">": 2}
