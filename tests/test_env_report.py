@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +92,42 @@ def test_forced_methods_are_said() -> None:
     assert operations["lookup"]["kernels"] == "flat, forced"
     refusal = "'atomic' is forced but cannot serve a table of torch.bfloat16"
     assert refusal in operations["gradient"]["kernels"]
+
+
+def test_versions_of_whatever_cupy_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wheel in ("cupy-cuda12x", "cupy-cuda13x", "cupy"):
+        monkeypatch.setattr(env_report, "_version", {wheel: "14.2", "torch": "2.8"}.get)
+        expected = {"torch": "2.8", "numpy": None, "triton": None, "cupy": "14.2"}
+        assert env_report._packages() == expected
+
+
+def test_driver_and_toolkit_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = {
+        "nvidia-smi": "echo 570.86.15\necho 570.86.15",
+        "nvcc": "echo 'Cuda compilation tools, release 12.8, V12.8.93'",
+    }
+    for name, says in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = env_report._cuda()
+    assert found["driver"] == "570.86.15"
+    assert found["toolkit (nvcc)"] == "12.8"
+    (tmp_path / "nvcc").unlink()
+    # A driver that does not run has this command too.
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert set(list(env_report._cuda().values())[1:]) == {None}
+
+
+@pytest.mark.usefixtures("torch_alone")
+def test_a_gpu_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    report = env_report.collect()
+    report["gpus"] = [env_report._gpu(torch.device("cuda", 1))]
+    line = "cuda:1: NVIDIA H100, compute capability 9.0, 80.0 GiB (60.0 free)"
+    assert line in env_report.text(report).splitlines()
 
 
 # Each method of a backend, and the operations whose check calls it.
