@@ -194,6 +194,16 @@ def test_a_pattern_that_matches_nothing_says_so():
     assert type(model.words) is nn.Embedding
 
 
+def test_of_many_names_some_are_listed():
+    model = nn.ModuleList([nn.Embedding(7, 4) for _ in range(10)])
+    with pytest.warns(UserWarning, match=r"they are '0', .*, '7' and 2 more$") as warned:
+        replace_embeddings(model, "words")
+    # It points to the line above.
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match=r", '7'$"):
+        replace_embeddings(model[:8], "words")
+
+
 def test_small_tables_can_be_left_alone():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Embedding(8, 4))
     report = replace_embeddings(model, min_rows=8)
