@@ -1,5 +1,6 @@
 """The environment report: complete, true, and of exit code 1 when a backend computes wrong."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from conftest import Target
 
 import gpu_embed
 from gpu_embed import _self_check, backends, env_report
+from gpu_embed.backends import gradient_method
 from gpu_embed.backends._torch import TorchBackend
 
 CPU = torch.device("cpu")
@@ -43,8 +45,10 @@ def test_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         backends.explain(CPU),
         "settings: backend auto, bounds_check raise, gather_method auto, gradient_method auto",
         "sorted: everything",
+        env_report._rule(gradient_method.RULES["atomic"]),
     ):
         assert fact in said
+    assert re.search(r"^  cpu +torch +right +[\d.]+ ms$", said, re.M)
     for name, reason in backends.available_backends(CPU).items():
         if reason != "usable":
             assert f"{name:<10} {reason}" in said
@@ -92,6 +96,17 @@ def test_forced_methods_are_said() -> None:
     assert operations["lookup"]["kernels"] == "flat, forced"
     refusal = "'atomic' is forced but cannot serve a table of torch.bfloat16"
     assert refusal in operations["gradient"]["kernels"]
+
+
+def test_a_rule_in_words() -> None:
+    rules = gradient_method.RULES
+    rule = dataclasses.replace(rules["atomic"], max_indices_per_row=2.5, max_num_embeddings=300)
+    assert env_report._rule(rule) == (
+        "atomic: float32 or float64, up to 2.5 ids a row, up to 300 rows, not deterministic, "
+        "without scale_grad_by_freq"
+    )
+    forced = dataclasses.replace(rules["sorted"], max_indices_per_row=None)
+    assert env_report._rule(forced) == "sorted: only where forced"
 
 
 def test_versions_of_whatever_cupy_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
