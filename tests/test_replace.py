@@ -420,6 +420,18 @@ def test_verify_says_what_each_module_did():
     assert report.verify(IDS)
 
 
+def test_verify_counts_the_calls_that_went_elsewhere():
+    """One of two calls in our forward is not enough."""
+    model = Model()
+    report = replace_embeddings(model, "words")
+    forwards = itertools.cycle([gpu_embed.Embedding.forward, nn.Embedding.forward])
+    model.words.forward = lambda ids: next(forwards)(model.words, ids)
+    model.register_forward_hook(lambda module, args, output: output + module.words(IDS).sum())
+    verification = report.verify(IDS)
+    assert "1 of 2 calls looked up with gpu_embed (torch); the others ran" in str(verification)
+    assert not verification
+
+
 def test_verify_of_modules_that_have_gone():
     model = Model()
     report = replace_embeddings(model)
