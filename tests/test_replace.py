@@ -551,15 +551,19 @@ def test_verify_leaves_the_model_as_it_was():
     assert not model.words._forward_pre_hooks
 
 
-def test_verify_leaves_no_trace_of_a_failed_run():
-    model = Model()
-    report = replace_embeddings(model)
-    with pytest.raises(IndexError, match="id 7 at position"):
-        report.verify(IDS + 2)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_verify_leaves_no_trace_of_a_failed_run(device):
+    """On a GPU, where a bad id is found late, it still is this call that raises."""
+    model, ids = Model(device), IDS.to(device)
+    report = replace_embeddings(model, "words")
+    model.scaled, model.ours, model.bags = (nn.Embedding(9, 4, device=device) for _ in range(3))
+    model.bags.forward = lambda ids: torch.zeros(4, device=device)
+    with pytest.raises(IndexError, match="id 7 at"):
+        report.verify(ids + 2)
     assert model.training
     assert not model.words._forward_hooks
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
-    assert report.verify(IDS)
+    assert report.verify(ids)
 
 
 # Several processes.
