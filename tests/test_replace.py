@@ -432,6 +432,16 @@ def test_verify_counts_the_calls_that_went_elsewhere():
     assert not verification
 
 
+def test_verify_does_not_count_what_a_hook_looks_up():
+    model = Model()
+    hook = model.ours.forward
+    model.words.register_forward_hook(lambda module, args, output: output + hook(*args))
+    report = replace_embeddings(model, "words")
+    assert str(report.verify(IDS)).startswith("words  1 of 1 calls")
+    model.words.forward = partial(nn.Embedding.forward, model.words)
+    assert not report.verify(IDS)
+
+
 def test_verify_of_modules_that_have_gone():
     model = Model()
     report = replace_embeddings(model)
