@@ -561,6 +561,16 @@ def test_verify_leaves_the_model_as_it_was():
     assert not model.words._forward_pre_hooks
 
 
+def test_verify_between_forward_and_backward():
+    """A buffer that autograd has saved is not written to."""
+    model = nn.Sequential(nn.Embedding(7, 3), nn.BatchNorm1d(3).eval())
+    report = replace_embeddings(model)
+    output = model(IDS)
+    assert report.verify(IDS)
+    output.sum().backward()
+    assert model[0].weight.grad is not None
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_verify_leaves_no_trace_of_a_failed_run(device):
     """On a GPU, where a bad id is found late, it still is this call that raises."""
