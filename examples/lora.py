@@ -14,7 +14,7 @@ import peft
 import torch
 from rich.console import Console
 from rich.progress import track
-from swap_transformers import load_model, sentence_vectors, which_is_which
+from swap_transformers import load_model, positive, sentence_vectors, which_is_which
 
 import gpu_embed
 
@@ -24,7 +24,7 @@ SENTENCES = [f"the {word} is {how}" for word in ENGLISH for how in ("old", "red"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, help="(default: 60; 20 with --quick)")
+    parser.add_argument("--steps", type=positive, help="(default: 60; 20 with --quick)")
     parser.add_argument("--quick", action="store_true", help="the small model, to see that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -100,10 +100,18 @@ def train(
     return losses, statistics.median(times[WARM_UP:])
 
 
+def positive(text: str) -> int:
+    """A number of the command line that counts something."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, help="timed steps (default: 20; 3 with --quick)")
-    parser.add_argument("--batch", type=int, help="sentences (default: 64; 8 with --quick)")
+    parser.add_argument("--steps", type=positive, help="timed steps (default: 20; 3 with --quick)")
+    parser.add_argument("--batch", type=positive, help="sentences (default: 64; 8 with --quick)")
     parser.add_argument("--quick", action="store_true", help="the small model, to see that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -220,13 +220,13 @@ def _keras_quantized_lookup(backend: Backend, device: torch.device) -> tuple[Ten
 
 @contextmanager
 def _deterministic_algorithms() -> Iterator[None]:
-    former = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    # torch.use_deterministic_algorithms does the same, and imports the compiler, which takes seconds.
+    former = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(former, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(former)
 
 
 SAMPLES: dict[str, Callable[[Backend, torch.device], tuple[Tensor, ...]]] = {

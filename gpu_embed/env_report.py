@@ -240,7 +240,8 @@ def text(report: dict[str, Any]) -> str:
     for device, serves in report["serves"].items():
         lines += ["", f"{device}: {serves['because']}"]
         lines += [
-            f"  {name:<27} {taken['backend']}{': ' + taken['kernels'] if taken['kernels'] else ''}"
+            f"  {name:<27} {taken['backend'] or 'none'}"
+            f"{': ' + taken['kernels'] if taken['kernels'] else ''}"
             for name, taken in serves["operations"].items()
         ]
         lines += ["  why not the others"]

@@ -47,8 +47,8 @@ def embedding(
         RuntimeError: ids are not integers, weight is not 2-D, or the two are on different devices.
         TypeError: an argument is no tensor.
 
-    A weight or input of another tensor subclass (DTensor, torchao), and tensors that are sparse, quantized
-    or nested, go to torch's own function.
+    A weight or input of another tensor subclass (DTensor, torchao), tensors that are sparse, quantized
+    or nested, and calls that `torch.onnx.export` records go to torch's own function.
     """
     known = None if is_compiling() else known_tables.get(id(weight))
     if (
@@ -64,6 +64,7 @@ def embedding(
         or weight.is_quantized
         or weight.is_nested
         or input.is_nested
+        or _is_exported_to_onnx()
     ):
         return _embedding_by_torch(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
@@ -143,6 +144,7 @@ def embedding_bag(
         or weight.is_quantized
         or weight.is_nested
         or input.is_nested
+        or _is_exported_to_onnx()
     ):
         return _embedding_bag_by_torch(
             input,
@@ -201,6 +203,11 @@ def embedding_bag(
         scale_grad_by_freq,
         sparse,
     )
+
+
+def _is_exported_to_onnx() -> bool:
+    """ONNX can say what torch's lookup is, and not what ours is."""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def _embedding_by_torch(input: Tensor, weight: Tensor, *arguments: object) -> Tensor:

@@ -7,11 +7,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 from torch import Tensor
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "gpu_embed.plot needs matplotlib: pip install 'gpu_embed[demo]'"
+    ) from error
 
 GREY = "#777777"
 
@@ -35,7 +41,7 @@ def table(
     """Draw rows of a table as points, with their labels beside them where nothing else stands.
 
     Args:
-        weight: the table, [V, D], any floating dtype and device; a layer's `weight`.
+        weight: the table, [V, D], any real dtype and device; a layer's `weight`.
         labels: one for each row drawn. None: the ids themselves, for up to 100 rows.
         ids: the rows to draw. None: all of them.
         groups: one name for each row drawn; rows of one group share a colour, and a legend names them.
@@ -47,13 +53,20 @@ def table(
         The figure; `figure.savefig("table.png")` writes it.
 
     Raises:
-        ValueError: weight is not a matrix, `before` is not of its shape, an id is outside of it, or labels or
-            groups are too few or many.
+        TypeError: weight is no tensor or of complex numbers, or ids are no integers.
+        ValueError: weight is not a matrix, `before` is not of its shape, an id is outside of it, labels or
+            groups are too few or many, or a row to be drawn is not finite.
 
     Two columns are drawn as they are; of more, the two directions along which the rows differ most (principal
     components); the axes say how much of the variance they show. Both axes have one scale, so that distances
     in the picture can be compared.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"plot.table: expected a tensor, such as a layer's weight, got {type(weight).__name__}"
+        )
+    if weight.is_complex():
+        raise TypeError("plot.table: expected real numbers, got complex ones; draw weight.abs()")
     if weight.dim() != 2 or weight.shape[1] == 0:
         raise ValueError(
             f"plot.table: expected a table [V, D] with D >= 1, got shape {tuple(weight.shape)}"
@@ -63,7 +76,7 @@ def table(
             f"plot.table: expected before of the table's shape {tuple(weight.shape)}, "
             f"got {tuple(before.shape)}"
         )
-    rows = torch.arange(len(weight)) if ids is None else torch.as_tensor(ids).reshape(-1).cpu()
+    rows = torch.arange(len(weight)) if ids is None else _integers(ids)
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
         raise ValueError(
             f"plot.table: ids go from {int(rows.min())} to {int(rows.max())}, "
@@ -72,11 +85,17 @@ def table(
     for name, given in (("labels", labels), ("groups", groups)):
         if given is not None and len(given) != len(rows):
             raise ValueError(f"plot.table: {len(given)} {name} for {len(rows)} rows")
+    if groups is not None:
+        groups = list(map(str, groups))
     if labels is None:
         labels = [str(int(row)) for row in rows] if len(rows) <= 100 else [""] * len(rows)
 
     states = [weight] if before is None else [weight, before]
-    projection = project(torch.cat([_rows(state, rows) for state in states]))
+    values = torch.cat([_rows(state, rows) for state in states])
+    finite = values.isfinite().all(dim=1).view(len(states), -1).all(dim=0)
+    if not finite.all():
+        raise ValueError(f"plot.table: row {int(rows[~finite][0])} is not finite")
+    projection = project(values)
     points = projection.points[: len(rows)].numpy()
     starts = projection.points[len(rows) :].numpy()
     if axes is None:
@@ -98,7 +117,9 @@ def table(
     axes.margins(0.12)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
+        legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
+        for name_of_group in legend.get_texts():
+            name_of_group.set_parse_math(False)
     if title is not None:
         axes.set_title(title)
     # Only once all else is drawn are all places final, in pixels.
@@ -107,8 +128,17 @@ def table(
     return found
 
 
+def _integers(ids: Sequence[int] | Tensor) -> Tensor:
+    """The ids, [N], int64, on the CPU."""
+    rows = torch.as_tensor(ids).reshape(-1).cpu()
+    if rows.numel() and (rows.is_floating_point() or rows.dtype == torch.bool):
+        raise TypeError(f"plot.table: expected ids to be integers, got {rows.dtype}")
+    return rows.long()
+
+
 def _rows(table: Tensor, rows: Tensor) -> Tensor:
-    return table.detach()[rows.to(table.device)].cpu()
+    """These rows, fp64, on the CPU."""
+    return table.detach()[rows.to(table.device)].to("cpu", torch.float64)
 
 
 def project(rows: Tensor) -> Projection:
@@ -198,6 +228,8 @@ def place_labels(
             color=colour,
             fontsize=fontsize,
             fontweight="bold",
+            # A word may hold dollar signs.
+            parse_math=False,
         )
         box = label.get_window_extent()
         shift = free_shift(box, drawn, boxes, axes.bbox)
@@ -209,18 +241,16 @@ def free_shift(
     box: Bbox, drawn: np.ndarray, labels: Sequence[Bbox], frame: Bbox
 ) -> tuple[float, float]:
     """Move a box off its point, as little as lets it cover no label, no drawing and no frame."""
-
-    def covered(shift: tuple[float, float]) -> int:
-        moved = box.translated(*shift)
-        outside = moved.x0 < frame.x0 or moved.x1 > frame.x1
-        outside |= moved.y0 < frame.y0 or moved.y1 > frame.y1
-        padded = moved.padded(8)
-        return padded.count_contains(drawn) + 100 * (padded.count_overlaps(labels) + outside)
-
-    shifts = [
-        (np.cos(angle) * (box.width / 2 + gap), np.sin(angle) * (box.height / 2 + gap))
-        for gap in (12, 18, 26, 36, 50, 66)
-        for angle in np.arange(16) * np.pi / 8
-    ]
-    # min() keeps the first, so the nearest, of equally good ones.
-    return min(shifts, key=covered)
+    angles = np.arange(16) * np.pi / 8
+    round_the_box = np.stack([np.cos(angles) * box.width, np.sin(angles) * box.height], 1) / 2
+    unit = np.stack([np.cos(angles), np.sin(angles)], 1)
+    shifts = np.concatenate([round_the_box + gap * unit for gap in (12, 18, 26, 36, 50, 66)])
+    low, high = box.min + shifts, box.max + shifts  # [shifts, 2]
+    outside = ((low < frame.min) | (high > frame.max)).any(axis=1)
+    low, high = low[:, None] - 8, high[:, None] + 8
+    corners = np.array([label.extents for label in labels]).reshape(-1, 2, 2)
+    overlaps = ((low <= corners[:, 1]) & (corners[:, 0] <= high)).all(axis=2).sum(axis=1)
+    contains = ((low < drawn) & (drawn < high)).all(axis=2).sum(axis=1)
+    # argmin() takes the first, so the nearest, of equally good ones.
+    x, y = shifts[(contains + 100 * (overlaps + outside)).argmin()]
+    return float(x), float(y)

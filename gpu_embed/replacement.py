@@ -101,7 +101,7 @@ def replace_embeddings(
     """Let each `torch.nn.Embedding` and `torch.nn.EmbeddingBag` in a model look up with our op.
 
     In place, and by the module's class alone: the Parameter objects, hooks, names, devices, ties and optimizers
-    that hold them stay. Subclasses with a forward of their own are left alone. `restore_embeddings` undoes it.
+    that hold them stay. Subclasses are left alone, as they may do more. `restore_embeddings` undoes it.
 
     Args:
         model: any module; on any device, before or after an optimizer, DDP or `torch.compile` got it.
@@ -242,6 +242,8 @@ def _reason_to_skip(
         return "sharded by a fully_shard of its own: replace before that"
     if kind not in REPLACEMENTS:
         return f"a subclass, which may do more: {kind.__module__}.{kind.__qualname__}"
+    if getattr(module, "weight", None) is None:
+        return "it holds no weight"
     if module.num_embeddings < min_rows:
         return f"{module.num_embeddings} rows are fewer than min_rows={min_rows}"
     if "forward" in module.__dict__ and not (

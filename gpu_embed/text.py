@@ -54,8 +54,8 @@ def vocabulary(
         A `tokenizers.Tokenizer` (WordLevel).
 
     Raises:
-        ValueError: an unknown order, a special given twice, or no word at all.
-        TypeError: `texts` is one string, or holds something else than strings.
+        ValueError: an unknown order, a special that is empty or given twice, or no word at all.
+        TypeError: `texts` or `specials` is one string, or one of them holds something else than strings.
         ModuleNotFoundError: tokenizers is not installed.
     """
     tokenizers = _tokenizers()
@@ -65,10 +65,19 @@ def vocabulary(
         )
     if isinstance(texts, str):
         raise TypeError("vocabulary: expected several texts, got one string; put it in a list")
+    if isinstance(specials, str):
+        raise TypeError("vocabulary: expected several specials, got one string; put it in a list")
     asked_for = [token for token in (padding, unknown) if token is not None]
     first = [*(token for token in dict.fromkeys(asked_for) if token not in specials), *specials]
     if len(set(first)) < len(first):
         raise ValueError(f"vocabulary: a special token is given twice: {first}")
+    for token in first:
+        if not isinstance(token, str):
+            raise TypeError(
+                f"vocabulary: expected special tokens to be strings, got {type(token).__name__}"
+            )
+        if not token:
+            raise ValueError("vocabulary: a special token is empty")
 
     normalizer = tokenizers.normalizers.Lowercase() if lowercase else None
     splitter = tokenizers.pre_tokenizers.Whitespace()
@@ -94,18 +103,20 @@ def vocabulary(
 
 
 def encode(
-    tokenizer: Tokenizer, texts: Sequence[str], device: torch.device | str | None = None
+    tokenizer: Tokenizer, texts: Iterable[str], device: torch.device | str | None = None
 ) -> Tensor:
     """The ids of some texts, padded and truncated as the tokenizer is set to -> int64 [texts, length].
 
     Raises:
+        TypeError: `texts` is one string, or holds something else than strings.
         KeyError: a word is not in the vocabulary, which has no unknown token; names the word and the text.
         ValueError: the texts are of different lengths and the tokenizer pads nothing.
     """
     if isinstance(texts, str):
         raise TypeError("encode: expected several texts, got one string; put it in a list")
+    texts = list(texts)
     try:
-        encodings = tokenizer.encode_batch(list(texts))
+        encodings = tokenizer.encode_batch(texts)
     # tokenizers raises a bare Exception, which does not name the word.
     except Exception:
         for number, text in enumerate(texts):
@@ -135,13 +146,20 @@ def check_table_size(ids: Any, num_embeddings: int) -> None:
     """Raise ValueError if a table of `num_embeddings` rows is too small for these ids, and say why.
 
     Args:
-        ids: a tensor, array, or nested list of integers; as Keras's or any other tokenizer made them.
+        ids: a tensor, array, or nested list of integers; as Keras's or any other tokenizer made them, so the
+            lists may differ in length.
 
     Keras's Tokenizer counts from 1: seven words have the ids 1 to 7, and need a table of 8 rows.
+
+    Raises:
+        ValueError: an id is negative, or not less than `num_embeddings`.
+        TypeError: the ids are no integers.
     """
-    flat = torch.as_tensor(ids).reshape(-1)
+    flat = _flat(ids)
     if flat.numel() == 0:
         return
+    if flat.is_floating_point() or flat.is_complex() or flat.dtype == torch.bool:
+        raise TypeError(f"check_table_size: expected integers, got {flat.dtype}")
     low, high = int(flat.min()), int(flat.max())
     if low < 0:
         raise ValueError(f"id {low} is negative: a table's rows are counted from 0")
@@ -158,12 +176,25 @@ def check_table_size(ids: Any, num_embeddings: int) -> None:
     )
 
 
+def _flat(ids: Any) -> Tensor:
+    """All ids as one row."""
+    if isinstance(ids, list | tuple) and any(hasattr(part, "__len__") for part in ids):
+        # An empty list has no dtype of its own.
+        parts = [part for part in map(_flat, ids) if part.numel()]
+        return torch.cat(parts) if parts else torch.empty(0)
+    return torch.as_tensor(ids).reshape(-1)
+
+
 def _words(text: str, normalizer: Any, splitter: Any, specials: Sequence[str]) -> list[str]:
     """The words of a text; the special tokens in it are no words."""
     if specials:
-        text = re.sub("|".join(map(re.escape, specials)), " ", text)
+        # The longest first, as tokenizers finds them.
+        longest = sorted(specials, key=len, reverse=True)
+        text = re.sub("|".join(map(re.escape, longest)), " ", text)
     if normalizer is not None:
         text = normalizer.normalize_str(text)
+    if splitter is None:
+        return [text]
     return [word for word, _ in splitter.pre_tokenize_str(text)]
 
 

@@ -251,6 +251,26 @@ def test_export(arguments, strict):
 # Tracing.
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [gpu_embed.Embedding(7, 4, padding_idx=0), gpu_embed.EmbeddingBag(7, 4, mode="sum")],
+    ids=["lookup", "bags"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_export_to_onnx(layer, tmp_path):
+    """ONNX has no op of ours: the exporter records torch's."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    ids = torch.tensor([[5, 1, 0], [6, 3, 2]])
+    with torch.no_grad():
+        layer.weight.copy_(table(7, 4, torch.float32, "cpu").round())
+        expected = layer(ids)
+    file = tmp_path / "table.onnx"
+    torch.onnx.export(layer.eval(), (ids,), file, input_names=["ids"], dynamo=True, verbose=False)
+    (output,) = runtime.InferenceSession(file).run(None, {"ids": ids.numpy()})
+    assert torch.equal(torch.from_numpy(output), expected)
+
+
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_make_fx(arguments, tracing_mode):

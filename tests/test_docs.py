@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from commands import ROOT, check, commands_in, python_blocks
 
 import gpu_embed
 from gpu_embed.bench.cli import CannotRunError
+
+yaml = pytest.importorskip("yaml")
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))

@@ -1,9 +1,12 @@
 """The environment report: complete, true, and of exit code 1 when a backend computes wrong."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from conftest import Target
 
 import gpu_embed
 from gpu_embed import _self_check, backends, env_report
+from gpu_embed.backends import gradient_method
 from gpu_embed.backends._torch import TorchBackend
 
 CPU = torch.device("cpu")
@@ -41,8 +45,10 @@ def test_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         backends.explain(CPU),
         "settings: backend auto, bounds_check raise, gather_method auto, gradient_method auto",
         "sorted: everything",
+        env_report._rule(gradient_method.RULES["atomic"]),
     ):
         assert fact in said
+    assert re.search(r"^  cpu +torch +right +[\d.]+ ms$", said, re.M)
     for name, reason in backends.available_backends(CPU).items():
         if reason != "usable":
             assert f"{name:<10} {reason}" in said
@@ -90,6 +96,53 @@ def test_forced_methods_are_said() -> None:
     assert operations["lookup"]["kernels"] == "flat, forced"
     refusal = "'atomic' is forced but cannot serve a table of torch.bfloat16"
     assert refusal in operations["gradient"]["kernels"]
+
+
+def test_a_rule_in_words() -> None:
+    rules = gradient_method.RULES
+    rule = dataclasses.replace(rules["atomic"], max_indices_per_row=2.5, max_num_embeddings=300)
+    assert env_report._rule(rule) == (
+        "atomic: float32 or float64, up to 2.5 ids a row, up to 300 rows, not deterministic, "
+        "without scale_grad_by_freq"
+    )
+    forced = dataclasses.replace(rules["sorted"], max_indices_per_row=None)
+    assert env_report._rule(forced) == "sorted: only where forced"
+
+
+def test_versions_of_whatever_cupy_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wheel in ("cupy-cuda12x", "cupy-cuda13x", "cupy"):
+        monkeypatch.setattr(env_report, "_version", {wheel: "14.2", "torch": "2.8"}.get)
+        expected = {"torch": "2.8", "numpy": None, "triton": None, "cupy": "14.2"}
+        assert env_report._packages() == expected
+
+
+def test_driver_and_toolkit_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = {
+        "nvidia-smi": "echo 570.86.15\necho 570.86.15",
+        "nvcc": "echo 'Cuda compilation tools, release 12.8, V12.8.93'",
+    }
+    for name, says in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = env_report._cuda()
+    assert found["driver"] == "570.86.15"
+    assert found["toolkit (nvcc)"] == "12.8"
+    (tmp_path / "nvcc").unlink()
+    # A driver that does not run has this command too.
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert set(list(env_report._cuda().values())[1:]) == {None}
+
+
+@pytest.mark.usefixtures("torch_alone")
+def test_a_gpu_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * 2**30, 80 * 2**30))
+    report = env_report.collect()
+    report["gpus"] = [env_report._gpu(torch.device("cuda", 1))]
+    line = "cuda:1: NVIDIA H100, compute capability 9.0, 80.0 GiB (60.0 free)"
+    assert line in env_report.text(report).splitlines()
 
 
 # Each method of a backend, and the operations whose check calls it.
@@ -161,7 +214,9 @@ def test_a_forced_backend_that_cannot_run_is_explained(
 ) -> None:
     with gpu_embed.use_backend("cupy"):
         assert env_report.main([]) == 0
-    assert "cupy is forced but cannot serve cpu" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cupy is forced but cannot serve cpu" in said
+    assert re.search(r"^  lookup +none$", said, re.M)
 
 
 @pytest.mark.parametrize("name", ["BACKEND", "GATHER_METHOD", "GRADIENT_METHOD", "BOUNDS_CHECK"])
@@ -184,9 +239,30 @@ def test_a_forced_method_does_not_fail_the_check() -> None:
         assert _self_check.check_backend("triton", CPU).status == "right"
 
 
+def test_the_check_is_deterministic_only_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(backend: backends.Backend, device: torch.device) -> tuple[()]:
+        seen.append(torch.get_deterministic_debug_mode())
+        return ()
+
+    monkeypatch.setattr(_self_check, "_gradient", look)
+    for former in range(3):
+        torch.set_deterministic_debug_mode(former)
+        try:
+            _self_check._deterministic_gradient(TorchBackend(), CPU)
+            assert torch.get_deterministic_debug_mode() == former
+        finally:
+            torch.set_deterministic_debug_mode(0)
+    assert seen == [2, 2, 2]
+
+
 def test_command_without_triton_and_cupy(tmp_path) -> None:
     for name in ("triton", "cupy"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
+    # Nor the compiler, which alone would take seconds to import.
+    block = "import sys; sys.modules['torch._inductor'] = None"
+    (tmp_path / "sitecustomize.py").write_text(block)
     done = subprocess.run(
         [sys.executable, "-m", "gpu_embed.env_report"],
         env={"PYTHONPATH": str(tmp_path), "PATH": ""},

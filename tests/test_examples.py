@@ -4,6 +4,7 @@ import importlib.util
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,17 @@ def test_swap_transformers_trains_as_before(device: str):
     assert found[0][1] == found[1][1]
     # The gradients of a table may be summed in another order, or not on the CPU.
     assert float(found[1][2]) == pytest.approx(float(found[0][2]), abs=1e-3 * (device == "cuda"))
+
+
+@pytest.mark.parametrize("option", ["--steps", "--batch"])
+def test_swap_transformers_refuses_numbers_below_one(option: str, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="the integration extra is missing")
+    example = runpy.run_path(str(EXAMPLES / "swap_transformers.py"))
+    for number in ("0", "-3", "many"):
+        monkeypatch.setattr(sys, "argv", ["swap_transformers.py", "--quick", option, number])
+        with pytest.raises(SystemExit):
+            example["main"]()
+        assert f"argument {option}: invalid positive value: '{number}'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 """Pictures of tables: the right points, readable labels, and errors that say what to do."""
 
+import importlib
+import sys
+
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +24,8 @@ def test_two_columns_are_drawn_as_they_are(tmp_path):
     assert {text.get_text() for text in figure.axes[0].texts} == {"a", "b", "c"}
     assert figure.axes[0].get_title() == "three rows"
     assert figure.axes[0].get_xlabel() == "first value of the row"
+    # One scale on both axes.
+    assert figure.axes[0].get_aspect() == 1
     figure.savefig(tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 5000
 
@@ -56,6 +62,64 @@ def test_labels_stand_apart():
     assert len(boxes) == 40
     overlapping = sum(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert overlapping == 0
+
+
+def test_dollar_signs_are_no_formula(tmp_path):
+    words = ["$", "a$b$", "$x_$"]
+    figure = plot.table(torch.randn(3, 2), words, groups=["$\\frac$", "$a$", "$"])
+    figure.savefig(tmp_path / "table.png")
+    assert [text.get_text() for text in figure.axes[0].texts] == words
+
+
+def test_groups_and_ids_as_arrays():
+    groups = np.array([1, 2, 1])
+    for ids in (torch.tensor([2, 0, 6], dtype=torch.uint8), np.array([2, 0, 6]), (2, 0, 6)):
+        figure = plot.table(torch.arange(14).view(7, 2), ids=ids, groups=groups)
+        assert points(figure) == [(4.0, 5.0), (12.0, 13.0), (0.0, 1.0)]
+        assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["1", "2"]
+    assert points(plot.table(torch.randn(7, 2), ids=[])) == []
+
+
+def test_only_rows_that_are_drawn_must_be_finite():
+    weight = torch.zeros(4, 3)
+    weight[2, 1] = torch.inf
+    assert len(points(plot.table(weight, ids=[0, 1, 3]))) == 3
+    for arguments in ({}, {"ids": [3, 2]}, {"ids": [2], "before": torch.zeros(4, 3)}):
+        with pytest.raises(ValueError, match="row 2 is not finite"):
+            plot.table(weight, **arguments)
+    with pytest.raises(ValueError, match="row 2 is not finite"):
+        plot.table(torch.zeros(4, 3), before=weight)
+
+
+def test_a_label_goes_to_the_nearest_free_place():
+    """Right of its point; where that is taken, outside or drawn upon, the next place round it."""
+    box = plot.Bbox([[95, 95], [105, 105]])
+    frame = plot.Bbox([[0, 0], [200, 200]])
+    nothing, far = np.zeros((0, 2)), np.array([[1.0, 1.0]])
+    right = (5 + 12, 0)
+    assert plot.free_shift(box, far, [], frame) == right
+    assert plot.free_shift(box, nothing, [], frame) == right
+    for taken in (
+        {"labels": [box.translated(*right)]},
+        {"frame": plot.Bbox([[0, 0], [121, 200]])},
+        {"drawn": np.array([[117.0, 100.0]])},
+    ):
+        x, y = plot.free_shift(**{"box": box, "drawn": far, "labels": [], "frame": frame, **taken})
+        assert (x, y) != right
+        assert np.hypot(x, y) < 25
+
+
+def test_matplotlib_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    monkeypatch.delitem(sys.modules, "gpu_embed.plot")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'gpu_embed\[demo\]'"):
+        importlib.import_module("gpu_embed.plot")
+
+
+def test_ids_are_labels_of_up_to_a_hundred_rows():
+    weight = torch.arange(202.0).view(101, 2)
+    assert [text.get_text() for text in plot.table(weight[:100]).axes[0].texts][-1] == "99"
+    assert not plot.table(weight).axes[0].texts
 
 
 def test_chosen_rows_and_groups():
@@ -114,4 +178,20 @@ def test_drawn_into_a_figure_of_the_callers():
 )
 def test_wrong_arguments(arguments, match):
     with pytest.raises(ValueError, match=match):
+        plot.table(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ((torch.nn.Embedding(7, 2),), "such as a layer's weight, got Embedding"),
+        ((np.zeros((7, 2)),), "got ndarray"),
+        ((torch.zeros(7, 2, dtype=torch.complex64),), "expected real numbers"),
+        ((torch.randn(7, 2), None, [0.5]), "ids to be integers, got torch.float32"),
+        ((torch.randn(7, 2), None, torch.ones(7).bool()), "ids to be integers, got torch.bool"),
+    ],
+    ids=["layer", "array", "complex", "ids", "mask"],
+)
+def test_wrong_types(arguments, match):
+    with pytest.raises(TypeError, match=match):
         plot.table(*arguments)

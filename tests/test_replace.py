@@ -194,6 +194,16 @@ def test_a_pattern_that_matches_nothing_says_so():
     assert type(model.words) is nn.Embedding
 
 
+def test_of_many_names_some_are_listed():
+    model = nn.ModuleList([nn.Embedding(7, 4) for _ in range(10)])
+    with pytest.warns(UserWarning, match=r"they are '0', .*, '7' and 2 more$") as warned:
+        replace_embeddings(model, "words")
+    # It points to the line above.
+    assert warned[0].filename == __file__
+    with pytest.warns(UserWarning, match=r", '7'$"):
+        replace_embeddings(model[:8], "words")
+
+
 def test_small_tables_can_be_left_alone():
     model = nn.Sequential(nn.Embedding(7, 4), nn.Embedding(8, 4))
     report = replace_embeddings(model, min_rows=8)
@@ -261,6 +271,16 @@ def test_a_forward_set_on_the_module_is_left_alone():
         "its forward was set on the module itself, and may call torch's"
     )
     assert type(model.words) is nn.Embedding
+
+
+def test_a_table_without_weight_is_left_alone():
+    """Removed by whoever looks up elsewhere; the others are replaced nevertheless."""
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Embedding(7, 4), nn.Embedding(7, 4))
+    model[0].weight = None
+    del model[2].weight
+    report = replace_embeddings(model)
+    assert names(report.replaced) == ["1"]
+    assert reasons(report) == {"0": "it holds no weight", "2": "it holds no weight"}
 
 
 def test_a_kept_forward_goes_along():
@@ -400,6 +420,28 @@ def test_verify_says_what_each_module_did():
     assert report.verify(IDS)
 
 
+def test_verify_counts_the_calls_that_went_elsewhere():
+    """One of two calls in our forward is not enough."""
+    model = Model()
+    report = replace_embeddings(model, "words")
+    forwards = itertools.cycle([gpu_embed.Embedding.forward, nn.Embedding.forward])
+    model.words.forward = lambda ids: next(forwards)(model.words, ids)
+    model.register_forward_hook(lambda module, args, output: output + module.words(IDS).sum())
+    verification = report.verify(IDS)
+    assert "1 of 2 calls looked up with gpu_embed (torch); the others ran" in str(verification)
+    assert not verification
+
+
+def test_verify_does_not_count_what_a_hook_looks_up():
+    model = Model()
+    hook = model.ours.forward
+    model.words.register_forward_hook(lambda module, args, output: output + hook(*args))
+    report = replace_embeddings(model, "words")
+    assert str(report.verify(IDS)).startswith("words  1 of 1 calls")
+    model.words.forward = partial(nn.Embedding.forward, model.words)
+    assert not report.verify(IDS)
+
+
 def test_verify_of_modules_that_have_gone():
     model = Model()
     report = replace_embeddings(model)
@@ -519,15 +561,29 @@ def test_verify_leaves_the_model_as_it_was():
     assert not model.words._forward_pre_hooks
 
 
-def test_verify_leaves_no_trace_of_a_failed_run():
-    model = Model()
+def test_verify_between_forward_and_backward():
+    """A buffer that autograd has saved is not written to."""
+    model = nn.Sequential(nn.Embedding(7, 3), nn.BatchNorm1d(3).eval())
     report = replace_embeddings(model)
-    with pytest.raises(IndexError, match="id 7 at position"):
-        report.verify(IDS + 2)
+    output = model(IDS)
+    assert report.verify(IDS)
+    output.sum().backward()
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_verify_leaves_no_trace_of_a_failed_run(device):
+    """On a GPU, where a bad id is found late, it still is this call that raises."""
+    model, ids = Model(device), IDS.to(device)
+    report = replace_embeddings(model, "words")
+    model.scaled, model.ours, model.bags = (nn.Embedding(9, 4, device=device) for _ in range(3))
+    model.bags.forward = lambda ids: torch.zeros(4, device=device)
+    with pytest.raises(IndexError, match="id 7 at"):
+        report.verify(ids + 2)
     assert model.training
     assert not model.words._forward_hooks
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
-    assert report.verify(IDS)
+    assert report.verify(ids)
 
 
 # Several processes.

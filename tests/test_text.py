@@ -40,6 +40,29 @@ def test_specials_come_first_and_stay_whole() -> None:
     assert text.table_size(tokenizer) == 5
 
 
+def test_specials_of_any_place_pad_and_are_not_decoded() -> None:
+    tokenizer = text.vocabulary(["a b"], specials=["[CLS]", "[PAD]"], padding="[PAD]")
+    assert text.encode(tokenizer, ["[CLS] b", "a"]).tolist() == [[0, 3], [2, 1]]
+    assert tokenizer.decode([0, 3, 1]) == "b"
+
+
+def test_a_word_that_was_added_needs_a_row() -> None:
+    tokenizer = text.vocabulary(PHRASES)
+    tokenizer.add_tokens(["never"])
+    assert text.table_size(tokenizer) == 8
+    assert text.encode(tokenizer, ["never see"]).tolist() == [[7, 2]]
+
+
+def test_ids_lie_on_the_device() -> None:
+    assert text.encode(text.vocabulary(PHRASES), PHRASES, "meta").device.type == "meta"
+
+
+def test_a_special_that_begins_as_another() -> None:
+    tokenizer = text.vocabulary(["<a> <ab>"], specials=["<a", "<ab>"])
+    assert tokenizer.get_vocab() == {"<a": 0, "<ab>": 1, ">": 2}
+    assert text.encode(tokenizer, ["<ab> <a>"]).tolist() == [[1, 0, 2]]
+
+
 def test_lowercase_and_punctuation() -> None:
     tokenizer = text.vocabulary(["Hope, hope!"], lowercase=True)
     assert tokenizer.get_vocab() == {"hope": 0, ",": 1, "!": 2}
@@ -59,7 +82,14 @@ def test_saved_and_loaded(tmp_path) -> None:
 def test_unseen_word_is_named() -> None:
     tokenizer = text.vocabulary(PHRASES, specials=["[CLS]"])
     with pytest.raises(KeyError, match=r"'never' of text 1 .* unknown='\[UNK\]'"):
-        text.encode(tokenizer, ["Hope to see", "[CLS] you never see"])
+        text.encode(tokenizer, iter(["Hope to see", "[CLS] you never see"]))
+
+
+def test_unseen_text_of_a_tokenizer_that_splits_nothing() -> None:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"to see": 0}))
+    assert text.encode(tokenizer, ["to see"]).tolist() == [[0]]
+    with pytest.raises(KeyError, match="'see you' of text 1"):
+        text.encode(tokenizer, ["to see", "see you"])
 
 
 def test_texts_of_different_lengths() -> None:
@@ -80,8 +110,12 @@ def test_no_texts() -> None:
         (([b"bytes"],), TypeError, "expected strings, got bytes"),
         (([" "],), ValueError, "no word"),
         ((PHRASES, "appearance", ["a", "a"]), ValueError, "given twice"),
+        ((PHRASES, "appearance", "[CLS]"), TypeError, "several specials, got one string"),
+        ((PHRASES, "appearance", [3]), TypeError, "special tokens to be strings, got int"),
+        ((PHRASES, "appearance", [""]), ValueError, "special token is empty"),
+        ((PHRASES, "appearance", [], True), TypeError, "strings, got bool"),
     ],
-    ids=["order", "string", "bytes", "empty", "specials"],
+    ids=["order", "string", "bytes", "empty", "twice", "one", "number", "nothing", "unknown"],
 )
 def test_wrong_arguments(arguments, error, match) -> None:
     with pytest.raises(error, match=match):
@@ -105,6 +139,16 @@ def test_ids_that_keras_counts_from_one() -> None:
     text.check_table_size(KERAS_IDS, 8)
 
 
+def test_ids_of_texts_of_different_lengths() -> None:
+    """As Keras's texts_to_sequences gives them."""
+    ids = [[4, 1, 2], [], [6, 1, 2, 3, 7]]
+    with pytest.raises(ValueError, match=r"as Keras's Tokenizer does.*Embedding\(8, "):
+        text.check_table_size(ids, 7)
+    text.check_table_size(ids, 8)
+    with pytest.raises(ValueError, match="largest id is 7"):
+        text.check_table_size([torch.tensor([0, 7]), torch.tensor([1])], 7)
+
+
 @pytest.mark.parametrize(
     ("ids", "rows", "match"),
     [([0, 7], 7, "largest id is 7.*needs 8 rows, not 7"), ([-1], 7, "id -1 is negative")],
@@ -114,5 +158,12 @@ def test_other_ids_that_do_not_fit(ids, rows, match) -> None:
         text.check_table_size(torch.tensor(ids), rows)
 
 
+@pytest.mark.parametrize("ids", [[0.5, 6.9], torch.tensor([True]), [[1j]]], ids=str)
+def test_ids_that_are_no_integers(ids) -> None:
+    with pytest.raises(TypeError, match=r"expected integers, got torch\."):
+        text.check_table_size(ids, 7)
+
+
 def test_no_ids_fit_any_table() -> None:
     text.check_table_size([], 0)
+    text.check_table_size([[], []], 0)

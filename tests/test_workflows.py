@@ -1,12 +1,15 @@
 """What CI and the issue template hold: well-formed, and of commands that exist."""
 
+import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from commands import INLINE, ROOT, check
+
+yaml = pytest.importorskip("yaml")
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
 OURS = re.compile(r"(?:make|python3? -m|\.ci/)\S* ?[^\n|;)]*")
@@ -43,6 +46,23 @@ def test_gpu_job_runs_on_a_card_and_keeps_what_it_measured():
     assert job["runs-on"] == ["self-hosted", "gpu"]
     (upload,) = [step for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
     assert upload["with"]["path"].split() == ["bench/results", "bench/RESULTS.md"]
+
+
+def test_gpu_job_can_collect_every_test():
+    """pytest reads all files for the few tests of the job: none may need what its runner does not hold."""
+    comment = re.match(r"(?:#.*\n)+", (ROOT / ".github/workflows/gpu.yml").read_text())[0]
+    held = re.findall(r"\w+", comment.partition("holds")[2].partition(":")[0])
+    assert {"torch", "triton", "pytest"} < set(held)
+    # gpu_embed brings numpy, and torch brings filelock.
+    known = {*held, "gpu_embed", "numpy", "filelock", *sys.stdlib_module_names}
+    files = list((ROOT / "tests").glob("*.py"))
+    known |= {file.stem for file in files}
+    for file in files:
+        # What is imported on its own, not from within another statement.
+        for node in ast.parse(file.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {name.partition(".")[0] for name in names} <= known, file.name
 
 
 OLD = (
