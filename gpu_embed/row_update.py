@@ -67,6 +67,10 @@ class StateLayout(NamedTuple):
     name: str
     per_row: bool = False
 
+    def shape(self, weight: Tensor) -> torch.Size:
+        """Its shape for a table."""
+        return weight.shape[:1] if self.per_row else weight.shape
+
 
 # The state of each formula, in the order in which backends take it; torch's names.
 STATE = {
