@@ -345,6 +345,16 @@ def test_few_long_bags_are_split(target, dtype, padding_idx, mode, monkeypatch):
         assert backend._bag_splits(weight, bags) == 4
 
 
+def test_split_bags_without_ids_are_zero(target, monkeypatch):
+    """An empty bag and one of padding alone, beside a bag that is long enough for a split."""
+    monkeypatch.setattr(kernel_backend, "MIN_SPLIT_LENGTH", 8)
+    weight = integers(V, 5, torch.float32, target.device)
+    indices = torch.tensor([2] * 64 + [1] * 8, device=target.device)
+    offsets = torch.tensor([0, 64, 64], device=target.device)
+    output = embedding_bag(indices, weight, offsets, mode="mean", padding_idx=1)
+    assert torch.equal(output, torch.stack([weight[2], 0 * weight[2], 0 * weight[2]]))
+
+
 def test_splits_follow_shapes():
     """Long bags are split where there are few, and never into less than the least length."""
     backend = gpu_embed.backends.load("triton")
@@ -421,6 +431,15 @@ def test_special_values_compare_as_in_torch(target, dtype):
 
 
 # Arguments.
+
+
+@each_mode
+def test_a_bag_as_large_as_a_program(target, mode):
+    """All positions of a program in one bag: padding is not counted there either."""
+    weight = integers(V, 3, torch.float32, target.device)
+    indices = torch.tensor([0, 1, 2, 1, 2, 5], device=target.device)
+    offsets = torch.tensor([0], device=target.device)
+    check(weight, indices, {"offsets": offsets}, [(0, 6)], mode, padding_idx=1)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
