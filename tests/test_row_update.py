@@ -46,17 +46,9 @@ def run(update, weight, indices, values, rows=None, state=None):
 
 
 def check(update, weight, indices, values, rows=None):
-    """The backend's bits are the reference's: small integers sum exactly, and the rest is IEEE's.
-
-    But for torch's fp64 square root on the CPU, which may be off by its last bit. The quotient then errs by
-    that bit and a rounding, w, below 16 here, by a rounding more.
-    """
+    """The backend's bits are the reference's: small integers sum exactly, and the rest is IEEE's."""
     actual, expected = run(update, weight, indices, values, rows)
-    for got, wanted in zip(actual, expected, strict=True):
-        if weight.dtype == torch.float64 and backends.select(weight.device).name == "torch":
-            assert (got - wanted).abs().max() <= 3 * 16 * 2.0**-52
-        else:
-            assert same_bits(got, wanted)
+    assert all(map(same_bits, actual, expected))
     return actual
 
 
