@@ -5,7 +5,17 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GRADIENT_DTYPES, ID_DTYPES, ids, integer_gradient, same_bits, table
+from cases import (
+    FAR_ROWS,
+    GRADIENT_DTYPES,
+    ID_DTYPES,
+    ids,
+    integer_gradient,
+    mapped,
+    needs_mapping,
+    same_bits,
+    table,
+)
 
 import gpu_embed
 from gpu_embed.backends import kernel_backend
@@ -428,6 +438,32 @@ def test_special_values_compare_as_in_torch(target, dtype):
     output.backward(torch.ones_like(output))
     expected.backward(torch.ones_like(expected))
     assert torch.equal(ours.grad.cpu(), theirs.grad)
+
+
+# Addresses.
+
+
+@needs_mapping
+@pytest.mark.parametrize("embedding_dim", [8, 1])
+def test_rows_past_2_to_the_31_elements(target, embedding_dim):
+    """Contract 3: a row's address is computed in 64 bits. The table costs an address range alone."""
+    if target.device == "cuda" or target.backend == "reference":
+        pytest.skip("mapped memory is the CPU's, and the reference makes copies")
+    far = FAR_ROWS * 8 // embedding_dim
+    weight = mapped(far, embedding_dim, torch.float32)
+    weight[-1], weight[-2], weight[3] = 1, 4, 2
+    indices = torch.tensor([far - 1, 3, far - 2, far - 1])
+    offsets = torch.tensor([0, 2])
+    weights = torch.ones(4, requires_grad=True)
+    output = embedding_bag(indices, weight, offsets, mode="sum", per_sample_weights=weights)
+    assert output.tolist() == [[3] * embedding_dim, [5] * embedding_dim]
+    output.sum().backward()
+    assert weights.grad.tolist() == [embedding_dim * n for n in (1, 2, 4, 1)]
+    bags = gpu_embed.bags.make_bags(indices, offsets, False)
+    backend = gpu_embed.backends.select(torch.device("cpu"))
+    largest, winner = backend.embedding_bag_max(weight, bags, -1, True, None)
+    assert largest.tolist() == [[2] * embedding_dim, [4] * embedding_dim]
+    assert winner[:, 0].tolist() == [3 * embedding_dim, (far - 2) * embedding_dim]
 
 
 # Arguments.

@@ -5,11 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import ids, integer_gradient, same_bits, table
+from cases import (
+    FAR_ROWS,
+    ids,
+    integer_gradient,
+    mapped,
+    needs_mapping,
+    same_bits,
+    table,
+)
 
 from gpu_embed import backends
 from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
-from gpu_embed.stochastic_rounding import philox
+from gpu_embed.stochastic_rounding import philox, random_words, round_to_bfloat16
 
 # Numbers that no dtype holds exactly, so that an operation left out, added or fused shows.
 UPDATES = {
@@ -180,6 +188,48 @@ def test_an_expanded_gradient(target):
     indices = torch.tensor([0, 2, 2], device=target.device)
     new, _ = run(RowUpdate("sgd", step_size=0.5), weight, indices, values)
     assert new[0][:, 3].tolist() == [-0.5, 0, -1]
+
+
+def skip_without_mapped_memory(target):
+    if target.device == "cuda" or target.backend == "reference":
+        pytest.skip("mapped memory is the CPU's, and the reference makes copies")
+
+
+@needs_mapping
+@pytest.mark.parametrize("formula", ["adam", "rowwise_adagrad"])
+def test_rows_past_2_to_the_31_elements(target, formula):
+    """Contract 3: addresses of rows and state in 64 bits. The tables cost an address range alone."""
+    skip_without_mapped_memory(target)
+    weight = mapped(FAR_ROWS, 8, torch.float32)
+    state = tuple(
+        mapped(FAR_ROWS, 1 if layout.per_row else 8, torch.float32).view(layout.shape(weight))
+        for layout in STATE[formula]
+    )
+    rows = mapped(FAR_ROWS, 1, torch.bool).view(-1)
+    rows[-1], rows[3] = True, True
+    update = RowUpdate(formula, 2.0, avg_weight=0.5, sq_weight=0.25, eps=2.0**-60)
+    indices = torch.tensor([FAR_ROWS - 1, 3, FAR_ROWS - 2, FAR_ROWS - 1])
+    # Of four entries two are for the last row, in which they are 3 in every column.
+    values = torch.tensor([[1.0], [4.0], [5.0], [2.0]]).expand(4, 8)
+    backends.select(weight.device).row_update_(update, weight, state, indices, values, rows)
+    assert weight[-1].eq(-2).all()
+    assert weight[3].eq(-2).all()
+    assert not weight[-2].any()
+    assert state[-1][-1].eq(9.0 if formula == "rowwise_adagrad" else 9.0 / 4).all()
+
+
+@needs_mapping
+def test_rows_past_2_to_the_32_have_random_words_of_their_own(target):
+    """Row 2**32 + 1 is not row 1: its number's upper half is part of the counter."""
+    skip_without_mapped_memory(target)
+    weight = mapped(2**32 + 16, 1, torch.bfloat16)
+    rows = torch.arange(2**32, 2**32 + 16)
+    update = RowUpdate("sgd", step_size=-1.0, stream=Stream(seed=3, step=1))
+    values = torch.full((16, 1), 1 + 2.0**-8)
+    backends.select(weight.device).row_update_(update, weight, (), rows, values, None)
+    words = random_words(rows.numpy(), 1, 3, 1)
+    expected = torch.from_numpy(round_to_bfloat16(values.numpy(), words)).bfloat16()
+    assert torch.equal(weight[-16:], expected)
 
 
 def test_random_gradients_are_summed_within_the_bound(target):
