@@ -122,7 +122,11 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for vec in widths
             for mean in flags
         ),
-        *(("bag", f"bag_{step}_kernel<{table}>") for step in ("join", "combine") for table, _ in tables),
+        *(
+            ("bag", f"bag_{step}_kernel<{table}>")
+            for step in ("join", "join_max", "combine")
+            for table, _ in tables
+        ),
         *(
             ("bag", kernel)
             for table, widths in tables

@@ -335,51 +335,97 @@ def test_random_sums_stay_within_the_bound_of_fp32(target, method, dtype, mode):
         assert ((actual.double() - right).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean"])
-@pytest.mark.parametrize("padding_idx", [None, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_few_long_bags_are_split(target, dtype, padding_idx, mode, monkeypatch):
-    """Several programs a bag, whose sums are added in a fixed order; one bag is shorter than a part."""
-    monkeypatch.setattr(kernel_backend, "MIN_SPLIT_LENGTH", 8)
-    weight = torch.eye(4, 5).to(dtype).to(target.device)
-    indices = torch.arange(96, device=target.device) % 4
-    offsets = torch.tensor([0, 64, 67], device=target.device)
-    ranges = [(0, 64), (64, 67), (67, 96)]
+# Long bags.
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Bags of more than 8 ids are cut."""
+    monkeypatch.setattr(kernel_backend, "MAX_WHOLE_BAG", 8)
+    monkeypatch.setattr(kernel_backend, "MIN_BAG_CHUNK", 8)
+    monkeypatch.setattr(kernel_backend, "MAX_BAG_CHUNK", 8)
+
+
+# Short, empty, long, of one chunk and one more, over many chunks; where one ends, the next may begin in the chunk.
+CUT_FORMS = {
+    "skewed": ([0, 3, 3, 20, 28, 37, 70, 70], False),
+    "ids in no bag": ([0, 17, 18, 60], True),
+    "one bag": ([0], False),
+    "equal lengths": (None, False),
+}
+
+
+@pytest.mark.usefixtures("cut")
+@each_mode
+@pytest.mark.parametrize("form", CUT_FORMS)
+@pytest.mark.parametrize(
+    ("dtype", "padding_idx", "embedding_dim"),
+    [(torch.float32, None, 5), (torch.bfloat16, 1, 5), (torch.float32, 1, 130)],
+    ids=str,
+)
+def test_long_bags_are_cut(target, dtype, padding_idx, embedding_dim, form, mode):
+    """Sums of integers are exact, and so the same as those of whole bags; the first maximum is kept."""
+    if embedding_dim > 128 and form != "skewed":
+        pytest.skip("several programs across a row: once is enough")
+    weight = integers(V, embedding_dim, dtype, target.device)
+    indices = ids("zipf", 90, V, target.device)
+    # A part of padding alone.
+    indices[40:56] = 1
+    offsets, include_last_offset = CUT_FORMS[form]
+    ends = [*(offsets or [0, 30, 60]), *([] if include_last_offset else [90])]
+    if offsets is None:
+        indices = indices.view(3, 30)
+    else:
+        offsets = torch.tensor(offsets, device=target.device)
+    arguments = {"offsets": offsets, "include_last_offset": include_last_offset}
+    output = embedding_bag(indices, weight, mode=mode, padding_idx=padding_idx, **arguments)
+    ranges = list(itertools.pairwise(ends))
     expected = defined(weight, indices, ranges, mode, padding_idx)
-    # The same as with bags in one piece, each sum being exact.
-    actual = embedding_bag(indices, weight, offsets, mode=mode, padding_idx=padding_idx)
-    assert torch.equal(actual.float(), expected.to(dtype).float())
-    if target.backend in ("triton", "cupy"):
-        backend = gpu_embed.backends.select(torch.device(target.device))
-        bags = gpu_embed.bags.make_bags(indices, offsets, False)
-        assert backend._bag_splits(weight, bags) == 4
+    assert torch.equal(output, expected.float().to(dtype))
 
 
-def test_split_bags_without_ids_are_zero(target, monkeypatch):
-    """An empty bag and one of padding alone, beside a bag that is long enough for a split."""
-    monkeypatch.setattr(kernel_backend, "MIN_SPLIT_LENGTH", 8)
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("padding_idx", [None, 1])
+def test_cut_bags_with_weights_of_samples(target, padding_idx):
+    weight = integers(V, 36, torch.float32, target.device)
+    indices, weights = ids("uniform", 40, V, target.device), torch.arange(40.0) - 20
+    output = embedding_bag(
+        indices,
+        weight,
+        torch.tensor([0, 5], device=target.device),
+        mode="sum",
+        per_sample_weights=weights.to(target.device),
+        padding_idx=padding_idx,
+    )
+    expected = defined(weight, indices, [(0, 5), (5, 40)], "sum", padding_idx, weights.to(weight))
+    assert torch.equal(output.double(), expected)
+
+
+@pytest.mark.usefixtures("cut")
+def test_cut_bags_without_ids_that_count_are_zero(target):
     weight = integers(V, 5, torch.float32, target.device)
-    indices = torch.tensor([2] * 64 + [1] * 8, device=target.device)
-    offsets = torch.tensor([0, 64, 64], device=target.device)
-    output = embedding_bag(indices, weight, offsets, mode="mean", padding_idx=1)
-    assert torch.equal(output, torch.stack([weight[2], 0 * weight[2], 0 * weight[2]]))
+    indices = torch.full((30,), 1, device=target.device)
+    offsets = torch.tensor([0, 0, 20], device=target.device)
+    for mode in MODES:
+        assert not embedding_bag(indices, weight, offsets, mode=mode, padding_idx=1).any()
 
 
-def test_splits_follow_shapes():
-    """Long bags are split where there are few, and never into less than the least length."""
-    backend = gpu_embed.backends.load("triton")
-    for num_bags, length, embedding_dim, expected in (
-        (1, 2**20, 128, 512),
-        (1, 100, 128, 1),
-        (1, 2**12, 128, 64),
-        (256, 2**12, 128, 8),
-        (4096, 2**12, 128, 1),
-        (1, 2**20, 65536, 4),
+def test_cuts_follow_shapes():
+    """Where a bag may be long, and never by what the offsets say."""
+    offsets = torch.empty(5, dtype=torch.int64, device="meta")
+    for shape, has_offsets, expected in (
+        ((512,), True, 0),
+        ((513,), True, 64),
+        ((1, 512), False, 0),
+        ((1, 513), False, 64),
+        ((2**12, 512), False, 0),
+        ((2**20,), True, 512),
+        ((1, 2**20), False, 512),
+        ((2**31 + 1,), True, 1024),
     ):
-        weight = torch.empty(10, embedding_dim, device="meta")
-        indices = torch.empty(num_bags, length, dtype=torch.int64, device="meta")
-        bags = gpu_embed.bags.make_bags(indices, None, False)
-        assert backend._bag_splits(weight, bags) == expected, (num_bags, length, embedding_dim)
+        indices = torch.empty(shape, dtype=torch.int64, device="meta")
+        bags = gpu_embed.bags.make_bags(indices, offsets if has_offsets else None, False)
+        assert kernel_backend.bag_chunk_length(bags) == expected, shape
 
 
 # max.
@@ -437,6 +483,40 @@ def test_special_values_compare_as_in_torch(target, dtype):
     assert same_bits(*(o.detach().cpu().nan_to_num(7) for o in (output, expected)))
     output.backward(torch.ones_like(output))
     expected.backward(torch.ones_like(expected))
+    assert torch.equal(ours.grad.cpu(), theirs.grad)
+
+
+# Rows of a table of one column. Parts are 8 long; the bag begins in the middle of a chunk.
+CUT_SPECIAL = {
+    "NaN first": [nan, *range(20)],
+    "NaN first of a part": [*[5] * 11, nan, 9, *[2] * 8],
+    "NaN behind parts of padding": [*[8] * 21, nan, inf, 3],
+    "padding and NaN alone": [*[8] * 10, *[nan] * 10],
+    "NaN alone behind one number": [-3, *[nan] * 19],
+    "-inf": [*[-inf] * 10, nan, *[-inf] * 10],
+    "-inf first and NaN": [-inf, *[nan] * 19],
+    "equals in two parts": [1, 2, *[0] * 10, 2, *[1] * 7],
+    "larger in the last part": [1, 2, *[0] * 17, 3],
+}
+
+
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("values", CUT_SPECIAL.values(), ids=CUT_SPECIAL)
+def test_special_values_of_cut_bags_compare_as_in_torch(target, values, dtype):
+    """Contract 7: the first row of a bag is not the first of each of its parts."""
+    weight = torch.tensor([8.0, *values], dtype=dtype, device=target.device)[:, None]
+    indices = torch.arange(1, len(weight), device=target.device)
+    indices[weight[1:, 0] == 8] = 0
+    indices = torch.cat([indices[-3:], indices])
+    offsets = torch.tensor([0, 3], device=target.device)
+    ours, theirs = (weight.to(d).clone().requires_grad_() for d in (target.device, "cpu"))
+    output = embedding_bag(indices, ours, offsets, mode="max", padding_idx=0)
+    expected = F.embedding_bag(indices.cpu(), theirs, offsets.cpu(), mode="max", padding_idx=0)
+    assert torch.equal(output.isnan().cpu(), expected.isnan())
+    assert torch.equal(output.detach().cpu().nan_to_num(7), expected.detach().nan_to_num(7))
+    output.sum().backward()
+    expected.sum().backward()
     assert torch.equal(ours.grad.cpu(), theirs.grad)
 
 
@@ -653,17 +733,23 @@ WRONG_OFFSETS = {
 
 
 @each_mode
+@pytest.mark.parametrize("longest", [512, 1])
 @pytest.mark.parametrize(("offsets", "message"), WRONG_OFFSETS.values(), ids=WRONG_OFFSETS)
-def test_kernels_clamp_and_record_wrong_offsets(target, offsets, message, mode):
+def test_kernels_clamp_and_record_wrong_offsets(
+    target, offsets, message, longest, mode, monkeypatch
+):
     """Contract 6: nothing outside of the ids is read; what is read is recorded as wrong."""
+    for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
+        monkeypatch.setattr(kernel_backend, name, longest)
     if target.backend not in ("triton", "cupy"):
         pytest.skip(f"{target.backend} has no kernels")
     device = torch.device(target.device)
     backend = gpu_embed.backends.select(device)
-    # The ids lie between ids that would be seen to be out of range.
-    indices = torch.tensor([99, 99, 1, 2, 3, 99, 99], device=device)[2:5]
+    # The ids lie between ids of a row that would be seen.
+    indices = torch.tensor([*[0] * 8, 1, 2, 3, *[0] * 8], device=device)[8:11]
     bags = gpu_embed.bags.Bags(indices, torch.tensor(offsets, device=device), 3)
     weight = torch.ones(4, 3, device=device)
+    weight[0] = 100
     record = gpu_embed.bounds.BoundsRecord(device)
     if mode == "max":
         output, _ = backend.embedding_bag_max(weight, bags, -1, True, record)
