@@ -237,8 +237,7 @@ __global__ void bag_combine_kernel(
   narrow(sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[element]);
 }
 
-// The grid is that of bag_sum_kernel. A part passes over every NaN, as the rows behind the first of a bag are to be;
-// which row is the first is seen when the parts are joined.
+// As bag_sum_kernel, of whole bags alone.
 template <typename Weight, int VEC, int UNROLL>
 __global__ void bag_max_kernel(
     const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1
@@ -246,16 +245,12 @@ __global__ void bag_max_kernel(
     const void* __restrict__ offsets_ptr,   // any integer dtype, [num_offsets]; null: equal lengths
     Weight* __restrict__ output_ptr,        // [num_bags, D]
     int64* __restrict__ winner_ptr,  // [num_bags, D]: id * D + column of the largest, -1: none; null: not wanted
-    Weight* __restrict__ partial_ptr,        // [2 * num_chunks, D]: the parts' largest; null: no bag is cut
-    int64* __restrict__ partial_winner_ptr,  // [2 * num_chunks, D]: as winner
-    int64* __restrict__ first_ids_ptr,       // [2 * num_chunks]: the parts' first ids that count, -1: none
-    int64* record_ptr,                       // [6], or null: do not record
-    int32* flag_ptr,                         // [1], pinned host memory, or null
+    int64* record_ptr,               // [6], or null: do not record
+    int32* flag_ptr,                 // [1], pinned host memory, or null
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
-    int64 bag_length,    // ids a bag, where there are no offsets
-    int64 chunk_length,  // 0: no bag is cut
+    int64 bag_length,  // ids a bag, where there are no offsets
     int64 num_embeddings,
     int64 padding_idx,        // -1: none
     int64 weight_row_stride,  // in units of VEC elements
@@ -264,28 +259,25 @@ __global__ void bag_max_kernel(
     int64 index_bytes,
     int64 offset_bytes) {
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  const int64 row = thread / (D / VEC);
+  const int64 bag = thread / (D / VEC);
   const int64 d = thread % (D / VEC) * VEC;
-  const int64 num_chunks = partial_ptr ? (num_indices + chunk_length - 1) / chunk_length : 0;
-  if (row >= num_bags + num_chunks) return;
+  if (bag >= num_bags) return;
   if (d > 0) record_ptr = nullptr;  // the first columns' thread records for all
-  const Part part = find_part(
-      offsets_ptr, row, record_ptr, flag_ptr, num_indices, num_bags, num_offsets, bag_length,
-      partial_ptr ? chunk_length : 0, offset_bytes);
-  const bool cut = part.number >= 0;
+  const Range range = load_range(
+      offsets_ptr, bag, record_ptr, flag_ptr, num_indices, num_offsets, bag_length, offset_bytes);
 
   Vector<Weight, VEC> largest;
   set_zero(largest);
   int64 winner[VEC];
 #pragma unroll
   for (int i = 0; i < VEC; ++i) winner[i] = -1;
-  int64 first_id = -1;
-  for (int64 step = part.first; step < part.last; step += UNROLL) {
+  for (int64 step = range.begin; step < range.end; step += UNROLL) {
     int64 index[UNROLL];
     Vector<Weight, VEC> value[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      index[u] = step + u < part.last ? load_integer(indices_ptr, step + u, index_bytes) : -1;
+      index[u] =
+          step + u < range.end ? load_integer(indices_ptr, step + u, index_bytes) : -1;
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
@@ -295,88 +287,28 @@ __global__ void bag_max_kernel(
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      if (step + u >= part.last || is_padding(index[u], padding_idx)) continue;
+      if (step + u >= range.end || is_padding(index[u], padding_idx)) continue;
       if (!names_row(index[u], num_embeddings)) {
         if (record_ptr) {
           record_out_of_range(
-              record_ptr, flag_ptr, step + u, index[u], num_embeddings, part.bag + 1, part.begin);
+              record_ptr, flag_ptr, step + u, index[u], num_embeddings, bag + 1, range.begin);
         }
         continue;
       }
-      if (first_id < 0) first_id = index[u];
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
-        const auto candidate = widen(value[u].lane[i]);
-        const bool skipped = cut && candidate != candidate;
         // Not `>=`, so that the first of equals stays, and so does a NaN that came first.
-        if (!skipped && (winner[i] < 0 || candidate > widen(largest.lane[i]))) {
+        if (winner[i] < 0 || widen(value[u].lane[i]) > widen(largest.lane[i])) {
           largest.lane[i] = value[u].lane[i];
           winner[i] = index[u] * D + d + i;
         }
       }
     }
   }
-
-  if (cut && part.first == part.last) return;
-  const int64 out = (cut ? part.number : part.bag) * D + d;
-  *(Vector<Weight, VEC>*)((cut ? partial_ptr : output_ptr) + out) = largest;
-  if (cut && d == 0) first_ids_ptr[part.number] = first_id;
-  int64* const winners_ptr = cut ? partial_winner_ptr : winner_ptr;
-  if (!winners_ptr) return;
+  *(Vector<Weight, VEC>*)(output_ptr + bag * D + d) = largest;
+  if (!winner_ptr) return;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) winners_ptr[out + i] = winner[i];
-}
-
-// As bag_join_kernel, of maxima.
-template <typename Weight>
-__global__ void bag_join_max_kernel(
-    const Weight* __restrict__ partial_ptr,        // [2 * num_chunks, D]
-    const int64* __restrict__ partial_winner_ptr,  // [2 * num_chunks, D]: id * D + column of the largest, -1: none
-    const int64* __restrict__ first_ids_ptr,       // [2 * num_chunks]: -1: none
-    const Weight* __restrict__ weight_ptr,         // [num_embeddings, D], any strides
-    const void* __restrict__ offsets_ptr,          // any integer dtype, [num_offsets]; null: equal lengths
-    Weight* __restrict__ output_ptr,               // [num_bags, D]
-    int64* __restrict__ winner_ptr,                // [num_bags, D]; null: not wanted
-    int64 num_indices,
-    int64 num_bags,
-    int64 num_offsets,
-    int64 bag_length,  // ids a bag, where there are no offsets
-    int64 chunk_length,
-    int64 weight_row_stride,  // in elements
-    int64 weight_col_stride,  // in elements
-    int64 D,
-    int64 offset_bytes) {
-  using Acc = typename Accumulator<Weight>::type;
-  const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  const int64 chunk = thread / D;
-  const int64 d = thread % D;
-  const JoinedBag joined = find_joined_bag(
-      offsets_ptr, chunk, num_indices, num_bags, num_offsets, bag_length, chunk_length, offset_bytes);
-  if (joined.num_parts == 0) return;
-  Acc largest = 0;
-  int64 winner = -1;
-  int64 first_id = -1;
-#pragma unroll 4
-  for (int64 i = 0; i < joined.num_parts; ++i) {
-    const int64 number = 2 * (chunk + i) + (i > 0);
-    const Acc value = widen(partial_ptr[number * D + d]);
-    const int64 place = partial_winner_ptr[number * D + d];
-    if (first_id < 0) first_id = first_ids_ptr[number];
-    if (place >= 0 && (winner < 0 || value > largest)) {
-      largest = value;
-      winner = place;
-    }
-  }
-  if (first_id >= 0) {
-    // A NaN of the bag's first row stays.
-    const Acc leading = widen(weight_ptr[first_id * weight_row_stride + d * weight_col_stride]);
-    if (leading != leading) {
-      largest = leading;
-      winner = first_id * D + d;
-    }
-  }
-  narrow(largest, output_ptr[joined.bag * D + d]);
-  if (winner_ptr) winner_ptr[joined.bag * D + d] = winner;
+  for (int i = 0; i < VEC; ++i) winner_ptr[bag * D + d + i] = winner[i];
 }
 
 // Thread i of the grid owns position i.

@@ -167,9 +167,13 @@ def part_range(
 
 
 @triton.jit
-def owns_bag(number):
-    """Whether a row is a bag's, whole or its head; those of chunks have odd numbers."""
-    return (number < 0) | (number & 1 == 0)
+def lay_along_rows(x, d):
+    """x [BLOCK_B] as it is, in the lanes that hold the rows of a tile whose columns are d.
+
+    What is loaded at x then lies there too; Triton would move it there in every turn of a loop, as it cannot move
+    the search that x comes from.
+    """
+    return tl.max(x[:, None] + d * 0, 1)
 
 
 # Program (i, j) owns bags [i * BLOCK_B, ...), one a row of its tile, and columns [j * BLOCK_D, ...); with partial_ptr
@@ -220,6 +224,9 @@ def bag_sum_kernel(
         partial_ptr is not None,
         BLOCK_B,
     )
+    if partial_ptr is not None:
+        first = lay_along_rows(first, d)
+        last = lay_along_rows(last, d)
 
     first_columns = tl.program_id(1) == 0
     size = last - first
@@ -229,7 +236,8 @@ def bag_sum_kernel(
                 record_ptr,
                 flag_ptr,
                 bag,
-                in_range & first_columns & owns_bag(number),
+                # Chunks, whose numbers are odd, look at bags that have programs of their own.
+                in_range & first_columns & ((number < 0) | (number & 1 == 0)),
                 begin,
                 end,
                 offset,
@@ -405,8 +413,8 @@ def bag_combine_kernel(
     )
 
 
-# The grid is that of bag_sum_kernel. A part passes over every NaN, as the rows behind the first of a bag are to be;
-# which row is the first is seen when the parts are joined.
+# As bag_sum_kernel, of whole bags alone: where maxima are cut too, Triton 3.7 walks them in two layouts, in three times
+# the instructions for 16-bit tables.
 @triton.jit
 def bag_max_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
@@ -414,17 +422,12 @@ def bag_max_kernel(
     offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
     output_ptr,  # [num_bags, D]
     winner_ptr,  # int64 [num_bags, D]: id * D + column of the largest, -1: none; None: not wanted
-    partial_ptr,  # weight's dtype, [2 * num_chunks, D]: the parts' largest; None: no bag is cut
-    partial_winner_ptr,  # int64 [2 * num_chunks, D]: as winner
-    first_ids_ptr,  # int64 [2 * num_chunks]: the parts' first ids that count, -1: none
     record_ptr,  # int64 [6], or None: do not record
     flag_ptr,  # int32 [1], pinned host memory, or None
     num_indices,
     num_bags,
     num_offsets,
     bag_length,  # ids a bag, where there are no offsets
-    chunk_length,
-    search_steps,  # bits of num_bags
     num_embeddings,
     padding_idx,  # -1: none
     weight_row_stride,  # in units of VEC elements
@@ -439,29 +442,23 @@ def bag_max_kernel(
     acc_dtype: tl.constexpr = (
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
+    bag = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
     in_row = d < D
-    bag, in_range, begin, end, offset, next_offset, first, last, number = part_range(
-        offsets_ptr,
-        num_indices,
-        num_bags,
-        num_offsets,
-        bag_length,
-        chunk_length,
-        search_steps,
-        partial_ptr is not None,
-        BLOCK_B,
+    in_range = bag < num_bags
+    offset, next_offset = load_range(
+        offsets_ptr, bag, in_range, num_indices, num_offsets, bag_length
     )
+    begin, end = clamp_range(offset, next_offset, bag, in_range, num_indices)
 
-    first_columns = tl.program_id(1) == 0
     if record_ptr is not None:
-        if first_columns:
+        if tl.program_id(1) == 0:
             if offsets_ptr is not None:
                 record_offsets(
                     record_ptr,
                     flag_ptr,
                     bag,
-                    in_range & owns_bag(number),
+                    in_range,
                     begin,
                     end,
                     offset,
@@ -474,8 +471,8 @@ def bag_max_kernel(
                 flag_ptr,
                 bag,
                 begin,
-                first,
-                last,
+                begin,
+                end,
                 num_embeddings,
                 padding_idx,
                 BLOCK_B,
@@ -484,17 +481,17 @@ def bag_max_kernel(
 
     largest = tl.zeros([BLOCK_B, BLOCK_D], acc_dtype)
     winner = tl.full([BLOCK_B, BLOCK_D], -1, tl.int64)
-    first_id = tl.full([BLOCK_B], -1, tl.int64)
-    for step in range(0, tl.max(last - first, 0), UNROLL):
+    empty = in_range
+    for step in range(0, tl.max(end - begin, 0), UNROLL):
         indices = ()
         values = ()
         for u in tl.static_range(UNROLL):
-            n = first + step + u
-            index = tl.load(indices_ptr + n, mask=n < last, other=0).to(tl.int64)
+            n = begin + step + u
+            index = tl.load(indices_ptr + n, mask=n < end, other=0).to(tl.int64)
             indices += (index,)
         for u in tl.static_range(UNROLL):
             index = indices[u]
-            taken = (first + step + u < last) & (index != padding_idx)
+            taken = (begin + step + u < end) & (index != padding_idx)
             in_table = (index >= 0) & (index < num_embeddings)
             value = tl.load(
                 weight_ptr + (index * weight_row_stride * VEC)[:, None] + d * weight_col_stride,
@@ -503,98 +500,22 @@ def bag_max_kernel(
             )  # [BLOCK_B, BLOCK_D]
             values += (value,)
         for u in tl.static_range(UNROLL):
-            n = first + step + u
+            n = begin + step + u
             index = indices[u]
             in_table = (index >= 0) & (index < num_embeddings)
-            taken = (n < last) & (index != padding_idx) & in_table
+            taken = (n < end) & (index != padding_idx)
             value = values[u].to(acc_dtype)
-            nothing_yet = (first_id < 0)[:, None]
-            if partial_ptr is not None:
-                skips_nan = (winner < 0) & (value == value)
-                nothing_yet = tl.where((number >= 0)[:, None], skips_nan, nothing_yet)
             # Not `>=`, so that the first of equals stays, and so does a NaN that came first.
-            better = taken[:, None] & (nothing_yet | (value > largest))
+            better = (taken & in_table)[:, None] & (empty[:, None] | (value > largest))
             largest = tl.where(better, value, largest)
             winner = tl.where(better, index[:, None], winner)
-            first_id = tl.where(taken & (first_id < 0), index, first_id)
+            empty = empty & ~(taken & in_table)
 
-    winner = tl.where(winner < 0, -1, winner * D + d)
-    if partial_ptr is not None:
-        cut = in_range & (number >= 0) & (first < last)
-        part = (number * D)[:, None] + d
-        tl.store(
-            partial_ptr + part,
-            largest.to(partial_ptr.dtype.element_ty),
-            mask=cut[:, None] & in_row,
-        )
-        tl.store(partial_winner_ptr + part, winner, mask=cut[:, None] & in_row)
-        tl.store(first_ids_ptr + number, first_id, mask=cut & first_columns)
     out = (bag * D)[:, None] + d
-    stored = (in_range & (number < 0))[:, None] & in_row
+    stored = in_range[:, None] & in_row
     tl.store(output_ptr + out, largest.to(output_ptr.dtype.element_ty), mask=stored)
     if winner_ptr is not None:
-        tl.store(winner_ptr + out, winner, mask=stored)
-
-
-# As bag_join_kernel, of maxima.
-@triton.jit
-def bag_join_max_kernel(
-    partial_ptr,  # weight's dtype, [2 * num_chunks, D]
-    partial_winner_ptr,  # int64 [2 * num_chunks, D]: id * D + column of the largest, -1: none
-    first_ids_ptr,  # int64 [2 * num_chunks]: -1: none
-    weight_ptr,  # [num_embeddings, D], any strides
-    offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
-    output_ptr,  # [num_bags, D]
-    winner_ptr,  # int64 [num_bags, D]; None: not wanted
-    num_indices,
-    num_bags,
-    num_offsets,
-    bag_length,  # ids a bag, where there are no offsets
-    chunk_length,
-    search_steps,  # bits of num_bags
-    weight_row_stride,  # in elements
-    weight_col_stride,  # in elements
-    D: tl.constexpr,
-    UNROLL: tl.constexpr,  # parts in flight a thread
-    BLOCK: tl.constexpr,
-):
-    d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # [BLOCK]
-    bag, num_parts = joined_bag(
-        offsets_ptr, num_indices, num_bags, num_offsets, bag_length, chunk_length, search_steps
-    )
-    if num_parts > 0:
-        dtype: tl.constexpr = weight_ptr.dtype.element_ty
-        acc_dtype: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
-        largest = tl.zeros([BLOCK], acc_dtype)
-        winner = tl.full([BLOCK], -1, tl.int64)
-        first_id = tl.program_id(0).to(tl.int64) * 0 - 1
-        for step in range(0, num_parts, UNROLL):
-            values = ()
-            winners = ()
-            for u in tl.static_range(UNROLL):
-                place = step + u
-                number = 2 * (tl.program_id(0) + place).to(tl.int64) + tl.where(place > 0, 1, 0)
-                part = number * D + d
-                mask = (place < num_parts) & (d < D)
-                values += (tl.load(partial_ptr + part, mask=mask, other=0).to(acc_dtype),)
-                winners += (tl.load(partial_winner_ptr + part, mask=mask, other=-1),)
-                found = tl.load(first_ids_ptr + number, mask=place < num_parts, other=-1)
-                first_id = tl.where(first_id < 0, found, first_id)
-            for u in tl.static_range(UNROLL):
-                better = (winners[u] >= 0) & ((winner < 0) | (values[u] > largest))
-                largest = tl.where(better, values[u], largest)
-                winner = tl.where(better, winners[u], winner)
-        # A NaN of the bag's first row stays.
-        leading = tl.load(
-            weight_ptr + first_id * weight_row_stride + d * weight_col_stride,
-            mask=(first_id >= 0) & (d < D),
-            other=0,
-        ).to(acc_dtype)
-        largest = tl.where(leading == leading, largest, leading)
-        winner = tl.where(leading == leading, winner, first_id * D + d)
-        tl.store(output_ptr + bag * D + d, largest.to(dtype), mask=d < D)
-        if winner_ptr is not None:
-            tl.store(winner_ptr + bag * D + d, winner, mask=d < D)
+        tl.store(winner_ptr + out, tl.where(winner < 0, -1, winner * D + d), mask=stored)
 
 
 # Program i owns positions [i * BLOCK, ...).

@@ -124,7 +124,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ),
         *(
             ("bag", f"bag_{step}_kernel<{table}>")
-            for step in ("join", "join_max", "combine")
+            for step in ("join", "combine")
             for table, _ in tables
         ),
         *(

@@ -486,40 +486,6 @@ def test_special_values_compare_as_in_torch(target, dtype):
     assert torch.equal(ours.grad.cpu(), theirs.grad)
 
 
-# Rows of a table of one column. Parts are 8 long; the bag begins in the middle of a chunk.
-CUT_SPECIAL = {
-    "NaN first": [nan, *range(20)],
-    "NaN first of a part": [*[5] * 11, nan, 9, *[2] * 8],
-    "NaN behind parts of padding": [*[8] * 21, nan, inf, 3],
-    "padding and NaN alone": [*[8] * 10, *[nan] * 10],
-    "NaN alone behind one number": [-3, *[nan] * 19],
-    "-inf": [*[-inf] * 10, nan, *[-inf] * 10],
-    "-inf first and NaN": [-inf, *[nan] * 19],
-    "equals in two parts": [1, 2, *[0] * 10, 2, *[1] * 7],
-    "larger in the last part": [1, 2, *[0] * 17, 3],
-}
-
-
-@pytest.mark.usefixtures("cut")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("values", CUT_SPECIAL.values(), ids=CUT_SPECIAL)
-def test_special_values_of_cut_bags_compare_as_in_torch(target, values, dtype):
-    """Contract 7: the first row of a bag is not the first of each of its parts."""
-    weight = torch.tensor([8.0, *values], dtype=dtype, device=target.device)[:, None]
-    indices = torch.arange(1, len(weight), device=target.device)
-    indices[weight[1:, 0] == 8] = 0
-    indices = torch.cat([indices[-3:], indices])
-    offsets = torch.tensor([0, 3], device=target.device)
-    ours, theirs = (weight.to(d).clone().requires_grad_() for d in (target.device, "cpu"))
-    output = embedding_bag(indices, ours, offsets, mode="max", padding_idx=0)
-    expected = F.embedding_bag(indices.cpu(), theirs, offsets.cpu(), mode="max", padding_idx=0)
-    assert torch.equal(output.isnan().cpu(), expected.isnan())
-    assert torch.equal(output.detach().cpu().nan_to_num(7), expected.detach().nan_to_num(7))
-    output.sum().backward()
-    expected.sum().backward()
-    assert torch.equal(ours.grad.cpu(), theirs.grad)
-
-
 # Addresses.
 
 

@@ -85,17 +85,7 @@ class BagParts(NamedTuple):
 
     chunk_length: int
     values: Tensor  # [2 * num_chunks, D]
-    sizes: Tensor | None = None  # int64 [2 * num_chunks]: for a mean, how many ids count
-    winners: Tensor | None = (
-        None  # int64 [2 * num_chunks, D]: for a maximum, where in the table it lies
-    )
-    first_ids: Tensor | None = (
-        None  # int64 [2 * num_chunks]: for a maximum, the first id that counts
-    )
-
-    @property
-    def num_chunks(self) -> int:
-        return len(self.values) // 2
+    sizes: Tensor | None  # int64 [2 * num_chunks]: for a mean, how many ids count
 
 
 class BagSources(NamedTuple):
@@ -240,11 +230,16 @@ class KernelBackend(ABC):
         embedding_dim = weight.shape[1]
         output = weight.new_empty((bags.num_bags, embedding_dim))
         mean = mode == "mean"
-        parts = bag_parts(
-            bags, output.new_empty, embedding_dim, torch.promote_types(weight.dtype, torch.float32)
-        )
-        if parts is not None and mean:
-            parts = parts._replace(sizes=output.new_empty(len(parts.values), dtype=torch.int64))
+        parts = None
+        chunk_length = bag_chunk_length(bags)
+        if chunk_length:
+            num_parts = 2 * cdiv(bags.indices.numel(), chunk_length)
+            acc_dtype = torch.promote_types(weight.dtype, torch.float32)
+            parts = BagParts(
+                chunk_length,
+                output.new_empty((num_parts, embedding_dim), dtype=acc_dtype),
+                output.new_empty(num_parts, dtype=torch.int64) if mean else None,
+            )
         self._bag_sum(weight, per_sample_weights, bags, output, parts, padding_idx, mean, record)
         if parts is not None:
             self._bag_join(parts, bags, output)
@@ -260,16 +255,7 @@ class KernelBackend(ABC):
     ) -> tuple[Tensor, Tensor]:
         output = weight.new_empty((bags.num_bags, weight.shape[1]))
         winner = output.new_empty(output.shape if with_winner else (0,), dtype=torch.int64)
-        wanted = winner if with_winner else None
-        parts = bag_parts(bags, output.new_empty, weight.shape[1], weight.dtype)
-        if parts is not None:
-            parts = parts._replace(
-                winners=torch.empty_like(parts.values, dtype=torch.int64),
-                first_ids=output.new_empty(len(parts.values), dtype=torch.int64),
-            )
-        self._bag_max(weight, bags, output, wanted, parts, padding_idx, record)
-        if parts is not None:
-            self._bag_join_max(parts, weight, bags, output, wanted)
+        self._bag_max(weight, bags, output, winner if with_winner else None, padding_idx, record)
         return output, winner
 
     def embedding_bag_dense_backward(
@@ -617,14 +603,8 @@ class KernelBackend(ABC):
         bags: Bags,
         output: Tensor,
         winner: Tensor | None,
-        parts: BagParts | None,
         padding_idx: int,
         record: BoundsRecord | None,
-    ) -> None: ...
-
-    @abstractmethod
-    def _bag_join_max(
-        self, parts: BagParts, weight: Tensor, bags: Bags, output: Tensor, winner: Tensor | None
     ) -> None: ...
 
     @abstractmethod
@@ -656,17 +636,6 @@ def bag_chunk_length(bags: Bags) -> int:
     # As many chunks as keep a card busy. One bag of all ids has as many parts, which one program joins.
     length = 1 << (num_indices // BAG_CHUNKS).bit_length()
     return min(max(length, MIN_BAG_CHUNK), MAX_BAG_CHUNK)
-
-
-def bag_parts(
-    bags: Bags, new_empty: Callable[..., Tensor], embedding_dim: int, dtype: torch.dtype
-) -> BagParts | None:
-    """Room for the values of the parts; None: no bag is cut."""
-    chunk_length = bag_chunk_length(bags)
-    if chunk_length == 0:
-        return None
-    num_parts = 2 * cdiv(bags.indices.numel(), chunk_length)
-    return BagParts(chunk_length, new_empty((num_parts, embedding_dim), dtype=dtype))
 
 
 def bag_splits(programs: int, num_indices: int, num_bags: int) -> int:

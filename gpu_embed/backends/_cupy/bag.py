@@ -28,16 +28,18 @@ class CupyBags(CupyDevice):
         embedding_dim = weight.shape[1]
         vec = bag_vector(weight)
         arguments = f"{FLOATS[weight.dtype]}, {vec}, {cpp_bool(mean)}, {BAG.UNROLL}"
+        num_chunks = 0 if parts is None else len(parts.values) // 2
         self._launch(
             Kernel("bag", f"bag_sum_kernel<{arguments}>"),
-            *BAG.grid(bag_rows(bags, parts) * (embedding_dim // vec)),
+            *BAG.grid((bags.num_bags + num_chunks) * (embedding_dim // vec)),
             weight.device,
             weight,
             bags.indices,
             bags.offsets,
             per_sample_weights,
             output,
-            *((None, None) if parts is None else (parts.values, parts.sizes)),
+            None if parts is None else parts.values,
+            None if parts is None else parts.sizes,
             None if record is None else record.words,
             None if record is None else record.flag,
             *bags.counts(),
@@ -55,7 +57,7 @@ class CupyBags(CupyDevice):
         embedding_dim = output.shape[1]
         self._launch(
             Kernel("bag", f"bag_join_kernel<{FLOATS[output.dtype]}>"),
-            *BAG_COMBINE.grid(parts.num_chunks * embedding_dim),
+            *BAG_COMBINE.grid(len(parts.values) // 2 * embedding_dim),
             output.device,
             parts.values,
             parts.sizes,
@@ -87,7 +89,6 @@ class CupyBags(CupyDevice):
         bags: Bags,
         output: Tensor,
         winner: Tensor | None,
-        parts: BagParts | None,
         padding_idx: int,
         record: BoundsRecord | None,
     ) -> None:
@@ -95,50 +96,22 @@ class CupyBags(CupyDevice):
         vec = bag_vector(weight)
         self._launch(
             Kernel("bag", f"bag_max_kernel<{FLOATS[weight.dtype]}, {vec}, {BAG.UNROLL}>"),
-            *BAG.grid(bag_rows(bags, parts) * (embedding_dim // vec)),
+            *BAG.grid(bags.num_bags * (embedding_dim // vec)),
             weight.device,
             weight,
             bags.indices,
             bags.offsets,
             output,
             winner,
-            *(
-                (None, None, None)
-                if parts is None
-                else (parts.values, parts.winners, parts.first_ids)
-            ),
             None if record is None else record.words,
             None if record is None else record.flag,
             *bags.counts(),
-            0 if parts is None else parts.chunk_length,
             weight.shape[0],
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
             embedding_dim,
             bags.indices.element_size(),
-            offset_bytes(bags),
-        )
-
-    def _bag_join_max(
-        self, parts: BagParts, weight: Tensor, bags: Bags, output: Tensor, winner: Tensor | None
-    ) -> None:
-        embedding_dim = output.shape[1]
-        self._launch(
-            Kernel("bag", f"bag_join_max_kernel<{FLOATS[weight.dtype]}>"),
-            *BAG_COMBINE.grid(parts.num_chunks * embedding_dim),
-            output.device,
-            parts.values,
-            parts.winners,
-            parts.first_ids,
-            weight,
-            bags.offsets,
-            output,
-            winner,
-            *bags.counts(),
-            parts.chunk_length,
-            *weight.stride(),
-            embedding_dim,
             offset_bytes(bags),
         )
 
@@ -189,11 +162,6 @@ class CupyBags(CupyDevice):
             ids.element_size(),
             bag_of.element_size(),
         )
-
-
-def bag_rows(bags: Bags, parts: BagParts | None) -> int:
-    """Bags, and behind them chunks: one thread a vector of columns of each."""
-    return bags.num_bags + (0 if parts is None else parts.num_chunks)
 
 
 def offset_bytes(bags: Bags) -> int:

@@ -7,15 +7,7 @@ from ...bounds import BoundsRecord
 from ..kernel_backend import BagParts, cdiv
 from ..layout import vector_width
 from .device import TritonDevice
-from .launch import (
-    BAG_COMBINE,
-    BAG_JOIN_MAX,
-    BAG_OF,
-    BAG_SAMPLE_WEIGHTS_VECTORS,
-    BagLaunch,
-    bag_launch,
-    next_power_of_2,
-)
+from .launch import BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
 
 
 class TritonBags(TritonDevice):
@@ -35,16 +27,19 @@ class TritonBags(TritonDevice):
         embedding_dim = weight.shape[1]
         vec = vector_width(weight)
         launch = bag_launch(embedding_dim, vec)
+        num_chunks = 0 if parts is None else len(parts.values) // 2
+        programs = cdiv(bags.num_bags, launch.BLOCK_B) + cdiv(num_chunks, launch.BLOCK_B)
         self._launch(
             self._kernels.bag_sum,
-            bag_grid(launch, bags, parts, embedding_dim),
+            (programs, cdiv(embedding_dim, launch.BLOCK_D)),
             weight.device,
             weight,
             bags.indices,
             bags.offsets,
             per_sample_weights,
             output,
-            *((None, None) if parts is None else (parts.values, parts.sizes)),
+            None if parts is None else parts.values,
+            None if parts is None else parts.sizes,
             None if record is None else record.words,
             None if record is None else record.flag,
             *bags.counts(),
@@ -64,7 +59,7 @@ class TritonBags(TritonDevice):
         embedding_dim = output.shape[1]
         self._launch(
             self._kernels.bag_join,
-            (parts.num_chunks, cdiv(embedding_dim, BAG_COMBINE.BLOCK)),
+            (len(parts.values) // 2, cdiv(embedding_dim, BAG_COMBINE.BLOCK)),
             output.device,
             parts.values,
             parts.sizes,
@@ -98,7 +93,6 @@ class TritonBags(TritonDevice):
         bags: Bags,
         output: Tensor,
         winner: Tensor | None,
-        parts: BagParts | None,
         padding_idx: int,
         record: BoundsRecord | None,
     ) -> None:
@@ -107,23 +101,16 @@ class TritonBags(TritonDevice):
         launch = bag_launch(embedding_dim, vec)
         self._launch(
             self._kernels.bag_max,
-            bag_grid(launch, bags, parts, embedding_dim),
+            (cdiv(bags.num_bags, launch.BLOCK_B), cdiv(embedding_dim, launch.BLOCK_D)),
             weight.device,
             weight,
             bags.indices,
             bags.offsets,
             output,
             winner,
-            *(
-                (None, None, None)
-                if parts is None
-                else (parts.values, parts.winners, parts.first_ids)
-            ),
             None if record is None else record.words,
             None if record is None else record.flag,
             *bags.counts(),
-            0 if parts is None else parts.chunk_length,
-            bags.num_bags.bit_length(),
             weight.shape[0],
             padding_idx,
             weight.stride(0) // vec,
@@ -131,29 +118,6 @@ class TritonBags(TritonDevice):
             D=embedding_dim,
             VEC=vec,
             **launch.settings,
-        )
-
-    def _bag_join_max(
-        self, parts: BagParts, weight: Tensor, bags: Bags, output: Tensor, winner: Tensor | None
-    ) -> None:
-        embedding_dim = output.shape[1]
-        self._launch(
-            self._kernels.bag_join_max,
-            (parts.num_chunks, cdiv(embedding_dim, BAG_JOIN_MAX.BLOCK)),
-            output.device,
-            parts.values,
-            parts.winners,
-            parts.first_ids,
-            weight,
-            bags.offsets,
-            output,
-            winner,
-            *bags.counts(),
-            parts.chunk_length,
-            bags.num_bags.bit_length(),
-            *weight.stride(),
-            D=embedding_dim,
-            **BAG_JOIN_MAX.settings,
         )
 
     def _bag_of(self, bags: Bags, bag_of: Tensor, sizes: Tensor | None, padding_idx: int) -> None:
@@ -205,13 +169,3 @@ class TritonBags(TritonDevice):
             BLOCK_N=block_n,
             BLOCK_D=block_d,
         )
-
-
-def bag_grid(
-    launch: BagLaunch, bags: Bags, parts: BagParts | None, embedding_dim: int
-) -> tuple[int, int]:
-    """Programs of the bags, behind them those of the chunks, and programs across a row."""
-    programs = cdiv(bags.num_bags, launch.BLOCK_B)
-    if parts is not None:
-        programs += cdiv(parts.num_chunks, launch.BLOCK_B)
-    return programs, cdiv(embedding_dim, launch.BLOCK_D)

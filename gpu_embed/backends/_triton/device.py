@@ -144,7 +144,6 @@ class TritonDevice(TableKernels):
             rowwise_adagrad=row_update.rowwise_adagrad_kernel,
             bag_sum=bag.bag_sum_kernel,
             bag_join=bag.bag_join_kernel,
-            bag_join_max=bag.bag_join_max_kernel,
             bag_combine=bag.bag_combine_kernel,
             bag_max=bag.bag_max_kernel,
             bag_of=bag.bag_of_kernel,

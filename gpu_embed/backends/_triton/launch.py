@@ -109,20 +109,11 @@ class OneHotLaunch(Launch):
 
 @dataclass(frozen=True)
 class CombineLaunch(Launch):
-    """bag_join_kernel and bag_combine_kernel: BLOCK_S parts by BLOCK elements."""
+    """bag_combine_kernel: BLOCK_S parts by BLOCK elements."""
 
     BLOCK_S: int
     BLOCK: int
     num_warps: int = 4
-
-
-@dataclass(frozen=True)
-class JoinMaxLaunch(Launch):
-    """bag_join_max_kernel: BLOCK columns; one warp, since each column is walked alone."""
-
-    BLOCK: int
-    UNROLL: int = 4
-    num_warps: int = 1
 
 
 # The settings below follow from the code that they compile to (16-byte accesses, no spills, four loads in
@@ -177,7 +168,6 @@ HELD_BYTES = 32
 ROWWISE_BLOCK = 1024
 BAG_OF = FlatLaunch(1024)
 BAG_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
-BAG_JOIN_MAX = JoinMaxLaunch(BLOCK=64)
 BAG_SAMPLE_WEIGHTS_VECTORS = 512
 TABLE_BAGS = TableLaunch()
 TABLE_GATHER = FlatLaunch(128, num_warps=1)
