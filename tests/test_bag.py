@@ -18,7 +18,7 @@ from cases import (
 )
 
 import gpu_embed
-from gpu_embed.backends import kernel_backend
+from gpu_embed.backends import _torch, kernel_backend
 from gpu_embed.functional import embedding_bag
 
 MODES = ("sum", "mean", "max")
@@ -484,6 +484,33 @@ def test_special_values_compare_as_in_torch(target, dtype):
     output.backward(torch.ones_like(output))
     expected.backward(torch.ones_like(expected))
     assert torch.equal(ours.grad.cpu(), theirs.grad)
+
+
+def test_maxima_by_scattering_treat_nan_alike():
+    """The torch backend's way on CUDA, and for ids out of range."""
+    values = torch.tensor([0.0, *itertools.chain(*SPECIAL.values())])
+    indices = torch.arange(len(values))[1:]
+    indices[values[1:] == 8] = 0
+    sizes = torch.tensor([len(bag) for bag in SPECIAL.values()])
+    bags = gpu_embed.bags.make_bags(indices, sizes.cumsum(0) - sizes, False)
+    results = [
+        _torch._max_by_scatter(values[:, None], bags, 0, True),
+        gpu_embed.backends.load("reference").embedding_bag_max(
+            values[:, None], bags, 0, True, None
+        ),
+    ]
+    assert torch.equal(*(output.nan_to_num(7) for output, _ in results))
+    assert torch.equal(*(winner for _, winner in results))
+
+
+def test_wrong_offsets_are_clamped_by_torchs_operators():
+    """Contract 6: on CUDA nobody looked at them before."""
+    for offsets in ([0, 2, 99], [0, -7, 2], [1, 2, 3]):
+        bags = gpu_embed.bags.Bags(torch.arange(3), torch.tensor(offsets), 3)
+        begin, end = bags.ends()
+        assert begin[0] == 0
+        assert 0 <= min(begin.min(), end.min()) <= max(begin.max(), end.max()) <= 3
+        assert bags.bag_of().max() < 3
 
 
 # Addresses.

@@ -23,7 +23,7 @@ from gpu_embed.stochastic_rounding import philox, random_words, round_to_bfloat1
 UPDATES = {
     "sgd": RowUpdate("sgd", step_size=0.37),
     "adagrad": RowUpdate("adagrad", step_size=0.37, eps=1e-3, grad_scale=-1.0),
-    "rowwise_adagrad": RowUpdate("rowwise_adagrad", step_size=0.37, eps=1e-3),
+    "rowwise_adagrad": RowUpdate("rowwise_adagrad", step_size=0.37, eps=1e-3, grad_scale=-1.0),
     "adam": RowUpdate("adam", step_size=0.37, eps=1e-3, avg_weight=0.1, sq_weight=0.001),
     "adamw": RowUpdate(
         "adam", step_size=0.37, eps=1e-3, decay=0.03, avg_weight=0.1, sq_weight=0.001, grad_scale=-1.0
@@ -90,6 +90,21 @@ def test_other_dtypes(target, update, dtype):
     weight = table(9, 8, dtype, target.device)
     values = integer_gradient((40, 8), dtype, target.device)
     check(update, weight, ids("zipf", 40, 9, target.device), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_too_long_for_a_program(target, dtype, monkeypatch):
+    """Row-wise Adagrad in two steps: sums in memory, and then rows block by block."""
+    if target.backend == "triton":
+        from gpu_embed.backends._triton import row_update
+
+        monkeypatch.setattr(row_update, "MAX_HELD_ROW", 4)
+        monkeypatch.setattr(row_update, "ROWWISE_BLOCK", 4)
+    weight = table(5, 9, dtype, target.device)
+    indices = ids("zipf", 40, 5, target.device)
+    values = integer_gradient((40, 9), dtype, target.device)
+    update = UPDATES["rowwise_adagrad"]._replace(stream=Stream(3, 5))
+    check(update, weight, indices, values)
 
 
 def test_a_run_over_many_chunks_is_applied_once(target):
@@ -216,6 +231,7 @@ def test_rows_past_2_to_the_31_elements(target, formula):
     assert weight[3].eq(-2).all()
     assert not weight[-2].any()
     assert state[-1][-1].eq(9.0 if formula == "rowwise_adagrad" else 9.0 / 4).all()
+    assert formula != "adam" or state[0][-1].eq(1.5).all()
 
 
 @needs_mapping
