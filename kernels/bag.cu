@@ -37,7 +37,7 @@ struct Part {
   int64 number;  // of the part; -1: the bag as a whole
 };
 
-// The part of the row-th thread of a column: of a bag, or, behind those, of a chunk. Bags record wrong offsets.
+// The part of the row-th thread of a column: of a bag, or, behind those, of a chunk.
 __device__ inline Part find_part(
     const void* offsets_ptr,
     int64 row,
@@ -54,8 +54,7 @@ __device__ inline Part find_part(
   const int64 bag =
       of_chunk ? find_bag(offsets_ptr, start, num_bags, bag_length, offset_bytes) : row;
   const Range range = load_range(
-      offsets_ptr, bag, of_chunk ? nullptr : record_ptr, flag_ptr, num_indices, num_offsets, bag_length,
-      offset_bytes);
+      offsets_ptr, bag, record_ptr, flag_ptr, num_indices, num_offsets, bag_length, offset_bytes);
   Part part = {bag, range.begin, range.begin, range.end, -1};
   if (chunk_length == 0) return part;
   if (of_chunk) {

@@ -236,8 +236,7 @@ def bag_sum_kernel(
                 record_ptr,
                 flag_ptr,
                 bag,
-                # Chunks, whose numbers are odd, look at bags that have programs of their own.
-                in_range & first_columns & ((number < 0) | (number & 1 == 0)),
+                in_range & first_columns,
                 begin,
                 end,
                 offset,
@@ -536,8 +535,9 @@ def bag_of_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     in_range = n < num_indices
     bag = find_bag(offsets_ptr, n, num_bags, bag_length, search_steps)
-    if num_offsets > num_bags:
-        bag = tl.where(n < tl.load(offsets_ptr + num_bags).to(tl.int64), bag, -1)
+    if offsets_ptr is not None:
+        if num_offsets > num_bags:
+            bag = tl.where(n < tl.load(offsets_ptr + num_bags).to(tl.int64), bag, -1)
     tl.store(bag_of_ptr + n, bag.to(bag_of_ptr.dtype.element_ty), mask=in_range)
     if sizes_ptr is not None:
         index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
