@@ -173,21 +173,23 @@ def embedding_bag(
         max_norm = _as_float(max_norm, "max_norm", 3)
         norm_type = _as_float(norm_type, "norm_type", 4)
         _check_norm(weight)
-        ops.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
     if per_sample_weights is not None and mode != "sum":
         raise NotImplementedError(
             "embedding_bag: per_sample_weights was not None. "
             "per_sample_weights is only supported for mode='sum' "
             f"(got mode='{mode}'). Please open a feature request on GitHub."
         )
+    if offsets is None:
+        include_last_offset = False
     _check_bag_flags(scale_grad_by_freq, sparse, include_last_offset)
     padding_idx = _wrap_bag_padding_idx(padding_idx, weight.size(0))
     input, offsets = _bag_index_dtypes(input, offsets)
     _check_bag_tensors(input, weight, offsets, per_sample_weights)
-    if offsets is None:
-        include_last_offset = False
-    elif include_last_offset and offsets.size(0) == 0:
+    if include_last_offset and offsets is not None and offsets.size(0) == 0:
         raise RuntimeError("include_last_offset: number of offset should be at least 1")
+    if max_norm is not None:
+        # Last, so that a call that was refused has not changed the table.
+        ops.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
     if mode == "max":
         return bag_ops.call_embedding_bag_max(
             weight, input, offsets, include_last_offset, padding_idx
@@ -417,7 +419,7 @@ def _bag_index_dtypes(input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Te
     if offsets is not None:
         common = torch.promote_types(common, offsets.dtype)
     if common not in INDEX_DTYPES:
-        raise _wrong_scalar_type("indices", input.device, common, "Long, Int")
+        raise _wrong_scalar_type("indices", input.to(common), "Long, Int")
     return input.to(common), None if offsets is None else offsets.to(common)
 
 
@@ -425,9 +427,7 @@ def _check_bag_tensors(
     input: Tensor, weight: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
 ) -> None:
     if weight.dtype not in ops.GRADIENT_DTYPES:
-        raise _wrong_scalar_type(
-            "weight", weight.device, weight.dtype, "Half, BFloat16, Float, Double"
-        )
+        raise _wrong_scalar_type("weight", weight, "Half, BFloat16, Float, Double")
     for name, tensor in (
         ("indices", input),
         ("offsets", offsets),
@@ -442,22 +442,25 @@ def _check_bag_tensors(
     if per_sample_weights is not None and per_sample_weights.dtype != weight.dtype:
         raise RuntimeError(
             "Expected tensor for argument #1 'weight' to have the same type as tensor for argument #1 "
-            f"'per_sample_weights'; but type {weight.type()} does not equal "
-            f"{per_sample_weights.type()} (while checking arguments for embedding_bag)"
+            f"'per_sample_weights'; but type {_type_name(weight)} does not equal "
+            f"{_type_name(per_sample_weights)} (while checking arguments for embedding_bag)"
         )
 
 
-def _wrong_scalar_type(
-    argument: str, device: torch.device, dtype: torch.dtype, expected: str
-) -> RuntimeError:
-    name = torch.empty(0, dtype=dtype, device="meta").type().rpartition(".")[2]
-    type_name = f"torch.{name}" if device.type == "cpu" else f"torch.{device.type}.{name}"
-    if dtype not in LEGACY_DTYPES:
-        type_name = f"{device.type.upper()}{name.removesuffix('Tensor')}Type"
+def _wrong_scalar_type(argument: str, tensor: Tensor, expected: str) -> RuntimeError:
     return RuntimeError(
         f"Expected tensor for argument #1 '{argument}' to have one of the following scalar types: "
-        f"{expected}; but got {type_name} instead (while checking arguments for embedding_bag)"
+        f"{expected}; but got {_type_name(tensor)} instead (while checking arguments for embedding_bag)"
     )
+
+
+def _type_name(tensor: Tensor) -> str:
+    """What torch's errors call the tensor's device and dtype."""
+    if tensor.dtype in LEGACY_DTYPES:
+        return tensor.type()
+    # The name on the CPU, where it has no prefix.
+    name = torch.empty(0, dtype=tensor.dtype).type().rpartition(".")[2].removesuffix("Tensor")
+    return f"{tensor.device.type.upper()}{name}Type"
 
 
 # Those that torch's errors call by a tensor type's name.
@@ -465,11 +468,9 @@ LEGACY_DTYPES = (
     torch.float64,
     torch.float32,
     torch.float16,
-    torch.bfloat16,
     torch.int64,
     torch.int32,
     torch.int16,
     torch.int8,
     torch.uint8,
-    torch.bool,
 )

@@ -67,6 +67,10 @@ class StateLayout(NamedTuple):
     name: str
     per_row: bool = False
 
+    def shape(self, weight: Tensor, num_rows: int) -> torch.Size:
+        """Its shape for a table of so many rows."""
+        return torch.Size([num_rows]) if self.per_row else weight.shape
+
 
 # The state of each formula, in the order in which backends take it; torch's names.
 STATE = {

@@ -2,28 +2,90 @@
 //
 // Bag b holds the positions from offsets[b] up to offsets[b + 1], or to the last position where there is no such offset;
 // without offsets all bags are equally long. Offsets are kept within the ids whatever they say.
+//
+// Where a bag may be too long for one thread, the ids are cut into chunks of chunk_length, and a bag longer than that
+// into parts: a head of that length, and what lies behind the head in each chunk. A chunk has no more than one head,
+// of the bag that begins in it, and behind heads no more than one bag, that of its first position; so part 2 * c is
+// the head that begins in chunk c, and part 2 * c + 1 what chunk c has of a bag behind its head. Where the cuts are
+// follows from the offsets and the shapes alone, so the order of the additions is the same from run to run.
 
 #include "bag_range.cuh"
 #include "common.cuh"
 
-// Thread (i, s) of the grid owns bag i / (D / VEC), the VEC columns from i % (D / VEC) * VEC on, and the s-th of as
-// many equal parts of the bag as the grid is deep. It walks its part alone and exchanges nothing.
-//
-// Weight: of the table. Output: the same; or, with SPLIT, what sums are taken in.
-template <typename Weight, typename Output, int VEC, bool MEAN, bool SPLIT, int UNROLL>
+// The last bag that begins at position n or before it.
+__device__ inline int64 find_bag(
+    const void* offsets_ptr, int64 n, int64 num_bags, int64 bag_length, int64 offset_bytes) {
+  if (!offsets_ptr) return n / bag_length;
+  // offsets[low] <= n < offsets[high].
+  int64 low = 0;
+  int64 high = num_bags;
+  while (high - low > 1) {
+    const int64 middle = (low + high) / 2;
+    const bool begun = load_integer(offsets_ptr, middle, offset_bytes) <= n;
+    low = begun ? middle : low;
+    high = begun ? high : middle;
+  }
+  return low;
+}
+
+// What a thread walks.
+struct Part {
+  int64 bag;
+  int64 begin;  // of the bag
+  int64 first;
+  int64 last;
+  int64 number;  // of the part; -1: the bag as a whole
+};
+
+// The part of the row-th thread of a column: of a bag, or, behind those, of a chunk.
+__device__ inline Part find_part(
+    const void* offsets_ptr,
+    int64 row,
+    int64* record_ptr,
+    int32* flag_ptr,
+    int64 num_indices,
+    int64 num_bags,
+    int64 num_offsets,
+    int64 bag_length,
+    int64 chunk_length,
+    int64 offset_bytes) {
+  const bool of_chunk = row >= num_bags;
+  const int64 start = of_chunk ? (row - num_bags) * chunk_length : 0;
+  const int64 bag =
+      of_chunk ? find_bag(offsets_ptr, start, num_bags, bag_length, offset_bytes) : row;
+  const Range range = load_range(
+      offsets_ptr, bag, record_ptr, flag_ptr, num_indices, num_offsets, bag_length, offset_bytes);
+  Part part = {bag, range.begin, range.begin, range.end, -1};
+  if (chunk_length == 0) return part;
+  if (of_chunk) {
+    part.first = start > range.begin + chunk_length ? start : range.begin + chunk_length;
+    part.last = clamp(start + chunk_length, part.first, range.end);
+    part.number = 2 * (start / chunk_length) + 1;
+  } else if (range.end - range.begin > chunk_length) {
+    part.last = range.begin + chunk_length;
+    part.number = 2 * (range.begin / chunk_length);
+  }
+  return part;
+}
+
+// Thread i of the grid owns row i / (D / VEC), and the VEC columns from i % (D / VEC) * VEC on. The first rows are
+// bags; with partial_ptr those behind them are chunks. It walks alone and exchanges nothing.
+template <typename Weight, int VEC, bool MEAN, int UNROLL>
 __global__ void bag_sum_kernel(
     const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1
     const void* __restrict__ indices_ptr,   // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,   // any integer dtype, [num_offsets]; null: equal lengths
     const Weight* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
-    Output* __restrict__ output_ptr,        // [num_bags, D]; SPLIT: [num_splits, num_bags, D]
-    int64* __restrict__ sizes_ptr,          // [num_splits, num_bags]: SPLIT and MEAN: the parts' ids that count
+    Weight* __restrict__ output_ptr,        // [num_bags, D]
+    typename Accumulator<Weight>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D]; null: no bag is cut
+    int64* __restrict__ sizes_ptr,          // [2 * num_chunks]: MEAN: the parts' ids that count
     int64* record_ptr,                      // [6], or null: do not record
     int32* flag_ptr,                        // [1], pinned host memory, or null
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
-    int64 bag_length,  // ids a bag, where there are no offsets
+    int64 bag_length,    // ids a bag, where there are no offsets
+    int64 chunk_length,  // 0: no bag is cut
     int64 num_embeddings,
     int64 padding_idx,        // -1: none
     int64 weight_row_stride,  // in units of VEC elements
@@ -33,19 +95,16 @@ __global__ void bag_sum_kernel(
     int64 offset_bytes) {
   using Acc = typename Accumulator<Weight>::type;
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  const int64 bag = thread / (D / VEC);
+  const int64 row = thread / (D / VEC);
   const int64 d = thread % (D / VEC) * VEC;
-  if (bag >= num_bags) return;
+  const int64 num_chunks = partial_ptr ? (num_indices + chunk_length - 1) / chunk_length : 0;
+  if (row >= num_bags + num_chunks) return;
   if (d > 0) record_ptr = nullptr;  // the first columns' thread records for all
-  const Range range = load_range(
-      offsets_ptr, bag, record_ptr, flag_ptr, num_indices, num_offsets, bag_length, offset_bytes);
-  int64 first = range.begin;
-  int64 last = range.end;
-  if (SPLIT) {
-    const int64 length = (last - first + gridDim.y - 1) / gridDim.y;
-    first = clamp(first + blockIdx.y * length, first, last);
-    last = clamp(first + length, first, last);
-  }
+  const Part part = find_part(
+      offsets_ptr, row, record_ptr, flag_ptr, num_indices, num_bags, num_offsets, bag_length,
+      partial_ptr ? chunk_length : 0, offset_bytes);
+  const int64 first = part.first;
+  const int64 last = part.last;
 
   Vector<Acc, VEC> total;
   set_zero(total);
@@ -74,23 +133,86 @@ __global__ void bag_sum_kernel(
       ++size;
       if (record_ptr && !names_row(index[u], num_embeddings)) {
         record_out_of_range(
-            record_ptr, flag_ptr, step + u, index[u], num_embeddings, bag + 1, range.begin);
+            record_ptr, flag_ptr, step + u, index[u], num_embeddings, part.bag + 1, part.begin);
       }
 #pragma unroll
       for (int i = 0; i < VEC; ++i) total.lane[i] += widen(value[u].lane[i]) * scale[u];
     }
   }
 
-  const int64 row = SPLIT ? blockIdx.y * num_bags + bag : bag;
-  if (SPLIT && MEAN && d == 0) sizes_ptr[row] = size;
-  Vector<Output, VEC> output;
+  if (part.number >= 0) {
+    if (first == last) return;
+    if (MEAN && d == 0) sizes_ptr[part.number] = size;
+    *(Vector<Acc, VEC>*)(partial_ptr + part.number * D + d) = total;
+    return;
+  }
+  Vector<Weight, VEC> output;
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    narrow(
-        MEAN && !SPLIT ? total.lane[i] / (Acc)(size > 0 ? size : 1) : total.lane[i],
-        output.lane[i]);
+    narrow(MEAN ? total.lane[i] / (Acc)(size > 0 ? size : 1) : total.lane[i], output.lane[i]);
   }
-  *(Vector<Output, VEC>*)(output_ptr + row * D + d) = output;
+  *(Vector<Weight, VEC>*)(output_ptr + part.bag * D + d) = output;
+}
+
+// The bag whose head begins in a chunk, and how many parts it has; 0: there is none.
+struct JoinedBag {
+  int64 bag;
+  int64 num_parts;
+};
+
+__device__ inline JoinedBag find_joined_bag(
+    const void* offsets_ptr,
+    int64 chunk,
+    int64 num_indices,
+    int64 num_bags,
+    int64 num_offsets,
+    int64 bag_length,
+    int64 chunk_length,
+    int64 offset_bytes) {
+  // It goes on in the next chunk.
+  const int64 place = (chunk + 1) * chunk_length;
+  if (place >= num_indices) return {0, 0};
+  const int64 bag = find_bag(offsets_ptr, place, num_bags, bag_length, offset_bytes);
+  const Range range = load_range(
+      offsets_ptr, bag, nullptr, nullptr, num_indices, num_offsets, bag_length, offset_bytes);
+  const bool is_cut =
+      range.begin / chunk_length == chunk && range.end - range.begin > chunk_length;
+  return {bag, is_cut ? (range.end - 1) / chunk_length - chunk + 1 : 0};
+}
+
+// Thread i of the grid owns chunk i / D and column i % D: the sums of the parts of the cut bag that begins in the
+// chunk, if there is one, added in their order.
+template <typename Output>
+__global__ void bag_join_kernel(
+    const typename Accumulator<Output>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D]
+    const int64* __restrict__ sizes_ptr,   // [2 * num_chunks]: for the mean; null: the sum is asked for
+    const void* __restrict__ offsets_ptr,  // any integer dtype, [num_offsets]; null: equal lengths
+    Output* __restrict__ output_ptr,       // [num_bags, D]
+    int64 num_indices,
+    int64 num_bags,
+    int64 num_offsets,
+    int64 bag_length,  // ids a bag, where there are no offsets
+    int64 chunk_length,
+    int64 D,
+    int64 offset_bytes) {
+  using Acc = typename Accumulator<Output>::type;
+  const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  const int64 chunk = thread / D;
+  const int64 d = thread % D;
+  const JoinedBag joined = find_joined_bag(
+      offsets_ptr, chunk, num_indices, num_bags, num_offsets, bag_length, chunk_length, offset_bytes);
+  if (joined.num_parts == 0) return;
+  Acc total = 0;
+  int64 size = 0;
+#pragma unroll 4
+  for (int64 i = 0; i < joined.num_parts; ++i) {
+    // The head, and then what the chunks behind it have.
+    const int64 number = 2 * (chunk + i) + (i > 0);
+    total += partial_ptr[number * D + d];
+    if (sizes_ptr) size += sizes_ptr[number];
+  }
+  narrow(
+      sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[joined.bag * D + d]);
 }
 
 // Thread i of the grid owns element i of the output: the sums of a split bag's parts, added in their order.
@@ -114,7 +236,7 @@ __global__ void bag_combine_kernel(
   narrow(sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[element]);
 }
 
-// As bag_sum_kernel, without parts.
+// As bag_sum_kernel, of whole bags alone.
 template <typename Weight, int VEC, int UNROLL>
 __global__ void bag_max_kernel(
     const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1
@@ -204,22 +326,8 @@ extern "C" __global__ void bag_of_kernel(
     int64 bag_bytes) {
   const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (n >= num_indices) return;
-  int64 bag;
-  if (offsets_ptr) {
-    // The last bag that begins at n or before it: offsets[low] <= n < offsets[high].
-    int64 low = 0;
-    int64 high = num_bags;
-    while (high - low > 1) {
-      const int64 middle = (low + high) / 2;
-      const bool begun = load_integer(offsets_ptr, middle, offset_bytes) <= n;
-      low = begun ? middle : low;
-      high = begun ? high : middle;
-    }
-    bag = low;
-    if (num_offsets > num_bags && n >= load_integer(offsets_ptr, num_bags, offset_bytes)) bag = -1;
-  } else {
-    bag = n / bag_length;
-  }
+  int64 bag = find_bag(offsets_ptr, n, num_bags, bag_length, offset_bytes);
+  if (num_offsets > num_bags && n >= load_integer(offsets_ptr, num_bags, offset_bytes)) bag = -1;
   store_integer(bag_of_ptr, n, bag, bag_bytes);
   if (!sizes_ptr || bag < 0) return;
   if (!is_padding(load_integer(indices_ptr, n, index_bytes), padding_idx)) atomicAdd(sizes_ptr + bag, 1);

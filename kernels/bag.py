@@ -2,6 +2,12 @@
 
 Bag b holds the positions from offsets[b] up to offsets[b + 1], or to the last position where there is no such offset;
 without offsets all bags are equally long. Offsets are kept within the ids whatever they say.
+
+Where a bag may be too long for one program, the ids are cut into chunks of chunk_length, and a bag longer than that
+into parts: a head of that length, and what lies behind the head in each chunk. A chunk has no more than one head,
+of the bag that begins in it, and behind heads no more than one bag, that of its first position; so part 2 * c is
+the head that begins in chunk c, and part 2 * c + 1 what chunk c has of a bag behind its head. Where the cuts are
+follows from the offsets and the shapes alone, so the order of the additions is the same from run to run.
 """
 
 import triton
@@ -31,6 +37,24 @@ def clamp_range(begin, end, bag, in_range, num_indices):
     begin = tl.where(bag == 0, 0, tl.minimum(tl.maximum(begin, 0), num_indices))
     end = tl.minimum(tl.maximum(end, begin), num_indices)
     return tl.where(in_range, begin, 0), tl.where(in_range, end, 0)
+
+
+@triton.jit
+def find_bag(offsets_ptr, n, num_bags, bag_length, search_steps):
+    """The last bag that begins at each position or before it, int64."""
+    if offsets_ptr is None:
+        bag = n // bag_length
+    else:
+        # offsets[low] <= n < offsets[high].
+        low = n * 0
+        high = low + num_bags
+        for _ in range(search_steps):
+            middle = (low + high) // 2
+            begun = (middle == 0) | (tl.load(offsets_ptr + middle).to(tl.int64) <= n)
+            low = tl.where(begun, middle, low)
+            high = tl.where(begun, high, middle)
+        bag = low
+    return bag
 
 
 @triton.jit
@@ -96,23 +120,82 @@ def record_offsets(
     )
 
 
-# Program (i, j, s) owns bags [i * BLOCK_B, ...), one a row of its tile, columns [j * BLOCK_D, ...), and the s-th of as
-# many equal parts of each bag as the grid is deep. The rows of the tile walk their bags side by side and exchange
-# nothing but the longest length.
+@triton.jit
+def part_range(
+    offsets_ptr,
+    num_indices,
+    num_bags,
+    num_offsets,
+    bag_length,
+    chunk_length,
+    search_steps,
+    CUT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """The bags of a program's rows, and the positions [first, last) of each that the program walks.
+
+    The first programs own bags, whole or their heads. With CUT there are others behind them, which own chunks.
+
+    Returns bag, in_range, begin, end, offset, next_offset, first, last, number: each [BLOCK_B]; the number is
+    that of the part, or -1 for a bag as a whole.
+    """
+    bag = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    in_range = bag < num_bags
+    chunk = bag * 0 - 1
+    if CUT:
+        bag_programs = tl.cdiv(num_bags, BLOCK_B)
+        if tl.program_id(0) >= bag_programs:
+            chunk = bag - bag_programs.to(tl.int64) * BLOCK_B
+            in_range = chunk * chunk_length < num_indices
+            start = tl.where(in_range, chunk * chunk_length, 0)
+            bag = find_bag(offsets_ptr, start, num_bags, bag_length, search_steps)
+    offset, next_offset = load_range(
+        offsets_ptr, bag, in_range, num_indices, num_offsets, bag_length
+    )
+    begin, end = clamp_range(offset, next_offset, bag, in_range, num_indices)
+    first = begin
+    last = end
+    number = chunk
+    if CUT:
+        of_chunk = chunk >= 0
+        first = tl.where(of_chunk, tl.maximum(begin + chunk_length, chunk * chunk_length), begin)
+        last = tl.where(of_chunk, (chunk + 1) * chunk_length, begin + chunk_length)
+        last = tl.maximum(tl.minimum(last, end), first)
+        head = tl.where(end - begin > chunk_length, 2 * (begin // chunk_length), -1)
+        number = tl.where(of_chunk, 2 * chunk + 1, head)
+    return bag, in_range, begin, end, offset, next_offset, first, last, number
+
+
+@triton.jit
+def lay_along_rows(x, d):
+    """x [BLOCK_B] as it is, in the lanes that hold the rows of a tile whose columns are d.
+
+    What is loaded at x then lies there too; Triton would move it there in every turn of a loop, as it cannot move
+    the search that x comes from.
+    """
+    return tl.max(x[:, None] + d * 0, 1)
+
+
+# Program (i, j) owns bags [i * BLOCK_B, ...), one a row of its tile, and columns [j * BLOCK_D, ...); with partial_ptr
+# the programs behind those of the bags own chunks. The rows of the tile walk side by side and exchange nothing but
+# the longest length.
 @triton.jit
 def bag_sum_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
     per_sample_weights_ptr,  # weight's dtype, [num_indices], contiguous; None: all 1
-    output_ptr,  # [num_bags, D]; SPLIT: the parts' sums in the accumulation dtype, [num_splits, num_bags, D]
-    sizes_ptr,  # int64 [num_splits, num_bags]: SPLIT and MEAN: the parts' ids that count; else None
+    output_ptr,  # [num_bags, D]
+    partial_ptr,  # accumulation dtype, [2 * num_chunks, D]: the parts' sums; None: no bag is cut
+    sizes_ptr,  # int64 [2 * num_chunks]: MEAN: the parts' ids that count; else None
     record_ptr,  # int64 [6], or None: do not record
     flag_ptr,  # int32 [1], pinned host memory, or None
     num_indices,
     num_bags,
     num_offsets,
     bag_length,  # ids a bag, where there are no offsets
+    chunk_length,
+    search_steps,  # bits of num_bags
     num_embeddings,
     padding_idx,  # -1: none
     weight_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
@@ -120,7 +203,6 @@ def bag_sum_kernel(
     D: tl.constexpr,
     VEC: tl.constexpr,  # elements a thread loads with one instruction
     MEAN: tl.constexpr,
-    SPLIT: tl.constexpr,
     UNROLL: tl.constexpr,  # rows in flight a thread
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -129,20 +211,22 @@ def bag_sum_kernel(
     acc_dtype: tl.constexpr = (
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
-    bag = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
     in_row = d < D
-    in_range = bag < num_bags
-    offset, next_offset = load_range(
-        offsets_ptr, bag, in_range, num_indices, num_offsets, bag_length
+    bag, in_range, begin, end, offset, next_offset, first, last, number = part_range(
+        offsets_ptr,
+        num_indices,
+        num_bags,
+        num_offsets,
+        bag_length,
+        chunk_length,
+        search_steps,
+        partial_ptr is not None,
+        BLOCK_B,
     )
-    begin, end = clamp_range(offset, next_offset, bag, in_range, num_indices)
-    first = begin
-    last = end
-    if SPLIT:
-        length = (end - begin + tl.num_programs(2) - 1) // tl.num_programs(2)
-        first = tl.minimum(begin + tl.program_id(2) * length, end)
-        last = tl.minimum(first + length, end)
+    if partial_ptr is not None:
+        first = lay_along_rows(first, d)
+        last = lay_along_rows(last, d)
 
     first_columns = tl.program_id(1) == 0
     size = last - first
@@ -219,19 +303,81 @@ def bag_sum_kernel(
                 value *= scales[u][:, None]
             total += value
 
-    row = bag
-    if SPLIT:
-        row += tl.program_id(2) * num_bags
-    if MEAN and SPLIT:
-        tl.store(sizes_ptr + row, size, mask=in_range & first_columns)
-    elif MEAN:
+    if partial_ptr is not None:
+        cut = in_range & (number >= 0) & (first < last)
+        tl.store(partial_ptr + (number * D)[:, None] + d, total, mask=cut[:, None] & in_row)
+        if MEAN:
+            tl.store(sizes_ptr + number, size, mask=cut & first_columns)
+    if MEAN:
         divisor = tl.maximum(size, 1).to(acc_dtype)[:, None]
         total = divide(total, tl.broadcast_to(divisor, [BLOCK_B, BLOCK_D]))
     tl.store(
-        output_ptr + (row * D)[:, None] + d,
+        output_ptr + (bag * D)[:, None] + d,
         total.to(output_ptr.dtype.element_ty),
-        mask=in_range[:, None] & in_row,
+        mask=(in_range & (number < 0))[:, None] & in_row,
     )
+
+
+@triton.jit
+def joined_bag(
+    offsets_ptr, num_indices, num_bags, num_offsets, bag_length, chunk_length, search_steps
+):
+    """The bag whose head begins in the chunk of the program, and how many parts it has; 0: there is none."""
+    chunk = tl.program_id(0).to(tl.int64)
+    # It goes on in the next chunk.
+    place = (chunk + 1) * chunk_length + tl.zeros([1], tl.int64)
+    in_range = place < num_indices
+    place = tl.where(in_range, place, 0)
+    bag = find_bag(offsets_ptr, place, num_bags, bag_length, search_steps)
+    begin, end = load_range(offsets_ptr, bag, in_range, num_indices, num_offsets, bag_length)
+    begin, end = clamp_range(begin, end, bag, in_range, num_indices)
+    is_cut = (begin // chunk_length == chunk) & (end - begin > chunk_length)
+    num_parts = tl.where(is_cut, (end - 1) // chunk_length - chunk + 1, 0)
+    return tl.sum(bag, 0), tl.sum(num_parts, 0)
+
+
+# Program (c, j) owns the cut bag that begins in chunk c, if there is one, and columns [j * BLOCK, ...): the sums of its
+# parts, added in a fixed order.
+@triton.jit
+def bag_join_kernel(
+    partial_ptr,  # accumulation dtype, [2 * num_chunks, D]
+    sizes_ptr,  # int64 [2 * num_chunks]: ids that count for the mean; None: the sum is asked for
+    offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
+    output_ptr,  # [num_bags, D]
+    num_indices,
+    num_bags,
+    num_offsets,
+    bag_length,  # ids a bag, where there are no offsets
+    chunk_length,
+    search_steps,  # bits of num_bags
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # [BLOCK]
+    bag, num_parts = joined_bag(
+        offsets_ptr, num_indices, num_bags, num_offsets, bag_length, chunk_length, search_steps
+    )
+    if num_parts > 0:
+        total = tl.zeros([BLOCK_S, BLOCK], partial_ptr.dtype.element_ty)
+        size = tl.zeros([BLOCK_S], tl.int64)
+        for first in range(0, num_parts, BLOCK_S):
+            place = (first + tl.arange(0, BLOCK_S)).to(tl.int64)
+            # The head, and then what the chunks behind it have.
+            number = 2 * (tl.program_id(0) + place) + (place > 0).to(tl.int64)
+            taken = place < num_parts
+            total += tl.load(
+                partial_ptr + (number * D)[:, None] + d[None, :],
+                mask=taken[:, None] & (d < D)[None, :],
+                other=0,
+            )
+            if sizes_ptr is not None:
+                size += tl.load(sizes_ptr + number, mask=taken, other=0)
+        output = tl.sum(total, 0)
+        if sizes_ptr is not None:
+            divisor = tl.maximum(tl.sum(size, 0), 1).to(output.dtype)
+            output = divide(output, tl.full([BLOCK], divisor, output.dtype))
+        tl.store(output_ptr + bag * D + d, output.to(output_ptr.dtype.element_ty), mask=d < D)
 
 
 # Program i owns elements [i * BLOCK, ...) of the output: the sums of split bags' parts, added in a fixed order.
@@ -266,7 +412,8 @@ def bag_combine_kernel(
     )
 
 
-# As bag_sum_kernel, without splits.
+# As bag_sum_kernel, of whole bags alone: where maxima are cut too, Triton 3.7 walks them in two layouts, in three times
+# the instructions for 16-bit tables.
 @triton.jit
 def bag_max_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
@@ -387,18 +534,8 @@ def bag_of_kernel(
 ):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     in_range = n < num_indices
-    if offsets_ptr is None:
-        bag = n // bag_length
-    else:
-        # The last bag that begins at n or before it: offsets[low] <= n < offsets[high].
-        low = n * 0
-        high = low + num_bags
-        for _ in range(search_steps):
-            middle = (low + high) // 2
-            begun = (middle == 0) | (tl.load(offsets_ptr + middle).to(tl.int64) <= n)
-            low = tl.where(begun, middle, low)
-            high = tl.where(begun, high, middle)
-        bag = low
+    bag = find_bag(offsets_ptr, n, num_bags, bag_length, search_steps)
+    if offsets_ptr is not None:
         if num_offsets > num_bags:
             bag = tl.where(n < tl.load(offsets_ptr + num_bags).to(tl.int64), bag, -1)
     tl.store(bag_of_ptr + n, bag.to(bag_of_ptr.dtype.element_ty), mask=in_range)

@@ -1,5 +1,8 @@
 """Tables, ids and gradients that the tests share; all seeded."""
 
+import mmap
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -21,6 +24,16 @@ FORWARD_DTYPES = (
 )
 GRADIENT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+FAR_ROWS = 2**28 + 5  # of 8 columns: 2**31 + 40 elements
+needs_mapping = pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs a POSIX mmap")
+
+
+def mapped(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A table of zeros whose pages come into being where they are touched."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    pages = mmap.mmap(-1, rows * columns * dtype.itemsize, flags=flags)
+    return torch.frombuffer(pages, dtype=dtype).view(rows, columns)
 
 
 def table(num_embeddings: int, embedding_dim: int, dtype: torch.dtype, device: str) -> Tensor:

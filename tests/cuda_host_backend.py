@@ -126,13 +126,16 @@ def _all_kernels() -> tuple[Kernel, ...]:
             )
         ),
         *(
-            ("bag", f"bag_sum_kernel<{table}, {output}, {vec}, {mean}, {split}, {bag}>")
+            ("bag", f"bag_sum_kernel<{table}, {vec}, {mean}, {bag}>")
             for table, widths in tables
             for vec in widths
             for mean in flags
-            for split, output in (("false", table), ("true", _cupy_accumulator(table)))
         ),
-        *(("bag", f"bag_combine_kernel<{table}>") for table, _ in tables),
+        *(
+            ("bag", f"bag_{step}_kernel<{table}>")
+            for step in ("join", "combine")
+            for table, _ in tables
+        ),
         *(
             ("bag", kernel)
             for table, widths in tables

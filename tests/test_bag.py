@@ -5,10 +5,20 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import GRADIENT_DTYPES, ID_DTYPES, ids, integer_gradient, same_bits, table
+from cases import (
+    FAR_ROWS,
+    GRADIENT_DTYPES,
+    ID_DTYPES,
+    ids,
+    integer_gradient,
+    mapped,
+    needs_mapping,
+    same_bits,
+    table,
+)
 
 import gpu_embed
-from gpu_embed.backends import kernel_backend
+from gpu_embed.backends import _torch, kernel_backend
 from gpu_embed.functional import embedding_bag
 
 MODES = ("sum", "mean", "max")
@@ -325,41 +335,97 @@ def test_random_sums_stay_within_the_bound_of_fp32(target, method, dtype, mode):
         assert ((actual.double() - right).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("mode", ["sum", "mean"])
-@pytest.mark.parametrize("padding_idx", [None, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_few_long_bags_are_split(target, dtype, padding_idx, mode, monkeypatch):
-    """Several programs a bag, whose sums are added in a fixed order; one bag is shorter than a part."""
-    monkeypatch.setattr(kernel_backend, "MIN_SPLIT_LENGTH", 8)
-    weight = torch.eye(4, 5).to(dtype).to(target.device)
-    indices = torch.arange(96, device=target.device) % 4
-    offsets = torch.tensor([0, 64, 67], device=target.device)
-    ranges = [(0, 64), (64, 67), (67, 96)]
+# Long bags.
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Bags of more than 8 ids are cut."""
+    monkeypatch.setattr(kernel_backend, "MAX_WHOLE_BAG", 8)
+    monkeypatch.setattr(kernel_backend, "MIN_BAG_CHUNK", 8)
+    monkeypatch.setattr(kernel_backend, "MAX_BAG_CHUNK", 8)
+
+
+# Short, empty, long, of one chunk and one more, over many chunks; where one ends, the next may begin in the chunk.
+CUT_FORMS = {
+    "skewed": ([0, 3, 3, 20, 28, 37, 70, 70], False),
+    "ids in no bag": ([0, 17, 18, 60], True),
+    "one bag": ([0], False),
+    "equal lengths": (None, False),
+}
+
+
+@pytest.mark.usefixtures("cut")
+@each_mode
+@pytest.mark.parametrize("form", CUT_FORMS)
+@pytest.mark.parametrize(
+    ("dtype", "padding_idx", "embedding_dim"),
+    [(torch.float32, None, 5), (torch.bfloat16, 1, 5), (torch.float32, 1, 130)],
+    ids=str,
+)
+def test_long_bags_are_cut(target, dtype, padding_idx, embedding_dim, form, mode):
+    """Sums of integers are exact, and so the same as those of whole bags; the first maximum is kept."""
+    if embedding_dim > 128 and form != "skewed":
+        pytest.skip("several programs across a row: once is enough")
+    weight = integers(V, embedding_dim, dtype, target.device)
+    indices = ids("zipf", 90, V, target.device)
+    # A part of padding alone.
+    indices[40:56] = 1
+    offsets, include_last_offset = CUT_FORMS[form]
+    ends = [*(offsets or [0, 30, 60]), *([] if include_last_offset else [90])]
+    if offsets is None:
+        indices = indices.view(3, 30)
+    else:
+        offsets = torch.tensor(offsets, device=target.device)
+    arguments = {"offsets": offsets, "include_last_offset": include_last_offset}
+    output = embedding_bag(indices, weight, mode=mode, padding_idx=padding_idx, **arguments)
+    ranges = list(itertools.pairwise(ends))
     expected = defined(weight, indices, ranges, mode, padding_idx)
-    # The same as with bags in one piece, each sum being exact.
-    actual = embedding_bag(indices, weight, offsets, mode=mode, padding_idx=padding_idx)
-    assert torch.equal(actual.float(), expected.to(dtype).float())
-    if target.backend in ("triton", "cupy"):
-        backend = gpu_embed.backends.select(torch.device(target.device))
-        bags = gpu_embed.bags.make_bags(indices, offsets, False)
-        assert backend._bag_splits(weight, bags) == 4
+    assert torch.equal(output, expected.float().to(dtype))
 
 
-def test_splits_follow_shapes():
-    """Long bags are split where there are few, and never into less than the least length."""
-    backend = gpu_embed.backends.load("triton")
-    for num_bags, length, embedding_dim, expected in (
-        (1, 2**20, 128, 512),
-        (1, 100, 128, 1),
-        (1, 2**12, 128, 64),
-        (256, 2**12, 128, 8),
-        (4096, 2**12, 128, 1),
-        (1, 2**20, 65536, 4),
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("padding_idx", [None, 1])
+def test_cut_bags_with_weights_of_samples(target, padding_idx):
+    weight = integers(V, 36, torch.float32, target.device)
+    indices, weights = ids("uniform", 40, V, target.device), torch.arange(40.0) - 20
+    output = embedding_bag(
+        indices,
+        weight,
+        torch.tensor([0, 5], device=target.device),
+        mode="sum",
+        per_sample_weights=weights.to(target.device),
+        padding_idx=padding_idx,
+    )
+    expected = defined(weight, indices, [(0, 5), (5, 40)], "sum", padding_idx, weights.to(weight))
+    assert torch.equal(output.double(), expected)
+
+
+@pytest.mark.usefixtures("cut")
+def test_cut_bags_without_ids_that_count_are_zero(target):
+    weight = integers(V, 5, torch.float32, target.device)
+    indices = torch.full((30,), 1, device=target.device)
+    offsets = torch.tensor([0, 0, 20], device=target.device)
+    for mode in MODES:
+        assert not embedding_bag(indices, weight, offsets, mode=mode, padding_idx=1).any()
+
+
+def test_cuts_follow_shapes():
+    """Where a bag may be long, and never by what the offsets say."""
+    offsets = torch.empty(5, dtype=torch.int64, device="meta")
+    for shape, has_offsets, expected in (
+        ((512,), True, 0),
+        ((513,), True, 64),
+        ((1, 512), False, 0),
+        ((1, 513), False, 64),
+        ((2**12, 512), False, 0),
+        ((2**20,), True, 512),
+        ((1, 2**20), False, 512),
+        ((2**31 + 1,), True, 1024),
     ):
-        weight = torch.empty(10, embedding_dim, device="meta")
-        indices = torch.empty(num_bags, length, dtype=torch.int64, device="meta")
-        bags = gpu_embed.bags.make_bags(indices, None, False)
-        assert backend._bag_splits(weight, bags) == expected, (num_bags, length, embedding_dim)
+        indices = torch.empty(shape, dtype=torch.int64, device="meta")
+        bags = gpu_embed.bags.make_bags(indices, offsets if has_offsets else None, False)
+        assert kernel_backend.bag_chunk_length(bags) == expected, shape
 
 
 # max.
@@ -420,7 +486,69 @@ def test_special_values_compare_as_in_torch(target, dtype):
     assert torch.equal(ours.grad.cpu(), theirs.grad)
 
 
+def test_maxima_by_scattering_treat_nan_alike():
+    """The torch backend's way on CUDA, and for ids out of range."""
+    values = torch.tensor([0.0, *itertools.chain(*SPECIAL.values())])
+    indices = torch.arange(len(values))[1:]
+    indices[values[1:] == 8] = 0
+    sizes = torch.tensor([len(bag) for bag in SPECIAL.values()])
+    bags = gpu_embed.bags.make_bags(indices, sizes.cumsum(0) - sizes, False)
+    results = [
+        _torch._max_by_scatter(values[:, None], bags, 0, True),
+        gpu_embed.backends.load("reference").embedding_bag_max(
+            values[:, None], bags, 0, True, None
+        ),
+    ]
+    assert torch.equal(*(output.nan_to_num(7) for output, _ in results))
+    assert torch.equal(*(winner for _, winner in results))
+
+
+def test_wrong_offsets_are_clamped_by_torchs_operators():
+    """Contract 6: on CUDA nobody looked at them before."""
+    for offsets in ([0, 2, 99], [0, -7, 2], [1, 2, 3]):
+        bags = gpu_embed.bags.Bags(torch.arange(3), torch.tensor(offsets), 3)
+        begin, end = bags.ends()
+        assert begin[0] == 0
+        assert 0 <= min(begin.min(), end.min()) <= max(begin.max(), end.max()) <= 3
+        assert bags.bag_of().max() < 3
+
+
+# Addresses.
+
+
+@needs_mapping
+@pytest.mark.parametrize("embedding_dim", [8, 1])
+def test_rows_past_2_to_the_31_elements(target, embedding_dim):
+    """Contract 3: a row's address is computed in 64 bits. The table costs an address range alone."""
+    if target.device == "cuda" or target.backend == "reference":
+        pytest.skip("mapped memory is the CPU's, and the reference makes copies")
+    far = FAR_ROWS * 8 // embedding_dim
+    weight = mapped(far, embedding_dim, torch.float32)
+    weight[-1], weight[-2], weight[3] = 1, 4, 2
+    indices = torch.tensor([far - 1, 3, far - 2, far - 1])
+    offsets = torch.tensor([0, 2])
+    weights = torch.ones(4, requires_grad=True)
+    output = embedding_bag(indices, weight, offsets, mode="sum", per_sample_weights=weights)
+    assert output.tolist() == [[3] * embedding_dim, [5] * embedding_dim]
+    output.sum().backward()
+    assert weights.grad.tolist() == [embedding_dim * n for n in (1, 2, 4, 1)]
+    bags = gpu_embed.bags.make_bags(indices, offsets, False)
+    backend = gpu_embed.backends.select(torch.device("cpu"))
+    largest, winner = backend.embedding_bag_max(weight, bags, -1, True, None)
+    assert largest.tolist() == [[2] * embedding_dim, [4] * embedding_dim]
+    assert winner[:, 0].tolist() == [3 * embedding_dim, (far - 2) * embedding_dim]
+
+
 # Arguments.
+
+
+@each_mode
+def test_a_bag_as_large_as_a_program(target, mode):
+    """All positions of a program in one bag: padding is not counted there either."""
+    weight = integers(V, 3, torch.float32, target.device)
+    indices = torch.tensor([0, 1, 2, 1, 2, 5], device=target.device)
+    offsets = torch.tensor([0], device=target.device)
+    check(weight, indices, {"offsets": offsets}, [(0, 6)], mode, padding_idx=1)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
@@ -598,17 +726,23 @@ WRONG_OFFSETS = {
 
 
 @each_mode
+@pytest.mark.parametrize("longest", [512, 1])
 @pytest.mark.parametrize(("offsets", "message"), WRONG_OFFSETS.values(), ids=WRONG_OFFSETS)
-def test_kernels_clamp_and_record_wrong_offsets(target, offsets, message, mode):
+def test_kernels_clamp_and_record_wrong_offsets(
+    target, offsets, message, longest, mode, monkeypatch
+):
     """Contract 6: nothing outside of the ids is read; what is read is recorded as wrong."""
+    for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
+        monkeypatch.setattr(kernel_backend, name, longest)
     if target.backend not in ("triton", "cupy"):
         pytest.skip(f"{target.backend} has no kernels")
     device = torch.device(target.device)
     backend = gpu_embed.backends.select(device)
-    # The ids lie between ids that would be seen to be out of range.
-    indices = torch.tensor([99, 99, 1, 2, 3, 99, 99], device=device)[2:5]
+    # The ids lie between ids of a row that would be seen.
+    indices = torch.tensor([*[0] * 8, 1, 2, 3, *[0] * 8], device=device)[8:11]
     bags = gpu_embed.bags.Bags(indices, torch.tensor(offsets, device=device), 3)
     weight = torch.ones(4, 3, device=device)
+    weight[0] = 100
     record = gpu_embed.bounds.BoundsRecord(device)
     if mode == "max":
         output, _ = backend.embedding_bag_max(weight, bags, -1, True, record)

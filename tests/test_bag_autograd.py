@@ -98,6 +98,23 @@ def test_gradgradcheck(target, mode, kind):
     assert gradgradcheck(function, tables, check_fwd_over_rev=True, **quick(target))
 
 
+def test_gradgradcheck_of_counts_with_ids_in_no_bag(target):
+    """Ids behind the last offset are not counted in any order."""
+    indices = torch.tensor([1, 2, 2, 2, 3, 3], device=target.device)
+    offsets = torch.tensor([0, 2, 3], device=target.device)
+
+    def function(weight):
+        return embedding_bag(
+            indices, weight, offsets, include_last_offset=True, scale_grad_by_freq=True, mode="sum"
+        )
+
+    weight = integers(V, D, target.device).requires_grad_()
+    grad = torch.autograd.grad(function(weight).sum(), weight, create_graph=True)[0]
+    # The third 2 is in no bag, and neither is a 3.
+    assert grad.sum(1).tolist() == [0, D, D, 0]
+    assert gradgradcheck(function, (weight,), check_fwd_over_rev=True, **quick(target))
+
+
 def test_third_order(target):
     """The three operators are one another's derivatives, so there is no last order."""
     function, tables = bag_function(target, "weighted", padding_idx=1)

@@ -199,10 +199,47 @@ ERRORS = {
     "a max_norm that is a string": lambda f: f(FLAT, WEIGHT, CUT, max_norm="1"),
     "a norm_type that is a string": lambda f: f(FLAT, WEIGHT, CUT, max_norm=1.0, norm_type="2"),
     "max_norm of an int32 table": lambda f: f(FLAT, WEIGHT.int(), CUT, max_norm=1.0),
+    "float weights of another dtype": lambda f: f(
+        FLAT, WEIGHT, CUT, mode="sum", per_sample_weights=torch.ones(5).bfloat16()
+    ),
+    "weights of a bf16 table": lambda f: f(
+        FLAT, WEIGHT.bfloat16(), CUT, mode="sum", per_sample_weights=torch.ones(5)
+    ),
+    "complex weights": lambda f: f(
+        FLAT, WEIGHT, CUT, mode="sum", per_sample_weights=torch.ones(5).to(torch.complex64)
+    ),
+    "a bool table": lambda f: f(FLAT, WEIGHT.bool(), CUT),
+    "bool ids and offsets": lambda f: f(FLAT.bool(), WEIGHT, CUT.bool()),
+    "bf16 offsets": lambda f: f(FLAT, WEIGHT, CUT.bfloat16()),
     "a late first offset": lambda f: f(FLAT, WEIGHT, torch.tensor([1, 2])),
     "a late first offset, int32": lambda f: f(FLAT.int(), WEIGHT, torch.tensor([1, 2]).int()),
     "a last offset past the end": lambda f: f(FLAT, WEIGHT, torch.tensor([0, 6])),
 }
+
+
+def refused(name, value):
+    """A call with one wrong argument, and with max_norm, which would scale the rows."""
+    arguments = {"input": FLAT, "offsets": CUT, "mode": "sum", "max_norm": 0.5, name: value}
+    return lambda f, weight: f(weight=weight, **arguments)
+
+
+REFUSED = {
+    "float ids": refused("input", FLAT.float()),
+    "float offsets": refused("offsets", CUT.float()),
+    "scaled that is a number": refused("scale_grad_by_freq", 1),
+    "sparse that is a number": refused("sparse", 1),
+    "last offset that is a number": refused("include_last_offset", 1),
+    "a padding past the end": refused("padding_idx", 4),
+    "weights of another dtype": refused("per_sample_weights", torch.ones(5).double()),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
+def test_a_refused_call_has_not_scaled_rows(call):
+    weight = WEIGHT.clone()
+    with pytest.raises((TypeError, RuntimeError)):
+        call(embedding_bag, weight)
+    assert torch.equal(weight, WEIGHT)
 
 
 def outcome(function, call):
@@ -232,6 +269,14 @@ def test_uint8_offsets_do_not_wrap_around():
     """A difference of unsigned offsets is never negative."""
     with pytest.raises(RuntimeError, match=r"offsets\[1\] is 3 and offsets\[2\] is 2"):
         embedding_bag(FLAT, WEIGHT, torch.tensor([0, 3, 2], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("include_last_offset", [0, 1, None, "no"])
+def test_the_last_offset_means_nothing_without_offsets(include_last_offset):
+    """Contract 7: torch does not look at it."""
+    for function in (embedding_bag, F.embedding_bag):
+        output = function(FLAT[None], WEIGHT, include_last_offset=include_last_offset)
+        assert torch.equal(output, WEIGHT[FLAT].sum(0, keepdim=True) / 5)
 
 
 def test_the_old_order_of_arguments_still_works():

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_embed
 from gpu_embed import bounds
+from gpu_embed.backends import kernel_backend
 from gpu_embed.bags import make_bags
 from gpu_embed.functional import embedding, embedding_bag
 
@@ -246,6 +247,21 @@ def test_the_error_names_the_bag(target, reduction, form, bad):
     for error in (IndexError, RuntimeError):
         with gpu_embed.set_bounds_check("sync"), pytest.raises(error, match=message):
             embedding_bag(indices, weight, offsets, mode=reduction)
+
+
+@each_mode
+@pytest.mark.parametrize("position", [5, 11, 28])
+def test_the_error_names_a_bag_that_is_cut(target, reduction, position, monkeypatch):
+    """Contract 6: an id in the head of the last bag, at the head's end, and behind it."""
+    for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
+        monkeypatch.setattr(kernel_backend, name, 8)
+    weight = table(5, 3, torch.float32, target.device)
+    indices = torch.ones(30, dtype=torch.int64, device=target.device)
+    indices[position] = 9
+    offsets = torch.tensor([0, 4], device=target.device)
+    message = rf"to be 9, at position {position - 4} of bag 1 \(flat position {position} of"
+    with gpu_embed.set_bounds_check("sync"), pytest.raises(IndexError, match=message):
+        embedding_bag(indices, weight, offsets, mode=reduction)
 
 
 @each_mode

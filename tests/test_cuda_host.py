@@ -2,7 +2,6 @@
 
 import ast
 import math
-import mmap
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ import cuda_host_backend
 import numpy as np
 import pytest
 import torch
+from cases import FAR_ROWS, mapped, needs_mapping
 from cuda_host_backend import HostShimCupyBackend
 from torch import Tensor
 
@@ -20,7 +20,6 @@ from gpu_embed.backends._cupy.nvrtc import Kernel
 from gpu_embed.backends.gradient_method import use_gradient_method
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.quantized import QuantizedTable
-from gpu_embed.row_update import STATE, RowUpdate
 
 KERNELS_DIR = Path(__file__).parent.parent / "kernels"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -547,17 +546,8 @@ def test_counts(backend: HostShimCupyBackend, id_dtype: torch.dtype, count: int)
 
 # Addresses past 2**31 elements. The tables are mapped but never filled, so they cost an address range alone.
 
-FAR_ROWS = 2**28 + 5  # of 8 columns: 2**31 + 40 elements
 
-
-def mapped(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A table of zeros whose pages come into being where they are touched."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    pages = mmap.mmap(-1, rows * columns * dtype.itemsize, flags=flags)
-    return torch.frombuffer(pages, dtype=dtype).view(rows, columns)
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MAP_ANONYMOUS"), reason="needs a POSIX mmap")
+@needs_mapping
 class TestFarRows:
     """Contract 3: row times columns is computed in 64 bits before the first multiplication."""
 
@@ -610,26 +600,6 @@ class TestFarRows:
         weight[-1] = 3.0
         sm_90.embedding_renorm_(weight, self.indices, 1.5, math.inf)
         torch.testing.assert_close(weight[-1], torch.full((8,), 1.5))
-
-    @pytest.mark.parametrize("formula", ["adam", "rowwise_adagrad"])
-    def test_row_update(self, sm_90: HostShimCupyBackend, formula: str) -> None:
-        weight = mapped(FAR_ROWS, 8, torch.float32)
-        state = tuple(
-            mapped(FAR_ROWS, 1, torch.float32).view(-1)
-            if layout.per_row
-            else mapped(FAR_ROWS, 8, torch.float32)
-            for layout in STATE[formula]
-        )
-        rows = mapped(FAR_ROWS, 1, torch.bool).view(-1)
-        rows[-1], rows[3] = True, True
-        update = RowUpdate(formula, 2.0, avg_weight=0.5, sq_weight=0.25, eps=2.0**-60)
-        # Of four entries two are for the last row, in which they are 3 in every column.
-        values = torch.tensor([[1.0], [4.0], [5.0], [2.0]]).expand(4, 8)
-        sm_90.row_update_(update, weight, state, self.indices, values, rows)
-        assert weight[-1].eq(-2).all()
-        assert weight[3].eq(-2).all()
-        assert not weight[-2].any()
-        assert state[-1][-1].eq(9.0 if formula == "rowwise_adagrad" else 9.0 / 4).all()
 
     def test_counts(self, sm_90: HostShimCupyBackend, monkeypatch: pytest.MonkeyPatch) -> None:
         counts = mapped(2**31 + 8, 1, torch.int32).view(-1)

@@ -1216,11 +1216,13 @@ def test_bags_equal_torchs_in_fp64(backend, dtype, method, kind):
 
 
 @pytest.mark.parametrize("kind", ["sum", "mean", "max"])
-@pytest.mark.parametrize("num_bags", [1, 3])
-def test_few_long_bags(backend, kind, num_bags):
-    """A million ids in a bag or three: several programs a bag, in a fixed order."""
+@pytest.mark.parametrize("num_bags", [1, 3, 1000])
+def test_long_bags(backend, kind, num_bags):
+    """A million ids in a bag or three, or nearly all in the last of many: several programs a bag, in a fixed order."""
     weight = integers(1000, 33)
     indices, offsets = random_ids(1_000_000, 1000), cuts(num_bags, 1_000_000)
+    if num_bags == 1000:
+        offsets = torch.arange(0, 20 * num_bags, 20, device=indices.device)
     output = embedding_bag(indices, weight, offsets, mode=kind)
     # Every partial sum is an integer below 2**24.
     expected = exact_bags(indices, weight, offsets, {"mode": kind})

@@ -1,10 +1,12 @@
 """gpu_embed.optim: torch's optimizers as the yardstick, and torch's Optimizer as the interface."""
 
 import copy
+import gc
 import io
 import math
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -477,6 +479,125 @@ def test_torchs_saved_optimizers_go_on_in_ours(ours, theirs, arguments):
     assert difference.abs().max() <= 3 * 2**4 * 2.0**-53 * 2**5
 
 
+TORCH_LOADS = {
+    "SGD": (optim.SGD, torch.optim.SGD),
+    "Adagrad": (optim.Adagrad, torch.optim.Adagrad),
+    "Adam": (optim.Adam, torch.optim.SparseAdam),
+}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), TORCH_LOADS.values(), ids=TORCH_LOADS)
+def test_our_saved_optimizers_go_on_in_torchs_and_back(ours, theirs):
+    """The bound is that of `test_many_steps_end_where_torchs_end`."""
+    param = sparse_table(dtype=torch.float64)
+    optimizer = ours([param], lr=0.1)
+    train(param, optimizer, 2)
+    twin = torch.nn.Parameter(param.detach().clone())
+    away, back = theirs([twin]), ours([twin])
+    away.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(twin, away, 2)
+    back.load_state_dict(copy.deepcopy(away.state_dict()))
+    train(twin, back, 2)
+    for _ in range(2):
+        train(param, optimizer, 2)
+    assert (twin - param).abs().max() <= 4 * 2**4 * 2.0**-53 * 2**5
+
+
+def test_our_adamw_goes_on_in_torchs():
+    param = sparse_table(dtype=torch.float64)
+    optimizer = optim.AdamW([param], lr=0.1)
+    train(param, optimizer, 2)
+    twin = torch.nn.Parameter(param.detach().clone())
+    away = torch.optim.AdamW([twin])
+    away.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    grad = integer_gradient((6, 4), torch.float64, "cpu")
+    give_gradient(param, torch.arange(6), grad)
+    twin.grad = grad
+    optimizer.step()
+    away.step()
+    assert (twin - param).abs().max() <= 2**4 * 2.0**-53 * 2**5
+
+
+def trained(optimizer_class, *, num_embeddings=6, **arguments):
+    param = sparse_table(num_embeddings)
+    optimizer = optimizer_class([param], **arguments)
+    give_gradient(param, *next(steps_of(1, param)))
+    if optimizer_class in (torch.optim.Adam, torch.optim.AdamW):
+        param.grad = param.grad.to_dense()
+    optimizer.step()
+    return optimizer
+
+
+# What is loaded into what, and what of it does not fit.
+UNFIT = {
+    "another height": (
+        lambda: trained(optim.Adam, num_embeddings=8), optim.Adam,
+        r"Adam needs a state exp_avg of shape \[6, 4\], but the state to be loaded has \[8, 4\]",
+    ),
+    "elements for rows": (
+        lambda: trained(optim.Adagrad), optim.RowWiseAdagrad,
+        r"RowWiseAdagrad needs a state sum of shape \[6\], but the state to be loaded has \[6, 4\]",
+    ),
+    "another formula": (
+        lambda: trained(optim.SGD), optim.AdamW,
+        r"AdamW needs a state exp_avg of shape \[6, 4\], but the state to be loaded has none",
+    ),
+    "momentum": (
+        lambda: trained(torch.optim.SGD, momentum=0.9), optim.SGD,
+        r"SGD has no momentum, but the state to be loaded was made with momentum=0.9",
+    ),
+    "decay": (
+        lambda: trained(torch.optim.Adam, weight_decay=0.1), optim.Adam, "Adam has no weight_decay",
+    ),
+    "amsgrad": (lambda: trained(torch.optim.AdamW, amsgrad=True), optim.AdamW, "no amsgrad"),
+    "other rows": (lambda: optim.SGD([sparse_table(8)], rows=[7]), optim.SGD, "rows: the mask"),
+    "two tables": (
+        lambda: optim.SGD([sparse_table(), sparse_table()]), optim.SGD, "doesn't match the size",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("saved", "loads", "message"), UNFIT.values(), ids=UNFIT)
+def test_what_does_not_fit_is_refused_and_changes_nothing(saved, loads, message):
+    """A kernel would read and write past the end of a shorter state."""
+    optimizer = trained(loads, lr=0.3)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved().state_dict())
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for name, value in before["state"][0].items():
+        assert torch.equal(torch.as_tensor(after["state"][0][name]), torch.as_tensor(value))
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+@every_class
+def test_state_follows_a_table_of_another_dtype(target, optimizer_class):
+    """Module.to(torch.float64) changes a parameter in place; the kernels read fp64 state beside it."""
+    param = sparse_table(device=target.device)
+    optimizer = optimizer_class([param])
+    train(param, optimizer, 1)
+    twin = torch.nn.Parameter(param.detach().double())
+    expected = optimizer_class([twin])
+    expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    param.data = param.data.double()
+    param.grad = None
+    for table_, stepped in ((param, optimizer), (twin, expected)):
+        train(table_, stepped, 1)
+    assert param.dtype == torch.float64
+    assert torch.equal(param, twin)
+
+
+def test_a_table_of_another_height_is_refused_at_the_step():
+    param = sparse_table()
+    optimizer = optim.Adam([param])
+    train(param, optimizer, 1)
+    param.data = table(9, 4, torch.float32, "cpu")
+    param.grad = None
+    with pytest.raises(RuntimeError, match=r"shape \[9, 4\] now, but its state exp_avg was made"):
+        train(param, optimizer, 1)
+
+
 def test_hooks_on_loading_see_and_change_what_is_loaded():
     param = sparse_table(dtype=torch.bfloat16)
     optimizer = optim.Adam([param])
@@ -782,6 +903,78 @@ def test_removed_updates_leave_gradients_alone():
         layer(torch.tensor([1])).sum().backward()
         assert layer.weight.grad.to_dense()[1].tolist() == [count, count]
     assert not layer.weight.any()
+
+
+def test_updates_in_backward_are_set_up_once():
+    """A second one would find no gradient; what it refuses, it leaves as it was."""
+    first, second = (
+        Embedding.from_pretrained(torch.zeros(3, 1), freeze=False, sparse=True) for _ in range(2)
+    )
+    updates = optim.apply_in_backward(first, optim.SGD, lr=1.0)
+    with pytest.raises(RuntimeError, match="updated in backward already"):
+        optim.apply_in_backward([second.weight, first.weight], optim.SGD, lr=1.0)
+    (first(torch.tensor([1])) + second(torch.tensor([1]))).sum().backward()
+    assert first.weight[1].item() == -1
+    assert second.weight.grad is not None
+    second.weight.grad = None
+    updates.remove()
+    optim.apply_in_backward([second.weight, first.weight], optim.SGD, lr=1.0)
+    first(torch.tensor([1])).sum().backward()
+    assert first.weight[1].item() == -2
+
+
+def test_what_apply_in_backward_refuses_has_no_hooks():
+    held, free = (Embedding(3, 2, sparse=True).weight for _ in range(2))
+    give_gradient(held, [1], torch.ones(1, 2))
+    frozen = torch.nn.Parameter(torch.ones(3, 2), requires_grad=False)
+    for params, optimizer_class, error, message in (
+        ([free, held], optim.SGD, RuntimeError, "already holds a gradient"),
+        ([free, frozen], optim.SGD, ValueError, "does not require a gradient"),
+        ([free], torch.optim.SGD, TypeError, "gpu_embed.optim.*not torch.optim.sgd.SGD"),
+        (free, optim.SGD, TypeError, "should be an iterable of Tensors or dicts"),
+        ([free], lambda params: optim.SGD(params, lr=-1), ValueError, "Invalid learning rate"),
+    ):
+        with pytest.raises(error, match=message):
+            optim.apply_in_backward(params, optimizer_class)
+        assert not free._backward_hooks
+        assert not free._post_accumulate_grad_hooks
+
+
+def test_tables_updated_in_backward_are_freed():
+    """Nobody holds the result; torch hides from the garbage collector what the last of its hooks hold."""
+    layer = Embedding(3, 2, sparse=True)
+    optim.apply_in_backward(layer, optim.Adagrad, lr=1.0)
+    before = layer.weight.detach().clone()
+    layer(torch.tensor([1])).sum().backward()
+    gc.collect()
+    layer(torch.tensor([2])).sum().backward()
+    assert not layer.weight[1:].eq(before[1:]).any()
+    weight = weakref.ref(layer.weight)
+    del layer
+    gc.collect()
+    assert weight() is None
+
+
+def test_a_backward_that_fails_leaves_updates_in_order():
+    layer = Embedding.from_pretrained(torch.zeros(3, 1), freeze=False, sparse=True)
+    updates = optim.apply_in_backward(layer, optim.SGD, lr=1.0)
+
+    def fail(_):
+        raise ValueError("on purpose")
+
+    rows = layer(torch.tensor([1]))
+    rows.register_hook(fail)
+    with pytest.raises(ValueError, match="on purpose"):
+        rows.sum().backward()
+    (group,) = updates.optimizer.param_groups
+    group["lr"] = "fast"
+    with pytest.raises(ValueError, match="could not convert"):
+        layer(torch.tensor([1])).sum().backward()
+    group["lr"] = 1.0
+    assert layer.weight.grad is None
+    assert not layer.weight.any()
+    layer(torch.tensor([1])).sum().backward()
+    assert layer.weight[:, 0].tolist() == [0, -1, 0]
 
 
 def test_learning_rates_are_scheduled_in_backward():

@@ -309,7 +309,9 @@ def test_bags_forward_and_gradient(target, bag_samples, dtype):
 
 def test_bags_gradcheck(target, bag_samples):
     """Reverse and forward mode, and of second order, which torch's bags do not have."""
-    for sample, ids, kwargs in bag_samples(target.device, torch.float64, True):
+    samples = list(bag_samples(target.device, torch.float64, True))
+    # In Triton's interpreter 8 of 32: sums, weighted ones, means and maxima, with offsets and without.
+    for sample, ids, kwargs in samples[:: 4 if str(target) == "triton-cpu" else 1]:
         weight, weights, kwargs = bag_leaves(sample, kwargs, torch.float64)
         leaves = (weight,) if weights is None else (weight, weights)
 

@@ -1,7 +1,9 @@
 """The formulas of `RowUpdate` in torch's operators, for the torch backend."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from ..row_update import STATE, RowUpdate, Stream, arithmetic_dtype
 from ..stochastic_rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
 from ..table_gradient import TableEntries
 from ..tables import TableField
+from .layout import sort_key_dtype
 
 LOW = 0xFFFFFFFF
 
@@ -23,13 +26,12 @@ def row_update_(
     rows: Tensor | None,
 ) -> None:
     """`Backend.row_update_`; on CUDA it waits to learn how many rows there are."""
-    kept = _kept(indices, weight.shape[0], rows)
-    used, run = torch.unique(indices[kept], return_inverse=True)
-    g = _summed(update, weight.dtype, values[kept], used, run)
-    kept_state = [tensor[used] for tensor in state]
-    weight[used] = _updated(update, weight[used], kept_state, g, used, weight.shape[1])
+    sums = _row_sums(weight.shape[0], indices, values.to(arithmetic_dtype(weight.dtype)), rows)
+    w = weight.index_select(0, sums.used)
+    kept_state = [tensor.index_select(0, sums.used) for tensor in state]
+    weight.index_copy_(0, sums.used, _updated(update, w, kept_state, sums, w.shape[1]))
     for tensor, new in zip(state, kept_state, strict=True):
-        tensor[used] = new
+        tensor.index_copy_(0, sums.used, new)
 
 
 def table_row_update_(
@@ -43,15 +45,11 @@ def table_row_update_(
 
     Rows are as wide as the widest here, with zeros behind each one's D.
     """
-    kept = _kept(entries.rows, entries.num_rows, rows)
-    used, run = torch.unique(entries.rows[kept], return_inverse=True)
-    g = _summed(update, weight.dtype, entries.row_values()[kept], used, run)
+    sums = _row_sums(entries.num_rows, entries.rows, entries.row_values(), rows)
     # Any entry of a row tells its table.
-    entry = torch.empty_like(used)
-    entry[run] = kept.nonzero()[:, 0]
-    used_entries = entries._replace(rows=used, sources=entries.sources[entry])
-    in_row = used_entries.in_row()
-    elements = used_entries.elements(0)[in_row]
+    of_rows = entries._replace(rows=sums.used, sources=entries.sources[sums.entry])
+    in_row = of_rows.in_row()
+    elements = of_rows.elements(0)[in_row]
 
     def read(buffer: Tensor) -> Tensor:
         wide = buffer.new_zeros(in_row.shape)
@@ -60,73 +58,86 @@ def table_row_update_(
 
     per_row = [layout.per_row for layout in STATE[update.formula]]
     kept_state = [
-        tensor[used] if is_row else read(tensor)
+        tensor[sums.used] if is_row else read(tensor)
         for tensor, is_row in zip(state, per_row, strict=True)
     ]
-    dim = used_entries.field(TableField.DIM)
-    weight.view(-1)[elements] = _updated(update, read(weight), kept_state, g, used, dim)[in_row]
+    dim = of_rows.field(TableField.DIM)
+    weight.view(-1)[elements] = _updated(update, read(weight), kept_state, sums, dim)[in_row]
     for tensor, new, is_row in zip(state, kept_state, per_row, strict=True):
         if is_row:
-            tensor[used] = new
+            tensor[sums.used] = new
         else:
             tensor.view(-1)[elements] = new[in_row]
 
 
-def _kept(indices: Tensor, num_rows: int, rows: Tensor | None) -> Tensor:
-    """Which entries are of a row that may change -> bool [N]."""
+class RowSums(NamedTuple):
+    """The rows that have a gradient."""
+
+    used: Tensor  # int64 [U], ascending
+    entry: Tensor  # int64 [U]: the first of each one's values
+    total: Tensor  # [U, D]: their sum; a new tensor
+
+
+def _row_sums(num_rows: int, indices: Tensor, values: Tensor, rows: Tensor | None) -> RowSums:
     kept = in_table(indices, num_rows)
-    return kept if rows is None else kept & rows[torch.where(kept, indices, 0)]
-
-
-def _summed(
-    update: RowUpdate, dtype: torch.dtype, values: Tensor, used: Tensor, run: Tensor
-) -> Tensor:
-    """What g is of each row in use [U, D], `run` being its number there of each of the values [N, D]."""
-    dtype = arithmetic_dtype(dtype)
-    g = torch.zeros(len(used), values.shape[1], dtype=dtype, device=values.device)
-    return g.index_add_(0, run, values.to(dtype)).mul_(update.grad_scale)
+    if rows is not None:
+        kept &= rows[torch.where(kept, indices, 0)]
+    positions = None if kept.all() else kept.nonzero()[:, 0]
+    ids = indices if positions is None else indices[positions]
+    if ids.numel() == 0:
+        return RowSums(ids, ids, values.new_zeros(0, values.shape[1]))
+    ids, order = torch.sort(ids.to(sort_key_dtype(num_rows)), stable=True)
+    order = order if positions is None else positions[order]
+    used, counts = torch.unique_consecutive(ids, return_counts=True)
+    begin = counts.cumsum(0) - counts
+    # The runs are bags of values, which are read in place: a tenth of the time of sorting or scattering them.
+    total, *_ = torch.embedding_bag(values, order, begin)
+    return RowSums(used.to(torch.int64), order[begin], total)
 
 
 def _updated(
-    update: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, used: Tensor, dim: int | Tensor
+    update: RowUpdate, w: Tensor, state: list[Tensor], sums: RowSums, dim: int | Tensor
 ) -> Tensor:
-    """What becomes of rows w [U, D]; the state is changed in place. dim: D, or that of each row."""
-    dtype = w.dtype
-    w = FORMULAS[update.formula](update, w.to(g.dtype), state, g, dim)
+    """What becomes of rows w [U, D]; state and sums are changed in place. dim: D, or that of each row."""
+    dtype, g = w.dtype, sums.total
+    if update.grad_scale != 1:
+        g.mul_(update.grad_scale)
+    w = w.to(g.dtype)
+    FORMULAS[update.formula](update, w, state, g, dim)
     if update.stream is not None and update.rounds_at_random(dtype):
-        w = ROUNDINGS[dtype](w, _random_words(used, w.shape[1], update.stream))
+        w = ROUNDINGS[dtype](w, _random_words(sums.used, w.shape[1], update.stream))
     return w.to(dtype)
 
 
-# Each changes the state in place and returns w. An `alpha=` would fuse, and so round once less.
+# Each changes w, the state and g in place. An `alpha=` would fuse, and so round once less.
 
 
-def _sgd(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> Tensor:
-    return w - g * _times_lr(u.step_size, u)
+def _sgd(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
+    w.sub_(g.mul_(_times_lr(u.step_size, u)))
 
 
-def _adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> Tensor:
+def _adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
     total = state[0].add_(g * g)
-    return w - g / (_square_root(total) + u.eps) * _times_lr(u.step_size, u)
+    w.sub_(g.div_(_square_root(total).add_(u.eps)).mul_(_times_lr(u.step_size, u)))
 
 
 def _rowwise_adagrad(
     u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor
-) -> Tensor:
+) -> None:
     total = state[0].add_((g * g).sum(1) / dim)
     step_size = torch.as_tensor(_times_lr(u.step_size, u), dtype=torch.float64).to(total)
-    return w - (step_size / (_square_root(total) + u.eps))[:, None] * g
+    w.sub_(g.mul_((step_size / _square_root(total).add_(u.eps))[:, None]))
 
 
-def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> Tensor:
+def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
     avg, sq = state
-    avg.add_((g - avg) * u.avg_weight)
-    sq.add_((g * g - sq) * u.sq_weight)
-    w = w * (1 - _times_lr(u.decay, u))
-    return w - avg / (_square_root(sq) + u.eps) * _times_lr(u.step_size, u)
+    avg.add_((g - avg).mul_(u.avg_weight))
+    sq.add_(g.mul_(g).sub_(sq).mul_(u.sq_weight))
+    w.mul_(1 - _times_lr(u.decay, u))
+    w.sub_((avg / _square_root(sq).add_(u.eps)).mul_(_times_lr(u.step_size, u)))
 
 
-Formula = Callable[[RowUpdate, Tensor, list[Tensor], Tensor, int | Tensor], Tensor]
+Formula = Callable[[RowUpdate, Tensor, list[Tensor], Tensor, int | Tensor], None]
 FORMULAS: dict[str, Formula] = {
     "sgd": _sgd,
     "adagrad": _adagrad,
@@ -136,8 +147,8 @@ FORMULAS: dict[str, Formula] = {
 
 
 def _square_root(x: Tensor) -> Tensor:
-    """Rounded once: torch's own is off by a bit now and then on the CPU, and in fp64 remains so."""
-    return x.double().sqrt().to(x.dtype)
+    """Rounded once, as NumPy's is on the CPU, where torch's own is off by a bit now and then."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 def _times_lr(number: float, update: RowUpdate) -> float | Tensor:

@@ -16,7 +16,13 @@ from . import PreparedEmbedding
 from .gradient_method import choose
 from .layout import RowSteps, flat_ids, row_matrix, row_numbers, sort_key_dtype
 
-# Programs that keep a large card busy; long bags are split until there are so many.
+# Ids that one program walks in turn if no bag can be longer: to cut bags takes another launch.
+MAX_WHOLE_BAG = 512
+# Else it walks so many at the least and at the most, and between them such that there are so many chunks.
+MIN_BAG_CHUNK = 64
+MAX_BAG_CHUNK = 1024
+BAG_CHUNKS = 4096
+# Programs that keep a large card busy; long bags of batched tables are split until there are so many.
 MIN_BAG_PROGRAMS = 2048
 # Ids a part of a split bag, at the least and on average.
 MIN_SPLIT_LENGTH = 64
@@ -72,6 +78,14 @@ Gradient = Callable[[Tensor, Tensor, Tensor, int], None]
 
 # gather(ids, num_indices, output, zero_idx, record) from one table; ids are contiguous, of any shape.
 Gather = Callable[[Tensor, int, Tensor, int, BoundsRecord | None], None]
+
+
+class BagParts(NamedTuple):
+    """What the parts of cut bags come to, two parts a chunk, in the order that kernels/bag.py gives them."""
+
+    chunk_length: int
+    values: Tensor  # [2 * num_chunks, D]
+    sizes: Tensor | None  # int64 [2 * num_chunks]: for a mean, how many ids count
 
 
 class BagSources(NamedTuple):
@@ -213,22 +227,22 @@ class KernelBackend(ABC):
         mode: str,
         record: BoundsRecord | None,
     ) -> Tensor:
-        num_bags, embedding_dim = bags.num_bags, weight.shape[1]
-        output = weight.new_empty((num_bags, embedding_dim))
+        embedding_dim = weight.shape[1]
+        output = weight.new_empty((bags.num_bags, embedding_dim))
         mean = mode == "mean"
-        splits = self._bag_splits(weight, bags)
-        if splits == 1:
-            self._bag_sum(
-                weight, per_sample_weights, bags, output, None, padding_idx, mean, splits, record
+        parts = None
+        chunk_length = bag_chunk_length(bags)
+        if chunk_length:
+            num_parts = 2 * cdiv(bags.indices.numel(), chunk_length)
+            acc_dtype = torch.promote_types(weight.dtype, torch.float32)
+            parts = BagParts(
+                chunk_length,
+                output.new_empty((num_parts, embedding_dim), dtype=acc_dtype),
+                output.new_empty(num_parts, dtype=torch.int64) if mean else None,
             )
-            return output
-        acc_dtype = torch.promote_types(weight.dtype, torch.float32)
-        partial = output.new_empty((splits, num_bags, embedding_dim), dtype=acc_dtype)
-        sizes = output.new_empty((splits, num_bags), dtype=torch.int64) if mean else None
-        self._bag_sum(
-            weight, per_sample_weights, bags, partial, sizes, padding_idx, mean, splits, record
-        )
-        self._bag_combine(partial, sizes, output)
+        self._bag_sum(weight, per_sample_weights, bags, output, parts, padding_idx, mean, record)
+        if parts is not None:
+            self._bag_join(parts, bags, output)
         return output
 
     def embedding_bag_max(
@@ -279,11 +293,6 @@ class KernelBackend(ABC):
         bag_of = bags.indices.new_empty(bags.indices.numel(), dtype=dtype)
         self._bag_of(bags, bag_of, sizes, padding_idx)
         return bag_of
-
-    def _bag_splits(self, weight: Tensor, bags: Bags) -> int:
-        """Into how many parts each bag is cut, so that few long bags keep the card busy."""
-        programs = self._bag_programs(weight, bags.num_bags)
-        return bag_splits(programs, bags.indices.numel(), bags.num_bags)
 
     def embedding_renorm_(
         self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
@@ -567,22 +576,20 @@ class KernelBackend(ABC):
     def _counts(self, ids: Tensor, counts: Tensor) -> None: ...
 
     @abstractmethod
-    def _bag_programs(self, weight: Tensor, num_bags: int) -> int:
-        """How many programs `_bag_sum` launches for whole bags."""
-
-    @abstractmethod
     def _bag_sum(
         self,
         weight: Tensor,
         per_sample_weights: Tensor | None,
         bags: Bags,
         output: Tensor,
-        sizes: Tensor | None,
+        parts: BagParts | None,
         padding_idx: int,
         mean: bool,
-        splits: int,
         record: BoundsRecord | None,
     ) -> None: ...
+
+    @abstractmethod
+    def _bag_join(self, parts: BagParts, bags: Bags, output: Tensor) -> None: ...
 
     @abstractmethod
     def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None: ...
@@ -613,6 +620,20 @@ class KernelBackend(ABC):
         grad: Tensor,
         padding_idx: int,
     ) -> None: ...
+
+
+def bag_chunk_length(bags: Bags) -> int:
+    """How many ids one program walks where a bag may be too long for it, a power of two; 0: no bag may be.
+
+    Shapes alone decide, so that nothing waits for the offsets. With offsets any bag may hold all ids.
+    """
+    num_indices = bags.indices.numel()
+    longest = num_indices if bags.offsets is not None else bags.bag_length
+    if longest <= MAX_WHOLE_BAG:
+        return 0
+    # As many chunks as keep a card busy. One bag of all ids has as many parts, which one program joins.
+    length = 1 << (num_indices // BAG_CHUNKS).bit_length()
+    return min(max(length, MIN_BAG_CHUNK), MAX_BAG_CHUNK)
 
 
 def bag_splits(programs: int, num_indices: int, num_bags: int) -> int:

@@ -1,6 +1,6 @@
 """Adagrad, with a sum of squares for each element or for each row."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ class Adagrad(RowOptimizer):
     """
 
     formula = "adagrad"
+    torch_only: ClassVar = {"weight_decay": 0}
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Adam and AdamW, whose moments are updated where a row has a gradient."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ class Adam(RowOptimizer):
     """
 
     formula = "adam"
+    torch_only: ClassVar = {"weight_decay": 0, "amsgrad": False}
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class AdamW(RowOptimizer):
     """
 
     formula = "adam"
+    torch_only: ClassVar = {"amsgrad": False}
 
     def __init__(
         self,

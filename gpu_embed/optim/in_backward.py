@@ -1,5 +1,6 @@
 """Optimizer steps inside the backward pass, so that no gradient outlives its own table's turn."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -51,9 +52,11 @@ def apply_in_backward(
         arguments: what the class takes beside the parameters.
 
     Raises:
-        ValueError: the module has no such table, or the optimizer refuses an argument.
-        RuntimeError: now or in a backward, if `.grad` already holds a gradient; in a backward, if the
-            gradient is dense.
+        ValueError: the module has no such table, a table does not require a gradient, or the optimizer refuses
+            an argument.
+        TypeError: the class is none of this package's.
+        RuntimeError: a table is updated in backward already; or, now or in a backward, `.grad` already holds a
+            gradient; in a backward, if the gradient is dense.
 
     Example::
 
@@ -61,6 +64,7 @@ def apply_in_backward(
         model(ids).sum().backward()  # the tables have changed
         torch.save(updates.optimizer.state_dict(), "tables.pt")
     """
+    params: Any = params_or_module
     if isinstance(params_or_module, torch.nn.Module):
         params = _sparse_tables(params_or_module)
         if not params:
@@ -68,17 +72,22 @@ def apply_in_backward(
                 "apply_in_backward: the module has no Embedding or EmbeddingBag with sparse=True "
                 "whose weight requires a gradient"
             )
-    else:
-        params = list(params_or_module)  # type: ignore[arg-type]
     optimizer = optimizer_class(params, **arguments)
+    if not isinstance(optimizer, RowOptimizer):
+        raise TypeError(
+            "apply_in_backward takes an optimizer of gpu_embed.optim, which reads a table's sparse gradient as it "
+            f"is, not {type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        )
     parts: dict[Tensor, list[tuple[dict[str, Any], Tensor]]] = {}
     for group in optimizer.param_groups:
         for param in group["params"]:
             parts.setdefault(whole_of(param), []).append((group, param))
+    # All are looked at before the first is changed.
+    for whole in parts:
+        _check_table(whole)
     hooks: list[RemovableHandle] = []
     for whole, updated in parts.items():
-        _refuse_gradient(whole)
-        hooks += _hook(optimizer, whole, updated)
+        hooks += _TableUpdate(optimizer, whole, updated).hooks()
     return UpdatesInBackward(optimizer, hooks)
 
 
@@ -93,22 +102,51 @@ def _sparse_tables(module: torch.nn.Module) -> list[Tensor]:
     return list(dict.fromkeys(tables))
 
 
-def _hook(
-    optimizer: RowOptimizer, whole: Tensor, updated: list[tuple[dict[str, Any], Tensor]]
-) -> tuple[RemovableHandle, RemovableHandle]:
-    """Have a table's gradient applied to each part of it that is to be updated, in that part's group."""
+def _check_table(param: Tensor) -> None:
+    if not param.requires_grad:
+        raise ValueError("apply_in_backward: a table does not require a gradient")
+    if any(
+        isinstance(getattr(hook, "__self__", None), _TableUpdate)
+        for hook in (param._backward_hooks or {}).values()
+    ):
+        raise RuntimeError(
+            "apply_in_backward: a table is updated in backward already; call remove() on what that call returned "
+            "first"
+        )
+    _refuse_gradient(param)
+
+
+class _TableUpdate:
+    """Applies a table's gradient to each part of it that is to be updated, in that part's group."""
+
+    def __init__(
+        self,
+        optimizer: RowOptimizer,
+        whole: Tensor,
+        updated: list[tuple[dict[str, Any], Tensor]],
+    ) -> None:
+        self.optimizer = optimizer
+        self.whole = whole
+        self.updated = updated
+
+    def hooks(self) -> tuple[RemovableHandle, RemovableHandle]:
+        # The garbage collector sees what the first hook holds, but not what the second one does: a table that
+        # its own second hook holds would never be freed.
+        apply = weakref.WeakMethod(self.apply)
+        return (
+            self.whole.register_hook(self.refuse),
+            self.whole.register_post_accumulate_grad_hook(lambda _: apply()()),  # type: ignore[misc]
+        )
+
+    def refuse(self, _: Tensor) -> None:
+        _refuse_gradient(self.whole)
 
     @torch.no_grad()
-    def update(whole: Tensor) -> None:
-        grad, whole.grad = whole.grad, None
+    def apply(self) -> None:
+        grad, self.whole.grad = self.whole.grad, None
         assert grad is not None
-        for group, param in updated:
-            optimizer._update(group, param, grad)
-
-    return (
-        whole.register_hook(lambda _: _refuse_gradient(whole)),
-        whole.register_post_accumulate_grad_hook(update),
-    )
+        for group, param in self.updated:
+            self.optimizer._update(group, param, grad)
 
 
 def _refuse_gradient(param: Tensor) -> None:

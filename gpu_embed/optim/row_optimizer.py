@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from itertools import chain, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     """
 
     formula: str  # a key of row_update.STATE
+    # What torch's optimizer of that formula can do and ours cannot, and the number that stands for not doing it.
+    torch_only: ClassVar[dict[str, Any]] = {}
 
     @abstractmethod
     def _row_update(self, group: dict[str, Any], lr: float, step: int) -> RowUpdate:
@@ -147,17 +149,28 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         torch.autograd.graph.increment_version(whole_of(param))
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
-        """The table's state, made if there is none."""
+        """The table's state, made if there is none, and brought to where the table is now."""
         state: dict[str, Any] = self.state[param]
+        layouts, dtype = STATE[self.formula], arithmetic_dtype(param.dtype)
         if not state:
             state["step"] = 0
-            for layout in STATE[self.formula]:
+            for layout in layouts:
                 state[layout.name] = torch.full(
-                    (num_rows_of(param),) if layout.per_row else param.shape,
+                    layout.shape(param, num_rows_of(param)),
                     self._initial_state(group),
-                    dtype=arithmetic_dtype(param.dtype),
+                    dtype=dtype,
                     device=param.device,
                 )
+        for layout in layouts:
+            value = state[layout.name]
+            if value.shape != layout.shape(param, num_rows_of(param)):
+                raise RuntimeError(
+                    f"{type(self).__name__}: the table is of shape {list(param.shape)} now, but its state "
+                    f"{layout.name} was made for another, {list(value.shape)}"
+                )
+            # The kernels rely on both.
+            if value.dtype != dtype or value.device != param.device:
+                state[layout.name] = value.to(param.device, dtype)
         if group["stochastic_rounding"] and "seed" not in state:
             if group["seed"] is None:
                 group["seed"] = int(torch.randint(2**62, ()))
@@ -204,16 +217,32 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 group.setdefault(name, value)
             group["rows"] = _row_mask(group["rows"], group["params"])
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, which torch's optimizer of the same formula can load, too."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            for name, value in self.torch_only.items():
+                group.setdefault(name, value)
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of another optimizer of this class, or of torch's optimizer of the same formula.
 
         The state goes to each table's device, in the dtype that this class keeps.
+
+        Raises ValueError, and then has changed nothing, for the state of another formula, of tables of other shapes, or
+        of a torch optimizer that did what this one cannot, such as momentum.
         """
         # torch would round the state to the table's dtype. What it is about to load is known to the last hook
         # before it, and every later hook must find it as it is to be.
         loaded: dict[str, Any] = {}
+
+        def look(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            self._check_fits(final)
+            loaded.update(final)
+
         hooks = (
-            self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final)),
+            self.register_load_state_dict_pre_hook(look),
             self.register_load_state_dict_post_hook(
                 lambda _: self._take_over(loaded), prepend=True
             ),
@@ -223,6 +252,34 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _check_fits(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError for what cannot be taken over; groups of other lengths are torch's to refuse."""
+        name, saved_groups = type(self).__name__, state_dict["param_groups"]
+        lengths = [
+            [len(group["params"]) for group in groups]
+            for groups in (saved_groups, self.param_groups)
+        ]
+        if lengths[0] != lengths[1]:
+            return
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            for option, neutral in self.torch_only.items():
+                if saved.get(option, neutral) != neutral:
+                    raise ValueError(
+                        f"{name} has no {option}, but the state to be loaded was made with "
+                        f"{option}={saved[option]}"
+                    )
+            _row_mask(saved.get("rows"), group["params"])
+            for key, param in zip(saved["params"], group["params"], strict=True):
+                state = state_dict["state"].get(key)
+                for layout in STATE[self.formula] if state else ():
+                    value = state.get(layout.name)
+                    shape = list(value.shape) if isinstance(value, Tensor) else None
+                    if shape != list(layout.shape(param, num_rows_of(param))):
+                        raise ValueError(
+                            f"{name} needs a state {layout.name} of shape {list(layout.shape(param, num_rows_of(param)))}, but the "
+                            f"state to be loaded has {'none' if shape is None else shape}"
+                        )
 
     def _take_over(self, state_dict: dict[str, Any]) -> None:
         saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])

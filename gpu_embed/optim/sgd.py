@@ -1,6 +1,6 @@
 """Stochastic gradient descent."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ class SGD(RowOptimizer):
     """
 
     formula = "sgd"
+    torch_only: ClassVar = {"momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False}
 
     def __init__(
         self,

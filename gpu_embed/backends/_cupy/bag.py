@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord
-from ..kernel_backend import cdiv
+from ..kernel_backend import BagParts
 from ..layout import vector_width
 from .device import FLOATS, CupyDevice, cpp_bool
 from .launch import BAG, BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS, MAX_SEGMENT_VECTOR
@@ -14,49 +14,58 @@ from .nvrtc import Kernel
 class CupyBags(CupyDevice):
     """Sums, means and maxima of bags."""
 
-    def _bag_programs(self, weight: Tensor, num_bags: int) -> int:
-        # Counted in warps, as for Triton.
-        return cdiv(num_bags * (weight.shape[1] // bag_vector(weight)), 32)
-
     def _bag_sum(
         self,
         weight: Tensor,
         per_sample_weights: Tensor | None,
         bags: Bags,
         output: Tensor,
-        sizes: Tensor | None,
+        parts: BagParts | None,
         padding_idx: int,
         mean: bool,
-        splits: int,
         record: BoundsRecord | None,
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = bag_vector(weight)
-        arguments = (
-            f"{FLOATS[weight.dtype]}, {FLOATS[output.dtype]}, {vec}, "
-            f"{cpp_bool(mean)}, {cpp_bool(splits > 1)}, {BAG.UNROLL}"
-        )
-        (blocks, _), threads = BAG.grid(bags.num_bags * (embedding_dim // vec))
+        arguments = f"{FLOATS[weight.dtype]}, {vec}, {cpp_bool(mean)}, {BAG.UNROLL}"
+        num_chunks = 0 if parts is None else len(parts.values) // 2
         self._launch(
             Kernel("bag", f"bag_sum_kernel<{arguments}>"),
-            (blocks, splits),
-            threads,
+            *BAG.grid((bags.num_bags + num_chunks) * (embedding_dim // vec)),
             weight.device,
             weight,
             bags.indices,
             bags.offsets,
             per_sample_weights,
             output,
-            sizes,
+            None if parts is None else parts.values,
+            None if parts is None else parts.sizes,
             None if record is None else record.words,
             None if record is None else record.flag,
             *bags.counts(),
+            0 if parts is None else parts.chunk_length,
             weight.shape[0],
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
             embedding_dim,
             bags.indices.element_size(),
+            offset_bytes(bags),
+        )
+
+    def _bag_join(self, parts: BagParts, bags: Bags, output: Tensor) -> None:
+        embedding_dim = output.shape[1]
+        self._launch(
+            Kernel("bag", f"bag_join_kernel<{FLOATS[output.dtype]}>"),
+            *BAG_COMBINE.grid(len(parts.values) // 2 * embedding_dim),
+            output.device,
+            parts.values,
+            parts.sizes,
+            bags.offsets,
+            output,
+            *bags.counts(),
+            parts.chunk_length,
+            embedding_dim,
             offset_bytes(bags),
         )
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord
-from ..kernel_backend import cdiv
+from ..kernel_backend import BagParts, cdiv
 from ..layout import vector_width
 from .device import TritonDevice
 from .launch import BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
@@ -13,42 +13,38 @@ from .launch import BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch,
 class TritonBags(TritonDevice):
     """Sums, means and maxima of bags."""
 
-    def _bag_programs(self, weight: Tensor, num_bags: int) -> int:
-        launch = bag_launch(weight.shape[1], vector_width(weight))
-        return cdiv(num_bags, launch.BLOCK_B) * cdiv(weight.shape[1], launch.BLOCK_D)
-
     def _bag_sum(
         self,
         weight: Tensor,
         per_sample_weights: Tensor | None,
         bags: Bags,
         output: Tensor,
-        sizes: Tensor | None,
+        parts: BagParts | None,
         padding_idx: int,
         mean: bool,
-        splits: int,
         record: BoundsRecord | None,
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = vector_width(weight)
         launch = bag_launch(embedding_dim, vec)
+        num_chunks = 0 if parts is None else len(parts.values) // 2
+        programs = cdiv(bags.num_bags, launch.BLOCK_B) + cdiv(num_chunks, launch.BLOCK_B)
         self._launch(
             self._kernels.bag_sum,
-            (
-                cdiv(bags.num_bags, launch.BLOCK_B),
-                cdiv(embedding_dim, launch.BLOCK_D),
-                splits,
-            ),
+            (programs, cdiv(embedding_dim, launch.BLOCK_D)),
             weight.device,
             weight,
             bags.indices,
             bags.offsets,
             per_sample_weights,
             output,
-            sizes,
+            None if parts is None else parts.values,
+            None if parts is None else parts.sizes,
             None if record is None else record.words,
             None if record is None else record.flag,
             *bags.counts(),
+            0 if parts is None else parts.chunk_length,
+            bags.num_bags.bit_length(),
             weight.shape[0],
             padding_idx,
             weight.stride(0) // vec,
@@ -56,8 +52,24 @@ class TritonBags(TritonDevice):
             D=embedding_dim,
             VEC=vec,
             MEAN=mean,
-            SPLIT=splits > 1,
             **launch.settings,
+        )
+
+    def _bag_join(self, parts: BagParts, bags: Bags, output: Tensor) -> None:
+        embedding_dim = output.shape[1]
+        self._launch(
+            self._kernels.bag_join,
+            (len(parts.values) // 2, cdiv(embedding_dim, BAG_COMBINE.BLOCK)),
+            output.device,
+            parts.values,
+            parts.sizes,
+            bags.offsets,
+            output,
+            *bags.counts(),
+            parts.chunk_length,
+            bags.num_bags.bit_length(),
+            D=embedding_dim,
+            **BAG_COMBINE.settings,
         )
 
     def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:

@@ -146,6 +146,7 @@ class TritonDevice(TableKernels):
             row_update=row_update.row_update_kernel,
             rowwise_adagrad=row_update.rowwise_adagrad_kernel,
             bag_sum=bag.bag_sum_kernel,
+            bag_join=bag.bag_join_kernel,
             bag_combine=bag.bag_combine_kernel,
             bag_max=bag.bag_max_kernel,
             bag_of=bag.bag_of_kernel,

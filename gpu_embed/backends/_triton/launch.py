@@ -109,7 +109,7 @@ class OneHotLaunch(Launch):
 
 @dataclass(frozen=True)
 class CombineLaunch(Launch):
-    """bag_combine_kernel: BLOCK_S parts by BLOCK elements."""
+    """bag_join_kernel and bag_combine_kernel: BLOCK_S parts by BLOCK elements."""
 
     BLOCK_S: int
     BLOCK: int
