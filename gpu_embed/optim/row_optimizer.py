@@ -275,9 +275,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 for layout in STATE[self.formula] if state else ():
                     value = state.get(layout.name)
                     shape = list(value.shape) if isinstance(value, Tensor) else None
-                    if shape != list(layout.shape(param, num_rows_of(param))):
+                    needed = list(layout.shape(param, num_rows_of(param)))
+                    if shape != needed:
                         raise ValueError(
-                            f"{name} needs a state {layout.name} of shape {list(layout.shape(param, num_rows_of(param)))}, but the "
+                            f"{name} needs a state {layout.name} of shape {needed}, but the "
                             f"state to be loaded has {'none' if shape is None else shape}"
                         )
 
