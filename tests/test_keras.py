@@ -111,7 +111,11 @@ for name in calls:
 layers.Embedding = gpu_embed.keras.Embedding
 outcomes = Outcomes()
 file = find_spec("keras.src.layers.core.embedding_test").origin
-pytest.main([file, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", ROOT], plugins=[outcomes])
+# Where Keras lies below this repo, in .venv, pytest would take this repo's settings for its tests.
+settings = ROOT + "/pytest.ini"
+open(settings, "w").write("[pytest]")
+arguments = [file, "-q", "-c", settings, "--rootdir", ROOT, "-p", "no:cacheprovider", "-p", "no:xdist"]
+pytest.main(arguments, plugins=[outcomes])
 print(json.dumps({**vars(outcomes), **calls}))
 """
 
