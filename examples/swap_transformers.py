@@ -11,16 +11,17 @@ same weights.
 import argparse
 import copy
 import importlib.util
+import itertools
 import statistics
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging
@@ -79,25 +80,21 @@ def sentences(number: int) -> list[str]:
     return (made * (1 + number // len(made)))[:number]
 
 
-def train(
-    model: nn.Module, inputs: Inputs, steps: int, advance: Callable[[], None]
-) -> tuple[list[float], float]:
-    """The loss of each step, and the median time of a step in ms."""
-    torch.manual_seed(0)
+def training(model: nn.Module, inputs: Inputs) -> Iterator[tuple[float, float]]:
+    """Train it: the loss of each step, and its time in ms."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
-    losses, times = [], []
     model.train()
-    for _ in range(WARM_UP + steps):
+    for step in itertools.count():
+        # The same dropout in every model.
+        torch.manual_seed(step)
         start = time.perf_counter()
         optimizer.zero_grad()
         loss = which_is_which(sentence_vectors(model, inputs), sentence_vectors(model, inputs))
         loss.backward()
         optimizer.step()
         # Waits for the GPU.
-        losses.append(loss.item())
-        times.append(1e3 * (time.perf_counter() - start))
-        advance()
-    return losses, statistics.median(times[WARM_UP:])
+        value = loss.item()
+        yield value, 1e3 * (time.perf_counter() - start)
 
 
 def positive(text: str) -> int:
@@ -133,21 +130,19 @@ def main() -> None:
     if not verification:
         raise SystemExit("the swap did not take effect")
 
-    said = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    with Progress("{task.description}", *said, console=console) as bar:
-        task = bar.add_task("training", total=2 * (WARM_UP + steps), said="torch")
-        losses_before, ms_before = train(before, inputs, steps, lambda: bar.advance(task))
-        bar.update(task, said="gpu_embed")
-        losses_after, ms_after = train(after, inputs, steps, lambda: bar.advance(task))
-    for label, losses, ms in (
-        ("torch", losses_before, ms_before),
-        ("gpu_embed", losses_after, ms_after),
-    ):
+    results: dict[str, list[tuple[float, float]]] = {"torch": [], "gpu_embed": []}
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress("{task.description}", *columns, console=console) as bar:
+        task = bar.add_task("training", total=len(results) * (WARM_UP + steps))
+        models = training(before, inputs), training(after, inputs)
+        # By turns, so that whatever else the machine does meets both.
+        for _ in range(WARM_UP + steps):
+            for model, result in zip(models, results.values(), strict=True):
+                result.append(next(model))
+                bar.advance(task)
+    for label, result in results.items():
+        losses, times = zip(*result, strict=True)
+        ms = statistics.median(times[WARM_UP:])
         console.print(f"{label:9}  loss {losses[0]:.6f} -> {losses[-1]:.6f}  {ms:8.2f} ms a step")
 
 
