@@ -159,6 +159,29 @@ def test_several_backwards_and_several_lookups_add_up():
     assert torch.equal(sparse.weight.grad.to_dense(), dense.weight.grad)
 
 
+def test_gradients_of_tables_that_lie_otherwise_add_up():
+    grads = []
+    for sizes in ({"user": (8, 2), "item": (8, 6)}, {"user": (8, 6), "item": (8, 2)}):
+        layer = integer_layer(sizes, sparse=True)
+        layer(*random_input(layer, 3)).sum().backward()
+        grads.append(layer.weight.grad)
+    expected = grads[0].to_dense() + grads[1].to_dense()
+    assert torch.equal(grads[0] + grads[1], expected)
+    with pytest.raises(RuntimeError, match="is not changed in place"):
+        grads[0].add_(grads[1])
+
+
+def test_gradients_from_before_and_after_a_move_add_up():
+    sparse, dense = layers()
+    for layer in (sparse, dense):
+        inputs = random_input(layer, 3)
+        layer(*inputs).sum().backward()
+        layer.double()
+        layer(*inputs).sum().backward()
+    assert isinstance(sparse.weight.grad, TableGradient)
+    assert torch.equal(sparse.weight.grad.to_dense(), dense.weight.grad)
+
+
 def test_beside_a_dense_gradient_it_becomes_one():
     sparse, dense = layers()
     ids, offsets = random_input(sparse, 3)
