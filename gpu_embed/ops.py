@@ -192,8 +192,8 @@ def sparse_gradient(
 ) -> Tensor:
     """torch's sparse gradient: COO, int64 ids in input order, duplicates kept, padding dropped.
 
-    Differentiable, since it is made of torch's own operators. Ids out of range become zeros, and so does
-    padding on CUDA, where dropping it would wait for the GPU.
+    Differentiable, since it is made of torch's own operators. Ids out of range are dropped, too; on CUDA, where
+    dropping would wait for the GPU, both become zeros, and in a graph ids out of range do.
     """
     if scale_grad_by_freq:
         raise RuntimeError(
@@ -207,7 +207,8 @@ def sparse_gradient(
         kept = kept & (ids != padding_idx)
     if num_embeddings == 0 or ids.numel() == 0:
         ids, values = ids[:0], values[:0]
-    elif padding_idx >= 0 and ids.device.type == "cpu":
+    elif ids.device.type == "cpu" and (padding_idx >= 0 or type(kept) is Tensor):
+        # Of a fake tensor nobody knows how many are kept.
         ids, values = ids[kept], values[kept]
     else:
         ids, values = _zeroed(ids, values, kept)

@@ -542,6 +542,10 @@ UNFIT = {
         lambda: trained(optim.SGD), optim.AdamW,
         r"AdamW needs a state exp_avg of shape \[6, 4\], but the state to be loaded has none",
     ),
+    "another formula's state": (
+        lambda: trained(optim.Adam), optim.SGD,
+        "SGD has no state exp_avg, but the state to be loaded has it",
+    ),
     "momentum": (
         lambda: trained(torch.optim.SGD, momentum=0.9), optim.SGD,
         r"SGD has no momentum, but the state to be loaded was made with momentum=0.9",
@@ -569,6 +573,20 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(saved, loads, message)
     for name, value in before["state"][0].items():
         assert torch.equal(torch.as_tensor(after["state"][0][name]), torch.as_tensor(value))
     assert not optimizer._optimizer_load_state_dict_pre_hooks
+
+
+def test_the_state_of_an_sgd_that_counted_no_steps_is_taken():
+    """torch 2.2's, and what came before it."""
+    param = sparse_table()
+    saved = torch.optim.SGD([param], lr=0.5).state_dict()
+    saved["state"] = {0: {"momentum_buffer": None}}
+    optimizer = optim.SGD([param])
+    optimizer.load_state_dict(saved)
+    before = param.detach().clone()
+    give_gradient(param, torch.tensor([2]), torch.ones(1, 4))
+    optimizer.step()
+    assert torch.equal(param, before - 0.5 * param.grad.to_dense())
+    assert state_of(optimizer)["step"] == 1
 
 
 @every_class

@@ -256,9 +256,12 @@ def test_an_optimizer_copied_without_its_layer_says_so():
     layer = sparse_layer(sizes=MIXED)
     optimizer = copy.deepcopy(optim.SGD(layer.parameters(), lr=1.0))
     layer(*random_input(layer, 2)).sum().backward()
-    optimizer.param_groups[0]["params"][0].grad = layer.weight.grad
+    copied = optimizer.param_groups[0]["params"][0]
+    copied.grad = layer.weight.grad
     with pytest.raises(RuntimeError, match="was copied without its layer"):
         optimizer.step()
+    # No step was counted.
+    assert not optimizer.state[copied]
 
 
 @every_size
@@ -271,6 +274,32 @@ def test_tables_are_found_where_their_layer_has_moved(sizes):
     train([optimizer], layer, batches)
     train([optim.Adagrad(expected.parameters_of("item", "shop"), lr=0.5)], expected, batches)
     assert torch.equal(layer.weight, expected.weight)
+
+
+@every_size
+def test_state_is_loaded_in_the_dtype_that_the_layer_has_by_then(sizes):
+    saved_layer = sparse_layer(sizes=sizes).double()
+    saved = optim.Adam(saved_layer.parameters_of("item", "shop"), lr=0.3)
+    train([saved], saved_layer, batches_of(saved_layer))
+    layer = sparse_layer(sizes=sizes)
+    tables = layer.parameters_of("item", "shop")
+    optimizer = optim.Adam(tables)
+    layer.double()
+    optimizer.load_state_dict(saved.state_dict())
+    for param, of_saved in zip(tables, saved.param_groups[0]["params"], strict=True):
+        assert same_bits(optimizer.state[param]["exp_avg"], saved.state[of_saved]["exp_avg"])
+
+
+@every_size
+def test_a_batch_of_padding_alone_moves_no_row(sizes):
+    """Adam would move one that has a gradient of zeros, and AdamW make it smaller."""
+    layer = sparse_layer(sizes=sizes, padding_idx=2)
+    optimizer = optim.AdamW(layer.parameters(), lr=0.5)
+    train([optimizer], layer, batches_of(layer))
+    before = layer.weight.detach().clone()
+    train([optimizer], layer, [(torch.full((6,), 2), torch.arange(7))])
+    assert torch.equal(layer.weight, before)
+    assert optimizer.state[layer.weight]["step"] == 3
 
 
 @every_size

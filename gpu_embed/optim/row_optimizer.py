@@ -117,6 +117,12 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 f"{name}: a CUDA graph would repeat the step that it captured, but each step has "
                 "numbers of its own here"
             )
+        row_range = row_range_of(param)
+        if isinstance(grad, TableGradient) and row_range is None:
+            raise RuntimeError(
+                f"{name}: a parameter was copied without its layer; copy both at once, as in "
+                "copy.deepcopy((layer, optimizer))"
+            )
         if isinstance(param, RowParameter):
             param.follow()
         state = self._state_of(group, param)
@@ -128,13 +134,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         tensors = tuple(state[layout.name] for layout in STATE[self.formula])
         rows = group["rows"]
         rows = None if rows is None else rows.to(param.device)
-        row_range = row_range_of(param)
         if isinstance(grad, TableGradient):
-            if row_range is None:
-                raise RuntimeError(
-                    f"{name}: a parameter was copied without its layer; copy both at once, as in "
-                    "copy.deepcopy((layer, optimizer))"
-                )
+            assert row_range is not None
             # Rows of other tables are then out of range, and take no part.
             entries = grad.entries.within(row_range)
             if entries.rows.numel():
@@ -152,16 +153,16 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         """The table's state, made if there is none, and brought to where the table is now."""
         state: dict[str, Any] = self.state[param]
         layouts, dtype = STATE[self.formula], arithmetic_dtype(param.dtype)
-        if not state:
-            state["step"] = 0
-            for layout in layouts:
+        # Older SGDs of torch saved a state without steps.
+        state.setdefault("step", 0)
+        for layout in layouts:
+            if layout.name not in state:
                 state[layout.name] = torch.full(
                     layout.shape(param, num_rows_of(param)),
                     self._initial_state(group),
                     dtype=dtype,
                     device=param.device,
                 )
-        for layout in layouts:
             value = state[layout.name]
             if value.shape != layout.shape(param, num_rows_of(param)):
                 raise RuntimeError(
@@ -238,6 +239,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         loaded: dict[str, Any] = {}
 
         def look(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
+            for param in chain.from_iterable(group["params"] for group in self.param_groups):
+                if isinstance(param, RowParameter):
+                    # The state gets the dtype and device of the table as it is now.
+                    param.follow()
             self._check_fits(final)
             loaded.update(final)
 
@@ -271,8 +276,15 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                     )
             _row_mask(saved.get("rows"), group["params"])
             for key, param in zip(saved["params"], group["params"], strict=True):
-                state = state_dict["state"].get(key)
-                for layout in STATE[self.formula] if state else ():
+                state = state_dict["state"].get(key) or {}
+                layouts = STATE[self.formula]
+                foreign = {layout.name for other in STATE.values() for layout in other}
+                foreign -= {layout.name for layout in layouts}
+                for other in sorted(foreign & state.keys()):
+                    raise ValueError(
+                        f"{name} has no state {other}, but the state to be loaded has it"
+                    )
+                for layout in layouts if state else ():
                     value = state.get(layout.name)
                     shape = list(value.shape) if isinstance(value, Tensor) else None
                     needed = list(layout.shape(param, num_rows_of(param)))
