@@ -290,6 +290,24 @@ def test_state_is_loaded_in_the_dtype_that_the_layer_has_by_then(sizes):
         assert same_bits(optimizer.state[param]["exp_avg"], saved.state[of_saved]["exp_avg"])
 
 
+def test_loaded_state_lies_anywhere_in_memory(target):
+    """As what is cut out of a larger checkpoint does."""
+    sizes = {"user": (7, 4), "item": (3, 12)}
+    layers = [integer_layer(sizes, target.device, sparse=True) for _ in range(2)]
+    optimizer, shifted = (optim.Adam(layer.parameters(), lr=0.1) for layer in layers)
+    batches = batches_of(layers[0])
+    for layer, one in zip(layers, (optimizer, shifted), strict=True):
+        train([one], layer, batches)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for name in ("exp_avg", "exp_avg_sq"):
+        value = saved["state"][0][name]
+        saved["state"][0][name] = torch.cat([value.new_zeros(1), value])[1:]
+    shifted.load_state_dict(saved)
+    for layer, one in zip(layers, (optimizer, shifted), strict=True):
+        train([one], layer, batches)
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
 @every_size
 def test_a_batch_of_padding_alone_moves_no_row(sizes):
     """Adam would move one that has a gradient of zeros, and AdamW make it smaller."""

@@ -45,7 +45,7 @@ class CupyRowUpdate(CupyDevice):
         chunk: int,
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
-        widths = (vector_width(matrix) for matrix in (values, weight, partial_values))
+        widths = (vector_width(matrix) for matrix in (values, weight, partial_values, *state))
         vec = min(*widths, MAX_SEGMENT_VECTOR)
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
         num_chunks = cdiv(keys.numel(), chunk)

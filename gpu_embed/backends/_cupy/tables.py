@@ -273,7 +273,8 @@ class CupyTables(CupyDevice):
         chunk: int,
     ) -> None:
         widths = (
-            table_vector(tensor, entries.dim_divisor) for tensor in (values, weight, partial_values)
+            table_vector(tensor, entries.dim_divisor)
+            for tensor in (values, weight, partial_values, *state)
         )
         vec = min(widths)
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
