@@ -1,14 +1,18 @@
 """Launches past Triton's own path: the binary is Triton's choice, and so is what it is called with."""
 
 import itertools
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed")
 
+from triton import AsyncCompileMode, knobs  # noqa: E402
 from triton import language as tl  # noqa: E402
+from triton.runtime import driver  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
 from gpu_embed.backends._triton import TritonBackend, known_launch  # noqa: E402
@@ -91,6 +95,85 @@ def test_arguments_of_other_types_go_triton_s_way(launched):
     assert known_launch._binaries == {}
 
 
+CALL = ((1,), None, (MEMORY, None, 3, 0.5), {"D": 4, "BLOCK": 8})
+
+
+@pytest.mark.parametrize(
+    ("told", "name", "value"),
+    [
+        (knobs.runtime, "debug", True),
+        (knobs.compilation, "instrumentation_mode", "default"),
+        (knobs.runtime, "add_stages_inspection_hook", lambda: ("key", "hash")),
+    ],
+    ids=["debug", "instrumentation", "stages"],
+)
+def test_what_triton_is_told_later_is_heeded(launched, monkeypatch, told, name, value):
+    """And forgotten with it: an instrumented binary needs the memory of its profiler."""
+    kernel = stub_kernel(one_of_each, lambda *launch: launched.append(launch))
+    known_launch.launch(kernel, *CALL)
+    compiled = []
+
+    def counted(*source, compile=kernel.compile, **options):
+        compiled.append(source)
+        return compile(*source, **options)
+
+    kernel.compile = counted
+    known_launch.launch(kernel, *CALL)
+    assert compiled == []
+    with monkeypatch.context() as patch:
+        patch.setattr(told, name, value)
+        for _ in range(2):
+            known_launch.launch(kernel, *CALL)
+        assert len(compiled) == 1
+    known_launch.launch(kernel, *CALL)
+    assert len(compiled) == 1
+    assert len(launched) == 5
+
+
+def test_hooks_before_a_run_are_called(launched):
+    kernel = stub_kernel(one_of_each, lambda *launch: launched.append(launch))
+    known_launch.launch(kernel, *CALL)
+    seen = []
+    kernel.add_pre_run_hook(lambda *args, **settings: seen.append(args))
+    known_launch.launch(kernel, *CALL)
+    assert seen == [CALL[2]]
+    assert len(launched) == 2
+
+
+def test_what_compiles_in_the_background_is_launched_triton_s_way(launched):
+    """What Triton returns then is no binary; the next launch finds the one that it became."""
+    kernel = stub_kernel(one_of_each, lambda *launch: launched.append(launch))
+    with ThreadPoolExecutor(1) as executor, AsyncCompileMode(executor):
+        known_launch.launch(kernel, *CALL)
+        assert known_launch._binaries == {}
+        for _ in range(2):
+            known_launch.launch(kernel, *CALL)
+            assert len(known_launch._binaries) == 1
+    assert len(launched) == 3
+
+
+def test_threads_compile_and_load_a_kernel_once(launched):
+    """Triton holds no lock, and a thread that finds another's half-loaded binary launches no function."""
+    kernel = stub_kernel(one_of_each, lambda *launch: launched.append(launch))
+    compiled = []
+    # Looking a device up sets how to compile.
+    assert kernel.device_caches[driver.active.get_current_device()]
+
+    def slowly(*source, compile=kernel.compile, **options):
+        compiled.append(source)
+        time.sleep(0.05)
+        return compile(*source, **options)
+
+    kernel.compile = slowly
+    threads = [threading.Thread(target=known_launch.launch, args=(kernel, *CALL)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(launched) == 3
+    assert len(compiled) == 1
+
+
 def test_every_argument_of_our_kernels_is_known(launched, monkeypatch):
     """But for descriptors, so that no launch takes the long way unnoticed."""
     seen = set()
@@ -125,7 +208,11 @@ def test_each_launch_of_ours_reaches_the_driver_as_by_triton_s_way(launched):
         for _ in range(2):
             known_launch.launch(kernel, one.grid, None, one.args, one.settings)
         by_triton, known = launched[-2:]
-        assert known[:4] == by_triton[:4]
+        assert known[:6] == by_triton[:6]
+        # A profiler's hooks, and what they are told.
+        assert known[6].get() == by_triton[6].get()
+        assert known[7:9] == by_triton[7:9]
+        assert known[7] is knobs.runtime.launch_enter_hook
         # By identity: tensors without data cannot be compared.
         assert [*map(id, known[9:])] == [*map(id, by_triton[9:])], one.case
         if {param.name for param in kernel.params[len(one.args) :]} - one.settings.keys():

@@ -2,11 +2,12 @@
 
 `kernel[grid](...)` asks in every call, anew, for the type of each argument, the options and the environment, and
 takes the host longer than all the rest of a lookup. All that may differ between two of our calls of one
-kernel is in the key below, which is as fine as Triton's own or finer; the binary is the one that Triton chose. What
-Triton is told later, such as TRITON_DEBUG=1, reaches the kernels that it has not compiled yet.
+kernel is in the key below, which is as fine as Triton's own or finer; the binary is the one that Triton chose. The
+same holds for what the process tells Triton meanwhile: a profiler that instruments kernels, or `knobs.runtime.debug`.
 """
 
-from functools import lru_cache
+import threading
+from functools import cache, lru_cache
 from typing import Any
 
 INT32 = 2**31
@@ -31,9 +32,11 @@ def launch(
         binary, constants, _ = known
         binary[(*grid, 1, 1)[:3]](*args, *constants)
         return
-    binary = kernel[grid](*args, **settings)
-    # None: a cache hook has kept Triton from compiling.
-    if key is not None and binary is not None:
+    # A thread that meets another's half-loaded binary would launch nothing.
+    with _first_launch:
+        binary = kernel[grid](*args, **settings)
+    # A cache hook may have kept Triton from compiling, and what compiles in the background is no binary yet.
+    if key is not None and hasattr(type(binary), "__getitem__"):
         rest = kernel.params[len(args) :]
         constants = tuple(settings.get(param.name, param.default) for param in rest)
         # The kernel is kept, as its id is in the key.
@@ -41,9 +44,15 @@ def launch(
 
 
 def _key(kernel: Any, device: int | None, args: Key, settings: dict[str, Any]) -> Key | None:
-    """What Triton specialises a binary for; None: an argument whose type is not known here."""
+    """What Triton specialises a binary for; None: an argument whose type is not known here, or a hook on the way."""
+    runtime, compilation = _knobs()
+    # Older versions have not all of these.
+    if kernel.pre_run_hooks or getattr(runtime, "add_stages_inspection_hook", None) is not None:
+        return None
+    instrumentation = getattr(compilation, "instrumentation_mode", None)
     # A kernel's own hash takes as long as two arguments.
-    key: list[Any] = [id(kernel), device, *settings, *settings.values()]
+    key: list[Any] = [id(kernel), device, runtime.debug, instrumentation, *settings]
+    key += settings.values()
     append = key.append
     try:
         for arg in args:
@@ -60,6 +69,13 @@ def _key(kernel: Any, device: int | None, args: Key, settings: dict[str, Any]) -
     return tuple(key)
 
 
+@cache
+def _knobs() -> tuple[Any, Any]:
+    from triton import knobs
+
+    return knobs.runtime, knobs.compilation
+
+
 @lru_cache(maxsize=2**14)
 def _number_kind(number: int) -> int:
     """Numbers of one kind are the same to Triton: 1, multiples of 16, and the others, each by its width."""
@@ -68,3 +84,4 @@ def _number_kind(number: int) -> int:
 
 
 _binaries: dict[Key | None, tuple[Any, Key, Any]] = {}
+_first_launch = threading.RLock()
