@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import take_ops
-from .wrapped_ids import INDEX_DTYPES
+from .wrapped_ids import INDEX_DTYPES, WIDE_UNSIGNED, signed_ids
 
 INSTALL = "pip install 'gpu_embed[keras]'"
 try:
@@ -91,7 +91,7 @@ class Embedding(keras.layers.Embedding):
     def call(self, inputs: Any) -> Any:
         if not (ON_TORCH and self.built):
             return super().call(inputs)
-        ids = keras.ops.convert_to_tensor(inputs)
+        ids = _ids(inputs)
         table = self._embeddings.value
         if self.lora_enabled and table.is_floating_point():
             return self._add_lora(_take(table, ids, _wide(table.dtype)), ids)
@@ -101,10 +101,12 @@ class Embedding(keras.layers.Embedding):
         return super().call(ids)
 
     def _int8_call(self, inputs: Any, training: bool | None = None) -> Any:
+        inputs = _ids(inputs)
         rows = self._dequantize(inputs, bits=8, block_size=None)
         return super()._int8_call(inputs, training) if rows is None else rows
 
     def _int4_call(self, inputs: Any, training: bool | None = None) -> Any:
+        inputs = _ids(inputs)
         rows = self._dequantize(inputs, bits=4, block_size=self._int4_block_size)
         return super()._int4_call(inputs, training) if rows is None else rows
 
@@ -116,11 +118,10 @@ class Embedding(keras.layers.Embedding):
             raise self._not_implemented_error(self.quantize)
         super().quantize(mode, type_check=False, config=config)
 
-    def _dequantize(self, inputs: Any, bits: int, block_size: int | None) -> Tensor | None:
+    def _dequantize(self, ids: Any, bits: int, block_size: int | None) -> Tensor | None:
         """The rows of a quantized table; None where the call is Keras's own."""
         if not ON_TORCH:
             return None
-        ids = keras.ops.convert_to_tensor(inputs)
         scale = self.embeddings_scale.value
         dtype = self._torch_compute_dtype
         if self.lora_enabled:
@@ -158,8 +159,16 @@ class Embedding(keras.layers.Embedding):
         return dtype
 
 
+def _ids(inputs: Any) -> Any:
+    """The ids as a tensor of torch; Keras's own call would cut wide unsigned ones to int32, and find a row."""
+    if not ON_TORCH:
+        return inputs
+    ids = keras.ops.convert_to_tensor(inputs)
+    return signed_ids(ids) if ids.dtype in WIDE_UNSIGNED else ids
+
+
 def _serves(table: Tensor, ids: Tensor, dtype: torch.dtype) -> bool:
-    """Whether our operators take a lookup: plain tensors, and nothing that traces or transforms it."""
+    """Whether our operators take a lookup: plain tensors of one device, and nothing that traces or transforms it."""
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
@@ -167,6 +176,7 @@ def _serves(table: Tensor, ids: Tensor, dtype: torch.dtype) -> bool:
         and type(ids) is Tensor
         and type(table) in (Tensor, torch.nn.Parameter)
         and table.device.type in ("cpu", "cuda")
+        and table.device == ids.device
         and ids.dtype in INDEX_DTYPES
         and take_ops.converts(table.dtype, dtype)
     )

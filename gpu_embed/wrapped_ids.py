@@ -19,6 +19,17 @@ INDEX_DTYPES = (
     torch.bool,
 )
 
+# What has neither kernels nor, in torch, most of its operators.
+WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
+def signed_ids(indices: Tensor) -> Tensor:
+    """Ids of a `WIDE_UNSIGNED` dtype -> int64; what that does not hold becomes its greatest number."""
+    ids = indices.to(torch.int64)
+    if indices.dtype == torch.uint64:
+        ids = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids)
+    return ids
+
 
 def integer_ids(indices: Tensor) -> Tensor:
     """Ids cut to int64; NaN becomes an id that no table has."""

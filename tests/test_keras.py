@@ -231,6 +231,31 @@ def test_ids_out_of_range_are_errors_that_name_them(ours, device, mode, index):
         assert layer(ids)[0, 1].tolist() == [0] * 4
 
 
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["uint16", "uint32", "uint64"])
+def test_wide_unsigned_ids_are_not_cut_to_32_bits(ours, mode, dtype):
+    """Nor do they become negative, which would name a row from the end."""
+    layer = quantized(ours, mode, "cpu")
+    dtype = getattr(torch, dtype)
+    ids = torch.tensor([3, 6], dtype=dtype)
+    assert torch.equal(layer(ids), layer(ids.long()))
+    greatest = torch.iinfo(dtype).max
+    named = min(greatest, torch.iinfo(torch.int64).max)
+    for bad, name in ((greatest, named), (min(2**32 + 3, greatest), min(2**32 + 3, greatest))):
+        with pytest.raises(IndexError, match=f"id {name} at flat position 1 .*7 rows"):
+            layer(torch.tensor([3, bad], dtype=dtype))
+
+
+@pytest.mark.parametrize("mode", [None, "int8"])
+def test_ids_on_another_device_are_left_to_keras(keras, ours, mode):
+    """Kernels would read its memory at their own device's address; torch refuses CPU and CUDA together."""
+    layer = quantized(ours, mode, "cpu")
+    with keras.device("meta"), Seen() as seen:
+        layer(torch.tensor([1, 2]))
+    assert seen.names
+    assert not [name for name in seen.names if "gpu_embed" in name]
+
+
 def test_regularizer_constraint_mask_and_weights(keras, ours):
     weights = np.arange(-6, 6).reshape(4, 3) / 4
     layer = ours(
