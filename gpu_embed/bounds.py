@@ -31,10 +31,10 @@ class BoundsRecord:
     """One device's record of the first id out of range since the last error.
 
     Attributes:
-        words: int64 [7] on the device: claimed (0 or 1), flat position, id, rows of the table; of an id in a bag,
-            the bag's number from 1 on (0: no bag) and its first position; of an id of one of several tables, the
-            table's `table_name_id`. A bag of -1 stands for a wrong offset: its place, itself, and the number of
-            ids are in the three words before.
+        words: int64 [7] on the device: claimed (0 or 1), flat position, id, rows of the table (negated where ids also
+            count from the end); of an id in a bag, the bag's number from 1 on (0: no bag) and its first position; of
+            an id of one of several tables, the table's `table_name_id`. A bag of -1 stands for a wrong offset: its
+            place, itself, and the number of ids are in the three words before.
         flag: int32 [1] in host memory (pinned for CUDA): 1 once `words` is claimed.
     """
 
@@ -55,12 +55,15 @@ class BoundsRecord:
         """Record the first of these ids that is out of range, with torch's operators.
 
         For lookups that no kernel of ours serves. Never waits for the GPU.
+
+        Args:
+            num_embeddings: the table's rows; negated where ids also count from the end.
         """
         if indices.numel() == 0:
             return
         flat = indices.reshape(-1).to(torch.int64)
         rows = torch.full_like(flat, num_embeddings)
-        self.write_places(flat, ~in_table(flat, num_embeddings), rows[None])
+        self.write_places(flat, ~in_table(flat, abs(num_embeddings)), rows[None])
 
     def write_bags(self, bags: Bags, num_embeddings: int) -> None:
         """`write` for the ids that are in a bag."""
@@ -140,12 +143,13 @@ def in_table(ids: Tensor, num_embeddings: int) -> Tensor:
 def out_of_range_error(
     index: int, position: int, num_embeddings: int, shape: torch.Size | None = None
 ) -> IndexError:
-    """The error for one id out of range, torch's wording first."""
+    """The error for one id out of range, torch's wording first; the arguments as in a record."""
     where = f"flat position {position}"
     if shape is not None and len(shape) > 1:
         where = f"position {tuple(int(place) for place in np.unravel_index(position, shape))}"
     return IndexError(
-        f"index out of range in self: id {index} at {where} of the input; {_rule(num_embeddings)}"
+        f"index out of range in self: id {index} at {where} of the input; "
+        f"{_rule(num_embeddings) if num_embeddings >= 0 else _wrapped_rule(-num_embeddings, index)}"
     )
 
 
@@ -181,6 +185,17 @@ def _rule(num_embeddings: int) -> str:
         else "the table has 0 rows"
     )
     return f"{rows}. The table and the ids are unchanged."
+
+
+def _wrapped_rule(num_embeddings: int, index: int) -> str:
+    """The rule where -1 is the last row, and ids may be floats."""
+    int64 = np.iinfo(np.int64)
+    no_integer = " NaN, and what int64 does not hold, is read as this id."
+    return (
+        f"the table has {num_embeddings} rows, so ids go from {-num_embeddings} to {num_embeddings - 1}, where "
+        f"negative ones count from the end.{no_integer if index in (int64.min, int64.max) else ''} "
+        "The table and the ids are unchanged."
+    )
 
 
 def table_name_id(name: str) -> int:

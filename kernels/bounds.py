@@ -9,6 +9,7 @@ def record_out_of_range(record_ptr, flag_ptr, out_of_range, position, index, num
     """Write one bad id to the device's record; the good path costs a predicate that is never true.
 
     record_ptr: int64 [7] on the device: claimed (0 or 1), position, id, rows of the table; the rest stays 0.
+        Where ids also count from the end, the caller gives the rows negated.
     flag_ptr: int32 [1] in pinned host memory, which the host reads without a stall.
     out_of_range, position, index: one value per lane.
     """

@@ -170,6 +170,7 @@ __device__ inline Acc bag_scale(
 // num_embeddings is the number of ids.
 // begin: the bag's first position.
 // table: the number of its table's name.
+// Where ids also count from the end, the caller gives num_embeddings negated.
 __device__ inline void record_out_of_range(
     int64* record_ptr,
     int32* flag_ptr,

@@ -64,6 +64,6 @@ __global__ void dequantize_rows_kernel(
   }
   *(Vector<Output, VEC>*)(output_ptr + own.n * D + d) = output;
   if (record_ptr && d == 0 && !id.in_table) {
-    record_out_of_range(record_ptr, flag_ptr, own.n, id.index, num_embeddings);
+    record_out_of_range(record_ptr, flag_ptr, own.n, id.index, -num_embeddings);
   }
 }

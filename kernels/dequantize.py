@@ -77,5 +77,5 @@ def dequantize_rows_kernel(
     )
     if record_ptr is not None:
         record_out_of_range(
-            record_ptr, flag_ptr, out_of_range & (vector == 0), n, index, num_embeddings
+            record_ptr, flag_ptr, out_of_range & (vector == 0), n, index, -num_embeddings
         )

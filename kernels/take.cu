@@ -43,6 +43,6 @@ __global__ void take_rows_kernel(
   for (int i = 0; i < VEC; ++i) convert(values.lane[i], converted.lane[i]);
   *(Vector<Output, VEC>*)(output_ptr + own.n * D + d) = converted;
   if (record_ptr && d == 0 && !id.in_table) {
-    record_out_of_range(record_ptr, flag_ptr, own.n, id.index, num_embeddings);
+    record_out_of_range(record_ptr, flag_ptr, own.n, id.index, -num_embeddings);
   }
 }

@@ -13,11 +13,11 @@ struct WrappedIndex {
   bool in_table;
 };
 
-// The integer of a float; `is_number` is false for NaN, which is no row whatever integer it becomes.
+// The integer of a float; `is_number` is false for NaN, which is no row and is recorded as the least integer.
 template <typename Float>
 __device__ inline int64 cut(Float value, bool& is_number) {
   is_number = value == value;
-  return is_number ? (int64)value : -1;
+  return is_number ? (int64)value : (int64)(1ull << 63);
 }
 
 // Id n of an array of that kind: one kernel serves them all, and every thread takes the same branch.

@@ -110,7 +110,13 @@ def test_ids_out_of_range_are_named_as_written(target, dtype, values, named):
     if named is not None:
         assert f"id {named} at" in str(error.value)
     assert "flat position 1" in str(error.value)
-    assert "7 rows" in str(error.value)
+    assert "7 rows, so ids go from -7 to 6, where negative ones count from the end." in str(
+        error.value
+    )
+    no_integer = named in (None, -(2**63))
+    assert (
+        "NaN, and what int64 does not hold, is read as this id" in str(error.value)
+    ) == no_integer
     with gpu_embed.set_bounds_check("off"):
         output = take_ops.take_rows(weight, ids, FP32)
     assert torch.equal(output[0], weight[1])
@@ -234,7 +240,7 @@ def test_ids_of_a_quantized_table(target, bits, group_size, dtype):
     arguments, meant = quantized(bits, 8, group_size, FP32, target.device)
     ids = ids_of([-1, 7, 3], dtype, target.device)
     shape = 8, group_size or 8, bits, FP32
-    message = r"id 7 at flat position 1 .* 7 rows"
+    message = r"id 7 at flat position 1 .* 7 rows, so ids go from -7 to 6"
     with gpu_embed.set_bounds_check("sync"), pytest.raises(IndexError, match=message):
         take_ops.dequantize_rows(*arguments, ids, *shape)
     with gpu_embed.set_bounds_check("off"):

@@ -231,7 +231,7 @@ class ReferenceBackend:
         self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None
     ) -> Tensor:
         if record is not None:
-            record.write(rows_or_ids(indices, weight.shape[0]), weight.shape[0])
+            record.write(rows_or_ids(indices, weight.shape[0]), -weight.shape[0])
         rows = reference.take_rows(_array(weight), _ids_array(indices))
         return torch.from_numpy(rows).to(weight.device, dtype)
 
@@ -244,7 +244,7 @@ class ReferenceBackend:
     ) -> Tensor:
         num_embeddings = table.values.shape[0]
         if record is not None:
-            record.write(rows_or_ids(indices, num_embeddings), num_embeddings)
+            record.write(rows_or_ids(indices, num_embeddings), -num_embeddings)
         rows = reference.dequantize_rows(
             table.values.cpu().numpy(),
             _array(table.scale),

@@ -27,6 +27,16 @@ class TorchBackend:
     def embedding(
         self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
     ) -> Tensor:
+        return self._embedding(weight, indices, zero_idx, record, weight.shape[0])
+
+    def _embedding(
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        zero_idx: int,
+        record: BoundsRecord | None,
+        recorded_rows: int,
+    ) -> Tensor:
         ids = _torch_ids(indices)
         if zero_idx < 0 and weight.shape[0] and not ids.is_cuda:
             # torch's CPU kernel checks the ids itself; only its failure needs a second look.
@@ -35,7 +45,7 @@ class TorchBackend:
             except IndexError:
                 pass
         if record is not None:
-            record.write(ids, weight.shape[0])
+            record.write(ids, recorded_rows)
         if weight.shape[0] == 0:
             return weight.new_zeros((*indices.shape, weight.shape[1]))
         ids = ids.contiguous()  # torch.where would hand its strides on to the output
@@ -245,7 +255,7 @@ class TorchBackend:
             except IndexError:
                 pass
         rows = rows_or_ids(indices, weight.shape[0])
-        return self.embedding(weight, rows, -1, record).to(dtype)
+        return self._embedding(weight, rows, -1, record, -weight.shape[0]).to(dtype)
 
     def dequantize_rows(
         self,
@@ -256,7 +266,7 @@ class TorchBackend:
     ) -> Tensor:
         num_embeddings = table.values.shape[0]
         rows = rows_or_ids(indices, num_embeddings)
-        columns = self.embedding(table.values, rows, -1, record)
+        columns = self._embedding(table.values, rows, -1, record, -num_embeddings)
         if table.bits == 4:
             halves = torch.stack([columns & 15, columns >> 4 & 15], dim=-1).flatten(-2)
             columns = (halves[..., : table.embedding_dim] ^ 8) - 8
