@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import take_ops
 from .wrapped_ids import INDEX_DTYPES, WIDE_UNSIGNED, signed_ids
@@ -74,13 +75,15 @@ class Embedding(keras.layers.Embedding):
     * Gradients are dense and summed in fp32 (fp64 for fp64), whatever the compute dtype.
     * LoRA gathers rows of A and multiplies these by B; the sum is taken in fp32 (fp64 for fp64). The table that the
       two amount to is never formed, but by the attribute `embeddings` and where a model is saved.
+    * A subclass whose call reads `self.embeddings` finds the table in its own dtype, which Keras under a mixed policy
+      has cast there: cast what is read to `self.compute_dtype`.
     * `quantize("int8")` and `quantize("int4")`, of one scale a row or of blocks: only the rows that ids name are
       dequantized, in the lookup. The output has the compute dtype, which `compute_output_spec` promises; in a
       model of a mixed policy that of Keras's own layer has the scales' dtype.
 
-    Where a call is traced (`jit_compile=True`, `export`, `torch.compile`, `torch.export`, `torch.func`), and for
-    tables that our operators do not take (complex, a tensor subclass, another device than CPU and CUDA), the call
-    is Keras's own; only LoRA still gathers A's rows.
+    Where a call is traced (`jit_compile=True`, `export`, `torch.compile`, `torch.export`, `torch.func`,
+    `torch.autograd.forward_ad`), and for tables that our operators do not take (complex, a tensor subclass, another
+    device than CPU and CUDA), the call is Keras's own; only LoRA still gathers A's rows.
     """
 
     def add_weight(self, *args: Any, **kwargs: Any) -> Any:
@@ -173,6 +176,7 @@ def _serves(table: Tensor, ids: Tensor, dtype: torch.dtype) -> bool:
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
         and type(ids) is Tensor
         and type(table) in (Tensor, torch.nn.Parameter)
         and table.device.type in ("cpu", "cuda")

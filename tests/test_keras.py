@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_embed
@@ -554,6 +555,20 @@ def test_weights_travel_between_our_layer_and_keras_own(keras, ours, tmp_path):
         # Merging quantizes anew: by half of a step, of which the largest number of a row is 127, or 7.
         step = {None: 2.0**-20, "int8": 1 / 127, "int4": 1 / 7}[mode] * np.abs(own).max()
         assert np.abs(merged - own).max() <= step
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["", "lora"])
+def test_tangents_reach_the_output(ours, with_lora):
+    """Forward-mode gradients, which torch drops without a word where an operator of ours meets them."""
+    layer = lora(ours, 7, 4) if with_lora else ours(7, 4)
+    layer.build()
+    variables = [variable.value.detach() for variable in layer.variables]
+    with forward_ad.dual_level():
+        variables[0] = forward_ad.make_dual(variables[0], torch.arange(28.0).view(7, 4))
+        trainable, rest = (variables[1:], variables[:1]) if with_lora else (variables, [])
+        output, _ = layer.stateless_call(trainable, rest, torch.tensor(IDS))
+        tangent = forward_ad.unpack_dual(output).tangent
+    assert tangent.tolist() == np.arange(28.0).reshape(7, 4)[ROWS].tolist()
 
 
 def test_clone_stateless_call_and_symbolic_shapes(keras, ours, model):
