@@ -116,14 +116,14 @@ def synthetic(num_users: int, num_items: int, clicks: int, seed: int) -> Clicks:
     return split("a synthetic click log", events, 1 + kinds[:, :1], item_kinds)
 
 
-def read_clicks(data: str | None, short: bool, seed: int) -> Clicks:
+def read_clicks(data: str | None, quick: bool, seed: int) -> Clicks:
     """Of the folder `data`; if None, of RecBole's copy of MovieLens-100k; else synthetic."""
     # Found and not imported: what RecBole itself needs is not installed.
     recbole = importlib.util.find_spec("recbole")
     if data is None and recbole is not None and recbole.submodule_search_locations:
         return movielens(Path(recbole.submodule_search_locations[0], "dataset_example", "ml-100k"))
     if data in (None, "synthetic"):
-        return synthetic(*((500, 1_000, 40) if short else (2_000, 6_000, 60)), seed)
+        return synthetic(*((500, 1_000, 40) if quick else (2_000, 6_000, 60)), seed)
     return movielens(Path(data))
 
 
@@ -305,19 +305,19 @@ def draw(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, help="(default: 8; 5 with --short)")
+    parser.add_argument("--epochs", type=int, help="(default: 8; 5 with --quick)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument("--data", help="a folder with ml-100k.inter, .item, .user; or: synthetic")
     parser.add_argument("--out", type=Path, default=Path("recommender.png"), help="the picture")
-    parser.add_argument("--short", action="store_true", help="small and quick, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small and fast, to see that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
 
     # torch's Adagrad asks whoever gives it sparse gradients for a decision.
     torch.sparse.check_sparse_tensor_invariants.disable()
-    clicks = read_clicks(args.data, args.short, args.seed)
-    buckets, steps, epochs = (2**14, 3, 5) if args.short else (2**20, 20, 8)
+    clicks = read_clicks(args.data, args.quick, args.seed)
+    buckets, steps, epochs = (2**14, 3, 5) if args.quick else (2**20, 20, 8)
     epochs = args.epochs or epochs
     if args.data is None and clicks.name != "MovieLens-100k":
         console.print("recbole is not installed (pip install --no-deps recbole): no MovieLens-100k")

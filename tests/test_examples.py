@@ -48,7 +48,7 @@ def run_example(folder: Path, example: str, *options: str) -> str:
 
 def run_short(folder: Path, device: str) -> str:
     return run_example(
-        folder, RECOMMENDER.name, "--short", "--data", "synthetic", "--device", device
+        folder, RECOMMENDER.name, "--quick", "--data", "synthetic", "--device", device
     )
 
 
@@ -98,7 +98,7 @@ def test_recommender_without_recbole_says_so(recommender, tmp_path, monkeypatch,
     )
     monkeypatch.setattr(recommender, "step_ms", lambda trainer, steps, advance: 1.0)
     out = str(tmp_path / "a.png")
-    arguments = ["--short", "--epochs", "1", "--out", out, "--device", "cpu"]
+    arguments = ["--quick", "--epochs", "1", "--out", out, "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["recommender.py", *arguments])
     recommender.main()
     shown = capsys.readouterr().out
