@@ -120,12 +120,17 @@ def row_places(row_args, key, d):
     row_stride, col_stride = row_args[4]
     D: tl.constexpr = row_args[5]
     weight_place = weight_place + (key * row_stride)[:, None] + d * col_stride
-    if FORMULA == "rowwise_adagrad":
+    # Up to Triton 3.6 no function returns None, so the state that a formula lacks is said to lie with the weight.
+    if FORMULA == "sgd":
+        state_place = weight_place
+    elif FORMULA == "rowwise_adagrad":
         state_place = state_place + key
-    elif FORMULA != "sgd":
+    else:
         state_place = state_place + (key * D)[:, None] + d
     if FORMULA == "adam":
         second_state_place = second_state_place + (key * D)[:, None] + d
+    else:
+        second_state_place = weight_place
     return weight_place, state_place, second_state_place
 
 

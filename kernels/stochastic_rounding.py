@@ -12,7 +12,7 @@ def random_words(seed, step, row, d):
     block = none + (d // 4).to(tl.int32)
     low = none + (row & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     high = none + (row >> 32).to(tl.int32)
-    counter = none + tl.to_tensor(step).to(tl.int32)
+    counter = (none + step).to(tl.int32)
     w0, w1, w2, w3 = tl.philox(seed, block, low, high, counter)
     word = none + (d % 4).to(tl.int32)
     return tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))

@@ -25,12 +25,17 @@ def row_places(row_args, key, begin, d):
     weight_place, state_place, second_state_place = row_args[0]
     FORMULA: tl.constexpr = row_args[2]
     weight_place = weight_place + begin[:, None] + d
-    if FORMULA == "rowwise_adagrad":
+    # As in row_update's: no None is returned.
+    if FORMULA == "sgd":
+        state_place = weight_place
+    elif FORMULA == "rowwise_adagrad":
         state_place = state_place + key
-    elif FORMULA != "sgd":
+    else:
         state_place = state_place + begin[:, None] + d
     if FORMULA == "adam":
         second_state_place = second_state_place + begin[:, None] + d
+    else:
+        second_state_place = weight_place
     return weight_place, state_place, second_state_place
 
 
