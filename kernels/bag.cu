@@ -79,7 +79,7 @@ __global__ void bag_sum_kernel(
     Weight* __restrict__ output_ptr,        // [num_bags, D]
     typename Accumulator<Weight>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D]; null: no bag is cut
     int64* __restrict__ sizes_ptr,          // [2 * num_chunks]: MEAN: the parts' ids that count
-    int64* record_ptr,                      // [6], or null: do not record
+    int64* record_ptr,                      // [7], or null: do not record
     int32* flag_ptr,                        // [1], pinned host memory, or null
     int64 num_indices,
     int64 num_bags,
@@ -244,7 +244,7 @@ __global__ void bag_max_kernel(
     const void* __restrict__ offsets_ptr,   // any integer dtype, [num_offsets]; null: equal lengths
     Weight* __restrict__ output_ptr,        // [num_bags, D]
     int64* __restrict__ winner_ptr,  // [num_bags, D]: id * D + column of the largest, -1: none; null: not wanted
-    int64* record_ptr,               // [6], or null: do not record
+    int64* record_ptr,               // [7], or null: do not record
     int32* flag_ptr,                 // [1], pinned host memory, or null
     int64 num_indices,
     int64 num_bags,

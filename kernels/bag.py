@@ -188,7 +188,7 @@ def bag_sum_kernel(
     output_ptr,  # [num_bags, D]
     partial_ptr,  # accumulation dtype, [2 * num_chunks, D]: the parts' sums; None: no bag is cut
     sizes_ptr,  # int64 [2 * num_chunks]: MEAN: the parts' ids that count; else None
-    record_ptr,  # int64 [6], or None: do not record
+    record_ptr,  # int64 [7], or None: do not record
     flag_ptr,  # int32 [1], pinned host memory, or None
     num_indices,
     num_bags,
@@ -421,7 +421,7 @@ def bag_max_kernel(
     offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
     output_ptr,  # [num_bags, D]
     winner_ptr,  # int64 [num_bags, D]: id * D + column of the largest, -1: none; None: not wanted
-    record_ptr,  # int64 [6], or None: do not record
+    record_ptr,  # int64 [7], or None: do not record
     flag_ptr,  # int32 [1], pinned host memory, or None
     num_indices,
     num_bags,

@@ -248,7 +248,7 @@ class TorchBackend:
     def take_rows(
         self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None
     ) -> Tensor:
-        if not weight.is_cuda and indices.dtype in (torch.int64, torch.int32):
+        if not weight.is_cuda and indices.dtype in TORCH_INDEX_DTYPES:
             # Negative ids are rare, and torch's CPU kernel finds them.
             try:
                 return torch.embedding(weight, indices).to(dtype)
