@@ -2,10 +2,10 @@
 
 A lookup of a few ids takes the GPU less time than its arguments take Python to check. So the second call with
 a Parameter finds the checks, the backend and the launch settings of the first one in `known_tables`, as long
-as nothing that they depend on has changed.
+as nothing that they depend on has changed. That is the table's address and form, and not which object holds it:
+what is kept of a table that is gone, or whose Parameter has other content (`torch.utils.swap_tensors`, which
+refuses a Parameter that a weak reference points to), serves no table but one just like it.
 """
-
-import weakref
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def look_up(weight: Tensor, indices: Tensor) -> Tensor:
 
 
 class KnownTable:
-    """A Parameter that was looked up before, and the arguments of that lookup.
+    """A Parameter that was looked up before, and the arguments of that lookup; holds no tensor.
 
     Args:
         weight: the table, [V, D], not empty.
@@ -46,6 +46,7 @@ class KnownTable:
         "_device_index",
         "_dtype",
         "_generation",
+        "_may_be_lazy",
         "_padding_idx",
         "_prepared",
         "_record",
@@ -53,7 +54,6 @@ class KnownTable:
         "_shape",
         "_sparse",
         "_stride",
-        "_table",
         "arguments",
         "num_embeddings",
     )
@@ -66,14 +66,14 @@ class KnownTable:
         sparse: bool,
         arguments: tuple[int, bool, bool],
     ) -> None:
-        key = id(weight)
         # First: a setting that changes from here on makes the rest out of date.
         self._generation = settings.generation
-        self._table = weakref.ref(weight, lambda _: known_tables.pop(key, None))
         self._address = weight.data_ptr()
         self._shape = weight.shape
         self._stride = weight.stride()
         self._dtype = weight.dtype
+        # A conjugate, or the imaginary part of one, is the same memory read another way.
+        self._may_be_lazy = weight.is_complex() or weight.stride(1) != 1
         self.num_embeddings = weight.shape[0]
         self._record = bounds.record_source(weight.device)
         self._device_index = weight.get_device()
@@ -84,15 +84,21 @@ class KnownTable:
         self.arguments = arguments
 
     def describes(self, weight: Tensor) -> bool:
-        """Whether this is the table, and all that the prepared lookup depends on is as it was."""
-        return (
-            self._table() is weight
-            and weight.data_ptr() == self._address
-            and weight.shape == self._shape
-            and weight.stride() == self._stride
-            and weight.dtype is self._dtype
-            and self._generation == settings.generation
-        )
+        """Whether all that the prepared lookup depends on is as it was."""
+        try:
+            return (
+                type(weight) is Parameter
+                and weight.data_ptr() == self._address
+                and weight.shape == self._shape
+                and weight.stride() == self._stride
+                and weight.dtype is self._dtype
+                and weight.get_device() == self._device_index
+                and not (self._may_be_lazy and (weight.is_neg() or weight.is_conj()))
+                and self._generation == settings.generation
+            )
+        except RuntimeError:
+            # Sparse tensors have no address, nested ones no shape.
+            return False
 
     def serves(
         self,
@@ -103,23 +109,27 @@ class KnownTable:
         sparse: bool,
     ) -> bool:
         """Whether a call means this table with the same arguments, and ids that it can take."""
-        return (
-            # `is` alone tells True from 1, which torch refuses.
-            padding_idx is self._padding_idx
-            and scale_grad_by_freq is self._scale_grad_by_freq
-            and sparse is self._sparse
-            and type(input) is Tensor
-            and input.dtype in INDEX_DTYPES
-            and input.get_device() == self._device_index
-            and not input.is_neg()
-            # `describes`, without the call.
-            and self._table() is weight
-            and weight.data_ptr() == self._address
-            and weight.shape == self._shape
-            and weight.stride() == self._stride
-            and weight.dtype is self._dtype
-            and self._generation == settings.generation
-        )
+        try:
+            return (
+                # `is` alone tells True from 1, which torch refuses.
+                padding_idx is self._padding_idx
+                and scale_grad_by_freq is self._scale_grad_by_freq
+                and sparse is self._sparse
+                and type(input) is Tensor
+                and input.dtype in INDEX_DTYPES
+                and input.get_device() == self._device_index
+                and not input.is_neg()
+                # `describes`, without the call; an address in use is on one device.
+                and type(weight) is Parameter
+                and weight.data_ptr() == self._address
+                and weight.shape == self._shape
+                and weight.stride() == self._stride
+                and weight.dtype is self._dtype
+                and not (self._may_be_lazy and (weight.is_neg() or weight.is_conj()))
+                and self._generation == settings.generation
+            )
+        except RuntimeError:
+            return False
 
     def embedding(self, weight: Tensor, indices: Tensor) -> Tensor:
         """`look_up` in this table."""
@@ -130,5 +140,15 @@ class KnownTable:
         return output
 
 
-# By id(weight); an entry goes when its Parameter does.
-known_tables: dict[int, KnownTable] = {}
+class KnownTables(dict[int, KnownTable]):
+    """By id(weight). Entries stay when their table goes, so all of them go where there are MAX_TABLES."""
+
+    MAX_TABLES = 4096
+
+    def __setitem__(self, key: int, table: KnownTable) -> None:
+        if len(self) >= self.MAX_TABLES:
+            self.clear()
+        super().__setitem__(key, table)
+
+
+known_tables = KnownTables()

@@ -213,7 +213,9 @@ def sparse_gradient(
     else:
         ids, values = _zeroed(ids, values, kept)
     size = (num_embeddings, grad_output.shape[-1])
-    return torch.sparse_coo_tensor(ids[None], values, size, check_invariants=False)
+    return torch.sparse_coo_tensor(
+        ids[None], values, size, device=values.device, check_invariants=False
+    )
 
 
 def _zeroed(ids: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,7 +385,12 @@ _apply_known = KnownEmbedding.apply  # type: ignore[attr-defined]
 
 def call_known_embedding(table: KnownTable, weight: Tensor, indices: Tensor) -> Tensor:
     """`call_embedding` for a table and ids that it serves."""
-    if not is_plain_mode():
+    # `is_plain_mode`, without the call.
+    if (
+        _included_keys().raw_repr() not in PLAIN_MODES
+        or forward_ad._current_level >= 0
+        or _profiler_enabled()
+    ):
         return embedding(weight, indices, *table.arguments)
     if weight.requires_grad and torch.is_grad_enabled():
         output: Tensor = _apply_known(weight, indices, table)

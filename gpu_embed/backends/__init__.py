@@ -51,7 +51,7 @@ class Backend(Protocol):
     def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
         """`embedding` for this table alone, with all that does not depend on the ids decided once.
 
-        Good while the table keeps its address, shape, strides and dtype. Does not keep the Parameter alive.
+        Good while the table keeps its address, shape, strides and dtype. Holds no tensor, and none's memory.
         """
 
     def embedding_dense_backward(

@@ -90,7 +90,7 @@ class TritonDevice(TableKernels):
         if not self._interpreted:
             return WordsOf
         # The interpreter reads more of a tensor than its address.
-        return lambda tensor, dtype: self._triton.reinterpret(tensor.detach(), dtype)
+        return lambda tensor, dtype: self._triton.reinterpret(_not_kept(tensor), dtype)
 
     @cached_property
     def _tensor_descriptor(self) -> Any:
@@ -162,6 +162,18 @@ class TritonDevice(TableKernels):
             table_row_update=table_row_update.table_row_update_kernel,
             table_rowwise_adagrad=table_row_update.table_rowwise_adagrad_kernel,
         )
+
+
+def _not_kept(tensor: Tensor) -> Tensor:
+    """The same memory, as a tensor that does not keep it."""
+    if tensor.is_meta:
+        return tensor.detach()
+    kept = tensor.untyped_storage()
+    storage = torch._C._construct_storage_from_data_pointer(
+        kept.data_ptr(), tensor.device, kept.nbytes()
+    )
+    view = tensor.new_empty(0)
+    return view.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 class WordsOf:
