@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, opacus_rules
 
 
 class Embedding(torch.nn.Embedding):
@@ -67,3 +67,6 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
             self.include_last_offset,
             self.padding_idx,
         )
+
+
+opacus_rules.register_once_imported(Embedding, EmbeddingBag)
