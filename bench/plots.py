@@ -19,6 +19,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from gpu_embed.plot import PLAIN_TEXT, draw_legend
+
 from .compare import by_cell, geometric_mean, is_ours, our_row, ratio_of, time_of
 from .results import Key, ResultsError, Row, read_header, read_rows
 from .shapes import STEPS
@@ -666,16 +668,20 @@ def _finish(
 ) -> Picture:
     """Title above, providers at the right, the machine beneath."""
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
-    handles = [drawn[provider] for provider in styles if provider in drawn]
+    entries = [(drawn[provider], provider) for provider in styles if provider in drawn]
     width = figure.get_figwidth()
     # An inch holds about 10 bold letters of the title, and 15 of 8 points; the legend takes 2.5 inches.
-    room = int(10 * (width - 2.5 if handles else width))
-    figure.suptitle(_wrapped(title, room, ", "), x=0.01, ha="left", fontweight="bold")
+    room = int(10 * (width - 2.5 if entries else width))
+    at_the_left: dict[str, Any] = {"x": 0.01, "ha": "left", **PLAIN_TEXT}
+    figure.suptitle(_wrapped(title, room, ", "), fontweight="bold", **at_the_left)
     figure.supxlabel(
-        _wrapped(caption, int(15 * width), " · "), x=0.01, ha="left", fontsize=8, color=GREY
+        _wrapped(caption, int(15 * width), " · "), fontsize=8, color=GREY, **at_the_left
     )
-    if handles:
-        figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    for axes in figure.axes:
+        for text in (axes.title, *axes.texts):
+            text.set(**PLAIN_TEXT)
+    if entries:
+        draw_legend(figure, entries, loc="outside right upper", frameon=False)
     *parts, page, pages = name if isinstance(name[-1], int) else (*name, 1, 1)
     if pages != 1:
         parts.append(page)

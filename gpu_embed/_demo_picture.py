@@ -9,10 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from . import plot
-from .plot import GREY
+from .plot import GREY, draw_legend
 
 TORCH_COLOUR = "#f4a582"
 OUR_COLOUR = "#0b3c6f"
@@ -47,16 +48,16 @@ def draw(
 def draw_losses(axes: Axes, losses: Mapping[str, Sequence[float]], guessing: float) -> None:
     """Draw both curves, the second thin on top of the first, and what guessing would give."""
     styles = ((TORCH_COLOUR, 4.0), (OUR_COLOUR, 0.9))
+    entries = []
     for (name, values), (colour, width) in zip(losses.items(), styles, strict=True):
-        draw_steps(axes, values, color=colour, linewidth=width, label=name)
-    axes.axhline(
-        guessing, color=GREY, linestyle="--", linewidth=1, label="guessing by word frequency"
-    )
+        entries.append((draw_steps(axes, values, color=colour, linewidth=width), name))
+    level = axes.axhline(guessing, color=GREY, linestyle="--", linewidth=1)
+    entries.append((level, "guessing by word frequency"))
     axes.set_title("Guessing the next word of Python's documentation")
     axes.set_ylabel("loss (nats per word)")
     axes.tick_params(labelbottom=False)
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
+    draw_legend(axes, entries, loc="upper right")
 
 
 def draw_difference(axes: Axes, theirs: Sequence[float], ours: Sequence[float]) -> None:
@@ -75,7 +76,9 @@ def draw_difference(axes: Axes, theirs: Sequence[float], ours: Sequence[float]) 
     axes.grid(alpha=0.3)
 
 
-def draw_steps(axes: Axes, values: Sequence[float] | np.ndarray, **style: Any) -> None:
+def draw_steps(axes: Axes, values: Sequence[float] | np.ndarray, **style: Any) -> Line2D:
     """Draw one value per training step."""
     # A line through one point is invisible.
-    axes.plot(range(1, len(values) + 1), values, marker="o" if len(values) == 1 else None, **style)
+    marker = "o" if len(values) == 1 else None
+    (line,) = axes.plot(range(1, len(values) + 1), values, marker=marker, **style)
+    return line

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 try:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -20,6 +21,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 GREY = "#777777"
+# Words are no formulas, though they may hold dollar signs.
+PLAIN_TEXT: dict[str, Any] = {"parse_math": False, "usetex": False}
 
 
 class Projection(NamedTuple):
@@ -76,7 +79,7 @@ def table(
             f"plot.table: expected before of the table's shape {tuple(weight.shape)}, "
             f"got {tuple(before.shape)}"
         )
-    rows = torch.arange(len(weight)) if ids is None else _integers(ids)
+    rows = torch.arange(len(weight), device="cpu") if ids is None else _integers(ids)
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(weight):
         raise ValueError(
             f"plot.table: ids go from {int(rows.min())} to {int(rows.max())}, "
@@ -88,7 +91,8 @@ def table(
     if groups is not None:
         groups = list(map(str, groups))
     if labels is None:
-        labels = [str(int(row)) for row in rows] if len(rows) <= 100 else [""] * len(rows)
+        labels = rows.tolist() if len(rows) <= 100 else [""] * len(rows)
+    labels = list(map(str, labels))
 
     states = [weight] if before is None else [weight, before]
     values = torch.cat([_rows(state, rows) for state in states])
@@ -104,24 +108,28 @@ def table(
         axes = figure.subplots()
     found = axes.get_figure(root=True)
     assert found is not None
+    # The caller's own lines have their place in the legend too.
+    entries = list(zip(*axes.get_legend_handles_labels(), strict=True))
     if before is None:
         colours = group_colours(groups) if groups else ["C0"] * len(points)
         drawn = points
     else:
         colours = group_colours(groups or labels)
-        drawn = draw_moves(axes, starts, points, colours)
-    draw_points(axes, points, colours, groups)
+        drawn, moves = draw_moves(axes, starts, points, colours)
+        entries += moves
+    points_of_groups = draw_points(axes, points, colours, groups)
+    if groups is not None:
+        entries += points_of_groups
     axes.set_xlabel(projection.axes[0])
     axes.set_ylabel(projection.axes[1])
     axes.set_aspect("equal", adjustable="datalim")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[1]:
-        legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
-        for name_of_group in legend.get_texts():
-            name_of_group.set_parse_math(False)
+    if entries:
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 4}
+        draw_legend(axes, entries, **below, frameon=False)
     if title is not None:
-        axes.set_title(title)
+        axes.set_title(title, **PLAIN_TEXT)
     # Only once all else is drawn are all places final, in pixels.
     found.draw_without_rendering()
     place_labels(axes, labels, points, axes.transData.transform(drawn), colours)
@@ -130,7 +138,7 @@ def table(
 
 def _integers(ids: Sequence[int] | Tensor) -> Tensor:
     """The ids, [N], int64, on the CPU."""
-    rows = torch.as_tensor(ids).reshape(-1).cpu()
+    rows = torch.as_tensor(ids, device="cpu").reshape(-1)
     if rows.numel() and (rows.is_floating_point() or rows.dtype == torch.bool):
         raise TypeError(f"plot.table: expected ids to be integers, got {rows.dtype}")
     return rows.long()
@@ -173,8 +181,8 @@ def group_colours(groups: Sequence[str]) -> list[str]:
 
 def draw_moves(
     axes: Axes, starts: np.ndarray, ends: np.ndarray, colours: Sequence[str]
-) -> np.ndarray:
-    """Draw an arrow a row; returns points along all of them, [*, 2]."""
+) -> tuple[np.ndarray, list[tuple[Artist, str]]]:
+    """Draw an arrow a row; returns points along all of them, [*, 2], and entries of a legend."""
     for start, end, colour in zip(starts, ends, colours, strict=True):
         axes.plot(*start, "o", color=colour, markerfacecolor="white", markersize=7)
         axes.annotate(
@@ -183,21 +191,39 @@ def draw_moves(
             xytext=(start[0], start[1]),
             arrowprops={"arrowstyle": "->", "color": colour, "shrinkA": 4, "shrinkB": 5},
         )
-    axes.plot([], [], "o", color=GREY, markerfacecolor="white", markersize=7, label="before")
-    axes.plot([], [], "o", color=GREY, markersize=7, label="after")
+    entries: list[tuple[Artist, str]] = []
+    for name, fill in (("before", "white"), ("after", GREY)):
+        (circle,) = axes.plot([], [], "o", color=GREY, markerfacecolor=fill, markersize=7)
+        circle.set_label(name)
+        entries.append((circle, name))
     along = np.linspace(0, 1, 40)[:, None, None]
-    return (starts + along * (ends - starts)).reshape(-1, 2)
+    return (starts + along * (ends - starts)).reshape(-1, 2), entries
 
 
 def draw_points(
     axes: Axes, points: np.ndarray, colours: Sequence[str], groups: Sequence[str] | None
-) -> None:
-    """Draw a point a row, those of a colour and a group together."""
+) -> list[tuple[Artist, str]]:
+    """Draw a point a row, those of a colour and a group together; returns entries of a legend."""
     members: dict[tuple[str, str], list[int]] = {}
     for i, colour in enumerate(colours):
         members.setdefault((groups[i] if groups else "", colour), []).append(i)
+    entries: list[tuple[Artist, str]] = []
     for (name, colour), own in members.items():
-        axes.plot(points[own, 0], points[own, 1], "o", label=name, markersize=7, color=colour)
+        (circles,) = axes.plot(points[own, 0], points[own, 1], "o", markersize=7, color=colour)
+        circles.set_label(name)
+        entries.append((circles, name))
+    return entries
+
+
+def draw_legend(
+    place: Axes | Figure, entries: Sequence[tuple[Artist, str]], **arguments: Any
+) -> None:
+    """Draw a legend of these artists, with their names as they are; the arguments are `legend`'s own."""
+    # matplotlib leaves out who has no name, or one that begins with "_": the names are set afterwards.
+    stand_ins = ["name"] * len(entries)
+    legend = place.legend([artist for artist, _ in entries], stand_ins, **arguments)
+    for text, (_, name) in zip(legend.get_texts(), entries, strict=True):
+        text.set(text=name, **PLAIN_TEXT)
 
 
 def place_labels(
@@ -228,8 +254,7 @@ def place_labels(
             color=colour,
             fontsize=fontsize,
             fontweight="bold",
-            # A word may hold dollar signs.
-            parse_math=False,
+            **PLAIN_TEXT,
         )
         box = label.get_window_extent()
         shift = free_shift(box, drawn, boxes, axes.bbox)

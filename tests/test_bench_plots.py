@@ -450,6 +450,32 @@ def test_plain_numbers(value, text):
     assert plots.short_number(value) == text
 
 
+@pytest.mark.parametrize("odd", ["$a$", "$\\frac$", "a$b$"])
+@pytest.mark.parametrize("before", ["", "_"])
+def test_odd_names_are_written_as_they_are(odd, before):
+    """A set, a file of ids, a provider and a card may be called anything."""
+    name = before + odd
+    rows = [
+        replace(row, set=name, provider=name if row.provider == "torch" else row.provider)
+        for row in rows_of(vocab=GROWING, distribution=[f"{odd}.npy"], device=[odd])
+    ]
+    steps = [replace(row, mode="step") for row in rows]
+    pictures, _ = drawn([*rows, *steps], header={})
+    kinds = [picture.name.split("-")[0] for picture in pictures]
+    assert sorted(kinds) == ["growth", *["ratio"] * 4, "step", "vocabulary"]
+    for picture in pictures:
+        figure = picture.figure
+        assert plots.png(figure).startswith(b"\x89PNG")
+        for text in figure.findobj(Text):
+            assert odd not in text.get_text() or not text.get_parse_math(), text
+        assert odd in figure.get_supxlabel()
+        # A heat map's title names one rival, and not the set.
+        assert odd in figure.get_suptitle() or not figure.legends
+        for legend in figure.legends:
+            assert {text.get_text() for text in legend.get_texts()} == {*SPEED, name} - {"torch"}
+    assert sum(len(picture.figure.legends) for picture in pictures) == 3
+
+
 def test_file_names_are_safe():
     rows = rows_of(set=["../odd set"], vocab=VOCABS)
     (picture,), _ = drawn(rows, plots.vocabulary_pictures)

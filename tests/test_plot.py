@@ -1,6 +1,7 @@
 """Pictures of tables: the right points, readable labels, and errors that say what to do."""
 
 import importlib
+import io
 import sys
 
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 import torch
 
 plot = pytest.importorskip("gpu_embed.plot", exc_type=ImportError)
+
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 
 WORDS = ["hope", "to", "see", "you", "soon", "nice", "again"]
 
@@ -64,11 +68,62 @@ def test_labels_stand_apart():
     assert overlapping == 0
 
 
-def test_dollar_signs_are_no_formula(tmp_path):
-    words = ["$", "a$b$", "$x_$"]
-    figure = plot.table(torch.randn(3, 2), words, groups=["$\\frac$", "$a$", "$"])
-    figure.savefig(tmp_path / "table.png")
-    assert [text.get_text() for text in figure.axes[0].texts] == words
+# What matplotlib sets as a formula, refuses as one, or leaves out of a legend.
+ODD_NAMES = ["$a$", "$\\frac$", "a$b$c_", "$", "_hidden", "_", "", " ", "_nolegend_", "$a$ "]
+
+
+def texts_as_drawn(figure):
+    """Every text of a figure that was drawn, and whether it may be a formula."""
+    figure.savefig(io.BytesIO(), format="png")
+    return {text.get_text(): text.get_parse_math() for text in figure.findobj(Text)}
+
+
+def legend_of(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("before", [None, torch.zeros(len(ODD_NAMES), 2)], ids=["now", "moves"])
+@pytest.mark.parametrize("odd", ODD_NAMES, ids=repr)
+def test_odd_names_are_written_as_they_are(odd, before):
+    weight = torch.arange(2.0 * len(ODD_NAMES)).view(-1, 2)
+    figure = plot.table(weight, ODD_NAMES, groups=ODD_NAMES, title=odd, before=before)
+    (axes,) = figure.axes
+    assert axes.get_title() == odd
+    assert [t.get_text() for t in axes.texts if t.get_text()] == list(filter(None, ODD_NAMES))
+    assert legend_of(axes) == ["before", "after"][: 0 if before is None else 2] + ODD_NAMES
+    drawn = texts_as_drawn(figure)
+    assert not any(drawn[name] for name in ODD_NAMES if name)
+
+
+def test_the_legend_of_a_callers_axes_keeps_its_lines():
+    figure = Figure()
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], label="diagonal")
+    plot.table(torch.randn(2, 2), groups=["_a", "b"], axes=axes)
+    assert legend_of(axes) == ["diagonal", "_a", "b"]
+
+
+def test_without_groups_there_is_no_legend():
+    assert plot.table(torch.randn(3, 2)).axes[0].get_legend() is None
+    assert plot.table(torch.randn(0, 2), groups=[]).axes[0].get_legend() is None
+
+
+def test_labels_that_are_numbers():
+    figure = plot.table(torch.randn(3, 2), [0, 1, 2])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("odd", ["$\\frac$", "_ours", "$a$"])
+def test_odd_names_in_the_picture_of_the_demo(odd):
+    from gpu_embed import _demo_picture
+
+    before, after = torch.randn(2, 2, 2)
+    losses = {"torch": [2.0, 1.0], odd: [2.0, 1.5]}
+    figure = _demo_picture.draw([odd, "to"], before, after, losses, guessing=3.0)
+    legends = [axes.get_legend() for axes in figure.axes]
+    names = [[text.get_text() for text in legend.get_texts()] for legend in legends if legend]
+    assert ["torch", odd, "guessing by word frequency"] in names
+    assert texts_as_drawn(figure)[odd] is False
 
 
 def test_groups_and_ids_as_arrays():
@@ -152,8 +207,6 @@ def test_both_states_are_projected_alike():
 
 
 def test_drawn_into_a_figure_of_the_callers():
-    from matplotlib.figure import Figure
-
     figure = Figure()
     axes = figure.subplots(1, 2)
     assert plot.table(torch.randn(3, 2), axes=axes[1]) is figure
