@@ -1,12 +1,13 @@
 """replace_embeddings, its report and proof, and restore_embeddings, on models made of torch alone."""
 
+import contextlib
 import copy
 import io
 import itertools
 import re
 import subprocess
 import sys
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -505,6 +506,140 @@ def test_verify_sees_a_wrong_lookup(mode, monkeypatch):
         verification = report.verify(IDS)
         assert not verification
         assert str(verification).endswith("; 1 DIFFER from torch's lookup")
+
+
+# Calls of bags of a table of nine rows; the last bag of each is made wrong.
+BAG_CALLS = {
+    "rows": ([[5, 1, 0], [6, 3, 2]], None),
+    "offsets": ([5, 1, 0, 6, 3, 2, 3], [0, 0, 4, 4]),
+    "an id a bag": ([5, 1, 3], [0, 1, 2]),
+    "last offset": ([5, 1, 0, 6, 3, 2, 8], [0, 2, 2, 5]),
+}
+
+
+def bag_call(layout, mode, weighted, padding_idx, dtype, id_dtype, device):
+    """A replaced layer's report, and what to call it with."""
+    ids, offsets = BAG_CALLS[layout]
+    ids = torch.tensor(ids, dtype=id_dtype, device=device)
+    bags = nn.EmbeddingBag.from_pretrained(
+        table(9, 4, dtype, device),
+        mode=mode,
+        padding_idx=padding_idx,
+        include_last_offset=layout == "last offset",
+    )
+    arguments = {"input": ids}
+    if offsets is not None:
+        arguments["offsets"] = torch.tensor(offsets, dtype=id_dtype, device=device)
+    if weighted:
+        weights = table(ids.numel(), 1, dtype, device)
+        arguments["per_sample_weights"] = weights.view(ids.shape)
+    return replace_embeddings(bags), arguments
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize(
+    ("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False), ("max", False)]
+)
+@pytest.mark.parametrize("layout", BAG_CALLS)
+def test_verify_compares_bags_with_torchs_own(
+    layout, mode, weighted, padding_idx, dtype, id_dtype, monkeypatch
+):
+    """Also where it is the torch backend that is wrong, which is no measure for itself."""
+    report, arguments = bag_call(layout, mode, weighted, padding_idx, dtype, id_dtype, "cpu")
+    right = report.verify(**arguments)
+    assert right
+    assert right.modules[0].lookups == 1
+
+    def wrong(backend, *rest, right=TorchBackend.embedding_bag):
+        output = right(backend, *rest)
+        output[-1, 1] += 0.25
+        return output
+
+    def wrong_max(backend, *rest, right=TorchBackend.embedding_bag_max):
+        output, winner = right(backend, *rest)
+        output[-1, 1] += 0.25
+        return output, winner
+
+    monkeypatch.setattr(TorchBackend, "embedding_bag", wrong)
+    monkeypatch.setattr(TorchBackend, "embedding_bag_max", wrong_max)
+    verification = report.verify(**arguments)
+    assert not verification
+    assert str(verification).endswith("; 1 DIFFER from torch's lookup")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_verify_of_bags_without_ids(target, mode, monkeypatch):
+    """They are made without a backend, and compared too."""
+    bags = nn.EmbeddingBag(7, 4, mode=mode, device=target.device)
+    report = replace_embeddings(bags)
+    none = torch.zeros(0, dtype=torch.int64, device=target.device)
+    arguments = (none, none.new_zeros(2))
+    assert report.verify(*arguments)
+    monkeypatch.setattr(torch.Tensor, "zero_", lambda empty: empty.fill_(1))
+    assert not report.verify(*arguments)
+
+
+@pytest.mark.parametrize("within", [contextlib.nullcontext, gpu_embed.override_aten])
+@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+def test_verify_compares_lookups_with_torchs_own(target, id_dtype, within, monkeypatch):
+    """Also where the torch backend is as wrong, and where ours stands in torch's place."""
+    model = nn.Embedding.from_pretrained(table(7, 4, torch.float32, target.device))
+    report = replace_embeddings(model)
+    ids = IDS.to(target.device, id_dtype)
+    with within():
+        assert report.verify(ids)
+        for name in {"torch", target.backend}:
+            backend = gpu_embed.backends.load(name)
+
+            def wrong(*arguments, right=backend.embedding):
+                output = right(*arguments)
+                output.view(torch.int32)[1, 2, 3] ^= 1
+                return output
+
+            monkeypatch.setattr(backend, "embedding", wrong)
+        verification = report.verify(ids)
+    assert str(verification).endswith("; 1 DIFFER from torch's lookup")
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_verify_leaves_out_what_torch_has_no_answer_to(target, mode, monkeypatch):
+    """Ids out of range, where nobody checks them: the other bags are compared."""
+    weight = table(7, 4, torch.float32, target.device)
+    bags = nn.EmbeddingBag.from_pretrained(weight, mode=mode)
+    rows = nn.Embedding.from_pretrained(weight)
+    reports = [replace_embeddings(bags), replace_embeddings(rows)]
+    ids = torch.tensor([[5, 7, 0], [6, 3, 2], [-1, 1, 1]], device=target.device)
+    with gpu_embed.set_bounds_check("off"):
+        assert all(report.verify(ids) for report in reports)
+
+        def wrong(right, weight, *arguments):
+            changed = weight.clone()
+            changed[6] += 9
+            return right(changed, *arguments)
+
+        backend = gpu_embed.backends.load(target.backend)
+        for name in ("embedding", "embedding_bag", "embedding_bag_max"):
+            monkeypatch.setattr(backend, name, partial(wrong, getattr(backend, name)))
+        assert not any(report.verify(ids) for report in reports)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_verify_compares_what_is_not_finite(mode, value, monkeypatch):
+    bags = nn.EmbeddingBag(7, 4, mode=mode)
+    bags.weight.data[:, 1] = value
+    report = replace_embeddings(bags)
+    assert report.verify(IDS)
+
+    def finite(*arguments, right):
+        return torch.utils._pytree.tree_map(torch.nan_to_num, right(*arguments))
+
+    for name in ("embedding_bag", "embedding_bag_max"):
+        right = getattr(TorchBackend, name)
+        monkeypatch.setattr(TorchBackend, name, partialmethod(finite, right=right))
+    assert not report.verify(IDS)
 
 
 def test_verify_lets_sums_be_rounded_otherwise(monkeypatch):
