@@ -22,6 +22,11 @@ from torch import Tensor
 from .bags import Bags
 from .settings import BOUNDS_CHECK, Restore
 
+# What stands for the bag in a record of something else than an id.
+OFFSET = -1  # of a lookup, by the kernels
+BATCH_OFFSET = -2
+BATCH_LENGTH = -3
+
 
 class BagIndexError(IndexError, RuntimeError):
     """An id of a bag is out of range: IndexError as in every lookup, RuntimeError as torch's embedding_bag has it."""
@@ -33,8 +38,8 @@ class BoundsRecord:
     Attributes:
         words: int64 [7] on the device: claimed (0 or 1), flat position, id, rows of the table (negated where ids also
             count from the end); of an id in a bag, the bag's number from 1 on (0: no bag) and its first position; of
-            an id of one of several tables, the table's `table_name_id`. A bag of -1 stands for a wrong offset: its
-            place, itself, and the number of ids are in the three words before.
+            an id of one of several tables, the table's `table_name_id`. A bag below 0 stands for a wrong offset or
+            length (see OFFSET): its place, itself, and the largest that it may be are in the three words before.
         flag: int32 [1] in host memory (pinned for CUDA): 1 once `words` is claimed.
     """
 
@@ -89,6 +94,24 @@ class BoundsRecord:
         self.words.copy_(torch.where(out_of_range.any() & (self.words[0] == 0), found, self.words))
         self.flag.copy_(self.words[:1], non_blocking=True)
 
+    def write_numbers(
+        self, kind: int, names: list[int], given: Tensor, within: Tensor, limits: Tensor
+    ) -> None:
+        """Record the first offset or length that had to be changed.
+
+        Args:
+            kind: BATCH_OFFSET or BATCH_LENGTH.
+            names: the `table_name_id` of each feature.
+            given, within: int64 [F, *]: each feature's numbers as they came, and as they are used.
+            limits: int64 [F, *]: the largest that each may be.
+        """
+        feature = [torch.full_like(row, row.numel() * f) for f, row in enumerate(given)]
+        name = [torch.full_like(row, one) for one, row in zip(names, given, strict=True)]
+        words = (limits, torch.full_like(given, kind), torch.stack(feature), torch.stack(name))
+        self.write_places(
+            given.flatten(), (given != within).flatten(), torch.stack(words).flatten(1)
+        )
+
     def finish_lookup(self, indices: Tensor) -> None:
         """Report a lookup's own ids before it returns: always on the CPU, in mode "sync" on CUDA."""
         if self._on_cuda:
@@ -123,10 +146,14 @@ class BoundsRecord:
             self._flag_view[0] = 0
             self.words.zero_()
             self._wait()
-        if bag < 0:
+        table = list(_table_ids)[name - 1] if name else None
+        if bag == OFFSET:
             raise offset_error(index, position, num_embeddings)
+        if bag == BATCH_OFFSET:
+            raise offset_error(index, position - begin, num_embeddings, table)
+        if bag == BATCH_LENGTH:
+            raise length_error(index, position - begin, num_embeddings, table)
         if bag:
-            table = list(_table_ids)[name - 1] if name else None
             raise bag_error(index, position, num_embeddings, bag - 1, position - begin, table)
         raise out_of_range_error(index, position, num_embeddings, shape)
 
@@ -160,9 +187,9 @@ def bag_error(
 
     Args:
         place: the id's place in the bag, from 0 on.
-        table: the name of the bag's table, where there are several.
+        table: what the bag's table or feature is called, where there are several.
     """
-    of_table = "" if table is None else f" of table {table!r}"
+    of_table = "" if table is None else f" of {table}"
     return BagIndexError(
         "embedding_bag: Expected idx >= 0 && idx < num_embeddings but found idx to be "
         f"{index}, at position {place} of bag {bag}{of_table} (flat position {position} of the input); "
@@ -170,11 +197,22 @@ def bag_error(
     )
 
 
-def offset_error(offset: int, place: int, num_indices: int) -> BagIndexError:
-    """The error for an offset that does not cut the ids into bags."""
+def offset_error(
+    offset: int, place: int, num_indices: int, table: str | None = None
+) -> BagIndexError:
+    """The error for an offset that does not cut the ids into bags; `table` as in `bag_error`."""
+    where = "embedding_bag" if table is None else f"batch_bags: {table}"
     return BagIndexError(
-        f"embedding_bag: offsets[{place}] is {offset}; offsets begin at 0, do not decrease, and do not "
+        f"{where}: offsets[{place}] is {offset}; offsets begin at 0, do not decrease, and do not "
         f"exceed the input's length {num_indices}. What is in no bag by them was left out."
+    )
+
+
+def length_error(length: int, place: int, row_length: int, table: str | None) -> BagIndexError:
+    """The error for a length that a row of padded ids does not have."""
+    return BagIndexError(
+        f"batch_padded: {table}: lengths[{place}] is {length}, but a row has {row_length} ids, so lengths go from 0 to "
+        f"{row_length}. It was read as the nearest of these."
     )
 
 
@@ -199,7 +237,7 @@ def _wrapped_rule(num_embeddings: int, index: int) -> str:
 
 
 def table_name_id(name: str) -> int:
-    """A number, the same for the life of the process, by which a kernel names a table; never 0."""
+    """A number, the same for the life of the process, by which a kernel names a table or feature; never 0."""
     with _creation_lock:
         return _table_ids.setdefault(name, len(_table_ids) + 1)
 

@@ -20,17 +20,20 @@ class RowParameter(torch.nn.Parameter):
         whole: the parameter.
         row_range: which of its rows these are.
         grad: their part of the whole's gradient; of a sparse one a `TableGradient`, which shares its memory.
-            Setting it to None does so to the whole's.
+            Setting it to None does so to the whole's. Dense zeros can be set, which are these rows' own gradient
+            then, while the whole's stays; other values raise ValueError.
     """
 
     whole: torch.nn.Parameter
     row_range: RowRange
+    zeros: Tensor | None  # a gradient of their own
 
     def __new__(cls, whole: torch.nn.Parameter, row_range: RowRange) -> "RowParameter":
         rows = _rows_of(whole, row_range)
         self: RowParameter = torch.Tensor._make_subclass(cls, rows, whole.requires_grad)
         self.whole = whole
         self.row_range = row_range
+        self.zeros = None
         return self
 
     def follow(self) -> None:
@@ -41,6 +44,8 @@ class RowParameter(torch.nn.Parameter):
 
     @property
     def grad(self) -> Tensor | None:
+        if self.zeros is not None:
+            return self.zeros
         grad = self.whole.grad
         if grad is None:
             return None
@@ -52,9 +57,12 @@ class RowParameter(torch.nn.Parameter):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        if value is not None:
+        if value is None:
+            self.whole.grad = None
+        # torch.distributed.checkpoint sets zeros, for a step that makes the state.
+        elif value.shape != self.shape or value.layout is not torch.strided or value.any():
             raise ValueError("the gradient of rows is part of the whole parameter's; set that")
-        self.whole.grad = None
+        self.zeros = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RowParameter":
         return type(self)(copy.deepcopy(self.whole, memo), self.row_range)
@@ -71,6 +79,13 @@ def _rows_of(whole: Tensor, part: RowRange) -> Tensor:
 def whole_of(param: Tensor) -> Tensor:
     """The parameter that has the gradient."""
     return param.whole if isinstance(param, RowParameter) else param
+
+
+def gradient_of(param: Tensor) -> Tensor | None:
+    """The gradient that an optimizer applies: the whole's, unless rows have one of their own."""
+    if isinstance(param, RowParameter) and param.zeros is not None:
+        return param.zeros
+    return whole_of(param).grad
 
 
 def row_range_of(param: Tensor) -> RowRange | None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import ops, table_ops
 from .functional import INDEX_DTYPES
-from .tables import Tables
+from .tables import TableLayout, Tables, quoted
 
 
 def table_batched_embedding(
@@ -61,6 +61,23 @@ def _look_up(
 ) -> Tensor:
     layout = tables.layout
     function = "table_batched_embedding_bag" if pooled else "table_batched_embedding"
+    check_batch(function, input, offsets, weight, layout)
+    if per_sample_weights is not None and per_sample_weights.device != weight.device:
+        raise _other_device(function, "per_sample_weights", per_sample_weights, weight)
+    if weight.dtype not in ops.GRADIENT_DTYPES:
+        raise RuntimeError(
+            f"{function}: expected tables of float64, float32, float16 or bfloat16, got {weight.dtype}"
+        )
+    arguments = (weight, per_sample_weights, input, offsets, tables, sparse, pooled)
+    if sparse and not layout.is_uniform and torch.compiler.is_compiling():
+        return _call_in_eager_mode(*arguments)
+    return _call(*arguments)
+
+
+def check_batch(
+    function: str, input: Tensor, offsets: Tensor, weight: Tensor, layout: TableLayout
+) -> None:
+    """Raise for ids and offsets that are no batch of these tables' features."""
     for name, value in (("input", input), ("offsets", offsets)):
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -72,29 +89,20 @@ def _look_up(
             raise RuntimeError(
                 f"{function}: expected {name} of dtype int64, int32, int16 or uint8, got {value.dtype}"
             )
-    for name, tensor in (
-        ("input", input),
-        ("offsets", offsets),
-        ("per_sample_weights", per_sample_weights),
-    ):
-        if tensor is not None and tensor.device != weight.device:
-            raise RuntimeError(
-                f"{function}: expected all tensors to be on the same device, but {name} is on "
-                f"{tensor.device} and the tables are on {weight.device}"
-            )
-    if weight.dtype not in ops.GRADIENT_DTYPES:
-        raise RuntimeError(
-            f"{function}: expected tables of float64, float32, float16 or bfloat16, got {weight.dtype}"
-        )
-    if offsets.shape[0] % layout.num_tables != 1 % layout.num_tables or offsets.shape[0] == 0:
+        if value.device != weight.device:
+            raise _other_device(function, name, value, weight)
+    if offsets.shape[0] % layout.num_features != 1 % layout.num_features or offsets.shape[0] == 0:
         raise ValueError(
-            f"{function}: offsets must hold num_tables * B + 1 numbers for some B, but it has "
-            f"{offsets.shape[0]} and there are {layout.num_tables} tables"
+            f"{function}: offsets must hold num_features * B + 1 numbers for some B, but it has "
+            f"{offsets.shape[0]} and there are {layout.num_features} features: {quoted(layout.features)}"
         )
-    arguments = (weight, per_sample_weights, input, offsets, tables, sparse, pooled)
-    if sparse and not layout.is_uniform and torch.compiler.is_compiling():
-        return _call_in_eager_mode(*arguments)
-    return _call(*arguments)
+
+
+def _other_device(function: str, name: str, tensor: Tensor, weight: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"{function}: expected all tensors to be on the same device, but {name} is on "
+        f"{tensor.device} and the tables are on {weight.device}"
+    )
 
 
 def _call(

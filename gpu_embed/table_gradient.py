@@ -34,6 +34,14 @@ class TableEntries(NamedTuple):
         """One of `TableField` for each entry's table, int64 [N]."""
         return self.fields[:, number][self.sources.to(torch.int64) % self.num_tables]
 
+    def fields_by_row(self) -> Tensor:
+        """`fields` with ascending first rows, to search for a row's table."""
+        first_row, num_rows = (
+            self.fields[:, column] for column in (TableField.FIRST_ROW, TableField.NUM_ROWS)
+        )
+        # A table without rows begins where the next one does, and must come before it.
+        return self.fields[(2 * first_row + (num_rows > 0)).argsort(stable=True)]
+
     def in_table(self) -> Tensor:
         """Which entries take part -> bool [N]."""
         return (self.rows >= 0) & (self.rows < self.num_rows)

@@ -6,24 +6,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import table_functional
 from .nn import Embedding, EmbeddingBag
 from .row_parameter import RowParameter
 from .table_gradient import TableGradient
-from .tables import TableLayout, Tables, make_layout
+from .table_inputs import TableInput, reorder
+from .table_module import Table, not_frozen_alone
+from .tables import TableLayout, Tables, make_layout, quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# How many tables and features `repr` names.
+REPR_TABLES = 12
 PerTable = Mapping[str, Any] | Sequence[Any]
 
 
 class BatchedTables(torch.nn.Module, ABC):
     """What both layers are: many tables in one parameter, known to `state_dict` by their names."""
 
-    fields: Tensor
-    table_of_column: Tensor
     _module_type: type[torch.nn.Module]  # torch's layer for one of these tables
 
     def __init__(
@@ -36,7 +39,13 @@ class BatchedTables(torch.nn.Module, ABC):
         super().__init__()
         self.layout = layout
         self.sparse = sparse
+        self._tables_on: dict[torch.device, Tables] = {}
+        # What a table's place was given in place of its rows, by the table's number.
+        self._replaced: dict[int, Tensor] = {}
+        # The views of own rows that were given out there, and stand for them when they are put back.
+        self._given_out = WeakTensorKeyDictionary()
         self._set_buffer(torch.zeros(layout.buffer_shape, device=device, dtype=dtype))
+        self._add_places()
         self.reset_parameters()
 
     @classmethod
@@ -121,7 +130,8 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def __getitem__(self, name: str) -> Tensor:
         """The rows of one table, `[num_embeddings, embedding_dim]`, in the parameter's memory."""
-        return self.layout.view(self.weight, self._number(name))
+        rows = self.layout.view(self.weight, self._number(name))
+        return rows if torch.compiler.is_compiling() else not_frozen_alone(name, rows)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.names)
@@ -159,6 +169,8 @@ class BatchedTables(torch.nn.Module, ABC):
         if not self.sparse:
             raise ValueError("parameters_of is for layers with sparse=True")
         ranges: list[list[int]] = []
+        if not names:
+            raise ValueError("parameters_of: name at least one table")
         for number in sorted({self._number(name) for name in names}):
             if ranges and ranges[-1][1] == number:
                 ranges[-1][1] = number + 1
@@ -168,34 +180,163 @@ class BatchedTables(torch.nn.Module, ABC):
 
     @property
     def tables(self) -> Tables:
-        return Tables(self.layout, self.fields, self.table_of_column)
+        """The layout, and what the kernels read of it, on the parameter's device."""
+        device = self.weight.device
+        found = self._tables_on.get(device)
+        if found is None:
+            layout = self.layout
+            found = Tables(layout, layout.fields(device), layout.table_of_column(device))
+            # A fake tensor is of no use to later calls.
+            if type(found.fields) is Tensor:
+                self._tables_on[device] = found
+        return found
+
+    def __repr__(self) -> str:
+        # Without the tables' submodules, which would say the same in a line each.
+        return f"{type(self).__name__}({self.extra_repr()})"
 
     def extra_repr(self) -> str:
         layout = self.layout
         shapes = zip(layout.names, layout.num_embeddings, layout.embedding_dims, strict=True)
-        text = ", ".join(f"{name}: ({rows}, {dim})" for name, rows, dim in shapes)
-        return text + (", sparse=True" if self.sparse else "")
+        parts = [f"{name}: ({rows}, {dim})" for name, rows, dim in shapes]
+        if len(parts) > REPR_TABLES:
+            left_out = len(parts) - REPR_TABLES
+            parts[REPR_TABLES - 1 : -1] = [f"... {left_out} more ..."]
+            rows = f"{sum(layout.num_embeddings):,} rows"
+            parts.insert(0, f"{layout.num_tables} tables, {rows}, {self.weight.numel():,} elements")
+        if layout.features != layout.names:
+            of_features = [
+                name if name == layout.names[table] else f"{name}: {layout.names[table]}"
+                for name, table in zip(layout.features, layout.feature_tables, strict=True)
+            ]
+            if len(of_features) > REPR_TABLES:
+                left_out = len(of_features) - REPR_TABLES
+                of_features[REPR_TABLES - 1 : -1] = [f"... {left_out} more ..."]
+            parts.append(f"features=({', '.join(of_features)})")
+        if self.sparse:
+            parts.append("sparse=True")
+        return ", ".join(parts)
 
     def _number(self, name: str) -> int:
         try:
             return self.layout.names.index(name)
         except ValueError:
-            raise KeyError(name) from None
+            raise KeyError(
+                f"no table is named {name!r}, the tables are {quoted(self.layout.names)}"
+            ) from None
 
     def _set_buffer(self, buffer: Tensor) -> None:
         former = self._parameters.get("weight")
         self.weight = torch.nn.Parameter(buffer, former is None or former.requires_grad)
-        self._make_metadata()
+        self._prepare()
 
-    def _make_metadata(self) -> None:
-        device = self.weight.device
+    def _prepare(self) -> None:
+        """Bring up to date what follows from the layout and from the parameter's device."""
         # By this an optimizer knows that a parameter of one dimension is made of rows.
         self.weight.row_range = self.layout.row_range(0, len(self))  # type: ignore[attr-defined]
-        # Not in state_dict: they follow from the constructor's arguments.
-        self.register_buffer("fields", self.layout.fields(device), persistent=False)
-        self.register_buffer(
-            "table_of_column", self.layout.table_of_column(device), persistent=False
-        )
+        # Made here and not in a call, which may be compiled or captured in a CUDA graph.
+        self.tables  # noqa: B018
+
+    def _add_places(self) -> None:
+        """A submodule for each table, through which its state_dict key is a path."""
+        for number, name in enumerate(self.layout.names):
+            # Not by add_module, which refuses a table named as something that every module has, such as "type".
+            self._modules[name] = Table(self, number)
+
+    # What the tables' submodules read and write.
+
+    def _rows(self, number: int) -> Tensor:
+        """What a table looks up in."""
+        replaced = self._replaced.get(number)
+        if replaced is not None:
+            return replaced
+        rows = self.layout.view(self.weight, number)
+        if self.weight.is_meta:
+            # accelerate makes what it loads of the type that it finds.
+            rows = torch.nn.Parameter(rows.detach(), self.weight.requires_grad)
+        self._given_out[rows] = True
+        return rows
+
+    def _replace_rows(self, number: int, value: Any) -> None:
+        """Let a table look up in another tensor; its own rows, put back, end that."""
+        if value is None or value in self._given_out:
+            self._replaced.pop(number, None)
+            return
+        self._check_rows(number, value)
+        self._replaced[number] = value
+        self._settle(number)
+
+    def _assign_rows(self, number: int, value: Tensor) -> None:
+        """Give a table other values for good."""
+        self._check_rows(number, value)
+        if self.weight.is_meta and not value.is_meta:
+            parameter = torch.nn.Parameter(value.detach(), self.weight.requires_grad)
+            self._replaced[number] = parameter
+            self._settle(number)
+            return
+        with torch.no_grad():
+            self.layout.view(self.weight, number).copy_(value)
+
+    def _settle(self, last: int) -> None:
+        """Once a meta layer was given a parameter for each of its tables, they become its own."""
+        values = [self._replaced.get(number) for number in range(len(self))]
+        if self.weight.is_meta and all(
+            isinstance(value, torch.nn.Parameter) and not value.is_meta for value in values
+        ):
+            errors: list[str] = []
+            self._take_over([value.detach() for value in values if value is not None], errors)
+            if errors:
+                del self._replaced[last]
+                raise RuntimeError(f"{type(self).__name__}: {errors[0]}")
+            self._replaced.clear()
+
+    def _check_rows(self, number: int, value: Tensor) -> None:
+        layout = self.layout
+        shape = (layout.num_embeddings[number], layout.embedding_dims[number])
+        if value.shape != shape:
+            raise ValueError(
+                f"table {layout.names[number]!r} has rows of shape {list(shape)}, got {list(value.shape)}"
+            )
+
+    def _whole(self) -> Tensor:
+        """The buffer that a call looks up in, put together where tables were given other rows."""
+        if not self._replaced:
+            return self.weight
+        layout = self.layout
+        rows = [self._rows(number) for number in range(len(self))]
+        if layout.is_uniform:
+            return torch.cat(rows)
+        parts = []
+        ends = (*layout.first_elements[1:], *layout.buffer_shape)
+        for table, begin, end in zip(rows, layout.first_elements, ends, strict=True):
+            parts += [table.reshape(-1), table.new_zeros(end - begin - table.numel())]
+        return torch.cat(parts)
+
+    # The order of the features.
+
+    def _order_of(self, features: tuple[str, ...] | int | None) -> tuple[str, ...]:
+        """The features of a batch in the order of its ids, checked."""
+        own = self.layout.features
+        if features is None or features == own:
+            return own
+        name = type(self).__name__
+        if isinstance(features, int):
+            if features != len(own):
+                raise ValueError(
+                    f"{name}: the batch has the ids of {features} features, but the layer has {len(own)}: "
+                    f"{quoted(own)}"
+                )
+            return own
+        missing = [feature for feature in own if feature not in features]
+        unknown = [feature for feature in features if feature not in own]
+        if missing or unknown or len(features) != len(own):
+            parts = [f"it lacks {quoted(missing)}"] if missing else []
+            parts += [f"the layer does not know {quoted(unknown)}"] if unknown else []
+            raise ValueError(
+                f"{name}: the batch does not have the layer's features, {quoted(own)}: "
+                f"{' and '.join(parts) or 'it names one twice'}"
+            )
+        return tuple(features)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Self":
         grad = self.weight.grad
@@ -205,20 +346,24 @@ class BatchedTables(torch.nn.Module, ABC):
         if isinstance(grad, TableGradient):
             # It has no memory of its own, which fn might ask for.
             self.weight.grad = grad.converted(fn)
-        # `to_empty` leaves them undefined.
-        self._make_metadata()
+        self._prepare()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The tables' submodules belong to this layer, and numbers of names to this process: a copy makes its own.
+        others = {name: one for name, one in self._modules.items() if not isinstance(one, Table)}
+        return {**self.__dict__, "_modules": others, "_tables_on": {}, "_given_out": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Another process numbers the names anew.
-        self._make_metadata()
+        self._given_out = WeakTensorKeyDictionary()
+        self._prepare()
+        self._add_places()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        for name, rows in self.items():
-            destination[f"{prefix}{name}.weight"] = rows if keep_vars else rows.detach()
+        """Nothing: each table's submodule saves its rows."""
 
     def _load_from_state_dict(
         self,
@@ -259,7 +404,10 @@ class BatchedTables(torch.nn.Module, ABC):
             unexpected_keys += [
                 key
                 for key in state_dict
-                if key.startswith(prefix) and key[len(prefix) :].split(".", 1)[0] not in self
+                if key.startswith(prefix)
+                and key[len(prefix) :].split(".", 1)[0] not in self._modules
+                # torch.distributed.checkpoint adds the parameter itself to a full state_dict.
+                and state_dict[key] is not self.weight
             ]
         if not error_msgs:
             self._take_over(loaded, error_msgs)
@@ -276,7 +424,7 @@ class BatchedTables(torch.nn.Module, ABC):
         kinds = {(rows.dtype, rows.device) for rows in replaced}
         if len(kinds) > 1:
             error_msgs.append(
-                "tables in one buffer have one dtype and device, but the checkpoint's have "
+                "tables in one buffer have one dtype and device, but those to be loaded have "
                 + ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
             )
             return
@@ -291,10 +439,11 @@ class BatchedTables(torch.nn.Module, ABC):
 class TableBatchedEmbedding(BatchedTables):
     """Many tables of one embedding_dim, their rows looked up in one launch, without pooling.
 
-    Input: the ids of all tables `[N]`, cut by offsets `[T * B + 1]` into bags, table-major as FBGEMM's are: bag
-    `t * B + b` holds example b's ids for table t. `gpu_embed.batch_bags` and `gpu_embed.batch_padded` make
-    both. Ids and offsets are int64, int32, int16 or uint8. Output: `[N, embedding_dim]`, bit-equal to the
-    tables' rows; ids behind the last offset are in no table, and give rows of zeros. Nothing waits for the GPU.
+    Input: the ids of all features `[N]`, cut by offsets `[F * B + 1]` into bags, feature-major as FBGEMM's are: bag
+    `f * B + b` holds example b's ids of feature f. There is one feature a table, unless `features` says otherwise.
+    `gpu_embed.batch_bags` and `gpu_embed.batch_padded` make both, by the features' names. Ids and offsets are
+    int64, int32, int16 or uint8. Output: `[N, embedding_dim]`, bit-equal to the tables' rows; ids behind the last
+    offset are in no table, and give rows of zeros. Nothing waits for the GPU.
 
     Args:
         tables: (num_embeddings, embedding_dim) of each table, by name; or in a sequence, for the names "0",
@@ -303,6 +452,8 @@ class TableBatchedEmbedding(BatchedTables):
             None: none. Negative counts from the end.
         sparse: the gradient is a sparse COO tensor (uncoalesced, one entry an id).
         device, dtype: of all tables; fp64, fp32, fp16 or bf16.
+        features: what looks up, by name, and in which table; `{"item": "item", "history": "item"}` lets two
+            features share one. In this order come the ids. None: one feature a table, of its name.
 
     Attributes:
         weight: the one parameter, `[sum of num_embeddings, embedding_dim]`: the tables, one under another.
@@ -315,13 +466,13 @@ class TableBatchedEmbedding(BatchedTables):
         IndexError: an id is out of its table's range; when, is set by `gpu_embed.set_bounds_check`. The message
             names the table, the bag, the id's place in it, and the table's rows.
         RuntimeError: a wrong dtype or device; offsets on the CPU that do not cut the ids into bags.
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor; a size or a padding_idx is no int.
 
     Example::
 
         tables = gpu_embed.TableBatchedEmbedding({"user": (1000, 32), "item": (200, 32)})
-        ids = [torch.tensor([[4, 7]]), torch.tensor([[199, 0]])]  # of one example
-        rows = tables(*gpu_embed.batch_padded(ids)[:2])  # [4, 32]
+        ids = {"user": torch.tensor([[4, 7]]), "item": torch.tensor([[199, 0]])}  # of one example
+        rows = tables(*gpu_embed.batch_padded(ids))  # [4, 32]
     """
 
     _module_type = torch.nn.Embedding
@@ -333,8 +484,10 @@ class TableBatchedEmbedding(BatchedTables):
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        features: Mapping[str, str] | None = None,
     ) -> None:
-        layout = make_layout(tables, "sum", padding_idx)
+        layout = make_layout(tables, "sum", padding_idx, features)
         if not layout.is_uniform:
             raise ValueError(
                 "TableBatchedEmbedding: rows of tables of different embedding_dims have no common shape, got "
@@ -342,9 +495,25 @@ class TableBatchedEmbedding(BatchedTables):
             )
         super().__init__(layout, sparse, device, dtype)
 
-    def forward(self, input: Tensor, offsets: Tensor) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        offsets: Tensor,
+        per_sample_weights: None = None,
+        features: tuple[str, ...] | int | None = None,
+    ) -> Tensor:
+        if per_sample_weights is not None:
+            raise NotImplementedError(
+                "TableBatchedEmbedding: per_sample_weights are for bags; use TableBatchedEmbeddingBag"
+            )
+        tables, own, order = self.tables, self.layout.features, self._order_of(features)
+        if order != own:
+            # Rows follow the ids, so the tables follow the order of the batch.
+            fields = [tables.fields[own.index(feature)] for feature in order]
+            tables = tables._replace(fields=torch.stack(fields))
+        sparse = self.sparse and not self._replaced
         return table_functional.table_batched_embedding(
-            input, self.weight, offsets, self.tables, self.sparse
+            input, self._whole(), offsets, tables, sparse
         )
 
     @classmethod
@@ -366,11 +535,12 @@ class TableBatchedEmbedding(BatchedTables):
 class TableBatchedEmbeddingBag(BatchedTables):
     """Sums, means or maxima of bags of rows of many tables, in one launch.
 
-    Input: the ids of all tables `[N]`, cut by offsets `[T * B + 1]` into bags, table-major as FBGEMM's are: bag
-    `t * B + b` is bag b of table t. `gpu_embed.batch_bags` and `gpu_embed.batch_padded` make both. Ids and
+    Input: the ids of all features `[N]`, cut by offsets `[F * B + 1]` into bags, feature-major as FBGEMM's are: bag
+    `f * B + b` is bag b of feature f. There is one feature a table, unless `features` says otherwise.
+    `gpu_embed.batch_bags` and `gpu_embed.batch_padded` make both, by the features' names. Ids and
     offsets are int64, int32, int16 or uint8. `per_sample_weights` `[N]`, of the tables' dtype, multiply the
     rows, where all tables have mode "sum". Ids behind the last offset are in no bag. Output:
-    `[B, sum of embedding_dims]`, the tables side by side; `layer.split(output)` gives each table its view.
+    `[B, sum of embedding_dims]`, the features side by side; `layer.split(output)` gives each its view.
 
     Args:
         tables: (num_embeddings, embedding_dim) of each table, by name; or in a sequence, for the names "0",
@@ -383,6 +553,9 @@ class TableBatchedEmbeddingBag(BatchedTables):
             (uncoalesced) for tables of one embedding_dim, else a `gpu_embed.TableGradient`. In a bag whose
             maximum is taken every id has an entry, of zeros where it is not the largest.
         device, dtype: of all tables; fp64, fp32, fp16 or bf16.
+        features: what looks up, by name, and in which table; `{"item": "item", "history": "item"}` lets two
+            features share one, and their gradients add up. In this order come the ids, and the columns of the
+            output. None: one feature a table, of its name.
 
     Attributes:
         weight: the one parameter. `[sum of num_embeddings, embedding_dim]`, the tables one under another, if
@@ -399,14 +572,14 @@ class TableBatchedEmbeddingBag(BatchedTables):
             the id's place in it, and the table's rows.
         RuntimeError: a wrong dtype or device; offsets on the CPU that do not cut the ids into bags.
         NotImplementedError: per_sample_weights, and a table of mode "mean" or "max".
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor; a size or a padding_idx is no int.
 
     Example::
 
         tables = gpu_embed.TableBatchedEmbeddingBag({"user": (1000, 32), "item": (200, 16)}, mode="mean")
         user = torch.tensor([4, 7, 7]), torch.tensor([0, 1])  # ids and offsets of two bags
         item = torch.tensor([199]), torch.tensor([0, 1])
-        means = tables(*gpu_embed.batch_bags([user, item]))  # [2, 48]
+        means = tables(*gpu_embed.batch_bags({"user": user, "item": item}))  # [2, 48]
     """
 
     _module_type = torch.nn.EmbeddingBag
@@ -419,20 +592,35 @@ class TableBatchedEmbeddingBag(BatchedTables):
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        features: Mapping[str, str] | None = None,
     ) -> None:
-        layout = make_layout(tables, mode, padding_idx)
+        layout = make_layout(tables, mode, padding_idx, features)
         super().__init__(layout, sparse, device, dtype)
 
     def forward(
-        self, input: Tensor, offsets: Tensor, per_sample_weights: Tensor | None = None
+        self,
+        input: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None = None,
+        features: tuple[str, ...] | int | None = None,
     ) -> Tensor:
+        own, order = self.layout.features, self._order_of(features)
+        if order != own:
+            table_functional.check_batch(
+                "table_batched_embedding_bag", input, offsets, self.weight, self.layout
+            )
+            batch = TableInput(input, offsets, per_sample_weights)
+            batch = reorder(batch, [order.index(feature) for feature in own])
+            input, offsets, per_sample_weights, _ = batch
+        sparse = self.sparse and not self._replaced
         return table_functional.table_batched_embedding_bag(
-            input, self.weight, offsets, self.tables, per_sample_weights, self.sparse
+            input, self._whole(), offsets, self.tables, per_sample_weights, sparse
         )
 
     def split(self, output: Tensor) -> list[Tensor]:
-        """Each table's columns of an output `[B, sum of embedding_dims]`: views `[B, embedding_dim]`."""
-        return list(output.split(self.layout.embedding_dims, dim=1))
+        """Each feature's columns of an output `[B, sum of embedding_dims]`: views `[B, embedding_dim]`."""
+        return list(output.split(self.layout.feature_dims, dim=1))
 
     @classmethod
     def _made_like(cls, named: dict[str, Any], **arguments: Any) -> "Self":

@@ -1,12 +1,14 @@
 """Where the tables of one buffer lie, and what one batched call looks up in them."""
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import gcd
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,16 +22,16 @@ MODES = ("sum", "mean", "max")
 
 
 class TableField:
-    """The columns of `Tables.fields`: what a kernel knows of a table; as in kernels/table_batched."""
+    """The columns of `Tables.fields`: what a kernel knows of a feature and its table; as in kernels/table_batched."""
 
-    FIRST_ROW = 0  # its first row's number among the rows of all tables
+    FIRST_ROW = 0  # the table's first row, counted over the rows of all tables
     NUM_ROWS = 1
-    FIRST_ELEMENT = 2  # where it begins in the buffer
+    FIRST_ELEMENT = 2  # where the table begins in the buffer
     DIM = 3
-    FIRST_COLUMN = 4  # where its columns begin in the output
+    FIRST_COLUMN = 4  # where the feature's columns begin in the output
     MODE = 5  # of MODES
     PADDING_IDX = 6  # -1: none
-    NAME = 7  # the name's number, `bounds.table_name_id`
+    NAME = 7  # the feature's `bounds.table_name_id`
 
 
 class RowRange(NamedTuple):
@@ -39,17 +41,44 @@ class RowRange(NamedTuple):
     num_rows: int
     first_element: int  # where in the buffer they begin
     shape: tuple[int, ...]  # as a tensor: [rows, D] of one D, else [elements]
+    # Of each of these tables.
+    names: tuple[str, ...]
+    num_embeddings: tuple[int, ...]
+    embedding_dims: tuple[int, ...]
+
+    def views(self, values: Tensor, per_row: bool = False) -> dict[str, Tensor]:
+        """Each table's part, [V, D], in the memory of values of `shape`; or of [rows], if per_row, then [V]."""
+        alignment = TABLE_ALIGNMENT if len(self.shape) == 1 and not per_row else 1
+        flat, begin, parts = values.view(-1), 0, {}
+        tables = zip(self.names, self.num_embeddings, self.embedding_dims, strict=True)
+        for name, rows, dim in tables:
+            shape = (rows,) if per_row else (rows, dim)
+            size = torch.Size(shape).numel()
+            parts[name] = flat.narrow(0, begin, size).view(shape)
+            begin += -(-size // alignment) * alignment
+        return parts
 
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Tables one behind another in one buffer, as the host knows them."""
+    """Tables one behind another in one buffer, and the features that look up in them, as the host knows them."""
 
     names: tuple[str, ...]
     num_embeddings: tuple[int, ...]
     embedding_dims: tuple[int, ...]
     modes: tuple[str, ...]  # of MODES
     padding_idx: tuple[int, ...]  # -1: none
+    features: tuple[str, ...]  # in the order of their ids, and of their columns in the output
+    feature_tables: tuple[int, ...]  # the table that each looks up in
+
+    @property
+    def num_features(self) -> int:
+        return len(self.features)
+
+    @cached_property
+    def feature_dims(self) -> tuple[int, ...]:
+        """Columns of each feature."""
+        return tuple(self.embedding_dims[table] for table in self.feature_tables)
 
     @property
     def num_tables(self) -> int:
@@ -66,7 +95,8 @@ class TableLayout:
 
     @cached_property
     def first_columns(self) -> tuple[int, ...]:
-        return tuple(accumulate(self.embedding_dims, initial=0))[:-1]
+        """Where each feature's columns begin in the output."""
+        return tuple(accumulate(self.feature_dims, initial=0))[:-1]
 
     @cached_property
     def first_elements(self) -> tuple[int, ...]:
@@ -103,7 +133,15 @@ class TableLayout:
             shape: tuple[int, ...] = (num_rows, self.embedding_dims[first])
         else:
             shape = (self._starts[end] - self._starts[first],)
-        return RowRange(self.first_rows[first], num_rows, self._starts[first], shape)
+        return RowRange(
+            self.first_rows[first],
+            num_rows,
+            self._starts[first],
+            shape,
+            self.names[first:end],
+            self.num_embeddings[first:end],
+            self.embedding_dims[first:end],
+        )
 
     def shape(self, pooled: bool) -> "TableShape":
         return TableShape(
@@ -115,31 +153,39 @@ class TableLayout:
         )
 
     def fields(self, device: torch.device) -> Tensor:
-        """int64 [T, 8]: `TableField`'s columns of each table."""
+        """int64 [F, 8]: `TableField`'s columns of each feature."""
+
+        def of_tables(numbers: tuple[int, ...]) -> list[int]:
+            return [numbers[table] for table in self.feature_tables]
+
         columns = (
-            self.first_rows,
-            self.num_embeddings,
-            self.first_elements,
-            self.embedding_dims,
+            of_tables(self.first_rows),
+            of_tables(self.num_embeddings),
+            of_tables(self.first_elements),
+            self.feature_dims,
             self.first_columns,
-            tuple(MODES.index(mode) for mode in self.modes),
-            self.padding_idx,
-            tuple(table_name_id(name) for name in self.names),
+            of_tables(tuple(MODES.index(mode) for mode in self.modes)),
+            of_tables(self.padding_idx),
+            [table_name_id(self.described(feature)) for feature in range(self.num_features)],
         )
         return torch.tensor(list(zip(*columns, strict=True)), dtype=torch.int64, device=device)
 
+    def described(self, feature: int) -> str:
+        """What an error calls a feature."""
+        name, table = self.features[feature], self.names[self.feature_tables[feature]]
+        return f"table {table!r}" if name == table else f"feature {name!r} (table {table!r})"
+
     def table_of_column(self, device: torch.device) -> Tensor:
-        """int32 [sum D]: whose each column of the pooled output is."""
-        dims = torch.tensor(self.embedding_dims)
-        tables = torch.arange(self.num_tables, dtype=torch.int32)
-        return tables.repeat_interleave(dims).to(device)
+        """int32 [sum of the features' D]: whose each column of the pooled output is."""
+        features = np.repeat(np.arange(self.num_features), self.feature_dims)
+        return torch.tensor(features, dtype=torch.int32, device=device)
 
 
 class Tables(NamedTuple):
     """A layout, and what the kernels read of it."""
 
     layout: TableLayout
-    fields: Tensor  # int64 [T, 8]
+    fields: Tensor  # int64 [F, 8]
     table_of_column: Tensor  # int32 [sum D]
 
 
@@ -154,7 +200,10 @@ class TableShape(NamedTuple):
 
 
 class TableBatch(NamedTuple):
-    """N ids cut into T * B bags, table-major: bag t * B + b is bag b of table t."""
+    """N ids cut into T * B bags, table-major: bag t * B + b is bag b of table t.
+
+    Where several features look up in one table, each counts as a table here: T is the number of features.
+    """
 
     indices: Tensor  # [N], adjacent in memory
     offsets: Tensor  # [T * B + 1]; may be wrong: whoever reads them keeps them within [0, N]
@@ -242,17 +291,24 @@ def make_layout(
     tables: Mapping[str, tuple[int, int]] | Sequence[tuple[int, int]],
     mode: str | Mapping[str, str] | Sequence[str],
     padding_idx: int | Mapping[str, int | None] | Sequence[int | None] | None,
+    features: Mapping[str, str] | None = None,
 ) -> TableLayout:
     """Check a layer's arguments and lay its tables out.
 
     Args:
         tables: (num_embeddings, embedding_dim) of each, by name, or in a sequence, for the names "0", "1", ...
         mode, padding_idx: of all tables, or by name, or in a sequence. A name left out gets "sum" and None.
+        features: the table that each feature looks up in; None: one feature a table, of its name.
     """
     if isinstance(tables, Mapping):
-        names, sizes = tuple(tables), tuple(tables.values())
+        names, values = tuple(tables), tuple(tables.values())
+    elif isinstance(tables, Sequence) and not isinstance(tables, str):
+        names, values = tuple(str(number) for number in range(len(tables))), tuple(tables)
     else:
-        names, sizes = tuple(str(number) for number in range(len(tables))), tuple(tables)
+        raise TypeError(
+            "tables must be a mapping from names to (num_embeddings, embedding_dim), or a sequence of such pairs, "
+            f"got {type(tables).__name__}"
+        )
     if not names:
         raise ValueError("at least one table is needed")
     for name in names:
@@ -261,34 +317,91 @@ def make_layout(
             raise ValueError(
                 f"a table's name is a string that is not empty and has no '.', got {name!r}"
             )
-    for name, (rows, dim) in zip(names, sizes, strict=True):
-        if rows < 0 or dim < 1:
-            raise ValueError(
-                f"table {name!r}: num_embeddings must be at least 0 and embedding_dim at least 1, "
-                f"got {rows} and {dim}"
-            )
+    sizes = [_size(name, value) for name, value in zip(names, values, strict=True)]
     modes = _per_table("mode", mode, names, "sum")
     for name, one in zip(names, modes, strict=True):
         if one not in MODES:
             raise ValueError(f"table {name!r}: mode has to be one of sum, mean, max, got {one!r}")
     paddings = _per_table("padding_idx", padding_idx, names, None)
+    of_features = _check_features(features, names)
     return TableLayout(
         names,
-        tuple(int(rows) for rows, _ in sizes),
-        tuple(int(dim) for _, dim in sizes),
+        tuple(rows for rows, _ in sizes),
+        tuple(dim for _, dim in sizes),
         tuple(modes),
         tuple(
             _wrap_padding_idx(name, one, rows)
             for name, one, (rows, _) in zip(names, paddings, sizes, strict=True)
         ),
+        tuple(of_features),
+        tuple(names.index(table) for table in of_features.values()),
     )
+
+
+def _size(name: str, value: object) -> tuple[int, int]:
+    """num_embeddings and embedding_dim of a table."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise TypeError(
+            f"table {name!r}: expected (num_embeddings, embedding_dim), a pair of ints, got {value!r}"
+        )
+    rows, dim = (
+        _as_int(f"table {name!r}: {what}", number)
+        for what, number in zip(("num_embeddings", "embedding_dim"), value, strict=True)
+    )
+    if rows < 0 or dim < 1:
+        raise ValueError(
+            f"table {name!r}: num_embeddings must be at least 0 and embedding_dim at least 1, "
+            f"got {rows} and {dim}"
+        )
+    return rows, dim
+
+
+def _as_int(what: str, value: Any) -> int:
+    """An int; NumPy's integers are fine, True is not."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} must be an int, got {value!r}") from None
+
+
+def _check_features(features: Mapping[str, str] | None, names: tuple[str, ...]) -> dict[str, str]:
+    """The name of each feature's table."""
+    if features is None:
+        return {name: name for name in names}
+    if not isinstance(features, Mapping):
+        raise TypeError(
+            "features must be a mapping from each feature's name to its table's, such as "
+            f'{{"item": "item", "history": "item"}}, got {type(features).__name__}'
+        )
+    for feature, table in features.items():
+        if not isinstance(feature, str) or not feature:
+            raise ValueError(f"a feature's name is a string that is not empty, got {feature!r}")
+        if table not in names:
+            raise ValueError(
+                f"feature {feature!r}: no table is named {table!r}, the tables are {quoted(names)}"
+            )
+    unused = [name for name in names if name not in features.values()]
+    if unused:
+        raise ValueError(f"no feature looks up in {quoted(unused)}")
+    return dict(features)
+
+
+def quoted(names: Iterable[str], most: int = 8) -> str:
+    """Names in a message, the first of them where they are many."""
+    names = list(names)
+    text = ", ".join(repr(name) for name in names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
 def _per_table(argument: str, value: object, names: tuple[str, ...], default: object) -> list:
     if isinstance(value, Mapping):
         unknown = [name for name in value if name not in names]
         if unknown:
-            raise ValueError(f"{argument}: no table is named {unknown[0]!r}")
+            raise ValueError(
+                f"{argument}: no table is named {unknown[0]!r}, the tables are {quoted(names)}"
+            )
         return [value.get(name, default) for name in names]
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != len(names):
@@ -300,6 +413,7 @@ def _per_table(argument: str, value: object, names: tuple[str, ...], default: ob
 def _wrap_padding_idx(name: str, padding_idx: int | None, num_embeddings: int) -> int:
     if padding_idx is None:
         return -1
+    padding_idx = _as_int(f"table {name!r}: padding_idx", padding_idx)
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise ValueError(
             f"table {name!r}: padding_idx must be within num_embeddings, {num_embeddings}, got {padding_idx}"

@@ -110,7 +110,7 @@ def test_every_dtype(target, sizes, dtype, ids_dtype):
 def test_sums_are_taken_in_fp32(target, sizes, dtype, large):
     """Contract 2: ones are not lost on a sum from which on their dtype counts in twos."""
     layer = integer_layer(sizes, target.device, dtype)
-    width = len(layer.table_of_column)
+    width = len(layer.tables.table_of_column)
     with torch.no_grad():
         layer["0"].copy_(torch.tensor([[1, 1], [large, large], [0, 0]]))
     ids = torch.zeros(17, dtype=torch.int64, device=target.device)
@@ -335,7 +335,7 @@ def test_opcheck_of_maxima(target):
     layer = integer_layer([(3, 1), (2, 2)], target.device, mode=["max", "mean"])
     ids, offsets = random_input(layer, 1)
     shape = layer.layout.shape(True)
-    batch = (ids, offsets, layer.fields, layer.table_of_column)
+    batch = (ids, offsets, layer.tables.fields, layer.tables.table_of_column)
     op = table_ops.table_batched_embedding_max
     torch.library.opcheck(op, (layer.weight, *batch, *shape, True, False))
     _, winner = op(layer.weight, *batch, *shape, True, False)
@@ -458,8 +458,8 @@ def test_kernels_keep_wrong_offsets_within_the_ids(target, method, offsets, pool
     batch = TableBatch(
         torch.ones(6, dtype=torch.int64, device=target.device),
         torch.tensor(offsets, device=target.device),
-        layer.fields,
-        layer.table_of_column,
+        layer.tables.fields,
+        layer.tables.table_of_column,
         layer.layout.shape(pooled),
     )
     record = BoundsRecord(torch.device(target.device))
@@ -651,8 +651,8 @@ def op_arguments(target, sizes, pooled):
     return layer, (
         ids,
         offsets,
-        layer.fields,
-        layer.table_of_column,
+        layer.tables.fields,
+        layer.tables.table_of_column,
         None,
         *layer.layout.shape(pooled),
     )
@@ -679,7 +679,7 @@ def test_opcheck_forward(target, sizes, pooled):
 def test_opcheck_backward(target, sizes, pooled):
     """Contract 8: torch.library's own checks."""
     layer, batch = op_arguments(target, sizes, pooled)
-    shape = (2, len(layer.table_of_column)) if pooled else (len(batch[0]), 4)
+    shape = (2, len(layer.tables.table_of_column)) if pooled else (len(batch[0]), 4)
     grad_output = torch.ones(shape, device=target.device, requires_grad=True)
     arguments = (grad_output, None, *batch, layer.weight.shape[0])
     torch.library.opcheck(table_ops.table_batched_embedding_dense_backward, arguments)

@@ -86,7 +86,7 @@ def test_they_equal_torchs_bags_in_fp64(backend, sizes, modes, dtype, method):
     """Contract 2: small integers, so sums and maxima are exact; means are divided once."""
     layer = integer_layer(sizes, DEVICE, dtype, mode=modes, padding_idx=[0, None, -1, 3])
     ids, offsets = batch(layer, 300)
-    grad_output = integers(300, len(layer.table_of_column), dtype=dtype, seed=1)
+    grad_output = integers(300, len(layer.tables.table_of_column), dtype=dtype, seed=1)
     with gpu_embed.use_gradient_method(method):
         output, grad = results(layer, ids, offsets, grad_output)
     expected = by_torch(layer, ids, offsets, grad_output)
@@ -109,7 +109,7 @@ def test_cuda_graphs_replay_forward_and_backward(backend, sizes, modes, method):
     """Contract 5: one capture serves ids, offsets and gradients that change."""
     layer = integer_layer(sizes, DEVICE, mode=modes)
     ids, offsets = batch(layer, 300)
-    grad_output = integers(300, len(layer.table_of_column))
+    grad_output = integers(300, len(layer.tables.table_of_column))
     with gpu_embed.use_gradient_method(method):
         graph, found = captured(lambda: results(layer, ids, offsets, grad_output))
         for tensor, other in zip((ids, offsets), batch(layer, 300, seed=1), strict=True):
@@ -133,7 +133,7 @@ def test_cuda_graphs_replay_steps(backend, sizes, optimizer_class):
     layers = [integer_layer(sizes, DEVICE, mode=MODES["maxima"], sparse=True) for _ in range(2)]
     ids, offsets = batch(layers[0], 100)
     lr = torch.tensor(0.5, device=DEVICE)
-    grad_output = integers(100, len(layers[0].table_of_column))
+    grad_output = integers(100, len(layers[0].tables.table_of_column))
     optimizers = [optimizer_class(layer.parameters(), lr=lr) for layer in layers]
 
     def step(which: int = 0) -> tuple[Tensor, ...]:
@@ -162,7 +162,7 @@ def test_no_host_sync(backend, sizes, modes, method):
     """Contract 5: forward, backward and double backward wait for nothing."""
     layer = integer_layer(sizes, DEVICE, mode=modes, padding_idx=0)
     ids, offsets = batch(layer, 100)
-    grad_output = integers(100, len(layer.table_of_column)).requires_grad_()
+    grad_output = integers(100, len(layer.tables.table_of_column)).requires_grad_()
 
     def step() -> None:
         output = layer(ids, offsets)
@@ -214,7 +214,7 @@ def test_gradients_repeat_bit_for_bit(backend, deterministic, sizes, dtype):
     layer = integer_layer(sizes, DEVICE, dtype, mode=MODES["maxima"])
     ids, offsets = batch(layer, 3000)
     generator = torch.Generator(DEVICE).manual_seed(0)
-    shape = (3000, len(layer.table_of_column))
+    shape = (3000, len(layer.tables.table_of_column))
     grad_output = torch.randn(shape, generator=generator, device=DEVICE).to(dtype)
     first, second = (results(layer, ids, offsets, grad_output)[1] for _ in range(2))
     assert same_bits(first, second)
@@ -243,7 +243,7 @@ def test_memory_of_a_backward(backend, sizes, method):
     """Beyond the gradient 16 bytes an id and 64 MiB, and 4 bytes a bag."""
     layer = integer_layer([(1000 * rows, dim) for rows, dim in sizes], DEVICE)
     ids, offsets = batch(layer, 50_000)
-    grad_output = integers(50_000, len(layer.table_of_column))
+    grad_output = integers(50_000, len(layer.tables.table_of_column))
     with gpu_embed.use_gradient_method(method):
         results(layer, ids, offsets, grad_output)
         output = layer(ids, offsets)

@@ -151,7 +151,7 @@ def test_load_state_dict_assigns(sizes):
         layer = TableBatchedEmbeddingBag(sizes, device=device).requires_grad_(False)
         layer.load_state_dict(state, assign=True)
         assert layer.weight.dtype == torch.bfloat16
-        assert layer.weight.device.type == layer.fields.device.type == "cpu"
+        assert layer.weight.device.type == layer.tables.fields.device.type == "cpu"
         assert not layer.weight.requires_grad
         assert all(torch.equal(rows, state[f"{name}.weight"]) for name, rows in layer.items())
         ids, offsets = random_input(layer, 2)
@@ -343,7 +343,8 @@ def test_inputs_from_ids_and_offsets():
         place = slice(begins[0], begins[-1])
         bags.append((ids[place], (begins - begins[0]).to(torch.int32), weights[place]))
     made = batch_bags(bags, include_last_offset=True)
-    assert [tensor.tolist() for tensor in made] == [x.tolist() for x in (ids, offsets, weights)]
+    assert [tensor.tolist() for tensor in made[:3]] == [x.tolist() for x in (ids, offsets, weights)]
+    assert made.features == 3
     made = batch_bags([(values, begins[:-1]) for values, begins, _ in bags])
     assert made.input.tolist() == ids.tolist()
     assert made.offsets.tolist() == offsets.tolist()
@@ -392,11 +393,12 @@ def test_padding_is_dropped_wherever_it_stands():
     assert batch_padded(torch.tensor([[[7, 1, 7]]])).offsets.tolist() == [0, 3]
 
 
+ids = torch.tensor
 BAD_INPUTS = {
     "no table": (lambda: batch_bags([]), "at least one table is needed"),
     "2-D ids": (lambda: batch_bags([(torch.zeros(1, 1), torch.zeros(1))]), "table 0: expected ids"),
     "other bags": (
-        lambda: batch_bags([(torch.zeros(1), torch.zeros(n)) for n in (1, 2)]),
+        lambda: batch_bags([(ids([0]), ids([0] * n)) for n in (1, 2)]),
         "table 1: expected ids",
     ),
     "weights of some": (
@@ -409,7 +411,7 @@ BAD_INPUTS = {
     ),
     "1-D padded": (lambda: batch_padded([torch.zeros(3)]), "table 0: expected ids"),
     "other batch": (
-        lambda: batch_padded([torch.zeros(2, 3), torch.zeros(3, 3)]),
+        lambda: batch_padded([ids([[0] * 3] * 2), ids([[0] * 3] * 3)]),
         r"table 1: expected ids \[2, L\], got \[3, 3\]",
     ),
     "other lengths": (
@@ -459,8 +461,8 @@ CALLED = {
     "2-D offsets": (lambda bags: bags(IDS, OFFSETS[None]), ValueError, "offsets has to be a 1D"),
     "float ids": (lambda bags: bags(IDS * 1.0, OFFSETS), RuntimeError, "input of dtype int64"),
     "bool offsets": (lambda bags: bags(IDS, OFFSETS > 0), RuntimeError, "offsets of dtype int64"),
-    "other bags": (lambda bags: bags(IDS, OFFSETS[:2]), ValueError, r"num_tables \* B \+ 1"),
-    "no offset": (lambda bags: bags(IDS, OFFSETS[:0]), ValueError, r"num_tables \* B \+ 1"),
+    "other bags": (lambda bags: bags(IDS, OFFSETS[:2]), ValueError, r"num_features \* B \+ 1"),
+    "no offset": (lambda bags: bags(IDS, OFFSETS[:0]), ValueError, r"num_features \* B \+ 1"),
     "device": (lambda bags: bags(IDS, OFFSETS.to("meta")), RuntimeError, "offsets is on meta"),
     "weights' shape": (
         lambda bags: bags(IDS, OFFSETS, torch.ones(3)),

@@ -166,7 +166,8 @@ def test_neighbours_are_one_parameter():
     assert torch.equal(both, layer.weight[:10])
     assert both.data_ptr() == layer.weight.data_ptr()
     assert [len(rows) for rows in layer.parameters_of("shop", "user")] == [7, 5]
-    assert layer.parameters_of() == []
+    with pytest.raises(ValueError, match="name at least one table"):
+        layer.parameters_of()
     with pytest.raises(KeyError, match="nobody"):
         layer.parameters_of("nobody")
     with pytest.raises(ValueError, match="sparse=True"):
@@ -223,9 +224,35 @@ def test_the_gradient_of_some_rows(sizes):
     assert item.grad.to_dense().any(1).tolist() == [True, False, True]
     layer.weight.grad = dense
     assert torch.equal(item.grad, layer.layout.view(dense, 1))
-    with pytest.raises(ValueError, match="part of the whole"):
-        item.grad = torch.zeros(3, 4)
+    for refused in (torch.ones_like(item), torch.zeros(2, 2), torch.zeros_like(item).to_sparse()):
+        with pytest.raises(ValueError, match="part of the whole"):
+            item.grad = refused
     item.grad = None
+    assert layer.weight.grad is None
+
+
+@every_size
+def test_dense_zeros_are_the_gradient_of_some_rows_alone(sizes):
+    """As a table's own gradient they would be refused at the step, and the whole's is still there."""
+    layer = sparse_layer(sizes=sizes)
+    item, user = *layer.parameters_of("item"), *layer.parameters_of("user")
+    layer(*random_input(layer, 3)).sum().backward()
+    grad = layer.weight.grad
+    zeros = item.grad = torch.zeros_like(item)
+    assert item.grad is zeros
+    assert layer.weight.grad is grad
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="does not support dense gradients"):
+        optim.SGD([item], lr=1.0).step()
+    optimizer = optim.Adagrad([item], lr=0.0)
+    optimizer.step()
+    assert torch.equal(layer.weight, before)
+    assert optimizer.state[item]["step"] == 0
+    optim.SGD([user], lr=1.0).step()
+    assert torch.equal(layer["item"], layer.layout.view(before, 1))
+    assert not torch.equal(layer["user"], layer.layout.view(before, 0))
+    optimizer.zero_grad()
+    assert item.grad is None
     assert layer.weight.grad is None
 
 
@@ -299,9 +326,11 @@ def test_loaded_state_lies_anywhere_in_memory(target):
     for layer, one in zip(layers, (optimizer, shifted), strict=True):
         train([one], layer, batches)
     saved = copy.deepcopy(optimizer.state_dict())
-    for name in ("exp_avg", "exp_avg_sq"):
-        value = saved["state"][0][name]
-        saved["state"][0][name] = torch.cat([value.new_zeros(1), value])[1:]
+    for name in sizes:
+        for kind in ("exp_avg", "exp_avg_sq"):
+            value = saved["state"][0][f"{kind}.{name}"]
+            far = torch.cat([value.new_zeros(1), value.view(-1)])[1:]
+            saved["state"][0][f"{kind}.{name}"] = far.view_as(value)
     shifted.load_state_dict(saved)
     for layer, one in zip(layers, (optimizer, shifted), strict=True):
         train([one], layer, batches)

@@ -268,14 +268,20 @@ class ReferenceBackend:
         chosen = entries.in_table()
         if rows is not None:
             chosen &= rows[torch.where(chosen, entries.rows, 0)]
-        table = entries.sources.to(torch.int64) % entries.num_tables
+        table_fields = (
+            TableField.FIRST_ROW,
+            TableField.NUM_ROWS,
+            TableField.DIM,
+            TableField.FIRST_ELEMENT,
+        )
         values = entries.row_values()
-        for number, fields in enumerate(entries.fields.tolist()):
-            own = chosen & (table == number)
+        # Features of one table differ in other fields alone, and are one update.
+        for first_row, num_rows, dim, begin in (
+            entries.fields[:, table_fields].unique(dim=0).tolist()
+        ):
+            own = chosen & (entries.rows >= first_row) & (entries.rows < first_row + num_rows)
             if not own.any():
                 continue
-            first_row, num_rows = fields[TableField.FIRST_ROW], fields[TableField.NUM_ROWS]
-            dim, begin = fields[TableField.DIM], fields[TableField.FIRST_ELEMENT]
             of_rows = slice(first_row, first_row + num_rows)
             of_elements = slice(begin, begin + num_rows * dim)
             self.row_update_(

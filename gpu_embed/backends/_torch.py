@@ -338,7 +338,7 @@ def _cpu_bags(
     """
     ids, offsets = _torch_ids(bags.indices), bags.offsets
     if offsets is None:
-        offsets = torch.arange(0, ids.numel(), bags.bag_length, dtype=ids.dtype)
+        offsets = torch.arange(0, ids.numel(), bags.bag_length, dtype=ids.dtype, device=ids.device)
     elif offsets.numel() > bags.num_bags:
         # torch takes ids behind the last offset into the last bag in some cases, and not in others.
         last = int(offsets[-1])

@@ -125,7 +125,9 @@ def _rowwise_adagrad(
     u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor
 ) -> None:
     total = state[0].add_((g * g).sum(1) / dim)
-    step_size = torch.as_tensor(_times_lr(u.step_size, u), dtype=torch.float64).to(total)
+    step_size = torch.as_tensor(
+        _times_lr(u.step_size, u), dtype=torch.float64, device=total.device
+    ).to(total.dtype)
     w.sub_(g.mul_((step_size / _square_root(total).add_(u.eps))[:, None]))
 
 

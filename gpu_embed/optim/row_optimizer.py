@@ -1,7 +1,8 @@
 """What the row-wise optimizers share: torch's Optimizer on one side, `Backend.row_update_` on the other."""
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, pairwise
 from typing import Any, ClassVar
 
@@ -9,9 +10,26 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..row_parameter import RowParameter, num_rows_of, row_range_of, whole_of
-from ..row_update import STATE, UPDATE_DTYPES, RowUpdate, Stream, arithmetic_dtype
+from ..row_parameter import RowParameter, gradient_of, num_rows_of, row_range_of, whole_of
+from ..row_update import (
+    STATE,
+    UPDATE_DTYPES,
+    RowUpdate,
+    StateLayout,
+    Stream,
+    arithmetic_dtype,
+)
 from ..table_gradient import TableGradient
+from ..tables import quoted
+from .saved_state import (
+    by_table,
+    flattened,
+    kind_of,
+    of_tables,
+    put_together,
+    rows_of_tables,
+    saved_rows,
+)
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -50,7 +68,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     Raises:
         ValueError: a hyperparameter out of range, in torch's words; a table of another shape or dtype; rows
             that do not fit it.
-        RuntimeError: at the step, for a dense gradient.
+        RuntimeError: at the step, for a dense gradient; but one of zeros, with an lr of 0, makes the state and
+            does no more, as `torch.distributed.checkpoint` needs it.
     """
 
     formula: str  # a key of row_update.STATE
@@ -82,7 +101,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 loss = closure()
         for group in self.param_groups:
             for param in group["params"]:
-                grad = whole_of(param).grad
+                grad = gradient_of(param)
                 if grad is not None:
                     self._update(group, param, grad)
         return loss
@@ -92,13 +111,16 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             for param in group["params"]:
                 if isinstance(param, RowParameter):
-                    param.whole.grad = None
+                    param.grad = None
         super().zero_grad(set_to_none)
 
     def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         """Apply one gradient to one table, or to those of its rows that the parameter is."""
         name = type(self).__name__
         if not grad.is_sparse and not isinstance(grad, TableGradient):
+            if _changes_nothing(group["lr"], grad):
+                self._state_of(group, param)
+                return
             raise RuntimeError(
                 f"{name} does not support dense gradients, please make the table with sparse=True, "
                 "or consider an optimizer of torch.optim instead"
@@ -123,9 +145,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 f"{name}: a parameter was copied without its layer; copy both at once, as in "
                 "copy.deepcopy((layer, optimizer))"
             )
-        if isinstance(param, RowParameter):
-            param.follow()
         state = self._state_of(group, param)
+        if group["stochastic_rounding"] and "seed" not in state:
+            state["seed"] = self._seed_of(group, param)
         state["step"] += 1
         if param.numel() == 0:
             return
@@ -151,6 +173,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
         """The table's state, made if there is none, and brought to where the table is now."""
+        if isinstance(param, RowParameter):
+            param.follow()
         state: dict[str, Any] = self.state[param]
         layouts, dtype = STATE[self.formula], arithmetic_dtype(param.dtype)
         # Older SGDs of torch saved a state without steps.
@@ -172,13 +196,18 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             # The kernels rely on both.
             if value.dtype != dtype or value.device != param.device:
                 state[layout.name] = value.to(param.device, dtype)
-        if group["stochastic_rounding"] and "seed" not in state:
-            if group["seed"] is None:
-                group["seed"] = int(torch.randint(2**62, ()))
-            # Each table has a stream of its own.
-            params = chain.from_iterable(group["params"] for group in self.param_groups)
-            state["seed"] = group["seed"] + next(i for i, p in enumerate(params) if p is param)
         return state
+
+    def _seed_of(self, group: dict[str, Any], param: Tensor) -> int:
+        """Each table has a stream of its own."""
+        if group["seed"] is None:
+            # Always of the CPU's generator; the default device may hold no data.
+            group["seed"] = int(torch.randint(2**62, (), device="cpu"))
+        number = next(i for i, other in enumerate(self._params()) if other is param)
+        return int(group["seed"]) + number
+
+    def _params(self) -> list[Tensor]:
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _settings(
         self, group: dict[str, Any], state: dict[str, Any], device: torch.device
@@ -202,7 +231,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         try:
             for param in group["params"]:
                 _check_table(type(self).__name__, param)
-            _check_disjoint(chain.from_iterable(other["params"] for other in self.param_groups))
+            _check_disjoint(self._params())
             if group["seed"] is not None and not 0 <= group["seed"] < 2**62:
                 raise ValueError(f"Invalid seed: {group['seed']}")
             group["rows"] = _row_mask(group["rows"], group["params"])
@@ -219,37 +248,69 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             group["rows"] = _row_mask(group["rows"], group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, which torch's optimizer of the same formula can load, too."""
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
+        """torch's, which torch's optimizer of the same formula can load, too, for tables of their own.
+
+        The state of a batched layer has a tensor for each table, named after it: "sum.user", "exp_avg.user", of shape
+        [num_embeddings] or [num_embeddings, embedding_dim]. Like torch's, it is the optimizer's memory, no copy.
+        """
+        # Every later hook must find it as it is saved.
+        hook = self.register_state_dict_post_hook(
+            lambda _, saved: self._finish_saved(saved), prepend=True
+        )
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _finish_saved(self, saved: dict[str, Any]) -> None:
+        for packed, group in zip(saved["param_groups"], self.param_groups, strict=True):
             for name, value in self.torch_only.items():
-                group.setdefault(name, value)
-        return saved
+                packed.setdefault(name, value)
+            if packed["rows"] is not None and group["params"]:
+                packed["rows"] = saved_rows(packed["rows"], group["params"][0])
+            for key, param in zip(packed["params"], group["params"], strict=True):
+                row_range = row_range_of(param)
+                if row_range is not None and key in saved["state"]:
+                    saved["state"][key] = by_table(
+                        saved["state"][key], STATE[self.formula], row_range
+                    )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of another optimizer of this class, or of torch's optimizer of the same formula.
 
-        The state goes to each table's device, in the dtype that this class keeps.
+        The state goes to each table's device, in the dtype that this class keeps. That of a batched layer is found by
+        the names of the tables, whatever their order. A table that none was saved for, and rows by which one has
+        grown, begin with the state of a first step; a table that the optimizer no longer has is named in a warning.
 
-        Raises ValueError, and then has changed nothing, for the state of another formula, of tables of other shapes, or
-        of a torch optimizer that did what this one cannot, such as momentum.
+        Raises ValueError, and then has changed nothing, for the state of another formula, of tables of other shapes
+        (in a batched layer: of fewer rows, or of another embedding_dim), for chosen `rows` of other tables, or for a
+        torch optimizer that did what this one cannot, such as momentum.
         """
         # torch would round the state to the table's dtype. What it is about to load is known to the last hook
         # before it, and every later hook must find it as it is to be.
-        loaded: dict[str, Any] = {}
+        loaded: dict[Tensor, dict[str, Any]] = {}
+        left_out: list[str] = []
 
-        def look(_: torch.optim.Optimizer, final: dict[str, Any]) -> None:
-            for param in chain.from_iterable(group["params"] for group in self.param_groups):
-                if isinstance(param, RowParameter):
-                    # The state gets the dtype and device of the table as it is now.
-                    param.follow()
-            self._check_fits(final)
-            loaded.update(final)
+        def prepare(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any] | None:
+            lengths = [
+                [len(group["params"]) for group in groups]
+                for groups in (final["param_groups"], self.param_groups)
+            ]
+            if lengths[0] != lengths[1]:
+                # torch refuses it.
+                return None
+            states = self._saved_states(final)
+            self._check_fits(final["param_groups"], states)
+            loaded.update(self._states_to_load(final["param_groups"], states, left_out))
+            others = dict(final["state"])
+            for key in chain.from_iterable(group["params"] for group in final["param_groups"]):
+                others.pop(key, None)
+            return {**final, "state": others}
 
         hooks = (
-            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_pre_hook(prepare),
             self.register_load_state_dict_post_hook(
-                lambda _: self._take_over(loaded), prepend=True
+                lambda _: self.state.update(loaded), prepend=True
             ),
         )
         try:
@@ -257,16 +318,26 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         finally:
             for hook in hooks:
                 hook.remove()
+        if left_out:
+            warnings.warn(
+                f"{type(self).__name__}: the state to be loaded has tables that are none of this optimizer's, and "
+                f"are left out: {quoted(left_out)}",
+                stacklevel=2,
+            )
 
-    def _check_fits(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError for what cannot be taken over; groups of other lengths are torch's to refuse."""
-        name, saved_groups = type(self).__name__, state_dict["param_groups"]
-        lengths = [
-            [len(group["params"]) for group in groups]
-            for groups in (saved_groups, self.param_groups)
-        ]
-        if lengths[0] != lengths[1]:
-            return
+    def _saved_states(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """What was saved for each parameter."""
+        keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        return {
+            param: flattened(state_dict["state"].get(key) or {})
+            for key, param in zip(keys, self._params(), strict=True)
+        }
+
+    def _check_fits(
+        self, saved_groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
+    ) -> None:
+        """Raise ValueError for what was saved by an optimizer that did other things."""
+        name = type(self).__name__
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             for option, neutral in self.torch_only.items():
                 if saved.get(option, neutral) != neutral:
@@ -275,36 +346,76 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                         f"{option}={saved[option]}"
                     )
             _row_mask(saved.get("rows"), group["params"])
-            for key, param in zip(saved["params"], group["params"], strict=True):
-                state = state_dict["state"].get(key) or {}
-                layouts = STATE[self.formula]
-                foreign = {layout.name for other in STATE.values() for layout in other}
-                foreign -= {layout.name for layout in layouts}
-                for other in sorted(foreign & state.keys()):
-                    raise ValueError(
-                        f"{name} has no state {other}, but the state to be loaded has it"
-                    )
-                for layout in layouts if state else ():
-                    value = state.get(layout.name)
-                    shape = list(value.shape) if isinstance(value, Tensor) else None
-                    needed = list(layout.shape(param, num_rows_of(param)))
-                    if shape != needed:
-                        raise ValueError(
-                            f"{name} needs a state {layout.name} of shape {needed}, but the "
-                            f"state to be loaded has {'none' if shape is None else shape}"
-                        )
+        foreign = {layout.name for other in STATE.values() for layout in other}
+        foreign -= {layout.name for layout in STATE[self.formula]}
+        for state in states.values():
+            for other in sorted(foreign & {kind_of(key) for key in state}):
+                raise ValueError(f"{name} has no state {other}, but the state to be loaded has it")
 
-    def _take_over(self, state_dict: dict[str, Any]) -> None:
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for key, param in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if name == "step":
-                    self.state[param][name] = int(value)
-                elif isinstance(value, Tensor):
-                    self.state[param][name] = value.to(
-                        param.device, arithmetic_dtype(param.dtype)
-                    ).contiguous()
+    def _states_to_load(
+        self,
+        saved_groups: list[dict[str, Any]],
+        states: dict[Tensor, dict[str, Any]],
+        left_out: list[str],
+    ) -> dict[Tensor, dict[str, Any]]:
+        """The state that each parameter gets; names of tables that get none go to left_out."""
+        layouts = STATE[self.formula]
+        initial = {
+            param: self._initial_state({**self.defaults, **saved})
+            for saved, group in zip(saved_groups, self.param_groups, strict=True)
+            for param in group["params"]
+        }
+        # The tables of a layer may have become parameters in another order.
+        layers: dict[Tensor, list[Tensor]] = {}
+        for param in states:
+            layers.setdefault(whole_of(param), []).append(param)
+        loaded: dict[Tensor, dict[str, Any]] = {}
+        for params in layers.values():
+            tables = of_tables((states[param] for param in params), layouts)
+            for param in params:
+                if isinstance(param, RowParameter):
+                    # The state gets the dtype and device of the table as it is now.
+                    param.follow()
+                if not states[param] and not any(tables.values()):
+                    continue
+                loaded[param] = {
+                    key: int(value) if key == "step" else _moved(value, param)
+                    for key, value in states[param].items()
+                    if kind_of(key) not in tables
+                }
+                for layout in layouts:
+                    value = states[param].get(layout.name)
+                    if value is None:
+                        present = self.state.get(param, {}).get(layout.name)
+                        value = put_together(param, layout, tables, initial[param], present)
+                    self._check_shape(value, layout, param)
+                    loaded[param][layout.name] = _moved(value, param)
+            ranges = [row_range_of(param) for param in params]
+            found = {name for row_range in ranges if row_range for name in row_range.names}
+            saved = dict.fromkeys(name for parts in tables.values() for name in parts)
+            left_out += [name for name in saved if ranges[0] and name not in found]
+        return loaded
+
+    def _check_shape(self, value: Any, layout: StateLayout, param: Tensor) -> None:
+        shape = list(value.shape) if isinstance(value, Tensor) else None
+        needed = list(layout.shape(param, num_rows_of(param)))
+        if shape != needed:
+            raise ValueError(
+                f"{type(self).__name__} needs a state {layout.name} of shape {needed}, but the "
+                f"state to be loaded has {'none' if shape is None else shape}"
+            )
+
+
+def _moved(value: Any, param: Tensor) -> Any:
+    """A tensor of state where the kernels of a table want it."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(param.device, arithmetic_dtype(param.dtype)).contiguous()
+
+
+def _changes_nothing(lr: float | Tensor, grad: Tensor) -> bool:
+    """Whether a step by a gradient that is not sparse is one of zeros, with an lr of 0."""
+    return grad.layout is torch.strided and float(lr) == 0 and not grad.any()
 
 
 def check_lr(lr: object) -> None:
@@ -349,6 +460,8 @@ def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
     num_embeddings = heights[0]
     if any(height != num_embeddings for height in heights):
         raise ValueError(f"rows: the tables of the group have {heights} rows, which must be equal")
+    if isinstance(rows, Mapping):
+        rows = rows_of_tables(rows, params[0])
     rows = torch.as_tensor(rows, device=params[0].device)
     if rows.dtype == torch.bool:
         if rows.shape != (num_embeddings,):

@@ -343,7 +343,7 @@ class CupyTables(CupyDevice):
             keys.device,
             total,
             keys,
-            entries.fields,
+            entries.fields_by_row(),
             weight,
             state,
             update.lr,

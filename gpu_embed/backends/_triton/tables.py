@@ -326,7 +326,7 @@ class TritonTables(TritonDevice):
             keys.device,
             total,
             keys,
-            entries.fields,
+            entries.fields_by_row(),
             weight,
             state,
             update.lr,
