@@ -100,7 +100,7 @@ class Judge:
         rounding = own.eps * (total.abs() + own.smallest_normal)
         bound = 2 * torch.finfo(self._wide).eps * counts * magnitude + rounding
         self._worst = max(self._worst, _largest(error / bound))
-        share = torch.as_tensor(own.eps * counts).clamp(max=LARGEST_LOSS)
+        share = torch.as_tensor(own.eps * counts, device=actual.device).clamp(max=LARGEST_LOSS)
         self._accepted &= bool((error <= share * magnitude + rounding).all())
         loss = _largest((error - rounding).clamp(min=0) / magnitude.clamp(min=1e-300))
         self._loss = max(self._loss, loss)

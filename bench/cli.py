@@ -246,7 +246,7 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
     torch.set_num_threads(args.threads)
     device = choose_device(args.device)
     try:
-        gpu_embed.Embedding(1, 1).to(device)(torch.zeros(1, dtype=torch.int64, device=device))
+        gpu_embed.Embedding(1, 1, device=device)(torch.zeros(1, dtype=torch.int64, device=device))
     except (RuntimeError, ValueError) as problem:
         raise CannotRunError(str(problem).removeprefix("gpu_embed: ")) from problem
     name, dirty = machine.commit()

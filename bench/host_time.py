@@ -95,9 +95,11 @@ def stub_triton() -> Iterator[None]:
 
 
 def _call(lookup: Callable[[Tensor, Tensor], Tensor], mode: str) -> Call:
-    weight = torch.nn.Parameter(torch.randn(VOCAB, DIM), requires_grad=mode != "inference")
-    ids = torch.randint(VOCAB, (NUM_IDS,))
-    grad_output = torch.ones(NUM_IDS, DIM)
+    weight = torch.nn.Parameter(
+        torch.randn(VOCAB, DIM, device="cpu"), requires_grad=mode != "inference"
+    )
+    ids = torch.randint(VOCAB, (NUM_IDS,), device="cpu")
+    grad_output = torch.ones(NUM_IDS, DIM, device="cpu")
 
     def forward(i: int) -> None:
         lookup(ids, weight)

@@ -45,10 +45,12 @@ def draw(
     kind, argument = parse(distribution)
     if num_embeddings < 1:
         raise IdsError("ids cannot be drawn for a table without rows")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     ids = kind(generator, argument, num_ids, num_embeddings)
     if padding and padding_idx is not None:
-        places = torch.randperm(num_ids, generator=generator)[: round(padding * num_ids)]
+        places = torch.randperm(num_ids, generator=generator, device="cpu")[
+            : round(padding * num_ids)
+        ]
         ids[places] = padding_idx
     return ids
 
@@ -92,7 +94,7 @@ Draw = Callable[[torch.Generator, str, int, int], Tensor]
 
 
 def _uniform(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
-    return torch.randint(num_embeddings, (num_ids,), generator=generator)
+    return torch.randint(num_embeddings, (num_ids,), generator=generator, device="cpu")
 
 
 def _zipf(generator: torch.Generator, argument: str, num_ids: int, num_embeddings: int) -> Tensor:
@@ -101,7 +103,7 @@ def _zipf(generator: torch.Generator, argument: str, num_ids: int, num_embedding
     The integral can be inverted, so the cost does not grow with the table.
     """
     alpha = _number("zipf", argument)
-    share = torch.rand(num_ids, generator=generator, dtype=torch.float64)
+    share = torch.rand(num_ids, generator=generator, dtype=torch.float64, device="cpu")
     end = float(num_embeddings + 1)
     if alpha == 1:
         x = end**share
@@ -112,7 +114,7 @@ def _zipf(generator: torch.Generator, argument: str, num_ids: int, num_embedding
 
 
 def _equal(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
-    row = torch.randint(num_embeddings, (1,), generator=generator)
+    row = torch.randint(num_embeddings, (1,), generator=generator, device="cpu")
     return row.expand(num_ids).clone()
 
 
@@ -124,14 +126,16 @@ def _hot(generator: torch.Generator, argument: str, num_ids: int, num_embeddings
     """A share of the ids on row 0, at random places; the others anywhere."""
     ids = _uniform(generator, "", num_ids, num_embeddings)
     hot = round(_number("hot", argument) * num_ids)
-    ids[torch.randperm(num_ids, generator=generator)[:hot]] = 0
+    ids[torch.randperm(num_ids, generator=generator, device="cpu")[:hot]] = 0
     return ids
 
 
 def _spread(generator: torch.Generator, argument: str, num_ids: int, num_embeddings: int) -> Tensor:
     """As many rows, evenly spaced over the table: what a call touches does not grow with the table."""
     rows = round(_number("spread", argument))
-    return torch.randint(rows, (num_ids,), generator=generator) * num_embeddings // rows
+    return (
+        torch.randint(rows, (num_ids,), generator=generator, device="cpu") * num_embeddings // rows
+    )
 
 
 def _text(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
@@ -154,7 +158,9 @@ def _from_file(generator: torch.Generator, path: str, num_ids: int, num_embeddin
 def _word_list(name: str) -> Draw:
     def draw_words(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
         total = _frequencies(name)[:num_embeddings].cumsum(0)
-        share = torch.rand(num_ids, generator=generator, dtype=torch.float64) * total[-1]
+        share = (
+            torch.rand(num_ids, generator=generator, dtype=torch.float64, device="cpu") * total[-1]
+        )
         return torch.searchsorted(total, share, right=True).clamp_(max=len(total) - 1)
 
     return draw_words
@@ -207,8 +213,8 @@ def _number(name: str, text: str) -> float:
 
 def _excerpt(ids: Tensor, generator: torch.Generator, num_ids: int) -> Tensor:
     """num_ids in their order from a random place on, from the start again after the end."""
-    start = torch.randint(len(ids), (1,), generator=generator)
-    return ids[(torch.arange(num_ids) + start) % len(ids)]
+    start = torch.randint(len(ids), (1,), generator=generator, device="cpu")
+    return ids[(torch.arange(num_ids, device="cpu") + start) % len(ids)]
 
 
 @cache
@@ -226,12 +232,12 @@ def _text_ranks() -> Tensor:
     tokens = re.findall(r"\w+|[^\w\s]", re.sub(r"([-=*~+^])\1{2,}", " ", text))
     ranked = collections.Counter(tokens).most_common()
     ranks = {token: rank for rank, (token, _) in enumerate(ranked)}
-    return torch.tensor([ranks[token] for token in tokens])
+    return torch.tensor([ranks[token] for token in tokens], device="cpu")
 
 
 @cache
 def _frequencies(name: str) -> Tensor:
-    values = torch.tensor(list(WORD_LISTS[name]()), dtype=torch.float64)
+    values = torch.tensor(list(WORD_LISTS[name]()), dtype=torch.float64, device="cpu")
     return values.sort(descending=True).values
 
 
@@ -242,7 +248,7 @@ def _read(path: str) -> Tensor:
         if path.endswith(".npy"):
             ids = torch.from_numpy(np.load(path))
         elif path.endswith(".txt"):
-            ids = torch.tensor([int(word) for word in Path(path).read_text().split()])
+            ids = torch.tensor([int(word) for word in Path(path).read_text().split()], device="cpu")
         else:
             ids = torch.load(path, map_location="cpu", weights_only=True)
     except (

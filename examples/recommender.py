@@ -55,14 +55,15 @@ class Clicks:
 def split(name: str, events: Tensor, user_traits: Tensor, item_traits: Tensor) -> Clicks:
     """Give each event (user, item), sorted by user and time, its history; put the users' last apart."""
     users, items = events.t().contiguous()
-    before = torch.arange(len(users))[:, None] - torch.arange(1, HISTORY + 1)
+    places = torch.arange(len(users), device="cpu")
+    before = places[:, None] - torch.arange(1, HISTORY + 1, device="cpu")
     is_own = before >= torch.searchsorted(users, users)[:, None]  # [events, HISTORY]
     history = torch.where(is_own, items[before.clamp(min=0)], NOTHING)
     examples = torch.cat((events, history), 1)
     is_last = F.pad(users[1:] != users[:-1], (0, 1), value=True)
     train = examples[~is_last]
     counts = torch.bincount(train[:, 1], minlength=len(item_traits))
-    seen = torch.zeros(len(user_traits), len(item_traits), dtype=torch.bool)
+    seen = torch.zeros(len(user_traits), len(item_traits), dtype=torch.bool, device="cpu")
     seen[train[:, 0], train[:, 1]] = True
     seen[:, NOTHING] = True
     return Clicks(name, train, examples[is_last], counts, seen, user_traits, item_traits)
@@ -79,7 +80,9 @@ def movielens(folder: Path) -> Clicks:
         ]
 
     ratings = sorted(rows("inter"), key=lambda row: (int(row["user_id"]), int(row["timestamp"])))
-    events = torch.tensor([(int(row["user_id"]), int(row["item_id"])) for row in ratings])
+    events = torch.tensor(
+        [(int(row["user_id"]), int(row["item_id"])) for row in ratings], device="cpu"
+    )
     users = {
         int(row["user_id"]): [row["gender"], f"{int(row['age']) // 10}0s", row["occupation"]]
         for row in rows("user")
@@ -93,26 +96,29 @@ def movielens(folder: Path) -> Clicks:
 def numbered(words: dict[int, list[str]]) -> Tensor:
     """Each word as a number from 1 on: [keys + 1, most words of a key]."""
     numbers: dict[str, int] = {}
-    table = torch.full((max(words) + 1, max(map(len, words.values()))), NOTHING)
+    table = torch.full((max(words) + 1, max(map(len, words.values()))), NOTHING, device="cpu")
     for key, row in words.items():
         table[key, : len(row)] = torch.tensor(
-            [numbers.setdefault(w, len(numbers) + 1) for w in row]
+            [numbers.setdefault(w, len(numbers) + 1) for w in row], device="cpu"
         )
     return table
 
 
 def synthetic(num_users: int, num_items: int, clicks: int, seed: int) -> Clicks:
     """Clicks by Zipf's law on items of ten kinds; a user has two favourite kinds, and tells one."""
-    generator = torch.Generator().manual_seed(seed)
-    kinds = torch.randint(10, (num_users + 1, 2), generator=generator)
-    users = torch.arange(1, num_users + 1).repeat_interleave(clicks)
-    which = (torch.rand(len(users), generator=generator) < 0.3).long()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    kinds = torch.randint(10, (num_users + 1, 2), generator=generator, device="cpu")
+    users = torch.arange(1, num_users + 1, device="cpu").repeat_interleave(clicks)
+    which = (torch.rand(len(users), generator=generator, device="cpu") < 0.3).long()
     # The item's rank within its kind: how often one is drawn falls with 1 / rank.
-    rank = (num_items / 10 + 1) ** torch.rand(len(users), generator=generator).double()
+    height = torch.rand(len(users), generator=generator, device="cpu").double()
+    rank = (num_items / 10 + 1) ** height
     items = 1 + (rank.long() - 1) * 10 + kinds[users, which]
     # Nobody chooses an item twice; a dict keeps the order.
-    events = torch.tensor(list(dict.fromkeys(zip(users.tolist(), items.tolist(), strict=True))))
-    item_kinds = 1 + (torch.arange(num_items + 1)[:, None] - 1) % 10
+    events = torch.tensor(
+        list(dict.fromkeys(zip(users.tolist(), items.tolist(), strict=True))), device="cpu"
+    )
+    item_kinds = 1 + (torch.arange(num_items + 1, device="cpu")[:, None] - 1) % 10
     return split("a synthetic click log", events, 1 + kinds[:, :1], item_kinds)
 
 
@@ -245,7 +251,7 @@ def train(trainer: Trainer, clicks: Clicks, epochs: int, bar: Progress) -> list[
     task = bar.add_task("training", total=epochs * -(-len(clicks.train) // BATCH), said="")
     for _ in range(epochs):
         losses = []
-        for places in torch.randperm(len(clicks.train)).split(BATCH):
+        for places in torch.randperm(len(clicks.train), device="cpu").split(BATCH):
             losses.append(trainer.step(places))
             bar.advance(task)
         model.eval()
@@ -266,7 +272,7 @@ def step_ms(trainer: Trainer, steps: int, advance: Callable[[], None]) -> float:
     """The median time of a step; before it two, which make the optimizer's state and compile kernels."""
     times = []
     for _ in range(2 + steps):
-        places = torch.randint(len(trainer.train), (BATCH,))
+        places = torch.randint(len(trainer.train), (BATCH,), device="cpu")
         start = time.perf_counter()
         trainer.step(places)
         times.append(1e3 * (time.perf_counter() - start))

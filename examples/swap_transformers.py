@@ -52,7 +52,9 @@ def load_model(small: bool) -> tuple[str, nn.Module, Callable[[list[str]], Input
     def encode(texts: list[str]) -> Inputs:
         # Padding is 0, so words are hashed to 1 and above.
         words = [[1 + zlib.crc32(word.encode()) % 4_999 for word in text.split()] for text in texts]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in words], batch_first=True)
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.tensor(row, device="cpu") for row in words], batch_first=True
+        )
         return {"input_ids": ids, "attention_mask": (ids != 0).long()}
 
     return "a small BERT with random weights", BertModel(config), encode

@@ -76,7 +76,7 @@ PADDING = 3
 def _numbers(shape: tuple[int, ...], modulus: int, device: torch.device) -> Tensor:
     """Floats around 0, the same on each device."""
     count = torch.Size(shape).numel()
-    return (torch.arange(count) % modulus - float(modulus // 2)).view(shape).to(device)
+    return (torch.arange(count, device=device) % modulus - float(modulus // 2)).view(shape)
 
 
 def _table(device: torch.device) -> Tensor:
@@ -84,7 +84,7 @@ def _table(device: torch.device) -> Tensor:
 
 
 def _ids(device: torch.device) -> Tensor:
-    return (torch.arange(NUM_IDS) ** 2 % ROWS).view(4, -1).to(device)
+    return (torch.arange(NUM_IDS, device=device) ** 2 % ROWS).view(4, -1)
 
 
 def _lookup(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:

@@ -97,9 +97,9 @@ def neighbour_pairs(encoded: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
 
 def lowest_loss(pairs: Sequence[tuple[int, int]]) -> float:
     """Compute the loss of a model that knows how often each word stands beside each other."""
-    both = torch.tensor([pairs.count(pair) for pair in pairs], dtype=torch.float64)
+    both = torch.tensor([pairs.count(pair) for pair in pairs], dtype=torch.float64, device="cpu")
     words = [word for word, _ in pairs]
-    alone = torch.tensor([words.count(word) for word in words], dtype=torch.float64)
+    alone = torch.tensor([words.count(word) for word in words], dtype=torch.float64, device="cpu")
     return -(both / alone).log().mean().item()
 
 
@@ -145,7 +145,7 @@ def run_phrases(checks: Checks, device: torch.device, seed: int) -> PhraseTable:
         console.print(f"{phrase!r:25} -> {ids}")
 
     torch.manual_seed(seed)
-    table = gpu_embed.Embedding(len(words), 2).to(device)
+    table = gpu_embed.Embedding(len(words), 2, device="cpu").to(device)
     before = table.weight.detach().cpu().clone()
     pairs = neighbour_pairs(encoded)
     first, last = train_on_pairs(table, pairs)
@@ -212,14 +212,16 @@ def encode_text(tokens: Sequence[str], size: int) -> Corpus:
     frequent = collections.Counter(tokens).most_common(size - 1)
     vocabulary = [UNKNOWN, *(word for word, _ in frequent)]
     ids = {word: i for i, word in enumerate(vocabulary)}
-    encoded = torch.tensor([ids.get(token, 0) for token in tokens])
+    encoded = torch.tensor([ids.get(token, 0) for token in tokens], device="cpu")
     counts = torch.bincount(encoded, minlength=len(vocabulary)).tolist()
     return Corpus(encoded, vocabulary, counts, different=len(set(tokens)))
 
 
 def frequency_loss(corpus: Corpus) -> float:
     """Compute the loss of always guessing by the words' frequencies, whatever comes before."""
-    share = torch.tensor([count for count in corpus.counts if count], dtype=torch.float64)
+    share = torch.tensor(
+        [count for count in corpus.counts if count], dtype=torch.float64, device="cpu"
+    )
     share /= share.sum()
     return -(share * share.log()).sum().item()
 
@@ -229,11 +231,12 @@ class NextWord(nn.Module):
 
     def __init__(self, embedding_class: type[nn.Embedding], size: Size) -> None:
         super().__init__()
-        self.table = embedding_class(size.vocabulary, size.embedding_dim)
+        # On the CPU, so that the seed gives the same start wherever it is trained.
+        self.table = embedding_class(size.vocabulary, size.embedding_dim, device="cpu")
         # Small rows to start from: what is left of a large random start hides who is near whom.
         nn.init.normal_(self.table.weight, std=0.02)
-        self.position = nn.Parameter(torch.ones(size.context, size.embedding_dim))
-        self.guess = nn.Linear(size.embedding_dim, size.vocabulary)
+        self.position = nn.Parameter(torch.ones(size.context, size.embedding_dim, device="cpu"))
+        self.guess = nn.Linear(size.embedding_dim, size.vocabulary, device="cpu")
 
     def forward(self, context: Tensor) -> Tensor:
         rows = self.table(context)  # [batch, context, embedding_dim]
@@ -283,9 +286,9 @@ def new_run(
 def random_batches(ids: Tensor, size: Size, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (words before, next word) from random places of the text."""
     windows = ids.unfold(0, size.context + 1, 1)  # [places, context + 1]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(size.steps):
-        places = torch.randint(len(windows), (size.batch,), generator=generator)
+        places = torch.randint(len(windows), (size.batch,), generator=generator, device="cpu")
         batch = windows[places.to(ids.device)]
         yield batch[:, :-1], batch[:, -1]
 
@@ -504,7 +507,7 @@ def choose_device(name: str | None) -> torch.device:
 def check_backend(device: torch.device) -> None:
     """Look one row up: a forced backend that cannot run, or a misspelt setting, raises."""
     try:
-        gpu_embed.Embedding(1, 1).to(device)(torch.zeros(1, dtype=torch.int64, device=device))
+        gpu_embed.Embedding(1, 1, device=device)(torch.zeros(1, dtype=torch.int64, device=device))
     except (RuntimeError, ValueError) as problem:
         raise CannotRunError(str(problem).removeprefix("gpu_embed: ")) from problem
 

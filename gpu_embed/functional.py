@@ -459,7 +459,8 @@ def _type_name(tensor: Tensor) -> str:
     if tensor.dtype in LEGACY_DTYPES:
         return tensor.type()
     # The name on the CPU, where it has no prefix.
-    name = torch.empty(0, dtype=tensor.dtype).type().rpartition(".")[2].removesuffix("Tensor")
+    on_cpu = torch.empty(0, dtype=tensor.dtype, device="cpu")
+    name = on_cpu.type().rpartition(".")[2].removesuffix("Tensor")
     return f"{tensor.device.type.upper()}{name}Type"
 
 

@@ -107,6 +107,9 @@ def encode(
 ) -> Tensor:
     """The ids of some texts, padded and truncated as the tokenizer is set to -> int64 [texts, length].
 
+    Args:
+        device: where the ids are made; None: torch's default device.
+
     Raises:
         TypeError: `texts` is one string, or holds something else than strings.
         KeyError: a word is not in the vocabulary, which has no unknown token; names the word and the text.
@@ -181,8 +184,8 @@ def _flat(ids: Any) -> Tensor:
     if isinstance(ids, list | tuple) and any(hasattr(part, "__len__") for part in ids):
         # An empty list has no dtype of its own.
         parts = [part for part in map(_flat, ids) if part.numel()]
-        return torch.cat(parts) if parts else torch.empty(0)
-    return torch.as_tensor(ids).reshape(-1)
+        return torch.cat(parts) if parts else torch.empty(0, device="cpu")
+    return torch.as_tensor(ids, device="cpu").reshape(-1)
 
 
 def _words(text: str, normalizer: Any, splitter: Any, specials: Sequence[str]) -> list[str]:
