@@ -343,6 +343,7 @@ def table_batched_embedding_dense_backward(
 ) -> Array:
     """Gradient of table_batched_embedding's buffer -> weight_shape."""
     grad_weight = np.zeros(weight_shape, grad_output.dtype)
+    # Several features may look up in one table: their gradients add up.
     for part in table_parts(grad_weight, indices, offsets, tables):
         num_embeddings = len(part.weight)
         if part.mode == "max":
@@ -351,10 +352,10 @@ def table_batched_embedding_dense_backward(
             rows = indices[winner[:, part.columns][bag, column]]
             total = np.zeros(part.weight.shape)
             np.add.at(total, (rows, column), grad_output[:, part.columns][bag, column])
-            part.weight[:] = total
+            part.weight[:] += total
         elif pooled:
             weights = None if per_sample_weights is None else per_sample_weights[part.positions]
-            part.weight[:] = embedding_bag_dense_backward(
+            part.weight[:] += embedding_bag_dense_backward(
                 grad_output[:, part.columns],
                 part.indices,
                 part.offsets,
@@ -364,7 +365,7 @@ def table_batched_embedding_dense_backward(
                 weights,
             )
         else:
-            part.weight[:] = embedding_dense_backward(
+            part.weight[:] += embedding_dense_backward(
                 grad_output[part.positions], part.indices, num_embeddings, part.padding_idx
             )
     return grad_weight

@@ -86,8 +86,8 @@ def batch_bags(
                 )
     if include_last_offset and len(offsets[0]) == 0:
         raise RuntimeError("batch_bags: include_last_offset: number of offset should be at least 1")
-    begins = _checked_offsets(labels, ids, offsets, include_last_offset)  # [F, B + 1]
     flat = _joined("batch_bags", "ids", labels, ids)
+    begins = _checked_offsets(labels, ids, offsets, include_last_offset)  # [F, B + 1]
     weights = _joined("batch_bags", "per_sample_weights", labels, rest[0]) if rest else None
     if not include_last_offset:
         # Each feature's last bag ends where the next feature's first one begins.
