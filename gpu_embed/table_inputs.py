@@ -60,19 +60,25 @@ def batch_bags(
                 f"batch_bags: {label}: expected (ids, offsets) or (ids, offsets, per_sample_weights), got "
                 f"{type(tensors).__name__}"
             )
-        if len(tensors) not in (2, 3) or len(tensors) != len(features[0]):
+        if len(tensors) not in (2, 3):
             raise ValueError(
-                f"batch_bags: {label}: expected {len(features[0]) if len(features[0]) in (2, 3) else '2 or 3'} "
-                f"tensors, got {len(tensors)}"
+                f"batch_bags: {label}: expected (ids, offsets) or (ids, offsets, per_sample_weights), got "
+                f"{len(tensors)} tensors"
             )
         for what, value in zip(("ids", "offsets", "per_sample_weights"), tensors, strict=False):
             _check_tensor(f"batch_bags: {label}: {what}", value)
+    weighted = [label for label, one in zip(labels, features, strict=True) if len(one) == 3]
+    if weighted and len(weighted) < len(labels):
+        raise ValueError(
+            "batch_bags: give per_sample_weights for all features or for none; they are given for "
+            f"{', '.join(weighted[:8])}"
+        )
     ids, offsets, *rest = zip(*features, strict=True)
     for label, values, begins in zip(labels, ids, offsets, strict=True):
         if values.dim() != 1 or begins.dim() != 1 or len(begins) != len(offsets[0]):
             raise ValueError(
-                f"batch_bags: {label}: expected ids [n] and offsets {list(offsets[0].shape)}, "
-                f"got {list(values.shape)} and {list(begins.shape)}"
+                f"batch_bags: {label}: expected ids [n] and offsets {list(offsets[0].shape)}, as many as of "
+                f"{labels[0]}, got {list(values.shape)} and {list(begins.shape)}"
             )
         _check_integers(f"batch_bags: {label}: ids", values)
         _check_integers(f"batch_bags: {label}: offsets", begins)
@@ -140,14 +146,20 @@ def batch_padded(
     """
     if lengths is not None and padding_value is not None:
         raise ValueError("batch_padded: give lengths or padding_value, not both")
+    if isinstance(padding_value, Mapping | Sequence):
+        raise TypeError(
+            f"batch_padded: padding_value is one number for all features, got {type(padding_value).__name__}; give "
+            "lengths where features differ"
+        )
     names, features = _in_sequence("batch_padded", "tables", tables)
     labels = _labels(names)
     for label, ids in zip(labels, features, strict=True):
         _check_tensor(f"batch_padded: {label}: ids", ids)
         if ids.dim() != 2 or len(ids) != len(features[0]):
-            expected = len(features[0]) if features[0].dim() == 2 else "B"
+            like = f"{len(features[0])}, L], as many rows as of {labels[0]}"
             raise ValueError(
-                f"batch_padded: {label}: expected ids [{expected}, L], got {list(ids.shape)}"
+                f"batch_padded: {label}: expected ids [{like if features[0].dim() == 2 else 'B, L]'}, got "
+                f"{list(ids.shape)}"
             )
         _check_integers(f"batch_padded: {label}: ids", ids)
     counts = _like_features("lengths", lengths, names, features, 1)
@@ -256,11 +268,16 @@ def _like_features(
         )
     for label, value in zip(_labels(features), values, strict=False):
         _check_tensor(f"batch_padded: {label}: {argument}", value)
-    shapes = [list(value.shape) for value in values]
-    expected = [list(one.shape[:dims]) for one in ids]
-    if shapes != expected:
-        raise ValueError(f"batch_padded: expected {argument} of shapes {expected}, got {shapes}")
+    if len(values) != len(ids):
+        raise ValueError(
+            f"batch_padded: {argument} are given for {len(values)} features, the ids for {len(ids)}"
+        )
     for label, value, one in zip(_labels(features), values, ids, strict=True):
+        if value.shape != one.shape[:dims]:
+            raise ValueError(
+                f"batch_padded: {label}: expected {argument} of shape {list(one.shape[:dims])}, got "
+                f"{list(value.shape)}"
+            )
         _check_device(f"batch_padded: {label}: {argument}", value, one)
     return list(values)
 

@@ -153,9 +153,13 @@ class BatchedTables(torch.nn.Module, ABC):
         update. It is `[rows, embedding_dim]`, or `[elements]` for several of different embedding_dims; `rows=` of
         an optimizer counts its rows, through all its tables.
 
+        The tables have one gradient, the layer's. So `zero_grad()` of one optimizer clears it for all: take one
+        optimizer with several groups, or let every optimizer step before the first clears.
+
         Raises:
             KeyError: no table has that name.
-            ValueError: the layer has no sparse gradients, which alone can be taken apart without a copy.
+            TypeError: a name is no string.
+            ValueError: no name; or the layer has no sparse gradients, which alone can be taken apart without a copy.
 
         Example::
 
@@ -168,9 +172,14 @@ class BatchedTables(torch.nn.Module, ABC):
         """
         if not self.sparse:
             raise ValueError("parameters_of is for layers with sparse=True")
-        ranges: list[list[int]] = []
         if not names:
             raise ValueError("parameters_of: name at least one table")
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"parameters_of takes names one by one, parameters_of('user', 'item'), got {name!r}"
+                )
+        ranges: list[list[int]] = []
         for number in sorted({self._number(name) for name in names}):
             if ranges and ranges[-1][1] == number:
                 ranges[-1][1] = number + 1
@@ -190,6 +199,15 @@ class BatchedTables(torch.nn.Module, ABC):
             if type(found.fields) is Tensor:
                 self._tables_on[device] = found
         return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        place = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(place, Table) and not isinstance(value, Table):
+            raise TypeError(
+                f"{name!r} is a table of this layer and is not replaced; write to layer[{name!r}], or give "
+                f"layer.{name}.weight a tensor, to change its rows"
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         # Without the tables' submodules, which would say the same in a line each.
@@ -221,8 +239,12 @@ class BatchedTables(torch.nn.Module, ABC):
         try:
             return self.layout.names.index(name)
         except ValueError:
+            layout, hint = self.layout, ""
+            if name in layout.features:
+                table = layout.names[layout.feature_tables[layout.features.index(name)]]
+                hint = f"; a feature is, which looks up in table {table!r}"
             raise KeyError(
-                f"no table is named {name!r}, the tables are {quoted(self.layout.names)}"
+                f"no table is named {name!r}{hint}. The tables are {quoted(layout.names)}"
             ) from None
 
     def _set_buffer(self, buffer: Tensor) -> None:
@@ -620,7 +642,12 @@ class TableBatchedEmbeddingBag(BatchedTables):
 
     def split(self, output: Tensor) -> list[Tensor]:
         """Each feature's columns of an output `[B, sum of embedding_dims]`: views `[B, embedding_dim]`."""
-        return list(output.split(self.layout.feature_dims, dim=1))
+        dims = self.layout.feature_dims
+        if output.dim() != 2 or output.shape[1] != sum(dims):
+            raise ValueError(
+                f"split: expected an output of this layer, [B, {sum(dims)}], got {list(output.shape)}"
+            )
+        return list(output.split(dims, dim=1))
 
     @classmethod
     def _made_like(cls, named: dict[str, Any], **arguments: Any) -> "Self":

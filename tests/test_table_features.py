@@ -454,10 +454,31 @@ def test_a_table_that_is_not_there():
     layer = TableBatchedEmbeddingBag(SIZES["mixed"])
     layer.sparse = True
     for call in (lambda: layer["c"], lambda: layer.parameters_of("c")):
-        with pytest.raises(KeyError, match="no table is named 'c', the tables are 'item', 'user'"):
+        with pytest.raises(
+            KeyError, match=r"no table is named 'c'\. The tables are 'item', 'user'"
+        ):
             call()
     with pytest.raises(ValueError, match="name at least one table"):
         layer.parameters_of()
+    with pytest.raises(TypeError, match=r"one by one, .* got \['item'\]"):
+        layer.parameters_of(["item"])
+    shared = TableBatchedEmbeddingBag(SIZES["mixed"], sparse=True, features=FEATURES)
+    with pytest.raises(KeyError, match="a feature is, which looks up in table 'item'"):
+        shared.parameters_of("history")
+
+
+def test_a_tables_place_is_not_taken_by_another_module():
+    layer = TableBatchedEmbeddingBag(SIZES["mixed"])
+    with pytest.raises(TypeError, match="'user' is a table of this layer and is not replaced"):
+        layer.user = nn.Embedding(3, 3)
+    layer.other = nn.Linear(2, 2)
+    assert list(layer.state_dict())[:3] == ["item.weight", "user.weight", "shop.weight"]
+
+
+def test_an_output_of_another_width_is_not_split():
+    layer = TableBatchedEmbeddingBag(SIZES["mixed"], features=FEATURES)
+    with pytest.raises(ValueError, match=r"\[B, 32\], got \[2, 24\]"):
+        layer.split(torch.zeros(2, 24))
 
 
 def test_the_text_of_many_tables():

@@ -165,7 +165,7 @@ WRONG = {
         "table 0: offsets must be a tensor, got list",
     ),
     "a tensor as a table": (lambda: batch_bags([IDS]), TypeError, r"expected \(ids, offsets\)"),
-    "one tensor": (lambda: batch_bags([(IDS,)]), ValueError, "expected 2 or 3 tensors, got 1"),
+    "one tensor": (lambda: batch_bags([(IDS,)]), ValueError, "got 1 tensors"),
     "no offsets at all": (
         lambda: batch_bags([(IDS, BEGINS[:0])], include_last_offset=True),
         RuntimeError,
@@ -241,7 +241,22 @@ WRONG = {
     "padded: too few lengths": (
         lambda: batch_padded([ROWS, ROWS], lengths=[torch.tensor([1])]),
         ValueError,
-        "expected lengths of shapes",
+        "lengths are given for 1 features, the ids for 2",
+    ),
+    "padded: another number of lengths": (
+        lambda: batch_padded([ROWS, ROWS], lengths=[torch.tensor([1]), torch.tensor([1, 2])]),
+        ValueError,
+        r"table 1: expected lengths of shape \[1\], got \[2\]",
+    ),
+    "padded: a padding for each": (
+        lambda: batch_padded({"user": ROWS}, padding_value={"user": 0}),
+        TypeError,
+        "padding_value is one number for all features, got dict",
+    ),
+    "weights of some": (
+        lambda: batch_bags({"a": (IDS, BEGINS, IDS * 1.0), "b": (IDS, BEGINS)}),
+        ValueError,
+        "for all features or for none; they are given for feature 'a'",
     ),
     "padded: lengths elsewhere": (
         lambda: batch_padded([ROWS], lengths=[torch.tensor([1], device="meta")]),

@@ -403,7 +403,7 @@ BAD_INPUTS = {
     ),
     "weights of some": (
         lambda: batch_bags([(torch.zeros(1),) * 2, (torch.zeros(1),) * 3]),
-        "table 1: expected 2 tensors, got 3",
+        "for all features or for none; they are given for table 1",
     ),
     "both": (
         lambda: batch_padded(PADDED, lengths=PADDED, padding_value=0),
@@ -412,11 +412,11 @@ BAD_INPUTS = {
     "1-D padded": (lambda: batch_padded([torch.zeros(3)]), "table 0: expected ids"),
     "other batch": (
         lambda: batch_padded([ids([[0] * 3] * 2), ids([[0] * 3] * 3)]),
-        r"table 1: expected ids \[2, L\], got \[3, 3\]",
+        r"table 1: expected ids \[2, L\], as many rows as of table 0, got \[3, 3\]",
     ),
     "other lengths": (
         lambda: batch_padded(PADDED, lengths=[torch.zeros(2)]),
-        r"expected lengths of shapes \[\[2\], \[2\]\], got \[\[2\]\]",
+        "lengths are given for 1 features, the ids for 2",
     ),
 }
 
