@@ -1,5 +1,6 @@
 """The ids of many features in one tensor, with offsets, as the batched layers take them."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -146,11 +147,8 @@ def batch_padded(
     """
     if lengths is not None and padding_value is not None:
         raise ValueError("batch_padded: give lengths or padding_value, not both")
-    if isinstance(padding_value, Mapping | Sequence):
-        raise TypeError(
-            f"batch_padded: padding_value is one number for all features, got {type(padding_value).__name__}; give "
-            "lengths where features differ"
-        )
+    if padding_value is not None and not isinstance(padding_value, torch.SymInt):
+        padding_value = _as_padding(padding_value)
     names, features = _in_sequence("batch_padded", "tables", tables)
     labels = _labels(names)
     for label, ids in zip(labels, features, strict=True):
@@ -171,7 +169,7 @@ def batch_padded(
         if counts is not None:
             places = torch.arange(ids.shape[1], device=ids.device)
             kept.append(places < counts[number][:, None])
-        elif padding_value is not None:
+        elif padding_value is not None and _holds(ids.dtype, padding_value):
             kept.append(ids != padding_value)
         else:
             kept.append(torch.ones_like(ids, dtype=torch.bool))
@@ -280,6 +278,24 @@ def _like_features(
             )
         _check_device(f"batch_padded: {label}: {argument}", value, one)
     return list(values)
+
+
+def _as_padding(padding_value: Any) -> int:
+    try:
+        if isinstance(padding_value, bool):
+            raise TypeError
+        return operator.index(padding_value)
+    except TypeError:
+        raise TypeError(
+            "batch_padded: padding_value is one int for all features, got "
+            f"{padding_value!r}; give lengths where features differ"
+        ) from None
+
+
+def _holds(dtype: torch.dtype, number: int | torch.SymInt) -> bool:
+    """Whether ids of this dtype can be that number; a comparison would wrap it around."""
+    info = torch.iinfo(dtype)
+    return isinstance(number, torch.SymInt) or info.min <= number <= info.max
 
 
 def _check_tensor(what: str, value: object) -> None:

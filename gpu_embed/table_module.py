@@ -49,9 +49,18 @@ class Table(torch.nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        rows = self._parameters["weight"]
-        assert rows is not None
-        destination[f"{prefix}weight"] = rows if keep_vars else detached(rows)
+        layer, number = self._parameters.layer, self._parameters.number  # type: ignore[attr-defined]
+        if layer._holds_tables():
+            rows = layer._rows(number)
+            destination[f"{prefix}weight"] = rows if keep_vars else detached(rows)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Table":
+        if not self._parameters.layer._is_applying:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"table {self._parameters.name!r} lies in its layer's one parameter, "  # type: ignore[attr-defined]
+                "and is moved or converted with it alone: call the layer's method"
+            )
+        return self
 
     def _load_from_state_dict(self, *_: Any) -> None:
         """Nothing: the layer loads all of its tables together."""
@@ -81,7 +90,7 @@ class _Rows(dict[str, Any]):
         super().__init__()
         # Not a reference: a layer and its tables would keep each other alive, and with them the GPU's memory.
         self._layer = weakref.ref(layer)
-        self._number = number
+        self.number = number
 
     @property
     def layer(self) -> "BatchedTables":
@@ -92,7 +101,7 @@ class _Rows(dict[str, Any]):
 
     @property
     def name(self) -> str:
-        return self.layer.layout.names[self._number]
+        return self.layer.layout.names[self.number]
 
     def __contains__(self, name: object) -> bool:
         return name == "weight"
@@ -100,13 +109,13 @@ class _Rows(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name != "weight":
             raise KeyError(name)
-        return self.layer._rows(self._number)
+        return self.layer._rows(self.number)
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Look up in other rows, until what was here is put back."""
         if name != "weight":
             raise KeyError(f"a table has no parameter {name!r} beside its weight")
-        self.layer._replace_rows(self._number, value)
+        self.layer._replace_rows(self.number, value)
 
     def __delitem__(self, name: str) -> None:
         raise KeyError(
@@ -117,10 +126,14 @@ class _Rows(dict[str, Any]):
         return self["weight"] if name == "weight" else default
 
     def assign(self, value: Tensor) -> None:
-        self.layer._assign_rows(self._number, value)
+        self.layer._assign_rows(self.number, value)
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Rows":
+        layer = memo.get(id(self.layer))
+        return self.__reduce__() if layer is None else _Rows(layer, self.number)
 
     def __reduce__(self) -> Any:
         raise TypeError(

@@ -1,12 +1,12 @@
 """Layers that look up many tables in one launch."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import table_functional
 from .nn import Embedding, EmbeddingBag
@@ -19,6 +19,8 @@ from .tables import TableLayout, Tables, make_layout, quoted
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# What transformers sets on the parameters that it has read, and on modules that it shall not initialize.
+READ_MARK = "_is_hf_initialized"
 # How many tables and features `repr` names.
 REPR_TABLES = 12
 PerTable = Mapping[str, Any] | Sequence[Any]
@@ -42,8 +44,11 @@ class BatchedTables(torch.nn.Module, ABC):
         self._tables_on: dict[torch.device, Tables] = {}
         # What a table's place was given in place of its rows, by the table's number.
         self._replaced: dict[int, Tensor] = {}
-        # The views of own rows that were given out there, and stand for them when they are put back.
-        self._given_out = WeakTensorKeyDictionary()
+        # By the table's number: the view of its rows that was given out last, and the one that ends a replacement.
+        self._given_out: dict[int, weakref.ref[Tensor]] = {}
+        self._put_back: dict[int, weakref.ref[Tensor] | None] = {}
+        # While the whole layer is moved or converted.
+        self._is_applying = False
         self._set_buffer(torch.zeros(layout.buffer_shape, device=device, dtype=dtype))
         self._add_places()
         self.reset_parameters()
@@ -119,14 +124,28 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Draw every table anew: N(0, 1), its padding row zero, as torch's layers do."""
+        self._check_writable()
         with torch.no_grad():
             # What lies between tables is zero, also after `to_empty`.
             self.weight.zero_()
-            for number, padding_idx in enumerate(self.layout.padding_idx):
-                rows = self.layout.view(self.weight, number)
-                rows.normal_()
-                if padding_idx >= 0:
-                    rows[padding_idx].fill_(0)
+            for number in range(len(self)):
+                self._draw(number)
+
+    def _draw(self, number: int) -> None:
+        padding_idx = self.layout.padding_idx[number]
+        with torch.no_grad():
+            rows = self.layout.view(self.weight, number)
+            rows.normal_()
+            if padding_idx >= 0:
+                rows[padding_idx].fill_(0)
+
+    def _check_writable(self) -> None:
+        """Raise RuntimeError where the rows of one table are no view of the parameter."""
+        if any(kind.__name__ == "DTensor" for kind in type(self.weight).__mro__):
+            raise RuntimeError(
+                f"{type(self).__name__}: the parameter is sharded, and its tables cannot be written one by one; draw "
+                "or load them before fully_shard, or keep this layer out of it (fully_shard(..., ignored_params=...))"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         """The rows of one table, `[num_embeddings, embedding_dim]`, in the parameter's memory."""
@@ -209,6 +228,11 @@ class BatchedTables(torch.nn.Module, ABC):
             )
         super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        if isinstance(self._modules.get(name), Table):
+            raise TypeError(f"{name!r} is a table of this layer and cannot be removed from it")
+        super().__delattr__(name)
+
     def __repr__(self) -> str:
         # Without the tables' submodules, which would say the same in a line each.
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -276,15 +300,20 @@ class BatchedTables(torch.nn.Module, ABC):
         if self.weight.is_meta:
             # accelerate makes what it loads of the type that it finds.
             rows = torch.nn.Parameter(rows.detach(), self.weight.requires_grad)
-        self._given_out[rows] = True
+        if not torch.compiler.is_compiling():
+            self._given_out[number] = weakref.ref(rows)
         return rows
 
     def _replace_rows(self, number: int, value: Any) -> None:
-        """Let a table look up in another tensor; its own rows, put back, end that."""
-        if value is None or value in self._given_out:
-            self._replaced.pop(number, None)
-            return
+        """Let a table look up in another tensor, until the view that was taken out before is put back."""
+        if number in self._replaced:
+            own = self._put_back.get(number)
+            if value is None or (own is not None and value is own()):
+                del self._replaced[number], self._put_back[number]
+                return
         self._check_rows(number, value)
+        if number not in self._replaced:
+            self._put_back[number] = self._given_out.get(number)
         self._replaced[number] = value
         self._settle(number)
 
@@ -292,10 +321,12 @@ class BatchedTables(torch.nn.Module, ABC):
         """Give a table other values for good."""
         self._check_rows(number, value)
         if self.weight.is_meta and not value.is_meta:
-            parameter = torch.nn.Parameter(value.detach(), self.weight.requires_grad)
-            self._replaced[number] = parameter
+            if not isinstance(value, torch.nn.Parameter):
+                value = torch.nn.Parameter(value.detach(), self.weight.requires_grad)
+            self._replaced[number], self._put_back[number] = value, None
             self._settle(number)
             return
+        self._check_writable()
         with torch.no_grad():
             self.layout.view(self.weight, number).copy_(value)
 
@@ -308,9 +339,17 @@ class BatchedTables(torch.nn.Module, ABC):
             errors: list[str] = []
             self._take_over([value.detach() for value in values if value is not None], errors)
             if errors:
-                del self._replaced[last]
+                del self._replaced[last], self._put_back[last]
                 raise RuntimeError(f"{type(self).__name__}: {errors[0]}")
             self._replaced.clear()
+            self._put_back.clear()
+            # transformers marks what it has read, and gives the other tables memory that nobody has written to.
+            unread = [n for n, value in enumerate(values) if not hasattr(value, READ_MARK)]
+            if len(unread) < len(values):
+                for number in unread:
+                    self._draw(number)
+                for module in (self, *self._modules.values()):
+                    setattr(module, READ_MARK, True)
 
     def _check_rows(self, number: int, value: Tensor) -> None:
         layout = self.layout
@@ -342,6 +381,11 @@ class BatchedTables(torch.nn.Module, ABC):
         if features is None or features == own:
             return own
         name = type(self).__name__
+        if not isinstance(features, int | tuple | list):
+            raise TypeError(
+                f"{name}: features are the names in the order of the ids, or their number, got "
+                f"{type(features).__name__}"
+            )
         if isinstance(features, int):
             if features != len(own):
                 raise ValueError(
@@ -364,7 +408,11 @@ class BatchedTables(torch.nn.Module, ABC):
         grad = self.weight.grad
         if isinstance(grad, TableGradient):
             self.weight.grad = None
-        super()._apply(fn, recurse)
+        self._is_applying = True
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._is_applying = False
         if isinstance(grad, TableGradient):
             # It has no memory of its own, which fn might ask for.
             self.weight.grad = grad.converted(fn)
@@ -374,18 +422,24 @@ class BatchedTables(torch.nn.Module, ABC):
     def __getstate__(self) -> dict[str, Any]:
         # The tables' submodules belong to this layer, and numbers of names to this process: a copy makes its own.
         others = {name: one for name, one in self._modules.items() if not isinstance(one, Table)}
-        return {**self.__dict__, "_modules": others, "_tables_on": {}, "_given_out": None}
+        return {**self.__dict__, "_modules": others, "_tables_on": {}, "_given_out": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._given_out = WeakTensorKeyDictionary()
         self._prepare()
         self._add_places()
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
-        """Nothing: each table's submodule saves its rows."""
+        """All but the tables, whose submodules save their rows."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._holds_tables():
+            del destination[f"{prefix}weight"]
+
+    def _holds_tables(self) -> bool:
+        """Whether the buffer is a parameter, and not what a parametrization, or pruning, makes of others."""
+        return "weight" in self._parameters
 
     def _load_from_state_dict(
         self,
@@ -397,41 +451,38 @@ class BatchedTables(torch.nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for hook in self._load_state_dict_pre_hooks.values():
-            hook(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+        self._check_writable()
+        messages = strict, missing_keys, unexpected_keys, error_msgs
+        key = f"{prefix}weight"
+        if not self._holds_tables():
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *messages)
+            return
+        # The buffer has no key. torch.distributed.checkpoint adds the parameter itself to a full state_dict.
+        extra = state_dict.pop(key, self.weight)
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys += [one for one in missing if one != key]
+        if extra is not self.weight:
+            state_dict[key] = extra
+            if strict:
+                unexpected_keys.append(key)
         # torch itself loads each table, into a module of one weight that lies in the buffer.
         loaded = []
         for name, rows in self.items():
             holder = torch.nn.Module()
             holder.weight = torch.nn.Parameter(rows.detach(), self.weight.requires_grad)
-            holder._load_from_state_dict(
-                state_dict,
-                f"{prefix}{name}.",
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
-            )
+            holder._load_from_state_dict(state_dict, f"{prefix}{name}.", local_metadata, *messages)
             loaded.append(holder.weight.detach())
-        if strict:
-            unexpected_keys += [
-                key
-                for key in state_dict
-                if key.startswith(prefix)
-                and key[len(prefix) :].split(".", 1)[0] not in self._modules
-                # torch.distributed.checkpoint adds the parameter itself to a full state_dict.
-                and state_dict[key] is not self.weight
-            ]
-        if not error_msgs:
+        if error_msgs:
+            return
+        if self.weight.is_meta and any(rows.is_meta for rows in loaded):
+            # The files of a checkpoint may come one after the other.
+            for number, rows in enumerate(loaded):
+                if not rows.is_meta:
+                    self._assign_rows(number, rows)
+        else:
             self._take_over(loaded, error_msgs)
 
     def _take_over(self, loaded: list[Tensor], error_msgs: list[str]) -> None:

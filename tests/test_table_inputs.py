@@ -251,7 +251,17 @@ WRONG = {
     "padded: a padding for each": (
         lambda: batch_padded({"user": ROWS}, padding_value={"user": 0}),
         TypeError,
-        "padding_value is one number for all features, got dict",
+        "padding_value is one int for all features, got {'user': 0}",
+    ),
+    "padded: a float as padding": (
+        lambda: batch_padded([ROWS], padding_value=0.5),
+        TypeError,
+        r"one int for all features, got 0\.5",
+    ),
+    "padded: True as padding": (
+        lambda: batch_padded([ROWS], padding_value=True),
+        TypeError,
+        "one int for all features, got True",
     ),
     "weights of some": (
         lambda: batch_bags({"a": (IDS, BEGINS, IDS * 1.0), "b": (IDS, BEGINS)}),
@@ -300,6 +310,20 @@ def test_a_mapping_is_a_list_with_names(how):
     assert torch.equal(made.offsets, listed.offsets)
     assert made.features == ("b", "a")
     assert listed.features == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "padding_value"),
+    [(torch.uint8, 256), (torch.uint8, -1), (torch.int16, 2**16), (torch.int32, 2**32)],
+    ids=str,
+)
+def test_a_padding_that_no_id_can_be(dtype, padding_value):
+    """It equals no id, and above all not the one that it would wrap around to."""
+    ids = torch.tensor([[0, 1]], dtype=dtype)
+    wrapped = torch.tensor(padding_value % 2**15).to(dtype)
+    assert batch_padded([ids], padding_value=padding_value).offsets.tolist() == [0, 2]
+    ids[0, 0] = wrapped
+    assert batch_padded([ids], padding_value=padding_value).offsets.tolist() == [0, 2]
 
 
 def test_empty_bags_and_no_bags():

@@ -456,6 +456,31 @@ def test_functional_call_with_both_spellings(sizes):
         assert torch.equal(layer(*batch), output)
 
 
+def test_functional_call_with_the_layers_own_views():
+    """They are tensors like others: of another table, and with gradients of their own."""
+    layer, batch = (
+        TableBatchedEmbeddingBag(SIZES["uniform"]),
+        a_batch({"user": (3, 4), "item": (3, 4), "shop": (3, 4)}),
+    )
+    output = layer(*batch)
+    rows = layer.user.weight
+    result = functional_call(layer, {"user.weight": rows}, tuple(batch))
+    (grad,) = torch.autograd.grad(result.sum(), rows)
+    assert grad.any()
+    other = TableBatchedEmbeddingBag([(3, 4), (3, 4)])
+    pair = batch_padded([torch.tensor([[0]]), torch.tensor([[1]])])
+    swapped = {
+        "0.weight": other.get_submodule("1").weight,
+        "1.weight": other.get_submodule("0").weight,
+    }
+    result = functional_call(other, swapped, tuple(pair))
+    assert torch.equal(result[0], torch.cat([other["1"][0], other["0"][1]]))
+    kept = layer.state_dict(keep_vars=True)
+    layer.double()
+    assert functional_call(layer, kept, tuple(batch)).dtype == torch.float32
+    assert torch.equal(layer(*batch).float(), output)
+
+
 def test_nested_functional_calls():
     layer, batch = TableBatchedEmbeddingBag(SIZES["mixed"]), a_batch(SIZES["mixed"])
     output = layer(*batch)
@@ -525,6 +550,32 @@ def test_values_given_to_a_table_are_the_parameters(sizes, how):
     assert (layer(*a_batch(sizes))[:, :4] == 6).all()
 
 
+@pytest.mark.parametrize("move", ["half", "double", "cuda", "share_memory"])
+def test_a_table_is_not_moved_alone(move):
+    layer = TableBatchedEmbeddingBag(SIZES["mixed"])
+    with pytest.raises(RuntimeError, match=r"table 'user' lies in its layer's one parameter"):
+        getattr(layer.user, move)()
+    nn.Sequential(layer).double()
+    assert layer.user.weight.dtype == torch.float64
+
+
+def test_a_table_is_not_removed():
+    layer = TableBatchedEmbeddingBag(SIZES["mixed"])
+    with pytest.raises(TypeError, match="'user' is a table of this layer and cannot be removed"):
+        del layer.user
+    layer.other = nn.Linear(1, 1)
+    del layer.other
+    assert list(layer.state_dict()) == ["user.weight", "item.weight", "shop.weight"]
+
+
+def test_reading_a_table_in_a_compiled_graph():
+    torch._dynamo.reset()
+    layer = TableBatchedEmbeddingBag(SIZES["mixed"])
+    read = torch.compile(lambda: layer.user.weight * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(read(), layer["user"] * 2)
+    torch._dynamo.reset()
+
+
 def test_wrong_values_for_a_table():
     layer = TableBatchedEmbeddingBag(SIZES["mixed"])
     before = layer.weight.detach().clone()
@@ -584,6 +635,180 @@ def test_made_without_memory(context):
     expected = TableBatchedEmbeddingBag(sizes, mode="mean", padding_idx=0)
     expected.load_state_dict(layer.state_dict())
     assert torch.equal(layer(*batch), expected(*batch))
+
+
+# Beside the tables.
+
+
+class WithOwnState(TableBatchedEmbeddingBag):
+    """A subclass with a parameter, a buffer and extra state of its own."""
+
+    def __init__(self, sizes):
+        super().__init__(sizes)
+        self.gate = nn.Parameter(torch.rand(3))
+        self.register_buffer("count", torch.rand(2))
+        self.register_buffer("kept out", torch.rand(2), persistent=False)
+        self.extra = "new"
+
+    def get_extra_state(self):
+        return {"extra": self.extra}
+
+    def set_extra_state(self, state):
+        self.extra = state["extra"]
+
+
+@every_size
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_what_a_subclass_has_is_saved_too(sizes, assign):
+    layer, other = WithOwnState(sizes), WithOwnState(sizes)
+    layer.extra = "saved"
+    state = layer.state_dict()
+    tables = [f"{name}.weight" for name in sizes]
+    assert sorted(state) == sorted(["gate", "count", "_extra_state", *tables])
+    other.load_state_dict(state, assign=assign)
+    assert torch.equal(other.gate, layer.gate)
+    assert torch.equal(other.count, layer.count)
+    assert other.extra == "saved"
+    assert torch.equal(other.weight, layer.weight)
+    del state["gate"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"gate"'):
+        other.load_state_dict(state)
+    keys = other.load_state_dict(state, strict=False)
+    assert keys.missing_keys == ["gate"]
+    assert keys.unexpected_keys == []
+
+
+CHANGES = {
+    "pruned": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5),
+    "weight norm": torch.nn.utils.weight_norm,
+    "parametrized": torch.nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_weight_made_of_other_parameters(change):
+    """Those are saved and loaded, and not the tables that follow from them."""
+    sizes = SIZES["uniform"]
+    layer, other = TableBatchedEmbeddingBag(sizes), TableBatchedEmbeddingBag(sizes)
+    for one in (layer, other):
+        change(one)
+    other.load_state_dict(layer.state_dict())
+    assert not any(key.startswith("user") for key in layer.state_dict())
+    batch = a_batch(sizes)
+    assert torch.equal(other(*batch), layer(*batch))
+
+
+def test_a_parametrized_layer_is_copied():
+    layer, batch = TableBatchedEmbeddingBag(SIZES["uniform"]), a_batch(SIZES["uniform"])
+    CHANGES["parametrized"](layer)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(*batch), layer(*batch))
+    assert copied.user._parameters.layer is copied
+
+
+# What a model does beside loading.
+
+
+def _draws_the_weight(layer):
+    nn.init.normal_(layer.weight)
+
+
+def _draws_the_data(layer):
+    layer.weight.data.normal_()
+
+
+def _resets(layer):
+    layer.reset_parameters()
+
+
+@pytest.mark.parametrize("draw", [_draws_the_weight, _draws_the_data, _resets])
+@pytest.mark.parametrize("what", ["complete", "missing", "mismatched"])
+@every_size
+def test_transformers_initializes_what_it_has_not_read(draw, what, sizes, tmp_path):
+    """Tables that were read stay; one that the checkpoint lacks begins as in a new layer."""
+    transformers = pytest.importorskip("transformers")
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "drawn_tables"
+
+        def __init__(self, sizes=None, **arguments):
+            super().__init__(**arguments)
+            self.sizes = sizes
+
+    class Pretrained(transformers.PreTrainedModel):
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.tables = Model(config.sizes).tables
+            self.post_init()
+
+        def _init_weights(self, module):
+            if isinstance(module, TableBatchedEmbeddingBag):
+                draw(module)
+
+    source = Model(sizes)
+    made = Pretrained(Config(sizes_of(source)))
+    made.load_state_dict(
+        {key: value for key, value in source.state_dict().items() if "head" not in key}
+    )
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = safetensors.load_file(file)
+    if what == "missing":
+        del state["tables.shop.weight"]
+    elif what == "mismatched":
+        state["tables.shop.weight"] = torch.zeros(2, 2)
+    safetensors.save_file(state, file, {"format": "pt"})
+    loaded = Pretrained.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    for name, rows in source.tables.items():
+        if what == "complete" or name != "shop":
+            assert torch.equal(loaded.tables[name], rows), name
+    shop = loaded.tables["shop"]
+    assert shop.isfinite().all()
+    assert 0.1 < shop.std() < 3
+    fresh = Pretrained(Config(sizes_of(source)))
+    assert 0.1 < fresh.tables["user"].std() < 3
+
+
+def test_a_checkpoint_in_several_files_is_assigned_one_by_one():
+    source, layer = (
+        TableBatchedEmbeddingBag(SIZES["mixed"]),
+        TableBatchedEmbeddingBag(SIZES["mixed"], device="meta"),
+    )
+    for key, value in source.state_dict().items():
+        assert layer.weight.is_meta
+        layer.load_state_dict({key: value}, strict=False, assign=True)
+    assert torch.equal(layer.weight, source.weight)
+
+
+def test_a_sharded_parameter_is_not_written_table_by_table(tmp_path):
+    """Where a table's rows are no view of the parameter a write would be lost."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        layer = TableBatchedEmbeddingBag(SIZES["uniform"])
+        state = {key: value.clone() for key, value in layer.state_dict().items()}
+        fully_shard(layer, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+        before = layer.weight.full_tensor().clone()
+
+        def give():
+            layer.user.weight = torch.zeros(7, 4)
+
+        for write in (layer.reset_parameters, lambda: layer.load_state_dict(state), give):
+            with pytest.raises(
+                RuntimeError, match=r"the parameter is sharded, .* before fully_shard"
+            ):
+                write()
+        assert torch.equal(layer.weight.full_tensor(), before)
+    finally:
+        dist.destroy_process_group()
 
 
 # A table named as something that every module has.
