@@ -197,6 +197,7 @@ def _embedding_bag_fake(
     scale_grad_by_freq: bool,
     sparse: bool,
 ) -> Tensor:
+    bounds.prepare(weight.device)
     num_bags = count_bags(indices, offsets, include_last_offset)
     return weight.new_empty((num_bags, weight.shape[1]))
 
@@ -234,6 +235,7 @@ def _embedding_bag_max_fake(
     padding_idx: int,
     with_winner: bool,
 ) -> tuple[Tensor, Tensor]:
+    bounds.prepare(weight.device)
     shape = (count_bags(indices, offsets, include_last_offset), weight.shape[1])
     output = weight.new_empty(shape)
     return output, output.new_empty(shape if with_winner else (0,), dtype=torch.int64)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .bags import Bags
+from .own_thread import on_own_thread
 from .settings import BOUNDS_CHECK, Restore
 
 # What stands for the bag in a record of something else than an id.
@@ -144,7 +145,9 @@ class BoundsRecord:
             _, position, index, num_embeddings, bag, begin, name = self.words.tolist()
             # In this order: while the words are claimed, no kernel can raise the flag in between.
             self._flag_view[0] = 0
-            self.words.zero_()
+            self.words[1:].zero_()
+            # Last: a kernel on another stream may claim the record from here on, and write the other words.
+            self.words[:1].zero_()
             self._wait()
         table = list(_table_ids)[name - 1] if name else None
         if bag == OFFSET:
@@ -293,6 +296,15 @@ def record_for(device: torch.device) -> BoundsRecord | None:
     return _cpu_record() if device.type != "cuda" else _cuda_record(_cuda_index(device))
 
 
+def prepare(device: torch.device) -> None:
+    """Make the record of a CUDA device while a lookup is traced, as its first run may be a graph's warm-up."""
+    if device.type != "cuda" or BOUNDS_CHECK.value == "off" or not torch.cuda.is_available():
+        return
+    index = _cuda_index(device)
+    if index not in _cuda_records and not torch.cuda.is_current_stream_capturing():
+        _cuda_record(index)
+
+
 def record_source(device: torch.device) -> Callable[[], BoundsRecord | None]:
     """`raise_pending` and `record_for` in one, for a device and the mode that is in force."""
     if BOUNDS_CHECK.value == "off":
@@ -318,7 +330,8 @@ def _cuda_record(index: int) -> BoundsRecord:
             )
         with _creation_lock:
             if index not in _cuda_records:
-                _cuda_records[index] = BoundsRecord(torch.device("cuda", index))
+                # It outlives every call, so no CUDA graph may have it in its pool.
+                _cuda_records[index] = on_own_thread(BoundsRecord, torch.device("cuda", index))
     return _cuda_records[index]
 
 

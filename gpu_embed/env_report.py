@@ -48,6 +48,7 @@ def collect() -> dict[str, Any]:
         "gpus": [_gpu(device) for device in devices if device.type == "cuda"],
         "serves": {str(device): _serves(device) for device in devices},
         "settings": _settings(),
+        "known_launch": _known_launch(),
         "gradient_methods": [_rule(rule) for rule in RULES.values()],
         "checks": [asdict(check) for device in devices for check in check_device(device)],
     }
@@ -186,6 +187,18 @@ def _launches(name: str | None) -> dict[str, str]:
     return found
 
 
+def _known_launch() -> str:
+    """Whether compiled Triton kernels are launched past Triton's own launch path, or why not."""
+    if _version("triton") is None:
+        return "no triton"
+    from .backends._triton import known_launch
+
+    try:
+        return known_launch.unused_reason() or "yes"
+    except Exception as error:  # a broken install
+        return f"triton does not work here: {error}"
+
+
 def _settings() -> dict[str, str]:
     found = {}
     for setting in (
@@ -235,6 +248,7 @@ def text(report: dict[str, Any]) -> str:
         for gpu in report["gpus"]
     ] or ["no CUDA device that torch can use"]
     lines += ["", "settings: " + ", ".join(f"{k} {v}" for k, v in report["settings"].items())]
+    lines += [f"fast launches of triton kernels: {report['known_launch']}"]
     lines += ["", "gradient of a table, from the top; the first that fits is taken"]
     lines += [f"  {rule}" for rule in report["gradient_methods"]]
     for device, serves in report["serves"].items():

@@ -126,6 +126,7 @@ for _name, _kernel in (
 def _embedding_fake(
     weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
 ) -> Tensor:
+    bounds.prepare(weight.device)
     return weight.new_empty((*indices.shape, weight.shape[1]))
 
 

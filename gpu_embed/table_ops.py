@@ -190,6 +190,7 @@ def _table_batched_embedding_max_fake(
     table_of_column: Tensor,
     *shape_and_flags: Any,
 ) -> tuple[Tensor, Tensor]:
+    bounds.prepare(weight.device)
     *shape, with_winner, _ = shape_and_flags
     batch = _batch(indices, offsets, fields, table_of_column, None, *shape)
     output = _output_like(weight, batch)
@@ -199,6 +200,7 @@ def _table_batched_embedding_max_fake(
 def _table_batched_embedding_fake(
     weight: Tensor, per_sample_weights: Tensor | None, *batch_and_flags: Any
 ) -> Tensor:
+    bounds.prepare(weight.device)
     *arguments, _, _ = batch_and_flags
     return _output_like(weight, _batch(*arguments))
 

@@ -92,7 +92,8 @@ def _dequantize_rows(
     _check_dtypes("dequantize_rows", indices, scale.dtype, dtype)
     bounds.raise_pending(values.device)
     if indices.numel() == 0:
-        return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+        bounds.prepare(scale.device)
+    return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
     table = QuantizedTable(values, scale, zero, embedding_dim, group_size, bits).adjacent()
     record = bounds.record_for(values.device)
     output = backends.select(values.device).dequantize_rows(table, indices, dtype, record)
@@ -105,6 +106,7 @@ def _dequantize_rows(
 
 
 def _take_rows_fake(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    bounds.prepare(weight.device)
     return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
 
 

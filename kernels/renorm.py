@@ -41,8 +41,8 @@ def renorm_kernel(
     num_embeddings,
     weight_row_stride,  # in elements
     weight_col_stride,  # in elements
-    max_norm: tl.constexpr,  # constants of the layer; as arguments Triton would round them to fp32
-    norm_type: tl.constexpr,
+    max_norm: tl.float64,
+    norm_type: tl.constexpr,  # of NORM "p"; else 0
     D: tl.constexpr,
     NORM: tl.constexpr,  # "inf", "-inf", "0", "1", "2" or "p": which formula
     BLOCK_N: tl.constexpr,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..bags import Bags
 from ..bounds import BoundsRecord
+from ..own_thread import on_own_thread
 from ..row_update import RowUpdate, arithmetic_dtype
-from . import PreparedEmbedding
+from . import PreparedEmbedding, logger
 from .gradient_method import choose
 from .layout import RowSteps, flat_ids, row_matrix, row_numbers, sort_key_dtype
 
@@ -108,6 +109,39 @@ class KernelBackend(ABC):
 
     name: str
     sort_tiles: SortTiles
+
+    def _launch_failure(self, device: torch.device) -> str | None:
+        """Why no kernel runs on this CUDA device, though all that it needs is there; None: one has run.
+
+        A C compiler, the driver's library or a folder for the cache may be missing, or the compiler too old for the
+        card: only a launch tells. Asked once a device, by the smallest lookup, whose kernel is used anyhow.
+        """
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if index not in self._launch_failures:
+            if torch.cuda.is_current_stream_capturing():
+                return None  # A graph would capture it; ask again later.
+            try:
+                on_own_thread(self._try_launch, torch.device("cuda", index))
+                reason = None
+            except Exception as error:
+                reason = f"{self.name} cannot launch a kernel here: {_first_line(error)}"
+                logger.warning("gpu_embed: %s", reason)
+            self._launch_failures[index] = reason
+        return self._launch_failures[index]
+
+    @cached_property
+    def _launch_failures(self) -> dict[int, str | None]:
+        """By the device's index."""
+        return {}
+
+    def _try_launch(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            weight = torch.ones(1, 4, device=device)
+            rows = self.embedding(
+                weight, torch.zeros(1, dtype=torch.int64, device=device), -1, None
+            )
+            if not torch.equal(rows, weight):
+                raise RuntimeError("the kernel ran and gave other numbers than the table's")
 
     def embedding(
         self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
@@ -664,6 +698,21 @@ def chunk_size(num_keys: int, embedding_dim: int, acc_bytes: int) -> int:
     while chunk < num_keys and 2 * cdiv(num_keys, chunk) * partial_bytes > MAX_EXTRA_BYTES:
         chunk *= 2
     return chunk
+
+
+def no_cuda_device() -> str:
+    """Why torch finds no CUDA device, as far as it says."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return f"torch finds no CUDA device: {_first_line(error)}"
+    return "torch finds no CUDA device"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def no_kernel(backend: str) -> str:

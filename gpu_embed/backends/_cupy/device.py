@@ -1,11 +1,13 @@
 """What every launch of a CUDA C++ kernel goes through: compiled at first use, on torch's stream."""
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernel_backend import no_cuda_device
 from ..table_kernels import TableKernels
 from .nvrtc import Kernel, compile_kernels, import_cupy
 
@@ -40,7 +42,7 @@ class CupyDevice(TableKernels):
         if find_spec("cupy") is None:
             return "cupy is not installed (pip install 'gpu_embed[cupy12]' or 'gpu_embed[cupy13]')"
         if not torch.cuda.is_available():
-            return "torch finds no CUDA device"
+            return no_cuda_device()
         if torch.version.hip is not None:
             return "only NVIDIA cards are supported"
         try:
@@ -59,7 +61,7 @@ class CupyDevice(TableKernels):
                 f"this NVRTC compiles for compute capability {lowest[0]}.{lowest[1]} and newer, "
                 f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
             )
-        return None
+        return self._launch_failure(device)
 
     def _launch(
         self,
@@ -102,8 +104,16 @@ class _Stream(NamedTuple):
 
 def as_argument(arg: Tensor | int | float | None) -> int | float:
     if isinstance(arg, Tensor):
-        return arg.data_ptr()
+        address = arg.data_ptr()
+        return _device_address(address) if arg.is_cpu and arg.is_pinned() else address
     return 0 if arg is None else arg
+
+
+@cache
+def _device_address(host_address: int) -> int:
+    """Where the device finds pinned host memory: a record's flag, which is never freed."""
+    attributes = import_cupy().cuda.runtime.pointerGetAttributes(host_address)
+    return int(attributes.devicePointer)
 
 
 def itemsize(tensor: Tensor | None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernel_backend import no_cuda_device
 from ..table_kernels import TableKernels
 from .known_launch import launch
 
@@ -39,7 +40,7 @@ class TritonDevice(TableKernels):
                 "(or TRITON_INTERPRET=1 in the environment)"
             )
         if not torch.cuda.is_available():
-            return "torch finds no CUDA device"
+            return no_cuda_device()
         if torch.version.hip is not None:
             return "only NVIDIA cards are supported"
         capability = torch.cuda.get_device_capability(device)
@@ -48,7 +49,7 @@ class TritonDevice(TableKernels):
                 f"triton needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, "
                 f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
             )
-        return None
+        return self._launch_failure(device)
 
     def _capability(self, device: torch.device) -> tuple[int, int]:
         if self._interpreted:
@@ -62,7 +63,10 @@ class TritonDevice(TableKernels):
             # It runs one kernel at a time.
             with _interpreter_lock:
                 kernel[grid](*args, **settings)
-        elif device.index == torch.cuda.current_device():
+            return
+        # Said in every launch, as its default is about to change; it is what the kernels were checked with.
+        settings.setdefault("enable_fp_fusion", True)
+        if device.index == torch.cuda.current_device():
             launch(kernel, grid, device.index, args, settings)
         else:
             # Triton launches on the current device.

@@ -243,8 +243,9 @@ class TritonGradient(DescriptorRules):
             keys.numel(),
             num_embeddings,
             *weight.stride(),
-            max_norm=max_norm,
-            norm_type=norm_type,
+            max_norm,
+            # Only the general formula reads it.
+            norm_type=norm_type if norm_name(norm_type) == "p" else 0.0,
             D=embedding_dim,
             NORM=norm_name(norm_type),
             BLOCK_N=block_n,

@@ -1,4 +1,4 @@
-"""Launches that Triton has seen before, past its own launch path.
+"""A cache of compiled binaries, whose launches skip Triton's own launch path.
 
 `kernel[grid](...)` asks in every call, anew, for the type of each argument, the options and the environment, and
 takes the host longer than all the rest of a lookup. All that may differ between two of our calls of one
@@ -6,10 +6,17 @@ kernel is in the key below, which is as fine as Triton's own or finer; the binar
 same holds for what the process tells Triton meanwhile: a profiler that instruments kernels, or `knobs.runtime.debug`.
 """
 
+import os
 import threading
 from functools import cache, lru_cache
 from typing import Any
 
+# Those whose launch path was compared with this one; any other version launches by its own.
+CHECKED_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
+# "0" rules it out.
+VARIABLE = "GPU_EMBED_KNOWN_LAUNCH"
+# What else changes a binary, where the version has it.
+KNOBS = ("instrumentation_mode", "fpsan_homomorphic_casts")
 INT32 = 2**31
 INT64 = 2**63
 # Triton knows of addresses, and of whole numbers, whether they are multiples of this.
@@ -26,6 +33,10 @@ def launch(
     Args:
         settings: the kernel's constants, by name, and Triton's options.
     """
+    if not is_used():
+        with _first_launch:
+            kernel[grid](*args, **settings)
+        return
     key = _key(kernel, device, args, settings)
     known = _binaries.get(key)
     if known is not None:
@@ -43,18 +54,38 @@ def launch(
         _binaries[key] = binary, constants, kernel
 
 
+@cache
+def is_used() -> bool:
+    """Whether launches are remembered in this process: see `unused_reason`."""
+    return unused_reason() is None
+
+
+def unused_reason() -> str | None:
+    """Why each launch goes Triton's own way; None: it does not."""
+    import triton
+
+    if os.environ.get(VARIABLE) == "0":
+        return f"{VARIABLE}=0"
+    if triton.__version__ not in CHECKED_VERSIONS:
+        return (
+            f"triton {triton.__version__} is none of those checked: {', '.join(CHECKED_VERSIONS)}"
+        )
+    return None
+
+
 def _key(kernel: Any, device: int | None, args: Key, settings: dict[str, Any]) -> Key | None:
     """What Triton specialises a binary for; None: an argument whose type is not known here, or a hook on the way."""
-    runtime, compilation = _knobs()
-    # Older versions have not all of these.
-    if kernel.pre_run_hooks or getattr(runtime, "add_stages_inspection_hook", None) is not None:
-        return None
-    instrumentation = getattr(compilation, "instrumentation_mode", None)
-    # A kernel's own hash takes as long as two arguments.
-    key: list[Any] = [id(kernel), device, runtime.debug, instrumentation, *settings]
-    key += settings.values()
-    append = key.append
     try:
+        runtime, compilation = _knobs()
+        # Not every version has all of these.
+        if kernel.pre_run_hooks or getattr(runtime, "add_stages_inspection_hook", None) is not None:
+            return None
+        # A kernel's own hash takes as long as two arguments.
+        key: list[Any] = [id(kernel), device, runtime.debug]
+        key += [getattr(compilation, knob, None) for knob in KNOBS]
+        key += settings
+        key += settings.values()
+        append = key.append
         for arg in args:
             kind = type(arg)
             if kind is int:
