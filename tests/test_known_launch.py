@@ -245,3 +245,103 @@ def test_it_is_faster_than_triton_s_way(launched):
             took = time.perf_counter() - start
             best[name] = min(took, best.get(name, took))
     assert best["known"] < 0.7 * best["triton"], best
+
+
+def test_the_version_at_hand_was_checked():
+    """What this file compares holds for the version that it runs with, so that version is named."""
+    import triton
+
+    assert triton.__version__ in known_launch.CHECKED_VERSIONS
+    assert known_launch.unused_reason() is None
+
+
+@pytest.fixture
+def asked_anew():
+    known_launch.is_used.cache_clear()
+    yield
+    known_launch.is_used.cache_clear()
+
+
+@pytest.mark.parametrize("how", ["another version", "the environment"])
+def test_launches_go_tritons_way_where_they_must(launched, monkeypatch, asked_anew, how):
+    """A version that nobody has compared, or a user who rules it out; the reason is in the report."""
+    import triton
+
+    from gpu_embed import env_report
+
+    if how == "another version":
+        monkeypatch.setattr(triton, "__version__", "4.0.0")
+        reason = "triton 4.0.0 is none of those checked: 3.6.0"
+    else:
+        monkeypatch.setenv("GPU_EMBED_KNOWN_LAUNCH", "0")
+        reason = "GPU_EMBED_KNOWN_LAUNCH=0"
+    kernel = stub_kernel(one_of_each, lambda *launch: launched.append(launch))
+    for _ in range(2):
+        known_launch.launch(kernel, (1,), None, (MEMORY, MEMORY, 3, 0.5), {"D": 4, "BLOCK": 8})
+    assert len(launched) == 2
+    assert not known_launch._binaries
+    assert env_report._known_launch().startswith(reason)
+
+
+@pytest.mark.parametrize("gone", ["pre_run_hooks", "runtime.debug"])
+def test_a_private_name_that_is_gone_costs_the_speed_alone(launched, monkeypatch, gone):
+    kernel = stub_kernel(one_of_each, lambda *launch: launched.append(launch))
+
+    class Without:
+        """Something with one name less."""
+
+        def __init__(self, whole, name):
+            self._whole, self._name = whole, name
+
+        def __getattr__(self, name):
+            if name == self._name:
+                raise AttributeError(name)
+            return getattr(self._whole, name)
+
+        def __getitem__(self, grid):
+            return self._whole[grid]
+
+    if gone == "pre_run_hooks":
+        kernel = Without(kernel, gone)
+    else:
+        runtime = Without(knobs.runtime, "debug")
+        monkeypatch.setattr(known_launch, "_knobs", lambda: (runtime, knobs.compilation))
+    for _ in range(2):
+        known_launch.launch(kernel, (1,), None, (MEMORY, MEMORY, 3, 0.5), {"D": 4, "BLOCK": 8})
+    assert len(launched) == 2
+    assert not known_launch._binaries
+
+
+def test_another_max_norm_is_the_same_kernel(launched, monkeypatch):
+    """It is an argument; the power of the norm is a constant of the general formula alone."""
+    keys = {}
+
+    class Keyed(TritonBackend):
+        _interpreted = False
+
+        def _launch(self, kernel, grid, device, *args, **settings):
+            if kernel.__name__ == "renorm_kernel":
+                keys[number] = known_launch._key(kernel, None, args, settings)
+
+    backend = Keyed()
+    weight, ids = torch.zeros(9, 8), torch.tensor([3, 1])
+    for number in ((1.0, 2.0), (0.3, 2.0), (1.0, 1.0), (2.5, 3.0), (0.5, 3.0), (0.5, 4.0)):
+        backend.embedding_renorm_(weight, ids, *number)
+    assert None not in keys.values()
+    assert keys[1.0, 2.0] == keys[0.3, 2.0] != keys[1.0, 1.0]
+    assert keys[2.5, 3.0] == keys[0.5, 3.0] != keys[0.5, 4.0]
+
+
+@pytest.mark.parametrize("knob", known_launch.KNOBS)
+def test_every_knob_that_changes_a_binary_is_in_the_key(launched, monkeypatch, knob):
+    class Compilation:
+        pass
+
+    kernel = stub_kernel(one_of_each)
+    found = []
+    for value in ("", "on"):
+        compilation = Compilation()
+        setattr(compilation, knob, value)
+        monkeypatch.setattr(known_launch, "_knobs", lambda one=compilation: (knobs.runtime, one))
+        found.append(known_launch._key(kernel, None, (MEMORY,), {"D": 4}))
+    assert found[0] != found[1]

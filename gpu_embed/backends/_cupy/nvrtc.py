@@ -10,6 +10,9 @@ from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
+from . import cubin_cache
+from .cubin_cache import Compiled
+
 OPTIONS = ("-std=c++17",)
 # These round every product before it is added, as their formulas say.
 UNFUSED = dict.fromkeys(("row_update", "table_row_update"), ("-fmad=false",))
@@ -22,18 +25,10 @@ class Kernel(NamedTuple):
     expression: str  # its name in C++, with template arguments
 
 
-class Compiled(NamedTuple):
-    """What NVRTC made of some kernels of one file."""
-
-    image: bytes  # cubin, or PTX for cards newer than NVRTC
-    symbols: dict[str, str]  # the name of each expression in the image
-    log: str
-
-
 def compile_kernels(
     stem: str, expressions: Sequence[str], arch: int, options: tuple[str, ...] = ()
 ) -> Compiled:
-    """Compile kernels of gpu_embed/kernels/<stem>.cu; needs no GPU and no CUDA headers.
+    """Compile kernels of gpu_embed/kernels/<stem>.cu, or find them in the cache; needs no GPU and no CUDA headers.
 
     Args:
         arch: ten times the compute capability. One that NVRTC does not know gets PTX for the newest older
@@ -46,14 +41,18 @@ def compile_kernels(
     known = nvrtc.getSupportedArchs()
     real = arch in known
     target = f"sm_{arch}" if real else f"compute_{max(a for a in known if a <= arch)}"
+    all_options = (f"-arch={target}", *OPTIONS, *UNFUSED.get(stem, ()), *options)
+    version = ".".join(map(str, nvrtc.getVersion()))
+    file = cubin_cache.file_for(source(stem), expressions, all_options, version)
+    kept = cubin_cache.read(file)
+    if kept is not None:
+        return kept
     program = nvrtc.createProgram(source(stem), f"{stem}.cu", [], [])
     try:
         for expression in expressions:
             nvrtc.addNameExpression(program, expression)
         try:
-            nvrtc.compileProgram(
-                program, (f"-arch={target}", *OPTIONS, *UNFUSED.get(stem, ()), *options)
-            )
+            nvrtc.compileProgram(program, all_options)
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program)
             raise RuntimeError(
@@ -62,9 +61,11 @@ def compile_kernels(
         # CuPy cuts off the image's last byte, taking it for the end of a string.
         image = nvrtc.getCUBIN(program) + b"\0" if real else nvrtc.getPTX(program)
         symbols = {name: nvrtc.getLoweredName(program, name) for name in expressions}
-        return Compiled(image, symbols, nvrtc.getProgramLog(program))
+        compiled = Compiled(image, symbols, nvrtc.getProgramLog(program))
     finally:
         nvrtc.destroyProgram(program)
+    cubin_cache.write(file, compiled)
+    return compiled
 
 
 @cache
