@@ -75,9 +75,8 @@ def many_tables(weight, ids, mode):
     layout = make_layout([(5, 4)], mode, None)
     fields = torch.empty(1, 8, dtype=torch.int64, device="cuda")
     columns = torch.empty(4, dtype=torch.int32, device="cuda")
-    return table_batched_embedding_bag(
-        ids.view(-1), weight, ids.view(-1)[:2], Tables(layout, fields, columns)
-    )
+    flat, offsets = (torch.empty(n, dtype=torch.int64, device="cuda") for n in (6, 2))
+    return table_batched_embedding_bag(flat, weight, offsets, Tables(layout, fields, columns))
 
 
 LOOKUPS = {
