@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..row_update import RowUpdate, StateLayout
+from ..row_update import RowUpdate, StateLayout, arithmetic_dtype
 from .row_optimizer import Params, RowOptimizer, check_lr, check_not_negative
 
 BUFFER = "momentum_buffer"
@@ -18,8 +18,10 @@ class _Update(NamedTuple):
     dampening: float
 
 
-# Each thread of a backward pass may update a table. Outside of updates, what matters is all state that there may be.
-_current_update = ContextVar("_current_update", default=_Update("momentum", 0.0))
+# Outside of updates, as in loading, what counts is all state that a table may have.
+_NO_UPDATE = _Update("momentum", 0.0)
+# Several threads of one backward pass may each update a table.
+_current_update = ContextVar("_current_update", default=_NO_UPDATE)
 
 
 class SGD(RowOptimizer):
@@ -105,7 +107,7 @@ class SGD(RowOptimizer):
     def _particulars(self, group: dict[str, Any], param: Tensor) -> _Update:
         if not group["momentum"]:
             return _Update("sgd", 0.0)
-        begins = BUFFER not in self.state[param]
+        begins = BUFFER not in self.state.get(param, {})
         return _Update(
             "nesterov" if group["nesterov"] else "momentum",
             0.0 if begins else float(group["dampening"]),
@@ -132,6 +134,11 @@ class SGD(RowOptimizer):
         states: dict[Tensor, dict[str, Any]],
         left_out: list[str],
     ) -> dict[Tensor, dict[str, Any]]:
+        # torch's buffer of sparse gradients has every entry of every step.
+        for param, state in states.items():
+            buffer = state.get(BUFFER)
+            if isinstance(buffer, Tensor) and buffer.is_sparse:
+                state[BUFFER] = buffer.to(arithmetic_dtype(param.dtype)).to_dense()
         loaded = super()._states_to_load(saved_groups, states, left_out)
         for state in loaded.values():
             if state[BUFFER] is None:
