@@ -90,9 +90,12 @@ def row_update(
     total = np.zeros((len(used), weight.shape[1]), np.float64)
     np.add.at(total, run, values[kept].astype(np.float64))
     g = total.astype(weight.dtype) * weight.dtype.type(update.grad_scale)
+    w = weight[used]
+    if update.weight_decay:
+        g = g + weight.dtype.type(update.weight_decay) * w
     old = [array[used] for array in state]
     lr = 1.0 if update.lr is None else float(update.lr)
-    w, new = FORMULAS[update.formula](update, lr, weight[used], old, g)
+    w, new = FORMULAS[update.formula](update, lr, w, old, g)
     if rounding is not None and update.stream is not None:
         w = rounding(w, random_words(used + first_row, w.shape[1], *update.stream))
     weight[used] = w
@@ -108,6 +111,22 @@ def sgd(
 ) -> tuple[Array, list[Array]]:
     number = w.dtype.type
     return w - number(u.step_size * lr) * g, []
+
+
+def momentum(
+    u: RowUpdate, lr: float, w: Array, state: list[Array], g: Array
+) -> tuple[Array, list[Array]]:
+    number = w.dtype.type
+    buffer = state[0] * number(u.momentum) + g * number(u.avg_weight)
+    return w - number(u.step_size * lr) * buffer, [buffer]
+
+
+def nesterov(
+    u: RowUpdate, lr: float, w: Array, state: list[Array], g: Array
+) -> tuple[Array, list[Array]]:
+    number = w.dtype.type
+    buffer = state[0] * number(u.momentum) + g * number(u.avg_weight)
+    return w - number(u.step_size * lr) * (g + buffer * number(u.momentum)), [buffer]
 
 
 def adagrad(
@@ -140,6 +159,8 @@ def adam(
 # By the names in RowUpdate.formula.
 FORMULAS: dict[str, Formula] = {
     "sgd": sgd,
+    "momentum": momentum,
+    "nesterov": nesterov,
     "adagrad": adagrad,
     "rowwise_adagrad": rowwise_adagrad,
     "adam": adam,

@@ -24,10 +24,17 @@ class RowUpdate(NamedTuple):
     """What becomes of a row w and its state, given g: `grad_scale` times the row's summed gradient.
 
     Every operation is rounded to fp32 (fp64 for fp64 tables), in the order written; no multiplication and
-    addition are fused. Only w is then rounded to the table's dtype. The formulas:
+    addition are fused. Only w is then rounded to the table's dtype. Unless weight_decay is 0, each begins with
+    g = g + weight_decay * w. The formulas:
 
     * "sgd", no state:
       w = w - step_size * g
+    * "momentum", state momentum_buffer [V, D]:
+      momentum_buffer = momentum_buffer * momentum + g * avg_weight
+      w = w - step_size * momentum_buffer
+    * "nesterov", state momentum_buffer [V, D]:
+      momentum_buffer = momentum_buffer * momentum + g * avg_weight
+      w = w - step_size * (g + momentum_buffer * momentum)
     * "adagrad", state sum [V, D]:
       sum = sum + g * g
       w = w - step_size * (g / (sqrt(sum) + eps))
@@ -50,8 +57,10 @@ class RowUpdate(NamedTuple):
     step_size: float
     eps: float = 0.0
     decay: float = 0.0
-    avg_weight: float = 0.0  # 1 - beta1
+    avg_weight: float = 0.0  # 1 - beta1, or 1 - dampening
     sq_weight: float = 0.0  # 1 - beta2
+    momentum: float = 0.0
+    weight_decay: float = 0.0
     grad_scale: float = 1.0
     lr: Tensor | None = None
     stream: Stream | None = None
@@ -75,6 +84,8 @@ class StateLayout(NamedTuple):
 # The state of each formula, in the order in which backends take it; torch's names.
 STATE = {
     "sgd": (),
+    "momentum": (StateLayout("momentum_buffer"),),
+    "nesterov": (StateLayout("momentum_buffer"),),
     "adagrad": (StateLayout("sum"),),
     "rowwise_adagrad": (StateLayout("sum", per_row=True),),
     "adam": (StateLayout("exp_avg"), StateLayout("exp_avg_sq")),

@@ -58,6 +58,8 @@ __global__ void row_update_kernel(
     double eps,
     double avg_weight,
     double sq_weight,
+    double momentum,
+    double weight_decay,
     double grad_scale,
     int64 seed,
     int64 step,
@@ -71,7 +73,8 @@ __global__ void row_update_kernel(
   const double lr = lr_ptr ? *lr_ptr : 1.0;
   const RowUpdate<Weight, VEC> update = {
       {weight_ptr, state_ptr, second_state_ptr, FORMULA, (Acc)(step_size * lr),
-       (Acc)(1.0 - decay * lr), (Acc)eps, (Acc)avg_weight, (Acc)sq_weight, (Acc)grad_scale,
+       (Acc)(1.0 - decay * lr), (Acc)eps, (Acc)avg_weight, (Acc)sq_weight, (Acc)momentum,
+       (Acc)weight_decay, (Acc)grad_scale,
        STOCHASTIC_ROUNDING, seed, step},
       weight_row_stride, weight_col_stride, D};
   walk_runs<Value, Acc, VEC, false, UNROLL, false>(
@@ -93,6 +96,7 @@ __global__ void rowwise_adagrad_kernel(
     int64 weight_col_stride,  // in elements
     double step_size,
     double eps,
+    double weight_decay,
     double grad_scale,
     int64 seed,
     int64 step,
@@ -104,5 +108,5 @@ __global__ void rowwise_adagrad_kernel(
   const int64 key = keys_ptr[run];
   update_by_mean_square(
       total_ptr + run * D, weight_ptr + key * weight_row_stride, weight_col_stride, state_ptr + key,
-      lr_ptr ? *lr_ptr : 1.0, step_size, eps, grad_scale, seed, step, key, D, STOCHASTIC_ROUNDING);
+      lr_ptr ? *lr_ptr : 1.0, step_size, eps, weight_decay, grad_scale, seed, step, key, D, STOCHASTIC_ROUNDING);
 }

@@ -60,14 +60,24 @@ def update_elements(row_args, row, places, key, width, total, mask, stored, d):
     key [BLOCK_C]: the rows' numbers. width: how many columns they have.
     """
     weight_place, state_place, second_state_place = places
-    step_size, keep, eps, avg_weight, sq_weight, grad_scale, seed, step = row_args[1]
+    numbers, seed, step = row_args[1]
+    step_size, keep, eps, avg_weight, sq_weight, momentum, weight_decay, grad_scale = numbers
     FORMULA: tl.constexpr = row_args[2]
     STOCHASTIC_ROUNDING: tl.constexpr = row_args[3]
+    DECAYS_WEIGHT: tl.constexpr = row_args[4]
     weight, state, second_state = row
     w = weight.to(total.dtype)
     g = total * grad_scale
+    if DECAYS_WEIGHT:
+        g = g + weight_decay * w
     if FORMULA == "sgd":
         w = w - step_size * g
+    elif FORMULA == "momentum":
+        state = state * momentum + g * avg_weight
+        w = w - step_size * state
+    elif FORMULA == "nesterov":
+        state = state * momentum + g * avg_weight
+        w = w - step_size * (g + state * momentum)
     elif FORMULA == "adagrad":
         state = state + g * g
         w = w - step_size * divide(g, square_root(state) + eps)
@@ -94,7 +104,16 @@ def update_elements(row_args, row, places, key, width, total, mask, stored, d):
 
 @triton.jit
 def step_numbers(
-    lr_ptr, step_size, decay, eps, avg_weight, sq_weight, grad_scale, seed, step, dtype
+    lr_ptr,
+    step_size,
+    decay,
+    eps,
+    avg_weight,
+    sq_weight,
+    momentum,
+    weight_decay,
+    grad_scale,
+    dtype,
 ):
     """What `update_elements` calculates with, in the dtype that it calculates in."""
     lr = tl.full([1, 1], 1, tl.float64)
@@ -106,9 +125,9 @@ def step_numbers(
         tl.full([1, 1], eps, dtype),
         tl.full([1, 1], avg_weight, dtype),
         tl.full([1, 1], sq_weight, dtype),
+        tl.full([1, 1], momentum, dtype),
+        tl.full([1, 1], weight_decay, dtype),
         tl.full([1, 1], grad_scale, dtype),
-        seed,
-        step,
     )
 
 
@@ -117,8 +136,8 @@ def row_places(row_args, key, d):
     """Where weight and state of the rows of BLOCK_C keys of one table lie."""
     weight_place, state_place, second_state_place = row_args[0]
     FORMULA: tl.constexpr = row_args[2]
-    row_stride, col_stride = row_args[4]
-    D: tl.constexpr = row_args[5]
+    row_stride, col_stride = row_args[5]
+    D: tl.constexpr = row_args[6]
     weight_place = weight_place + (key * row_stride)[:, None] + d * col_stride
     # Up to Triton 3.6 no function returns None, so the state that a formula lacks is said to lie with the weight.
     if FORMULA == "sgd":
@@ -141,7 +160,7 @@ def load_row(row_args, key, loaded, d, in_row):
 
 @triton.jit
 def update_row(row_args, row, key, total, stored, d, in_row):
-    D: tl.constexpr = row_args[5]
+    D: tl.constexpr = row_args[6]
     width = tl.full([1, 1], D, total.dtype)
     mask = stored[:, None] & in_row
     places = row_places(row_args, key, d)
@@ -171,6 +190,8 @@ def row_update_kernel(
     eps: tl.float64,
     avg_weight: tl.float64,
     sq_weight: tl.float64,
+    momentum: tl.float64,
+    weight_decay: tl.float64,
     grad_scale: tl.float64,
     seed: tl.int64,
     step: tl.int64,
@@ -178,6 +199,7 @@ def row_update_kernel(
     VEC: tl.constexpr,  # elements a thread loads with one instruction
     FORMULA: tl.constexpr,  # a key of gpu_embed.row_update.STATE
     STOCHASTIC_ROUNDING: tl.constexpr,
+    DECAYS_WEIGHT: tl.constexpr,  # False: weight_decay is 0
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,  # loads in flight a thread; divides CHUNK
     BLOCK_C: tl.constexpr,
@@ -187,7 +209,16 @@ def row_update_kernel(
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
     numbers = step_numbers(
-        lr_ptr, step_size, decay, eps, avg_weight, sq_weight, grad_scale, seed, step, acc_dtype
+        lr_ptr,
+        step_size,
+        decay,
+        eps,
+        avg_weight,
+        sq_weight,
+        momentum,
+        weight_decay,
+        grad_scale,
+        acc_dtype,
     )
     tensors = (weight_ptr, state_ptr, second_state_ptr)
     strides = (weight_row_stride * VEC, weight_col_stride)
@@ -216,7 +247,15 @@ def row_update_kernel(
         BLOCK_D=BLOCK_D,
         LOAD_ROW=load_row,
         STORE_ROW=update_row,
-        row_args=(tensors, numbers, FORMULA, STOCHASTIC_ROUNDING, strides, D),
+        row_args=(
+            tensors,
+            (numbers, seed, step),
+            FORMULA,
+            STOCHASTIC_ROUNDING,
+            DECAYS_WEIGHT,
+            strides,
+            D,
+        ),
     )
 
 
@@ -233,11 +272,13 @@ def rowwise_adagrad_kernel(
     weight_col_stride,  # in elements
     step_size: tl.float64,
     eps: tl.float64,
+    weight_decay: tl.float64,
     grad_scale: tl.float64,
     seed: tl.int64,
     step: tl.int64,
     D: tl.constexpr,
     STOCHASTIC_ROUNDING: tl.constexpr,
+    DECAYS_WEIGHT: tl.constexpr,  # False: weight_decay is 0
     BLOCK_D: tl.constexpr,
 ):
     acc_dtype: tl.constexpr = total_ptr.dtype.element_ty
@@ -246,10 +287,14 @@ def rowwise_adagrad_kernel(
     key = tl.load(keys_ptr + run)
     if (key >= 0) & (key < num_embeddings):
         scale = tl.full([1, 1], grad_scale, acc_dtype)
+        shrink = tl.full([1, 1], weight_decay, acc_dtype)
         square = tl.zeros([1, 1], acc_dtype)
         for first in range(0, D, BLOCK_D):
             d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
             g = tl.load(total_ptr + run * D + d, mask=d < D, other=0) * scale
+            if DECAYS_WEIGHT:
+                place = weight_ptr + key * weight_row_stride + d * weight_col_stride
+                g = g + shrink * tl.load(place, mask=d < D, other=0).to(acc_dtype)
             square += tl.sum(g * g, 1, keep_dims=True)
         width = tl.full([1, 1], D, acc_dtype)
         state = add_mean(tl.load(state_ptr + key) + tl.zeros([1, 1], acc_dtype), square, width)
@@ -262,7 +307,10 @@ def rowwise_adagrad_kernel(
             d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
             g = tl.load(total_ptr + run * D + d, mask=d < D, other=0) * scale
             place = weight_ptr + key * weight_row_stride + d * weight_col_stride
-            w = tl.load(place, mask=d < D, other=0).to(acc_dtype) - factor * g
+            w = tl.load(place, mask=d < D, other=0).to(acc_dtype)
+            if DECAYS_WEIGHT:
+                g = g + shrink * w
+            w = w - factor * g
             if STOCHASTIC_ROUNDING:
                 w = round_at_random(w, random_words(seed, step, key, d), dtype)
             tl.store(place, w.to(dtype), mask=d < D)

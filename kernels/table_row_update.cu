@@ -49,6 +49,8 @@ __global__ void table_row_update_kernel(
     double eps,
     double avg_weight,
     double sq_weight,
+    double momentum,
+    double weight_decay,
     double grad_scale,
     int64 seed,
     int64 step,
@@ -64,7 +66,8 @@ __global__ void table_row_update_kernel(
   const double lr = lr_ptr ? *lr_ptr : 1.0;
   const TableRowUpdate<Weight, VEC> update = {
       {weight_ptr, state_ptr, second_state_ptr, FORMULA, (Acc)(step_size * lr),
-       (Acc)(1.0 - decay * lr), (Acc)eps, (Acc)avg_weight, (Acc)sq_weight, (Acc)grad_scale,
+       (Acc)(1.0 - decay * lr), (Acc)eps, (Acc)avg_weight, (Acc)sq_weight, (Acc)momentum,
+       (Acc)weight_decay, (Acc)grad_scale,
        STOCHASTIC_ROUNDING, seed, step}};
   walk_table_runs<Value, Acc, VEC, UNROLL>(
       values_ptr, order_ptr, keys_ptr, key_tables_ptr, sources_ptr, scales_ptr, nullptr, winner_ptr,
@@ -86,6 +89,7 @@ __global__ void table_rowwise_adagrad_kernel(
     int64 num_tables,
     double step_size,
     double eps,
+    double weight_decay,
     double grad_scale,
     int64 seed,
     int64 step,
@@ -107,6 +111,6 @@ __global__ void table_rowwise_adagrad_kernel(
   const Table table = tables_ptr[t];
   update_by_mean_square(
       total_ptr + run * D, weight_ptr + table.first_element + (key - table.first_row) * table.dim,
-      1, state_ptr + key, lr_ptr ? *lr_ptr : 1.0, step_size, eps, grad_scale, seed, step, key,
+      1, state_ptr + key, lr_ptr ? *lr_ptr : 1.0, step_size, eps, weight_decay, grad_scale, seed, step, key,
       table.dim, STOCHASTIC_ROUNDING);
 }

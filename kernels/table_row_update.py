@@ -81,6 +81,8 @@ def table_row_update_kernel(
     eps: tl.float64,
     avg_weight: tl.float64,
     sq_weight: tl.float64,
+    momentum: tl.float64,
+    weight_decay: tl.float64,
     grad_scale: tl.float64,
     seed: tl.int64,
     step: tl.int64,
@@ -88,6 +90,7 @@ def table_row_update_kernel(
     VEC: tl.constexpr,  # elements a thread loads with one instruction
     FORMULA: tl.constexpr,  # a key of gpu_embed.row_update.STATE
     STOCHASTIC_ROUNDING: tl.constexpr,
+    DECAYS_WEIGHT: tl.constexpr,  # False: weight_decay is 0
     CHUNK: tl.constexpr,
     UNROLL: tl.constexpr,  # loads in flight a thread; divides CHUNK
     BLOCK_C: tl.constexpr,
@@ -97,7 +100,16 @@ def table_row_update_kernel(
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
     numbers = step_numbers(
-        lr_ptr, step_size, decay, eps, avg_weight, sq_weight, grad_scale, seed, step, acc_dtype
+        lr_ptr,
+        step_size,
+        decay,
+        eps,
+        avg_weight,
+        sq_weight,
+        momentum,
+        weight_decay,
+        grad_scale,
+        acc_dtype,
     )
     table_segment_sum_kernel(
         values_ptr,
@@ -129,9 +141,10 @@ def table_row_update_kernel(
         STORE_ROW=update_table_row,
         row_args=(
             (weight_ptr, state_ptr, second_state_ptr),
-            numbers,
+            (numbers, seed, step),
             FORMULA,
             STOCHASTIC_ROUNDING,
+            DECAYS_WEIGHT,
         ),
     )
 
@@ -150,11 +163,13 @@ def table_rowwise_adagrad_kernel(
     search_steps,  # bits of num_tables
     step_size: tl.float64,
     eps: tl.float64,
+    weight_decay: tl.float64,
     grad_scale: tl.float64,
     seed: tl.int64,
     step: tl.int64,
     D: tl.constexpr,  # of the widest table
     STOCHASTIC_ROUNDING: tl.constexpr,
+    DECAYS_WEIGHT: tl.constexpr,  # False: weight_decay is 0
     BLOCK_D: tl.constexpr,
 ):
     acc_dtype: tl.constexpr = total_ptr.dtype.element_ty
@@ -173,10 +188,14 @@ def table_rowwise_adagrad_kernel(
         width = load_field(tables_ptr, table, DIM)
         begin = row_begin(tables_ptr, table, key, 1)
         scale = tl.full([1, 1], grad_scale, acc_dtype)
+        shrink = tl.full([1, 1], weight_decay, acc_dtype)
         square = tl.zeros([1, 1], acc_dtype)
         for first in range(0, D, BLOCK_D):
             d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
             g = tl.load(total_ptr + run * D + d, mask=d < width, other=0) * scale
+            if DECAYS_WEIGHT:
+                place = weight_ptr + begin + d
+                g = g + shrink * tl.load(place, mask=d < width, other=0).to(acc_dtype)
             square += tl.sum(g * g, 1, keep_dims=True)
         divisor = width.to(acc_dtype) + tl.zeros([1, 1], acc_dtype)
         state = add_mean(tl.load(state_ptr + key) + tl.zeros([1, 1], acc_dtype), square, divisor)
@@ -189,7 +208,10 @@ def table_rowwise_adagrad_kernel(
             d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
             g = tl.load(total_ptr + run * D + d, mask=d < width, other=0) * scale
             place = weight_ptr + begin + d
-            w = tl.load(place, mask=d < width, other=0).to(acc_dtype) - factor * g
+            w = tl.load(place, mask=d < width, other=0).to(acc_dtype)
+            if DECAYS_WEIGHT:
+                g = g + shrink * w
+            w = w - factor * g
             if STOCHASTIC_ROUNDING:
                 w = round_at_random(w, random_words(seed, step, key, d), dtype)
             tl.store(place, w.to(dtype), mask=d < width)

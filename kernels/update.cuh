@@ -7,7 +7,7 @@
 #include "stochastic_rounding.cuh"
 
 // Which formula.
-enum Formula { SGD, ADAGRAD, ADAM };
+enum Formula { SGD, MOMENTUM, NESTEROV, ADAGRAD, ADAM };
 
 // What becomes of VEC columns of a row, once its gradient is summed.
 template <typename Weight, int VEC>
@@ -17,7 +17,7 @@ struct Update {
   Acc* state_ptr;
   Acc* second_state_ptr;
   int64 FORMULA;
-  Acc step_size, keep, eps, avg_weight, sq_weight, grad_scale;
+  Acc step_size, keep, eps, avg_weight, sq_weight, momentum, weight_decay, grad_scale;
   int64 STOCHASTIC_ROUNDING;
   int64 seed, step;
 
@@ -35,9 +35,22 @@ struct Update {
       w.lane[i] = widen(row.lane[i]);
       g.lane[i] = total.lane[i] * grad_scale;
     }
+    if (weight_decay != 0) {
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) g.lane[i] += weight_decay * w.lane[i];
+    }
     if (FORMULA == SGD) {
 #pragma unroll
       for (int i = 0; i < VEC; ++i) w.lane[i] -= step_size * g.lane[i];
+    } else if (FORMULA == MOMENTUM || FORMULA == NESTEROV) {
+      Vector<Acc, VEC> buffer = state;
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) {
+        buffer.lane[i] = buffer.lane[i] * momentum + g.lane[i] * avg_weight;
+        const Acc ahead = g.lane[i] + buffer.lane[i] * momentum;
+        w.lane[i] -= step_size * (FORMULA == NESTEROV ? ahead : buffer.lane[i]);
+      }
+      state = buffer;
     } else if (FORMULA == ADAGRAD) {
       Vector<Acc, VEC> sum = state;
 #pragma unroll
@@ -82,6 +95,7 @@ __device__ inline void update_by_mean_square(
     double lr,
     double step_size,
     double eps,
+    double weight_decay,
     double grad_scale,
     int64 seed,
     int64 step,
@@ -90,14 +104,18 @@ __device__ inline void update_by_mean_square(
     int64 STOCHASTIC_ROUNDING) {
   using Acc = typename Accumulator<Weight>::type;
   constexpr int BLOCK_D = 16;
-  const Acc scale = (Acc)grad_scale;
+  const auto gradient = [=](int64 d) {
+    Acc g = total_ptr[d] * (Acc)grad_scale;
+    if (weight_decay != 0) g += (Acc)weight_decay * widen(weight_ptr[d * col_stride]);
+    return g;
+  };
 
   Acc square = 0;
   for (int64 first = 0; first < D; first += BLOCK_D) {
     // Summed in blocks: the rounding errors of a long row grow with the number of its blocks only.
     Acc block = 0;
     for (int64 d = first; d < D && d < first + BLOCK_D; ++d) {
-      const Acc g = total_ptr[d] * scale;
+      const Acc g = gradient(d);
       block += g * g;
     }
     square += block;
@@ -115,7 +133,7 @@ __device__ inline void update_by_mean_square(
       const int64 d = first + i;
       if (d >= D) break;
       Weight& weight = weight_ptr[d * col_stride];
-      const Acc w = widen(weight) - factor * (total_ptr[d] * scale);
+      const Acc w = widen(weight) - factor * gradient(d);
       if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) {
         narrow_at_random(w, random.lane[i], weight);
       } else {

@@ -1,6 +1,7 @@
 """gpu_embed.optim: torch's optimizers as the yardstick, and torch's Optimizer as the interface."""
 
 import copy
+import functools
 import gc
 import io
 import math
@@ -28,8 +29,13 @@ pytestmark = [
 
 CLASSES = {
     "SGD": optim.SGD,
+    "SGD, momentum": functools.partial(
+        optim.SGD, momentum=0.9, dampening=0.3, decay_touched_rows=0.1
+    ),
+    "SGD, nesterov": functools.partial(optim.SGD, momentum=0.9, nesterov=True),
     "Adagrad": optim.Adagrad,
     "RowWiseAdagrad": optim.RowWiseAdagrad,
+    "RowWiseAdagrad, decay": functools.partial(optim.RowWiseAdagrad, decay_touched_rows=0.1),
     "Adam": optim.Adam,
     "AdamW": optim.AdamW,
 }
@@ -131,6 +137,147 @@ def test_adam_keeps_the_moments_of_rows_without_a_gradient(target):
     assert param[0].item() == -0.25
     move = 0.25 * math.sqrt(1 - 0.75**2) / (1 - 0.5**2) / math.sqrt(3)
     assert abs(param[1].item() + 0.25 + move) <= 2**-23
+
+
+# What ours takes in place of torch's weight_decay.
+DECAY = {"weight_decay": "decay_touched_rows"}
+
+
+def step_both(ours, theirs, grad):
+    """One step each on the only table, by a gradient of every row: sparse for ours, dense for torch's."""
+    for optimizer in (ours, theirs):
+        (param,) = optimizer.param_groups[0]["params"]
+        if optimizer is ours:
+            give_gradient(param, torch.arange(len(grad)), grad)
+        else:
+            param.grad = grad.clone()
+        optimizer.step()
+
+
+def both(ours, theirs, param, **arguments):
+    """An optimizer of ours and one of torch's, each on a copy of the table."""
+    tables = [torch.nn.Parameter(param.detach().clone()) for _ in range(2)]
+    ours = ours([tables[0]], **{DECAY.get(name, name): x for name, x in arguments.items()})
+    return (ours, theirs([tables[1]], **arguments)), tables
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"weight_decay": 0.5},
+        {"momentum": 0.5},
+        {"momentum": 0.5, "nesterov": True},
+        {"momentum": 0.5, "dampening": 0.25},
+        {"momentum": 0.5, "dampening": 0.5, "weight_decay": 0.5},
+        {"momentum": 0.5, "nesterov": True, "weight_decay": 0.5},
+    ],
+    ids=str,
+)
+def test_sgd_is_torchs_dense_one_where_every_row_has_a_gradient(target, arguments, maximize, dtype):
+    """Bit for bit: small integers and powers of two, so that in three steps nothing is rounded."""
+    param = integer_gradient((6, 4), dtype, target.device)
+    optimizers, tables = both(
+        optim.SGD, torch.optim.SGD, param, lr=0.5, maximize=maximize, **arguments
+    )
+    for step in range(3):
+        step_both(*optimizers, integer_gradient((6, 4), dtype, target.device).roll(step, 0))
+        assert torch.equal(*tables)
+    assert not torch.equal(tables[0], param)
+
+
+@pytest.mark.parametrize("name", ["momentum", "nesterov", "Adagrad"])
+def test_decay_and_momentum_of_any_size_are_torchs(target, name):
+    """In fp64, over 20 steps of lr <= 0.1.
+
+    Gradients of at most 5 and decay of at most 2**3 make a buffer below 2**4 / (1 - 0.9) < 2**8, and a weight below
+    20 * 0.1 * 2 * 2**8 = 2**10. A step rounds at most 2**4 times, and a buffer hands an error on for 10 < 2**4 steps.
+    """
+    ours, theirs, arguments = {
+        "momentum": (optim.SGD, torch.optim.SGD, {"momentum": 0.9, "dampening": 0.3}),
+        "nesterov": (optim.SGD, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        "Adagrad": (optim.Adagrad, torch.optim.Adagrad, {"lr_decay": 0.1}),
+    }[name]
+    param = table(6, 4, torch.float64, target.device)
+    optimizers, tables = both(ours, theirs, param, lr=0.1, weight_decay=0.2, **arguments)
+    for step in range(many_steps(target)):
+        grad = 2 * integer_gradient((6, 4), torch.float64, target.device).roll(step, 0) + 1
+        step_both(*optimizers, grad)
+    assert (tables[0] - tables[1]).abs().max() <= 20 * 2**4 * 2**4 * 2.0**-53 * 2**10
+
+
+def test_rows_without_a_gradient_keep_their_momentum_and_do_not_move(target):
+    """By hand: momentum 0.5, a dampening of 0.25 from the second step on, and a decay of 1/2."""
+    param = torch.nn.Parameter(torch.full((3, 1), 8.0, device=target.device))
+    optimizer = optim.SGD([param], lr=1.0, momentum=0.5, dampening=0.25, decay_touched_rows=0.5)
+    give_gradient(param, [0, 1, 1], torch.tensor([[4.0], [1.0], [3.0]]))
+    optimizer.step()
+    # g = 4 + 8 / 2, all of which is the first momentum_buffer.
+    assert optimizer.state[param]["momentum_buffer"][:, 0].tolist() == [8, 8, 0]
+    assert param[:, 0].tolist() == [0, 0, 8]
+    give_gradient(param, [1, 2], torch.tensor([[4.0], [0.0]]))
+    optimizer.step()
+    # Row 1: 8 / 2 + 3/4 * 4. Row 2: 3/4 * (0 + 8 / 2), dampened, though its first gradient.
+    assert optimizer.state[param]["momentum_buffer"][:, 0].tolist() == [8, 7, 3]
+    assert param[:, 0].tolist() == [0, -7, 5]
+
+
+def test_only_the_step_that_makes_the_momentum_is_another(monkeypatch):
+    """A CUDA graph must not replay the step that is not dampened."""
+    found = []
+    inner = optim.SGD._depends_on_step
+
+    def recording(self, group):
+        found.append(inner(self, group))
+        return found[-1]
+
+    monkeypatch.setattr(optim.SGD, "_depends_on_step", recording)
+    for arguments, expected in (
+        ({"momentum": 0.9, "dampening": 0.3}, [True, False]),
+        ({"momentum": 0.9}, [False, False]),
+        ({"dampening": 0.3}, [False, False]),
+    ):
+        found.clear()
+        param = sparse_table()
+        train(param, optim.SGD([param], **arguments), 2)
+        assert found == expected
+
+
+def test_groups_with_and_without_momentum():
+    """Each table has the state of its own group's formula, and so it is saved and loaded."""
+    params = [sparse_table() for _ in range(3)]
+    groups = [
+        {"params": params[:1]},
+        {"params": params[1:2], "momentum": 0.5},
+        {"params": params[2:], "momentum": 0.5, "nesterov": True},
+    ]
+    optimizer = optim.SGD(groups, lr=0.5)
+    for param in params:
+        train(param, optimizer, 1)
+        param.grad = None
+    keys = [set(optimizer.state[param]) for param in params]
+    assert keys == [{"step"}, {"step", "momentum_buffer"}, {"step", "momentum_buffer"}]
+    twins = copy.deepcopy(params)
+    fresh = optim.SGD([{"params": [twin]} for twin in twins])
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert [set(fresh.state[twin]) for twin in twins] == keys
+    for param, twin in zip(params, twins, strict=True):
+        train(param, optimizer, 2)
+        train(twin, fresh, 2)
+        assert torch.equal(param, twin)
+        param.grad = twin.grad = None
+    assert not torch.equal(params[0], params[1])
+    assert not torch.equal(params[1], params[2])
+
+
+def test_momentum_in_backward():
+    layer = Embedding.from_pretrained(torch.zeros(3, 1), freeze=False, sparse=True)
+    updates = optim.apply_in_backward(layer, optim.SGD, lr=1.0, momentum=0.5)
+    for _ in range(2):
+        layer(torch.tensor([1, 1])).sum().backward()
+    assert layer.weight[:, 0].tolist() == [0, -5, 0]
+    assert updates.optimizer.state[layer.weight]["momentum_buffer"][:, 0].tolist() == [0, 3, 0]
 
 
 def test_adamw_is_torchs_where_every_row_has_a_gradient(target):
@@ -280,6 +427,17 @@ WRONG = {
     "beta1": (optim.Adam, {"betas": (1.0, 0.9)}, "Invalid beta parameter at index 0: 1.0"),
     "beta2": (optim.AdamW, {"betas": (0.9, -0.1)}, "Invalid beta parameter at index 1: -0.1"),
     "weight_decay": (optim.AdamW, {"weight_decay": -1.0}, "Invalid weight_decay value: -1.0"),
+    "momentum": (optim.SGD, {"momentum": -0.5}, "Invalid momentum value: -0.5"),
+    "nesterov alone": (
+        optim.SGD,
+        {"nesterov": True},
+        "Nesterov momentum requires a momentum and zero dampening",
+    ),
+    "nesterov dampened": (
+        optim.SGD,
+        {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+        "Nesterov momentum requires a momentum and zero dampening",
+    ),
 }
 
 
@@ -296,8 +454,15 @@ def test_numbers_out_of_range_are_refused_in_torchs_words(ours, arguments, messa
         assert str(torchs.value) == message
 
 
+@pytest.mark.parametrize("optimizer_class", [optim.SGD, optim.Adagrad, optim.RowWiseAdagrad])
+@pytest.mark.parametrize("decay", [-0.1, math.nan])
+def test_a_decay_out_of_range_is_refused(optimizer_class, decay):
+    with pytest.raises(ValueError, match=f"Invalid decay_touched_rows value: {decay}"):
+        optimizer_class([sparse_table()], decay_touched_rows=decay)
+
+
 @every_class
-@pytest.mark.parametrize("name", ["foreach", "fused", "capturable", "differentiable", "momentum"])
+@pytest.mark.parametrize("name", ["foreach", "fused", "capturable", "differentiable", "amsgrad"])
 def test_unknown_arguments_are_refused(optimizer_class, name):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         optimizer_class([sparse_table()], **{name: True})
@@ -396,6 +561,9 @@ SCHEDULERS = {
     "StepLR": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
     "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 1.0, total_steps=4, cycle_momentum=False
+    ),
+    "OneCycleLR, momentum": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1.0, total_steps=4, base_momentum=0.0, max_momentum=0.0
     ),
     "LambdaLR": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: n / 4),
 }
@@ -503,6 +671,78 @@ def test_our_saved_optimizers_go_on_in_torchs_and_back(ours, theirs):
     assert (twin - param).abs().max() <= 4 * 2**4 * 2.0**-53 * 2**5
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{"dampening": 0.25}, {"nesterov": True}, {"maximize": True}],
+    ids=["dampening", "nesterov", "maximize"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_momentum_goes_from_torchs_sgd_to_ours_and_back(arguments, dtype):
+    """Bit for bit, as in `test_sgd_is_torchs_dense_one_where_every_row_has_a_gradient`; a step each."""
+    start = integer_gradient((6, 4), dtype, "cpu")
+    grads = [start.roll(step + 1, 0) for step in range(3)]
+    (_, whole), (_, expected) = both(
+        optim.SGD, torch.optim.SGD, start, lr=0.5, momentum=0.5, **arguments
+    )
+    moving = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([moving], lr=0.5, momentum=0.5, **arguments)
+    for step, grad in enumerate(grads):
+        expected.grad = grad.clone()
+        whole.step()
+        if step == 1:
+            give_gradient(moving, torch.arange(6), grad)
+        else:
+            moving.grad = grad.clone()
+        optimizer.step()
+        assert torch.equal(moving, expected)
+        other = optim.SGD([moving]) if step == 0 else torch.optim.SGD([moving])
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer = other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_torchs_sparse_momentum_is_taken_over_as_a_dense_one(dtype):
+    """Its entries of a row are summed; in fp32 of a bf16 table."""
+    param = sparse_table(dtype=dtype)
+    optimizer = torch.optim.SGD([param], momentum=0.5)
+    give_gradient(param, [1, 4, 1], torch.tensor([[1.0], [2.0], [2.0**-9]]).expand(3, 4))
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["state"][0]["momentum_buffer"].is_sparse
+    fresh = optim.SGD([param])
+    fresh.load_state_dict(saved)
+    buffer = state_of(fresh)["momentum_buffer"]
+    assert buffer.dtype == torch.promote_types(dtype, torch.float32)
+    assert buffer[:, 3].tolist() == [0, 1 + 2.0**-9, 0, 0, 2, 0]
+
+
+def test_torchs_sgd_without_momentum_leaves_no_buffer():
+    optimizer = optim.SGD([sparse_table()], momentum=0.5)
+    optimizer.load_state_dict(trained(torch.optim.SGD).state_dict())
+    assert optimizer.param_groups[0]["momentum"] == 0
+    train(optimizer.param_groups[0]["params"][0], optimizer, 1)
+    assert state_of(optimizer).keys() == {"step"}
+
+
+def test_momentum_in_distributed_checkpoints():
+    """`set_state_dict` makes the state by a step of zeros, and fills it."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    layers, optimizers = [], []
+    for _ in range(2):
+        layers.append(
+            Embedding.from_pretrained(table(6, 4, torch.float32, "cpu"), freeze=False, sparse=True)
+        )
+        optimizers.append(optim.SGD(layers[-1].parameters(), lr=0.1, momentum=0.9, dampening=0.5))
+    train(layers[0].weight, optimizers[0], 2)
+    layers[0].weight.grad = None
+    model, state = copy.deepcopy(get_state_dict(layers[0], optimizers[0]))
+    set_state_dict(layers[1], optimizers[1], model_state_dict=model, optim_state_dict=state)
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        train(layer.weight, optimizer, 1)
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
 def test_our_adamw_goes_on_in_torchs():
     param = sparse_table(dtype=torch.float64)
     optimizer = optim.AdamW([param], lr=0.1)
@@ -546,9 +786,17 @@ UNFIT = {
         lambda: trained(optim.Adam), optim.SGD,
         "SGD has no state exp_avg, but the state to be loaded has it",
     ),
-    "momentum": (
-        lambda: trained(torch.optim.SGD, momentum=0.9), optim.SGD,
-        r"SGD has no momentum, but the state to be loaded was made with momentum=0.9",
+    "torch's decay": (
+        lambda: torch.optim.SGD([sparse_table()], weight_decay=0.1), optim.SGD,
+        r"SGD has no weight_decay, but the state to be loaded was made with weight_decay=0.1",
+    ),
+    "momentum of another height": (
+        lambda: trained(optim.SGD, num_embeddings=8, momentum=0.9), optim.SGD,
+        r"SGD needs a state momentum_buffer of shape \[6, 4\], but the state to be loaded has \[8, 4\]",
+    ),
+    "momentum for sums": (
+        lambda: trained(optim.SGD, momentum=0.9), optim.Adagrad,
+        "Adagrad has no state momentum_buffer, but the state to be loaded has it",
     ),
     "decay": (
         lambda: trained(torch.optim.Adam, weight_decay=0.1), optim.Adam, "Adam has no weight_decay",
@@ -1036,4 +1284,5 @@ def test_gradients_of_gradients_are_applied_once():
 
 
 def test_every_optimizer_is_public():
-    assert {name: getattr(gpu_embed.optim, name) for name in CLASSES} == CLASSES
+    classes = {name: made for name, made in CLASSES.items() if isinstance(made, type)}
+    assert {name: getattr(gpu_embed.optim, name) for name in classes} == classes

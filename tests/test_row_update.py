@@ -22,7 +22,17 @@ from gpu_embed.stochastic_rounding import philox, random_words, round_to_bfloat1
 # Numbers that no dtype holds exactly, so that an operation left out, added or fused shows.
 UPDATES = {
     "sgd": RowUpdate("sgd", step_size=0.37),
+    "sgd, decay": RowUpdate("sgd", step_size=0.37, weight_decay=0.3, grad_scale=-1.0),
+    "momentum": RowUpdate("momentum", step_size=0.37, avg_weight=0.7, momentum=0.9),
+    "nesterov": RowUpdate("nesterov", step_size=0.37, avg_weight=1.0, momentum=0.9, grad_scale=-1.0),
+    "momentum, decay": RowUpdate(
+        "momentum", step_size=0.37, avg_weight=1.0, momentum=0.9, weight_decay=0.3, grad_scale=-1.0
+    ),
+    "nesterov, decay": RowUpdate(
+        "nesterov", step_size=0.37, avg_weight=1.0, momentum=0.9, weight_decay=0.3
+    ),
     "adagrad": RowUpdate("adagrad", step_size=0.37, eps=1e-3, grad_scale=-1.0),
+    "adagrad, decay": RowUpdate("adagrad", step_size=0.37, eps=1e-3, weight_decay=0.3),
     "rowwise_adagrad": RowUpdate("rowwise_adagrad", step_size=0.37, eps=1e-3, grad_scale=-1.0),
     "adam": RowUpdate("adam", step_size=0.37, eps=1e-3, avg_weight=0.1, sq_weight=0.001),
     "adamw": RowUpdate(
@@ -105,6 +115,36 @@ def test_rows_too_long_for_a_program(target, dtype, monkeypatch):
     values = integer_gradient((40, 9), dtype, target.device)
     update = UPDATES["rowwise_adagrad"]._replace(stream=Stream(3, 5))
     check(update, weight, indices, values)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["in a program", "too long"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_rowwise_adagrad_with_decay(target, dtype, long, monkeypatch):
+    """A row's squares sum exactly in any order: weights are integers, and so is each one times 4."""
+    if long and target.backend == "triton":
+        from gpu_embed.backends._triton import row_update
+
+        monkeypatch.setattr(row_update, "MAX_HELD_ROW", 4)
+        monkeypatch.setattr(row_update, "ROWWISE_BLOCK", 4)
+    weight = integer_gradient((5, 9), dtype, target.device)
+    indices = ids("zipf", 40, 5, target.device)
+    values = integer_gradient((40, 9), dtype, target.device)
+    update = UPDATES["rowwise_adagrad"]._replace(weight_decay=4.0, stream=Stream(3, 5))
+    decayed, _ = check(update, weight, indices, values)
+    plain, _ = check(update._replace(weight_decay=0.0), weight, indices, values)
+    assert not torch.equal(decayed, plain)
+
+
+@every_update
+def test_without_decay_an_infinite_weight_is_no_nan(target, update):
+    """0 * inf would be one."""
+    weight = torch.full((3, 4), math.inf, device=target.device)
+    indices = torch.tensor([0, 2], device=target.device)
+    values = integer_gradient((2, 4), torch.float32, target.device)
+    new, *_ = run(update._replace(weight_decay=0.0), weight, indices, values)[0]
+    assert new.isposinf().all()
 
 
 def test_a_run_over_many_chunks_is_applied_once(target):

@@ -11,6 +11,7 @@ from table_cases import integer_layer, integers, random_input
 import gpu_embed
 from gpu_embed import backends, optim
 from gpu_embed.backends._triton import row_update as triton_row_update
+from gpu_embed.backends._triton import tables as triton_tables
 from gpu_embed.row_parameter import RowParameter
 
 SIZES = {"user": (7, 4), "item": (3, 4), "shop": (5, 4)}
@@ -20,6 +21,13 @@ MODES = {"item": "mean", "shop": "max"}
 every_size = pytest.mark.parametrize("sizes", [SIZES, MIXED], ids=["uniform", "mixed"])
 OPTIMIZERS = {
     "SGD": lambda params, **arguments: optim.SGD(params, **{"lr": 0.5, **arguments}),
+    "SGD, momentum": lambda params, **arguments: optim.SGD(
+        params,
+        **{"lr": 0.5, "momentum": 0.9, "dampening": 0.3, "decay_touched_rows": 0.1, **arguments},
+    ),
+    "SGD, nesterov": lambda params, **arguments: optim.SGD(
+        params, **{"lr": 0.5, "momentum": 0.9, "nesterov": True, **arguments}
+    ),
     "Adagrad": lambda params, **arguments: optim.Adagrad(params, **{"lr": 0.5, **arguments}),
     "RowWiseAdagrad": lambda params, **arguments: optim.RowWiseAdagrad(
         params, **{"lr": 0.5, **arguments}
@@ -467,8 +475,32 @@ def test_long_rows_and_short_ones(target, make, monkeypatch):
         torch.testing.assert_close(rows, modules[name].weight, rtol=130 * 2**-23, atol=0)
 
 
+@pytest.mark.parametrize("long", [False, True], ids=["in a program", "too long"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_rowwise_adagrad_with_decay(target, dtype, long, monkeypatch):
+    """Bit for bit in one step: a row's squares are of quarters of integers, and sum exactly in any order."""
+    if long and target.backend == "triton":
+        monkeypatch.setattr(triton_row_update, "MAX_HELD_ROW", 4)
+        for module in (triton_row_update, triton_tables):
+            monkeypatch.setattr(module, "ROWWISE_BLOCK", 4)
+    layer, plain = (sparse_layer(target, MIXED).to(dtype) for _ in range(2))
+    modules, look_up = one_by_one(layer)
+    batches = batches_of(layer)[:1]
+    optimizers = [
+        optim.RowWiseAdagrad(of.parameters(), lr=0.5, decay_touched_rows=4.0)
+        for of in (layer, modules)
+    ]
+    train(optimizers[:1], layer, batches)
+    train(optimizers[1:], look_up, batches)
+    assert_equal(layer, modules)
+    train([optim.RowWiseAdagrad(plain.parameters(), lr=0.5)], plain, batches)
+    assert not torch.equal(layer.weight, plain.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("formula", ["SGD", "RowWiseAdagrad"])
+@pytest.mark.parametrize("formula", ["SGD", "SGD, momentum", "RowWiseAdagrad"])
 def test_tables_are_rounded_at_random_alike_on_every_backend(target, dtype, formula):
     """By the row's number among all, and the column: the words of `stochastic_rounding`."""
     layers = []

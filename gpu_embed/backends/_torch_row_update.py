@@ -103,6 +103,8 @@ def _updated(
     if update.grad_scale != 1:
         g.mul_(update.grad_scale)
     w = w.to(g.dtype)
+    if update.weight_decay:
+        g.add_(w * update.weight_decay)
     FORMULAS[update.formula](update, w, state, g, dim)
     if update.stream is not None and update.rounds_at_random(dtype):
         w = ROUNDINGS[dtype](w, _random_words(sums.used, w.shape[1], update.stream))
@@ -114,6 +116,16 @@ def _updated(
 
 def _sgd(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
     w.sub_(g.mul_(_times_lr(u.step_size, u)))
+
+
+def _momentum(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
+    buffer = state[0].mul_(u.momentum).add_(g.mul_(u.avg_weight))
+    w.sub_(buffer * _times_lr(u.step_size, u))
+
+
+def _nesterov(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
+    buffer = state[0].mul_(u.momentum).add_(g * u.avg_weight)
+    w.sub_(g.add_(buffer * u.momentum).mul_(_times_lr(u.step_size, u)))
 
 
 def _adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
@@ -142,6 +154,8 @@ def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Te
 Formula = Callable[[RowUpdate, Tensor, list[Tensor], Tensor, int | Tensor], None]
 FORMULAS: dict[str, Formula] = {
     "sgd": _sgd,
+    "momentum": _momentum,
+    "nesterov": _nesterov,
     "adagrad": _adagrad,
     "rowwise_adagrad": _rowwise_adagrad,
     "adam": _adam,

@@ -13,8 +13,11 @@ class Adagrad(RowOptimizer):
 
     With g, a row's summed gradient, and t, the number of this step, from 1 on::
 
+        g = g + decay_touched_rows * w
         sum = sum + g * g
         w = w - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(sum) + eps)
+
+    The first line is left out where decay_touched_rows is 0. A row without a gradient neither moves nor decays.
 
     Args:
         params: tables, or param groups.
@@ -22,10 +25,11 @@ class Adagrad(RowOptimizer):
         lr_decay: how fast the learning rate falls with the steps.
         initial_accumulator_value: what every sum begins with.
         eps: keeps the denominator from 0.
+        decay_touched_rows: torch's weight_decay (L2), on the rows that have a gradient alone.
         maximize, stochastic_rounding, seed, rows: see `RowOptimizer`.
 
-    State: sum, fp32 (fp64 for fp64 tables) `[num_embeddings, embedding_dim]`. torch's weight_decay is left out:
-    there, too, it does not go with sparse gradients.
+    State: sum, fp32 (fp64 for fp64 tables) `[num_embeddings, embedding_dim]`. torch's weight_decay does not
+    go with sparse gradients.
     """
 
     formula = "adagrad"
@@ -39,6 +43,7 @@ class Adagrad(RowOptimizer):
         *,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        decay_touched_rows: float = 0.0,
         maximize: bool = False,
         stochastic_rounding: bool = False,
         seed: int | None = None,
@@ -48,11 +53,13 @@ class Adagrad(RowOptimizer):
         check_not_negative("lr_decay value", lr_decay)
         check_not_negative("initial_accumulator_value value", initial_accumulator_value)
         check_not_negative("epsilon value", eps)
+        check_not_negative("decay_touched_rows value", decay_touched_rows)
         defaults = {
             "lr": lr,
             "lr_decay": lr_decay,
             "initial_accumulator_value": initial_accumulator_value,
             "eps": eps,
+            "decay_touched_rows": decay_touched_rows,
             "maximize": maximize,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
@@ -62,7 +69,12 @@ class Adagrad(RowOptimizer):
 
     def _row_update(self, group: dict[str, Any], lr: float, step: int) -> RowUpdate:
         step_size = lr / (1 + (step - 1) * group["lr_decay"])
-        return RowUpdate(self.formula, step_size, eps=float(group["eps"]))
+        return RowUpdate(
+            self.formula,
+            step_size,
+            eps=float(group["eps"]),
+            weight_decay=float(group["decay_touched_rows"]),
+        )
 
     def _initial_state(self, group: dict[str, Any]) -> float:
         return float(group["initial_accumulator_value"])
@@ -76,8 +88,11 @@ class RowWiseAdagrad(Adagrad):
 
     With g, a row's summed gradient `[embedding_dim]`, and t, the number of this step, from 1 on::
 
+        g = g + decay_touched_rows * w
         sum = sum + mean(g * g)
         w = w - lr / (1 + (t - 1) * lr_decay) / (sqrt(sum) + eps) * g
+
+    The first line is left out where decay_touched_rows is 0. A row without a gradient neither moves nor decays.
 
     Args:
         params: tables, or param groups.
@@ -85,6 +100,7 @@ class RowWiseAdagrad(Adagrad):
         lr_decay: how fast the learning rate falls with the steps.
         initial_accumulator_value: what every sum begins with.
         eps: keeps the denominator from 0.
+        decay_touched_rows: torch's weight_decay (L2), on the rows that have a gradient alone.
         maximize, stochastic_rounding, seed, rows: see `RowOptimizer`.
 
     State: sum, fp32 (fp64 for fp64 tables) `[num_embeddings]`: a table of 10 million rows of 128 keeps 40 MB
@@ -101,6 +117,7 @@ class RowWiseAdagrad(Adagrad):
         *,
         initial_accumulator_value: float = 0.0,
         eps: float = 1e-8,
+        decay_touched_rows: float = 0.0,
         maximize: bool = False,
         stochastic_rounding: bool = False,
         seed: int | None = None,
@@ -112,6 +129,7 @@ class RowWiseAdagrad(Adagrad):
             lr_decay,
             initial_accumulator_value=initial_accumulator_value,
             eps=eps,
+            decay_touched_rows=decay_touched_rows,
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             seed=seed,

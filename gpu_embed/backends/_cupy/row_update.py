@@ -10,8 +10,8 @@ from .device import FLOATS, CupyDevice, itemsize
 from .launch import MAX_SEGMENT_VECTOR, ROWWISE_ADAGRAD, SEGMENT_SUM, SELECT_ROWS
 from .nvrtc import Kernel
 
-# In the order of the enum in row_update.cu.
-FORMULAS = ("sgd", "adagrad", "adam")
+# In the order of the enum in update.cuh.
+FORMULAS = ("sgd", "momentum", "nesterov", "adagrad", "adam")
 
 
 class CupyRowUpdate(CupyDevice):
@@ -74,6 +74,8 @@ class CupyRowUpdate(CupyDevice):
             float(update.eps),
             float(update.avg_weight),
             float(update.sq_weight),
+            float(update.momentum),
+            float(update.weight_decay),
             float(update.grad_scale),
             seed,
             step,
@@ -103,6 +105,7 @@ class CupyRowUpdate(CupyDevice):
             *weight.stride(),
             float(update.step_size),
             float(update.eps),
+            float(update.weight_decay),
             float(update.grad_scale),
             seed,
             step,
