@@ -429,7 +429,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _check_fits(
         self, saved_groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
     ) -> None:
-        """Raise ValueError for what was saved by an optimizer that did other things; TypeError for what is no number."""
+        """Raise ValueError for what was saved by an optimizer that did other things, TypeError for no number."""
         name = type(self).__name__
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             for option, neutral in self.torch_only.items():
