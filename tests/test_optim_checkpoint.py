@@ -464,6 +464,17 @@ def without(state_dict, *names):
     return saved
 
 
+def of_group(optimizer, **settings):
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0].update(settings)
+    return saved
+
+
+def without_state(optimizer_class):
+    """As before its first step."""
+    return optimizer_class(integer_layer(MIXED, sparse=True).parameters()).state_dict()
+
+
 # What is loaded into an Adam of MIXED, and what of it does not fit.
 UNFIT = {
     "a shrunk table": (
@@ -505,15 +516,42 @@ UNFIT = {
             **(saved := trained(MIXED, optim.Adam)[1].state_dict()),
             "state": {0: {**saved["state"][0], "step": "three"}},
         },
-        "invalid literal for int",
+        "a step that is no number: 'three'",
+    ),
+    "no step": (
+        lambda: {
+            **(saved := trained(MIXED, optim.Adam)[1].state_dict()),
+            "state": {0: {**saved["state"][0], "step": None}},
+        },
+        "a step that is no number: None",
+    ),
+    "another optimizer's settings": (
+        lambda: without_state(optim.SGD),
+        r"Adam has the settings \['lr', 'betas', 'eps'\], but group 0 .* has \['lr'\]: another optimizer",
+    ),
+    "other settings": (
+        lambda: without_state(optim.RowWiseAdagrad),
+        r"Adam has the settings .* has \['lr', 'eps', 'initial_accumulator_value', 'lr_decay'\]",
+    ),
+    "torch's SGD": (
+        lambda: torch.optim.SGD(integer_layer(MIXED).parameters()).state_dict(),
+        r"Adam has the settings .* has \['lr'\]: another optimizer has saved it",
+    ),
+    "a beta out of range": (
+        lambda: of_group(trained(MIXED, optim.Adam)[1], betas=(0.9, 1.0)),
+        "Invalid beta parameter at index 1: 1.0",
     ),
     "rows of other tables": (
-        lambda: trained({**MIXED, "new": (1, 2)}, optim.Adam, rows=[1])[1].state_dict(),
-        "rows: by table, masks like .* are needed, but got .*'new'",
+        lambda: trained({"new": (7, 3)}, optim.Adam, rows=[1])[1].state_dict(),
+        "rows: the masks are those of the tables 'new', of which the group has none",
     ),
-    "rows of a grown table": (
-        lambda: trained({**MIXED, "user": (6, 3)}, optim.Adam, rows=[1])[1].state_dict(),
-        r"rows: by table, masks like {'user': \(torch.bool, \[7\]\), .* got {'user': \(torch.bool, \[6\]",
+    "rows of a shrunk table": (
+        lambda: trained({**MIXED, "user": (8, 3)}, optim.Adam, rows=[1])[1].state_dict(),
+        r"rows: table 'user' needs a bool mask of shape \[7\], or of fewer rows, but .* \[8\]",
+    ),
+    "rows that are no mask": (
+        lambda: of_group(trained(MIXED, optim.Adam)[1], rows={"user": torch.arange(7)}),
+        r"rows: table 'user' needs a bool mask of shape \[7\], .* got torch.int64 of shape \[7\]",
     ),
     "two parameters": (
         lambda: trained(MIXED, optim.Adam, [("user", "shop")])[1].state_dict(),
@@ -539,6 +577,144 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(make, message):
     assert after["state"][0].keys() == before["state"][0].keys()
     for name, value in before["state"][0].items():
         assert torch.equal(torch.as_tensor(after["state"][0][name]), torch.as_tensor(value))
+
+
+NO_STATES = {
+    "None": (None, TypeError, "but got a NoneType$"),
+    "a path": ("tables.pt", TypeError, "but got a str$"),
+    "an optimizer": (optim.SGD([torch.zeros(2, 2)]), TypeError, "but got a SGD$"),
+    "empty": ({}, ValueError, "but got an empty one$"),
+    "a model's": (
+        {"weight": torch.zeros(2), "bias": torch.zeros(2)},
+        ValueError,
+        "but got one with 'weight', 'bias'$",
+    ),
+    "no groups": ({"state": {}}, ValueError, "but got one with 'state'$"),
+    "no state": ({"param_groups": []}, ValueError, "but got one with 'param_groups'$"),
+    "no dict of states": (
+        {"state": None, "param_groups": []},
+        ValueError,
+        "but got one with 'state', 'param_groups'$",
+    ),
+    "a group without params": (
+        {"state": {}, "param_groups": [{"lr": 0.1}]},
+        ValueError,
+        "but got one whose group 0 has no list 'params'$",
+    ),
+    "a group that is none": (
+        {"state": {}, "param_groups": [3]},
+        ValueError,
+        "but got one whose group 0 has no list 'params'$",
+    ),
+}  # fmt: skip
+
+
+@every_class
+@pytest.mark.parametrize(("saved", "kind", "message"), NO_STATES.values(), ids=NO_STATES)
+def test_what_no_optimizer_has_saved_is_refused(optimizer_class, saved, kind, message):
+    layer, optimizer = trained(UNIFORM, optimizer_class)
+    before = copy.deepcopy(optimizer.state_dict())
+    expected = r"load_state_dict takes what an optimizer's state_dict\(\) returns, .*" + message
+    with pytest.raises(kind, match=f"^{optimizer_class.__name__}.{expected}"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["params"] == [layer.weight]
+    assert str(optimizer.state_dict()) == str(before)
+
+
+# Whose state each takes before any step, where little tells them apart.
+TAKES = {
+    optim.SGD: (optim.SGD, torch.optim.SGD),
+    optim.Adagrad: (optim.Adagrad, optim.RowWiseAdagrad, torch.optim.Adagrad),
+    # torch's makes its state at once, of another shape.
+    optim.RowWiseAdagrad: (optim.Adagrad, optim.RowWiseAdagrad),
+    optim.Adam: (optim.Adam, torch.optim.SparseAdam),
+    optim.AdamW: (optim.Adam, optim.AdamW, torch.optim.SparseAdam, torch.optim.AdamW),
+}
+SAVED_BY = list(dict.fromkeys(one for taken in TAKES.values() for one in taken))
+
+
+@every_class
+@pytest.mark.parametrize("saved_by", SAVED_BY, ids=lambda one: f"{one.__module__}.{one.__name__}")
+def test_another_optimizers_state_is_refused_before_its_first_step_too(optimizer_class, saved_by):
+    saved = saved_by([torch.nn.Parameter(torch.zeros(3, 2))], lr=0.25).state_dict()
+    optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(3, 2))], lr=0.5)
+    if saved_by in TAKES[optimizer_class]:
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 0.25
+        return
+    message = "(has the settings|has no weight_decay|has no state sum|needs a state sum)"
+    with pytest.raises(ValueError, match=f"^{optimizer_class.__name__} {message}"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def stepped(sizes, optimizer_class, steps, **arguments):
+    """A layer whose optimizer has a parameter for each of `steps`, named by its tables, so many steps old."""
+    layer = integer_layer(sizes, sparse=True)
+    groups = [{"params": layer.parameters_of(*names.split("+"))} for names in steps]
+    optimizer = optimizer_class(groups, lr=0.25, **arguments)
+    params = [group["params"][0] for group in optimizer.param_groups]
+    for number, count in enumerate(steps.values()):
+        for _ in range(count):
+            train_alone(layer, optimizer, number)
+    return layer, optimizer, params
+
+
+def train_alone(layer, optimizer, number):
+    """A step of one parameter alone."""
+    others = optimizer.param_groups
+    optimizer.param_groups = [others[number]]
+    train(layer, optimizer, range(1))
+    optimizer.param_groups = others
+
+
+def steps_of(optimizer, params):
+    return [optimizer.state[param].get("step") for param in params]
+
+
+@every_size
+@with_state
+def test_steps_and_seeds_go_with_their_tables(sizes, optimizer_class):
+    """Where the tables have become parameters in another order, and not with the place."""
+    arguments = {"stochastic_rounding": True, "seed": 7}
+    saved = {"user": 3, "item+shop": 1}
+    _, old, old_params = stepped(sizes, optimizer_class, saved, **arguments)
+    order = {name: sizes[name] for name in ("item", "shop", "user")}
+    layer, fresh, params = stepped(order, optimizer_class, {"item+shop": 0, "user": 0}, **arguments)
+    fresh.load_state_dict(copy.deepcopy(old.state_dict()))
+    assert steps_of(fresh, params) == [1, 3]
+    seeds = [old.state[param]["seed"] for param in old_params]
+    assert [fresh.state[param]["seed"] for param in params] == seeds[::-1]
+    train(layer, fresh, range(1))
+    assert steps_of(fresh, params) == [2, 4]
+
+
+@every_size
+@with_state
+def test_tables_of_different_steps_do_not_become_one_parameter(sizes, optimizer_class):
+    _, old, _ = stepped(sizes, optimizer_class, {"user": 3, "item+shop": 1})
+    layer, fresh, params = stepped(sizes, optimizer_class, {"user+item": 0, "shop": 0})
+    message = r"saved with different steps, {'user': 3, 'item': 1}: .* parameters_of\(name\)"
+    with pytest.raises(ValueError, match=message):
+        fresh.load_state_dict(old.state_dict())
+    assert not fresh.state
+    train(layer, fresh, range(1))
+    assert steps_of(fresh, params) == [1, 1]
+
+
+@every_size
+@with_state
+def test_a_parameter_of_new_tables_begins_with_its_first_step(sizes, optimizer_class):
+    old_sizes = {name: sizes[name] for name in ("user", "item")}
+    _, old, _ = stepped(old_sizes, optimizer_class, {"user": 3, "item": 1})
+    layer, fresh, params = stepped(sizes, optimizer_class, {"user+item": 0, "shop": 0})
+    with pytest.raises(ValueError, match="different steps"):
+        fresh.load_state_dict(old.state_dict())
+    same = stepped(old_sizes, optimizer_class, {"user": 2, "item": 2})[1]
+    fresh.load_state_dict(same.state_dict())
+    assert steps_of(fresh, params) == [2, 0]
+    train(layer, fresh, range(1))
+    assert steps_of(fresh, params) == [3, 1]
 
 
 @every_size
@@ -594,6 +770,42 @@ def test_chosen_rows_are_saved_by_table(sizes):
     _, fresh = trained(turned)
     fresh.load_state_dict(saved)
     assert fresh.param_groups[0]["rows"].nonzero()[:, 0].tolist() == [4, 5, 9, 14]
+
+
+@every_size
+@every_class
+def test_rows_of_added_and_grown_tables_may_all_change(sizes, optimizer_class):
+    """And the masks of the tables that were saved are kept; that of a table that is gone is dropped."""
+    _, optimizer = trained(sizes, optimizer_class, rows=[1, 6, 7, 14])
+    height, dim = sizes["item"]
+    changed = {"new": (2, 3), "item": (height + 2, dim), "user": sizes["user"]}
+    layer, fresh = trained(changed, optimizer_class)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*: the state to be loaded has tables")
+        fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    # Of "new" both; of "item" the first and those added; of "user" 1 and 6.
+    mask = fresh.param_groups[0]["rows"]
+    assert mask.nonzero()[:, 0].tolist() == [0, 1, 2, 5, 6, 8, 13]
+    before = {name: rows.detach().clone() for name, rows in layer.items()}
+    layer(*gpu_embed.batch_bags(all_rows_of(layer))).sum().backward()
+    fresh.step()
+    moved = [rows.detach().ne(before[name]).any(1) for name, rows in layer.items()]
+    assert torch.equal(torch.cat(moved), mask)
+
+
+def all_rows_of(layer):
+    """Every row of every table, in one bag."""
+    return [(torch.arange(len(rows)), torch.tensor([0])) for _, rows in layer.items()]
+
+
+def test_the_mask_of_a_group_goes_with_the_table_that_it_was_saved_for():
+    """Where the tables of a group have another order."""
+    sizes = {"user": (7, 3), "item": (3, 12), "shop": (7, 5)}
+    old = optim.Adam(integer_layer(sizes, sparse=True).parameters_of("user", "shop"), rows=[1, 6])
+    turned = {name: sizes[name] for name in reversed(sizes)}
+    fresh = optim.Adam(integer_layer(turned, sparse=True).parameters_of("shop", "user"))
+    fresh.load_state_dict(copy.deepcopy(old.state_dict()))
+    assert fresh.param_groups[0]["rows"].nonzero()[:, 0].tolist() == [1, 6]
 
 
 def test_hooks_on_saving_see_what_is_saved():

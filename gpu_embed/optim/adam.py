@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..row_update import RowUpdate
-from .row_optimizer import Params, RowOptimizer, check_lr, check_not_negative
+from .row_optimizer import Params, RowOptimizer, check_betas, check_lr, check_not_negative
 
 
 class Adam(RowOptimizer):
@@ -143,9 +143,7 @@ class AdamW(RowOptimizer):
 
 
 def check_adam(lr: float | Tensor, betas: tuple[float, float], eps: float) -> None:
-    """Raise ValueError, in torch's words, for a number out of range."""
+    """Raise TypeError for what is no number, ValueError, in torch's words, for one out of range."""
     check_lr(lr)
     check_not_negative("epsilon value", eps)
-    for index, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    check_betas(betas)

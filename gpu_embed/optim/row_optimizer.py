@@ -4,6 +4,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, pairwise
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,8 @@ from .saved_state import (
     put_together,
     rows_of_tables,
     saved_rows,
+    shared_state,
+    step_number,
 )
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -66,8 +69,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     `torch.nn.utils.clip_grad_norm_` does not take sparse gradients; `gpu_embed.optim.clip_grad_norm_` does.
 
     Raises:
-        ValueError: a hyperparameter out of range, in torch's words; a table of another shape or dtype; rows
-            that do not fit it.
+        TypeError: params that are a module, or a hyperparameter that is no number.
+        ValueError: a hyperparameter out of range, in torch's words; no parameter; one that is no table, by its
+            position, name and shape; rows that do not fit it.
         RuntimeError: at the step, for a dense gradient; but one of zeros, with an lr of 0, makes the state and
             does no more, as `torch.distributed.checkpoint` needs it.
     """
@@ -75,6 +79,19 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     formula: str  # a key of row_update.STATE
     # What torch's optimizer of that formula can do and ours cannot, and the number that stands for not doing it.
     torch_only: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        given: Any = params
+        if not isinstance(params, torch.nn.Module | Tensor | Mapping):
+            given = list(params)
+            if not given:
+                raise ValueError(
+                    f"{type(self).__name__} got an empty parameter list. One table of a batched layer has no "
+                    "parameters() of its own: give layer.parameters(), or layer.parameters_of(name)"
+                )
+        else:
+            _check_given(type(self).__name__, [params])
+        super().__init__(given, defaults)
 
     @abstractmethod
     def _row_update(self, group: dict[str, Any], lr: float, step: int) -> RowUpdate:
@@ -123,7 +140,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 return
             raise RuntimeError(
                 f"{name} does not support dense gradients, please make the table with sparse=True, "
-                "or consider an optimizer of torch.optim instead"
+                f"or leave out {self._described(param)}, or consider an optimizer of torch.optim instead"
             )
         if grad.is_sparse and grad.sparse_dim() != 1:
             raise RuntimeError(
@@ -224,20 +241,57 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add tables, with hyperparameters of their own if wanted.
 
-        Raises ValueError as the constructor does, and then adds nothing.
+        Raises TypeError and ValueError as the constructor does, and then adds nothing.
         """
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        # torch refuses a set, and what is no group.
+        if params is not None and not isinstance(params, set):
+            one = isinstance(params, torch.nn.Module | Tensor)
+            params = param_group["params"] = [params] if one else list(params)
+            _check_given(type(self).__name__, params)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             for param in group["params"]:
-                _check_table(type(self).__name__, param)
+                self._check_table(param)
             _check_disjoint(self._params())
-            if group["seed"] is not None and not 0 <= group["seed"] < 2**62:
-                raise ValueError(f"Invalid seed: {group['seed']}")
+            self._check_numbers(group)
             group["rows"] = _row_mask(group["rows"], group["params"])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_numbers(self, group: Mapping[str, Any]) -> None:
+        """Raise TypeError for a hyperparameter of a group that is no number, ValueError for one out of range."""
+        check_lr(group["lr"])
+        for name, default in self.defaults.items():
+            if isinstance(default, Real) and not isinstance(default, bool) and name != "seed":
+                check_number(name, group[name])
+        if "betas" in self.defaults:
+            check_betas(group["betas"])
+        seed = group["seed"]
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+            raise TypeError(f"Invalid seed: {seed!r}, expected an int or None")
+        if seed is not None and not 0 <= int(seed) < 2**62:
+            raise ValueError(f"Invalid seed: {seed}")
+
+    def _check_table(self, param: Tensor) -> None:
+        is_table = param.dim() == 2 or row_range_of(param) is not None
+        if not is_table or param.layout is not torch.strided or param.dtype not in UPDATE_DTYPES:
+            raise ValueError(
+                f"{type(self).__name__} updates dense tables [num_embeddings, embedding_dim] of float32, float64, "
+                f"float16 or bfloat16, but {self._described(param)} is {param.dtype}, {param.layout}. Give it the "
+                "tables only: the parameters() of layers with sparse=True, or apply_in_backward(model, ...), which "
+                "finds them"
+            )
+
+    def _described(self, param: Tensor) -> str:
+        """A parameter by its position, its name if there is one, and its shape."""
+        groups = self.param_groups
+        names = [*chain.from_iterable(group.get("param_names", ()) for group in groups)]
+        number = next(i for i, other in enumerate(self._params()) if other is param)
+        name = f" ({names[number]!r})" if names else ""
+        return f"parameter {number}{name} of shape {list(param.shape)}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -282,16 +336,23 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         the names of the tables, whatever their order. A table that none was saved for, and rows by which one has
         grown, begin with the state of a first step; a table that the optimizer no longer has is named in a warning.
 
-        Raises ValueError, and then has changed nothing, for the state of another formula, of tables of other shapes
-        (in a batched layer: of fewer rows, or of another embedding_dim), for chosen `rows` of other tables, or for a
-        torch optimizer that did what this one cannot, such as momentum.
+        In a batched layer the steps, too, go with the tables. Chosen `rows` stay the same rows of the same tables, and
+        the rows of an added table may all change.
+
+        Raises TypeError for what is no dict. Raises ValueError for a dict that no optimizer has saved, for the state
+        of another optimizer, of tables of other shapes (in a batched layer: of fewer rows, or of another
+        embedding_dim), for tables of different steps that are one parameter now, or for a torch optimizer that did
+        what this one cannot, such as amsgrad. Nothing is changed then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(self._not_a_state(f"a {type(state_dict).__name__}"))
         # torch would round the state to the table's dtype. What it is about to load is known to the last hook
         # before it, and every later hook must find it as it is to be.
         loaded: dict[Tensor, dict[str, Any]] = {}
         left_out: list[str] = []
 
         def prepare(_: torch.optim.Optimizer, final: dict[str, Any]) -> dict[str, Any] | None:
+            self._check_is_state(final)
             lengths = [
                 [len(group["params"]) for group in groups]
                 for groups in (final["param_groups"], self.param_groups)
@@ -302,6 +363,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             states = self._saved_states(final)
             self._check_fits(final["param_groups"], states)
             loaded.update(self._states_to_load(final["param_groups"], states, left_out))
+            self._check_settings(final["param_groups"])
             others = dict(final["state"])
             for key in chain.from_iterable(group["params"] for group in final["param_groups"]):
                 others.pop(key, None)
@@ -325,6 +387,37 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 stacklevel=2,
             )
 
+    def _not_a_state(self, got: str) -> str:
+        return (
+            f"{type(self).__name__}.load_state_dict takes what an optimizer's state_dict() returns, a dict with "
+            f"'state' and 'param_groups', but got {got}"
+        )
+
+    def _check_is_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ValueError for a dict that no optimizer has saved, such as a model's."""
+        state, groups = (state_dict.get(key) for key in ("state", "param_groups"))
+        if not isinstance(state, Mapping) or not isinstance(groups, list | tuple):
+            found = quoted(map(str, state_dict), most=4)
+            raise ValueError(self._not_a_state(f"one with {found}" if found else "an empty one"))
+        for number, group in enumerate(groups):
+            if not isinstance(group, Mapping) or not isinstance(group.get("params"), list | tuple):
+                raise ValueError(
+                    self._not_a_state(f"one whose group {number} has no list 'params'")
+                )
+
+    def _check_settings(self, saved_groups: list[dict[str, Any]]) -> None:
+        """Raise ValueError for the settings of an optimizer of another kind."""
+        # Every optimizer of a formula has saved these, torch's too; the others came with time.
+        marks = {"betas", "eps", "lr_decay", "initial_accumulator_value"}
+        needed = sorted(marks & self.defaults.keys())
+        for number, saved in enumerate(saved_groups):
+            found = sorted(marks & saved.keys())
+            if found != needed:
+                raise ValueError(
+                    f"{type(self).__name__} has the settings {['lr', *needed]}, but group {number} of the state to be "
+                    f"loaded has {['lr', *found]}: another optimizer has saved it"
+                )
+
     def _saved_states(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         """What was saved for each parameter."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -336,7 +429,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _check_fits(
         self, saved_groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
     ) -> None:
-        """Raise ValueError for what was saved by an optimizer that did other things."""
+        """Raise ValueError for what was saved by an optimizer that did other things, TypeError for no number."""
         name = type(self).__name__
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             for option, neutral in self.torch_only.items():
@@ -351,6 +444,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         for state in states.values():
             for other in sorted(foreign & {kind_of(key) for key in state}):
                 raise ValueError(f"{name} has no state {other}, but the state to be loaded has it")
+        for saved in saved_groups:
+            self._check_numbers({**self.defaults, **saved})
 
     def _states_to_load(
         self,
@@ -378,9 +473,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                     param.follow()
                 if not states[param] and not any(tables.values()):
                     continue
+                own = shared_state(param, states[param], (states[other] for other in params))
                 loaded[param] = {
-                    key: int(value) if key == "step" else _moved(value, param)
-                    for key, value in states[param].items()
+                    key: step_number(value) if key == "step" else _moved(value, param)
+                    for key, value in own.items()
                     if kind_of(key) not in tables
                 }
                 for layout in layouts:
@@ -419,25 +515,57 @@ def _changes_nothing(lr: float | Tensor, grad: Tensor) -> bool:
 
 
 def check_lr(lr: object) -> None:
-    """Raise ValueError, in torch's words, for an lr that no optimizer takes."""
+    """Raise TypeError or ValueError, the latter in torch's words, for an lr that no optimizer takes."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     check_not_negative("learning rate", lr)
 
 
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError for what is neither a real number nor a tensor of one; a bool is none."""
+    if isinstance(value, Tensor):
+        is_number = value.numel() == 1 and value.dtype is not torch.bool and not value.is_complex()
+    else:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number:
+        raise TypeError(f"Invalid {name}: {value!r}, expected a number")
+
+
 def check_not_negative(name: str, value: Any) -> None:
+    """Raise TypeError for what is no number, ValueError for one below 0."""
+    check_number(name, value)
     # Written so that NaN raises.
     if not value >= 0.0:
         raise ValueError(f"Invalid {name}: {value}")
 
 
-def _check_table(name: str, param: Tensor) -> None:
-    is_table = param.dim() == 2 or row_range_of(param) is not None
-    if not is_table or param.layout is not torch.strided or param.dtype not in UPDATE_DTYPES:
-        raise ValueError(
-            f"{name} updates dense tables [num_embeddings, embedding_dim] of float32, float64, float16 or "
-            f"bfloat16, but got {param.dtype} of shape {list(param.shape)}, {param.layout}"
-        )
+def check_betas(betas: Any) -> None:
+    """Raise TypeError for what is not two numbers, ValueError, in torch's words, for one out of range."""
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise TypeError(f"Invalid betas: {betas!r}, expected two numbers, such as (0.9, 0.999)")
+    for index, beta in enumerate(betas):
+        check_number(f"beta parameter at index {index}", beta)
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+
+
+def _check_given(name: str, params: Iterable[Any]) -> None:
+    """Raise TypeError for a module, ValueError for a view of a parameter, which never gets a gradient."""
+    for entry in params:
+        param = entry[1] if isinstance(entry, tuple) and len(entry) == 2 else entry
+        if isinstance(param, torch.nn.Module):
+            raise TypeError(
+                f"{name} takes parameters, but got a module, {type(param).__name__}: give it layer.parameters(); of a "
+                "batched layer, layer.parameters_of(name) are those of some tables"
+            )
+        if not isinstance(param, Tensor):
+            continue
+        is_view = param._is_view() and isinstance(param._base, torch.nn.Parameter)
+        if is_view or not (param.is_leaf or param.retains_grad):
+            raise ValueError(
+                f"{name} can't optimize a non-leaf Tensor, or a view of a parameter, such as layer['user'], here of "
+                f"shape {list(param.shape)}: give it layer.parameters(), or layer.parameters_of('user')"
+            )
 
 
 def _check_disjoint(params: Iterable[Tensor]) -> None:
@@ -461,8 +589,11 @@ def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
     if any(height != num_embeddings for height in heights):
         raise ValueError(f"rows: the tables of the group have {heights} rows, which must be equal")
     if isinstance(rows, Mapping):
-        rows = rows_of_tables(rows, params[0])
-    rows = torch.as_tensor(rows, device=params[0].device)
+        rows = rows_of_tables(rows, params)
+    try:
+        rows = torch.as_tensor(rows, device=params[0].device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"rows: expected a bool mask or integer ids, got {rows!r}") from error
     if rows.dtype == torch.bool:
         if rows.shape != (num_embeddings,):
             raise ValueError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..row_parameter import num_rows_of, row_range_of
 from ..row_update import StateLayout, arithmetic_dtype
-from ..tables import RowRange
+from ..tables import RowRange, quoted
 
 # Of each kind of state, such as "sum", the tensor of each table.
 OfTables = dict[str, dict[str, Tensor]]
@@ -97,6 +97,42 @@ def put_together(
     return whole
 
 
+def shared_state(
+    param: Tensor, own: Mapping[str, Any], saved: Iterable[Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """The saved state of which `param` takes what is no table's, its step: that of the parameter that had its tables.
+
+    Args:
+        own: the state that was saved at the parameter's place.
+        saved: those of all parameters of the layer, flattened.
+
+    Raises ValueError where its tables were saved with different steps.
+    """
+    row_range = row_range_of(param)
+    tables_of = [(state, {key.partition(".")[2] for key in state} - {""}) for state in saved]
+    if row_range is None or not any(tables for _, tables in tables_of):
+        return own
+    found = {
+        name: state for state, tables in tables_of for name in row_range.names if name in tables
+    }
+    steps = {name: step_number(state.get("step", 0)) for name, state in found.items()}
+    if len(set(steps.values())) > 1:
+        raise ValueError(
+            f"tables that are one parameter now were saved with different steps, {steps}: give each its own, by "
+            "parameters_of(name)"
+        )
+    # Tables that are all new begin with step 1.
+    return next((found[name] for name in row_range.names if name in found), {"step": 0})
+
+
+def step_number(step: Any) -> int:
+    """A saved step as an int; ValueError for what is no number."""
+    try:
+        return int(step)
+    except (TypeError, ValueError):
+        raise ValueError(f"the state to be loaded has a step that is no number: {step!r}") from None
+
+
 def _fits(part: Tensor, needed: list[int]) -> bool:
     return (
         part.dim() == len(needed)
@@ -117,14 +153,28 @@ def saved_rows(rows: Tensor, param: Tensor) -> Tensor | dict[str, Tensor]:
     return {name: mask.clone() for name, mask in row_range.views(rows, per_row=True).items()}
 
 
-def rows_of_tables(rows: Mapping[str, Tensor], param: Tensor) -> Tensor:
-    """The mask again, from that of each table; ValueError if they are not those of the parameter's tables."""
-    row_range = row_range_of(param)
-    found = {name: (mask.dtype, list(mask.shape)) for name, mask in rows.items()}
-    needed: dict[str, tuple[torch.dtype, list[int]]] = {}
-    if row_range is not None:
-        tables = zip(row_range.names, row_range.num_embeddings, strict=True)
-        needed = {name: (torch.bool, [num_rows]) for name, num_rows in tables}
-    if found != needed:
-        raise ValueError(f"rows: by table, masks like {needed} are needed, but got {found}")
-    return torch.cat([rows[name].to(param.device) for name in needed])
+def rows_of_tables(rows: Mapping[str, Tensor], params: Iterable[Tensor]) -> Tensor:
+    """The mask again, from that of each table; rows that were not there when it was saved may change.
+
+    Raises ValueError if none of the parameters has one of the tables, or a table has fewer rows than its mask.
+    """
+    for param in params:
+        row_range = row_range_of(param)
+        if row_range is not None and not rows.keys().isdisjoint(row_range.names):
+            break
+    else:
+        raise ValueError(
+            f"rows: the masks are those of the tables {quoted(rows)}, of which the group has none"
+        )
+    whole = torch.ones(row_range.num_rows, dtype=torch.bool, device=param.device)
+    for name, part in row_range.views(whole, per_row=True).items():
+        mask = rows.get(name)
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool or mask.dim() != 1 or len(mask) > len(part):
+            raise ValueError(
+                f"rows: table {name!r} needs a bool mask of shape [{len(part)}], or of fewer rows, but got "
+                f"{mask.dtype} of shape {list(mask.shape)}"
+            )
+        part[: len(mask)].copy_(mask)
+    return whole
