@@ -18,10 +18,6 @@ from .lookup import INDEX_DTYPES, KnownTable, known_tables
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
-class NoTensorError(TypeError, AttributeError):
-    """A bag's argument is no tensor. torch fails on the attributes that it lacks, hence both types."""
-
-
 def embedding(
     input: Tensor,
     weight: Tensor,
@@ -136,6 +132,7 @@ def embedding_bag(
         ValueError: shapes that do not fit, an unknown mode, an argument that mode "max" does not have.
         NotImplementedError: per_sample_weights in a mode other than "sum".
         TypeError: an argument of the wrong type.
+        AttributeError: a list, an array or a number in place of a tensor, as for torch.
 
     Which tensors go to torch's own function is as for `embedding`.
     """
@@ -349,21 +346,24 @@ def _embedding_bag_by_torch(
         padding_idx,
     )
     tensors = (input, weight, offsets, per_sample_weights)
-    others = [value for value in tensors if not isinstance(value, Tensor)]
-    if any(torch.overrides.has_torch_function_unary(value) for value in others):
-        # torch.fx's proxies and their like record the call.
-        return torch.overrides.handle_torch_function(
-            embedding_bag, tensors, input, weight, *arguments
-        )
-    for name, position, value in (
-        ("input", 1, input),
-        ("weight", 2, weight),
-        ("offsets", 3, offsets),
-        ("per_sample_weights", 9, per_sample_weights),
-    ):
-        if not isinstance(value, Tensor) and (value is not None or position < 3):
-            raise NoTensorError(str(_wrong_type("embedding_bag", name, position, "Tensor", value)))
-    return torch.nn.functional.embedding_bag(input, weight, *arguments)
+    for value in tensors:
+        if not isinstance(value, Tensor) and torch.overrides.has_torch_function_unary(value):
+            # torch.fx's proxies and their like record the call.
+            return torch.overrides.handle_torch_function(
+                embedding_bag, tensors, input, weight, *arguments
+            )
+    try:
+        return torch.nn.functional.embedding_bag(input, weight, *arguments)
+    except (AttributeError, TypeError) as error:
+        # torch says what the argument lacks, and not which one it is.
+        names = ("input", "weight", "offsets", "per_sample_weights")
+        for name, value in zip(names, tensors, strict=True):
+            if not isinstance(value, Tensor) and (value is not None or name in names[:2]):
+                raise type(error)(
+                    f"{error}; argument '{name}' must be Tensor, not {type(value).__name__}"
+                    f"{tensor_hint(name, value)}"
+                ) from None
+        raise
 
 
 def _check_bag_shapes(
