@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 import gpu_embed
+from gpu_embed.demo import describe_backend
 
 from . import ids as ids_module
 from . import machine, results
@@ -262,7 +263,7 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
         f"torch {facts['torch']}, triton {facts['triton'] or 'none'}, "
         f"{name}{' with changes' if dirty else ''}"
     )
-    console.print(f"backend: {gpu_embed.backends.explain(device)}")
+    console.print(describe_backend(device))
     speed = copy_gbps(device, memory)
     console.print(f"measured copy bandwidth, read + write: {speed:,.3g} GB/s")
     return Bench(device, speed, facts, memory, args.seed), speed
