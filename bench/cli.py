@@ -22,6 +22,7 @@ from gpu_embed.demo import describe_backend
 
 from . import ids as ids_module
 from . import machine, results
+from .compare import NOISY_MEANS, noise_of
 from .console import make_console, print_table, progress_bar, replace_what_cannot_be_shown
 from .headline import LAST_START_SECONDS, headline_jobs, results_directory
 from .measure import Bench
@@ -370,6 +371,12 @@ def say_counts(rows: Sequence[results.Row], directory: Path, console: Console) -
     counts = {s: sum(row.status == s for row in rows) for s in results.STATUSES}
     said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     console.print(f"{said or 'nothing new'}: {directory / results.RESULTS}")
+    noisy = sum(bool(noise_of(row)) for row in rows)
+    if noisy:
+        console.print(
+            f"{noisy} of {len(rows)} rows are noisy ({NOISY_MEANS}): no time there is called faster or slower. "
+            "Measure again on a quiet machine."
+        )
 
 
 class Reporter:
@@ -400,7 +407,8 @@ class Reporter:
         """Say what is known of the last cell."""
         if self._rows and self._place is not None:
             said = ", ".join(
-                f"{row.provider} {row.ms_p50:.4g} ms ({row.percent_of_copy:.0f} %)"
+                f"{row.provider} {row.ms_p50:.4g} ms ({row.percent_of_copy:.0f} %"
+                f"{', noisy' if noise_of(row) else ''})"
                 if row.ms_p50 is not None and row.percent_of_copy is not None
                 else f"{row.provider} {row.status} ({row.note or row.match})"
                 for row in self._rows

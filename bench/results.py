@@ -57,6 +57,8 @@ class Row:
     peak_extra_bytes: int | None = None  # device memory beyond inputs and results; not of steps
     # Memory at the peak of a step: table, optimizer's state, gradient, output and whatever comes and goes.
     step_peak_bytes: int | None = None
+    # Processes that wanted to run, for each of the machine's cores: the mean of the minute before. Above 1 they waited.
+    load: float | None = None
     device: str = ""
     torch: str = ""
     triton: str = ""
@@ -126,6 +128,7 @@ FLOATS = (
     "gbps_logical",
     "percent_of_copy",
     "host_us",
+    "load",
 )
 
 

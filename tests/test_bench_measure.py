@@ -502,7 +502,7 @@ def test_columns_are_fixed():
     assert ",".join(COLUMNS) == (
         "set,operation,mode,dtype,id_dtype,tables,vocab,dim,num_ids,hotness,distribution,unique_ids,padding,"
         "provider,status,ms_p20,ms_p50,ms_p80,cold_ms_p50,zero_fill_ms,cast_ms,gbps_dram,gbps_logical,"
-        "percent_of_copy,host_us,match,peak_extra_bytes,step_peak_bytes,device,torch,triton,commit,note"
+        "percent_of_copy,host_us,match,peak_extra_bytes,step_peak_bytes,load,device,torch,triton,commit,note"
     )
 
 
