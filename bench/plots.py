@@ -31,7 +31,7 @@ from .compare import (
     ratio_of,
     time_of,
 )
-from .results import Key, ResultsError, Row, read_header, read_rows
+from .results import Key, Row, header_or_empty, rows_to_show
 from .shapes import STEPS
 
 T = TypeVar("T")
@@ -104,10 +104,10 @@ class Skipped:
 
 def plot_directory(directory: Path) -> list[Path]:
     """Draw the directory's results into it; print what was skipped and why."""
-    rows = read_rows(directory)
+    rows = rows_to_show(directory)
     paths = []
     skipped = []
-    for item in pictures(rows, _header_or_empty(directory)):
+    for item in pictures(rows, header_or_empty(directory)):
         if isinstance(item, Skipped):
             skipped.append(item)
             continue
@@ -850,14 +850,6 @@ def _rank(provider: str) -> tuple[bool, int, str]:
 
 def _in_order(names: Iterable[T]) -> list[T]:
     return list(dict.fromkeys(names))
-
-
-def _header_or_empty(directory: Path) -> dict[str, Any]:
-    """Pictures of rows without a header are still worth drawing: the rows name the machine."""
-    try:
-        return read_header(directory)
-    except ResultsError:
-        return {}
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -23,7 +23,7 @@ from .compare import (
     ratio_of,
     time_of,
 )
-from .results import Key, ResultsError, Row, read_header, read_rows
+from .results import Key, Row, header_or_empty, rows_to_show
 from .shapes import SETS
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def write_report(directory: Path) -> Path:
     """Write DIR/report.html: header, standings, pictures and every row."""
     from .plots import Picture, pictures, png
 
-    rows = read_rows(directory)
+    rows = rows_to_show(directory)
     header = _header(directory)
     drawn: list[tuple[Picture, str]] = []
     skipped: list[Skipped] = []
@@ -140,7 +140,7 @@ def write_report(directory: Path) -> Path:
 
 def write_results_markdown(directory: Path, target: Path) -> None:
     """Write the committed page: machine, versions, command, commit, standings and every row."""
-    rows = read_rows(directory)
+    rows = rows_to_show(directory)
     header = _header(directory)
     lines = [
         "# Results",
@@ -559,10 +559,8 @@ def _range(row: Row) -> str:
 
 
 def _header(directory: Path) -> dict[str, Any]:
-    try:
-        return read_header(directory)
-    except ResultsError:
-        return {"header.json": "missing or unreadable; the rows say what follows"}
+    missing = {"header.json": "missing or unreadable; the rows say what follows"}
+    return header_or_empty(directory) or missing
 
 
 def _write(path: Path, text: str) -> None:

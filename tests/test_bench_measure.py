@@ -550,7 +550,7 @@ def test_a_half_written_line_is_cut_off(tmp_path):
     [
         (lambda text: text.replace(",10,", ",ten,"), "line 2: vocab is 'ten'"),
         (lambda text: text.replace(",ok,", ",fine,"), "line 2: status is 'fine'"),
-        (lambda text: text + "A,B\n", "line 3: 2 fields where 33 are expected"),
+        (lambda text: text + "A,B\n", "line 3: 2 fields where 34 are expected"),
         (lambda text: "a,b\n", "does not name the benchmark's columns"),
         (lambda text: "", "does not name the benchmark's columns"),
         (lambda text: text.replace(",num_ids,", ",weather,"), "lacks column 'num_ids'"),
