@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 import gpu_embed
+from gpu_embed.demo import describe_backend
 
 from . import ids as ids_module
 from . import machine, results
+from .compare import NOISY_MEANS, noise_of
 from .console import make_console, print_table, progress_bar, replace_what_cannot_be_shown
 from .headline import LAST_START_SECONDS, headline_jobs, results_directory
 from .measure import Bench
@@ -262,7 +264,7 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
         f"torch {facts['torch']}, triton {facts['triton'] or 'none'}, "
         f"{name}{' with changes' if dirty else ''}"
     )
-    console.print(f"backend: {gpu_embed.backends.explain(device)}")
+    console.print(describe_backend(device))
     speed = copy_gbps(device, memory)
     console.print(f"measured copy bandwidth, read + write: {speed:,.3g} GB/s")
     return Bench(device, speed, facts, memory, args.seed), speed
@@ -299,9 +301,12 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         raise CannotRunError(f"--limit {args.limit}: at least 1 cell is needed")
     if not 0 < args.seconds <= 600:
         raise CannotRunError(f"--seconds {args.seconds:g}: choose a number above 0, at most 600")
-    jobs = plan(choice, choose_device(args.device))
+    device = choose_device(args.device)
+    jobs = plan(choice, device)
     if not any(job.mode in job.provider.modes for job in jobs):
         raise CannotRunError("nothing to measure: no chosen provider is measured in a chosen mode")
+    check_providers(jobs, device)
+    results.check_writable(args.out)
     with results.RowWriter(args.out, args.resume) as writer:
         bench, speed = start(args, console)
         bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
@@ -323,11 +328,24 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     return own_failures(done, console)
 
 
+def check_providers(jobs: Iterable[Job], device: torch.device) -> None:
+    """Raises CannotRunError if none of the jobs' providers can run here, with what each needs."""
+    reasons = {job.provider.name: job.provider.missing_reason(device) for job in jobs}
+    if all(reasons.values()):
+        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise CannotRunError(
+            f"nothing to measure, as no chosen provider can run on {device}: {said}"
+        )
+
+
 def headline(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Measure, draw, report; what was measured before an interruption is kept."""
     from .plots import plot_directory
     from .report import write_report, write_results_markdown
 
+    results.check_writable(args.out)
+    if args.page is not None:
+        results.check_writable(args.page.parent, "choose another --page")
     console = make_console()
     end = time.monotonic() + LAST_START_SECONDS
     bench, speed = start(args, console)
@@ -337,16 +355,29 @@ def headline(args: argparse.Namespace, argv: Sequence[str]) -> int:
     directory = results_directory(args.out, header)
     with results.RowWriter(directory) as writer:
         results.write_header(directory, header)
-        done = measure(bench, jobs, writer, console, end)
+        try:
+            done = measure(bench, jobs, writer, console, end)
+        except KeyboardInterrupt:
+            say_interrupted(directory, len(writer.done), len(jobs))
+            return 130
     if len(done) < len(jobs):
         console.print(f"{len(jobs) - len(done)} of {len(jobs)} measurements left out: time is over")
-    for path in (*plot_directory(directory), write_report(directory)):
-        console.print(str(path))
-    if args.page is not None:
+    if done:
+        for path in (*plot_directory(directory), write_report(directory)):
+            console.print(str(path))
+    if done and args.page is not None:
         write_results_markdown(directory, args.page)
         console.print(str(args.page))
     say_counts(done, directory, console)
     return own_failures(done, console)
+
+
+def say_interrupted(directory: Path, kept: int, wanted: int) -> None:
+    print(
+        f"\n{PROG}: interrupted; {kept} of {wanted} measurements are in {directory / results.RESULTS}, "
+        f"{PROG} report {directory} shows them",
+        file=sys.stderr,
+    )
 
 
 def measure(
@@ -369,6 +400,12 @@ def say_counts(rows: Sequence[results.Row], directory: Path, console: Console) -
     counts = {s: sum(row.status == s for row in rows) for s in results.STATUSES}
     said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     console.print(f"{said or 'nothing new'}: {directory / results.RESULTS}")
+    noisy = sum(bool(noise_of(row)) for row in rows)
+    if noisy:
+        console.print(
+            f"{noisy} of {len(rows)} rows are noisy ({NOISY_MEANS}): no time there is called faster or slower. "
+            "Measure again on a quiet machine."
+        )
 
 
 class Reporter:
@@ -399,7 +436,8 @@ class Reporter:
         """Say what is known of the last cell."""
         if self._rows and self._place is not None:
             said = ", ".join(
-                f"{row.provider} {row.ms_p50:.4g} ms ({row.percent_of_copy:.0f} %)"
+                f"{row.provider} {row.ms_p50:.4g} ms ({row.percent_of_copy:.0f} %"
+                f"{', noisy' if noise_of(row) else ''})"
                 if row.ms_p50 is not None and row.percent_of_copy is not None
                 else f"{row.provider} {row.status} ({row.note or row.match})"
                 for row in self._rows
@@ -506,6 +544,8 @@ def codegen(args: argparse.Namespace) -> int:
         raise CannotRunError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it")
     if args.out is not None and (args.kernel or set(args.arch) != set(TARGETS)):
         raise CannotRunError("--out writes the whole table: leave out --arch and --kernel")
+    if args.out is not None:
+        results.check_writable(args.out.parent)
     from . import codegen_table
     from .codegen import compile_launches, record_launches
     from .codegen_cases import CASES
@@ -574,6 +614,7 @@ def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
     check_extra("matplotlib")
     if not args.directory.is_dir():
         raise CannotRunError(f"{args.directory} is no directory of results")
+    results.check_writable(args.directory, "copy the results to a folder of yours")
     if args.command == "plot":
         from .plots import plot_directory
 

@@ -24,6 +24,9 @@ OURS = "gpu_embed"
 OFFERED = (OURS, f"{OURS}-sparse", f"{OURS}-in-backward")
 # Broken and slower rows are always printed; of the others this many.
 SHOWN = 40
+# p80 / p20 of a time: beyond it the median is no measure.
+LARGEST_SPREAD = 2.0
+NOISY_MEANS = f"p80 above {LARGEST_SPREAD:g} times p20, or more processes than cores"
 REGRESSION = 1
 UNUSABLE = 2
 
@@ -38,6 +41,17 @@ def time_of(row: Row) -> float | None:
     if row.status == "ok" and row.ms_p50 is not None and 0 < row.ms_p50 < math.inf:
         return row.ms_p50
     return None
+
+
+def noise_of(row: Row) -> str:
+    """Why a time is too noisy to be called faster or slower than another; empty where it is not."""
+    if time_of(row) is None:
+        return ""
+    if row.ms_p20 and row.ms_p80 is not None and row.ms_p80 > LARGEST_SPREAD * row.ms_p20:
+        return f"noisy: p80 is {row.ms_p80 / row.ms_p20:.1f} times p20"
+    if row.load is not None and row.load > 1:
+        return f"noisy: {row.load:.1f} processes wanted each core"
+    return ""
 
 
 def cell_of(row: Row) -> Key:
@@ -73,9 +87,9 @@ def best_rival(providers: Mapping[str, Row]) -> Row | None:
 
 
 def ratio_of(slow: Row | None, fast: Row | None) -> float | None:
-    """How many times faster the second is; None unless both were timed."""
-    above = time_of(slow) if slow else None
-    below = time_of(fast) if fast else None
+    """How many times faster the second is; None unless both were timed, and without noise."""
+    above = time_of(slow) if slow and not noise_of(slow) else None
+    below = time_of(fast) if fast and not noise_of(fast) else None
     return above / below if above and below else None
 
 
@@ -120,6 +134,12 @@ class Pair:
         return time_of(self.old) is not None and time_of(self.new) is None
 
     @property
+    def noisy(self) -> bool:
+        """Both have a time, and one of them is too noisy for a verdict."""
+        timed = time_of(self.old) is not None and time_of(self.new) is not None
+        return timed and bool(noise_of(self.old) or noise_of(self.new))
+
+    @property
     def mended(self) -> bool:
         return time_of(self.old) is None and time_of(self.new) is not None
 
@@ -134,6 +154,8 @@ class Pair:
     def verdict(self, fail_below: float) -> str:
         if self.regressed(fail_below):
             return "BROKEN" if self.broke else "SLOWER"
+        if self.noisy:
+            return "noisy"
         return "mended" if self.mended else ""
 
 
@@ -210,6 +232,13 @@ def _conclude(console: Console, comparison: Comparison, fail_below: float) -> in
             style="bold yellow",
         )
         return UNUSABLE
+    noisy = sum(pair.noisy for pair in judged)
+    if noisy:
+        console.print(
+            f"{noisy} of {len(judged)} rows of gpu_embed are noisy ({NOISY_MEANS}): they are neither slower nor "
+            "faster. Measure again on a quiet machine.",
+            style="bold yellow",
+        )
     broke = sum(pair.broke for pair in judged)
     slower = sum(pair.regressed(fail_below) for pair in judged) - broke
     lost = len(comparison.lost)
@@ -220,8 +249,11 @@ def _conclude(console: Console, comparison: Comparison, fail_below: float) -> in
             style="bold red",
         )
         return REGRESSION
+    if noisy == len(judged):
+        return UNUSABLE
     console.print(
-        f"OK: none of {len(judged)} rows of gpu_embed is below {fail_below:g}.", style="bold green"
+        f"OK: none of {len(judged) - noisy} rows of gpu_embed is below {fail_below:g}.",
+        style="bold green",
     )
     return 0
 

@@ -9,6 +9,7 @@ formulas stand in traffic.py, the clocks in timing.py, the bounds in check.py, t
 from __future__ import annotations
 
 import gc
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from .check import (
     check_steps,
 )
 from .layer import Layer
-from .machine import readable_bytes
+from .machine import load, readable_bytes
 from .memory import peak_of_step
 from .optimizers import LEARNING_RATE, by_hand
 from .providers import Provider, first_line
@@ -295,6 +296,7 @@ class Bench:
         warm = time_calls(calls, self.device, self.effort)
         cold = time_calls(calls, self.device, self.effort, cold=True) if self.effort.cold else None
         moved = traffic(problem.cell, mode, problem.counts)
+        busy = _load_of_a_core()
         timed = []
         for i, row in enumerate(rows):
             gbps = moved.dram / warm[i].p50 / 1e6
@@ -309,6 +311,7 @@ class Bench:
                     gbps_dram=gbps,
                     gbps_logical=moved.logical / warm[i].p50 / 1e6,
                     percent_of_copy=100 * gbps / self.copy_gbps,
+                    load=busy,
                 )
             )
         return timed
@@ -351,6 +354,11 @@ class Bench:
             call = _call(layer, problem, mode)
             self._host[key] = host_us([call], self.device, self.effort.host_seconds)[0]
         return self._host[key]
+
+
+def _load_of_a_core() -> float | None:
+    mean = load()
+    return None if mean is None else mean[0] / (os.cpu_count() or 1)
 
 
 def failed(row: Row, error: Exception) -> Row:

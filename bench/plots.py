@@ -21,8 +21,17 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from gpu_embed.plot import PLAIN_TEXT, draw_legend
 
-from .compare import by_cell, geometric_mean, is_ours, our_row, ratio_of, time_of
-from .results import Key, ResultsError, Row, read_header, read_rows
+from .compare import (
+    NOISY_MEANS,
+    by_cell,
+    geometric_mean,
+    is_ours,
+    noise_of,
+    our_row,
+    ratio_of,
+    time_of,
+)
+from .results import Key, Row, header_or_empty, rows_to_show
 from .shapes import STEPS
 
 T = TypeVar("T")
@@ -41,6 +50,8 @@ STEP_CAPTION = (
     "A step is forward, backward and the optimizer's update. -sparse: a sparse gradient · "
     "in-backward, fbgemm-gpu: updated inside the backward pass · the others: a gradient as large as the table"
 )
+# In place of the ratio of two times of which one is too noisy.
+NOISY = "noisy"
 # Ratios beyond this factor share the darkest colours of the heat map.
 RATIO_LIMIT = 8.0
 
@@ -93,10 +104,10 @@ class Skipped:
 
 def plot_directory(directory: Path) -> list[Path]:
     """Draw the directory's results into it; print what was skipped and why."""
-    rows = read_rows(directory)
+    rows = rows_to_show(directory)
     paths = []
     skipped = []
-    for item in pictures(rows, _header_or_empty(directory)):
+    for item in pictures(rows, header_or_empty(directory)):
         if isinstance(item, Skipped):
             skipped.append(item)
             continue
@@ -255,12 +266,19 @@ def ratio_pictures(
         cells = by_cell(row for row in rows if (_operation(row), row.mode) == (operation, mode))
         for rival in rivals:
             squares = _squares(cells, rival)
-            if not any(square.ratios for square in squares.values()):
+            noisy = sum(square.failures.count(NOISY) for square in squares.values())
+            compared = any(square.ratios for square in squares.values())
+            if not (compared or noisy):
                 continue
             drawn = True
-            title = f"How many times faster gpu_embed is than {rival}\n{mode}"
+            title = (
+                f"How many times faster gpu_embed is than {rival}\n{mode}"
+                if compared
+                else f"gpu_embed and {rival}: too noisy to compare\n{mode}"
+            )
             title += "" if operation == "embedding" else f", {operation}"
-            yield _finish(_heat_map(squares), {}, title, caption, "ratio", what, rival)
+            said = f"{_noisy_line([f'{noisy} cells'])}\n{caption}" if noisy else caption
+            yield _finish(_heat_map(squares), {}, title, said, "ratio", what, rival)
     if not drawn:
         yield Skipped("ratio against each rival", "no cell was timed by both gpu_embed and a rival")
 
@@ -298,6 +316,8 @@ def _squares(cells: Mapping[Key, Mapping[str, Row]], rival: str) -> dict[tuple[i
             square.ratios.append(ratio)
         elif time_of(ours) is None:
             square.failures.append(f"ours:\n{ours.status}")
+        elif time_of(theirs) is not None:
+            square.failures.append(NOISY)
         else:
             square.failures.append(theirs.status)
     return squares
@@ -656,6 +676,17 @@ def _draw_curves(
             markersize=5,
             label=name,
         )
+        # Hollow where the time says little.
+        noisy = [bool(noise_of(row)) for row in rows]
+        if any(noisy):
+            axes.plot(
+                *(list(itertools.compress(values, noisy)) for values in (places, heights)),
+                color=style.colour,
+                marker=style.marker,
+                markerfacecolor="white",
+                markersize=5,
+                linestyle="none",
+            )
         if band:
             low = [math.nan if row.ms_p20 is None else row.ms_p20 for row in rows]
             high = [math.nan if row.ms_p80 is None else row.ms_p80 for row in rows]
@@ -690,8 +721,9 @@ def _finish(
 
 
 def _with_failures(caption: str, shapes: Mapping[Key, Mapping[str, Sequence[Row]]]) -> str:
-    """The caption beneath a line that names the rows with no time to draw: "torch 3 oom"."""
+    """The caption beneath lines that name the rows with no time to draw, "torch oom at 3", and the noisy ones."""
     counts: dict[str, int] = {}
+    noisy: dict[str, int] = {}
     for curves in shapes.values():
         for provider, rows in curves.items():
             for row in rows:
@@ -699,8 +731,20 @@ def _with_failures(caption: str, shapes: Mapping[Key, Mapping[str, Sequence[Row]
                     state = "not timed" if row.status == "ok" else row.status
                     what = f"{provider} {state}"
                     counts[what] = counts.get(what, 0) + 1
+                elif noise_of(row):
+                    noisy[provider] = noisy.get(provider, 0) + 1
     failures = [f"{what} at {count}" for what, count in counts.items()]
-    return "\n".join(([f"No point: {' · '.join(failures)}"] if failures else []) + [caption])
+    lines = [f"No point: {' · '.join(failures)}"] if failures else []
+    lines += (
+        [_noisy_line([f"{name} at {count} hollow points" for name, count in noisy.items()])]
+        if noisy
+        else []
+    )
+    return "\n".join([*lines, caption])
+
+
+def _noisy_line(what: Sequence[str]) -> str:
+    return " · ".join((f"NOISY ({NOISY_MEANS}), neither faster nor slower", *what))
 
 
 def _wrapped(text: str, room: int, joint: str) -> str:
@@ -806,14 +850,6 @@ def _rank(provider: str) -> tuple[bool, int, str]:
 
 def _in_order(names: Iterable[T]) -> list[T]:
     return list(dict.fromkeys(names))
-
-
-def _header_or_empty(directory: Path) -> dict[str, Any]:
-    """Pictures of rows without a header are still worth drawing: the rows name the machine."""
-    try:
-        return read_header(directory)
-    except ResultsError:
-        return {}
 
 
 def _save(figure: Figure, path: Path) -> None:

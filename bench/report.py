@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compare import (
+    NOISY_MEANS,
     best_rival,
     by_cell,
     describe,
     geometric_mean,
     is_ours,
+    noise_of,
     our_row,
     ratio_of,
     time_of,
 )
-from .results import Key, ResultsError, Row, read_header, read_rows
+from .results import Key, Row, header_or_empty, rows_to_show
 from .shapes import SETS
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ RATIO_MEANS = (
     "The best rival is, cell by cell, the fastest provider with the right result that is not gpu_embed. "
     "A ratio is its time / gpu_embed's time, from the same run: above 1, gpu_embed is faster. "
     "gpu_embed is the layer with the kernels of its own choice; in a step, the fastest of that, of sparse=True "
-    "with gpu_embed.optim, and of updates in the backward pass."
+    "with gpu_embed.optim, and of updates in the backward pass. "
+    f"A noisy time ({NOISY_MEANS}) has no ratio: measure it again on a quiet machine."
 )
 
 STATUS_TEXTS = {
@@ -109,6 +112,7 @@ class Standing:
     # Cells where we have no time, and cells where no rival has one.
     ours_failed: int
     unrivalled: int
+    noisy: int  # cells whose times are too noisy to be compared
 
     @property
     def behind(self) -> int:
@@ -119,7 +123,7 @@ def write_report(directory: Path) -> Path:
     """Write DIR/report.html: header, standings, pictures and every row."""
     from .plots import Picture, pictures, png
 
-    rows = read_rows(directory)
+    rows = rows_to_show(directory)
     header = _header(directory)
     drawn: list[tuple[Picture, str]] = []
     skipped: list[Skipped] = []
@@ -136,7 +140,7 @@ def write_report(directory: Path) -> Path:
 
 def write_results_markdown(directory: Path, target: Path) -> None:
     """Write the committed page: machine, versions, command, commit, standings and every row."""
-    rows = read_rows(directory)
+    rows = rows_to_show(directory)
     header = _header(directory)
     lines = [
         "# Results",
@@ -168,7 +172,7 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
     found = []
     for (set_, mode), cells in groups.items():
         ratios: dict[Key, tuple[float, str]] = {}
-        ours_failed = unrivalled = 0
+        ours_failed = unrivalled = noisy = 0
         for cell, providers in cells.items():
             ours, rival = our_row(providers), best_rival(providers)
             ratio = ratio_of(rival, ours)
@@ -176,8 +180,10 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
                 ratios[cell] = (ratio, rival.provider)
             elif ours is None or time_of(ours) is None:
                 ours_failed += 1
-            else:
+            elif rival is None:
                 unrivalled += 1
+            else:
+                noisy += 1
         lowest = min(ratios, key=lambda cell: ratios[cell][0], default=None)
         found.append(
             Standing(
@@ -188,6 +194,7 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
                 ratios[lowest][1] if lowest else "",
                 ours_failed,
                 unrivalled,
+                noisy,
             )
         )
     return found
@@ -202,6 +209,7 @@ STANDING_COLUMNS = [
     "cells below 1",
     "no time of ours",
     "no rival's time",
+    "noisy",
     "lowest at",
 ]
 
@@ -216,6 +224,7 @@ def _standing_texts(item: Standing) -> list[str]:
         str(item.behind),
         str(item.ours_failed),
         str(item.unrivalled),
+        str(item.noisy),
         f"{item.lowest_rival}: {describe(item.lowest_cell)}" if item.lowest_cell else "",
     ]
 
@@ -243,7 +252,7 @@ def _page(
         f"<title>gpu_embed benchmark: {escape(device)}</title>",
         f"<style>{STYLE}</style></head><body>",
         "<h1>gpu_embed benchmark</h1>",
-        f'<p class="lead">{len(rows):,} rows, {_count_of_states(rows)}, on {escape(device)}.</p>',
+        f'<p class="lead">{len(rows):,} rows, {_count_of_states(rows)}{_noisy(rows)}, on {escape(device)}.</p>',
         "<nav>",
         *(f'<a href="#{to}">{escape(text)}</a>' for to, text in links),
         "</nav>",
@@ -291,6 +300,7 @@ def _standing_table(items: Sequence[Standing]) -> str:
             "",
             "bad" if item.ours_failed else "",
             "",
+            "bad" if item.noisy else "",
             "text wrap",
         ]
         lines.append(_tr(zip(texts, classes, strict=True)))
@@ -367,6 +377,9 @@ def _set_cells(row: Row, rival: Row | None) -> list[tuple[str, str]]:
     ratio = ratio_of(rival, row) if is_ours(row.provider) else None
     timed = time_of(row) is not None
     versus = f"{ratio:.2f} ({rival.provider})" if ratio is not None and rival is not None else ""
+    noise = noise_of(row)
+    if is_ours(row.provider) and timed and rival is not None and ratio is None:
+        versus = "noisy"
     extra, peak = (
         None if size is None else size / 2**20
         for size in (row.peak_extra_bytes, row.step_peak_bytes)
@@ -376,7 +389,7 @@ def _set_cells(row: Row, rival: Row | None) -> list[tuple[str, str]]:
         (STATUS_TEXTS[row.status], "text" if row.status == "ok" else "text bad"),
         (_number(row.ms_p50 if timed else None), ""),
         (versus, _ratio_class(ratio)),
-        (_range(row) if timed else "", ""),
+        (_range(row) if timed else "", "bad" if noise else ""),
         (_number(row.cold_ms_p50 if timed else None), ""),
         (_number(row.gbps_dram if timed else None, ",.0f"), ""),
         (_number(row.gbps_logical if timed else None, ",.0f"), ""),
@@ -384,7 +397,7 @@ def _set_cells(row: Row, rival: Row | None) -> list[tuple[str, str]]:
         (_number(row.host_us if timed else None, ".1f"), ""),
         (_number(extra, ",.1f"), ""),
         (_number(peak, ",.1f"), ""),
-        ("; ".join(text for text in (row.match, row.note) if text), "text wrap"),
+        ("; ".join(text for text in (row.match, row.note, noise) if text), "text wrap"),
     ]
 
 
@@ -410,6 +423,11 @@ def _count_of_states(rows: Sequence[Row]) -> str:
     return ", ".join(
         f"{count:,} {STATUS_TEXTS[status]}" for status, count in counts.items() if count
     )
+
+
+def _noisy(rows: Sequence[Row]) -> str:
+    count = sum(bool(noise_of(row)) for row in rows)
+    return f" ({count:,} noisy)" if count else ""
 
 
 def _anchor(index: int) -> str:
@@ -448,7 +466,7 @@ def _markdown_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
                     texts["% of copy"],
                     texts["host us"],
                     texts["best rival / this"],
-                    "" if row.status == "ok" else texts["check and notes"],
+                    noise_of(row) if row.status == "ok" else texts["check and notes"],
                 ]
             )
     return columns, lines
@@ -541,10 +559,8 @@ def _range(row: Row) -> str:
 
 
 def _header(directory: Path) -> dict[str, Any]:
-    try:
-        return read_header(directory)
-    except ResultsError:
-        return {"header.json": "missing or unreadable; the rows say what follows"}
+    missing = {"header.json": "missing or unreadable; the rows say what follows"}
+    return header_or_empty(directory) or missing
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -57,6 +58,8 @@ class Row:
     peak_extra_bytes: int | None = None  # device memory beyond inputs and results; not of steps
     # Memory at the peak of a step: table, optimizer's state, gradient, output and whatever comes and goes.
     step_peak_bytes: int | None = None
+    # Processes that wanted to run, for each of the machine's cores: the mean of the minute before. Above 1 they waited.
+    load: float | None = None
     device: str = ""
     torch: str = ""
     triton: str = ""
@@ -126,6 +129,7 @@ FLOATS = (
     "gbps_logical",
     "percent_of_copy",
     "host_us",
+    "load",
 )
 
 
@@ -202,7 +206,7 @@ class RowWriter:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a results.csv, or of the one in a directory.
+    """The rows of a results.csv, or of the one in a directory; a cut last line is left out, with a warning.
 
     Raises ResultsError if there is none or it cannot be understood.
     """
@@ -217,7 +221,35 @@ def read_rows(path: Path) -> list[Row]:
         # A killed run may leave half a line at the end.
         if data.endswith(b"\n") or not (whole := _whole_lines(data)):
             raise
-        return _parsed(whole, file)
+        rows = _parsed(whole, file)
+        warn(
+            f"{file}: the last line is cut, so its row is left out; the run's command with --resume "
+            "measures it again"
+        )
+        return rows
+
+
+def check_writable(directory: Path, instead: str = "choose another --out") -> None:
+    """Make the directory and try to write there, before anything is measured. Raises ResultsError."""
+    probe = directory / f".{os.getpid()}.part"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ResultsError(
+            f"{directory}: cannot write there ({error.strerror or error}); {instead}"
+        ) from None
+
+
+def rows_to_show(directory: Path) -> list[Row]:
+    """The rows of a directory. Raises ResultsError if there is none, which would make an empty page."""
+    rows = read_rows(directory)
+    if not rows:
+        raise ResultsError(
+            f"{directory / RESULTS} holds no row, as the run ended before its first: measure again with `run`"
+        )
+    return rows
 
 
 def write_header(directory: Path, header: Mapping[str, Any]) -> None:
@@ -240,6 +272,22 @@ def read_header(directory: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ResultsError(f"{path}: expected an object")
     return header
+
+
+def header_or_empty(directory: Path) -> dict[str, Any]:
+    """The same, but an empty one and a warning where there is none to read: the rows name the machine too."""
+    try:
+        return read_header(directory)
+    except ResultsError as problem:
+        warn(
+            f"{problem}; what follows says what the rows say. Delete what is left of it, and the run's command "
+            "with --resume writes it anew"
+        )
+        return {}
+
+
+def warn(text: str) -> None:
+    print(f"WARNING: {text}", file=sys.stderr)
 
 
 def _whole_lines(data: bytes) -> bytes:
@@ -267,19 +315,27 @@ def _columns(data: bytes) -> tuple[str, ...]:
 def _check_columns(columns: Sequence[str], file: Path) -> None:
     """An unknown column may say what was measured, so it is not passed over."""
     if not set(columns) & set(COLUMNS):
-        raise ResultsError(f"{file}: the first line does not name the benchmark's columns")
+        raise ResultsError(
+            f"{file}: the first line does not name the benchmark's columns; measure again into another --out"
+        )
     for what, names in (
         ("lacks", [name for name in COLUMNS if name not in columns and name not in OPTIONAL]),
         ("has an unknown", [name for name in columns if name not in COLUMNS]),
         ("repeats", [name for name in COLUMNS if list(columns).count(name) > 1]),
     ):
         if names:
-            raise ResultsError(f"{file}: the first line {what} column {names[0]!r}")
+            raise ResultsError(
+                f"{file}: the first line {what} column {names[0]!r}: it is cut, or of another version; "
+                "measure again into another --out"
+            )
 
 
 def _row(columns: Sequence[str], values: Sequence[str], place: str) -> Row:
     if len(values) != len(columns):
-        raise ResultsError(f"{place}: {len(values)} fields where {len(columns)} are expected")
+        raise ResultsError(
+            f"{place}: {len(values)} fields where {len(columns)} are expected; "
+            "delete the line, and the run's command with --resume measures its row again"
+        )
     parsed: dict[str, Any] = {}
     for name, text in zip(columns, values, strict=True):
         try:

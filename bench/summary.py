@@ -10,6 +10,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import host_time
+from .compare import noise_of, ratio_of
 from .console import print_table
 from .measure import Bench, draw_ids, places
 from .providers import PROVIDERS
@@ -84,7 +85,7 @@ def rows_table(title: str, rows: Iterable[Row]) -> Table:
             number(row.ms_p50),
             number(row.gbps_dram),
             number(row.percent_of_copy),
-            row.match if row.status == "ok" else f"{row.status}: {row.match or row.note}",
+            verdict(row),
         )
     return table
 
@@ -121,7 +122,7 @@ def cpu_table(rows: Sequence[Row]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("result")
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
-        ratio = theirs.ms_p50 / ours.ms_p50 if ours.ms_p50 and theirs.ms_p50 else None
+        ratio = ratio_of(theirs, ours)
         shape = f"{ours.vocab:,} x {ours.dim} {ours.dtype}, {ours.num_ids:,} ids"
         table.add_row(
             shape,
@@ -130,9 +131,17 @@ def cpu_table(rows: Sequence[Row]) -> Table:
             number(theirs.ms_p50),
             "" if ratio is None else f"{ratio:.2f}x",
             number(ours.percent_of_copy),
-            ours.match if ours.status == "ok" else f"{ours.status}: {ours.match or ours.note}",
+            verdict(ours, theirs),
         )
     return table
+
+
+def verdict(row: Row, other: Row | None = None) -> str:
+    """Whether a row is right, and why its time, or the one that it stands beside, is noisy."""
+    if row.status != "ok":
+        return f"{row.status}: {row.match or row.note}"
+    noise = noise_of(row) or (noise_of(other) if other is not None else "")
+    return "; ".join(text for text in (row.match, noise) if text)
 
 
 def host_table(times: Sequence[host_time.HostTime]) -> Table:

@@ -21,6 +21,7 @@ import numpy as np
 import gpu_embed.keras
 import gpu_embed.plot
 import gpu_embed.text
+from gpu_embed.demo import describe_backend, end_on_ctrl_c, save_figure
 
 PHRASES = ["Hope to see you soon", "Nice to see you again"]
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few epochs, to see that it runs")
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
+    print(describe_backend())
 
     # Counted from 0: no word is padding, and every row is a word's.
     tokenizer = gpu_embed.text.vocabulary(PHRASES, lowercase=True)
@@ -84,9 +86,9 @@ def main() -> None:
     print("the third phrase's mask:", masked(ids)._keras_mask[2].tolist())
 
     title = f"Embedding({len(words)}, 2): words with the same neighbours meet"
-    gpu_embed.plot.table(table.embeddings.value, words, title=title).savefig(args.out)
+    save_figure(gpu_embed.plot.table(table.embeddings.value, words, title=title), args.out)
     print(f"picture: {args.out.resolve()}")
 
 
 if __name__ == "__main__":
-    main()
+    end_on_ctrl_c(main)

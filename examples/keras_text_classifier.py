@@ -36,6 +36,7 @@ from rich.progress import (
 import gpu_embed.keras
 import gpu_embed.plot
 import gpu_embed.text
+from gpu_embed.demo import describe_backend, end_on_ctrl_c, save_figure
 
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 WORDS = 50  # of a text; what is longer is cut
@@ -152,6 +153,7 @@ def main() -> None:
     epochs, num_parts, dim = args.epochs or (8 if args.quick else 15), 4 if args.quick else 6, 64
     console = Console(highlight=False, soft_wrap=True)
     keras.utils.set_random_seed(args.seed)
+    console.print(describe_backend())
 
     parts = docstrings(num_parts)
     texts = [(text, number) for number, (_, found) in enumerate(parts) for text in found]
@@ -209,9 +211,9 @@ def main() -> None:
         own = [word for word, group in zip(labels, groups, strict=True) if group == name]
         console.print(f"{name:16} {' '.join(own)}")
     table = model.get_layer("table").embeddings.numpy()[ids]
-    draw(history, majority, table, labels, groups).savefig(args.out)
+    save_figure(draw(history, majority, table, labels, groups), args.out)
     console.print(f"picture: {args.out.resolve()}")
 
 
 if __name__ == "__main__":
-    main()
+    end_on_ctrl_c(main)

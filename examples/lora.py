@@ -17,6 +17,7 @@ from rich.progress import track
 from swap_transformers import load_model, positive, sentence_vectors, which_is_which
 
 import gpu_embed
+from gpu_embed.demo import describe_backend, end_on_ctrl_c
 
 ENGLISH = {"flurbo": "cat", "zindle": "bridge", "quomp": "bread", "vasp": "sea"}
 SENTENCES = [f"the {word} is {how}" for word in ENGLISH for how in ("old", "red", "far away")]
@@ -30,6 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     steps = args.steps or (20 if args.quick else 60)
     console = Console(highlight=False, soft_wrap=True)
+    console.print(describe_backend(args.device))
 
     torch.manual_seed(0)
     name, model, encode = load_model(small=args.quick)
@@ -68,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_on_ctrl_c(main, left="nothing was written")

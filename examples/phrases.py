@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import gpu_embed
 import gpu_embed.plot
 import gpu_embed.text
+from gpu_embed.demo import describe_backend, end_on_ctrl_c, save_figure
 
 PHRASES = ["Hope to see you soon", "Nice to see you again"]
 
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    print(describe_backend(args.device))
 
     tokenizer = gpu_embed.text.vocabulary(PHRASES, lowercase=True)
     ids = gpu_embed.text.encode(tokenizer, PHRASES, args.device)
@@ -58,13 +60,13 @@ def main() -> None:
         print(f"{phrase!r:25} -> {row}")
 
     losses = train(table, ids, steps=100 if args.quick else 150)
-    print(f"{gpu_embed.backends.explain(args.device)}\nloss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     for word, row in zip(words, table(torch.arange(len(words), device=args.device)), strict=True):
         print(f"{word:6} {row[0]:6.2f} {row[1]:6.2f}")
     title = f"Embedding({len(words)}, 2): words with the same neighbours meet"
-    gpu_embed.plot.table(table.weight, words, title=title, before=before).savefig(args.out)
+    save_figure(gpu_embed.plot.table(table.weight, words, title=title, before=before), args.out)
     print(f"picture: {args.out.resolve()}")
 
 
 if __name__ == "__main__":
-    main()
+    end_on_ctrl_c(main)

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import gpu_embed
+from gpu_embed.demo import describe_backend, end_on_ctrl_c, save_figure
 from gpu_embed.optim import RowWiseAdagrad, apply_in_backward
 
 DIM = 32
@@ -319,6 +320,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
+    console.print(describe_backend(args.device))
 
     # torch's Adagrad asks whoever gives it sparse gradients for a decision.
     torch.sparse.check_sparse_tensor_invariants.disable()
@@ -329,8 +331,7 @@ def main() -> None:
         console.print("recbole is not installed (pip install --no-deps recbole): no MovieLens-100k")
     console.print(
         f"{clicks.name}: {len(clicks.train) + len(clicks.test):,} choices of {len(clicks.test):,} users "
-        f"among {len(clicks.counts) - 1:,} items; crosses hashed to 2 x {buckets:,} rows\n"
-        f"{gpu_embed.backends.explain(args.device)}"
+        f"among {len(clicks.counts) - 1:,} items; crosses hashed to 2 x {buckets:,} rows"
     )
     popularity = ranking(clicks, lambda examples: clicks.counts.float().expand(len(examples), -1))
     said = (
@@ -355,9 +356,9 @@ def main() -> None:
         )
     for setup, value in ms.items():
         console.print(f"{setup:38} {value:8.1f} ms a step, {value / ms[OURS]:5.2f} times ours")
-    draw(clicks.name, results, popularity, ms, args.device).savefig(args.out)
+    save_figure(draw(clicks.name, results, popularity, ms, args.device), args.out)
     console.print(f"picture: {args.out.resolve()}")
 
 
 if __name__ == "__main__":
-    main()
+    end_on_ctrl_c(main)

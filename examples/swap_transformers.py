@@ -27,6 +27,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging
 
 import gpu_embed
+from gpu_embed.demo import describe_backend, end_on_ctrl_c
 
 Inputs = dict[str, Tensor]
 WARM_UP = 2  # steps that compile kernels and make the optimizer's state
@@ -116,6 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     steps, batch = args.steps or (3 if args.quick else 20), args.batch or (8 if args.quick else 64)
     console = Console(highlight=False, soft_wrap=True)
+    console.print(describe_backend(args.device))
 
     torch.manual_seed(0)
     name, before, encode = load_model(small=args.quick)
@@ -149,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_on_ctrl_c(main, left="nothing was written")

@@ -16,7 +16,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ import gpu_embed
 import gpu_embed.text
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -512,8 +513,35 @@ def check_backend(device: torch.device) -> None:
         raise CannotRunError(str(problem).removeprefix("gpu_embed: ")) from problem
 
 
-def save_picture(phrases: PhraseTable, runs: Sequence[Run], guessing: float, out: Path) -> None:
+def describe_backend(device: torch.device | str | None = None) -> str:
+    """Which backend serves a device (None: cuda if there is one); on a CPU also what cannot be seen there."""
+    said = f"backend: {gpu_embed.backends.explain(device)}"
+    if not said.startswith("backend: torch serves cpu"):
+        return said
+    return f"{said}\nOn a CPU torch's own operators run: only a CUDA device shows gpu_embed's kernels and their speed."
+
+
+def end_on_ctrl_c(main: Callable[[], None], left: str = "no picture was written") -> None:
+    """Run a program's `main`; Ctrl-C ends it with one line, which says what is `left`, and with code 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted, {left}", file=sys.stderr)
+        sys.exit(130)
+
+
+def save_figure(figure: Figure, out: Path) -> None:
     """Draw into a file beside ``out`` and move it there, so that no half picture is ever seen."""
+    part = part_file(out)
+    try:
+        figure.savefig(part, format=out.suffix[1:] or "png")
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_picture(phrases: PhraseTable, runs: Sequence[Run], guessing: float, out: Path) -> None:
+    """Draw both parts into one picture."""
     from gpu_embed import _demo_picture
 
     figure = _demo_picture.draw(
@@ -523,12 +551,7 @@ def save_picture(phrases: PhraseTable, runs: Sequence[Run], guessing: float, out
         {run.name: run.losses for run in runs},
         guessing,
     )
-    part = part_file(out)
-    try:
-        figure.savefig(part, format="png")
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
+    save_figure(figure, out)
 
 
 def run_demo(args: argparse.Namespace) -> bool:
@@ -549,7 +572,7 @@ def run_demo(args: argparse.Namespace) -> bool:
     start = time.perf_counter()
     threads = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     console.print(f"gpu_embed demo on {device}{threads}, torch {torch.__version__}")
-    console.print(f"backend: {gpu_embed.backends.explain(device)}")
+    console.print(describe_backend(device))
     console.rule("1. Two phrases")
     phrases = run_phrases(checks, device, args.seed)
     console.rule("2. Real text")

@@ -132,6 +132,7 @@ def embedding_bag(
         ValueError: shapes that do not fit, an unknown mode, an argument that mode "max" does not have.
         NotImplementedError: per_sample_weights in a mode other than "sum".
         TypeError: an argument of the wrong type.
+        AttributeError: a list, an array or a number in place of a tensor, as for torch.
 
     Which tensors go to torch's own function is as for `embedding`.
     """
@@ -232,6 +233,7 @@ def _check_tensors(input: Tensor, weight: Tensor) -> None:
         raise RuntimeError(
             "Expected tensor for argument #1 'indices' to have one of the following scalar types: "
             f"Long, Int; but got {input.type()} instead (while checking arguments for embedding)"
+            f"{integer_hint('input')}"
         )
     if input.device != weight.device:
         raise RuntimeError(
@@ -291,10 +293,23 @@ def _check_norm(weight: Tensor) -> None:
 def _wrong_type(
     function: str, argument: str, position: int, expected: str, value: object
 ) -> TypeError:
+    hint = tensor_hint(argument, value) if expected == "Tensor" else ""
     return TypeError(
         f"{function}(): argument '{argument}' (position {position}) must be {expected}, "
-        f"not {type(value).__name__}"
+        f"not {type(value).__name__}{hint}"
     )
+
+
+def tensor_hint(argument: str, value: object) -> str:
+    """What makes a tensor of a list, an array or a number; empty where nothing does."""
+    if not (isinstance(value, (list, tuple, range, numbers.Number)) or hasattr(value, "__array__")):
+        return ""
+    device = "" if argument == "weight" else ", device=weight.device"
+    return f"; make it one with torch.as_tensor({argument}{device})"
+
+
+def integer_hint(argument: str) -> str:
+    return f"; {argument} must be int64 or int32: convert it with {argument}.long()"
 
 
 def _wrap_padding_idx(padding_idx: int | None, num_embeddings: int) -> int:
@@ -330,14 +345,25 @@ def _embedding_bag_by_torch(
         include_last_offset,
         padding_idx,
     )
-    for value in (input, weight, offsets, per_sample_weights):
+    tensors = (input, weight, offsets, per_sample_weights)
+    for value in tensors:
         if not isinstance(value, Tensor) and torch.overrides.has_torch_function_unary(value):
             # torch.fx's proxies and their like record the call.
-            tensors = (input, weight, offsets, per_sample_weights)
             return torch.overrides.handle_torch_function(
                 embedding_bag, tensors, input, weight, *arguments
             )
-    return torch.nn.functional.embedding_bag(input, weight, *arguments)
+    try:
+        return torch.nn.functional.embedding_bag(input, weight, *arguments)
+    except (AttributeError, TypeError) as error:
+        # torch says what the argument lacks, and not which one it is.
+        names = ("input", "weight", "offsets", "per_sample_weights")
+        for name, value in zip(names, tensors, strict=True):
+            if not isinstance(value, Tensor) and (value is not None or name in names[:2]):
+                raise type(error)(
+                    f"{error}; argument '{name}' must be Tensor, not {type(value).__name__}"
+                    f"{tensor_hint(name, value)}"
+                ) from None
+        raise
 
 
 def _check_bag_shapes(
@@ -415,11 +441,16 @@ def _bag_index_dtypes(input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Te
     """Ids and offsets in dtypes that the kernels read: their own where they do, else the common one, as in torch."""
     if input.dtype in INDEX_DTYPES and (offsets is None or offsets.dtype in INDEX_DTYPES):
         return input, offsets
+    is_promoted = input.dtype in (*INDEX_DTYPES, torch.int8, torch.bool)
+    hint = integer_hint("offsets" if is_promoted and offsets is not None else "input")
     common = input.dtype
     if offsets is not None:
-        common = torch.promote_types(common, offsets.dtype)
+        try:
+            common = torch.promote_types(common, offsets.dtype)
+        except RuntimeError as error:  # wide unsigned ones
+            raise RuntimeError(f"{error}{hint}") from None
     if common not in INDEX_DTYPES:
-        raise _wrong_scalar_type("indices", input.to(common), "Long, Int")
+        raise _wrong_scalar_type("indices", input.to(common), "Long, Int", hint)
     return input.to(common), None if offsets is None else offsets.to(common)
 
 
@@ -447,10 +478,13 @@ def _check_bag_tensors(
         )
 
 
-def _wrong_scalar_type(argument: str, tensor: Tensor, expected: str) -> RuntimeError:
+def _wrong_scalar_type(
+    argument: str, tensor: Tensor, expected: str, hint: str = ""
+) -> RuntimeError:
     return RuntimeError(
         f"Expected tensor for argument #1 '{argument}' to have one of the following scalar types: "
         f"{expected}; but got {_type_name(tensor)} instead (while checking arguments for embedding_bag)"
+        f"{hint}"
     )
 
 

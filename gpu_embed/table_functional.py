@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops, table_ops
-from .functional import INDEX_DTYPES
+from .functional import INDEX_DTYPES, tensor_hint
 from .tables import TableLayout, Tables, quoted
 
 
@@ -30,6 +30,8 @@ def table_batched_embedding_bag(
 ) -> Tensor:
     """Sums, means and maxima of the bags of all tables, [B, sum of embedding_dims]; see `TableBatchedEmbeddingBag`."""
     if per_sample_weights is not None:
+        for name, value in (("input", input), ("per_sample_weights", per_sample_weights)):
+            _check_is_tensor("table_batched_embedding_bag", name, value)
         if input.size() != per_sample_weights.size():
             raise ValueError(
                 f"table_batched_embedding_bag: If per_sample_weights ({per_sample_weights.shape}) is not "
@@ -79,15 +81,13 @@ def check_batch(
 ) -> None:
     """Raise for ids and offsets that are no batch of these tables' features."""
     for name, value in (("input", input), ("offsets", offsets)):
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
-            )
+        _check_is_tensor(function, name, value)
         if value.dim() != 1:
             raise ValueError(f"{function}: {name} has to be a 1D Tensor, got {value.dim()}D")
         if value.dtype not in INDEX_DTYPES:
             raise RuntimeError(
-                f"{function}: expected {name} of dtype int64, int32, int16 or uint8, got {value.dtype}"
+                f"{function}: expected {name} of dtype int64, int32, int16 or uint8, got {value.dtype}: "
+                f"convert it with {name}.long()"
             )
         if value.device != weight.device:
             raise _other_device(function, name, value, weight)
@@ -95,6 +95,14 @@ def check_batch(
         raise ValueError(
             f"{function}: offsets must hold num_features * B + 1 numbers for some B, but it has "
             f"{offsets.shape[0]} and there are {layout.num_features} features: {quoted(layout.features)}"
+        )
+
+
+def _check_is_tensor(function: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
+            f"{tensor_hint(name, value)}"
         )
 
 

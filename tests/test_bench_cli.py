@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -196,7 +197,7 @@ BAD = {
     "run --set A --max-memory 0G": "--max-memory 0G: expected a size such as 8G",
     "run --set C --tables 0": "--tables 0: expected a whole number from 1",
     "run --set A --seconds nan": "--seconds nan: choose a number above 0",
-    "run --set A --out FILE": "FILE: File exists",
+    "run --set A --out FILE": "FILE: cannot write there (File exists); choose another --out",
     "plot FILE": "FILE is no directory of results",
     "report NOWHERE": "NOWHERE is no directory of results",
     "compare NOWHERE NOWHERE": "NOWHERE: No such file or directory",
@@ -425,3 +426,164 @@ def test_headline_covers_every_headline_shape_on_a_gpu(monkeypatch):
     monkeypatch.setattr(providers, "_import_problem", lambda module, package: None)
     jobs = headline.headline_jobs(torch.device("cuda"))
     assert {(job.set, job.cell) for job in jobs} == set(shapes.HEADLINE)
+
+
+ONE_CELL = ("--set", "A", "--mode", "forward", "--limit", "1", "--providers", "torch")
+
+
+def write_commands(folder):
+    """Each command that writes, by its name, with where it is to write."""
+    return {
+        "run": ["run", "--device", "cpu", *SMALL, *ONE_CELL, "--out", str(folder)],
+        "headline": ["headline", "--device", "cpu", "--out", str(folder)],
+        "page": ["headline", "--device", "cpu", "--page", str(folder / "page.md")],
+        "codegen": ["codegen", "--out", str(folder / "table.csv")],
+        "plot": ["plot", str(folder)],
+        "report": ["report", str(folder)],
+    }
+
+
+@pytest.mark.parametrize("name", ["run", "headline", "page", "codegen", "plot", "report"])
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")],
+    ids=["no permission", "read-only"],
+)
+def test_where_nothing_can_be_written_nothing_is_measured(
+    name, error, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "results"
+    assert run_cli(*ONE_CELL, "--out", folder) == 0
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    touch = Path.touch
+
+    def refused(path, *arguments, **options):
+        if path.parent == folder:
+            raise error
+        touch(path, *arguments, **options)
+
+    def measured(*arguments):
+        pytest.fail("measured before the folder was tried")
+
+    if name == "codegen":
+        pytest.importorskip("triton")
+    # It makes codegen end earlier.
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "touch", refused)
+    monkeypatch.setattr(cli, "copy_gbps", measured)
+    capsys.readouterr()
+    assert cli.main(write_commands(folder)[name]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert f"{folder}: cannot write there ({error.strerror}); " in line
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_providers_that_are_all_missing_are_no_run(tmp_path, monkeypatch, capsys):
+    where = {"module": "no_such_module", "package": "a-rival"}
+    absent = Provider("absent", "", PROVIDERS["torch"].build, cpu=True, **where)
+    monkeypatch.setitem(PROVIDERS, "absent", absent)
+    on_cuda = next(name for name, one in PROVIDERS.items() if not one.cpu)
+    command = ("--set", "A", "--mode", "forward", "--limit", 1, "--out", tmp_path / "out")
+    assert run_cli(*command, "--providers", "absent", on_cuda) == 2
+    said = capsys.readouterr().err
+    assert "no chosen provider can run on cpu" in said
+    assert "absent: not installed (pip install a-rival)" in said
+    assert f"{on_cuda}: needs a CUDA device" in said
+    assert not (tmp_path / "out").exists()
+    # Beside one that can run, its row says why it has no time.
+    assert run_cli(*command, "--providers", "absent", "torch") == 0
+    assert [row.status for row in read_rows(tmp_path / "out")] == ["missing", "ok"]
+
+
+@pytest.fixture
+def measured(tmp_path, capsys):
+    """Results of two rows."""
+    command = ("--set", "A", "--mode", "forward", "--providers", "torch", "--out", tmp_path)
+    assert run_cli(*command) == 0
+    capsys.readouterr()
+    return tmp_path
+
+
+by_command = pytest.mark.parametrize("command", ["plot", "report"])
+
+
+@by_command
+def test_a_cut_last_row_is_left_out_with_a_warning(command, measured, capsys):
+    path = measured / results.RESULTS
+    assert cli.main([command, str(measured)]) == 0
+    assert capsys.readouterr().err == ""
+    path.write_bytes(path.read_bytes()[:-90])
+    assert cli.main([command, str(measured)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"WARNING: {path}: the last line is cut, so its row is left out; the run's command with --resume "
+        "measures it again"
+    )
+    assert len(read_rows(measured)) == 1
+
+
+@by_command
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        (lambda lines: [lines[0][:40]], "it is cut, or of another version; measure again"),
+        (lambda lines: [b""], "does not name the benchmark's columns; measure again"),
+        (lambda lines: lines[:1], "holds no row, as the run ended before its first: measure again"),
+        (
+            lambda lines: [lines[0], lines[1][:40] + b"\n", lines[2]],
+            "line 2: 8 fields where 34 are expected; delete the line",
+        ),
+    ],
+    ids=["in the columns", "empty", "behind the columns", "in a row"],
+)
+def test_cut_results_end_in_a_sentence(command, cut, expected, measured, capsys):
+    path = measured / results.RESULTS
+    path.write_bytes(b"".join(cut(path.read_bytes().splitlines(keepends=True))))
+    before = set(measured.iterdir())
+    assert cli.main([command, str(measured)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+    assert set(measured.iterdir()) == before
+
+
+@pytest.mark.parametrize("how", ["plot", "report"])
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "missing"])
+def test_without_its_header_a_run_is_drawn_with_a_warning(how, cut, measured, capsys):
+    header = measured / results.HEADER
+    if cut:
+        header.write_bytes(header.read_bytes()[:50])
+    else:
+        header.unlink()
+    assert cli.main([how, str(measured)]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"WARNING: {header}: ")
+    assert "--resume writes it anew" in line
+    header.unlink(missing_ok=True)
+    rows = len(read_rows(measured))
+    command = ("--set", "A", "--mode", "forward", "--providers", "torch", "--out", measured)
+    assert run_cli(*command, "--resume") == 0
+    assert len(read_rows(measured)) == rows
+    assert read_header(measured)["copy_gbps"] == 10
+
+
+@pytest.mark.usefixtures("_small_headline")
+def test_an_interrupted_headline_says_what_it_kept(tmp_path, monkeypatch, capsys):
+    execute = cli.execute
+
+    def interrupted(bench, jobs, writer, *rest):
+        execute(bench, jobs[:3], writer, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "execute", interrupted)
+    assert cli.main(["headline", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    (directory,) = tmp_path.iterdir()
+    assert (
+        f"interrupted; 3 of 8 measurements are in {directory / 'results.csv'}"
+        in capsys.readouterr().err
+    )
+    assert {path.name for path in directory.iterdir()} == {"results.csv", "header.json"}
+    assert len(read_rows(directory)) == 3
+    assert cli.main(["report", str(directory)]) == 0

@@ -502,7 +502,7 @@ def test_columns_are_fixed():
     assert ",".join(COLUMNS) == (
         "set,operation,mode,dtype,id_dtype,tables,vocab,dim,num_ids,hotness,distribution,unique_ids,padding,"
         "provider,status,ms_p20,ms_p50,ms_p80,cold_ms_p50,zero_fill_ms,cast_ms,gbps_dram,gbps_logical,"
-        "percent_of_copy,host_us,match,peak_extra_bytes,step_peak_bytes,device,torch,triton,commit,note"
+        "percent_of_copy,host_us,match,peak_extra_bytes,step_peak_bytes,load,device,torch,triton,commit,note"
     )
 
 
@@ -550,7 +550,7 @@ def test_a_half_written_line_is_cut_off(tmp_path):
     [
         (lambda text: text.replace(",10,", ",ten,"), "line 2: vocab is 'ten'"),
         (lambda text: text.replace(",ok,", ",fine,"), "line 2: status is 'fine'"),
-        (lambda text: text + "A,B\n", "line 3: 2 fields where 33 are expected"),
+        (lambda text: text + "A,B\n", "line 3: 2 fields where 34 are expected"),
         (lambda text: "a,b\n", "does not name the benchmark's columns"),
         (lambda text: "", "does not name the benchmark's columns"),
         (lambda text: text.replace(",num_ids,", ",weather,"), "lacks column 'num_ids'"),

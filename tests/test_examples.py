@@ -254,3 +254,53 @@ def test_lora_learns_the_words(device: str):
     losses = [float(loss) for loss in losses.split()]
     assert losses[-1] < losses[0] / 2
     assert "12 of 12 sentences are nearest to their meaning" in output
+
+
+# The packages that each needs, and what it leaves when it is interrupted.
+PROGRAMS = {
+    "keras_phrases.py": (("keras", "tokenizers"), "no picture was written"),
+    "keras_text_classifier.py": (("keras", "tokenizers"), "no picture was written"),
+    "lora.py": (("transformers", "peft"), "nothing was written"),
+    "phrases.py": (("tokenizers",), "no picture was written"),
+    "recommender.py": ((), "no picture was written"),
+    "swap_transformers.py": (("transformers",), "nothing was written"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_ctrl_c_in_training_is_one_line(name, tmp_path, monkeypatch, capsys):
+    packages, left = PROGRAMS[name]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # What `python examples/NAME` has there.
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(torch.Tensor, "backward", interrupted)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ["--data", "synthetic"] if name == "recommender.py" else []
+    monkeypatch.setattr(sys, "argv", [name, "--quick", *options])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert end.value.code == 130
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == f"interrupted, {left}"
+    assert "Traceback" not in said.out + said.err
+    assert said.out.startswith(
+        "backend: torch serves cpu: the kernels are for CUDA devices\n"
+        "On a CPU torch's own operators run: only a CUDA device shows gpu_embed's kernels"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_example_writes_half_a_picture():
+    texts = {path.name: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py")}
+    assert {name for name, text in texts.items() if "save_figure(" in text} == {
+        name for name, (_, left) in PROGRAMS.items() if "picture" in left
+    }
+    assert not any("savefig" in text for text in texts.values())
