@@ -131,8 +131,13 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                     param.grad = None
         super().zero_grad(set_to_none)
 
-    def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        """Apply one gradient to one table, or to those of its rows that the parameter is."""
+    def _update(
+        self, group: dict[str, Any], param: Tensor, grad: Tensor, finite: Tensor | None = None
+    ) -> None:
+        """Apply one gradient to one table, or to those of its rows that the parameter is.
+
+        finite: bool [], on the device; where False, no row and no state changes.
+        """
         name = type(self).__name__
         if not grad.is_sparse and not isinstance(grad, TableGradient):
             if _changes_nothing(group["lr"], grad):
@@ -177,6 +182,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             assert row_range is not None
             # Rows of other tables are then out of range, and take no part.
             entries = grad.entries.within(row_range)
+            if finite is not None:
+                entries = entries._replace(rows=torch.where(finite, entries.rows, -1))
             if entries.rows.numel():
                 backend.table_row_update_(update, param, tensors, entries, rows)
         elif grad._nnz():
@@ -184,6 +191,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             if row_range is not None and row_range.first_row:
                 # As for the tables' entries.
                 ids = ids - row_range.first_row
+            if finite is not None:
+                ids = torch.where(finite, ids, -1)
             backend.row_update_(update, param, tensors, ids, grad._values(), rows)
         # The kernels write behind autograd's back.
         torch.autograd.graph.increment_version(whole_of(param))
