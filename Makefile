@@ -6,6 +6,8 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 # Where make gpu keeps what it measured.
 RESULTS ?= bench/results
+# Which versions make versions tries: a name in ROWS of tests/versions.py.
+ROW ?= newest
 # An empty VENV would otherwise name the system's /bin/python3.
 env_dir := $(or $(strip $(VENV)),.venv)
 env_python := $(env_dir)/bin/python3
@@ -13,7 +15,7 @@ env_python := $(env_dir)/bin/python3
 .DEFAULT_GOAL := help
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test lint format docs gpu clean FORCE
+.PHONY: help demo test lint format docs gpu versions clean FORCE
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -109,6 +111,9 @@ gpu: ## in the current python3, no download: GPU tests that must not skip, compu
 	unset PYTORCH_NO_CUDA_MEMORY_CACHING; \
 	part=benchmark; run $(PYTHON) -m gpu_embed.bench headline --device cuda --out $(RESULTS) --page bench/RESULTS.md; \
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
+
+versions: ## try another torch, Triton and NumPy in an environment of its own: ROW=newest PYTHON=python3.13
+	$(PYTHON) tests/versions.py $(ROW)
 
 clean: ## remove .venv and everything that was built or cached
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,12 +1,16 @@
-"""What Triton's interpreter lacks, up to Triton 3.7, of what a GPU does.
+"""What Triton's interpreter lacks, in Triton 3.4 to 3.9, of what a GPU does.
 
 It truncates where the hardware rounds to the nearest even bf16, takes integers for the bits of bf16, multiplies
-those bits as integers, and knows no atomics through tensor descriptors.
+those bits as integers, gives a comparison the type of what it compares, and knows no atomics through tensor
+descriptors. Below Triton 3.7 it reads a loop's bounds in a way that NumPy 2.5 refuses, and below Triton 3.6 it
+wants a descriptor's strides to be multiples of 16 elements, not bytes.
 """
 
+from copy import copy
 from typing import Any
 
 import numpy as np
+import triton
 from triton import language as tl
 from triton.runtime import interpreter
 
@@ -17,6 +21,10 @@ def complete() -> None:
         round_to_nearest()
         convert_integers()
         multiply_bfloat16()
+        compare_to_booleans()
+        read_one_element()
+        if triton.__version__.startswith(("3.4.", "3.5.")):
+            check_strides_in_bytes()
         reduce_through_descriptors()
 
 
@@ -56,6 +64,49 @@ def multiply_bfloat16() -> None:
     builder.create_dot = create_wide_dot
 
 
+def compare_to_booleans() -> None:
+    """Make what is compared a boolean: as an integer, a splat of it becomes a mask that Triton 3.9 refuses."""
+    builder = interpreter.InterpreterBuilder
+    binary_op = builder.binary_op
+
+    def typed_binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        result = binary_op(self, lhs, rhs, op)
+        if result.data.dtype != np.bool_:
+            return result
+        return interpreter.TensorHandle(result.data, tl.int1)
+
+    builder.binary_op = typed_binary_op
+
+
+def read_one_element() -> None:
+    """Take the number out of an array of one dimension too, which NumPy 2.5 no longer converts."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        # A scope, where Triton has one, has noted what was there before.
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def check_strides_in_bytes() -> None:
+    """Let a descriptor's strides be multiples of 16 bytes, where Triton asks for 16 elements."""
+    handle = interpreter.TensorDescHandle
+    validate = handle.validate
+
+    def validate_bytes(self: Any) -> None:
+        size = self.base.dtype.element_ty.primitive_bitwidth // 8
+        in_bytes = copy(self)
+        in_bytes.strides = [
+            interpreter.TensorHandle(stride.data * size, stride.dtype)
+            for stride in self.strides[:-1]
+        ] + self.strides[-1:]
+        validate(in_bytes)
+
+    handle.validate = validate_bytes
+
+
 def reduce_through_descriptors() -> None:
     """tensor_descriptor.atomic_add, in the terms of tl.atomic_add."""
 
@@ -65,11 +116,14 @@ def reduce_through_descriptors() -> None:
         assert kind == interpreter._ir.DESCRIPTOR_REDUCE_KIND.ADD
         assert value.dtype.scalar == tl.float32
         pointers, inside = desc.materialize_pointers(offsets)
+        # An array before Triton 3.9.
+        if not isinstance(inside, interpreter.TensorHandle):
+            inside = interpreter.TensorHandle(inside, tl.int1)
         return self.create_atomic_rmw(
             interpreter._ir.ATOMIC_OP.FADD,
             pointers,
             value,
-            interpreter.TensorHandle(inside, tl.int1),
+            inside,
             interpreter._ir.MEM_SEMANTIC.RELAXED,
             interpreter._ir.MEM_SYNC_SCOPE.GPU,
         )
