@@ -33,7 +33,12 @@ OPTIMIZERS = {
     "Adam": optim.Adam,
 }
 every_optimizer = pytest.mark.parametrize("optimizer_class", OPTIMIZERS.values(), ids=OPTIMIZERS)
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 # A sparse gradient of a table, of rows of a layer, and a TableGradient.
 KINDS = {
@@ -128,9 +133,7 @@ def test_scaled_gradients_update_as_unscaled_ones_do(target, kind, optimizer_cla
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("factor", [float("inf"), float("nan"), 3e38], ids=["inf", "nan", "large"])
-def test_gradients_that_are_not_finite_reach_no_table(
-    target, kind, optimizer_class, dtype, factor
-):
+def test_gradients_that_are_not_finite_reach_no_table(target, kind, optimizer_class, dtype, factor):
     """3e38 is finite, but not once it is scaled, or in 16 bit. The next update is the first."""
     scaled, plain = twins(kind, dtype, target.device)
     scaler = torch.amp.GradScaler(target.device, init_scale=2.0**7)
@@ -327,9 +330,7 @@ def test_micro_steps_are_one_update(target, kind, optimizer_class, dtype, scaled
     """The same as one step by what several backwards left in .grad; small integers, so that 16 bit hold the sums."""
     summed, plain = twins(kind, dtype, target.device)
     scaler = torch.amp.GradScaler(target.device, init_scale=2.0**5, enabled=scaled)
-    updates = optim.apply_in_backward(
-        summed, optimizer_class, lr=0.5, micro_steps=3, scaler=scaler
-    )
+    updates = optim.apply_in_backward(summed, optimizer_class, lr=0.5, micro_steps=3, scaler=scaler)
     optimizer = optimizer_class(plain.parameters(), lr=0.5)
     for _ in range(2):
         before = summed.weight.detach().clone()
@@ -552,7 +553,7 @@ def test_reentrant_checkpoints_are_refused_before_a_table_moves(kind, outside):
     model = Twice(kind, True, outside)
     updates = optim.apply_in_backward(model, optim.SGD, lr=1.0)
     before = model.tables.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="lookup under.*use_reentrant=False"):
+    with pytest.raises(RuntimeError, match=r"lookup under.*use_reentrant=False"):
         model().backward()
     assert same_bits(model.tables.weight, before)
     assert not updates.optimizer.state
@@ -573,7 +574,7 @@ def test_nested_backwards_are_refused_before_a_table_moves(kind, micro_steps):
         list(model.parameters()), optim.SGD, lr=1.0, micro_steps=micro_steps
     )
     before = model.tables.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="backward inside of another.*use_reentrant=False"):
+    with pytest.raises(RuntimeError, match=r"backward inside of another.*use_reentrant=False"):
         model().backward()
     assert same_bits(model.tables.weight, before)
     assert model.tables.weight.grad is None

@@ -313,7 +313,8 @@ class _TableUpdate:
         held, self.held = self.held, []
         finite = [one.finite for one in held if one.finite is not None]
         return _Held(
-            _total([one.grad for one in held]), reduce(torch.logical_and, finite) if finite else None
+            _total([one.grad for one in held]),
+            reduce(torch.logical_and, finite) if finite else None,
         )
 
     def settle(self) -> None:
@@ -473,7 +474,8 @@ def _refuse_checkpoint(layer: torch.nn.Module, _: Any) -> None:
     # A copy of a layer has this hook, and its table is not updated.
     if _is_updated(layer.weight) and _runs_under(CheckpointFunction.forward.__code__):  # type: ignore[arg-type]
         raise RuntimeError(
-            "apply_in_backward: a lookup under torch.utils.checkpoint with use_reentrant=True " + _ADVICE
+            "apply_in_backward: a lookup under torch.utils.checkpoint with use_reentrant=True "
+            + _ADVICE
         )
 
 

@@ -76,7 +76,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             does no more, as `torch.distributed.checkpoint` needs it.
     """
 
-    formula: str  # a key of row_update.STATE
+    formula: str  # a key of row_update.STATE; the one with most state, where a group chooses
     # What torch's optimizer of that formula can do and ours cannot, and the number that stands for not doing it.
     torch_only: ClassVar[dict[str, Any]] = {}
 
@@ -100,6 +100,14 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _initial_state(self, group: dict[str, Any]) -> float:
         """What every element of the state begins with."""
         return 0.0
+
+    def _formula(self, group: dict[str, Any]) -> str:
+        """By which formula a group's tables are updated."""
+        return self.formula
+
+    def _begun(self, update: RowUpdate) -> RowUpdate:
+        """The numbers of the step that makes a table's state."""
+        return update
 
     def _depends_on_step(self, group: dict[str, Any]) -> bool:
         """Whether another step has other numbers, so that a CUDA graph must not replay this one."""
@@ -167,6 +175,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 f"{name}: a parameter was copied without its layer; copy both at once, as in "
                 "copy.deepcopy((layer, optimizer))"
             )
+        layouts = STATE[self._formula(group)]
+        begins = any(layout.name not in self.state.get(param, {}) for layout in layouts)
         state = self._state_of(group, param)
         if group["stochastic_rounding"] and "seed" not in state:
             state["seed"] = self._seed_of(group, param)
@@ -175,7 +185,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             return
         backend = backends.select(param.device)
         update = self._settings(group, state, param.device)
-        tensors = tuple(state[layout.name] for layout in STATE[self.formula])
+        if begins:
+            update = self._begun(update)
+        tensors = tuple(state[layout.name] for layout in layouts)
         rows = group["rows"]
         rows = None if rows is None else rows.to(param.device)
         if isinstance(grad, TableGradient):
@@ -202,7 +214,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if isinstance(param, RowParameter):
             param.follow()
         state: dict[str, Any] = self.state[param]
-        layouts, dtype = STATE[self.formula], arithmetic_dtype(param.dtype)
+        layouts, dtype = STATE[self._formula(group)], arithmetic_dtype(param.dtype)
         # Older SGDs of torch saved a state without steps.
         state.setdefault("step", 0)
         for layout in layouts:

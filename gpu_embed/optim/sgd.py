@@ -1,7 +1,6 @@
 """Stochastic gradient descent."""
 
-from contextvars import ContextVar
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -9,19 +8,6 @@ from ..row_update import RowUpdate, StateLayout, arithmetic_dtype
 from .row_optimizer import Params, RowOptimizer, check_lr, check_not_negative
 
 BUFFER = "momentum_buffer"
-
-
-class _Update(NamedTuple):
-    """What is particular to one table's update."""
-
-    formula: str
-    dampening: float
-
-
-# Outside of updates, as in loading, what counts is all state that a table may have.
-_NO_UPDATE = _Update("momentum", 0.0)
-# Several threads of one backward pass may each update a table.
-_current_update = ContextVar("_current_update", default=_NO_UPDATE)
 
 
 class SGD(RowOptimizer):
@@ -59,6 +45,7 @@ class SGD(RowOptimizer):
         ValueError: beside `RowOptimizer`'s, in torch's words, for nesterov without momentum or with dampening.
     """
 
+    formula = "momentum"
     torch_only: ClassVar = {"weight_decay": 0}
 
     def __init__(
@@ -93,40 +80,27 @@ class SGD(RowOptimizer):
         }
         super().__init__(params, defaults)
 
-    @property
-    def formula(self) -> str:  # type: ignore[override]
-        return _current_update.get().formula
-
-    def _update(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        token = _current_update.set(self._particulars(group, param))
-        try:
-            super()._update(group, param, grad)
-        finally:
-            _current_update.reset(token)
-
-    def _particulars(self, group: dict[str, Any], param: Tensor) -> _Update:
+    def _formula(self, group: dict[str, Any]) -> str:
         if not group["momentum"]:
-            return _Update("sgd", 0.0)
-        begins = BUFFER not in self.state.get(param, {})
-        return _Update(
-            "nesterov" if group["nesterov"] else "momentum",
-            0.0 if begins else float(group["dampening"]),
-        )
+            return "sgd"
+        return "nesterov" if group["nesterov"] else "momentum"
 
     def _row_update(self, group: dict[str, Any], lr: float, step: int) -> RowUpdate:
-        formula, dampening = _current_update.get()
         return RowUpdate(
-            formula,
+            self._formula(group),
             step_size=lr,
-            avg_weight=1 - dampening,
+            avg_weight=1 - float(group["dampening"]),
             momentum=float(group["momentum"]),
             weight_decay=float(group["decay_touched_rows"]),
         )
 
+    def _begun(self, update: RowUpdate) -> RowUpdate:
+        # As in torch, the gradient that makes momentum_buffer is not dampened.
+        return update._replace(avg_weight=1.0)
+
     def _depends_on_step(self, group: dict[str, Any]) -> bool:
-        # The step that makes momentum_buffer is the only one without dampening.
-        undamped = _current_update.get().dampening != group["dampening"]
-        return bool(group["momentum"] and undamped) or super()._depends_on_step(group)
+        is_dampened = bool(group["momentum"] and group["dampening"])
+        return is_dampened or super()._depends_on_step(group)
 
     def _states_to_load(
         self,
