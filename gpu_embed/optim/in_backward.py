@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import reduce
@@ -34,11 +35,18 @@ class UpdatesInBackward:
         self,
         optimizer: RowOptimizer,
         tables: "list[_TableUpdate]",
+        passes: "_Passes",
         hooks: list[RemovableHandle],
     ) -> None:
         self.optimizer = optimizer
         self._tables = tables
+        self._passes = passes
         self._hooks = hooks
+
+    def finish(self) -> None:
+        """Apply what `micro_steps` has summed so far, and count from one again: for an epoch that k does not divide."""
+        self._passes.count = 0
+        self._passes.apply_held()
 
     def remove(self) -> None:
         """From here on gradients are kept in `.grad` again, and nothing is updated in backward.
@@ -77,12 +85,14 @@ def apply_in_backward(
     **Gradient accumulation.** Without `micro_steps=`, each backward is an update, which nothing can notice
     either. With `micro_steps=k` the gradients of k backwards are summed, as `.grad` would sum them, and applied in
     the k-th, also to tables that only earlier ones reached. A backward that reaches none of the tables does not
-    count. The sums are held apart from `.grad`, so `zero_grad()` does not drop them. With `scaler=`, each is
+    count. The sums are held apart from `.grad`, so `zero_grad()` does not drop them, and no `state_dict()` has them;
+    `finish()` applies what there is, at the end of an epoch. With `scaler=`, each is
     divided by the scale of its own backward, and one that is not finite drops all k.
 
     **What is refused.** Reentrant checkpoints read tables again in the middle of a backward: use
     `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`. The lookup itself raises where a layer
-    of the given module makes it, and the nested backward for other tables. DistributedDataParallel averages
+    of the given module makes it; for tables given as parameters the nested backward does, when those that are looked
+    up outside of the checkpoint as well may have been updated. DistributedDataParallel averages
     gradients after they have been applied: call `step()` after the backward instead, which takes the sparse
     gradients it averages, or leave the tables out of it by `_ddp_params_and_buffers_to_ignore`, if replicas are to
     differ or are kept equal otherwise.
@@ -164,7 +174,7 @@ def apply_in_backward(
     hooks += [layer.register_forward_pre_hook(_refuse_checkpoint) for layer in layers]
     if scaler is not None:
         hooks += _settle_before(optimizer, passes)
-    return UpdatesInBackward(optimizer, tables, hooks)
+    return UpdatesInBackward(optimizer, tables, passes, hooks)
 
 
 def _sparse_layers(module: torch.nn.Module) -> list[Any]:
@@ -202,6 +212,7 @@ class _Passes:
         self.micro_steps = micro_steps
         self.count = 0
         self.current = -1
+        self.lock = threading.Lock()
         self.tables: list[weakref.ref[_TableUpdate]] = []
         self.knows_ddp = False
 
@@ -213,12 +224,14 @@ class _Passes:
         if self.micro_steps == 1:
             return True
         running = torch._C._current_graph_task_id()
-        if running != self.current:
-            self.current = running
-            self.count = self.count % self.micro_steps + 1
-            if self.count == self.micro_steps:
-                torch.autograd.Variable._execution_engine.queue_callback(self.apply_others)
-        return self.count == self.micro_steps
+        # Each device has a thread of its own in backward.
+        with self.lock:
+            if running != self.current:
+                self.current = running
+                self.count = self.count % self.micro_steps + 1
+                if self.count == self.micro_steps:
+                    torch.autograd.Variable._execution_engine.queue_callback(self.apply_held)
+            return self.count == self.micro_steps
 
     def refuse_ddp(self) -> None:
         """Once, in the first backward, as a module may be wrapped after its tables were given."""
@@ -226,8 +239,8 @@ class _Passes:
             _refuse_ddp([table.whole for table in self.live()])
             self.knows_ddp = True
 
-    def apply_others(self) -> None:
-        """Update the tables that earlier passes reached, and the last one did not."""
+    def apply_held(self) -> None:
+        """Update the tables that earlier passes reached, and the last one did not, or not yet."""
         for table in self.live():
             if table.held:
                 table.apply_held()
@@ -313,7 +326,8 @@ class _TableUpdate:
         held, self.held = self.held, []
         finite = [one.finite for one in held if one.finite is not None]
         return _Held(
-            _total([one.grad for one in held]), reduce(torch.logical_and, finite) if finite else None
+            _total([one.grad for one in held]),
+            reduce(torch.logical_and, finite) if finite else None,
         )
 
     def settle(self) -> None:
@@ -473,7 +487,8 @@ def _refuse_checkpoint(layer: torch.nn.Module, _: Any) -> None:
     # A copy of a layer has this hook, and its table is not updated.
     if _is_updated(layer.weight) and _runs_under(CheckpointFunction.forward.__code__):  # type: ignore[arg-type]
         raise RuntimeError(
-            "apply_in_backward: a lookup under torch.utils.checkpoint with use_reentrant=True " + _ADVICE
+            "apply_in_backward: a lookup under torch.utils.checkpoint with use_reentrant=True "
+            + _ADVICE
         )
 
 
