@@ -361,12 +361,14 @@ def _total(grads: list[Tensor]) -> Tensor:
     """The sum of gradients of one kind; none of their entries are added up."""
     if len(grads) == 1 or isinstance(grads[0], TableGradient):
         return reduce(add, grads)
+    indices = torch.cat([grad._indices() for grad in grads], 1)
+    return _sparse(indices, torch.cat([grad._values() for grad in grads]), grads[0].shape)
+
+
+def _sparse(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    # The default device may be another; checking the indices would wait for the GPU.
     return torch.sparse_coo_tensor(
-        torch.cat([grad._indices() for grad in grads], 1),
-        torch.cat([grad._values() for grad in grads]),
-        grads[0].shape,
-        is_coalesced=False,
-        check_invariants=False,
+        indices, values, shape, device=values.device, check_invariants=False
     )
 
 
@@ -398,13 +400,7 @@ def _unscaled(grad: Tensor, whole: Tensor, scaler: GradScaler) -> _Held:
         values = grad._values()
         largest, count = _largest(values, dtype), len(values)
         # Not rounded to 16 bit, where small ones would vanish.
-        unscaled = torch.sparse_coo_tensor(
-            grad._indices(),
-            values.to(dtype) * inverse,
-            grad.shape,
-            is_coalesced=grad.is_coalesced(),
-            check_invariants=False,
-        )
+        unscaled = _sparse(grad._indices(), values.to(dtype) * inverse, grad.shape)
     # No sum of so many is larger.
     return _Held(unscaled, torch.isfinite(largest * inverse * count))
 
