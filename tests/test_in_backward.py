@@ -1,8 +1,10 @@
 """Updates in the backward pass inside of real training loops."""
 
 import copy
+import gc
 import io
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -39,6 +41,10 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
+# One that sees a row as a whole, and one that does not.
+two_optimizers = pytest.mark.parametrize(
+    "optimizer_class", [optim.RowWiseAdagrad, optim.Adam], ids=["RowWiseAdagrad", "Adam"]
+)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 # A sparse gradient of a table, of rows of a layer, and a TableGradient.
 KINDS = {
@@ -81,6 +87,18 @@ def twins(kind, dtype=torch.float32, device="cpu"):
     return Tables(kind, dtype, device), Tables(kind, dtype, device)
 
 
+def gradient_of_all(tables, factors):
+    """The sum of several backwards' gradients, with all their entries; torch's own + knows no fp16 on the CPU."""
+    grads = [torch.autograd.grad(tables(factor), tables.weight)[0] for factor in factors]
+    if not grads[0].is_sparse:
+        return sum(grads[1:], grads[0])
+    return torch.sparse_coo_tensor(
+        torch.cat([grad._indices() for grad in grads], 1),
+        torch.cat([grad._values() for grad in grads]),
+        grads[0].shape,
+    )
+
+
 def one_table():
     return Embedding.from_pretrained(torch.zeros(3, 1), freeze=False, sparse=True)
 
@@ -109,7 +127,7 @@ def assert_same_state(actual, expected):
 
 
 @every_kind
-@every_optimizer
+@two_optimizers
 @every_dtype
 def test_scaled_gradients_update_as_unscaled_ones_do(target, kind, optimizer_class, dtype):
     """The scale is a power of two, so that dividing by it is exact; it changes between two updates."""
@@ -130,7 +148,7 @@ def test_scaled_gradients_update_as_unscaled_ones_do(target, kind, optimizer_cla
 
 
 @every_kind
-@every_optimizer
+@two_optimizers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("factor", [float("inf"), float("nan"), 3e38], ids=["inf", "nan", "large"])
 def test_gradients_that_are_not_finite_reach_no_table(target, kind, optimizer_class, dtype, factor):
@@ -326,10 +344,10 @@ def test_wrong_arguments_are_named(arguments, error, message):
 @every_optimizer
 @every_dtype
 @pytest.mark.parametrize("scaled", [False, True], ids=["", "scaled"])
-def test_micro_steps_are_one_update(target, kind, optimizer_class, dtype, scaled):
+def test_micro_steps_are_one_update(kind, optimizer_class, dtype, scaled):
     """The same as one step by what several backwards left in .grad; small integers, so that 16 bit hold the sums."""
-    summed, plain = twins(kind, dtype, target.device)
-    scaler = torch.amp.GradScaler(target.device, init_scale=2.0**5, enabled=scaled)
+    summed, plain = twins(kind, dtype)
+    scaler = cpu_scaler(2.0**5, enabled=scaled)
     updates = optim.apply_in_backward(summed, optimizer_class, lr=0.5, micro_steps=3, scaler=scaler)
     optimizer = optimizer_class(plain.parameters(), lr=0.5)
     for _ in range(2):
@@ -341,9 +359,8 @@ def test_micro_steps_are_one_update(target, kind, optimizer_class, dtype, scaled
             # A loop may keep both.
             updates.optimizer.step()
             summed.zero_grad()
-            plain(factor).backward()
+        plain.weight.grad = gradient_of_all(plain, (1.0, 2.0, 3.0))
         optimizer.step()
-        optimizer.zero_grad()
     assert same_bits(summed.weight, plain.weight)
     assert_same_state(updates.optimizer, optimizer)
 
@@ -366,6 +383,22 @@ def test_every_table_is_updated_by_the_last_micro_step():
     look_up(third, 2).backward()
     assert first.weight[0].item() == -2
     assert third.weight[2].item() == -2
+
+
+def test_an_epoch_may_end_between_two_updates():
+    """What is there is applied, once, and the next epoch counts from one."""
+    layer = one_table()
+    updates = optim.apply_in_backward(layer, optim.SGD, lr=1.0, micro_steps=2)
+    for expected in (0, -2, -2):
+        look_up(layer, 1).backward()
+        assert layer.weight[1].item() == expected
+    for _ in range(2):
+        updates.finish()
+        assert layer.weight[1].item() == -3
+    for expected in (-3, -5):
+        look_up(layer, 1).backward()
+        assert layer.weight[1].item() == expected
+    assert state_of(updates.optimizer)["step"] == 3
 
 
 def test_each_micro_step_is_divided_by_its_own_scale():
@@ -405,13 +438,13 @@ def test_what_is_left_when_updates_are_removed_is_in_grad(kind, dtype, scaled):
     updates = optim.apply_in_backward(summed, optim.SGD, lr=1.0, micro_steps=4, scaler=scaler)
     for factor in (1.0, 2.0):
         scaler.scale(summed(factor)).backward()
-        plain(factor).backward()
     updates.remove()
-    summed(3.0).backward()
-    plain(3.0).backward()
-    assert type(summed.weight.grad) is type(plain.weight.grad)
+    expected = gradient_of_all(plain, (1.0, 2.0))
+    assert type(summed.weight.grad) is type(expected)
     assert summed.weight.grad.dtype == dtype
-    assert torch.equal(summed.weight.grad.to_dense(), plain.weight.grad.to_dense())
+    assert torch.equal(summed.weight.grad.to_dense(), expected.to_dense())
+    updates.remove()
+    assert torch.equal(summed.weight.grad.to_dense(), expected.to_dense())
 
 
 def test_a_dense_gradient_is_refused_in_its_own_micro_step():
@@ -633,58 +666,83 @@ class Recommender(torch.nn.Module):
         return self.dense(self.table(indices)).sum() + self.table(indices).sum()
 
 
-def in_ddp(rank, world_size, store, case):
-    """One process: what each case says of the tables of all replicas."""
+def ddp_given_a_wrapped_module(rank, world_size):
+    model = Recommender()
+    wrapped = DistributedDataParallel(model)
+    for given in (wrapped, model, [model.table.weight]):
+        with pytest.raises(RuntimeError, match="DistributedDataParallel averages"):
+            optim.apply_in_backward(given, optim.SGD, lr=1.0)
+        assert not model.table.weight._backward_hooks
+
+
+def ddp_wrapped_afterwards(rank, world_size):
+    model = Recommender()
+    updates = optim.apply_in_backward(model, optim.SGD, lr=1.0)
+    wrapped = DistributedDataParallel(model)
+    with pytest.raises(RuntimeError, match="_ddp_params_and_buffers_to_ignore"):
+        wrapped(torch.tensor([rank])).backward()
+    assert not model.table.weight.any()
+    assert not updates.optimizer.state
+
+
+def ddp_without_the_table(rank, world_size):
+    model = Recommender()
+    model._ddp_params_and_buffers_to_ignore = ["table.weight"]
+    optim.apply_in_backward(model, optim.SGD, lr=1.0)
+    wrapped = DistributedDataParallel(model)
+    wrapped(torch.tensor([rank])).backward()
+    assert model.table.weight[:, 0].tolist() == [-2.0 * (row == rank) for row in range(3)]
+
+
+def ddp_and_steps(rank, world_size):
+    model = Recommender()
+    wrapped = DistributedDataParallel(model)
+    optimizer = optim.SGD([model.table.weight], lr=1.0)
+    wrapped(torch.tensor([rank])).backward()
+    optimizer.step()
+    expected = [-2.0 / world_size if row < world_size else 0.0 for row in range(3)]
+    assert model.table.weight[:, 0].tolist() == expected
+
+
+def in_ddp(rank, world_size, store):
+    """One process, whose ids are others than the other's."""
     torch.distributed.init_process_group(
         "gloo",
         store=torch.distributed.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
     )
-    # Each replica has ids of its own.
-    indices = torch.tensor([rank])
-    model = Recommender()
-    if case == "given a wrapped module":
-        wrapped = DistributedDataParallel(model)
-        for given in (wrapped, model, [model.table.weight]):
-            with pytest.raises(RuntimeError, match="DistributedDataParallel averages"):
-                optim.apply_in_backward(given, optim.SGD, lr=1.0)
-            assert not model.table.weight._backward_hooks
-    elif case == "wrapped afterwards":
-        updates = optim.apply_in_backward(model, optim.SGD, lr=1.0)
-        wrapped = DistributedDataParallel(model)
-        with pytest.raises(RuntimeError, match="_ddp_params_and_buffers_to_ignore"):
-            wrapped(indices).backward()
-        assert not model.table.weight.any()
-        assert not updates.optimizer.state
-    elif case == "left out":
-        model._ddp_params_and_buffers_to_ignore = ["table.weight"]
-        optim.apply_in_backward(model, optim.SGD, lr=1.0)
-        wrapped = DistributedDataParallel(model)
-        wrapped(indices).backward()
-        expected = [0.0, 0.0, 0.0]
-        expected[rank] = -2.0
-        assert model.table.weight[:, 0].tolist() == expected
-    else:
-        assert case == "stepped"
-        wrapped = DistributedDataParallel(model)
-        optimizer = optim.SGD([model.table.weight], lr=1.0)
-        wrapped(indices).backward()
-        optimizer.step()
-        expected = [-2.0 / world_size if row < world_size else 0.0 for row in range(3)]
-        assert model.table.weight[:, 0].tolist() == expected
+    ddp_given_a_wrapped_module(rank, world_size)
+    ddp_wrapped_afterwards(rank, world_size)
+    ddp_without_the_table(rank, world_size)
+    ddp_and_steps(rank, world_size)
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize(
-    "case", ["given a wrapped module", "wrapped afterwards", "left out", "stepped"]
-)
-def test_ddp(tmp_path, world_size, case):
-    """No replica moves alone; the cures that the message names work."""
-    torch.multiprocessing.spawn(
-        in_ddp, (world_size, str(tmp_path / "store"), case), nprocs=world_size
-    )
+def test_no_replica_under_ddp_moves_alone(tmp_path, world_size):
+    """Nor under what the message says to do instead."""
+    torch.multiprocessing.spawn(in_ddp, (world_size, str(tmp_path / "store")), nprocs=world_size)
+
+
+@pytest.mark.parametrize("result_is_kept", [False, True])
+def test_tables_and_what_they_hold_are_freed(result_is_kept):
+    """Also what a scaler and micro steps keep: nobody but the table holds its updates."""
+    layer = one_table()
+    scaler = cpu_scaler()
+    updates = optim.apply_in_backward(layer, optim.SGD, lr=1.0, micro_steps=2, scaler=scaler)
+    if not result_is_kept:
+        del updates
+    scaler.scale(look_up(layer, 1)).backward()
+    gc.collect()
+    scaler.scale(look_up(layer, 1)).backward()
+    assert layer.weight[1].item() == -2
+    weight = weakref.ref(layer.weight)
+    updates = None
+    del layer
+    gc.collect()
+    assert weight() is None
 
 
 def test_updates_compile_as_before():
@@ -699,12 +757,12 @@ def test_updates_compile_as_before():
 
 
 def test_batched_layers_take_one_scaler_for_all_their_tables():
-    layer = gpu_embed.TableBatchedEmbedding([(2, 3), (2, 5)], sparse=True)
+    layer = gpu_embed.TableBatchedEmbedding({"user": (2, 3), "item": (2, 3)}, sparse=True)
     before = layer.weight.detach().clone()
     scaler = cpu_scaler()
-    groups = [{"params": [param], "lr": 1.0} for param in layer.parameters_of(0, 1)]
+    groups = [{"params": layer.parameters_of(name), "lr": 1.0} for name in ("user", "item")]
     updates = optim.apply_in_backward(groups, optim.SGD, scaler=scaler)
-    output = layer(torch.tensor([[0], [1]]))
+    output = layer(torch.tensor([0, 1]), torch.tensor([0, 1, 2]))
     scaler.scale(float("nan") * output.sum()).backward()
     assert same_bits(layer.weight, before)
     assert [state["step"] for state in updates.optimizer.state.values()] == [0, 0]

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import reduce
@@ -34,11 +35,18 @@ class UpdatesInBackward:
         self,
         optimizer: RowOptimizer,
         tables: "list[_TableUpdate]",
+        passes: "_Passes",
         hooks: list[RemovableHandle],
     ) -> None:
         self.optimizer = optimizer
         self._tables = tables
+        self._passes = passes
         self._hooks = hooks
+
+    def finish(self) -> None:
+        """Apply what `micro_steps` has summed so far, and count from one again: for an epoch that k does not divide."""
+        self._passes.count = 0
+        self._passes.apply_held()
 
     def remove(self) -> None:
         """From here on gradients are kept in `.grad` again, and nothing is updated in backward.
@@ -77,12 +85,14 @@ def apply_in_backward(
     **Gradient accumulation.** Without `micro_steps=`, each backward is an update, which nothing can notice
     either. With `micro_steps=k` the gradients of k backwards are summed, as `.grad` would sum them, and applied in
     the k-th, also to tables that only earlier ones reached. A backward that reaches none of the tables does not
-    count. The sums are held apart from `.grad`, so `zero_grad()` does not drop them. With `scaler=`, each is
+    count. The sums are held apart from `.grad`, so `zero_grad()` does not drop them, and no `state_dict()` has them;
+    `finish()` applies what there is, at the end of an epoch. With `scaler=`, each is
     divided by the scale of its own backward, and one that is not finite drops all k.
 
     **What is refused.** Reentrant checkpoints read tables again in the middle of a backward: use
     `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`. The lookup itself raises where a layer
-    of the given module makes it, and the nested backward for other tables. DistributedDataParallel averages
+    of the given module makes it; for tables given as parameters the nested backward does, when those that are looked
+    up outside of the checkpoint as well may have been updated. DistributedDataParallel averages
     gradients after they have been applied: call `step()` after the backward instead, which takes the sparse
     gradients it averages, or leave the tables out of it by `_ddp_params_and_buffers_to_ignore`, if replicas are to
     differ or are kept equal otherwise.
@@ -164,7 +174,7 @@ def apply_in_backward(
     hooks += [layer.register_forward_pre_hook(_refuse_checkpoint) for layer in layers]
     if scaler is not None:
         hooks += _settle_before(optimizer, passes)
-    return UpdatesInBackward(optimizer, tables, hooks)
+    return UpdatesInBackward(optimizer, tables, passes, hooks)
 
 
 def _sparse_layers(module: torch.nn.Module) -> list[Any]:
@@ -202,6 +212,7 @@ class _Passes:
         self.micro_steps = micro_steps
         self.count = 0
         self.current = -1
+        self.lock = threading.Lock()
         self.tables: list[weakref.ref[_TableUpdate]] = []
         self.knows_ddp = False
 
@@ -213,12 +224,14 @@ class _Passes:
         if self.micro_steps == 1:
             return True
         running = torch._C._current_graph_task_id()
-        if running != self.current:
-            self.current = running
-            self.count = self.count % self.micro_steps + 1
-            if self.count == self.micro_steps:
-                torch.autograd.Variable._execution_engine.queue_callback(self.apply_others)
-        return self.count == self.micro_steps
+        # Each device has a thread of its own in backward.
+        with self.lock:
+            if running != self.current:
+                self.current = running
+                self.count = self.count % self.micro_steps + 1
+                if self.count == self.micro_steps:
+                    torch.autograd.Variable._execution_engine.queue_callback(self.apply_held)
+            return self.count == self.micro_steps
 
     def refuse_ddp(self) -> None:
         """Once, in the first backward, as a module may be wrapped after its tables were given."""
@@ -226,8 +239,8 @@ class _Passes:
             _refuse_ddp([table.whole for table in self.live()])
             self.knows_ddp = True
 
-    def apply_others(self) -> None:
-        """Update the tables that earlier passes reached, and the last one did not."""
+    def apply_held(self) -> None:
+        """Update the tables that earlier passes reached, and the last one did not, or not yet."""
         for table in self.live():
             if table.held:
                 table.apply_held()
@@ -348,12 +361,14 @@ def _total(grads: list[Tensor]) -> Tensor:
     """The sum of gradients of one kind; none of their entries are added up."""
     if len(grads) == 1 or isinstance(grads[0], TableGradient):
         return reduce(add, grads)
+    indices = torch.cat([grad._indices() for grad in grads], 1)
+    return _sparse(indices, torch.cat([grad._values() for grad in grads]), grads[0].shape)
+
+
+def _sparse(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    # The default device may be another; checking the indices would wait for the GPU.
     return torch.sparse_coo_tensor(
-        torch.cat([grad._indices() for grad in grads], 1),
-        torch.cat([grad._values() for grad in grads]),
-        grads[0].shape,
-        is_coalesced=False,
-        check_invariants=False,
+        indices, values, shape, device=values.device, check_invariants=False
     )
 
 
@@ -385,13 +400,7 @@ def _unscaled(grad: Tensor, whole: Tensor, scaler: GradScaler) -> _Held:
         values = grad._values()
         largest, count = _largest(values, dtype), len(values)
         # Not rounded to 16 bit, where small ones would vanish.
-        unscaled = torch.sparse_coo_tensor(
-            grad._indices(),
-            values.to(dtype) * inverse,
-            grad.shape,
-            is_coalesced=grad.is_coalesced(),
-            check_invariants=False,
-        )
+        unscaled = _sparse(grad._indices(), values.to(dtype) * inverse, grad.shape)
     # No sum of so many is larger.
     return _Held(unscaled, torch.isfinite(largest * inverse * count))
 
