@@ -46,6 +46,7 @@ class Case:
     lr_on_device: bool = False
     rows: bool = False  # whether only some rows may change
     stochastic_rounding: bool = False
+    weight_decay: bool = False  # of the rows used
     dims: tuple[int, ...] = ()  # of batched tables, the widest's first
     output_dtype: torch.dtype | None = None  # None: the table's
     group_size: int = (
@@ -195,6 +196,7 @@ def _row_update(case: Case, backend: TritonBackend) -> None:
     update = RowUpdate(
         case.operation,
         step_size=0.1,
+        weight_decay=float(case.weight_decay),
         lr=torch.empty(1, dtype=torch.float64, device=META) if case.lr_on_device else None,
         stream=Stream(1, 1) if case.stochastic_rounding else None,
     )
@@ -301,7 +303,10 @@ def _table_update(case: Case, backend: TritonBackend) -> None:
     )
     rows = torch.empty(num_rows, dtype=torch.bool, device=META) if case.rows else None
     update = RowUpdate(
-        formula, step_size=0.1, stream=Stream(1, 1) if case.stochastic_rounding else None
+        formula,
+        step_size=0.1,
+        weight_decay=float(case.weight_decay),
+        stream=Stream(1, 1) if case.stochastic_rounding else None,
     )
     backend.table_row_update_(update, weight, state, entries, rows)
 
@@ -469,15 +474,23 @@ CASES = (
     Case("table_sample_weights", 300, BF16, dims=(300, 8)),
     Case("table_sample_weights", 33, FP64, num_indices=3073, dims=(33,)),
     Case("table_sgd", 128, BF16, stochastic_rounding=True, dims=(128, 64)),
+    Case("table_momentum", 128, FP32, weight_decay=True, dims=(128, 64)),
+    Case("table_nesterov", 128, BF16, mean=True, dims=(128, 64, 32)),
     Case("table_adagrad", 128, FP32, mean=True, dims=(128, 64, 32)),
     Case("table_adam", 128, FP32, max=True, rows=True, dims=(128, 64)),
     Case("table_adam", 33, FP64, dims=(33, 8)),
     Case("table_rowwise_adagrad", 128, FP32, dims=(128, 64, 32)),
     Case("table_rowwise_adagrad", 768, BF16, mean=True, dims=(768, 64)),
     Case("table_rowwise_adagrad", 8192, BF16, stochastic_rounding=True, dims=(8192, 8)),
+    Case("table_rowwise_adagrad", 8192, BF16, weight_decay=True, dims=(8192, 8)),
     Case("sgd", 128, lr_on_device=True),
     Case("sgd", 128, BF16, stochastic_rounding=True),
+    Case("momentum", 128),
+    Case("momentum", 33, FP64, weight_decay=True),
+    Case("nesterov", 128, BF16, stochastic_rounding=True, weight_decay=True),
+    Case("nesterov", 300, FP16, lr_on_device=True),
     Case("adagrad", 128),
+    Case("adagrad", 128, BF16, weight_decay=True),
     Case("adagrad", 33, FP16),
     Case("adam", 128, rows=True),
     Case("adam", 300, num_indices=3073, lr_on_device=True),
@@ -491,9 +504,11 @@ CASES = (
     Case("rowwise_adagrad", 16),
     Case("rowwise_adagrad", 128),
     Case("rowwise_adagrad", 768, BF16, lr_on_device=True),
+    Case("rowwise_adagrad", 768, weight_decay=True),
     Case("rowwise_adagrad", 4096),
     Case("rowwise_adagrad", 2048, FP64),
     Case("rowwise_adagrad", 5000),
+    Case("rowwise_adagrad", 5000, weight_decay=True),
     Case("rowwise_adagrad", 8192, BF16, stochastic_rounding=True, lr_on_device=True),
     Case("embedding_descriptor", 4096, BF16, record=True),
     Case("embedding_descriptor", 768, BF16),
