@@ -758,6 +758,23 @@ def test_loaded_state_is_a_copy_unless_it_is_the_optimizers_own(sizes):
     assert all(part.eq(3.0).all() for part in parts_of(optimizer, "sum").values())
 
 
+@every_class
+@every_layer
+def test_updates_in_backward_follow_what_is_loaded(make_layer, optimizer_class):
+    """The loaded numbers are those of the next update, and so are those that a schedule sets afterwards."""
+    layers = [make_layer() for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    updates = optim.apply_in_backward(layers[0], optimizer_class, lr=77.0)
+    optimizer = optimizer_class(layers[1].parameters(), lr=0.25)
+    updates.optimizer.load_state_dict(optimizer.state_dict())
+    for seed, lr in enumerate((0.25, 0.125)):
+        for one in (updates.optimizer, optimizer):
+            one.param_groups[0]["lr"] = lr
+        train(layers[0], updates.optimizer, [seed])
+        train(layers[1], optimizer, [seed])
+        assert same_bits(layers[0].weight.detach(), layers[1].weight.detach())
+
+
 @every_size
 def test_chosen_rows_are_saved_by_table(sizes):
     """They stay the same rows of the same tables in another order."""

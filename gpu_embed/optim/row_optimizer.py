@@ -315,7 +315,13 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         return f"parameter {number}{name} of shape {list(param.shape)}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        present = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        # Updates in backward hold the groups, and must follow what is loaded.
+        for number, group in enumerate(present):
+            loaded, self.param_groups[number] = self.param_groups[number], group
+            group.clear()
+            group.update(loaded)
         for group in self.param_groups:
             # The state_dict of torch's optimizer knows less.
             for name, value in self.defaults.items():
