@@ -196,7 +196,8 @@ def main_compare(old: Path, new: Path, fail_below: float) -> int:
     """Print the comparison; return 0, REGRESSION or UNUSABLE, for a shell.
 
     Only gpu_embed's own rows decide: a rival that got slower is no fault of ours. A row of ours that had a time
-    and is not there any more counts too: a run that ended early must not pass.
+    and is not there any more counts too: a run that ended early must not pass. A noisy row gets no verdict; where
+    all of ours are noisy, there is none at all.
 
     Raises ResultsError for files that cannot be compared, or a ratio that is none.
     """

@@ -17,6 +17,7 @@ import torch
 from gpu_embed.bench import cli, headline, host_time, providers, results, shapes, summary, timing
 from gpu_embed.bench.providers import PROVIDERS, Provider
 from gpu_embed.bench.results import Row, read_header, read_rows
+from gpu_embed.demo import describe_backend
 
 SMALL = ("--vocab", "60", "--dim", "8", "--ids", "40", "--seconds", "0.002")
 
@@ -252,6 +253,7 @@ def test_the_summary_of_a_cpu(capsys, monkeypatch):
     monkeypatch.setattr(host_time, "measure_host_time", quick)
     assert cli.main(["--device", "cpu", "--card", "a100"]) == 0
     said = capsys.readouterr().out
+    assert said.splitlines()[2:4] == describe_backend(torch.device("cpu")).splitlines()
     assert "50 x 8 float32, 40 ids" in said
     assert "gpu_embed, torch backend" in said
     assert "A100 80GB SXM, predicted, not measured" in said

@@ -130,6 +130,31 @@ def test_output_names_backend_and_ids(output: str):
     assert "'Nice to see you again'   -> [5, 1, 2, 3, 6]" in output
 
 
+def test_on_a_cpu_the_first_lines_say_that_torchs_operators_run(output: str):
+    assert output.splitlines()[1:3] == demo.describe_backend("cpu").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("said", "on_cpu"),
+    [
+        ("torch serves cpu: the kernels are for CUDA devices", True),
+        ("torch serves cpu: forced by use_backend() or GPU_EMBED_BACKEND", True),
+        ("triton serves cpu: forced by use_backend() or GPU_EMBED_BACKEND", False),
+        ("triton serves cuda: the first choice", False),
+        ("torch serves cuda as the last resort; triton: not installed", False),
+    ],
+)
+def test_only_where_torch_serves_a_cpu_the_kernels_are_said_to_be_for_cuda(
+    said, on_cpu, monkeypatch
+):
+    monkeypatch.setattr(gpu_embed.backends, "explain", lambda device: said)
+    first, *more = demo.describe_backend("any").splitlines()
+    assert first == f"backend: {said}"
+    assert [line.startswith("On a CPU torch's own operators run") for line in more] == [
+        True
+    ] * on_cpu
+
+
 def test_output_has_the_learnt_table_with_words(output: str):
     for i, word in enumerate(("hope", "to", "see", "you", "soon", "nice", "again")):
         assert re.search(rf"\b{i} +\S {word} +\S \[ *-?\d+\.\d+, +-?\d+\.\d+\]", output)

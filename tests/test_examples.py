@@ -5,8 +5,10 @@ import math
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -295,6 +297,32 @@ def test_ctrl_c_in_training_is_one_line(name, tmp_path, monkeypatch, capsys):
         "backend: torch serves cpu: the kernels are for CUDA devices\n"
         "On a CPU torch's own operators run: only a CUDA device shows gpu_embed's kernels"
     )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.parametrize("name", ["recommender.py", "keras_text_classifier.py"])
+def test_ctrl_c_in_a_real_process(name, tmp_path):
+    for package in PROGRAMS[name][0]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    options = ["--data", "synthetic"] if name == "recommender.py" else []
+    with subprocess.Popen(
+        [sys.executable, "-u", EXAMPLES / name, *options, "--epochs", "1000"],
+        cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("backend: ")
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert said.strip() == "interrupted, no picture was written"
     assert list(tmp_path.iterdir()) == []
 
 
