@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from gpu_embed.backends._triton import TritonBackend
+from gpu_embed.backends._triton.device import ENABLE_FP_FUSION
 
 from .codegen_cases import Case
 from .codegen_instructions import (
@@ -93,6 +94,7 @@ class RecordingBackend(TritonBackend):
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
     ) -> None:
         case = self._case
+        settings.setdefault("enable_fp_fusion", ENABLE_FP_FUSION)
         self.launches.append(Launch(str(case), kernel, grid, args, settings, case.architecture))
 
     def _capability(self, device: torch.device) -> tuple[int, int]:

@@ -298,10 +298,13 @@ def record_for(device: torch.device) -> BoundsRecord | None:
 
 def prepare(device: torch.device) -> None:
     """Make the record of a CUDA device while a lookup is traced, as its first run may be a graph's warm-up."""
-    if device.type != "cuda" or BOUNDS_CHECK.value == "off" or not torch.cuda.is_available():
+    # Fake tensors alone must not start CUDA, nor can they in a forked process, and their device may not exist.
+    if device.type != "cuda" or BOUNDS_CHECK.value == "off" or not torch.cuda.is_initialized():
         return
     index = _cuda_index(device)
-    if index not in _cuda_records and not torch.cuda.is_current_stream_capturing():
+    if index in _cuda_records or index >= torch.cuda.device_count():
+        return
+    if not torch.cuda.is_current_stream_capturing():
         _cuda_record(index)
 
 

@@ -195,6 +195,8 @@ def _known_launch() -> str:
 
     try:
         return known_launch.unused_reason() or "yes"
+    except ValueError as error:  # an unknown choice
+        return str(error)
     except Exception as error:  # a broken install
         return f"triton does not work here: {error}"
 

@@ -285,7 +285,9 @@ def _check_norm(weight: Tensor) -> None:
     if weight.is_floating_point() and weight.dtype not in ops.GRADIENT_DTYPES:
         raise NotImplementedError(f"\"norm_{weight.device.type}\" not implemented for '{name}'")
     if not (weight.is_floating_point() or weight.is_complex()):
-        raise RuntimeError(
+        # torch's own type, which is a kind of RuntimeError too.
+        error = NotImplementedError if torch.__version__ >= "2.15" else RuntimeError
+        raise error(
             f"norm(): input dtype should be either floating point or complex. Got {name} instead."
         )
 

@@ -102,3 +102,5 @@ GRADIENT_METHOD = Setting(
     "GPU_EMBED_GRADIENT_METHOD",
     ("auto", "atomic", "descriptor", "sorted_atomic", "one_hot", "sorted"),
 )
+# Whether a Triton kernel that was launched before may skip Triton's own launch path.
+KNOWN_LAUNCH = Setting("GPU_EMBED_KNOWN_LAUNCH", ("1", "0"))

@@ -92,8 +92,7 @@ def _dequantize_rows(
     _check_dtypes("dequantize_rows", indices, scale.dtype, dtype)
     bounds.raise_pending(values.device)
     if indices.numel() == 0:
-        bounds.prepare(scale.device)
-    return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+        return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
     table = QuantizedTable(values, scale, zero, embedding_dim, group_size, bits).adjacent()
     record = bounds.record_for(values.device)
     output = backends.select(values.device).dequantize_rows(table, indices, dtype, record)
@@ -126,6 +125,7 @@ def _dequantize_rows_fake(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    bounds.prepare(scale.device)
     return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
 
 

@@ -8,18 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed")
+pytest.importorskip("triton", "3.6", reason="no Triton, or one that launches its own way")
 
-from triton import AsyncCompileMode, knobs  # noqa: E402
-from triton import language as tl  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
+from triton import AsyncCompileMode, knobs
+from triton import language as tl
+from triton.runtime import driver, jit
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gpu_embed.backends._triton import TritonBackend, known_launch  # noqa: E402
-from gpu_embed.backends._triton.device import WordsOf  # noqa: E402
-from gpu_embed.bench.codegen import record_launches  # noqa: E402
-from gpu_embed.bench.codegen_cases import CASES  # noqa: E402
-from gpu_embed.bench.stub_launch import stub_driver, stub_kernel  # noqa: E402
+from gpu_embed.backends._triton import TritonBackend, known_launch
+from gpu_embed.backends._triton.device import WordsOf
+from gpu_embed.bench.codegen import record_launches
+from gpu_embed.bench.codegen_cases import CASES
+from gpu_embed.bench.stub_launch import stub_driver, stub_kernel
+from gpu_embed.settings import KNOWN_LAUNCH
 
 
 def one_of_each(pointer, other_ptr, number, factor, D: tl.constexpr, BLOCK: tl.constexpr):
@@ -256,7 +257,8 @@ def test_the_version_at_hand_was_checked():
 
 
 @pytest.fixture
-def asked_anew():
+def asked_anew(monkeypatch):
+    monkeypatch.setattr(KNOWN_LAUNCH, "_value", None)
     known_launch.is_used.cache_clear()
     yield
     known_launch.is_used.cache_clear()
@@ -281,6 +283,17 @@ def test_launches_go_tritons_way_where_they_must(launched, monkeypatch, asked_an
     assert len(launched) == 2
     assert not known_launch._binaries
     assert env_report._known_launch().startswith(reason)
+
+
+def test_a_choice_that_is_none_is_refused(launched, monkeypatch, asked_anew):
+    """Who writes "off" must not get the fast launches."""
+    from gpu_embed import env_report
+
+    monkeypatch.setenv("GPU_EMBED_KNOWN_LAUNCH", "off")
+    message = "GPU_EMBED_KNOWN_LAUNCH: expected one of '1', '0', got 'off'"
+    with pytest.raises(ValueError, match=message):
+        known_launch.launch(stub_kernel(one_of_each), *CALL)
+    assert env_report._known_launch() == message
 
 
 @pytest.mark.parametrize("gone", ["pre_run_hooks", "runtime.debug"])

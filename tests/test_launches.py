@@ -19,6 +19,7 @@ from gpu_embed.backends._cupy import device as cupy_device
 from gpu_embed.own_thread import on_own_thread
 from gpu_embed.table_functional import table_batched_embedding_bag
 from gpu_embed.tables import Tables, make_layout
+from gpu_embed.take_ops import dequantize_rows, take_rows
 
 CUDA = torch.device("cuda", 0)
 
@@ -27,6 +28,8 @@ CUDA = torch.device("cuda", 0)
 def card(monkeypatch):
     """A card that torch finds, and no driver that anything could reach."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -85,6 +88,10 @@ LOOKUPS = {
     "maxima": lambda w, ids: gpu_embed.functional.embedding_bag(ids, w, mode="max"),
     "tables": lambda w, ids: many_tables(w, ids, "sum"),
     "maxima of tables": lambda w, ids: many_tables(w, ids, "max"),
+    "taken rows": lambda w, ids: take_rows(w, ids, torch.float32),
+    "dequantized rows": lambda w, ids: dequantize_rows(
+        torch.empty_like(w, dtype=torch.int8), w, None, ids, 4, 1, 8, torch.float32
+    ),
 }
 
 
@@ -106,6 +113,22 @@ def test_tracing_makes_the_record_on_another_thread(card, monkeypatch, look_up, 
     assert record.device == CUDA
     assert record.thread != threading.get_ident()
     assert record.kind is torch.Tensor
+
+
+@pytest.mark.parametrize("why", ["cuda is not in use", "no such device"])
+def test_fake_tensors_alone_make_no_record(card, monkeypatch, why):
+    """They may be traced where there is no card, in a forked process, or for a larger machine."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(bounds, "BoundsRecord", Record)
+    if why == "cuda is not in use":
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    index = 2 if why == "no such device" else 0
+    with FakeTensorMode():
+        weight = torch.empty(5, 4, device=f"cuda:{index}")
+        ids = torch.empty(2, dtype=torch.int64, device=f"cuda:{index}")
+        assert gpu_embed.functional.embedding(ids, weight).shape == (2, 4)
+    assert not bounds._cuda_records
 
 
 def test_a_record_is_made_once_by_many_threads(card, monkeypatch):
@@ -232,6 +255,23 @@ def test_nothing_is_tried_while_a_graph_is_captured(both, monkeypatch):
         assert both["triton"].tried == 0
     assert both["triton"].unusable_reason(CUDA) is None
     assert both["triton"].tried == 1
+
+
+def test_a_choice_made_while_a_graph_is_captured_is_not_kept(both, monkeypatch):
+    """Else the first lookup would decide for the process, untried."""
+    both["triton"].error = RuntimeError("Failed to find C compiler")
+    with gpu_embed.use_backend("auto"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            assert backends.select(CUDA).name == "triton"
+        assert backends.select(CUDA).name == "cupy"
+
+
+def test_a_full_card_is_no_reason(both):
+    both["triton"].error = torch.OutOfMemoryError("CUDA out of memory")
+    assert both["triton"].unusable_reason(CUDA) is None
+    both["triton"].error = RuntimeError("Failed to find C compiler")
+    assert "C compiler" in both["triton"].unusable_reason(CUDA)
 
 
 def test_each_device_is_tried(both):
@@ -446,6 +486,16 @@ def test_a_disk_that_is_full_leaves_nothing(cached, monkeypatch):
 
     monkeypatch.setattr(cubin_cache.os, "replace", full)
     cubin_cache.write(the_file(), MADE)
+    assert list(cached.iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing(cached, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cubin_cache.json, "dump", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cubin_cache.write(the_file(), MADE)
     assert list(cached.iterdir()) == []
 
 

@@ -234,7 +234,10 @@ def select(device: torch.device) -> Backend:
     choice = (BACKEND.value, device)
     backend = _selected.get(choice)
     if backend is None:
-        backend = _selected[choice] = _select(*choice)
+        backend = _select(*choice)
+        # Nothing was tried if a graph is being captured, so the choice is made anew after it.
+        if not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()):
+            _selected[choice] = backend
     return backend
 
 

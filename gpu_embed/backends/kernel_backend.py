@@ -114,7 +114,7 @@ class KernelBackend(ABC):
         """Why no kernel runs on this CUDA device, though all that it needs is there; None: one has run.
 
         A C compiler, the driver's library or a folder for the cache may be missing, or the compiler too old for the
-        card: only a launch tells. Asked once a device, by the smallest lookup, whose kernel is used anyhow.
+        card: only a launch tells. Asked once a device, by the smallest lookup.
         """
         index = torch.cuda.current_device() if device.index is None else device.index
         if index not in self._launch_failures:
@@ -123,6 +123,10 @@ class KernelBackend(ABC):
             try:
                 on_own_thread(self._try_launch, torch.device("cuda", index))
                 reason = None
+            except torch.OutOfMemoryError:
+                return (
+                    None  # The card is full, which is not for good; the lookup itself will say so.
+                )
             except Exception as error:
                 reason = f"{self.name} cannot launch a kernel here: {_first_line(error)}"
                 logger.warning("gpu_embed: %s", reason)

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,4 +92,8 @@ def write(file: Path | None, compiled: Compiled) -> None:
             json.dump(kept, unfinished)
         os.replace(name, file)
     except OSError:
-        Path(name).unlink(missing_ok=True)
+        pass
+    finally:
+        # Not there any more where all went well.
+        with suppress(OSError):
+            os.unlink(name)

@@ -18,6 +18,8 @@ from .known_launch import launch
 MIN_CAPABILITY = (8, 0)
 # Bulk copies through tensor descriptors begin here.
 DESCRIPTOR_CAPABILITY = (9, 0)
+# Said in every launch, as Triton's default is about to change; it is what the kernels were checked with.
+ENABLE_FP_FUSION = True
 
 
 class TritonDevice(TableKernels):
@@ -64,8 +66,7 @@ class TritonDevice(TableKernels):
             with _interpreter_lock:
                 kernel[grid](*args, **settings)
             return
-        # Said in every launch, as its default is about to change; it is what the kernels were checked with.
-        settings.setdefault("enable_fp_fusion", True)
+        settings.setdefault("enable_fp_fusion", ENABLE_FP_FUSION)
         if device.index == torch.cuda.current_device():
             launch(kernel, grid, device.index, args, settings)
         else:

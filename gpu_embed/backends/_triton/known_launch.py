@@ -6,15 +6,14 @@ kernel is in the key below, which is as fine as Triton's own or finer; the binar
 same holds for what the process tells Triton meanwhile: a profiler that instruments kernels, or `knobs.runtime.debug`.
 """
 
-import os
 import threading
 from functools import cache, lru_cache
 from typing import Any
 
+from ...settings import KNOWN_LAUNCH
+
 # Those whose launch path was compared with this one; any other version launches by its own.
 CHECKED_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
-# "0" rules it out.
-VARIABLE = "GPU_EMBED_KNOWN_LAUNCH"
 # What else changes a binary, where the version has it.
 KNOBS = ("instrumentation_mode", "fpsan_homomorphic_casts")
 INT32 = 2**31
@@ -64,8 +63,8 @@ def unused_reason() -> str | None:
     """Why each launch goes Triton's own way; None: it does not."""
     import triton
 
-    if os.environ.get(VARIABLE) == "0":
-        return f"{VARIABLE}=0"
+    if KNOWN_LAUNCH.value == "0":
+        return f"{KNOWN_LAUNCH.variable}=0"
     if triton.__version__ not in CHECKED_VERSIONS:
         return (
             f"triton {triton.__version__} is none of those checked: {', '.join(CHECKED_VERSIONS)}"
