@@ -1,10 +1,13 @@
 """Batched lookups in many tables; every user error of theirs is raised here."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from . import ops, table_ops
 from .functional import INDEX_DTYPES, tensor_hint
+from .table_inputs import TableInput
 from .tables import TableLayout, Tables, quoted
 
 
@@ -99,11 +102,16 @@ def check_batch(
 
 
 def _check_is_tensor(function: str, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}"
-            f"{tensor_hint(name, value)}"
+    if isinstance(value, Tensor):
+        return
+    hint = tensor_hint(name, value)
+    if isinstance(value, Mapping | TableInput):
+        hint = (
+            "; put ids together with gpu_embed.batch_bags or batch_padded, and call layer(*batch)"
         )
+    raise TypeError(
+        f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}{hint}"
+    )
 
 
 def _other_device(function: str, name: str, tensor: Tensor, weight: Tensor) -> RuntimeError:

@@ -307,7 +307,9 @@ def _check_tensor(what: str, value: object) -> None:
 
 def _check_integers(what: str, value: Tensor) -> None:
     if value.dtype not in INDEX_DTYPES:
-        raise RuntimeError(f"{what} must be int64, int32, int16 or uint8, got {value.dtype}")
+        raise RuntimeError(
+            f"{what} must be int64, int32, int16 or uint8, got {value.dtype}: convert with .long()"
+        )
 
 
 def _check_device(what: str, value: Tensor, ids: Tensor) -> None:

@@ -571,7 +571,7 @@ class TableBatchedEmbedding(BatchedTables):
     def forward(
         self,
         input: Tensor,
-        offsets: Tensor,
+        offsets: Tensor = None,  # type: ignore[assignment]  # so that a missing one is the check's to explain
         per_sample_weights: None = None,
         features: tuple[str, ...] | int | None = None,
     ) -> Tensor:
@@ -674,7 +674,7 @@ class TableBatchedEmbeddingBag(BatchedTables):
     def forward(
         self,
         input: Tensor,
-        offsets: Tensor,
+        offsets: Tensor = None,  # type: ignore[assignment]  # so that a missing one is the check's to explain
         per_sample_weights: Tensor | None = None,
         features: tuple[str, ...] | int | None = None,
     ) -> Tensor:

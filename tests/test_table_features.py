@@ -250,6 +250,17 @@ def test_features_that_the_layer_does_not_have(layer_class):
         layer(ids.flatten(), torch.zeros(1).long(), None, ("item", "user", "shop", "shop"))
 
 
+@pytest.mark.parametrize("layer_class", [TableBatchedEmbedding, TableBatchedEmbeddingBag])
+def test_a_batch_that_is_not_unpacked(layer_class):
+    layer = layer_class(SIZES["uniform"])
+    ids = {name: torch.zeros(2, 1, dtype=torch.int64) for name in layer}
+    for given in (batch_padded(ids), ids):
+        with pytest.raises(TypeError, match=r"must be Tensor, not .*; .* call layer\(\*batch\)"):
+            layer(given)
+    with pytest.raises(TypeError, match="'offsets' must be Tensor, not NoneType"):
+        layer(torch.zeros(3, dtype=torch.int64))
+
+
 def test_rows_have_no_weights_of_samples():
     layer = TableBatchedEmbedding(SIZES["uniform"])
     ids = {name: torch.zeros(2, 1, dtype=torch.int64) for name in layer}
