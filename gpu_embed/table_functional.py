@@ -32,25 +32,7 @@ def table_batched_embedding_bag(
     sparse: bool = False,
 ) -> Tensor:
     """Sums, means and maxima of the bags of all tables, [B, sum of embedding_dims]; see `TableBatchedEmbeddingBag`."""
-    if per_sample_weights is not None:
-        for name, value in (("input", input), ("per_sample_weights", per_sample_weights)):
-            _check_is_tensor("table_batched_embedding_bag", name, value)
-        if input.size() != per_sample_weights.size():
-            raise ValueError(
-                f"table_batched_embedding_bag: If per_sample_weights ({per_sample_weights.shape}) is not "
-                f"None, then it must have the same shape as the input ({input.shape})"
-            )
-        for name, mode in zip(tables.layout.names, tables.layout.modes, strict=True):
-            if mode != "sum":
-                raise NotImplementedError(
-                    "table_batched_embedding_bag: per_sample_weights is only supported for mode='sum', "
-                    f"but table {name!r} has mode={mode!r}"
-                )
-        if per_sample_weights.dtype != weight.dtype:
-            raise RuntimeError(
-                "table_batched_embedding_bag: expected per_sample_weights of the tables' dtype "
-                f"{weight.dtype}, got {per_sample_weights.dtype}"
-            )
+    check_sample_weights(input, per_sample_weights, weight, tables.layout)
     return _look_up(input, weight, offsets, tables, per_sample_weights, sparse, pooled=True)
 
 
@@ -77,6 +59,31 @@ def _look_up(
     if sparse and not layout.is_uniform and torch.compiler.is_compiling():
         return _call_in_eager_mode(*arguments)
     return _call(*arguments)
+
+
+def check_sample_weights(
+    input: Tensor, per_sample_weights: Tensor | None, weight: Tensor, layout: TableLayout
+) -> None:
+    """Raise for weights that do not go with these ids and tables."""
+    if per_sample_weights is not None:
+        for name, value in (("input", input), ("per_sample_weights", per_sample_weights)):
+            _check_is_tensor("table_batched_embedding_bag", name, value)
+        if input.size() != per_sample_weights.size():
+            raise ValueError(
+                f"table_batched_embedding_bag: If per_sample_weights ({per_sample_weights.shape}) is not "
+                f"None, then it must have the same shape as the input ({input.shape})"
+            )
+        for name, mode in zip(layout.names, layout.modes, strict=True):
+            if mode != "sum":
+                raise NotImplementedError(
+                    "table_batched_embedding_bag: per_sample_weights is only supported for mode='sum', "
+                    f"but table {name!r} has mode={mode!r}"
+                )
+        if per_sample_weights.dtype != weight.dtype:
+            raise RuntimeError(
+                "table_batched_embedding_bag: expected per_sample_weights of the tables' dtype "
+                f"{weight.dtype}, got {per_sample_weights.dtype}"
+            )
 
 
 def check_batch(

@@ -683,6 +683,9 @@ class TableBatchedEmbeddingBag(BatchedTables):
             table_functional.check_batch(
                 "table_batched_embedding_bag", input, offsets, self.weight, self.layout
             )
+            table_functional.check_sample_weights(
+                input, per_sample_weights, self.weight, self.layout
+            )
             batch = TableInput(input, offsets, per_sample_weights)
             batch = reorder(batch, [order.index(feature) for feature in own])
             input, offsets, per_sample_weights, _ = batch

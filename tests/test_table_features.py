@@ -261,6 +261,23 @@ def test_a_batch_that_is_not_unpacked(layer_class):
         layer(torch.zeros(3, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("ordered", [True, False], ids=["in order", "in another order"])
+def test_wrong_weights_of_samples(ordered):
+    """The check comes before anything is put in order."""
+    layer = integer_layer(SIZES["mixed"])
+    ids = {name: torch.zeros(2, 1, dtype=torch.int64) for name in layer}
+    if not ordered:
+        ids = {name: ids[name] for name in sorted(ids)[::-1]}
+    batch = batch_padded(ids)
+    for weights, error, message in (
+        ([1.0] * 6, TypeError, "'per_sample_weights' must be Tensor, not list"),
+        (torch.ones(5), ValueError, "same shape as the input"),
+        (torch.ones(6).double(), RuntimeError, "of the tables' dtype"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(batch.input, batch.offsets, weights, batch.features)
+
+
 def test_rows_have_no_weights_of_samples():
     layer = TableBatchedEmbedding(SIZES["uniform"])
     ids = {name: torch.zeros(2, 1, dtype=torch.int64) for name in layer}
