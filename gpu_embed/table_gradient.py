@@ -416,10 +416,8 @@ def _unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None
         torch._amp_foreach_non_finite_check_and_unscale_(plain, found_inf, inv_scale)
     for grad in grads:
         if isinstance(grad, TableGradient):
-            _, _, scales, _, values, *_ = grad.entries
-            found = (~values.isfinite()).any()
-            if scales is not None:
-                found |= (~scales.isfinite()).any()
+            # Of the values that are some row's gradient; an empty bag's are none's.
+            found = (~grad.entries.row_values().isfinite()).any()
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.dtype)))
             grad.times_(inv_scale.to(arithmetic_dtype(grad.dtype)).reshape(()))
 

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import warnings
 import weakref
 
@@ -766,3 +767,82 @@ def test_batched_layers_take_one_scaler_for_all_their_tables():
     scaler.scale(float("nan") * output.sum()).backward()
     assert same_bits(layer.weight, before)
     assert [state["step"] for state in updates.optimizer.state.values()] == [0, 0]
+
+
+# What came up in use.
+
+
+@pytest.mark.parametrize("how", ["in backward", "scaler.step"])
+@pytest.mark.parametrize("unread", ["an empty bag", "padding alone"])
+def test_values_that_no_row_reads_do_not_stop_a_scaled_loop(how, unread):
+    """The square root's gradient at the zeros of an empty bag is infinite, and no row's."""
+    sizes = {"a": (5, 2), "b": (5, 3)}
+    padding = 4 if unread == "padding alone" else None
+    layer = gpu_embed.TableBatchedEmbeddingBag(sizes, padding_idx=padding, sparse=True)
+    with torch.no_grad():
+        layer.weight.fill_(4.0)
+    before = layer.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    if how == "in backward":
+        optim.apply_in_backward(layer, optim.SGD, lr=0.1, scaler=scaler)
+    else:
+        optimizer = optim.SGD(layer.parameters(), lr=0.1)
+    ids, offsets = torch.tensor([0, 1, 4]), torch.tensor([0, 2, 2, 2, 3])
+    if unread == "an empty bag":
+        ids, offsets = torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2, 3, 3])
+    scaler.scale(layer(ids, offsets).sqrt().sum()).backward()
+    if how == "scaler.step":
+        scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 8.0
+    assert layer.weight.isfinite().all()
+    assert not torch.equal(layer.weight, before)
+
+
+def test_a_first_step_that_is_dropped_is_not_the_one_without_dampening():
+    weight = torch.randn(3, 2)
+    table = gpu_embed.Embedding(3, 2, sparse=True, _weight=weight.clone())
+    dense = torch.nn.Embedding(3, 2, _weight=weight.clone())
+    arguments = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    theirs = torch.amp.GradScaler("cpu", init_scale=4.0)
+    optim.apply_in_backward(table, optim.SGD, scaler=scaler, **arguments)
+    optimizer = torch.optim.SGD(dense.parameters(), **arguments)
+    ids = torch.arange(3)
+    for factor in (float("inf"), 1.0, 2.0, float("inf"), 3.0):
+        scaler.scale((table(ids) * factor).sum()).backward()
+        scaler.update()
+        theirs.scale((dense(ids) * factor).sum()).backward()
+        theirs.step(optimizer)
+        theirs.update()
+        optimizer.zero_grad()
+        torch.testing.assert_close(table.weight, dense.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_failed_backward_left_is_discarded():
+    """Of two backwards an update, one fails: the next two are an update again, and of their own gradients."""
+    table = gpu_embed.Embedding(3, 2, sparse=True)
+    updates = optim.apply_in_backward(table, optim.SGD, lr=1.0, micro_steps=2)
+    before = table.weight.detach().clone()
+    ids = torch.arange(3)
+    (100 * table(ids)).sum().backward()
+    updates.discard()
+    table(ids).sum().backward()
+    assert torch.equal(table.weight, before)
+    table(ids).sum().backward()
+    torch.testing.assert_close(table.weight.detach(), before - 2)
+
+
+def test_a_copy_of_the_updates_updates_nothing():
+    """A model may keep them as an attribute, and be copied or pickled."""
+    table = gpu_embed.Embedding(3, 2, sparse=True)
+    table.updates = optim.apply_in_backward(table, optim.SGD, lr=1.0)
+    for copied in (copy.deepcopy(table), pickle.loads(pickle.dumps(table))):
+        before = copied.weight.detach().clone()
+        assert copied.updates.optimizer.param_groups[0]["params"][0] is copied.weight
+        copied(torch.arange(3)).sum().backward()
+        assert torch.equal(copied.weight, before)
+        copied.updates.remove()
+    before = table.weight.detach().clone()
+    table(torch.arange(3)).sum().backward()
+    assert not torch.equal(table.weight, before)

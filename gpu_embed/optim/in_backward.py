@@ -29,6 +29,9 @@ class UpdatesInBackward:
     Attributes:
         optimizer: whose state_dict, param_groups and lr are those of the updates, and which a learning-rate
             scheduler takes. Its `step()` finds no gradient and does nothing, so a training loop may keep the call.
+            Add no param group to it: its tables would not be updated in backward.
+
+    A copy, or what is unpickled, has a copy of the optimizer and updates nothing.
     """
 
     def __init__(
@@ -47,6 +50,20 @@ class UpdatesInBackward:
         """Apply what `micro_steps` has summed so far, and count from one again: for an epoch that k does not divide."""
         self._passes.count = 0
         self._passes.apply_held()
+
+    def discard(self) -> None:
+        """Drop what `micro_steps` has summed so far, and count from one again: after a backward that raised."""
+        self._passes.count = 0
+        for table in self._passes.live():
+            table.held.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The hooks are those of the tables that were given, and not of their copies.
+        return {"optimizer": self.optimizer, "micro_steps": self._passes.micro_steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.optimizer = state["optimizer"]
+        self._tables, self._passes, self._hooks = [], _Passes(state["micro_steps"]), []
 
     def remove(self) -> None:
         """From here on gradients are kept in `.grad` again, and nothing is updated in backward.
@@ -84,10 +101,13 @@ def apply_in_backward(
 
     **Gradient accumulation.** Without `micro_steps=`, each backward is an update, which nothing can notice
     either. With `micro_steps=k` the gradients of k backwards are summed, as `.grad` would sum them, and applied in
-    the k-th, also to tables that only earlier ones reached. A backward that reaches none of the tables does not
-    count. The sums are held apart from `.grad`, so `zero_grad()` does not drop them, and no `state_dict()` has them;
-    `finish()` applies what there is, at the end of an epoch. With `scaler=`, each is
-    divided by the scale of its own backward, and one that is not finite drops all k.
+    the k-th, also to tables that only earlier ones reached. After a backward that raised, `discard()` drops
+    what it left. A backward that reaches none of the tables does not count. The sums are held apart from
+    `.grad`, so `zero_grad()` does not drop them, and no `state_dict()` has them; `finish()` applies what there
+    is, at the end of an epoch. With `scaler=`, each is divided by the scale of its own backward, and one that
+    is not finite drops all k.
+
+    Backwards of several threads must not reach one table at the same time.
 
     **What is refused.** Reentrant checkpoints read tables again in the middle of a backward: use
     `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`. The lookup itself raises where a layer
@@ -392,9 +412,8 @@ def _unscaled(grad: Tensor, whole: Tensor, scaler: GradScaler) -> _Held:
     inverse = scale.double().reciprocal().to(dtype)
     if isinstance(grad, TableGradient):
         entries = grad.entries
-        largest, count = _largest(entries.values, dtype), len(entries.rows)
-        if entries.scales is not None:
-            largest = largest * _largest(entries.scales, dtype)
+        # Not all values: an empty bag's, or a padding's, are no row's gradient, whatever they are.
+        largest, count = _largest(entries.row_values(), dtype), len(entries.rows)
         unscaled: Tensor = TableGradient(entries.multiplied(inverse), grad.shape)
     else:
         values = grad._values()

@@ -176,7 +176,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 "copy.deepcopy((layer, optimizer))"
             )
         layouts = STATE[self._formula(group)]
-        begins = any(layout.name not in self.state.get(param, {}) for layout in layouts)
+        kept = self.state.get(param, {})
+        # A step that was dropped has made the state too, and has left its number at 0.
+        begins = not kept.get("step") or any(layout.name not in kept for layout in layouts)
         state = self._state_of(group, param)
         if group["stochastic_rounding"] and "seed" not in state:
             state["seed"] = self._seed_of(group, param)

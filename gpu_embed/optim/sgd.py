@@ -117,6 +117,9 @@ class SGD(RowOptimizer):
         for state in loaded.values():
             if state[BUFFER] is None:
                 del state[BUFFER]
+            else:
+                # torch counts no steps, but has made the buffer by one.
+                state["step"] = max(state.get("step", 0), 1)
         return loaded
 
     def _check_shape(self, value: Any, layout: StateLayout, param: Tensor) -> None:
