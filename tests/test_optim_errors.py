@@ -243,3 +243,38 @@ def test_every_kind_of_number_is_taken(optimizer_class, lr):
     optimizer = optimizer_class([torch.zeros(2, 2)], lr=lr)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert float(optimizer.param_groups[0]["lr"]) == float(lr)
+
+
+RANGES = {
+    "momentum": (optim.SGD, {"momentum": -0.5}, ValueError, r"Invalid momentum( value)?: -0\.5"),
+    "dampening": (optim.SGD, {"dampening": float("nan")}, ValueError, "Invalid dampening: nan"),
+    "nesterov": (optim.SGD, {"nesterov": True}, ValueError, "Nesterov momentum requires"),
+    "nesterov, dampened": (
+        optim.SGD,
+        {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+        ValueError,
+        "Nesterov momentum requires",
+    ),
+    "decay": (optim.SGD, {"decay_touched_rows": -1.0}, ValueError, "Invalid decay_touched_rows"),
+    "eps": (optim.Adam, {"eps": -1.0}, ValueError, "Invalid eps"),
+    "weight_decay": (optim.AdamW, {"weight_decay": -1.0}, ValueError, "Invalid weight_decay"),
+    "lr_decay": (optim.Adagrad, {"lr_decay": -1.0}, ValueError, "Invalid lr_decay"),
+    "maximize": (optim.RowWiseAdagrad, {"maximize": "no"}, TypeError, "Invalid maximize: 'no'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "override", "error", "message"), RANGES.values(), ids=RANGES
+)
+@pytest.mark.parametrize("where", ["constructor", "group", "added group"])
+def test_a_group_is_held_to_the_same_ranges(optimizer_class, override, error, message, where):
+    first, second = (torch.nn.Parameter(torch.zeros(3, 2)) for _ in range(2))
+    optimizer = optimizer_class([first])
+    make = {
+        "constructor": lambda: optimizer_class([second], **override),
+        "group": lambda: optimizer_class([{"params": [second], **override}]),
+        "added group": lambda: optimizer.add_param_group({"params": [second], **override}),
+    }
+    with pytest.raises(error, match=message.replace("Invalid eps", "Invalid (eps|epsilon value)")):
+        make[where]()
+    assert len(optimizer.param_groups) == 1

@@ -34,6 +34,8 @@ from .saved_state import (
     step_number,
 )
 
+# The hyperparameters that are True or False.
+FLAGS = ("maximize", "stochastic_rounding", "nesterov")
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -288,8 +290,13 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         """Raise TypeError for a hyperparameter of a group that is no number, ValueError for one out of range."""
         check_lr(group["lr"])
         for name, default in self.defaults.items():
-            if isinstance(default, Real) and not isinstance(default, bool) and name != "seed":
+            if name in FLAGS:
+                if not isinstance(group[name], bool):
+                    raise TypeError(f"Invalid {name}: {group[name]!r}, expected True or False")
+            elif name == "dampening":
                 check_number(name, group[name])
+            elif isinstance(default, Real) and name != "seed":
+                check_not_negative(name, group[name])
         if "betas" in self.defaults:
             check_betas(group["betas"])
         seed = group["seed"]

@@ -1,5 +1,7 @@
 """Stochastic gradient descent."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -65,8 +67,6 @@ class SGD(RowOptimizer):
         check_lr(lr)
         check_not_negative("momentum value", momentum)
         check_not_negative("decay_touched_rows value", decay_touched_rows)
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -79,6 +79,13 @@ class SGD(RowOptimizer):
             "rows": rows,
         }
         super().__init__(params, defaults)
+
+    def _check_numbers(self, group: Mapping[str, Any]) -> None:
+        super()._check_numbers(group)
+        if math.isnan(group["dampening"]):
+            raise ValueError(f"Invalid dampening: {group['dampening']}")
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def _formula(self, group: dict[str, Any]) -> str:
         if not group["momentum"]:
