@@ -295,7 +295,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                     raise TypeError(f"Invalid {name}: {group[name]!r}, expected True or False")
             elif name == "dampening":
                 check_number(name, group[name])
-            elif isinstance(default, Real) and name != "seed":
+            # torch's own flags have come into the defaults of some of its versions.
+            elif isinstance(default, Real) and not isinstance(default, bool) and name != "seed":
                 check_not_negative(name, group[name])
         if "betas" in self.defaults:
             check_betas(group["betas"])
