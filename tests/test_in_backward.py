@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import os
 import pickle
 import warnings
 import weakref
@@ -717,7 +718,9 @@ def in_ddp(rank, world_size, store):
     ddp_wrapped_afterwards(rank, world_size)
     ddp_without_the_table(rank, world_size)
     ddp_and_steps(rank, world_size)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # A backward that raised leaves gloo's threads at work, and now and then they abort an ordinary exit.
+    os._exit(0)
 
 
 @pytest.mark.slow
