@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.func import functional_call
+from torch.nn.utils import prune
 
 import gpu_embed
 from gpu_embed import TableBatchedEmbedding, TableBatchedEmbeddingBag, batch_padded
@@ -144,8 +145,8 @@ def by_save_torch_model(model, other, folder):
     return other
 
 
-def by_transformers(model, other, folder):
-    transformers = pytest.importorskip("transformers")
+def a_config(transformers):
+    """The configuration of a model whose tables have sizes."""
 
     class Config(transformers.PretrainedConfig):
         model_type = "tables"
@@ -154,8 +155,16 @@ def by_transformers(model, other, folder):
             super().__init__(**arguments)
             self.sizes = sizes
 
+    return Config
+
+
+def by_transformers(model, other, folder):
+    transformers = pytest.importorskip("transformers")
+
+    config = a_config(transformers)
+
     class Pretrained(transformers.PreTrainedModel):
-        config_class = Config
+        config_class = config
 
         def __init__(self, config):
             super().__init__(config)
@@ -166,7 +175,7 @@ def by_transformers(model, other, folder):
         def forward(self, batch):
             return Model.forward(self, batch)
 
-    made = Pretrained(Config(sizes_of(model)))
+    made = Pretrained(config(sizes_of(model)))
     made.to(model.tables.weight.dtype).load_state_dict(model.state_dict())
     made.save_pretrained(folder)
     loaded = Pretrained.from_pretrained(folder, dtype=model.tables.weight.dtype)
@@ -679,7 +688,7 @@ def test_what_a_subclass_has_is_saved_too(sizes, assign):
 
 
 CHANGES = {
-    "pruned": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5),
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
     "weight norm": torch.nn.utils.weight_norm,
     "parametrized": torch.nn.utils.parametrizations.weight_norm,
 }
@@ -730,15 +739,10 @@ def test_transformers_initializes_what_it_has_not_read(draw, what, sizes, tmp_pa
     transformers = pytest.importorskip("transformers")
     safetensors = pytest.importorskip("safetensors.torch")
 
-    class Config(transformers.PretrainedConfig):
-        model_type = "drawn_tables"
-
-        def __init__(self, sizes=None, **arguments):
-            super().__init__(**arguments)
-            self.sizes = sizes
+    config = a_config(transformers)
 
     class Pretrained(transformers.PreTrainedModel):
-        config_class = Config
+        config_class = config
 
         def __init__(self, config):
             super().__init__(config)
@@ -750,7 +754,7 @@ def test_transformers_initializes_what_it_has_not_read(draw, what, sizes, tmp_pa
                 draw(module)
 
     source = Model(sizes)
-    made = Pretrained(Config(sizes_of(source)))
+    made = Pretrained(config(sizes_of(source)))
     made.load_state_dict(
         {key: value for key, value in source.state_dict().items() if "head" not in key}
     )
@@ -769,7 +773,7 @@ def test_transformers_initializes_what_it_has_not_read(draw, what, sizes, tmp_pa
     shop = loaded.tables["shop"]
     assert shop.isfinite().all()
     assert 0.1 < shop.std() < 3
-    fresh = Pretrained(Config(sizes_of(source)))
+    fresh = Pretrained(config(sizes_of(source)))
     assert 0.1 < fresh.tables["user"].std() < 3
 
 
