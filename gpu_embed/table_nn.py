@@ -242,8 +242,7 @@ class BatchedTables(torch.nn.Module, ABC):
         shapes = zip(layout.names, layout.num_embeddings, layout.embedding_dims, strict=True)
         parts = [f"{name}: ({rows}, {dim})" for name, rows, dim in shapes]
         if len(parts) > REPR_TABLES:
-            left_out = len(parts) - REPR_TABLES
-            parts[REPR_TABLES - 1 : -1] = [f"... {left_out} more ..."]
+            parts = _shortened(parts)
             rows = f"{sum(layout.num_embeddings):,} rows"
             parts.insert(0, f"{layout.num_tables} tables, {rows}, {self.weight.numel():,} elements")
         if layout.features != layout.names:
@@ -251,10 +250,7 @@ class BatchedTables(torch.nn.Module, ABC):
                 name if name == layout.names[table] else f"{name}: {layout.names[table]}"
                 for name, table in zip(layout.features, layout.feature_tables, strict=True)
             ]
-            if len(of_features) > REPR_TABLES:
-                left_out = len(of_features) - REPR_TABLES
-                of_features[REPR_TABLES - 1 : -1] = [f"... {left_out} more ..."]
-            parts.append(f"features=({', '.join(of_features)})")
+            parts.append(f"features=({', '.join(_shortened(of_features))})")
         if self.sparse:
             parts.append("sparse=True")
         return ", ".join(parts)
@@ -332,10 +328,10 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def _settle(self, last: int) -> None:
         """Once a meta layer was given a parameter for each of its tables, they become its own."""
+        if not self.weight.is_meta:
+            return
         values = [self._replaced.get(number) for number in range(len(self))]
-        if self.weight.is_meta and all(
-            isinstance(value, torch.nn.Parameter) and not value.is_meta for value in values
-        ):
+        if all(isinstance(value, torch.nn.Parameter) and not value.is_meta for value in values):
             errors: list[str] = []
             self._take_over([value.detach() for value in values if value is not None], errors)
             if errors:
@@ -719,6 +715,14 @@ class TableBatchedEmbeddingBag(BatchedTables):
             _weight=weight,
             padding_idx=None if padding_idx < 0 else padding_idx,
         )
+
+
+def _shortened(parts: list[str]) -> list[str]:
+    """The first of many parts of a text, how many are left out, and the last."""
+    if len(parts) <= REPR_TABLES:
+        return parts
+    left_out = len(parts) - REPR_TABLES
+    return [*parts[: REPR_TABLES - 1], f"... {left_out} more ...", parts[-1]]
 
 
 def _one_of_all(function: str, what: str, values: Iterable[Any]) -> Any:

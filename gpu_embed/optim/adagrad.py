@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..row_update import RowUpdate
-from .row_optimizer import Params, RowOptimizer, check_lr, check_not_negative
+from .row_optimizer import Params, RowOptimizer
 
 
 class Adagrad(RowOptimizer):
@@ -49,11 +49,6 @@ class Adagrad(RowOptimizer):
         seed: int | None = None,
         rows: Any = None,
     ) -> None:
-        check_lr(lr)
-        check_not_negative("lr_decay value", lr_decay)
-        check_not_negative("initial_accumulator_value value", initial_accumulator_value)
-        check_not_negative("epsilon value", eps)
-        check_not_negative("decay_touched_rows value", decay_touched_rows)
         defaults = {
             "lr": lr,
             "lr_decay": lr_decay,

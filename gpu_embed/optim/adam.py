@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..row_update import RowUpdate
-from .row_optimizer import Params, RowOptimizer, check_betas, check_lr, check_not_negative
+from .row_optimizer import Params, RowOptimizer
 
 
 class Adam(RowOptimizer):
@@ -46,7 +46,6 @@ class Adam(RowOptimizer):
         seed: int | None = None,
         rows: Any = None,
     ) -> None:
-        check_adam(lr, betas, eps)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -111,8 +110,6 @@ class AdamW(RowOptimizer):
         seed: int | None = None,
         rows: Any = None,
     ) -> None:
-        check_adam(lr, betas, eps)
-        check_not_negative("weight_decay value", weight_decay)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -140,10 +137,3 @@ class AdamW(RowOptimizer):
 
     def _depends_on_step(self, group: dict[str, Any]) -> bool:
         return True
-
-
-def check_adam(lr: float | Tensor, betas: tuple[float, float], eps: float) -> None:
-    """Raise TypeError for what is no number, ValueError, in torch's words, for one out of range."""
-    check_lr(lr)
-    check_not_negative("epsilon value", eps)
-    check_betas(betas)

@@ -34,8 +34,16 @@ from .saved_state import (
     step_number,
 )
 
-# The hyperparameters that are True or False.
+# The hyperparameters that are True or False, and those that are not negative, with torch's words for them.
 FLAGS = ("maximize", "stochastic_rounding", "nesterov")
+NOT_NEGATIVE = {
+    "lr_decay": "lr_decay value",
+    "initial_accumulator_value": "initial_accumulator_value value",
+    "eps": "epsilon value",
+    "momentum": "momentum value",
+    "weight_decay": "weight_decay value",
+    "decay_touched_rows": "decay_touched_rows value",
+}
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -83,6 +91,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     torch_only: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        self._check_numbers(defaults)
         given: Any = params
         if not isinstance(params, torch.nn.Module | Tensor | Mapping):
             given = list(params)
@@ -289,16 +298,13 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _check_numbers(self, group: Mapping[str, Any]) -> None:
         """Raise TypeError for a hyperparameter of a group that is no number, ValueError for one out of range."""
         check_lr(group["lr"])
-        for name, default in self.defaults.items():
-            if name in FLAGS:
-                if not isinstance(group[name], bool):
-                    raise TypeError(f"Invalid {name}: {group[name]!r}, expected True or False")
-            elif name == "dampening":
-                check_number(name, group[name])
-            # torch's own flags have come into the defaults of some of its versions.
-            elif isinstance(default, Real) and not isinstance(default, bool) and name != "seed":
-                check_not_negative(name, group[name])
-        if "betas" in self.defaults:
+        for name in FLAGS:
+            if not isinstance(group.get(name, False), bool):
+                raise TypeError(f"Invalid {name}: {group[name]!r}, expected True or False")
+        for name, words in NOT_NEGATIVE.items():
+            if name in group:
+                check_not_negative(words, group[name])
+        if "betas" in group:
             check_betas(group["betas"])
         seed = group["seed"]
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):

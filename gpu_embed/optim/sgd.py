@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..row_update import RowUpdate, StateLayout, arithmetic_dtype
-from .row_optimizer import Params, RowOptimizer, check_lr, check_not_negative
+from .row_optimizer import Params, RowOptimizer, check_number
 
 BUFFER = "momentum_buffer"
 
@@ -64,9 +64,6 @@ class SGD(RowOptimizer):
         seed: int | None = None,
         rows: Any = None,
     ) -> None:
-        check_lr(lr)
-        check_not_negative("momentum value", momentum)
-        check_not_negative("decay_touched_rows value", decay_touched_rows)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -82,6 +79,7 @@ class SGD(RowOptimizer):
 
     def _check_numbers(self, group: Mapping[str, Any]) -> None:
         super()._check_numbers(group)
+        check_number("dampening", group["dampening"])
         if math.isnan(group["dampening"]):
             raise ValueError(f"Invalid dampening: {group['dampening']}")
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
