@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 import gpu_embed
-from gpu_embed.demo import describe_backend
+from gpu_embed.demo.__main__ import describe_backend
 
 from . import ids as ids_module
 from . import machine, results
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .codegen import Launch
+    from .codegen.compile import Launch
 
 PROG = "python -m gpu_embed.bench"
 OWN = "gpu_embed"
@@ -546,9 +546,9 @@ def codegen(args: argparse.Namespace) -> int:
         raise CannotRunError("--out writes the whole table: leave out --arch and --kernel")
     if args.out is not None:
         results.check_writable(args.out.parent)
-    from . import codegen_table
-    from .codegen import compile_launches, record_launches
-    from .codegen_cases import CASES
+    from .codegen import table as codegen_table
+    from .codegen.cases import CASES
+    from .codegen.compile import compile_launches, record_launches
 
     launches, failures = record_launches(CASES)
     names = sorted({launch.kernel.__name__ for launch in launches})

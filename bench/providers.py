@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gpu_embed
-from gpu_embed.backends.gradient_method import RULES
+from gpu_embed.backends._plan.gradient_method import RULES
 
 from . import many_tables, optimizers
 from .layer import Layer

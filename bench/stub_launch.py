@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .codegen import OfflineDriver
+from .codegen.compile import OfflineDriver
 
 # The card does not matter: nothing is compiled for it.
 ARCHITECTURE = 90

@@ -1,16 +1,15 @@
 """Embedding tables for GPUs: drop-in torch.nn.Embedding and EmbeddingBag on hand-written kernels."""
 
 from . import backends, functional, optim, reference
-from .aten_override import override_aten
 from .backends import available_backends, use_backend
-from .backends.gather_method import use_gather_method
-from .backends.gradient_method import use_gradient_method
+from .backends._plan.gather import use_gather_method
+from .backends._plan.gradient_method import use_gradient_method
 from .bounds import check_bounds, set_bounds_check
-from .nn import Embedding, EmbeddingBag
-from .replacement import replace_embeddings, restore_embeddings
-from .table_gradient import TableGradient
-from .table_inputs import batch_bags, batch_padded
-from .table_nn import TableBatchedEmbedding, TableBatchedEmbeddingBag
+from .nn import Embedding, EmbeddingBag, TableBatchedEmbedding, TableBatchedEmbeddingBag
+from .swap.aten_override import override_aten
+from .swap.replacement import replace_embeddings, restore_embeddings
+from .tables.gradient import TableGradient
+from .tables.inputs import batch_bags, batch_padded
 
 __all__ = [
     "Embedding",

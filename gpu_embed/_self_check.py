@@ -12,13 +12,13 @@ from torch import Tensor
 
 from . import backends
 from .backends import Backend
-from .backends.gather_method import use_gather_method
-from .backends.gradient_method import use_gradient_method
+from .backends._plan.gather import use_gather_method
+from .backends._plan.gradient_method import use_gradient_method
 from .bags import Bags
-from .quantized import QuantizedTable
 from .row_update import RowUpdate
-from .table_gradient import TableEntries
-from .tables import TableBatch, TableLayout, make_layout
+from .tables.gradient import TableEntries
+from .tables.layout import TableBatch, TableLayout, make_layout
+from .take import QuantizedTable
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import gpu_embed
 
 from . import backends, settings
 from ._self_check import SAMPLES, check_device
-from .backends.gradient_method import RULES, GradientRule, choose
+from .backends._plan.gradient_method import RULES, GradientRule, choose
 
 PACKAGES = ("torch", "numpy", "triton")
 CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import take_ops
-from .wrapped_ids import INDEX_DTYPES, WIDE_UNSIGNED, signed_ids
+from .ops import take as take_ops
+from .take import INDEX_DTYPES, WIDE_UNSIGNED, signed_ids
 
 INSTALL = "pip install 'gpu_embed[keras]'"
 try:

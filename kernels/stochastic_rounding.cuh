@@ -1,4 +1,4 @@
-// Rounding up or down at random: gpu_embed/stochastic_rounding.py, bit for bit.
+// Rounding up or down at random: gpu_embed/reference/rounding.py, bit for bit.
 
 #pragma once
 

@@ -5,8 +5,9 @@ import re
 import shlex
 from pathlib import Path
 
-from gpu_embed import demo, env_report
+from gpu_embed import env_report
 from gpu_embed.bench import cli
+from gpu_embed.demo import __main__ as demo
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

@@ -148,7 +148,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ("bag", "bag_of_kernel"),
         *(
             (
-                "table_batched",
+                "tables",
                 f"table_bag_kernel<{table}, {output}, {vec}, {find}, {split}, {tables_bag}>",
             )
             for table, widths in tables
@@ -159,30 +159,27 @@ def _all_kernels() -> tuple[Kernel, ...]:
                 ("false", "true", _cupy_accumulator(table)),
             )
         ),
-        *(("table_batched", f"table_gather_kernel<{word}>") for word in words[1:]),
-        ("table_batched", "table_keys_kernel"),
+        *(("tables", f"table_gather_kernel<{word}>") for word in words[1:]),
+        ("tables", "table_keys_kernel"),
+        *(("tables", f"table_scatter_add_kernel<float, {vec}, {tables_bag}>") for vec in (1, 2, 4)),
+        ("tables", f"table_scatter_add_kernel<double, 1, {tables_bag}>"),
         *(
-            ("table_batched", f"table_scatter_add_kernel<float, {vec}, {tables_bag}>")
-            for vec in (1, 2, 4)
-        ),
-        ("table_batched", f"table_scatter_add_kernel<double, 1, {tables_bag}>"),
-        *(
-            ("table_batched", f"table_segment_sum_kernel<{value}, {grad}, {vec}, {unroll}>")
+            ("tables", f"table_segment_sum_kernel<{value}, {grad}, {vec}, {unroll}>")
             for value, grad, widths in segments
             for vec in widths
         ),
         *(
-            ("table_batched", f"table_sample_weights_kernel<{table}, {vec}>")
+            ("tables", f"table_sample_weights_kernel<{table}, {vec}>")
             for table, widths in tables
             for vec in widths
         ),
         *(
-            ("table_row_update", f"table_row_update_kernel<{value}, {weight}, {vec}, {unroll}>")
+            ("tables_row_update", f"table_row_update_kernel<{value}, {weight}, {vec}, {unroll}>")
             for value, weight, widths in segments
             for vec in widths
         ),
         *(
-            ("table_row_update", f"table_rowwise_adagrad_kernel<{weight}>")
+            ("tables_row_update", f"table_rowwise_adagrad_kernel<{weight}>")
             for weight in FLOATS.values()
         ),
         *(("renorm", f"renorm_kernel<{weight}>") for weight in FLOATS.values()),

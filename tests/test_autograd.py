@@ -13,8 +13,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import gpu_embed
-from gpu_embed import ops
 from gpu_embed.functional import embedding
+from gpu_embed.ops import lookup as ops
 
 # torch's own: about its compiler, its optimizers and its hooks on layers whose input is integer.
 pytestmark = [

@@ -18,7 +18,8 @@ from cases import (
 )
 
 import gpu_embed
-from gpu_embed.backends import _torch, kernel_backend
+from gpu_embed.backends._plan import gradient as kernel_backend
+from gpu_embed.backends._torch import backend as _torch
 from gpu_embed.functional import embedding_bag
 
 MODES = ("sum", "mean", "max")

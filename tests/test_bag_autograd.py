@@ -11,8 +11,8 @@ from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import gpu_embed
-from gpu_embed import bag_ops
 from gpu_embed.functional import embedding_bag
+from gpu_embed.ops import bag as bag_ops
 
 # torch's own: about its compiler and its sparse tensors.
 pytestmark = [

@@ -12,16 +12,19 @@ import pytest
 
 pytest.importorskip("rich", reason="the benchmark's extra is not installed")
 
-from gpu_embed.bench import cli, codegen, codegen_cases, codegen_table, occupancy
-from gpu_embed.bench.codegen import Compiled
-from gpu_embed.bench.codegen_instructions import (
+from gpu_embed.bench import cli, occupancy
+from gpu_embed.bench.codegen import cases as codegen_cases
+from gpu_embed.bench.codegen import compile as codegen
+from gpu_embed.bench.codegen import table as codegen_table
+from gpu_embed.bench.codegen.compile import Compiled
+from gpu_embed.bench.codegen.instructions import (
     Instruction,
     MachineCode,
     natural_loops,
     read_machine_code,
     read_ptx,
 )
-from gpu_embed.bench.codegen_table import Row, worse
+from gpu_embed.bench.codegen.table import Row, worse
 from gpu_embed.bench.occupancy import MULTIPROCESSORS
 
 BASE = Row(

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_embed
 from gpu_embed import bounds
-from gpu_embed.backends import kernel_backend
+from gpu_embed.backends._plan import gradient as kernel_backend
 from gpu_embed.bags import make_bags
 from gpu_embed.functional import embedding, embedding_bag
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from filelock import FileLock
 
+from gpu_embed.backends._plan.gradient import cdiv
 from gpu_embed.backends._triton.launch import GATHER_ROWS, ONE_HOT
-from gpu_embed.backends.kernel_backend import cdiv
-from gpu_embed.bench import codegen_table
-from gpu_embed.bench.codegen import Compiled
-from gpu_embed.bench.codegen_cases import CASES, MANY_IDS, Case
+from gpu_embed.bench.codegen import table as codegen_table
+from gpu_embed.bench.codegen.cases import CASES, MANY_IDS, Case
+from gpu_embed.bench.codegen.compile import Compiled
 from gpu_embed.bench.occupancy import TARGETS
 from gpu_embed.row_update import STATE
 

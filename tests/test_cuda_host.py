@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gpu_embed import reference
 from gpu_embed.backends._cupy.nvrtc import Kernel
-from gpu_embed.backends.gradient_method import use_gradient_method
+from gpu_embed.backends._plan.gradient_method import use_gradient_method
 from gpu_embed.bounds import BoundsRecord
-from gpu_embed.quantized import QuantizedTable
+from gpu_embed.take import QuantizedTable
 
 KERNELS_DIR = Path(__file__).parent.parent / "kernels"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

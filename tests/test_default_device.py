@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_flatten
 
 import gpu_embed
 import gpu_embed.text
-from gpu_embed import _self_check, demo, env_report, functional, reference
+from gpu_embed import _self_check, env_report, functional, reference
 from gpu_embed.bounds import BoundsRecord
+from gpu_embed.demo import __main__ as demo
 
 ROOT = Path(__file__).resolve().parent.parent
 # Ids that repeat, with padding (3), of a table of seven rows.
@@ -581,7 +582,7 @@ def optional_devices(source: str) -> list[str]:
 
 # Here None means the default device, as in torch's own layers and factories.
 MEANT = {
-    ("gpu_embed/table_nn.py", "__init__: torch.zeros"),
+    ("gpu_embed/nn/tables.py", "__init__: torch.zeros"),
     ("gpu_embed/text.py", "encode: torch.tensor"),
 }
 

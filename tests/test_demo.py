@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import gpu_embed
-from gpu_embed import demo, text
+from gpu_embed import text
+from gpu_embed.demo import __main__ as demo
 
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 image = pytest.importorskip("matplotlib.image", reason="the demo's extra is not installed")
@@ -221,7 +222,7 @@ def test_picture_is_a_whole_png_and_alone(output: str, folder: Path):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_labels_cover_neither_each_other_nor_a_row(seed: int):
-    from gpu_embed import _demo_picture
+    from gpu_embed.demo import picture as _demo_picture
 
     rows = torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(seed))
     # Two words that end at the same place, as they do in the demo.

@@ -15,8 +15,8 @@ from conftest import Target
 
 import gpu_embed
 from gpu_embed import _self_check, backends, env_report
-from gpu_embed.backends import gradient_method
-from gpu_embed.backends._torch import TorchBackend
+from gpu_embed.backends._plan import gradient_method
+from gpu_embed.backends._torch.backend import TorchBackend
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from conftest import skip_without_kernel
 
 import gpu_embed
 from gpu_embed import backends
-from gpu_embed.backends.gradient_method import RULES, choose
-from gpu_embed.backends.layout import row_matrix, row_numbers
+from gpu_embed.backends._plan.access import row_matrix, row_numbers
+from gpu_embed.backends._plan.gradient_method import RULES, choose
 from gpu_embed.functional import embedding
 from gpu_embed.settings import GRADIENT_METHOD
 

@@ -13,13 +13,13 @@ import torch
 
 import gpu_embed
 from gpu_embed import backends, bounds
-from gpu_embed.backends import kernel_backend
 from gpu_embed.backends._cupy import CupyBackend, cubin_cache
 from gpu_embed.backends._cupy import device as cupy_device
+from gpu_embed.backends._plan import gradient as kernel_backend
+from gpu_embed.functional.tables import table_batched_embedding_bag
+from gpu_embed.ops.take import dequantize_rows, take_rows
 from gpu_embed.own_thread import on_own_thread
-from gpu_embed.table_functional import table_batched_embedding_bag
-from gpu_embed.tables import Tables, make_layout
-from gpu_embed.take_ops import dequantize_rows, take_rows
+from gpu_embed.tables.layout import Tables, make_layout
 
 CUDA = torch.device("cuda", 0)
 

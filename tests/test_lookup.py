@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 import gpu_embed
 from gpu_embed.functional import embedding
-from gpu_embed.lookup import known_tables
+from gpu_embed.ops.known import known_tables
 
 
 def known_parameter(device: str, dtype: torch.dtype = torch.float32) -> Parameter:

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gpu_embed
-from gpu_embed.backends import kernel_backend
 from gpu_embed.backends._cupy import CupyBackend
+from gpu_embed.backends._plan import gradient as kernel_backend
 from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.bags import Bags
-from gpu_embed.tables import TableBatch, make_layout
+from gpu_embed.tables.layout import TableBatch, make_layout
 
 MIB = 2**20
 

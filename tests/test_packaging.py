@@ -161,7 +161,7 @@ assert torch.equal(rows, layer.weight[ids])
 rows.sum().backward()
 assert torch.equal(layer.weight.grad[:, 0], torch.tensor([0.0, 1, 1, 1, 0, 1, 1]))
 gpu_embed.available_backends()
-import gpu_embed.bench.cli, gpu_embed.bench.codegen_table
+import gpu_embed.bench.cli, gpu_embed.bench.codegen.table
 assert not {"triton", "cupy"} & set(sys.modules)
 print("ok")
 '''

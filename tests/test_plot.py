@@ -115,7 +115,7 @@ def test_labels_that_are_numbers():
 
 @pytest.mark.parametrize("odd", ["$\\frac$", "_ours", "$a$"])
 def test_odd_names_in_the_picture_of_the_demo(odd):
-    from gpu_embed import _demo_picture
+    from gpu_embed.demo import picture as _demo_picture
 
     before, after = torch.randn(2, 2, 2)
     losses = {"torch": [2.0, 1.0], odd: [2.0, 1.5]}

@@ -15,8 +15,8 @@ from cases import (
 )
 
 import gpu_embed
-from gpu_embed import ops
 from gpu_embed.functional import embedding, embedding_bag
+from gpu_embed.ops import lookup as ops
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis draws the cases")
 st = hypothesis.strategies

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import gpu_embed
 from gpu_embed import backends
-from gpu_embed.backends import kernel_backend
+from gpu_embed.backends._plan import gradient as kernel_backend
 from gpu_embed.functional import embedding
 
 

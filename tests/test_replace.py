@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_
 
 import gpu_embed
 from gpu_embed import replace_embeddings, restore_embeddings
-from gpu_embed.backends._torch import TorchBackend
+from gpu_embed.backends._torch.backend import TorchBackend
 
 HERE = Path(__file__).resolve().parent
 IDS = torch.tensor([[5, 1, 0], [6, 3, 2]])

@@ -16,8 +16,8 @@ from cases import (
 )
 
 from gpu_embed import backends
+from gpu_embed.reference.rounding import philox, random_words, round_to_bfloat16
 from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
-from gpu_embed.stochastic_rounding import philox, random_words, round_to_bfloat16
 
 # Numbers that no dtype holds exactly, so that an operation left out, added or fused shows.
 UPDATES = {

@@ -17,7 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import gpu_embed
 from gpu_embed import optim
 from gpu_embed.functional import embedding
-from gpu_embed.lookup import KnownTables, known_tables
+from gpu_embed.ops.known import KnownTables, known_tables
 
 IDS = torch.tensor([[3, 0, 3], [1, 1, 5]])
 

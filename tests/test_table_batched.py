@@ -18,10 +18,11 @@ from table_cases import (
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import gpu_embed
-from gpu_embed import backends, table_ops
-from gpu_embed.backends import kernel_backend
+from gpu_embed import backends
+from gpu_embed.backends._plan import gradient as kernel_backend
 from gpu_embed.bounds import BoundsRecord
-from gpu_embed.tables import TableBatch
+from gpu_embed.ops import tables as table_ops
+from gpu_embed.tables.layout import TableBatch
 
 METHODS = ("atomic", "sorted")
 every_table = pytest.mark.parametrize("sizes", TABLES.values(), ids=TABLES)

@@ -11,7 +11,7 @@ from torch import nn
 import gpu_embed
 from gpu_embed import TableBatchedEmbedding, TableBatchedEmbeddingBag, batch_bags, batch_padded
 from gpu_embed.backends._triton import row_update
-from gpu_embed.table_inputs import TableInput
+from gpu_embed.tables.inputs import TableInput
 
 SIZES = {
     "uniform": {"item": (7, 4), "user": (3, 4), "shop": (5, 4)},

@@ -8,8 +8,9 @@ from table_cases import integer_layer
 from torch import nn
 
 import gpu_embed
-from gpu_embed import batch_bags, batch_padded, bounds, table_inputs
+from gpu_embed import batch_bags, batch_padded, bounds
 from gpu_embed.bounds import BATCH_LENGTH, BATCH_OFFSET, BoundsRecord, table_name_id
+from gpu_embed.tables import inputs as table_inputs
 
 ID_DTYPES = [torch.int64, torch.int32, torch.int16, torch.uint8]
 

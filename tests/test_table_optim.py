@@ -12,7 +12,7 @@ import gpu_embed
 from gpu_embed import backends, optim
 from gpu_embed.backends._triton import row_update as triton_row_update
 from gpu_embed.backends._triton import tables as triton_tables
-from gpu_embed.row_parameter import RowParameter
+from gpu_embed.tables.parameter import RowParameter
 
 SIZES = {"user": (7, 4), "item": (3, 4), "shop": (5, 4)}
 # Rows of an odd number of elements, and what lies between tables that are no multiple of 8 of them.

@@ -9,7 +9,8 @@ from cases import integer_gradient, same_bits, table
 from torch.autograd import gradcheck, gradgradcheck
 
 import gpu_embed
-from gpu_embed import take_ops, wrapped_ids
+from gpu_embed import take as wrapped_ids
+from gpu_embed.ops import take as take_ops
 
 FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 # Every pair that `converts` allows.

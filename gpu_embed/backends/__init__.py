@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..bags import Bags
 from ..bounds import BoundsRecord
-from ..quantized import QuantizedTable
 from ..row_update import RowUpdate
 from ..settings import BACKEND, Restore
-from ..table_gradient import TableEntries
-from ..tables import TableBatch
+from ..tables.gradient import TableEntries
+from ..tables.layout import TableBatch
+from ..take import QuantizedTable
 
 logger = logging.getLogger("gpu_embed")
 

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, stochastic_rounding
+from .. import reference
 from ..bags import Bags
 from ..bounds import BoundsRecord
-from ..quantized import QuantizedTable
+from ..reference import rounding as stochastic_rounding
 from ..row_update import STATE, RowUpdate, arithmetic_dtype
-from ..table_gradient import TableEntries
-from ..tables import TableBatch, TableField, write_out_of_range
-from ..wrapped_ids import rows_or_ids
+from ..tables.gradient import TableEntries
+from ..tables.layout import TableBatch, TableField, write_out_of_range
+from ..take import QuantizedTable, rows_or_ids
 from . import PreparedEmbedding
 
 ROUNDINGS = {

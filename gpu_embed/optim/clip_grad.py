@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..row_sums import number_rows
-from ..table_gradient import TableGradient
+from ..tables.entries import number_rows
+from ..tables.gradient import TableGradient
 
 
 @torch.no_grad()

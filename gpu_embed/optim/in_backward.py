@@ -16,10 +16,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from ..row_parameter import whole_of
+from ..nn.tables import BatchedTables
 from ..row_update import arithmetic_dtype
-from ..table_gradient import TableGradient
-from ..table_nn import BatchedTables
+from ..tables.gradient import TableGradient
+from ..tables.parameter import whole_of
 from .row_optimizer import Params, RowOptimizer
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..row_parameter import RowParameter, gradient_of, num_rows_of, row_range_of, whole_of
 from ..row_update import (
     STATE,
     UPDATE_DTYPES,
@@ -20,8 +19,9 @@ from ..row_update import (
     Stream,
     arithmetic_dtype,
 )
-from ..table_gradient import TableGradient
-from ..tables import quoted
+from ..tables.gradient import TableGradient
+from ..tables.layout import quoted
+from ..tables.parameter import RowParameter, gradient_of, num_rows_of, row_range_of, whole_of
 from .saved_state import (
     by_table,
     flattened,

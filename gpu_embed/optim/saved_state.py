@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..row_parameter import num_rows_of, row_range_of
 from ..row_update import StateLayout, arithmetic_dtype
-from ..tables import RowRange, quoted
+from ..tables.layout import RowRange, quoted
+from ..tables.parameter import num_rows_of, row_range_of
 
 # Of each kind of state, such as "sum", the tensor of each table.
 OfTables = dict[str, dict[str, Tensor]]

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord
-from ..kernel_backend import BagParts
-from ..layout import vector_width
+from .._plan.access import vector_width
+from .._plan.gradient import BagParts
 from .device import FLOATS, CupyDevice, cpp_bool
 from .launch import BAG, BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS, MAX_SEGMENT_VECTOR
 from .nvrtc import Kernel

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernel_backend import no_cuda_device
-from ..table_kernels import TableKernels
+from .._plan.gradient import no_cuda_device
+from .._plan.tables import TableKernels
 from .nvrtc import Kernel, compile_kernels, import_cupy
 
 # 64-bit float atomics begin here.

@@ -5,9 +5,9 @@ from math import gcd
 from torch import Tensor
 
 from ...bounds import BoundsRecord
-from .. import gather_method
-from ..kernel_backend import Gather, no_kernel
-from ..layout import word_layout
+from .._plan import gather as gather_method
+from .._plan.access import word_layout
+from .._plan.gradient import Gather, no_kernel
 from .device import CupyDevice
 from .launch import GATHER_FLAT, GATHER_METHODS, GATHER_ROWS, LONG_ROW, LONG_ROW_WORDS
 from .nvrtc import Kernel

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..kernel_backend import NO_SOURCES, BagSources, SortDigit, SortSource, cdiv, norm_name
-from ..layout import vector_width
+from .._plan.access import vector_width
+from .._plan.gradient import NO_SOURCES, BagSources, SortDigit, SortSource, cdiv, norm_name
 from .device import FLOATS, INTEGERS, CupyDevice, cpp_bool, itemsize
 from .launch import (
     COUNTS,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..kernel_backend import SortTiles, cdiv
+from .._plan.gradient import SortTiles, cdiv
 
 # Columns a thread of a kernel that sums: more would cost registers and save nothing.
 MAX_SEGMENT_VECTOR = 4

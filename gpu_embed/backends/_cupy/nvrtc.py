@@ -15,7 +15,7 @@ from .cubin_cache import Compiled
 
 OPTIONS = ("-std=c++17",)
 # These round every product before it is added, as their formulas say.
-UNFUSED = dict.fromkeys(("row_update", "table_row_update"), ("-fmad=false",))
+UNFUSED = dict.fromkeys(("row_update", "tables_row_update"), ("-fmad=false",))
 
 
 class Kernel(NamedTuple):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ...row_update import RowUpdate
-from ..kernel_backend import cdiv
-from ..layout import vector_width
+from .._plan.access import vector_width
+from .._plan.gradient import cdiv
 from .device import FLOATS, CupyDevice, itemsize
 from .launch import MAX_SEGMENT_VECTOR, ROWWISE_ADAGRAD, SEGMENT_SUM, SELECT_ROWS
 from .nvrtc import Kernel

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...row_update import RowUpdate
-from ...table_gradient import TableEntries
-from ...tables import TableBatch
-from ..kernel_backend import NO_SOURCES, BagSources, cdiv
-from ..layout import table_vector_width
+from ...tables.gradient import TableEntries
+from ...tables.layout import TableBatch
+from .._plan.access import table_vector_width
+from .._plan.gradient import NO_SOURCES, BagSources, cdiv
 from .device import FLOATS, CupyDevice, cpp_bool, itemsize
 from .gradient import VECTOR_ATOMICS_CAPABILITY, bag_bytes
 from .launch import (
@@ -52,7 +52,7 @@ class CupyTables(CupyDevice):
         )
         (blocks, _), threads = TABLE_BAG.grid(batch.bags_per_table * (batch.width // vec))
         self._launch(
-            Kernel("table_batched", f"table_bag_kernel<{arguments}>"),
+            Kernel("tables", f"table_bag_kernel<{arguments}>"),
             (blocks, splits),
             threads,
             weight.device,
@@ -87,7 +87,7 @@ class CupyTables(CupyDevice):
         word_bytes = table_vector_width(weight, batch.shape.dim_divisor) * weight.element_size()
         row_words = weight.shape[1] * weight.element_size() // word_bytes
         self._launch(
-            Kernel("table_batched", f"table_gather_kernel<word{word_bytes}>"),
+            Kernel("tables", f"table_gather_kernel<word{word_bytes}>"),
             *TABLE_GATHER.grid(batch.indices.numel() * row_words),
             weight.device,
             weight,
@@ -115,7 +115,7 @@ class CupyTables(CupyDevice):
         sizes: Tensor | None,
     ) -> None:
         self._launch(
-            Kernel("table_batched", "table_keys_kernel"),
+            Kernel("tables", "table_keys_kernel"),
             *TABLE_KEYS.grid(batch.indices.numel()),
             batch.indices.device,
             batch.indices,
@@ -152,7 +152,7 @@ class CupyTables(CupyDevice):
         arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {TABLE_BAG.UNROLL}"
         (blocks, _), threads = TABLE_BAG.grid(batch.bags_per_table * (batch.width // vec))
         self._launch(
-            Kernel("table_batched", f"table_scatter_add_kernel<{arguments}>"),
+            Kernel("tables", f"table_scatter_add_kernel<{arguments}>"),
             (blocks, splits),
             threads,
             grad_output.device,
@@ -197,7 +197,7 @@ class CupyTables(CupyDevice):
         num_chunks = cdiv(keys.numel(), chunk)
         winner = batch.winner if sources else None
         self._launch(
-            Kernel("table_batched", f"table_segment_sum_kernel<{arguments}>"),
+            Kernel("tables", f"table_segment_sum_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (widest // vec)),
             keys.device,
             values,
@@ -239,7 +239,7 @@ class CupyTables(CupyDevice):
             table_vector(weight, batch.shape.dim_divisor),
         )
         self._launch(
-            Kernel("table_batched", f"table_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
+            Kernel("tables", f"table_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
             *TABLE_SAMPLE_WEIGHTS.grid(keys.numel()),
             keys.device,
             grad_output,
@@ -284,7 +284,7 @@ class CupyTables(CupyDevice):
         sources = entries.sources if first_level else None
         winner = entries.winner if first_level else None
         self._launch(
-            Kernel("table_row_update", f"table_row_update_kernel<{arguments}>"),
+            Kernel("tables_row_update", f"table_row_update_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (entries.widest // vec)),
             keys.device,
             values,
@@ -340,7 +340,7 @@ class CupyTables(CupyDevice):
         seed, step = update.stream or (0, 0)
         kernel = f"table_rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"
         self._launch(
-            Kernel("table_row_update", kernel),
+            Kernel("tables_row_update", kernel),
             *ROWWISE_ADAGRAD.grid(keys.numel()),
             keys.device,
             total,

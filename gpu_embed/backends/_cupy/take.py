@@ -3,9 +3,8 @@
 from torch import Tensor
 
 from ...bounds import BoundsRecord
-from ...quantized import QuantizedTable
-from ...wrapped_ids import INDEX_DTYPES
-from ..take_kernels import TakeKernels, quantized_vector, taken_vector
+from ...take import INDEX_DTYPES, QuantizedTable
+from .._plan.take import TakeKernels, quantized_vector, taken_vector
 from .device import FLOATS, CupyDevice
 from .launch import DEQUANTIZE_ROWS, MAX_SEGMENT_VECTOR, TAKE_ROWS
 from .nvrtc import Kernel

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord
-from ..kernel_backend import BagParts, cdiv
-from ..layout import vector_width
+from .._plan.access import vector_width
+from .._plan.gradient import BagParts, cdiv
 from .device import TritonDevice
 from .launch import BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..layout import VECTOR_BYTES, word_layout
+from .._plan.access import VECTOR_BYTES, word_layout
 from .device import DESCRIPTOR_CAPABILITY, TritonDevice
 
 # The engine's coordinates are 32 bit.

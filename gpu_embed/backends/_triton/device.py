@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernel_backend import no_cuda_device
-from ..table_kernels import TableKernels
+from .._plan.gradient import no_cuda_device
+from .._plan.tables import TableKernels
 from .known_launch import launch
 
 # Triton compiles for these and newer cards only.
@@ -128,8 +128,8 @@ class TritonDevice(TableKernels):
             row_update,
             scatter_add,
             segment_sum,
-            table_batched,
-            table_row_update,
+            tables,
+            tables_row_update,
             take,
         )
 
@@ -156,16 +156,16 @@ class TritonDevice(TableKernels):
             bag_max=bag.bag_max_kernel,
             bag_of=bag.bag_of_kernel,
             bag_sample_weights=bag.bag_sample_weights_kernel,
-            table_bag=table_batched.table_bag_kernel,
-            table_gather=table_batched.table_gather_kernel,
-            table_keys=table_batched.table_keys_kernel,
-            table_scatter_add=table_batched.table_scatter_add_kernel,
-            table_segment_sum=table_batched.table_segment_sum_kernel,
-            table_sample_weights=table_batched.table_sample_weights_kernel,
+            table_bag=tables.table_bag_kernel,
+            table_gather=tables.table_gather_kernel,
+            table_keys=tables.table_keys_kernel,
+            table_scatter_add=tables.table_scatter_add_kernel,
+            table_segment_sum=tables.table_segment_sum_kernel,
+            table_sample_weights=tables.table_sample_weights_kernel,
             take_rows=take.take_rows_kernel,
             dequantize_rows=dequantize.dequantize_rows_kernel,
-            table_row_update=table_row_update.table_row_update_kernel,
-            table_rowwise_adagrad=table_row_update.table_rowwise_adagrad_kernel,
+            table_row_update=tables_row_update.table_row_update_kernel,
+            table_rowwise_adagrad=tables_row_update.table_rowwise_adagrad_kernel,
         )
 
 

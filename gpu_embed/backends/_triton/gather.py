@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...settings import GATHER_METHOD
-from .. import gather_method
-from ..kernel_backend import Gather, cdiv
-from ..layout import WordLayout, word_layout
+from .._plan import gather as gather_method
+from .._plan.access import WordLayout, word_layout
+from .._plan.gradient import Gather, cdiv
 from .descriptor import MAX_COORDINATE, DescriptorRules, too_many
 from .launch import GATHER_FLAT, GATHER_ROWS, gather_descriptor_launch, next_power_of_2
 

@@ -5,7 +5,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..kernel_backend import (
+from .._plan.access import vector_width
+from .._plan.gradient import (
     NO_SOURCES,
     BagSources,
     Gradient,
@@ -14,7 +15,6 @@ from ..kernel_backend import (
     cdiv,
     norm_name,
 )
-from ..layout import vector_width
 from .descriptor import MAX_COORDINATE, DescriptorRules, too_many
 from .launch import (
     COUNTS,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 
-from ..kernel_backend import MAX_EXTRA_BYTES, SortTiles, cdiv
+from .._plan.gradient import MAX_EXTRA_BYTES, SortTiles, cdiv
 
 
 @dataclass(frozen=True)

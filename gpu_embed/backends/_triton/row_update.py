@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ...row_update import RowUpdate
-from ..kernel_backend import cdiv
-from ..layout import vector_width
+from .._plan.access import vector_width
+from .._plan.gradient import cdiv
 from .device import TritonDevice
 from .launch import MAX_HELD_ROW, ROWWISE_BLOCK, SELECT_ROWS, next_power_of_2, update_launch
 

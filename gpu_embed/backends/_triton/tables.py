@@ -4,10 +4,10 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...row_update import RowUpdate
-from ...table_gradient import TableEntries
-from ...tables import TableBatch
-from ..kernel_backend import NO_SOURCES, BagSources, cdiv
-from ..layout import table_vector_width
+from ...tables.gradient import TableEntries
+from ...tables.layout import TableBatch
+from .._plan.access import table_vector_width
+from .._plan.gradient import NO_SOURCES, BagSources, cdiv
 from .device import TritonDevice
 from .launch import (
     BAG_SAMPLE_WEIGHTS_VECTORS,

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from ...bounds import BoundsRecord
-from ...quantized import QuantizedTable
-from ..kernel_backend import cdiv
-from ..take_kernels import TakeKernels, quantized_vector, taken_vector
+from ...take import QuantizedTable
+from .._plan.gradient import cdiv
+from .._plan.take import TakeKernels, quantized_vector, taken_vector
 from .device import TritonDevice
 from .launch import DEQUANTIZE_ROWS, TAKE_ROWS
 

@@ -1,0 +1,1 @@
+"""What the kernels compile to, with no GPU: `python -m gpu_embed.bench codegen`."""

@@ -1,0 +1,545 @@
+"""The calls of the Triton backend whose kernels `codegen` compiles: one line a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from math import gcd, inf
+
+import torch
+from torch import Tensor
+
+import gpu_embed
+from gpu_embed.backends._plan.gradient import cdiv
+from gpu_embed.backends._triton import TritonBackend
+from gpu_embed.backends._triton.launch import GATHER_ROWS, ONE_HOT
+from gpu_embed.bags import Bags
+from gpu_embed.bounds import BoundsRecord
+from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
+from gpu_embed.tables.gradient import TableEntries
+from gpu_embed.tables.layout import TableBatch, TableLayout, make_layout
+from gpu_embed.take import QuantizedTable
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the backend, by the shapes and dtypes that decide what it launches."""
+
+    operation: str  # a name in OPERATIONS
+    embedding_dim: int = 1
+    dtype: torch.dtype = torch.float32
+    num_indices: int = 64
+    num_embeddings: int = 50_000
+    index_dtype: torch.dtype = torch.int64
+    padding_idx: int = -1
+    record: bool = False  # whether ids out of range are recorded
+    scale_grad_by_freq: bool = False
+    norm_type: float = 2.0
+    transposed: bool = False  # the columns of the table, or of the gradient, lie apart
+    num_bags: int = 32
+    equal_lengths: bool = False  # of the bags, which so need no offsets
+    per_sample_weights: bool = False
+    mean: bool = False  # the gradient of a mean, not of a sum
+    max: bool = False  # the gradient of tables of which some take maxima
+    lr_on_device: bool = False
+    rows: bool = False  # whether only some rows may change
+    stochastic_rounding: bool = False
+    weight_decay: bool = False  # of the rows used
+    dims: tuple[int, ...] = ()  # of batched tables, the widest's first
+    output_dtype: torch.dtype | None = None  # None: the table's
+    group_size: int = (
+        0  # columns of a quantized row that share a scale and a zero; 0: all, with no zero
+    )
+
+    def __str__(self) -> str:
+        """The operation, D, the dtype, and what differs from the defaults."""
+        words = [self.operation, f"D{self.embedding_dim}", _text(self.dtype)]
+        for field in fields(self)[3:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                words.append(SHORT.get(field.name, field.name) + _text(value))
+        return "-".join(words)
+
+    @property
+    def architecture(self) -> int:
+        """The oldest that it is for."""
+        return 90 if self.operation in ("embedding_descriptor", "descriptor") else 80
+
+    def call(self, backend: TritonBackend) -> None:
+        """Call the backend on tensors without data, whose addresses count as aligned."""
+        OPERATIONS[self.operation](self, backend)
+
+    def ids(self) -> Tensor:
+        return torch.empty(self.num_indices, dtype=self.index_dtype, device=META)
+
+    def matrix(self, rows: int) -> Tensor:
+        """[rows, D]: the table, or its rows' gradients."""
+        if self.transposed:
+            return torch.empty(self.embedding_dim, rows, dtype=self.dtype, device=META).T
+        return torch.empty(rows, self.embedding_dim, dtype=self.dtype, device=META)
+
+    def access_bytes(self, itemsize: int) -> int:
+        """The widest access that rows of this case allow, their items being of that size."""
+        return itemsize if self.transposed else gcd(16, *self._widths(itemsize))
+
+    def _widths(self, itemsize: int) -> list[int]:
+        return [dim * itemsize for dim in self.dims or (self.embedding_dim,)]
+
+
+# Before the value of a field in the name of a case; other fields are flags.
+SHORT = {
+    "num_indices": "N",
+    "num_embeddings": "V",
+    "index_dtype": "ids_",
+    "padding_idx": "padding",
+    "norm_type": "norm",
+    "num_bags": "B",
+    "output_dtype": "to_",
+    "group_size": "G",
+}
+
+
+def _text(value: object) -> str:
+    if value is True:
+        return ""
+    if isinstance(value, tuple):
+        return f"{len(value)}x{value[0]}" if len(set(value)) == 1 else "_".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
+
+
+def _embedding(case: Case, backend: TritonBackend, method: str = "auto") -> None:
+    record = BoundsRecord(META) if case.record else None
+    with gpu_embed.use_gather_method(method):
+        backend.embedding(case.matrix(case.num_embeddings), case.ids(), case.padding_idx, record)
+
+
+def _embedding_by_descriptor(case: Case, backend: TritonBackend) -> None:
+    _embedding(case, backend, "descriptor")
+
+
+def _gradient(case: Case, backend: TritonBackend) -> None:
+    with gpu_embed.use_gradient_method(case.operation):
+        backend.embedding_dense_backward(
+            case.matrix(case.num_indices),
+            case.ids(),
+            case.num_embeddings,
+            case.padding_idx,
+            case.scale_grad_by_freq,
+        )
+
+
+def _renorm(case: Case, backend: TritonBackend) -> None:
+    backend.embedding_renorm_(case.matrix(case.num_embeddings), case.ids(), 1.5, case.norm_type)
+
+
+def _counts(case: Case, backend: TritonBackend) -> None:
+    backend.embedding_counts(case.ids(), case.num_embeddings)
+
+
+def _bags(case: Case) -> Bags:
+    offsets = None if case.equal_lengths else case.ids().new_empty(case.num_bags)
+    return Bags(case.ids(), offsets, case.num_bags)
+
+
+def _bag_weights(case: Case) -> Tensor | None:
+    return (
+        case.ids().new_empty(case.num_indices, dtype=case.dtype)
+        if case.per_sample_weights
+        else None
+    )
+
+
+def _bag(case: Case, backend: TritonBackend) -> None:
+    record = BoundsRecord(META) if case.record else None
+    mode = case.operation.removeprefix("bag_")
+    weight = case.matrix(case.num_embeddings)
+    backend.embedding_bag(weight, _bag_weights(case), _bags(case), case.padding_idx, mode, record)
+
+
+def _bag_max(case: Case, backend: TritonBackend) -> None:
+    record = BoundsRecord(META) if case.record else None
+    weight = case.matrix(case.num_embeddings)
+    backend.embedding_bag_max(weight, _bags(case), case.padding_idx, True, record)
+
+
+def _bag_gradient(case: Case, backend: TritonBackend) -> None:
+    with gpu_embed.use_gradient_method(case.operation.removeprefix("bag_")):
+        backend.embedding_bag_dense_backward(
+            case.matrix(case.num_bags),
+            _bag_weights(case),
+            _bags(case),
+            case.num_embeddings,
+            case.padding_idx,
+            "mean" if case.mean else "sum",
+            case.scale_grad_by_freq,
+        )
+
+
+def _bag_sample_weights(case: Case, backend: TritonBackend) -> None:
+    backend.embedding_bag_sample_weights_backward(
+        case.matrix(case.num_bags), case.matrix(case.num_embeddings), _bags(case), case.padding_idx
+    )
+
+
+def _row_update(case: Case, backend: TritonBackend) -> None:
+    weight = case.matrix(case.num_embeddings)
+    state = tuple(
+        torch.empty(
+            weight.shape[:1] if layout.per_row else weight.shape,
+            dtype=arithmetic_dtype(case.dtype),
+            device=META,
+        )
+        for layout in STATE[case.operation]
+    )
+    update = RowUpdate(
+        case.operation,
+        step_size=0.1,
+        weight_decay=float(case.weight_decay),
+        lr=torch.empty(1, dtype=torch.float64, device=META) if case.lr_on_device else None,
+        stream=Stream(1, 1) if case.stochastic_rounding else None,
+    )
+    rows = torch.empty(len(weight), dtype=torch.bool, device=META) if case.rows else None
+    values = case.matrix(case.num_indices)
+    backend.row_update_(update, weight, state, case.ids(), values, rows)
+
+
+def _tables(
+    case: Case, *, pooled: bool = True, with_winner: bool = False
+) -> tuple[TableLayout, TableBatch]:
+    """Batched tables and their ids, by the shapes of both."""
+    mode = "mean" if case.mean else "sum"
+    layout = make_layout([(case.num_embeddings, dim) for dim in case.dims], mode, None)
+    batch = TableBatch(
+        case.ids(),
+        case.ids().new_empty(layout.num_tables * case.num_bags + 1),
+        layout.fields(META),
+        layout.table_of_column(META),
+        layout.shape(pooled),
+    )
+    if with_winner:
+        shape = case.num_bags, batch.width
+        batch = batch._replace(winner=case.ids().new_empty(shape, dtype=batch.position_dtype))
+    return layout, batch
+
+
+def _table_lookup(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case, pooled=case.operation == "table_bag")
+    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
+    record = BoundsRecord(META) if case.record else None
+    backend.table_batched_embedding(weight, _bag_weights(case), batch, False, record)
+
+
+def _table_max(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case)
+    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
+    record = BoundsRecord(META) if case.record else None
+    backend.table_batched_embedding_max(weight, batch, True, record)
+
+
+def _table_gradient(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case, with_winner=case.max)
+    grad_output = torch.empty(case.num_bags, batch.width, dtype=case.dtype, device=META)
+    with gpu_embed.use_gradient_method(case.operation.removeprefix("table_")):
+        backend.table_batched_embedding_dense_backward(
+            grad_output, _bag_weights(case), batch, layout.buffer_shape
+        )
+
+
+def _table_sample_weights(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case)
+    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
+    grad_output = weight.new_empty(case.num_bags, batch.width)
+    backend.table_batched_embedding_sample_weights_backward(grad_output, weight, batch)
+
+
+def _take(case: Case, backend: TritonBackend) -> None:
+    record = BoundsRecord(META) if case.record else None
+    weight = case.matrix(case.num_embeddings)
+    backend.take_rows(weight, case.ids(), case.output_dtype or case.dtype, record)
+
+
+def _dequantize(case: Case, backend: TritonBackend) -> None:
+    """dtype is the scale's."""
+    bits = int(case.operation.removeprefix("dequantize_int"))
+    group_size = case.group_size or case.embedding_dim
+    values = torch.empty(
+        case.num_embeddings, cdiv(case.embedding_dim * bits, 8), dtype=torch.int8, device=META
+    )
+    scale = torch.empty(
+        case.num_embeddings,
+        cdiv(case.embedding_dim, group_size),
+        dtype=case.dtype,
+        device=META,
+    )
+    zero = torch.empty_like(scale, dtype=torch.int8) if case.group_size else None
+    table = QuantizedTable(values, scale, zero, case.embedding_dim, group_size, bits)
+    record = BoundsRecord(META) if case.record else None
+    backend.dequantize_rows(table, case.ids(), case.output_dtype or case.dtype, record)
+
+
+def _table_update(case: Case, backend: TritonBackend) -> None:
+    layout, batch = _tables(case, with_winner=case.max)
+    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
+    formula = case.operation.removeprefix("table_")
+    arithmetic = arithmetic_dtype(case.dtype)
+    num_rows = batch.shape.num_rows
+    state = tuple(
+        torch.empty(num_rows if state.per_row else weight.shape, dtype=arithmetic, device=META)
+        for state in STATE[formula]
+    )
+    scales = case.ids().new_empty(case.num_indices, dtype=arithmetic) if case.mean else None
+    entries = TableEntries(
+        case.ids(),
+        case.ids().to(torch.int32),
+        scales,
+        batch.winner,
+        torch.empty(case.num_bags, batch.width, dtype=case.dtype, device=META),
+        batch.fields,
+        num_rows,
+        batch.shape.widest,
+        batch.shape.dim_divisor,
+    )
+    rows = torch.empty(num_rows, dtype=torch.bool, device=META) if case.rows else None
+    update = RowUpdate(
+        formula,
+        step_size=0.1,
+        weight_decay=float(case.weight_decay),
+        stream=Stream(1, 1) if case.stochastic_rounding else None,
+    )
+    backend.table_row_update_(update, weight, state, entries, rows)
+
+
+OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
+    "embedding": _embedding,
+    "embedding_descriptor": _embedding_by_descriptor,
+    "atomic": _gradient,
+    "descriptor": _gradient,
+    "sorted_atomic": _gradient,
+    "one_hot": _gradient,
+    "sorted": _gradient,
+    "renorm": _renorm,
+    "counts": _counts,
+    "bag_sum": _bag,
+    "bag_mean": _bag,
+    "bag_max": _bag_max,
+    "bag_atomic": _bag_gradient,
+    "bag_sorted": _bag_gradient,
+    "bag_sample_weights": _bag_sample_weights,
+    "table_bag": _table_lookup,
+    "table_rows": _table_lookup,
+    "table_atomic": _table_gradient,
+    "table_sorted": _table_gradient,
+    "table_max": _table_max,
+    "table_sample_weights": _table_sample_weights,
+    "take": _take,
+    "dequantize_int8": _dequantize,
+    "dequantize_int4": _dequantize,
+    **{f"table_{formula}": _table_update for formula in STATE},
+    **dict.fromkeys(STATE, _row_update),
+}
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+# Triton compiles another kernel where an integer argument is 1, or is a multiple of 16, or needs 64 bits.
+PAST_INT32 = 2**31 + 16
+# Too many for torch.sort.
+MANY_IDS = 2**24
+CASES = (
+    # Every row of the gather's table; its key is words of 8 bytes.
+    *(Case("embedding", 4 * words, BF16, record=True) for words in GATHER_ROWS),
+    Case("embedding", 8 * max(GATHER_ROWS), BF16),
+    Case("embedding", 128, FP32, num_indices=3073, index_dtype=torch.int32),
+    Case("embedding", 64, FP32, num_embeddings=1, num_indices=1),
+    Case("embedding", 64, FP32, transposed=True),
+    Case("embedding", 1, FP64, record=True),
+    Case("embedding", 1, BF16, record=True),
+    Case("embedding", 1, torch.int32, padding_idx=3),
+    Case("embedding", 4, torch.uint8, num_indices=PAST_INT32, record=True),
+    # Rows that are no power of two of words.
+    Case("embedding", 768, BF16, record=True),
+    Case("embedding", 768, BF16, num_indices=1, record=True),
+    Case("embedding", 12, FP32, index_dtype=torch.int32),
+    Case("embedding", 3, torch.complex128),
+    Case("embedding", 300, BF16, record=True),
+    Case("embedding", 50, FP32, num_indices=3073),
+    Case("embedding", 5, FP32, index_dtype=torch.int16, record=True),
+    Case("embedding", 33, FP16, index_dtype=torch.uint8, record=True),
+    Case("embedding", 3, torch.uint8, num_indices=PAST_INT32),
+    Case("embedding", 33, FP16, transposed=True),
+    Case("atomic", 128),
+    Case("atomic", 768, num_indices=3073, index_dtype=torch.int32, padding_idx=0),
+    Case("atomic", 50),
+    Case("atomic", 33),
+    Case("atomic", 1),
+    Case("atomic", 4, num_indices=1, num_embeddings=1, padding_idx=0),
+    Case("atomic", 4, num_indices=PAST_INT32, index_dtype=torch.uint8),
+    Case("atomic", 64, transposed=True),
+    Case("atomic", 32, FP64),
+    Case("atomic", 33, FP64),
+    Case("sorted", 4096, BF16),
+    Case("sorted", 768, BF16, scale_grad_by_freq=True, num_embeddings=100),
+    Case("sorted", 300, BF16),
+    Case("sorted", 50, BF16, index_dtype=torch.uint8, num_embeddings=200),
+    Case("sorted", 1, BF16),
+    Case("sorted", 64, BF16, transposed=True),
+    Case("sorted", 768, FP32),
+    Case("sorted", 50, FP32, scale_grad_by_freq=True, padding_idx=0),
+    Case("sorted", 16, FP32, num_indices=3073),
+    Case("sorted", 1, FP32, num_indices=PAST_INT32, num_embeddings=PAST_INT32),
+    Case("sorted", 64, FP64),
+    Case("sorted", 33, FP64, scale_grad_by_freq=True),
+    Case("sorted", 128, FP32, num_indices=1, num_embeddings=1),
+    Case("sorted", 8, FP32, num_indices=MANY_IDS, num_embeddings=1_000_000),
+    Case("sorted", 8, BF16, num_indices=MANY_IDS + 1, num_embeddings=200, index_dtype=torch.uint8),
+    Case("sorted", 2, BF16, num_indices=MANY_IDS, num_embeddings=PAST_INT32),
+    Case("renorm", 8, num_indices=MANY_IDS, num_embeddings=30_000, index_dtype=torch.int32),
+    Case("renorm", 128),
+    Case("renorm", 128, norm_type=1.0),
+    Case("renorm", 128, norm_type=0.0),
+    Case("renorm", 128, norm_type=inf),
+    Case("renorm", 128, norm_type=-inf),
+    Case("renorm", 128, norm_type=2.5),
+    Case("renorm", 300, BF16),
+    Case("renorm", 4096, FP16, norm_type=3.0),
+    Case("renorm", 33, FP64, norm_type=-1.0),
+    Case("renorm", 1, FP64, num_indices=1, num_embeddings=1),
+    Case("renorm", 64, transposed=True),
+    Case("counts"),
+    Case("counts", num_indices=PAST_INT32, index_dtype=torch.uint8),
+    Case("bag_sum", 128, FP32, record=True),
+    Case("bag_sum", 128, FP32, record=True, equal_lengths=True, index_dtype=torch.int32),
+    Case("bag_sum", 128, BF16, record=True, padding_idx=0),
+    Case("bag_sum", 32, FP32, record=True),
+    Case("bag_sum", 64, FP16, per_sample_weights=True),
+    Case("bag_sum", 300, BF16, per_sample_weights=True, record=True),
+    Case("bag_sum", 4096, BF16, num_indices=1, num_bags=1),
+    Case("bag_sum", 50, FP32, num_indices=3073, record=True),
+    Case("bag_sum", 33, FP64),
+    Case("bag_sum", 1, BF16, index_dtype=torch.uint8),
+    Case("bag_sum", 64, FP32, transposed=True),
+    Case("bag_sum", 4, FP32, num_indices=PAST_INT32, num_bags=PAST_INT32, index_dtype=torch.uint8),
+    Case("bag_mean", 128, FP32, record=True),
+    Case("bag_mean", 32, BF16, record=True, padding_idx=0),
+    Case("bag_mean", 64, FP64),
+    Case("bag_mean", 128, FP32, num_indices=2**20, num_bags=4),
+    Case("bag_sum", 32, BF16, num_indices=2**20, num_bags=4, record=True),
+    Case("bag_max", 128, FP32, record=True),
+    Case("bag_max", 64, BF16, record=True, equal_lengths=True),
+    Case("bag_max", 300, FP16),
+    Case("bag_max", 33, FP64, padding_idx=0),
+    Case("bag_atomic", 128, FP32),
+    Case("bag_atomic", 128, FP32, per_sample_weights=True, equal_lengths=True),
+    Case("bag_atomic", 50, FP32, mean=True, padding_idx=0),
+    Case("bag_atomic", 32, FP64, mean=True),
+    Case("bag_sorted", 128, BF16),
+    Case("bag_sorted", 768, BF16, per_sample_weights=True, scale_grad_by_freq=True),
+    Case("bag_sorted", 64, BF16, mean=True, equal_lengths=True),
+    Case("bag_sorted", 128, FP32, mean=True, padding_idx=0),
+    Case("bag_sorted", 33, FP64, per_sample_weights=True),
+    Case("bag_sample_weights", 128, FP32),
+    Case("bag_sample_weights", 300, BF16, padding_idx=0),
+    Case("bag_sample_weights", 33, FP64),
+    Case("bag_sample_weights", 64, FP32, transposed=True),
+    Case("table_bag", 128, FP32, record=True, dims=(128,) * 32),
+    Case("table_bag", 128, BF16, record=True, mean=True, dims=(128, 64, 32)),
+    Case("table_bag", 64, FP32, per_sample_weights=True, dims=(64, 10)),
+    Case("table_bag", 512, FP64, mean=True, dims=(512, 33)),
+    Case("table_bag", 8, FP16, index_dtype=torch.uint8, record=True, dims=(8, 8, 8)),
+    Case("table_bag", 128, FP32, num_indices=2**20, num_bags=4, mean=True, dims=(128, 64)),
+    Case("table_bag", 1, BF16, num_indices=1, num_bags=1, num_embeddings=1, dims=(1,)),
+    Case("table_bag", 4, FP32, num_indices=PAST_INT32, num_bags=PAST_INT32, dims=(4, 4)),
+    Case("table_max", 128, FP32, record=True, dims=(128, 64)),
+    Case("table_max", 64, BF16, mean=True, dims=(64, 8)),
+    Case("table_max", 33, FP64, dims=(33, 1)),
+    Case("table_rows", 128, FP32, record=True, dims=(128,) * 32),
+    Case("table_rows", 8, BF16, record=True, index_dtype=torch.int32, dims=(8, 8)),
+    Case("table_rows", 8, FP64, record=True, dims=(8, 8)),
+    Case("table_rows", 300, FP16, num_indices=3073, dims=(300, 300)),
+    Case("table_rows", 1, BF16, num_indices=1, num_bags=1, num_embeddings=1, dims=(1,)),
+    Case("table_atomic", 128, FP32, dims=(128,) * 32),
+    Case("table_atomic", 128, FP32, mean=True, dims=(128, 64, 32)),
+    Case("table_atomic", 64, FP32, per_sample_weights=True, dims=(64, 10)),
+    Case("table_atomic", 64, FP64, num_indices=2**20, num_bags=4, mean=True, dims=(64, 64)),
+    Case("table_atomic", 4, FP32, num_indices=PAST_INT32, num_bags=PAST_INT32, dims=(4, 4)),
+    Case("table_sorted", 128, BF16, mean=True, dims=(128, 128)),
+    Case("table_sorted", 128, FP32, mean=True, dims=(128, 64, 32)),
+    Case("table_sorted", 512, BF16, per_sample_weights=True, dims=(512, 64)),
+    Case("table_sorted", 300, FP16, dims=(300, 12)),
+    Case("table_sorted", 33, FP64, index_dtype=torch.int32, dims=(33, 8)),
+    Case("table_atomic", 128, FP32, max=True, dims=(128, 64, 32)),
+    Case("table_sorted", 128, BF16, max=True, mean=True, dims=(128, 128)),
+    Case("table_sorted", 128, FP32, max=True, dims=(128, 64)),
+    Case("table_sample_weights", 128, FP32, dims=(128, 64)),
+    Case("table_sample_weights", 300, BF16, dims=(300, 8)),
+    Case("table_sample_weights", 33, FP64, num_indices=3073, dims=(33,)),
+    Case("table_sgd", 128, BF16, stochastic_rounding=True, dims=(128, 64)),
+    Case("table_momentum", 128, FP32, weight_decay=True, dims=(128, 64)),
+    Case("table_nesterov", 128, BF16, mean=True, dims=(128, 64, 32)),
+    Case("table_adagrad", 128, FP32, mean=True, dims=(128, 64, 32)),
+    Case("table_adam", 128, FP32, max=True, rows=True, dims=(128, 64)),
+    Case("table_adam", 33, FP64, dims=(33, 8)),
+    Case("table_rowwise_adagrad", 128, FP32, dims=(128, 64, 32)),
+    Case("table_rowwise_adagrad", 768, BF16, mean=True, dims=(768, 64)),
+    Case("table_rowwise_adagrad", 8192, BF16, stochastic_rounding=True, dims=(8192, 8)),
+    Case("table_rowwise_adagrad", 8192, BF16, weight_decay=True, dims=(8192, 8)),
+    Case("sgd", 128, lr_on_device=True),
+    Case("sgd", 128, BF16, stochastic_rounding=True),
+    Case("momentum", 128),
+    Case("momentum", 33, FP64, weight_decay=True),
+    Case("nesterov", 128, BF16, stochastic_rounding=True, weight_decay=True),
+    Case("nesterov", 300, FP16, lr_on_device=True),
+    Case("adagrad", 128),
+    Case("adagrad", 128, BF16, weight_decay=True),
+    Case("adagrad", 33, FP16),
+    Case("adam", 128, rows=True),
+    Case("adam", 300, num_indices=3073, lr_on_device=True),
+    Case("adam", 16),
+    Case("adam", 1, num_indices=PAST_INT32, num_embeddings=PAST_INT32),
+    Case("adam", 64, transposed=True),
+    Case("adam", 64, FP64),
+    Case("adam", 128, BF16),
+    Case("adam", 128, FP16, stochastic_rounding=True),
+    # A row in a program of one warp, of several, and in none.
+    Case("rowwise_adagrad", 16),
+    Case("rowwise_adagrad", 128),
+    Case("rowwise_adagrad", 768, BF16, lr_on_device=True),
+    Case("rowwise_adagrad", 768, weight_decay=True),
+    Case("rowwise_adagrad", 4096),
+    Case("rowwise_adagrad", 2048, FP64),
+    Case("rowwise_adagrad", 5000),
+    Case("rowwise_adagrad", 5000, weight_decay=True),
+    Case("rowwise_adagrad", 8192, BF16, stochastic_rounding=True, lr_on_device=True),
+    Case("embedding_descriptor", 4096, BF16, record=True),
+    Case("embedding_descriptor", 768, BF16),
+    Case("embedding_descriptor", 128, FP32, record=True, padding_idx=0),
+    Case("embedding_descriptor", 12, FP32, index_dtype=torch.uint8),
+    Case("embedding_descriptor", 1, torch.complex128, num_indices=1),
+    Case("descriptor", 768),
+    Case("descriptor", 128, padding_idx=0),
+    Case("descriptor", 4, index_dtype=torch.uint8),
+    Case("descriptor", 64, transposed=True),
+    Case("sorted_atomic", 768),
+    Case("sorted_atomic", 33, padding_idx=0),
+    Case("sorted_atomic", 16, num_indices=3073),
+    Case("sorted_atomic", 64, FP64),
+    # Every row of the one-hot table.
+    *(Case("one_hot", 768, BF16, num_embeddings=rows) for rows in ONE_HOT),
+    Case("one_hot", 33, FP16, num_embeddings=200, index_dtype=torch.uint8, padding_idx=0),
+    Case("one_hot", 8, BF16, num_embeddings=256),
+    Case("one_hot", 64, BF16, num_embeddings=2, transposed=True),
+    Case("take", 128, FP32, record=True),
+    Case("take", 128, FP32, record=True, output_dtype=BF16, index_dtype=torch.int32),
+    Case("take", 300, BF16, index_dtype=FP32, record=True),
+    Case("take", 50, FP32, output_dtype=FP16, num_indices=3073),
+    Case("take", 1, FP32, num_indices=1, num_embeddings=1),
+    Case("take", 4, FP32, num_indices=PAST_INT32, index_dtype=torch.int8, record=True),
+    Case("take", 64, FP32, transposed=True),
+    Case("dequantize_int8", 128, FP32, record=True),
+    Case("dequantize_int8", 768, FP32, output_dtype=BF16, record=True, index_dtype=torch.int32),
+    Case("dequantize_int4", 768, BF16, record=True),
+    Case("dequantize_int4", 256, FP32, group_size=128, record=True),
+    Case("dequantize_int4", 256, FP32, group_size=128, output_dtype=FP16, record=True),
+    Case("dequantize_int4", 33, FP32, num_indices=3073, record=True),
+    Case("dequantize_int4", 4, FP32, num_indices=PAST_INT32, num_embeddings=PAST_INT32),
+)

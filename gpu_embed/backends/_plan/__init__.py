@@ -1,0 +1,1 @@
+"""What the Triton and the CUDA C++ backend share: everything between the protocol and a single launch."""

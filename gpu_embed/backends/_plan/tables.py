@@ -1,0 +1,320 @@
+"""Batched tables: what the Triton and the CUDA C++ backend share, between the protocol and a single launch."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from ...bounds import BoundsRecord
+from ...row_update import RowUpdate, arithmetic_dtype
+from ...tables.gradient import TableEntries
+from ...tables.layout import TableBatch
+from .access import sort_key_dtype
+from .gradient import BagSources, KernelBackend, bag_splits, cdiv, chunk_size, max_torch_sort_ids
+from .gradient_method import choose
+
+
+class TableKernels(KernelBackend):
+    """A `KernelBackend` that looks up many tables in one launch; the launches allocate nothing."""
+
+    def table_batched_embedding(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        zero_padding: bool,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        if not batch.shape.pooled:
+            output = weight.new_empty((batch.indices.numel(), batch.shape.widest))
+            self._table_gather(weight, batch, output, zero_padding, record)
+            return output
+        output = weight.new_empty((batch.bags_per_table, batch.width))
+        splits = self._table_splits(weight, batch)
+        if splits == 1:
+            self._table_bag(
+                weight, per_sample_weights, batch, output, None, batch.winner, False, splits, record
+            )
+            return output
+        acc_dtype = torch.promote_types(weight.dtype, torch.float32)
+        partial = output.new_empty((splits, *output.shape), dtype=acc_dtype)
+        sizes = torch.empty_like(partial, dtype=torch.int64) if batch.shape.mean else None
+        self._table_bag(
+            weight, per_sample_weights, batch, partial, sizes, batch.winner, False, splits, record
+        )
+        # Tables differ in how they divide, so each element stands for a bag of one column.
+        self._bag_combine(
+            partial.view(splits, -1, 1),
+            None if sizes is None else sizes.view(splits, -1),
+            output.view(-1, 1),
+        )
+        return output
+
+    def table_batched_embedding_max(
+        self,
+        weight: Tensor,
+        batch: TableBatch,
+        with_winner: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        output = weight.new_empty((batch.bags_per_table, batch.width))
+        shape = output.shape if with_winner else (0,)
+        winner = output.new_empty(shape, dtype=batch.position_dtype)
+        found = winner if with_winner else None
+        self._table_bag(weight, None, batch, output, None, found, True, 1, record)
+        return output, winner
+
+    def table_batched_embedding_dense_backward(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        weight_shape: tuple[int, ...],
+    ) -> Tensor:
+        grad_weight = grad_output.new_zeros(weight_shape)
+        method = choose(
+            batch.indices.numel(),
+            batch.shape.num_rows,
+            batch.shape.widest,
+            grad_output.dtype,
+            torch.are_deterministic_algorithms_enabled(),
+            False,
+            lambda method: None if method in ("atomic", "sorted") else "several tables",
+        )
+        if method == "atomic" and batch.shape.pooled:
+            splits = self._table_splits(grad_output, batch)
+            self._table_scatter_add(grad_output, per_sample_weights, batch, grad_weight, splits)
+            return grad_weight
+        if method == "atomic":
+            keys = self._table_row_keys(batch)
+            self._scatter_add(grad_output, keys, None, grad_weight, padding_idx=-1)
+            return grad_weight
+        keys, order = self._sorted_row_keys(batch)
+        # Not made before the sort has freed its memory.
+        sources = self._table_sources(batch, per_sample_weights)
+        if not batch.is_uniform or batch.winner is not None:
+            assert sources is not None
+            self._sum_table_runs(grad_output, order, keys, sources, batch, grad_weight)
+            return grad_weight
+        if sources is not None:
+            # Bag b of table t is row b * T + t.
+            grad_output = grad_output.reshape(-1, batch.shape.widest)
+        self._sum_runs(grad_output, order, keys, sources, grad_weight, False)
+        return grad_weight
+
+    def table_batched_embedding_sample_weights_backward(
+        self, grad_output: Tensor, weight: Tensor, batch: TableBatch
+    ) -> Tensor:
+        keys = self._table_row_keys(batch)
+        sources = self._table_sources(batch, None)
+        assert sources is not None
+        grad = grad_output.new_empty(batch.indices.shape)
+        self._table_sample_weights(grad_output, weight, keys, sources.bag_of, batch, grad)
+        return grad
+
+    def _table_row_keys(self, batch: TableBatch) -> Tensor:
+        """The row of each position among the rows of all tables [N]; `num_rows` for those without a gradient."""
+        dtype = sort_key_dtype(batch.shape.num_rows)
+        keys = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
+        self._table_keys(batch, keys, None, None)
+        return keys
+
+    def _table_sources(
+        self, batch: TableBatch, per_sample_weights: Tensor | None
+    ) -> BagSources | None:
+        """Where the gradient of each position is: bag b of table t is source b * T + t.
+
+        None without pooling: each position has its own.
+        """
+        if not batch.shape.pooled:
+            return None
+        num_bags = batch.bags.num_bags
+        dtype = torch.int32 if num_bags < 2**31 else torch.int64
+        source = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
+        sizes = source.new_zeros(num_bags, dtype=torch.int32) if batch.shape.mean else None
+        self._table_keys(batch, None, source, sizes)
+        return BagSources(source, per_sample_weights, sizes)
+
+    def _sorted_row_keys(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
+        """The rows of all positions in ascending order, and the position that each came from."""
+        num_rows = batch.shape.num_rows
+        if batch.indices.numel() <= max_torch_sort_ids(sort_key_dtype(num_rows).itemsize):
+            keys, order = torch.sort(self._table_row_keys(batch), stable=True)
+            return keys, order
+        return self._radix_sort(lambda: self._table_row_keys(batch), num_rows, padding_idx=-1)
+
+    def _sum_table_runs(
+        self,
+        grad_output: Tensor,
+        order: Tensor,
+        keys: Tensor,
+        sources: BagSources,
+        batch: TableBatch,
+        grad_weight: Tensor,
+    ) -> None:
+        """`_sum_runs` for tables of different widths."""
+        acc_dtype = arithmetic_dtype(grad_weight.dtype)
+        widest = batch.shape.widest
+        chunk = chunk_size(keys.numel(), widest, acc_dtype.itemsize)
+        values = grad_output
+        level: tuple[Tensor | None, Tensor | None, BagSources | None] = (order, None, sources)
+        while True:
+            num_chunks = cdiv(keys.numel(), chunk)
+            partial = partial_sums(num_chunks, widest, acc_dtype, order)
+            self._table_segment_sum(values, keys, *level, batch, grad_weight, *partial, chunk)
+            if num_chunks <= 1:
+                return
+            values, keys, key_tables = partial
+            level = None, key_tables, None
+
+    def table_row_update_(
+        self,
+        update: RowUpdate,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        entries: TableEntries,
+        rows: Tensor | None,
+    ) -> None:
+        if rows is not None:
+            chosen = torch.empty_like(entries.rows)
+            self._select_rows(entries.rows, rows.view(torch.uint8), chosen)
+            entries = entries._replace(rows=chosen)
+        keys, order = self._sorted_keys(entries.rows, entries.num_rows, padding_idx=-1)
+        acc_dtype = arithmetic_dtype(weight.dtype)
+        if update.formula == "rowwise_adagrad" and not self._holds_row(entries.widest, acc_dtype):
+            total, run_keys = self._sums_of_runs(
+                entries.row_values(), order, keys, entries.num_rows
+            )
+            self._table_rowwise_adagrad(update, total, run_keys, weight, state[0], entries)
+            return
+        chunk = chunk_size(keys.numel(), entries.widest, acc_dtype.itemsize)
+        values = entries.values
+        level: tuple[Tensor | None, Tensor | None] = (order, None)
+        while True:
+            num_chunks = cdiv(keys.numel(), chunk)
+            partial = partial_sums(num_chunks, entries.widest, acc_dtype, order)
+            self._table_row_update(
+                update, values, keys, *level, entries, weight, state, *partial, chunk
+            )
+            if num_chunks <= 1:
+                return
+            values, keys, key_tables = partial
+            level = None, key_tables
+
+    def _table_splits(self, matrix: Tensor, batch: TableBatch) -> int:
+        """Into how many parts each bag is cut, so that few long bags keep the card busy."""
+        programs = self._table_programs(matrix, batch)
+        return bag_splits(programs, batch.indices.numel(), batch.bags.num_bags)
+
+    @abstractmethod
+    def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
+        """How many programs `_table_bag` and `_table_scatter_add` launch for whole bags."""
+
+    @abstractmethod
+    def _table_bag(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        output: Tensor,
+        sizes: Tensor | None,
+        winner: Tensor | None,
+        find_winner: bool,
+        splits: int,
+        record: BoundsRecord | None,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_gather(
+        self,
+        weight: Tensor,
+        batch: TableBatch,
+        output: Tensor,
+        zero_padding: bool,
+        record: BoundsRecord | None,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_keys(
+        self,
+        batch: TableBatch,
+        keys: Tensor | None,
+        sources: Tensor | None,
+        sizes: Tensor | None,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_scatter_add(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        batch: TableBatch,
+        grad_weight: Tensor,
+        splits: int,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_segment_sum(
+        self,
+        values: Tensor,
+        keys: Tensor,
+        order: Tensor | None,
+        key_tables: Tensor | None,
+        sources: BagSources | None,
+        batch: TableBatch,
+        grad_weight: Tensor,
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        partial_tables: Tensor,
+        chunk: int,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_sample_weights(
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        keys: Tensor,
+        sources: Tensor,
+        batch: TableBatch,
+        grad: Tensor,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_row_update(
+        self,
+        update: RowUpdate,
+        values: Tensor,
+        keys: Tensor,
+        order: Tensor | None,
+        key_tables: Tensor | None,
+        entries: TableEntries,
+        weight: Tensor,
+        state: tuple[Tensor, ...],
+        partial_values: Tensor,
+        partial_keys: Tensor,
+        partial_tables: Tensor,
+        chunk: int,
+    ) -> None: ...
+
+    @abstractmethod
+    def _table_rowwise_adagrad(
+        self,
+        update: RowUpdate,
+        total: Tensor,
+        keys: Tensor,
+        weight: Tensor,
+        state: Tensor,
+        entries: TableEntries,
+    ) -> None: ...
+
+
+def partial_sums(
+    num_chunks: int, widest: int, dtype: torch.dtype, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what runs leave at the ends of chunks: their sums, rows and tables."""
+    return (
+        like.new_empty((2 * num_chunks, widest), dtype=dtype),
+        like.new_empty(2 * num_chunks, dtype=torch.int64),
+        like.new_empty(2 * num_chunks, dtype=torch.int32),
+    )

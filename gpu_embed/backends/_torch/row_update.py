@@ -1,0 +1,219 @@
+"""The formulas of `RowUpdate` in torch's operators, for the torch backend."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...bounds import in_table
+from ...reference.rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
+from ...row_update import STATE, RowUpdate, Stream, arithmetic_dtype
+from ...tables.gradient import TableEntries
+from ...tables.layout import TableField
+from .._plan.access import sort_key_dtype
+
+LOW = 0xFFFFFFFF
+
+
+def row_update_(
+    update: RowUpdate,
+    weight: Tensor,
+    state: tuple[Tensor, ...],
+    indices: Tensor,
+    values: Tensor,
+    rows: Tensor | None,
+) -> None:
+    """`Backend.row_update_`; on CUDA it waits to learn how many rows there are."""
+    sums = _row_sums(weight.shape[0], indices, values.to(arithmetic_dtype(weight.dtype)), rows)
+    w = weight.index_select(0, sums.used)
+    kept_state = [tensor.index_select(0, sums.used) for tensor in state]
+    weight.index_copy_(0, sums.used, _updated(update, w, kept_state, sums, w.shape[1]))
+    for tensor, new in zip(state, kept_state, strict=True):
+        tensor.index_copy_(0, sums.used, new)
+
+
+def table_row_update_(
+    update: RowUpdate,
+    weight: Tensor,
+    state: tuple[Tensor, ...],
+    entries: TableEntries,
+    rows: Tensor | None,
+) -> None:
+    """`Backend.table_row_update_`; on CUDA it waits to learn how many rows there are.
+
+    Rows are as wide as the widest here, with zeros behind each one's D.
+    """
+    sums = _row_sums(entries.num_rows, entries.rows, entries.row_values(), rows)
+    # Any entry of a row tells its table.
+    of_rows = entries._replace(rows=sums.used, sources=entries.sources[sums.entry])
+    in_row = of_rows.in_row()
+    elements = of_rows.elements(0)[in_row]
+
+    def read(buffer: Tensor) -> Tensor:
+        wide = buffer.new_zeros(in_row.shape)
+        wide[in_row] = buffer.view(-1)[elements]
+        return wide
+
+    per_row = [layout.per_row for layout in STATE[update.formula]]
+    kept_state = [
+        tensor[sums.used] if is_row else read(tensor)
+        for tensor, is_row in zip(state, per_row, strict=True)
+    ]
+    dim = of_rows.field(TableField.DIM)
+    weight.view(-1)[elements] = _updated(update, read(weight), kept_state, sums, dim)[in_row]
+    for tensor, new, is_row in zip(state, kept_state, per_row, strict=True):
+        if is_row:
+            tensor[sums.used] = new
+        else:
+            tensor.view(-1)[elements] = new[in_row]
+
+
+class RowSums(NamedTuple):
+    """The rows that have a gradient."""
+
+    used: Tensor  # int64 [U], ascending
+    entry: Tensor  # int64 [U]: the first of each one's values
+    total: Tensor  # [U, D]: their sum; a new tensor
+
+
+def _row_sums(num_rows: int, indices: Tensor, values: Tensor, rows: Tensor | None) -> RowSums:
+    kept = in_table(indices, num_rows)
+    if rows is not None:
+        kept &= rows[torch.where(kept, indices, 0)]
+    positions = None if kept.all() else kept.nonzero()[:, 0]
+    ids = indices if positions is None else indices[positions]
+    if ids.numel() == 0:
+        return RowSums(ids, ids, values.new_zeros(0, values.shape[1]))
+    ids, order = torch.sort(ids.to(sort_key_dtype(num_rows)), stable=True)
+    order = order if positions is None else positions[order]
+    used, counts = torch.unique_consecutive(ids, return_counts=True)
+    begin = counts.cumsum(0) - counts
+    # The runs are bags of values, which are read in place: a tenth of the time of sorting or scattering them.
+    total, *_ = torch.embedding_bag(values, order, begin)
+    return RowSums(used.to(torch.int64), order[begin], total)
+
+
+def _updated(
+    update: RowUpdate, w: Tensor, state: list[Tensor], sums: RowSums, dim: int | Tensor
+) -> Tensor:
+    """What becomes of rows w [U, D]; state and sums are changed in place. dim: D, or that of each row."""
+    dtype, g = w.dtype, sums.total
+    if update.grad_scale != 1:
+        g.mul_(update.grad_scale)
+    w = w.to(g.dtype)
+    if update.weight_decay:
+        g.add_(w * update.weight_decay)
+    FORMULAS[update.formula](update, w, state, g, dim)
+    if update.stream is not None and update.rounds_at_random(dtype):
+        w = ROUNDINGS[dtype](w, _random_words(sums.used, w.shape[1], update.stream))
+    return w.to(dtype)
+
+
+# Each changes w, the state and g in place. An `alpha=` would fuse, and so round once less.
+
+
+def _sgd(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
+    w.sub_(g.mul_(_times_lr(u.step_size, u)))
+
+
+def _momentum(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
+    buffer = state[0].mul_(u.momentum).add_(g.mul_(u.avg_weight))
+    w.sub_(buffer * _times_lr(u.step_size, u))
+
+
+def _nesterov(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
+    buffer = state[0].mul_(u.momentum).add_(g * u.avg_weight)
+    w.sub_(g.add_(buffer * u.momentum).mul_(_times_lr(u.step_size, u)))
+
+
+def _adagrad(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
+    total = state[0].add_(g * g)
+    w.sub_(g.div_(_square_root(total).add_(u.eps)).mul_(_times_lr(u.step_size, u)))
+
+
+def _rowwise_adagrad(
+    u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor
+) -> None:
+    total = state[0].add_((g * g).sum(1) / dim)
+    step_size = torch.as_tensor(
+        _times_lr(u.step_size, u), dtype=torch.float64, device=total.device
+    ).to(total.dtype)
+    w.sub_(g.mul_((step_size / _square_root(total).add_(u.eps))[:, None]))
+
+
+def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Tensor) -> None:
+    avg, sq = state
+    avg.add_((g - avg).mul_(u.avg_weight))
+    sq.add_(g.mul_(g).sub_(sq).mul_(u.sq_weight))
+    w.mul_(1 - _times_lr(u.decay, u))
+    w.sub_((avg / _square_root(sq).add_(u.eps)).mul_(_times_lr(u.step_size, u)))
+
+
+Formula = Callable[[RowUpdate, Tensor, list[Tensor], Tensor, int | Tensor], None]
+FORMULAS: dict[str, Formula] = {
+    "sgd": _sgd,
+    "momentum": _momentum,
+    "nesterov": _nesterov,
+    "adagrad": _adagrad,
+    "rowwise_adagrad": _rowwise_adagrad,
+    "adam": _adam,
+}
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """Rounded once, as NumPy's is on the CPU, where torch's own is off by a bit now and then."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
+
+
+def _times_lr(number: float, update: RowUpdate) -> float | Tensor:
+    """In fp64; 0-d if it is a tensor, which leaves the dtype of what it meets as it is."""
+    return number if update.lr is None else update.lr[0] * number
+
+
+def _random_words(rows: Tensor, num_columns: int, stream: Stream) -> Tensor:
+    """`stochastic_rounding.random_words` of rows [U] -> [U, num_columns], as int64 below 2**32."""
+    blocks = torch.arange(-(-num_columns // 4), device=rows.device)
+    c0, c1, c2, c3 = (
+        word.expand(len(rows), len(blocks))
+        for word in (
+            blocks[None, :],
+            (rows & LOW)[:, None],
+            (rows >> 32)[:, None],
+            torch.full_like(rows, stream.step)[:, None],
+        )
+    )
+    m0, m1 = (int(word) for word in MULTIPLIERS)
+    k0, k1 = stream.seed & LOW, stream.seed >> 32
+    for _ in range(ROUNDS):
+        # The product's upper half is right, though the whole may look negative.
+        product0, product1 = c0 * m0, c2 * m1
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & LOW) ^ c1 ^ k0,
+            product1 & LOW,
+            ((product0 >> 32) & LOW) ^ c3 ^ k1,
+            product0 & LOW,
+        )
+        k0, k1 = (k0 + int(KEY_STEPS[0])) & LOW, (k1 + int(KEY_STEPS[1])) & LOW
+    return torch.stack((c0, c1, c2, c3), -1).flatten(1)[:, :num_columns]
+
+
+def _round_to_bfloat16(values: Tensor, random: Tensor) -> Tensor:
+    bits = values.view(torch.int32)
+    rounded = (bits + (random >> 16).to(torch.int32)) & -0x10000
+    return torch.where(values.isfinite(), rounded, bits).view(torch.float32)
+
+
+def _round_to_float16(values: Tensor, random: Tensor) -> Tensor:
+    magnitude = values.abs()
+    bits = magnitude.view(torch.int32)
+    floating = ((bits + (random >> 19).to(torch.int32)) & -0x2000).view(torch.float32)
+    is_fixed = magnitude < 2.0**-14
+    fixed = (torch.where(is_fixed, magnitude, 0) * 2.0**45).to(torch.int64)
+    steps = (fixed + (random >> 11)) >> 21
+    rounded = torch.where(is_fixed, steps.to(torch.float32) * 2.0**-24, floating)
+    return torch.where(values.isfinite(), rounded.copysign(values), values)
+
+
+ROUNDINGS = {torch.bfloat16: _round_to_bfloat16, torch.float16: _round_to_float16}

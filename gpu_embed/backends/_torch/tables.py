@@ -1,0 +1,152 @@
+"""Batched tables in torch's operators, for the torch backend: all tables at once, with no wait for the GPU."""
+
+import torch
+from torch import Tensor
+
+from ...tables.entries import sums_of_rows
+from ...tables.layout import MODES, Places, TableBatch, TableField
+
+
+def embedding(
+    weight: Tensor, per_sample_weights: Tensor | None, batch: TableBatch, zero_padding: bool
+) -> Tensor:
+    """`Backend.table_batched_embedding` but for the record."""
+    places = batch.places()
+    read = places.row >= 0
+    if batch.shape.pooled or zero_padding:
+        read &= places.counted
+    rows = _rows(weight, batch, places, read)
+    if not batch.shape.pooled:
+        return rows
+    rows = rows.to(torch.promote_types(weight.dtype, torch.float32))
+    if per_sample_weights is not None:
+        rows = torch.where(read[:, None], rows * per_sample_weights[:, None], 0)
+    if batch.winner is not None:
+        rows = torch.where(_won(batch, places), rows, 0)
+    # Positions in no bag go to an extra one.
+    num_bags = batch.bags.num_bags
+    total = rows.new_zeros(num_bags + 1, batch.shape.widest)
+    total.index_add_(0, torch.where(places.bag < 0, num_bags, places.bag), rows)
+    total = total[:-1]
+    if batch.shape.mean:
+        total /= batch.bag_sizes(places)[:, None]
+    return _columns(total, batch).to(weight.dtype)
+
+
+def embedding_max(weight: Tensor, batch: TableBatch, with_winner: bool) -> tuple[Tensor, Tensor]:
+    """`Backend.table_batched_embedding_max` but for the record."""
+    places = batch.places()
+    read = places.counted & (places.row >= 0)
+    rows = _rows(weight, batch, places, read)
+    num_bags, num_indices = batch.bags.num_bags, len(read)
+    # What takes no part goes to an extra bag.
+    bag = torch.where(read, places.bag, num_bags)[:, None].expand_as(rows)
+    position = torch.arange(num_indices, device=bag.device)[:, None].expand_as(rows)
+
+    def first_position(candidate: Tensor) -> Tensor:
+        """The first of each bag where it holds; num_indices: nowhere."""
+        found = position.new_full((num_bags + 1, rows.shape[1]), num_indices)
+        return found.scatter_reduce_(0, bag, torch.where(candidate, position, num_indices), "amin")
+
+    # NaN is the largest where it comes first; elsewhere nothing is larger than what was there.
+    is_nan = rows.isnan()
+    floor = rows.new_full((num_bags + 1, rows.shape[1]), -torch.inf)
+    largest = floor.scatter_reduce(0, bag, torch.where(is_nan, -torch.inf, rows), "amax")
+    winner = first_position((rows == largest.gather(0, bag)) & ~is_nan)
+    first = first_position(torch.ones_like(is_nan))
+    winner = torch.where(first_position(is_nan) == first, first, winner)[:-1]
+    winner = torch.where(winner < num_indices, winner, -1)
+    winner = _columns(winner, batch).to(batch.position_dtype)
+    output = embedding(weight, None, batch._replace(winner=winner), False)
+    return output, winner if with_winner else winner.new_empty(0)
+
+
+def dense_backward(
+    grad_output: Tensor,
+    per_sample_weights: Tensor | None,
+    batch: TableBatch,
+    weight_shape: tuple[int, ...],
+) -> Tensor:
+    """`Backend.table_batched_embedding_dense_backward`."""
+    places = batch.places()
+    kept = places.counted & (places.row >= 0)
+    values = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
+    if batch.shape.pooled:
+        values = _bag_rows(values, batch)
+        if batch.shape.mean:
+            values = values / batch.bag_sizes(places)[:, None]
+        values = values[places.bag.clamp(min=0)]
+        if batch.winner is not None:
+            values = torch.where(_won(batch, places), values, 0)
+    if per_sample_weights is not None:
+        values = values * per_sample_weights[:, None]
+    total = sums_of_rows(torch.where(kept, places.row, -1), values).to(grad_output.dtype)
+    # Every position of a row writes the same sum.
+    grad_weight = grad_output.new_zeros(torch.Size(weight_shape).numel() + 1)
+    grad_weight[_elements(batch, places, kept, len(grad_weight) - 1)] = total
+    return grad_weight[:-1].view(weight_shape)
+
+
+def sample_weights_backward(grad_output: Tensor, weight: Tensor, batch: TableBatch) -> Tensor:
+    """`Backend.table_batched_embedding_sample_weights_backward`."""
+    places = batch.places()
+    read = places.counted & (places.row >= 0)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    rows = _rows(weight, batch, places, read).to(wide)
+    products = rows * _bag_rows(grad_output, batch)[places.bag.clamp(min=0)].to(wide)
+    return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
+
+
+def _won(batch: TableBatch, places: Places) -> Tensor:
+    """Which elements of each position's row its bag takes -> bool [N, widest]: of a maximum, those that are it."""
+    assert batch.winner is not None
+    position = torch.arange(len(places.bag), device=places.bag.device)
+    winner = _bag_rows(batch.winner, batch)[places.bag.clamp(min=0)]
+    is_max = batch.field(TableField.MODE, places.table) == MODES.index("max")
+    return ~is_max[:, None] | (winner == position[:, None])
+
+
+def _rows(weight: Tensor, batch: TableBatch, places: Places, read: Tensor) -> Tensor:
+    """Each position's row -> [N, widest], behind its table's D and where it is not read zero."""
+    elements = weight.reshape(-1)
+    if len(elements) == 0:
+        return weight.new_zeros(len(read), batch.shape.widest)
+    rows = elements[_elements(batch, places, read, 0)]
+    return torch.where(read[:, None] & _in_row(batch, places), rows, 0)
+
+
+def _elements(batch: TableBatch, places: Places, used: Tensor, otherwise: int) -> Tensor:
+    """Where in the buffer each position's row lies -> int64 [N, widest]; `otherwise` where there is nothing."""
+    local = places.row - batch.field(TableField.FIRST_ROW, places.table)
+    first = batch.field(TableField.FIRST_ELEMENT, places.table)
+    begin = first + local * batch.field(TableField.DIM, places.table)
+    columns = torch.arange(batch.shape.widest, device=begin.device)
+    used = used[:, None] & _in_row(batch, places)
+    return torch.where(used, begin[:, None] + columns, otherwise)
+
+
+def _in_row(batch: TableBatch, places: Places) -> Tensor:
+    """Which columns the table of each position has -> bool [N, widest]."""
+    columns = torch.arange(batch.shape.widest, device=places.table.device)
+    return columns < batch.field(TableField.DIM, places.table)[:, None]
+
+
+def _columns(bag_rows: Tensor, batch: TableBatch) -> Tensor:
+    """[T * B, widest], one row a bag -> the output [B, sum D]."""
+    table, column = _table_and_column(batch)
+    return bag_rows.view(batch.num_tables, -1, batch.shape.widest)[table, :, column].T.contiguous()
+
+
+def _bag_rows(output: Tensor, batch: TableBatch) -> Tensor:
+    """The output [B, sum D] -> [T * B, widest], one row a bag, zero behind its table's D."""
+    table, column = _table_and_column(batch)
+    rows = output.new_zeros(batch.num_tables, output.shape[0], batch.shape.widest)
+    rows[table, :, column] = output.T
+    return rows.flatten(0, 1)
+
+
+def _table_and_column(batch: TableBatch) -> tuple[Tensor, Tensor]:
+    """Whose each column of the output is, and its place there -> int64 [sum D] each."""
+    table = batch.table_of_column.to(torch.int64)
+    columns = torch.arange(batch.width, device=table.device)
+    return table, columns - batch.field(TableField.FIRST_COLUMN, table)

@@ -1,0 +1,159 @@
+"""Batched lookups in many tables; every user error of theirs is raised here."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..ops import lookup as ops
+from ..ops import tables as table_ops
+from ..tables.inputs import TableInput
+from ..tables.layout import TableLayout, Tables, quoted
+from .lookup import INDEX_DTYPES, tensor_hint
+
+
+def table_batched_embedding(
+    input: Tensor, weight: Tensor, offsets: Tensor, tables: Tables, sparse: bool = False
+) -> Tensor:
+    """Rows of the ids of all tables, `[N, embedding_dim]`; see `gpu_embed.TableBatchedEmbedding`."""
+    if not tables.layout.is_uniform:
+        raise ValueError(
+            "rows of tables of different embedding_dims have no common shape: "
+            f"{_dims(tables)}; look them up with gpu_embed.TableBatchedEmbeddingBag, or table by table"
+        )
+    return _look_up(input, weight, offsets, tables, None, sparse, pooled=False)
+
+
+def table_batched_embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    tables: Tables,
+    per_sample_weights: Tensor | None = None,
+    sparse: bool = False,
+) -> Tensor:
+    """Sums, means and maxima of the bags of all tables, [B, sum of embedding_dims]; see `TableBatchedEmbeddingBag`."""
+    check_sample_weights(input, per_sample_weights, weight, tables.layout)
+    return _look_up(input, weight, offsets, tables, per_sample_weights, sparse, pooled=True)
+
+
+def _look_up(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    tables: Tables,
+    per_sample_weights: Tensor | None,
+    sparse: bool,
+    *,
+    pooled: bool,
+) -> Tensor:
+    layout = tables.layout
+    function = "table_batched_embedding_bag" if pooled else "table_batched_embedding"
+    check_batch(function, input, offsets, weight, layout)
+    if per_sample_weights is not None and per_sample_weights.device != weight.device:
+        raise _other_device(function, "per_sample_weights", per_sample_weights, weight)
+    if weight.dtype not in ops.GRADIENT_DTYPES:
+        raise RuntimeError(
+            f"{function}: expected tables of float64, float32, float16 or bfloat16, got {weight.dtype}"
+        )
+    arguments = (weight, per_sample_weights, input, offsets, tables, sparse, pooled)
+    if sparse and not layout.is_uniform and torch.compiler.is_compiling():
+        return _call_in_eager_mode(*arguments)
+    return _call(*arguments)
+
+
+def check_sample_weights(
+    input: Tensor, per_sample_weights: Tensor | None, weight: Tensor, layout: TableLayout
+) -> None:
+    """Raise for weights that do not go with these ids and tables."""
+    if per_sample_weights is not None:
+        for name, value in (("input", input), ("per_sample_weights", per_sample_weights)):
+            _check_is_tensor("table_batched_embedding_bag", name, value)
+        if input.size() != per_sample_weights.size():
+            raise ValueError(
+                f"table_batched_embedding_bag: If per_sample_weights ({per_sample_weights.shape}) is not "
+                f"None, then it must have the same shape as the input ({input.shape})"
+            )
+        for name, mode in zip(layout.names, layout.modes, strict=True):
+            if mode != "sum":
+                raise NotImplementedError(
+                    "table_batched_embedding_bag: per_sample_weights is only supported for mode='sum', "
+                    f"but table {name!r} has mode={mode!r}"
+                )
+        if per_sample_weights.dtype != weight.dtype:
+            raise RuntimeError(
+                "table_batched_embedding_bag: expected per_sample_weights of the tables' dtype "
+                f"{weight.dtype}, got {per_sample_weights.dtype}"
+            )
+
+
+def check_batch(
+    function: str, input: Tensor, offsets: Tensor, weight: Tensor, layout: TableLayout
+) -> None:
+    """Raise for ids and offsets that are no batch of these tables' features."""
+    for name, value in (("input", input), ("offsets", offsets)):
+        _check_is_tensor(function, name, value)
+        if value.dim() != 1:
+            raise ValueError(f"{function}: {name} has to be a 1D Tensor, got {value.dim()}D")
+        if value.dtype not in INDEX_DTYPES:
+            raise RuntimeError(
+                f"{function}: expected {name} of dtype int64, int32, int16 or uint8, got {value.dtype}: "
+                f"convert it with {name}.long()"
+            )
+        if value.device != weight.device:
+            raise _other_device(function, name, value, weight)
+    if offsets.shape[0] % layout.num_features != 1 % layout.num_features or offsets.shape[0] == 0:
+        raise ValueError(
+            f"{function}: offsets must hold num_features * B + 1 numbers for some B, but it has "
+            f"{offsets.shape[0]} and there are {layout.num_features} features: {quoted(layout.features)}"
+        )
+
+
+def _check_is_tensor(function: str, name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        return
+    hint = tensor_hint(name, value)
+    if isinstance(value, Mapping | TableInput):
+        hint = (
+            "; put ids together with gpu_embed.batch_bags or batch_padded, and call layer(*batch)"
+        )
+    raise TypeError(
+        f"{function}(): argument '{name}' must be Tensor, not {type(value).__name__}{hint}"
+    )
+
+
+def _other_device(function: str, name: str, tensor: Tensor, weight: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"{function}: expected all tensors to be on the same device, but {name} is on "
+        f"{tensor.device} and the tables are on {weight.device}"
+    )
+
+
+def _call(
+    weight: Tensor,
+    per_sample_weights: Tensor | None,
+    input: Tensor,
+    offsets: Tensor,
+    tables: Tables,
+    sparse: bool,
+    pooled: bool,
+) -> Tensor:
+    batch = (input, offsets, tables.fields, tables.table_of_column)
+    shape = tables.layout.shape(pooled)
+    if "max" in tables.layout.modes:
+        return table_ops.call_table_batched_embedding_max(weight, *batch, *shape, sparse)
+    output: Tensor = table_ops.call_table_batched_embedding(
+        weight, per_sample_weights, *batch, None, *shape, False, sparse
+    )
+    return output
+
+
+# A graph has no place for a gradient that is no plain tensor, so torch.compile breaks its graph here.
+_call_in_eager_mode = torch._disable_dynamo(_call)
+
+
+def _dims(tables: Tables) -> str:
+    layout = tables.layout
+    return ", ".join(
+        f"{name!r} {dim}" for name, dim in zip(layout.names, layout.embedding_dims, strict=True)
+    )

@@ -1,0 +1,182 @@
+"""The gpu_embed::take_rows* and gpu_embed::dequantize_rows operators: lookups with Keras's rules.
+
+Ids are of any real dtype and cut to integers, negative ones count from the end, and rows are rounded to the dtype
+that is asked for. Two operators are linear in their first argument and adjoint to one another:
+
+    take_rows           weight [V, D]        -> output [..., D]
+    take_rows_backward  grad_output [..., D] -> grad_weight [V, D]
+
+Ids out of range are recorded as in every lookup; see `bounds`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, bounds
+from ..take import INDEX_DTYPES, QuantizedTable, rows_or_ids
+from . import lookup as ops
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16)
+
+_library = torch.library.Library("gpu_embed", "FRAGMENT")
+_library.define("take_rows(Tensor weight, Tensor indices, ScalarType dtype) -> Tensor")
+_library.define(
+    "take_rows_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, "
+    "ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "dequantize_rows(Tensor values, Tensor scale, Tensor? zero, Tensor indices, SymInt embedding_dim, "
+    "SymInt group_size, SymInt bits, ScalarType dtype) -> Tensor"
+)
+take_rows = torch.ops.gpu_embed.take_rows.default
+take_rows_backward = torch.ops.gpu_embed.take_rows_backward.default
+dequantize_rows = torch.ops.gpu_embed.dequantize_rows.default
+
+
+def converts(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether rows of one dtype can be taken as the other: the same, or fp32 and 16 bit."""
+    if source == target:
+        return source in FLOAT_DTYPES
+    return {source, target} in [{torch.float32, narrow} for narrow in NARROW]
+
+
+def _check_dtypes(name: str, indices: Tensor, source: torch.dtype, target: torch.dtype) -> None:
+    if indices.dtype not in INDEX_DTYPES:
+        raise TypeError(
+            f"{name}: ids are integers, or floats that are cut to them; got {indices.dtype}"
+        )
+    if not converts(source, target):
+        raise TypeError(
+            f"{name}: rows of {source} cannot be taken as {target}; it takes float64 as float64, and "
+            "float32, float16 and bfloat16 as themselves, or from and to float32"
+        )
+
+
+# Kernels: what runs below autograd, on every device.
+
+
+def _take_rows(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    _check_dtypes("take_rows", indices, weight.dtype, dtype)
+    bounds.raise_pending(weight.device)
+    if indices.numel() == 0 or weight.shape[1] == 0:
+        return _take_rows_fake(weight, indices, dtype)
+    record = bounds.record_for(weight.device)
+    output = backends.select(weight.device).take_rows(weight, indices, dtype, record)
+    if record is not None:
+        record.finish_lookup(indices)
+    return output
+
+
+def _take_rows_backward(
+    grad_output: Tensor, indices: Tensor, num_embeddings: int, dtype: torch.dtype
+) -> Tensor:
+    _check_dtypes("take_rows_backward", indices, grad_output.dtype, dtype)
+    rows = rows_or_ids(indices, num_embeddings)
+    # Summed in the table's dtype, and so rounded once.
+    return ops.embedding_dense_backward(grad_output.to(dtype), rows, num_embeddings, -1, False)
+
+
+def _dequantize_rows(
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    indices: Tensor,
+    embedding_dim: int,
+    group_size: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check_dtypes("dequantize_rows", indices, scale.dtype, dtype)
+    bounds.raise_pending(values.device)
+    if indices.numel() == 0:
+        return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+    table = QuantizedTable(values, scale, zero, embedding_dim, group_size, bits).adjacent()
+    record = bounds.record_for(values.device)
+    output = backends.select(values.device).dequantize_rows(table, indices, dtype, record)
+    if record is not None:
+        record.finish_lookup(indices)
+    return output
+
+
+# Shapes without data.
+
+
+def _take_rows_fake(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    bounds.prepare(weight.device)
+    return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
+
+
+def _take_rows_backward_fake(
+    grad_output: Tensor, indices: Tensor, num_embeddings: int, dtype: torch.dtype
+) -> Tensor:
+    return grad_output.new_empty((num_embeddings, grad_output.shape[-1]), dtype=dtype)
+
+
+def _dequantize_rows_fake(
+    values: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    indices: Tensor,
+    embedding_dim: int,
+    group_size: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    bounds.prepare(scale.device)
+    return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
+
+
+for _name, _kernel, _fake in (
+    ("take_rows", _take_rows, _take_rows_fake),
+    ("take_rows_backward", _take_rows_backward, _take_rows_backward_fake),
+    ("dequantize_rows", _dequantize_rows, _dequantize_rows_fake),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gpu_embed::{_name}", _fake, lib=_library)
+
+
+# Gradients.
+
+
+def _save_taken(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, indices, _ = inputs
+    # Saved, so that autograd notices ids that were changed in place.
+    ctx.save_for_backward(indices)
+    ctx.num_embeddings, ctx.dtype = weight.shape[0], weight.dtype
+
+
+def _take_rows_adjoint(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (indices,) = ctx.saved_tensors
+    return take_rows_backward(grad, indices, ctx.num_embeddings, ctx.dtype), None, None
+
+
+def _save_taken_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, indices, _, _ = inputs
+    ctx.save_for_backward(indices)
+    ctx.dtype = grad_output.dtype
+
+
+def _take_rows_backward_adjoint(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (indices,) = ctx.saved_tensors
+    return take_rows(grad, indices, ctx.dtype), None, None, None
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
+    raise NotImplementedError(
+        "dequantize_rows: the scales of a quantized table have no gradient; detach them"
+    )
+
+
+torch.library.register_autograd(
+    "gpu_embed::take_rows", _take_rows_adjoint, setup_context=_save_taken, lib=_library
+)
+torch.library.register_autograd(
+    "gpu_embed::take_rows_backward",
+    _take_rows_backward_adjoint,
+    setup_context=_save_taken_backward,
+    lib=_library,
+)
+torch.library.register_autograd("gpu_embed::dequantize_rows", _no_gradient, lib=_library)

@@ -1,0 +1,41 @@
+"""What correct means: the operations in NumPy, for reading and for checking the kernels.
+
+Arrays are float32 or float64 (16-bit tables are widened by the caller); sums are taken in float64 and
+rounded once on return. Ids outside [0, num_embeddings) read as zeros and contribute nothing.
+"""
+
+from .lookup import (
+    dequantize_rows,
+    embedding,
+    embedding_bag,
+    embedding_bag_dense_backward,
+    embedding_bag_max,
+    embedding_bag_sample_weights_backward,
+    embedding_counts,
+    embedding_dense_backward,
+    embedding_renorm,
+    row_update,
+    table_batched_embedding,
+    table_batched_embedding_dense_backward,
+    table_batched_embedding_max,
+    table_batched_embedding_sample_weights_backward,
+    take_rows,
+)
+
+__all__ = [
+    "dequantize_rows",
+    "embedding",
+    "embedding_bag",
+    "embedding_bag_dense_backward",
+    "embedding_bag_max",
+    "embedding_bag_sample_weights_backward",
+    "embedding_counts",
+    "embedding_dense_backward",
+    "embedding_renorm",
+    "row_update",
+    "table_batched_embedding",
+    "table_batched_embedding_dense_backward",
+    "table_batched_embedding_max",
+    "table_batched_embedding_sample_weights_backward",
+    "take_rows",
+]

@@ -1,0 +1,71 @@
+"""What Keras looks up: ids of any real dtype, negative ones counted from the end, and quantized tables."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bounds import in_table
+
+# Kernels see a bool as the byte that it is; the others are numbered as in kernels/wrapped_index.cuh.
+INDEX_DTYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+)
+
+# What has neither kernels nor, in torch, most of its operators.
+WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+
+
+def signed_ids(indices: Tensor) -> Tensor:
+    """Ids of a `WIDE_UNSIGNED` dtype -> int64; what that does not hold becomes its greatest number."""
+    ids = indices.to(torch.int64)
+    if indices.dtype == torch.uint64:
+        ids = torch.where(ids < 0, torch.iinfo(torch.int64).max, ids)
+    return ids
+
+
+def integer_ids(indices: Tensor) -> Tensor:
+    """Ids cut to int64; NaN becomes an id that no table has."""
+    if indices.is_floating_point():
+        indices = indices.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return indices.to(torch.int64)
+
+
+def rows_or_ids(indices: Tensor, num_embeddings: int) -> Tensor:
+    """The row that each id means -> int64; where there is no such row, the id, which is out of range too.
+
+    So the error names what the caller wrote.
+    """
+    ids = integer_ids(indices)
+    rows = torch.where(ids < 0, ids + num_embeddings, ids)
+    return torch.where(in_table(rows, num_embeddings), rows, ids)
+
+
+class QuantizedTable(NamedTuple):
+    """V rows of D columns; each group of columns of a row has a scale, and may have a zero.
+
+    A number is value / scale, or (value - zero) * scale where there are zeros.
+    """
+
+    values: Tensor  # int8 [V, D]; of 4 bits [V, ceil(D / 2)], the even column in the lower half of its byte
+    scale: Tensor  # float [V], or [V, ceil(D / group_size)]
+    zero: Tensor | None  # int8, of scale's shape
+    embedding_dim: int
+    group_size: int  # columns a scale; embedding_dim: one a row
+    bits: int  # 8 or 4
+
+    def adjacent(self) -> "QuantizedTable":
+        """The same with its tensors' items adjacent in memory."""
+        zero = None if self.zero is None else self.zero.contiguous()
+        return self._replace(
+            values=self.values.contiguous(), scale=self.scale.contiguous(), zero=zero
+        )
