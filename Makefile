@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 # Where make gpu keeps what it measured.
 RESULTS ?= bench/results
-# Which versions make versions tries: a name in ROWS of tests/versions.py.
+# Which versions make versions tries: a name in ROWS of tests/support/versions.py.
 ROW ?= newest
 # An empty VENV would otherwise name the system's /bin/python3.
 env_dir := $(or $(strip $(VENV)),.venv)
@@ -113,7 +113,7 @@ gpu: ## in the current python3, no download: GPU tests that must not skip, compu
 	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
 
 versions: ## try another torch, Triton and NumPy in an environment of its own: ROW=newest PYTHON=python3.13
-	$(PYTHON) tests/versions.py $(ROW)
+	$(PYTHON) tests/support/versions.py $(ROW)
 
 clean: ## remove .venv and everything that was built or cached
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

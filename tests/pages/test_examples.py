@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 image = pytest.importorskip("matplotlib.image", reason="the demo's extra is not installed")
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 RECOMMENDER = EXAMPLES / "recommender.py"
 
 

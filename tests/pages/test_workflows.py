@@ -55,7 +55,7 @@ def test_gpu_job_can_collect_every_test():
     assert {"torch", "triton", "pytest"} < set(held)
     # gpu_embed brings numpy, and torch brings filelock.
     known = {*held, "gpu_embed", "numpy", "filelock", *sys.stdlib_module_names}
-    files = list((ROOT / "tests").glob("*.py"))
+    files = list((ROOT / "tests").rglob("*.py"))
     known |= {file.stem for file in files}
     for file in files:
         # What is imported on its own, not from within another statement.

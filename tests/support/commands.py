@@ -9,7 +9,7 @@ from gpu_embed import env_report
 from gpu_embed.bench import cli
 from gpu_embed.demo import __main__ as demo
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = r"(?:make|pip|python3?) "
 INLINE = re.compile(rf"`({COMMAND}[^`\n]+)`")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import integer_gradient, same_bits, table
-from conftest import Target
+from targets import Target
 from torch import Tensor
 from torch.nn import Parameter
 from torch.testing._internal.two_tensor import TwoTensor

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Row(NamedTuple):
@@ -37,14 +37,14 @@ ROWS = {
 }
 TOOLS = ["setuptools", "pytest", "pytest-xdist", "hypothesis", "expecttest"]
 KERNEL_TESTS = [
-    f"tests/test_{name}.py"
-    for name in ("forward", "gradient", "bag", "table_batched", "take", "row_update", "renorm")
+    *(f"tests/api/test_{name}.py" for name in ("forward", "gradient", "bag", "tables", "renorm")),
+    *(f"tests/backends/test_{name}.py" for name in ("take", "row_update")),
 ]
 TESTS = [
     [*KERNEL_TESTS, "-k", "triton-cpu"],
-    ["tests/test_interpreter.py", "tests/test_module.py"],
+    ["tests/backends/test_interpreter.py", "tests/api/test_module.py"],
 ]
-KNOWN_LAUNCH_TESTS = ["tests/test_known_launch.py"]
+KNOWN_LAUNCH_TESTS = ["tests/backends/test_known_launch.py"]
 
 
 def release(name: str, version: str) -> str:

@@ -10,7 +10,7 @@ from cases import FORWARD_DTYPES, GRADIENT_DTYPES, table
 import gpu_embed
 from gpu_embed.functional import embedding, embedding_bag
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 DTYPES = {
     "any": FORWARD_DTYPES,

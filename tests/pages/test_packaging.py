@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Where each folder of the repo lies once installed.
 INSTALLED_AS = {
     "gpu_embed": "gpu_embed",

@@ -23,7 +23,7 @@ from gpu_embed import _self_check, env_report, functional, reference
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.demo import __main__ as demo
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Ids that repeat, with padding (3), of a table of seven rows.
 IDS = [[5, 1, 3], [6, 3, 5], [0, 0, 2]]
 OFFSETS = [0, 0, 2, 5]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import GRADIENT_DTYPES, integer_gradient, same_bits, table
-from conftest import Target
+from targets import Target
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import Parameter

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import FORWARD_DTYPES, ID_DTYPES, same_bits, table
-from conftest import skip_without_kernel
+from targets import skip_without_kernel
 
 import gpu_embed
 from gpu_embed import backends

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Target, unusable_reason
 from model_runs import assert_same, gradient_bounds, run
+from targets import Target, unusable_reason
 from torch import nn
 
 import gpu_embed
@@ -19,7 +19,7 @@ from gpu_embed import replace_embeddings, restore_embeddings
 # Before transformers is imported, which the first test does: other workers need not.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "A lazy dog is jumped over by a quick brown fox!",

@@ -21,7 +21,7 @@ import gpu_embed
 from gpu_embed import replace_embeddings, restore_embeddings
 from gpu_embed.backends._torch.backend import TorchBackend
 
-HERE = Path(__file__).resolve().parent
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 IDS = torch.tensor([[5, 1, 0], [6, 3, 2]])
 
 
@@ -730,7 +730,7 @@ def test_ddp_and_fsdp_train_as_before(tmp_path):
     """Contract 8: two processes on gloo; each checks DDP and FSDP2 before and after the swap."""
     workers = [
         subprocess.Popen(
-            [sys.executable, HERE / "swapped_training.py", str(rank), str(tmp_path / "store")],
+            [sys.executable, SUPPORT / "swapped_training.py", str(rank), str(tmp_path / "store")],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -14,7 +14,7 @@ image = pytest.importorskip("matplotlib.image", reason="the benchmark's extra is
 from gpu_embed.bench import report  # noqa: E402
 from gpu_embed.bench.results import Row, RowWriter, write_header  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BASE = Row(
     set="A",
     operation="embedding",

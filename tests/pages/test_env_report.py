@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Target
+from targets import Target
 
 import gpu_embed
 from gpu_embed import _self_check, backends, env_report

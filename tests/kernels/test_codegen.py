@@ -28,7 +28,7 @@ pytestmark = [
     for name in ("triton", "rich")
 ]
 
-TABLE = Path(__file__).resolve().parent.parent / "bench" / "codegen.csv"
+TABLE = Path(__file__).resolve().parents[2] / "bench" / "codegen.csv"
 SORT_KERNELS = ("sort_keys_kernel", "digit_counts_kernel", "digit_scatter_kernel")
 
 

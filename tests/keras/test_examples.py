@@ -15,7 +15,7 @@ pytestmark = [
     for name in ("keras", "rich", "tokenizers")
 ]
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def run_quick(name: str, folder: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import FORWARD_DTYPES, GRADIENT_DTYPES, integer_gradient, same_bits, table
-from conftest import Target
+from targets import Target
 from torch import nn
 
 import gpu_embed

@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from conftest import Target, unusable_reason
 from model_runs import assert_same, gradient_bounds, run
+from targets import Target, unusable_reason
 from torch import nn
 
 import gpu_embed

@@ -5,7 +5,7 @@ from math import gcd
 import pytest
 import torch
 from cases import GRADIENT_DTYPES, ID_DTYPES, ids, integer_gradient, same_bits, table
-from conftest import skip_without_kernel
+from targets import skip_without_kernel
 
 import gpu_embed
 from gpu_embed import backends

@@ -21,7 +21,7 @@ from gpu_embed.backends._plan.gradient_method import use_gradient_method
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.take import QuantizedTable
 
-KERNELS_DIR = Path(__file__).parent.parent / "kernels"
+KERNELS_DIR = Path(__file__).parents[2] / "kernels"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 # The backend as it is on a card of that age, and once with the threads in descending order.

@@ -20,7 +20,7 @@ from gpu_embed.backends._cupy import CupyBackend, launch
 from gpu_embed.backends._cupy.device import FLOATS, as_argument
 from gpu_embed.backends._cupy.nvrtc import Kernel
 
-KERNELS_DIR = Path(__file__).parent.parent / "kernels"
+KERNELS_DIR = Path(__file__).parents[2] / "kernels"
 SHIM_DIR = Path(__file__).parent / "host_shim"
 FLAGS = (
     "-std=c++17",

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import Target, unusable_reason
+from targets import Target, unusable_reason
 
 import gpu_embed
 from gpu_embed import replace_embeddings, restore_embeddings

@@ -1,0 +1,71 @@
+"""Which backends run on which devices here, and so which cases are collected."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+REQUIRE_GPU = os.environ.get("GPU_EMBED_REQUIRE_GPU") == "1"
+if not CUDA:
+    # Read when triton is imported, which happens at the first use of its backend.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import cuda_host_backend  # noqa: E402
+
+from gpu_embed import backends  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Target:
+    """One backend on one device."""
+
+    backend: str
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+
+ALL = tuple(Target(name, device) for device in ("cpu", "cuda") for name in backends.BACKENDS)
+# Those on CUDA are collected where there is a card, and where one is required: there they fail without it.
+COLLECTED = tuple(one for one in ALL if one.device == "cpu" or CUDA or REQUIRE_GPU)
+
+
+def params(*targets: Target) -> list[object]:
+    """Targets as a fixture's parameters; those on CUDA carry the mark gpu."""
+    return [
+        pytest.param(one, id=str(one), marks=[pytest.mark.gpu] * (one.device == "cuda"))
+        for one in targets
+    ]
+
+
+def unusable_reason(target: Target) -> str | None:
+    """Why the target cannot run here; None: it can."""
+    if target.device == "cuda" and not CUDA:
+        return "no CUDA device"
+    if target == Target("cupy", "cpu"):
+        return cuda_host_backend.unusable_reason()
+    return backends.load(target.backend).unusable_reason(torch.device(target.device))
+
+
+def require(target: Target) -> None:
+    """Skip where the target cannot run; fail where a card is required."""
+    reason = unusable_reason(target)
+    if reason is None:
+        return
+    if target.device == "cuda" and REQUIRE_GPU:
+        pytest.fail(f"GPU_EMBED_REQUIRE_GPU=1 and {target}: {reason}")
+    pytest.skip(reason)
+
+
+def skip_without_kernel(target: Target, method: str) -> None:
+    """Skip a gather or gradient method where the target has no kernel for it."""
+    if target.backend not in ("triton", "cupy"):
+        pytest.skip(f"{target.backend} has no choice of method")
+    if target.backend == "cupy" and method in ("descriptor", "one_hot"):
+        pytest.skip("only triton has such a kernel")
+    old = target.device == "cuda" and torch.cuda.get_device_capability() < (9, 0)
+    if method == "descriptor" and old:
+        pytest.skip("tensor descriptors need compute capability 9.0")
