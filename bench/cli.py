@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Measure embedding lookups and their gradients against everybody else's. Without a "
         "command: a summary of this machine in one minute.",
         epilog="Exit code: 0 done, 1 a result of gpu_embed's own is wrong or failed (compare: a "
-        "regression; codegen: a kernel is worse), 2 it cannot start or go on, 130 interrupted.",
+        "regression; codegen: a kernel is worse; host-calls: more calls), 2 it cannot start or go on, 130 interrupted.",
     )
     machine_options(parser)
     parser.add_argument(
@@ -92,6 +92,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_codegen(
         commands.add_parser("codegen", help="what the kernels compile to; needs Triton, but no GPU")
+    )
+    add_host_calls(
+        commands.add_parser("host-calls", help="the package's own Python calls in a warm call")
     )
     for name, text in (
         ("plot", "draw the results in DIR"),
@@ -175,6 +178,17 @@ def add_codegen(codegen: argparse.ArgumentParser) -> None:
     codegen.add_argument("--out", type=Path, metavar="FILE", help="write the whole table as CSV")
     codegen.add_argument(
         "--check", type=Path, metavar="FILE", help="exit 1 where a kernel is worse than in FILE"
+    )
+
+
+def add_host_calls(host_calls: argparse.ArgumentParser) -> None:
+    host_calls.add_argument(
+        "--functions", action="store_true", help="list the called functions in call order"
+    )
+    host_calls.add_argument(
+        "--write",
+        action="store_true",
+        help="rewrite bench/host_calls.csv, against which more calls are an error",
     )
 
 
@@ -593,6 +607,35 @@ def codegen(args: argparse.Namespace) -> int:
     return 1 if failures or problems else 0
 
 
+def host_calls(args: argparse.Namespace) -> int:
+    """Count, print, and write the table or say what has more calls than it allows."""
+    from rich.table import Table
+
+    from . import host_calls as counter
+
+    if args.write:
+        check_extra("triton", "keras")
+    console = make_console()
+    rows = counter.measure_host_calls()
+    shown = Table(title="Own Python calls of a warm call", title_justify="left")
+    for name in counter.COLUMNS:
+        shown.add_column(name, justify="right" if name == "calls" else "left")
+    for row in rows:
+        shown.add_row(row.operation, row.backend, row.input, str(row.calls))
+    print_table(console, shown)
+    if args.functions:
+        for row in rows:
+            console.print(f"\n{row.operation}, {row.backend}, {row.input}: {row.calls}")
+            console.print("\n".join(f"  {function}" for function in row.functions))
+    if args.write:
+        counter.write_table(counter.PATH, rows)
+        return 0
+    problems = counter.more_calls(counter.read_table(counter.PATH), rows)
+    for said in problems:
+        print(f"{PROG}: {said}", file=sys.stderr)
+    return 1 if problems else 0
+
+
 def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Run the command; the ones that draw and compare are imported when they are asked for."""
     check_extra("rich")
@@ -611,6 +654,8 @@ def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
         return main_compare(args.old, args.new, args.fail_below)
     if args.command == "codegen":
         return codegen(args)
+    if args.command == "host-calls":
+        return host_calls(args)
     check_extra("matplotlib")
     if not args.directory.is_dir():
         raise CannotRunError(f"{args.directory} is no directory of results")
