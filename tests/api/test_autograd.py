@@ -55,7 +55,7 @@ def quick(target):
 
 @every_argument
 def test_gradgradcheck(target, arguments):
-    """Contract 7: the gradient's own gradient obeys padding_idx and scale_grad_by_freq too."""
+    """As torch: the gradient's own gradient obeys padding_idx and scale_grad_by_freq too."""
     weight = table(3, 2, torch.float64, target.device).requires_grad_()
     indices = tensor([[1, 2], [2, 0]], target)
     assert gradgradcheck(
@@ -95,7 +95,7 @@ def test_each_op_has_gradients_of_its_own(target, op, padding_idx, scale_grad_by
 @every_argument
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 def test_double_backward_is_the_adjoint_of_backward(target, dtype, arguments):
-    """Contract 7: rows over counts, zero at padding; torch's formula forgets scale_grad_by_freq."""
+    """As torch: rows over counts, zero at padding; torch's formula forgets scale_grad_by_freq."""
     weight = integers(5, 3, target.device, dtype).requires_grad_()
     indices = tensor([[1, 4, 4], [4, 1, 0]], target)
     grad_output = integer_gradient((2, 3, 3), dtype, target.device).requires_grad_()
@@ -195,7 +195,7 @@ FORWARD_AND_HIGHER_ORDER = {
     ],
 )
 def test_torch_func(target, transform, arguments):
-    """Contract 8: every functorch transform gives what it gives with torch's function."""
+    """Drop-in: every functorch transform gives what it gives with torch's function."""
     weight = integers(3, 2, target.device)
     indices = tensor([1, 2, 2, 0], target)  # counts are powers of two, so 1 / count is exact
     actual = transform(lambda w: embedding(indices, w, **arguments), weight)
@@ -206,7 +206,7 @@ def test_torch_func(target, transform, arguments):
 
 
 def test_hessian_obeys_scale_grad_by_freq(target):
-    """Contract 7: by hand, since torch's second derivative ignores the argument."""
+    """As torch: by hand, since torch's second derivative ignores the argument."""
     weight = integers(3, 1, target.device)
     indices = tensor([1, 2, 2, 0], target)
     hessian = func.jacrev(
@@ -218,7 +218,7 @@ def test_hessian_obeys_scale_grad_by_freq(target):
 
 @every_argument
 def test_per_sample_gradients_equal_a_loop(target, arguments):
-    """Contract 8: vmap(grad) over the ids; each example counts its own."""
+    """Drop-in: vmap(grad) over the ids; each example counts its own."""
     weight = integers(4, 3, target.device)
     indices = tensor([[3, 1, 1, 3], [0, 0, 0, 0], [2, 1, 0, 3]], target)
 
@@ -247,7 +247,7 @@ IN_DIMS = [(None, 0), (None, 1), (0, None), (2, None), (0, 0), (1, 1)]
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 @every_argument
 def test_vmap_equals_a_loop(target, arguments, in_dims):
-    """Contract 8: over ids, tables and both; outputs, and gradients taken outside of the vmap."""
+    """Drop-in: over ids, tables and both; outputs, and gradients taken outside of the vmap."""
     batched = torch.stack([integers(4, 2, target.device) + i for i in range(3)])
     weight = moved(batched, in_dims[0]).requires_grad_()
     # Counts are powers of two in each example, and not all over.
@@ -275,7 +275,7 @@ def test_vmap_equals_a_loop(target, arguments, in_dims):
 @pytest.mark.parametrize("inner", [(None, 0), (0, None), (0, 0)], ids=str)
 @pytest.mark.parametrize("outer", [(None, 0), (0, None), (0, 0)], ids=str)
 def test_nested_vmap_equals_nested_loops(target, outer, inner):
-    """Contract 8: two levels, over ids, tables and both."""
+    """Drop-in: two levels, over ids, tables and both."""
     weight = torch.stack([integers(4, 2, target.device) + i for i in range(6)]).view(2, 3, 4, 2)
     indices = torch.arange(24, device=target.device).view(2, 3, 4) * 5 % 4
     for dim, (weight_dim, indices_dim) in enumerate((outer, inner)):
@@ -307,7 +307,7 @@ def test_nested_vmap_equals_nested_loops(target, outer, inner):
 
 @pytest.mark.parametrize("in_dims", [(None, 0), (0, None), (0, 0)], ids=str)
 def test_vmap_over_max_norm_equals_single_calls(target, in_dims):
-    """Contract 8: tables are renormalised in place, example by example."""
+    """Drop-in: tables are renormalised in place, example by example."""
     batched = torch.stack([integers(4, 2, target.device) + i for i in range(3)])
     weight = moved(batched, in_dims[0]).clone()
     indices = moved(tensor([[3, 1], [0, 0], [2, 3]], target), in_dims[1])
@@ -326,7 +326,7 @@ def test_vmap_over_max_norm_equals_single_calls(target, in_dims):
 @pytest.mark.parametrize("bad", [4, -1, 7])
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 def test_vmap_reports_ids_out_of_range(target, in_dims, bad):
-    """Contract 6: the id as the caller wrote it, and the rows of one table, not of all stacked."""
+    """Bounds: the id as the caller wrote it, and the rows of one table, not of all stacked."""
     weight = moved(torch.zeros(2, 4, 3, device=target.device), in_dims[0])
     indices = moved(tensor([[0, bad], [bad, 2]], target), in_dims[1])
     look_up = func.vmap(lambda w, i: embedding(i, w), in_dims)
@@ -339,7 +339,7 @@ def test_vmap_reports_ids_out_of_range(target, in_dims, bad):
 
 @pytest.mark.parametrize("in_dims", IN_DIMS, ids=str)
 def test_vmap_masks_ids_out_of_range(target, in_dims):
-    """Contract 6: an id past one table's end does not reach into the next one."""
+    """Bounds: an id past one table's end does not reach into the next one."""
     weight = moved(torch.ones(2, 4, 3, device=target.device), in_dims[0]).requires_grad_()
     indices = moved(tensor([[4, -1], [3, 5]], target), in_dims[1])
     with gpu_embed.set_bounds_check("off"):
@@ -375,9 +375,9 @@ def assert_same_sparse(actual, expected):
 @pytest.mark.parametrize("padding_idx", [None, 2, -1])
 @pytest.mark.parametrize("values", SPARSE_IDS.values(), ids=SPARSE_IDS)
 def test_sparse_gradients_are_torchs(target, values, padding_idx):
-    """Contract 7: int64 ids in input order, duplicates kept, padding dropped, uncoalesced.
+    """As torch: int64 ids in input order, duplicates kept, padding dropped, uncoalesced.
 
-    Contract 5: not on CUDA, where torch waits for the GPU to drop it, and where it is zeros here.
+    No host sync: not on CUDA, where torch waits for the GPU to drop it, and where it is zeros here.
     """
     ours = integers(6, 2, target.device).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
@@ -418,7 +418,7 @@ def test_entries_without_a_gradient_become_zeros_of_a_row_that_has_one(kept, exp
 @pytest.mark.parametrize("ids_dtype", ID_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 def test_sparse_gradients_of_every_dtype(target, dtype, ids_dtype):
-    """Contract 7: the ids of the gradient are int64, whatever those of the input are."""
+    """As torch: the ids of the gradient are int64, whatever those of the input are."""
     ours = integers(6, 2, target.device, dtype).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     indices = tensor([5, 1, 5], target)
@@ -445,7 +445,7 @@ def test_sparse_gradients_have_gradients(target):
 
 
 def test_sparse_with_scale_grad_by_freq_fails_at_backward(target):
-    """Contract 7: torch's error, and not before backward."""
+    """As torch: torch's error, and not before backward."""
     weight = integers(3, 2, target.device).requires_grad_()
     indices = tensor([0, 0], target)
     messages = []
@@ -466,7 +466,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_optimizers_take_sparse_gradients(target, optimizer):
-    """Contract 7: three steps end where torch's layer ends, bit for bit."""
+    """As torch: three steps end where torch's layer ends, bit for bit."""
     indices = tensor([[5, 1], [5, 0]], target)
     tables = []
     for layer in (gpu_embed.Embedding, torch.nn.Embedding):
@@ -594,7 +594,7 @@ def test_gradients_accumulate_over_backwards(target):
 
 
 def test_frozen_tables_have_no_graph(target):
-    """Contract 8: `requires_grad` decides, as with torch's layer."""
+    """Drop-in: `requires_grad` decides, as with torch's layer."""
     weight = integers(4, 2, target.device)
     indices = tensor([0, 2], target)
     assert embedding(indices, weight).grad_fn is None
@@ -640,7 +640,7 @@ def test_lazily_negated_gradients_are_resolved(target):
 
 
 def test_hooks_see_and_replace_gradients(target):
-    """Contract 8: on the output, the table and the layer, in autograd's order."""
+    """Drop-in: on the output, the table and the layer, in autograd's order."""
     layer = gpu_embed.Embedding.from_pretrained(integers(4, 2, target.device), freeze=False)
     seen = []
     layer.weight.register_hook(lambda grad: seen.append("table") or 2 * grad)
@@ -659,7 +659,7 @@ def test_hooks_see_and_replace_gradients(target):
 
 @pytest.mark.parametrize("max_norm", [None, 1.5], ids=["plain", "max_norm"])
 def test_inference_mode(target, max_norm):
-    """Contract 7: as with torch, also for tables that were made there."""
+    """As torch: as with torch, also for tables that were made there."""
     indices = tensor([3, 1], target)
     found = []
     for look_up in (embedding, F.embedding):
@@ -679,7 +679,7 @@ def test_inference_mode(target, max_norm):
 
 
 def test_autocast_leaves_the_dtype_alone(target):
-    """Contract 1: lookups are copies under autocast too, and gradients keep the table's dtype."""
+    """Exact copy: lookups are copies under autocast too, and gradients keep the table's dtype."""
     weight = integers(4, 2, target.device, torch.float32).requires_grad_()
     indices = tensor([3, 1], target)
     with torch.autocast(target.device, torch.bfloat16):
@@ -725,7 +725,7 @@ def opcheck_ids(request, target):
     ids=["plain", "padding, scaled", "sparse"],
 )
 def test_opcheck_embedding(target, opcheck_ids, arguments):
-    """Contract 8: torch.library's own checks of the lookup."""
+    """Drop-in: torch.library's own checks of the lookup."""
     weight = table(4, 3, torch.float32, target.device).requires_grad_()
     # aot_autograd has no tracing of sparse gradients, torch's own included.
     traced = [] if arguments[2] else ["test_aot_dispatch_dynamic"]
@@ -735,20 +735,20 @@ def test_opcheck_embedding(target, opcheck_ids, arguments):
 
 @pytest.mark.parametrize("arguments", [(-1, False), (2, True)], ids=["plain", "padding, scaled"])
 def test_opcheck_backward(target, opcheck_ids, arguments):
-    """Contract 8: torch.library's own checks of the gradient."""
+    """Drop-in: torch.library's own checks of the gradient."""
     grad_output = torch.ones(*opcheck_ids.shape, 3, device=target.device, requires_grad=True)
     torch.library.opcheck(ops.embedding_dense_backward, (grad_output, opcheck_ids, 4, *arguments))
 
 
 @pytest.mark.parametrize("arguments", [(-1, False), (2, True)], ids=["plain", "padding, scaled"])
 def test_opcheck_double_backward(target, opcheck_ids, arguments):
-    """Contract 8: torch.library's own checks of the gradient's gradient."""
+    """Drop-in: torch.library's own checks of the gradient's gradient."""
     grad = table(4, 3, torch.float32, target.device).requires_grad_()
     torch.library.opcheck(ops.embedding_dense_double_backward, (grad, opcheck_ids, *arguments))
 
 
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
 def test_opcheck_renorm(target, opcheck_ids, norm_type):
-    """Contract 8: torch.library's own checks of the renormalisation in place."""
+    """Drop-in: torch.library's own checks of the renormalisation in place."""
     weight = table(4, 3, torch.float32, target.device)
     torch.library.opcheck(ops.embedding_renorm_, (weight, opcheck_ids, 0.5, norm_type))

@@ -110,7 +110,7 @@ def method(request, target):
 @each_form
 @pytest.mark.parametrize("padding_idx", [None, -5])
 def test_every_form_of_bags(target, form, mode, padding_idx):
-    """Contract 7: empty bags and bags of padding alone are 0, and ids in no bag have no gradient."""
+    """As torch: empty bags and bags of padding alone are 0, and ids in no bag have no gradient."""
     indices, arguments, ranges = bags(form, target)
     weight = integers(V, 5, torch.float32, target.device)
     if form == "no bags":
@@ -125,7 +125,7 @@ def test_every_form_of_bags(target, form, mode, padding_idx):
 @each_mode
 @pytest.mark.parametrize("form", ["empty ends", "ids in no bag"])
 def test_both_gradient_kernels(target, method, form, mode):
-    """Contract 4: the one of atomics, and the deterministic one."""
+    """Determinism: the one of atomics, and the deterministic one."""
     indices, arguments, ranges = bags(form, target)
     weight = integers(V, 36, torch.float32, target.device)
     check(weight, indices, arguments, ranges, mode)
@@ -134,7 +134,7 @@ def test_both_gradient_kernels(target, method, form, mode):
 @each_mode
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 def test_every_dtype_of_the_table(target, dtype, mode):
-    """Contract 2: exact in every dtype."""
+    """Accumulation: exact in every dtype."""
     indices, arguments, ranges = bags("empty ends", target)
     check(integers(V, 8, dtype, target.device), indices, arguments, ranges, mode)
 
@@ -142,7 +142,7 @@ def test_every_dtype_of_the_table(target, dtype, mode):
 @each_mode
 @pytest.mark.parametrize("embedding_dim", [1, 3, 32, 50, 130, 516])
 def test_every_width_of_rows(target, embedding_dim, mode):
-    """Contract 1's widths: several bags side by side in one program, and several programs a bag."""
+    """Exact copy, widths: several bags side by side in one program, and several programs a bag."""
     indices, arguments, ranges = bags("empty ends", target)
     weight = integers(V, embedding_dim, torch.float32, target.device)
     check(weight, indices, arguments, ranges, mode)
@@ -154,7 +154,7 @@ def test_every_width_of_rows(target, embedding_dim, mode):
     ids=str,
 )
 def test_every_dtype_of_ids_and_offsets(target, dtype, offsets_dtype):
-    """Contract 7: the two need not agree; int16 and uint8 go beyond torch."""
+    """As torch: the two need not agree; int16 and uint8 go beyond torch."""
     indices, arguments, ranges = bags("empty ends", target, dtype)
     arguments["offsets"] = arguments["offsets"].to(offsets_dtype)
     weight = integers(300, 3, torch.float32, target.device)
@@ -186,7 +186,7 @@ STRIDED = {
 @each_mode
 @pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
 def test_tensors_of_any_strides(target, view, mode):
-    """Contract 1's strides: of the table, the ids, the offsets, the weights of samples, and the gradient."""
+    """Exact copy, strides: of the table, the ids, the offsets, the weights of samples, and the gradient."""
     weight = integers(V, 8, torch.float32, target.device)
     indices, _, ranges = bags("2-D", target)
     check(view(weight), view(indices), {}, ranges, mode)
@@ -207,7 +207,7 @@ def test_tensors_of_any_strides(target, view, mode):
     ids=str,
 )
 def test_per_sample_weights_and_their_gradient(target, dtype, form, padding_idx):
-    """Contract 7: rows times weights; each weight's gradient is its row times its bag's gradient."""
+    """As torch: rows times weights; each weight's gradient is its row times its bag's gradient."""
     indices, arguments, ranges = bags(form, target)
     weight = integers(V, 5, dtype, target.device)
     weights = integer_gradient(tuple(indices.shape), dtype, target.device) + 3
@@ -265,7 +265,7 @@ def test_what_takes_no_part_cannot_spoil_the_rest(target):
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_rounded_once(target, dtype, mode):
-    """Contract 2: 1 + 7 * eps/2 is not 1; the mean is divided before that rounding."""
+    """Accumulation: 1 + 7 * eps/2 is not 1; the mean is divided before that rounding."""
     eps = torch.finfo(dtype).eps
     weight = torch.tensor([[1.0], [eps / 2]], dtype=dtype, device=target.device)
     indices = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]], device=target.device)
@@ -281,7 +281,7 @@ def stops_growing_at(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_long_sums_keep_growing(target, dtype):
-    """Contract 2: sums are taken in fp32."""
+    """Accumulation: sums are taken in fp32."""
     most = stops_growing_at(dtype)
     weight = torch.tensor([[most], [1]], dtype=dtype, device=target.device)
     indices = torch.tensor([[0] + [1] * 8], device=target.device)
@@ -294,7 +294,7 @@ def test_long_sums_keep_growing(target, dtype):
     ids=str,
 )
 def test_gradients_keep_growing(target, dtype, mode):
-    """Contract 2: the gradients of one row from several bags are summed in fp32; for max too."""
+    """Accumulation: the gradients of one row from several bags are summed in fp32; for max too."""
     most = stops_growing_at(dtype)
     weight = torch.ones(2, 2, dtype=dtype, device=target.device, requires_grad=True)
     indices = torch.ones(9, 1, dtype=torch.int64, device=target.device)
@@ -308,7 +308,7 @@ def test_gradients_keep_growing(target, dtype, mode):
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 def test_random_sums_stay_within_the_bound_of_fp32(target, method, dtype, mode):
-    """Contract 2: |actual - exact| <= (count + 2) * eps32 * sum(|terms|), and half an ulp for the rounding."""
+    """Accumulation: |actual - exact| <= (count + 2) * eps32 * sum(|terms|), and half an ulp for the rounding."""
     if "atomic" in method and dtype.itemsize == 2:
         pytest.skip("atomics serve fp32 and fp64 only")
     generator = torch.Generator().manual_seed(3)
@@ -433,7 +433,7 @@ def test_cuts_follow_shapes():
 
 
 def test_the_first_of_equal_maxima_gets_the_gradient(target, method):
-    """Contract 7: rows 2 and 0 are equal; which of them is met first decides, as in torch."""
+    """As torch: rows 2 and 0 are equal; which of them is met first decides, as in torch."""
     values = torch.tensor([[1.0, 5.0], [0.0, 9.0], [1.0, 5.0]], device=target.device)
     for row, first in (([2, 0, 1], 2), ([0, 2, 1], 0), ([1, 0, 2], 0)):
         weight = values.clone().requires_grad_()
@@ -467,7 +467,7 @@ SPECIAL = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_special_values_compare_as_in_torch(target, dtype):
-    """Contract 7: a NaN stays where it comes first, and is passed over where it does not."""
+    """As torch: a NaN stays where it comes first, and is passed over where it does not."""
     values = torch.tensor([0.0, *itertools.chain(*SPECIAL.values())], dtype=dtype)
     weight = values[:, None].repeat(1, 3)
     weight[0] = 100
@@ -505,7 +505,7 @@ def test_maxima_by_scattering_treat_nan_alike():
 
 
 def test_wrong_offsets_are_clamped_by_torchs_operators():
-    """Contract 6: on CUDA nobody looked at them before."""
+    """Bounds: on CUDA nobody looked at them before."""
     for offsets in ([0, 2, 99], [0, -7, 2], [1, 2, 3]):
         bags = gpu_embed.bags.Bags(torch.arange(3), torch.tensor(offsets), 3)
         begin, end = bags.ends()
@@ -520,7 +520,7 @@ def test_wrong_offsets_are_clamped_by_torchs_operators():
 @needs_mapping
 @pytest.mark.parametrize("embedding_dim", [8, 1])
 def test_rows_past_2_to_the_31_elements(target, embedding_dim):
-    """Contract 3: a row's address is computed in 64 bits. The table costs an address range alone."""
+    """64-bit addresses: a row's address is computed in 64 bits. The table costs an address range alone."""
     if target.device == "cuda" or target.backend == "reference":
         pytest.skip("mapped memory is the CPU's, and the reference makes copies")
     far = FAR_ROWS * 8 // embedding_dim
@@ -556,7 +556,7 @@ def test_a_bag_as_large_as_a_program(target, mode):
 @pytest.mark.parametrize("padding_idx", [None, 1])
 @pytest.mark.parametrize("form", ["2-D", "empty ends", "ids in no bag"])
 def test_scale_grad_by_freq_divides_by_the_count(target, form, padding_idx, mode):
-    """Contract 7: by how often the id is in a bag. torch's CPU kernel divides by another id's count."""
+    """As torch: by how often the id is in a bag. torch's CPU kernel divides by another id's count."""
     indices, arguments, ranges = bags(form, target)
     weight, exact = (
         integers(V, 3, torch.float64, target.device).requires_grad_() for _ in range(2)
@@ -600,7 +600,7 @@ def test_a_row_in_no_bag_has_no_gradient_however_often_it_is_named(target):
 
 @each_mode
 def test_max_norm_scales_rows_first(target, mode):
-    """Contract 7: the rows in bags, in place, and those of padding too."""
+    """As torch: the rows in bags, in place, and those of padding too."""
     weight = integers(V, 4, torch.float64, target.device)
     ours, theirs = weight.clone(), weight.cpu().clone()
     indices = torch.tensor([1, 0, 3, 1], device=target.device)
@@ -617,9 +617,9 @@ def test_max_norm_scales_rows_first(target, mode):
 @pytest.mark.parametrize("mode", ["sum", "mean", "weighted"])
 @pytest.mark.parametrize("padding_idx", [None, 1])
 def test_sparse_gradients_are_torchs(target, form, mode, padding_idx):
-    """Contract 7: one entry an id, in input order, duplicates kept, padding dropped, uncoalesced.
+    """As torch: one entry an id, in input order, duplicates kept, padding dropped, uncoalesced.
 
-    Contract 5: not on CUDA, where torch waits for the GPU to drop it, and where it is zeros here.
+    No host sync: not on CUDA, where torch waits for the GPU to drop it, and where it is zeros here.
     """
     indices, arguments, _ = bags(form, target)
     arguments |= {"padding_idx": padding_idx, "sparse": True, "mode": "sum"}
@@ -646,7 +646,7 @@ def test_sparse_gradients_are_torchs(target, form, mode, padding_idx):
 @each_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_gradients_repeat_bit_for_bit(target, dtype, mode):
-    """Contract 4: torch's own kernel for max refuses to be deterministic on CUDA; ours is."""
+    """Determinism: torch's own kernel for max refuses to be deterministic on CUDA; ours is."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(20, 3, generator=generator).to(dtype).to(target.device).requires_grad_()
     indices = ids("zipf", 120, 20, target.device).view(30, 4)
@@ -677,7 +677,7 @@ def test_tables_without_columns(target, mode):
 
 @each_mode
 def test_tables_without_rows(target, mode):
-    """Contract 6: every id is out of range; empty bags are fine."""
+    """Bounds: every id is out of range; empty bags are fine."""
     weight = torch.empty(0, 3, device=target.device, requires_grad=True)
     offsets = torch.tensor([0, 0], device=target.device)
     none = torch.tensor([], dtype=torch.int64, device=target.device)
@@ -701,7 +701,7 @@ def test_no_bags_of_three(target, mode):
 
 
 def test_wrong_offsets_never_read_outside_of_the_ids(target):
-    """Contract 6: on CUDA nobody looks at the offsets before the kernel, which keeps to the ids."""
+    """Bounds: on CUDA nobody looks at the offsets before the kernel, which keeps to the ids."""
     if target.device == "cpu":
         pytest.skip(
             "offsets on the CPU are checked before; the next test asks the kernels themselves"
@@ -732,7 +732,7 @@ WRONG_OFFSETS = {
 def test_kernels_clamp_and_record_wrong_offsets(
     target, offsets, message, longest, mode, monkeypatch
 ):
-    """Contract 6: nothing outside of the ids is read; what is read is recorded as wrong."""
+    """Bounds: nothing outside of the ids is read; what is read is recorded as wrong."""
     for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
         monkeypatch.setattr(kernel_backend, name, longest)
     if target.backend not in ("triton", "cupy"):

@@ -80,7 +80,7 @@ def quick(target):
 @pytest.mark.parametrize("kind", ["plain", "padding"])
 @each_mode
 def test_gradcheck(target, mode, kind):
-    """Contract 7: reverse mode, forward mode, and batches of gradients."""
+    """As torch: reverse mode, forward mode, and batches of gradients."""
     function, tables = bag_function(target, mode, **ARGUMENTS[kind])
     assert gradcheck(
         function, tables, check_forward_ad=True, check_batched_grad=True, **quick(target)
@@ -90,7 +90,7 @@ def test_gradcheck(target, mode, kind):
 @pytest.mark.parametrize("kind", ["plain", "padding, scaled"])
 @each_mode
 def test_gradgradcheck(target, mode, kind):
-    """Contract 7: the gradient's own gradients, by all that it depends on; torch has none."""
+    """As torch: the gradient's own gradients, by all that it depends on; torch has none."""
     arguments = ARGUMENTS[kind]
     if mode == "max":
         arguments = {name: arguments[name] for name in arguments if name == "padding_idx"}
@@ -244,7 +244,7 @@ def by_rows(indices, weight, offsets=None, mode="sum", per_sample_weights=None):
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @each_mode
 def test_torch_func(target, mode, transform):
-    """Contract 8: what functorch makes of it is what it makes of its definition."""
+    """Drop-in: what functorch makes of it is what it makes of its definition."""
     indices, more = lookup(target, "2-D")
     _, tables = bag_function(target, mode, "2-D")
     tables = [table.detach() for table in tables]
@@ -263,7 +263,7 @@ def test_torch_func(target, mode, transform):
 @each_mode
 @pytest.mark.parametrize("in_dims", [(None, 0), (0, None), (0, 0)], ids=str)
 def test_vmap_equals_a_loop(target, mode, in_dims):
-    """Contract 8: over ids, tables and both; outputs, and gradients inside."""
+    """Drop-in: over ids, tables and both; outputs, and gradients inside."""
     kind = "sum" if mode == "weighted" else mode
     weight = torch.stack([integers(V, D, target.device) * (i + 1) for i in range(2)])
     indices = torch.tensor([[[1, 2], [3, 3]], [[0, 1], [2, 1]]], device=target.device)
@@ -310,7 +310,7 @@ def step(layer, bag, indices, offsets):
 
 @pytest.mark.parametrize("arguments", COMPILED.values(), ids=COMPILED)
 def test_compiled_training_equals_eager(target, arguments):
-    """Contract 8: one graph, forward and backward; new lengths do not break it."""
+    """Drop-in: one graph, forward and backward; new lengths do not break it."""
     torch._dynamo.reset()
     eager, compiled = (
         gpu_embed.EmbeddingBag(
@@ -370,7 +370,7 @@ def test_opcheck_of_ids_in_rows(target):
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_export_with_a_dynamic_batch(mode):
-    """Contract 8: torch.export of the layer."""
+    """Drop-in: torch.export of the layer."""
     layer = gpu_embed.EmbeddingBag(V, D, mode=mode)
     indices, offsets = torch.tensor([1, 2, 2, 0, 3]), torch.tensor([0, 2])
     program = torch.export.export(

@@ -54,14 +54,14 @@ OFFSETS = torch.tensor([0, 2, 8])
 
 
 def test_only_forward_is_overridden():
-    """Contract 8: subclass, override forward only; a new torch brings its own everything else."""
+    """Drop-in: subclass, override forward only; a new torch brings its own everything else."""
     generated = {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"}
     assert set(vars(gpu_embed.EmbeddingBag)) - generated == {"forward"}
     assert gpu_embed.EmbeddingBag.__mro__[1] is nn.EmbeddingBag
 
 
 def test_signatures_are_torchs():
-    """Contract 7: every argument by the same name, in the same place, with the same default."""
+    """As torch: every argument by the same name, in the same place, with the same default."""
     assert inspect.signature(gpu_embed.EmbeddingBag) == inspect.signature(nn.EmbeddingBag)
     for ours, theirs in (
         (embedding_bag, F.embedding_bag),
@@ -76,7 +76,7 @@ def test_signatures_are_torchs():
 
 @constructed
 def test_attributes_state_and_repr_are_torchs(arguments):
-    """Contract 8: others read them."""
+    """Drop-in: others read them."""
     ours, theirs = pair(5, 3, **arguments)
     assert repr(ours) == repr(theirs)
     assert ours.__constants__ == theirs.__constants__
@@ -90,7 +90,7 @@ def test_attributes_state_and_repr_are_torchs(arguments):
 
 @constructed
 def test_the_layer_equals_torchs(target, arguments):
-    """Contract 7: no argument is ignored, and no result differs."""
+    """As torch: no argument is ignored, and no result differs."""
     if arguments.get("device") == "meta":
         pytest.skip("there is nothing to compute")
     ours, theirs = (layer.double().to(target.device) for layer in pair(5, 3, **arguments))
@@ -124,7 +124,7 @@ def test_from_pretrained_makes_our_layer(target, freeze):
 
 @constructed
 def test_copies_and_files_keep_everything(arguments):
-    """Contract 8: deepcopy, pickle, torch.save, state_dict in both directions."""
+    """Drop-in: deepcopy, pickle, torch.save, state_dict in both directions."""
     ours, theirs = pair(5, 3, **arguments)
     copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]
     if ours.weight.device.type != "meta":
@@ -252,7 +252,7 @@ def outcome(function, call):
 
 @pytest.mark.parametrize("call", ERRORS.values(), ids=ERRORS)
 def test_errors_are_torchs(call):
-    """Contract 7: same exception type and wording, behind which may stand what to do."""
+    """As torch: same exception type and wording, behind which may stand what to do."""
     (ours, said), (theirs, wording) = outcome(embedding_bag, call), outcome(F.embedding_bag, call)
     assert ours is theirs
     assert said == wording or said.startswith(f"{wording}; ")
@@ -261,7 +261,7 @@ def test_errors_are_torchs(call):
 @pytest.mark.parametrize("offsets", [[0, 4, 2], [0, -3, 2], [0, 9, 2]], ids=str)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_decreasing_offsets_are_an_error_on_the_cpu(mode, offsets):
-    """Contract 6: torch reads what lies outside of the ids, or leaves the output as it found it."""
+    """Bounds: torch reads what lies outside of the ids, or leaves the output as it found it."""
     offsets = torch.tensor(offsets)
     with pytest.raises(RuntimeError, match="offsets must not decrease, but offsets"):
         embedding_bag(FLAT, WEIGHT, offsets, mode=mode)
@@ -275,14 +275,14 @@ def test_uint8_offsets_do_not_wrap_around():
 
 @pytest.mark.parametrize("include_last_offset", [0, 1, None, "no"])
 def test_the_last_offset_means_nothing_without_offsets(include_last_offset):
-    """Contract 7: torch does not look at it."""
+    """As torch: torch does not look at it."""
     for function in (embedding_bag, F.embedding_bag):
         output = function(FLAT[None], WEIGHT, include_last_offset=include_last_offset)
         assert torch.equal(output, WEIGHT[FLAT].sum(0, keepdim=True) / 5)
 
 
 def test_the_old_order_of_arguments_still_works():
-    """Contract 7: with torch's warning, that points to the caller."""
+    """As torch: with torch's warning, that points to the caller."""
     ids = torch.tensor([[0, 1]])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -324,7 +324,7 @@ class Recorded(torch.Tensor):
 
 @pytest.mark.parametrize("name", ["input", "weight", "offsets", "per_sample_weights"])
 def test_subclasses_go_to_torchs_function(name):
-    """Contract 8: DTensor, torchao and others bring their own."""
+    """Drop-in: DTensor, torchao and others bring their own."""
     arguments = {
         "input": FLAT,
         "weight": WEIGHT,

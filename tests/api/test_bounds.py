@@ -31,7 +31,7 @@ def expect_error(target, indices, weight, message, **arguments):
 @pytest.mark.parametrize("bad", BAD_IDS)
 @pytest.mark.parametrize("mode", ["raise", "sync"])
 def test_the_error_names_id_position_and_rows(target, mode, bad):
-    """Contract 6: torch's wording first, then the id, where it stands, and the table's rows."""
+    """Bounds: torch's wording first, then the id, where it stands, and the table's rows."""
     weight = table(5, 3, torch.float32, target.device)
     indices = torch.tensor([0, 4, bad, 1], device=target.device)
     with gpu_embed.set_bounds_check(mode):
@@ -40,7 +40,7 @@ def test_the_error_names_id_position_and_rows(target, mode, bad):
 
 
 def test_the_position_is_given_in_the_callers_shape(target):
-    """Contract 6: at the offending call the shape is known."""
+    """Bounds: at the offending call the shape is known."""
     weight = table(5, 3, torch.float32, target.device)
     indices = torch.zeros(2, 3, 4, dtype=torch.int64, device=target.device)
     indices[1, 2, 1] = 77
@@ -53,7 +53,7 @@ def test_the_position_is_given_in_the_callers_shape(target):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
 def test_narrow_ids_are_compared_unwrapped(target, dtype):
-    """Contract 6: id 200 is no row of a table of 128, whatever the ids' dtype makes of 128."""
+    """Bounds: id 200 is no row of a table of 128, whatever the ids' dtype makes of 128."""
     weight = table(128, 2, torch.float32, target.device)
     indices = torch.tensor([1, 200], device=target.device).to(dtype)
     expect_error(target, indices, weight, "id 200 at flat position 1")
@@ -61,7 +61,7 @@ def test_narrow_ids_are_compared_unwrapped(target, dtype):
 
 @pytest.mark.parametrize("num_embeddings", [5, 0])
 def test_off_reads_zeros(target, num_embeddings):
-    """Contract 6: unchecked is not undefined."""
+    """Bounds: unchecked is not undefined."""
     weight = table(num_embeddings, 3, torch.float32, target.device)
     indices = torch.tensor([[7, -1], [2**33, 5]], device=target.device)
     with gpu_embed.set_bounds_check("off"):
@@ -74,7 +74,7 @@ def test_off_reads_zeros(target, num_embeddings):
 @pytest.mark.parametrize("scale_grad_by_freq", [False, True])
 @pytest.mark.parametrize("padding_idx", [None, 2])
 def test_bad_ids_have_no_gradient(target, sparse, scale_grad_by_freq, padding_idx):
-    """Contract 6: the gradient is that of the good ids alone."""
+    """Bounds: the gradient is that of the good ids alone."""
     if sparse and scale_grad_by_freq:
         pytest.skip("torch refuses the two together")
     weight = table(4, 2, torch.float32, target.device).requires_grad_()
@@ -96,7 +96,7 @@ def test_bad_ids_have_no_gradient(target, sparse, scale_grad_by_freq, padding_id
 
 @pytest.mark.parametrize("mode", ["raise", "sync"])
 def test_work_goes_on_after_the_error(target, mode):
-    """Contract 6: the next correct call works; table and ids are as they were."""
+    """Bounds: the next correct call works; table and ids are as they were."""
     weight = table(5, 3, torch.float32, target.device).requires_grad_()
     before = weight.detach().clone()
     indices = torch.tensor([1, 5], device=target.device)
@@ -114,13 +114,13 @@ def test_work_goes_on_after_the_error(target, mode):
 
 
 def test_tables_without_columns_are_checked_too(target):
-    """Contract 6: there is nothing to read, but the id is wrong all the same."""
+    """Bounds: there is nothing to read, but the id is wrong all the same."""
     weight = torch.empty(3, 0, device=target.device)
     expect_error(target, torch.tensor([3], device=target.device), weight, "id 3")
 
 
 def test_no_thread_raises_anothers_error():
-    """Contract 6, CPU: each thread sees its own ids."""
+    """Bounds, CPU: each thread sees its own ids."""
     weight = table(5, 3, torch.float32, "cpu")
     errors = []
 
@@ -165,7 +165,7 @@ FIRST_LOOKUPS = {
 
 @pytest.mark.parametrize("mode", FIRST_LOOKUPS.values(), ids=FIRST_LOOKUPS)
 def test_errors_are_reported_whatever_the_first_lookup_ran_in(target, mode, monkeypatch):
-    """Contract 6: the record outlives the mode it was made in."""
+    """Bounds: the record outlives the mode it was made in."""
     if target.device == "cpu":
         monkeypatch.setattr(bounds, "_cpu_records", threading.local())
     else:
@@ -189,7 +189,7 @@ class Waits(TorchDispatchMode):
 
 
 def test_recording_with_torchs_operators_never_waits():
-    """Contract 5: what CUDA's last resort does has no host sync."""
+    """No host sync: what CUDA's last resort does has no host sync."""
     record = bounds.BoundsRecord(torch.device("cpu"))
     with Waits():
         record.write(torch.tensor([[1, 2], [7, 9]]), 5)
@@ -198,7 +198,7 @@ def test_recording_with_torchs_operators_never_waits():
 
 
 def test_an_error_while_another_is_cleared_is_not_lost(monkeypatch):
-    """Contract 6: a kernel may meet a bad id at any moment of the host's clearing."""
+    """Bounds: a kernel may meet a bad id at any moment of the host's clearing."""
     record = bounds.BoundsRecord(torch.device("cpu"))
 
     def claim():
@@ -234,7 +234,7 @@ BAD_BAGS = {
 @pytest.mark.parametrize("form", BAD_BAGS)
 @each_mode
 def test_the_error_names_the_bag(target, reduction, form, bad):
-    """Contract 6: torch's wording and type first, then the id's bag and its place there, and the rows."""
+    """Bounds: torch's wording and type first, then the id's bag and its place there, and the rows."""
     make, offsets, bag, place = BAD_BAGS[form]
     weight = table(5, 3, torch.float32, target.device)
     indices = torch.tensor(make(bad), device=target.device)
@@ -252,7 +252,7 @@ def test_the_error_names_the_bag(target, reduction, form, bad):
 @each_mode
 @pytest.mark.parametrize("position", [5, 11, 28])
 def test_the_error_names_a_bag_that_is_cut(target, reduction, position, monkeypatch):
-    """Contract 6: an id in the head of the last bag, at the head's end, and behind it."""
+    """Bounds: an id in the head of the last bag, at the head's end, and behind it."""
     for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
         monkeypatch.setattr(kernel_backend, name, 8)
     weight = table(5, 3, torch.float32, target.device)
@@ -266,7 +266,7 @@ def test_the_error_names_a_bag_that_is_cut(target, reduction, position, monkeypa
 
 @each_mode
 def test_an_error_of_a_lookup_names_no_bag(target, reduction):
-    """Contract 6: what a bag's error wrote to the record is gone with it."""
+    """Bounds: what a bag's error wrote to the record is gone with it."""
     weight = table(5, 3, torch.float32, target.device)
     bad = torch.tensor([[0, 9]], device=target.device)
     with gpu_embed.set_bounds_check("sync"):
@@ -290,7 +290,7 @@ def test_ids_in_no_bag_are_not_looked_at(target, reduction):
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @each_mode
 def test_bad_ids_of_bags_add_nothing(target, reduction, padding_idx):
-    """Contract 6: a mean counts such an id, as it counts a row of zeros; a maximum does not see it."""
+    """Bounds: a mean counts such an id, as it counts a row of zeros; a maximum does not see it."""
     weight = -1 - torch.arange(8.0, device=target.device).view(4, 2)
     ours = weight.clone().requires_grad_()
     indices = torch.tensor([[1, 9, -1, 3], [-3, 2**40, -1, 4]], device=target.device)
@@ -329,7 +329,7 @@ def test_bags_without_columns_are_checked_too(target, reduction):
 
 
 def test_recording_bags_with_torchs_operators_never_waits():
-    """Contract 5: what CUDA's last resort does has no host sync."""
+    """No host sync: what CUDA's last resort does has no host sync."""
     record = bounds.BoundsRecord(torch.device("cpu"))
     bags = make_bags(torch.tensor([1, 2, 4, 9, 9]), torch.tensor([0, 0, 2, 4]), False)
     with Waits():

@@ -67,7 +67,7 @@ def train(module, look_up, indices):
 
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_compiled_training_equals_eager(target, arguments):
-    """Contract 8: one graph, forward and backward, on every backend and with every argument."""
+    """Drop-in: one graph, forward and backward, on every backend and with every argument."""
     indices = torch.tensor([[5, 1, 0], [1, 6, 1], [0, 5, 3]], device=target.device)[:, [0, 1, 1, 2]]
     eager, compiled = (layer(target.device, **arguments) for _ in range(2))
     graph = torch.compile(compiled, fullgraph=True, backend="aot_eager")
@@ -78,7 +78,7 @@ def test_compiled_training_equals_eager(target, arguments):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ with g++")
 def test_inductor_on_the_cpu():
-    """Contract 8: with generated code around the op."""
+    """Drop-in: with generated code around the op."""
     indices = torch.tensor([[5, 1, 0, 1], [1, 6, 1, 6]])
     eager, compiled = (layer("cpu", **ARGUMENTS["all but sparse"]) for _ in range(2))
     with torch._inductor.config.patch(
@@ -94,7 +94,7 @@ def test_inductor_on_the_cpu():
 )
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_new_lengths_do_not_recompile(arguments, dynamic, settled):
-    """Contract 8: the first call, without a hint the second, compiles the graph for all lengths."""
+    """Drop-in: the first call, without a hint the second, compiles the graph for all lengths."""
     module = layer("cpu", **arguments)
     counter = CompileCounterWithBackend("aot_eager")
     graph = torch.compile(module, fullgraph=True, backend=counter, dynamic=dynamic)
@@ -110,7 +110,7 @@ def test_new_lengths_do_not_recompile(arguments, dynamic, settled):
 
 
 def test_new_tables_do_not_recompile():
-    """Contract 8: rows, columns and padding_idx are symbols too."""
+    """Drop-in: rows, columns and padding_idx are symbols too."""
     counter = CompileCounterWithBackend("aot_eager")
     graph = torch.compile(embedding, fullgraph=True, backend=counter, dynamic=True)
     compiled = []
@@ -139,7 +139,7 @@ def test_lengths_zero_and_one(length):
 
 @pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
 def test_compiled_ids_of_every_dtype(dtype):
-    """Contract 7: beyond torch's two dtypes under the compiler too."""
+    """As torch: beyond torch's two dtypes under the compiler too."""
     module = layer("cpu")
     graph = torch.compile(module, fullgraph=True, backend="aot_eager")
     indices = torch.tensor([5, 1, 5])
@@ -150,7 +150,7 @@ def test_compiled_ids_of_every_dtype(dtype):
 
 
 def test_compiled_ids_out_of_range(target):
-    """Contract 6: the error is raised from a compiled call too, and the next one works."""
+    """Bounds: the error is raised from a compiled call too, and the next one works."""
     module = layer(target.device)
     graph = torch.compile(module, fullgraph=True, backend="aot_eager")
     indices = torch.tensor([5, 7, 0], device=target.device)
@@ -174,7 +174,7 @@ def test_compiled_without_gradients(mode):
 
 
 def test_compiled_per_sample_gradients():
-    """Contract 8: functorch inside the compiler."""
+    """Drop-in: functorch inside the compiler."""
     weight = table(5, 3, torch.float32, "cpu").round()
     indices = torch.tensor([[3, 1, 1], [0, 2, 3]])
     per_sample = func.vmap(
@@ -186,7 +186,7 @@ def test_compiled_per_sample_gradients():
 
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_compiled_autograd(arguments):
-    """Contract 8: an eager forward whose backward alone is compiled."""
+    """Drop-in: an eager forward whose backward alone is compiled."""
     indices = torch.tensor([[5, 1, 1], [0, 5, 5]])
     grads = []
     for compiled in (False, True):
@@ -227,7 +227,7 @@ EXPORTED = {
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("arguments", EXPORTED.values(), ids=EXPORTED)
 def test_export(arguments, strict):
-    """Contract 8: one op in the graph, dynamic batch and length; decomposed, saved and loaded."""
+    """Drop-in: one op in the graph, dynamic batch and length; decomposed, saved and loaded."""
     example = torch.tensor([[5, 1, 0], [1, 6, 1]])
     dims = ({0: Dim("batch"), 1: Dim("length")},)
     program = torch.export.export(Head(**arguments), (example,), dynamic_shapes=dims, strict=strict)
@@ -274,7 +274,7 @@ def test_export_to_onnx(layer, tmp_path):
 @pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_make_fx(arguments, tracing_mode):
-    """Contract 8: forward and gradient as one graph of ops."""
+    """Drop-in: forward and gradient as one graph of ops."""
 
     def gradient(weight, indices):
         weight = weight.clone().requires_grad_()
@@ -292,7 +292,7 @@ def test_make_fx(arguments, tracing_mode):
 
 
 def test_fx_symbolic_trace():
-    """Contract 8: tools that rewrite models with torch.fx meet the layer as they meet torch's."""
+    """Drop-in: tools that rewrite models with torch.fx meet the layer as they meet torch's."""
     model = Head(padding_idx=1)
     graph = torch.fx.symbolic_trace(model)
     indices = torch.tensor([5, 1])
@@ -300,7 +300,7 @@ def test_fx_symbolic_trace():
 
 
 def test_jit_trace():
-    """Contract 8: the older tracer records the op too."""
+    """Drop-in: the older tracer records the op too."""
     model = Head(padding_idx=1)
     traced = torch.jit.trace(model, (torch.tensor([5, 1]),))
     indices = torch.tensor([[0, 6], [1, 1]])
@@ -309,7 +309,7 @@ def test_jit_trace():
 
 
 def test_dispatch_modes_see_the_ops(target):
-    """Contract 8: modes that count, log or replace ops see ours, forward and backward."""
+    """Drop-in: modes that count, log or replace ops see ours, forward and backward."""
     seen = []
 
     class Log(TorchDispatchMode):
@@ -330,7 +330,7 @@ def test_dispatch_modes_see_the_ops(target):
 
 
 def test_the_profiler_sees_the_ops(target):
-    """Contract 8: a profile names the lookup and its gradient."""
+    """Drop-in: a profile names the lookup and its gradient."""
     module = layer(target.device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         module(torch.tensor([5, 1], device=target.device)).sum().backward()
@@ -343,7 +343,7 @@ def test_the_profiler_sees_the_ops(target):
 
 @pytest.mark.parametrize("dtype", FORWARD_DTYPES, ids=str)
 def test_meta_forward(dtype):
-    """Contract 8: a model on the meta device infers shapes and dtypes."""
+    """Drop-in: a model on the meta device infers shapes and dtypes."""
     weight = torch.empty(7, 3, dtype=dtype, device="meta")
     for ids_dtype in ID_DTYPES:
         indices = torch.empty(2, 0, 5, dtype=ids_dtype, device="meta")
@@ -356,7 +356,7 @@ def test_meta_forward(dtype):
 
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_meta_gradient(arguments):
-    """Contract 8: the gradient has its layout and shape there too."""
+    """Drop-in: the gradient has its layout and shape there too."""
     module = gpu_embed.Embedding(7, 3, device="meta", **arguments)
     module(torch.empty(2, 5, dtype=torch.int64, device="meta")).sum().backward()
     assert module.weight.grad.is_meta
@@ -367,7 +367,7 @@ def test_meta_gradient(arguments):
 @pytest.mark.parametrize("shape_env", [None, ShapeEnv()], ids=["static", "symbolic"])
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_fake_tensors(arguments, shape_env):
-    """Contract 8: shapes alone decide; no id is read, or those out of range would raise."""
+    """Drop-in: shapes alone decide; no id is read, or those out of range would raise."""
     mode = FakeTensorMode(shape_env=shape_env)
     weight = mode.from_tensor(torch.zeros(7, 3), static_shapes=shape_env is None)
     weight.requires_grad_()

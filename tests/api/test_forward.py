@@ -54,7 +54,7 @@ def check_lookup(method, indices, weight):
 
 @pytest.mark.parametrize("dtype", FORWARD_DTYPES, ids=str)
 def test_every_dtype_is_copied_bit_for_bit(target, method, dtype):
-    """Contract 1: forward is bit-equal to weight[ids] in every dtype."""
+    """Exact copy: forward is bit-equal to weight[ids] in every dtype."""
     columns = 16 if method == "descriptor" else 5
     weight = table(9, columns, dtype, target.device)
     indices = torch.tensor([[8, 0, 3], [3, 3, 7]], device=target.device)
@@ -68,14 +68,14 @@ def test_every_dtype_is_copied_bit_for_bit(target, method, dtype):
 @pytest.mark.parametrize("shape", TABLES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
 def test_every_row_width_is_copied(target, method, shape, dtype):
-    """Contract 1: any embedding_dim."""
+    """Exact copy: any embedding_dim."""
     weight = table(*shape, dtype, target.device)
     indices = torch.arange(21, device=target.device) % shape[0]
     check_lookup(method, indices, weight)
 
 
 def test_nan_patterns_and_negative_zeros_survive(target):
-    """Contract 1: the copy is of bits, not of numbers."""
+    """Exact copy: the copy is of bits, not of numbers."""
     bits = torch.tensor([[0x7FC00001, -0x80000000], [0x7F800001, 1]], dtype=torch.int32)
     weight = bits.view(torch.float32).to(target.device)
     output = embedding(torch.tensor([1, 0, 1], device=target.device), weight)
@@ -86,7 +86,7 @@ def test_nan_patterns_and_negative_zeros_survive(target):
     "shape", [(), (0,), (1,), (2, 3), (0, 4), (2, 0), (2, 1, 3), (3073,)], ids=str
 )
 def test_every_shape_of_ids(target, shape):
-    """Contract 1: any id shape, 0-d and empty too."""
+    """Exact copy: any id shape, 0-d and empty too."""
     weight = table(5, 6, torch.float32, target.device)
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(5, shape, generator=generator).to(target.device)
@@ -97,7 +97,7 @@ def test_every_shape_of_ids(target, shape):
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (16,), (33,)], ids=str)
 def test_every_number_of_ids(target, method, shape):
-    """Contract 1: whatever the kernel, whole programs and ragged ones."""
+    """Exact copy: whatever the kernel, whole programs and ragged ones."""
     weight = table(5, 8, torch.float32, target.device)
     generator = torch.Generator().manual_seed(0)
     indices = torch.randint(5, shape, generator=generator).to(target.device)
@@ -106,7 +106,7 @@ def test_every_number_of_ids(target, method, shape):
 
 @pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
 def test_every_dtype_of_ids(target, method, dtype):
-    """Contract 7: int16 and uint8 ids work beyond torch's two dtypes, also where V exceeds their range."""
+    """As torch: int16 and uint8 ids work beyond torch's two dtypes, also where V exceeds their range."""
     weight = table(300, 4, torch.float32, target.device)
     indices = torch.tensor(
         [0, 1, 127, 2, 200 if dtype == torch.uint8 else 99], device=target.device
@@ -138,7 +138,7 @@ STRIDED_TABLES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex128], ids=str)
 @pytest.mark.parametrize("columns", [10, 16])
 def test_tables_of_any_strides(target, method, view, dtype, columns):
-    """Contract 1: any strides of the weight."""
+    """Exact copy: any strides of the weight."""
     weight = view(table(8, columns, dtype, target.device))
     indices = torch.tensor([0, 4, 2, 4, 1], device=target.device) % len(weight)
     check_lookup(method, indices, weight)
@@ -155,7 +155,7 @@ STRIDED_IDS = {
 @pytest.mark.parametrize("view", STRIDED_IDS.values(), ids=STRIDED_IDS)
 @pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
 def test_ids_of_any_strides(target, view, dtype):
-    """Contract 1: any strides of the ids."""
+    """Exact copy: any strides of the ids."""
     weight = table(6, 4, torch.float32, target.device)
     indices = view((torch.arange(12, device=target.device) % 6).view(3, 4))
     assert same_bits(embedding(indices.to(dtype), weight), weight[indices])
@@ -168,7 +168,7 @@ def test_lazy_conjugates_are_resolved(target):
 
 
 def test_the_padding_row_is_returned_as_stored(target):
-    """Contract 7: padding_idx changes the gradient, not the lookup."""
+    """As torch: padding_idx changes the gradient, not the lookup."""
     weight = table(4, 3, torch.float32, target.device)
     indices = torch.tensor([1, 2, 1], device=target.device)
     assert same_bits(embedding(indices, weight, padding_idx=1), weight[indices])
@@ -176,7 +176,7 @@ def test_the_padding_row_is_returned_as_stored(target):
 
 @pytest.mark.parametrize("embedding_dim", [4, 1024], ids=["many rows a program", "one"])
 def test_ids_without_a_row_give_zeros(target, method, embedding_dim):
-    """Contract 6: ids out of range, and the one whose rows are to be zeros; nothing else is touched."""
+    """Bounds: ids out of range, and the one whose rows are to be zeros; nothing else is touched."""
     weight = table(5, embedding_dim, torch.float32, target.device)
     indices = torch.tensor([0, 5, 4, -1, 2, 2**40, 3, -(2**35), 2], device=target.device)
     before, ids_before = weight.clone(), indices.clone()
@@ -191,7 +191,7 @@ def test_ids_without_a_row_give_zeros(target, method, embedding_dim):
 
 @pytest.mark.parametrize("embedding_dim", [4, 1024], ids=["many rows a program", "one"])
 def test_ids_out_of_range_are_reported(target, method, embedding_dim):
-    """Contract 6: by every kernel, with the id and its position."""
+    """Bounds: by every kernel, with the id and its position."""
     weight = table(5, embedding_dim, torch.float32, target.device)
     indices = torch.arange(42, device=target.device).view(2, 21) % 5
     indices[1, 18] = 77
@@ -203,7 +203,7 @@ def test_ids_out_of_range_are_reported(target, method, embedding_dim):
 
 
 def test_a_known_table_notices_another_method(target):
-    """Contract 9: what was prepared for one method does not serve another."""
+    """Forced choice: what was prepared for one method does not serve another."""
     if target.backend != "triton":
         pytest.skip(f"{target.backend} has no method that refuses rows")
     weight = torch.nn.Parameter(table(5, 3, torch.float32, target.device))
@@ -221,7 +221,7 @@ def test_a_known_table_notices_another_method(target):
 def test_a_forced_method_launches_its_own_kernel(
     target, method, embedding_dim, chosen, monkeypatch
 ):
-    """Contract 9: what is asked for is what runs."""
+    """Forced choice: what is asked for is what runs."""
     skip_without_kernel(target, method)
     backend = backends.load(target.backend)
     launched = []
@@ -237,7 +237,7 @@ def test_a_forced_method_launches_its_own_kernel(
 
 
 def test_methods_that_a_backend_lacks_are_refused(target):
-    """Contract 9: no silent fallback from a kernel that only Triton has."""
+    """Forced choice: no silent fallback from a kernel that only Triton has."""
     if target.backend != "cupy":
         pytest.skip(f"{target.backend} lacks none, or has no choice")
     weight = table(5, 12, torch.float32, target.device)

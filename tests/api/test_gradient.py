@@ -67,7 +67,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["uniform", "equal", "zipf"])
 def test_integer_gradients_sum_exactly(target, method, shape, kind):
-    """Contract 2: fp32 sums of small integers are exact in any order."""
+    """Accumulation: fp32 sums of small integers are exact in any order."""
     num_embeddings, embedding_dim, num_indices = shape
     indices = ids(kind, num_indices, num_embeddings, target.device)
     grad_output = integer_gradient((num_indices, embedding_dim), DTYPE_OF[method], target.device)
@@ -82,7 +82,7 @@ def test_integer_gradients_sum_exactly(target, method, shape, kind):
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["sorted", "alternating", "zipf"])
 def test_every_dtype_and_order(target, dtype, kind):
-    """Contract 2: exact in every dtype of the table."""
+    """Accumulation: exact in every dtype of the table."""
     indices = ids(kind, 100, 9, target.device)
     grad_output = integer_gradient((100, 12), dtype, target.device)
     actual, expected = gradient(indices, 9, grad_output)
@@ -93,7 +93,7 @@ def test_every_dtype_and_order(target, dtype, kind):
 @pytest.mark.parametrize("method", ["sorted", "one_hot"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_4096_ones_make_4096(target, method, dtype):
-    """Contract 2: sums are taken in fp32; in bf16 they would stop at 256, in fp16 at 2048."""
+    """Accumulation: sums are taken in fp32; in bf16 they would stop at 256, in fp16 at 2048."""
     indices = torch.full((4096,), 1, device=target.device)
     actual, _ = gradient(indices, 3, torch.ones(4096, 2, dtype=dtype, device=target.device))
     assert actual.tolist() == [[0, 0], [4096, 4096], [0, 0]]
@@ -102,7 +102,7 @@ def test_4096_ones_make_4096(target, method, dtype):
 @pytest.mark.parametrize("method", ["sorted", "one_hot"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_rounded_once(target, method, dtype):
-    """Contract 2: 1 + eps/2 + eps/2 is 1 + eps, which two roundings would lose."""
+    """Accumulation: 1 + eps/2 + eps/2 is 1 + eps, which two roundings would lose."""
     eps = torch.finfo(dtype).eps
     grad_output = torch.tensor([[1.0], [eps / 2], [eps / 2]], dtype=dtype, device=target.device)
     actual, _ = gradient(torch.tensor([0, 0, 0], device=target.device), 1, grad_output)
@@ -111,7 +111,7 @@ def test_sums_are_rounded_once(target, method, dtype):
 
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 def test_random_gradients_stay_within_the_bound_of_fp32_sums(target, method, dtype):
-    """Contract 2: |actual - exact| <= count * eps32 * sum(|grad|), and half an ulp for the rounding."""
+    """Accumulation: |actual - exact| <= count * eps32 * sum(|grad|), and half an ulp for the rounding."""
     if dtype not in (RULES[method].dtypes or GRADIENT_DTYPES):
         pytest.skip(f"{method} does not serve {dtype}")
     generator = torch.Generator().manual_seed(3)
@@ -142,7 +142,7 @@ def test_every_dtype_of_ids_and_of_sort_keys(target, method, dtype, num_embeddin
 
 @pytest.mark.parametrize("padding_idx", [0, 2, -1, -5])
 def test_padding_gets_no_gradient(target, method, padding_idx):
-    """Contract 7: padding_idx drops the gradient of its row; negative ones count from the end."""
+    """As torch: padding_idx drops the gradient of its row; negative ones count from the end."""
     indices = torch.tensor([[0, 1, 2], [2, 4, 4]], device=target.device)
     grad_output = integer_gradient((2, 3, 4), DTYPE_OF[method], target.device) + 5
     actual, expected = gradient(indices, 5, grad_output, padding_idx=padding_idx)
@@ -152,7 +152,7 @@ def test_padding_gets_no_gradient(target, method, padding_idx):
 
 @pytest.mark.parametrize("bad", [-1, 5, 2**40], ids=str)
 def test_what_has_no_row_is_not_even_read(target, method, bad):
-    """Contract 6: the gradients of ids out of range, and of padding, may be anything."""
+    """Bounds: the gradients of ids out of range, and of padding, may be anything."""
     indices = torch.tensor([0, bad, 2, 3, 2, bad], device=target.device)
     grad_output = integer_gradient((6, 4), DTYPE_OF[method], target.device) + 5
     grad_output[1], grad_output[3], grad_output[5] = float("nan"), float("inf"), float("-inf")
@@ -166,7 +166,7 @@ def test_what_has_no_row_is_not_even_read(target, method, bad):
 @pytest.mark.parametrize("kind", ["equal", "zipf"])
 @pytest.mark.parametrize("padding_idx", [None, 0])
 def test_scale_grad_by_freq_divides_by_the_count(target, kind, padding_idx):
-    """Contract 7: exact against torch in fp64, over runs that cross chunks."""
+    """As torch: exact against torch in fp64, over runs that cross chunks."""
     indices = ids(kind, 150, 6, target.device)
     grad_output = integer_gradient((150, 3), torch.float64, target.device)
     arguments = {"padding_idx": padding_idx, "scale_grad_by_freq": True}
@@ -182,7 +182,7 @@ def test_scale_grad_by_freq_divides_by_the_count(target, kind, padding_idx):
 @pytest.mark.parametrize("scale_grad_by_freq", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_infinities_and_nans_stay_where_they_are(target, dtype, scale_grad_by_freq):
-    """Contract 2: what overflows in one place of one row is finite everywhere else."""
+    """Accumulation: what overflows in one place of one row is finite everywhere else."""
     grad_output = torch.ones(70, 3, dtype=dtype, device=target.device)
     grad_output[0, 0], grad_output[69, 1] = float("inf"), float("nan")
     indices = torch.tensor([0] * 40 + [2] * 30, device=target.device)
@@ -206,7 +206,7 @@ STRIDED_GRADIENTS = {
 
 @pytest.mark.parametrize("view", STRIDED_GRADIENTS.values(), ids=STRIDED_GRADIENTS)
 def test_gradients_of_any_strides(target, method, view):
-    """Contract 1's strides, for grad_output: stride 0 (from .sum()) and transposed ones."""
+    """Exact copy, strides of grad_output: stride 0 (from .sum()) and transposed ones."""
     indices = ids("zipf", 40, 6, target.device)
     grad_output = view(integer_gradient((40, 12), DTYPE_OF[method], target.device) + 1)
     actual, expected = gradient(indices, 6, grad_output)
@@ -260,7 +260,7 @@ def test_complex_tables_train(target):
 
 
 def test_float8_gradients_are_refused_as_torch_does(target):
-    """Contract 7: torch has no gradient for 8-bit floats either."""
+    """As torch: torch has no gradient for 8-bit floats either."""
     weight = table(4, 3, torch.float8_e4m3fn, target.device).requires_grad_()
     output = embedding(torch.tensor([1], device=target.device), weight)
     with pytest.raises(NotImplementedError, match="not implemented for 'Float8_e4m3fn'"):
@@ -270,7 +270,7 @@ def test_float8_gradients_are_refused_as_torch_does(target):
 @pytest.mark.parametrize("method", ["sorted", "one_hot"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_gradients_repeat_bit_for_bit(target, method, dtype):
-    """Contract 4: torch.use_deterministic_algorithms(True) needs no atomics and raises no error."""
+    """Determinism: torch.use_deterministic_algorithms(True) needs no atomics and raises no error."""
     if dtype not in (RULES[method].dtypes or GRADIENT_DTYPES):
         pytest.skip(f"{method} does not serve {dtype}")
     generator = torch.Generator().manual_seed(5)
@@ -300,13 +300,13 @@ def test_deterministic_gradients_repeat_bit_for_bit(target, method, dtype):
     ],
 )
 def test_the_choice_of_method(num_indices, num_embeddings, dtype, deterministic, scale, expected):
-    """Contract 4: never atomics where determinism is asked for, nor for 16-bit tables."""
+    """Determinism: never atomics where determinism is asked for, nor for 16-bit tables."""
     chosen = choose(num_indices, num_embeddings, 64, dtype, deterministic, scale)
     assert chosen == expected
 
 
 def test_only_methods_that_are_known_to_pay_are_chosen():
-    """Contract 2: a product with one-hot rows may spread what is not finite, so it is never chosen."""
+    """Accumulation: a product with one-hot rows may spread what is not finite, so it is never chosen."""
     forced_only = {rule.method for rule in RULES.values() if rule.max_indices_per_row is None}
     assert forced_only == {"descriptor", "sorted_atomic", "one_hot"}
     assert GRADIENT_METHOD.choices == ("auto", *RULES)
@@ -336,7 +336,7 @@ REFUSALS = {
 def test_a_forced_method_that_cannot_serve_is_an_error(
     target, method, dtype, shape, arguments, reason
 ):
-    """Contract 9, for the gradient method: no silent fallback; the error says what to do."""
+    """Forced choice, for the gradient method: no silent fallback; the error says what to do."""
     weight = table(*shape, dtype, target.device).requires_grad_()
     output = embedding(torch.tensor([1], device=target.device), weight, **arguments)
     message = f"gradient method '{method}' is forced but cannot serve {reason}.*use_gradient_method"
@@ -345,7 +345,7 @@ def test_a_forced_method_that_cannot_serve_is_an_error(
 
 
 def test_methods_that_are_not_deterministic_are_refused(target, method):
-    """Contract 4: even a forced method does not break the promise."""
+    """Determinism: even a forced method does not break the promise."""
     grad_output = integer_gradient((2, 4), DTYPE_OF[method], target.device)
     indices = torch.tensor([1, 1], device=target.device)
     torch.use_deterministic_algorithms(True)
@@ -363,7 +363,7 @@ def test_methods_that_are_not_deterministic_are_refused(target, method):
 @pytest.mark.parametrize("num_embeddings", [1, 16, 17, 33, 65, 129, 255, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_one_hot_products_of_every_size(target, method, num_embeddings, dtype):
-    """Contract 2, for tables of every number of tiles, and for more ids than one split takes."""
+    """Accumulation, for tables of every number of tiles, and for more ids than one split takes."""
     indices = ids("uniform", 2500, num_embeddings, target.device)
     grad_output = integer_gradient((2500, 19), dtype, target.device)
     actual, expected = gradient(indices, num_embeddings, grad_output, padding_idx=0)
@@ -373,7 +373,7 @@ def test_one_hot_products_of_every_size(target, method, num_embeddings, dtype):
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("method", ["one_hot"], indirect=True)
 def test_one_hot_products_spread_what_is_not_finite(target, method):
-    """The exception to contract 2 that keeps the method from being chosen."""
+    """The exception to the rules of accumulation that keeps the method from being chosen."""
     grad_output = torch.ones(3, 2, dtype=torch.bfloat16, device=target.device)
     grad_output[0, 0] = float("inf")
     actual, _ = gradient(torch.tensor([0, 1, 1], device=target.device), 3, grad_output)
@@ -392,7 +392,7 @@ KERNELS_OF = {
 
 
 def test_a_forced_method_launches_its_own_kernels(target, method, monkeypatch):
-    """Contract 9: what is asked for is what runs."""
+    """Forced choice: what is asked for is what runs."""
     skip_without_kernel(target, method)
     backend = backends.load(target.backend)
     launched = []
@@ -420,7 +420,7 @@ def test_the_default_dtype_does_not_matter(target):
 
 
 def test_an_empty_table_has_an_empty_gradient(target):
-    """Contract 6: every id is out of range, and none has a gradient."""
+    """Bounds: every id is out of range, and none has a gradient."""
     indices = torch.tensor([0, 4], device=target.device)
     with gpu_embed.set_bounds_check("off"):
         actual, _ = gradient(indices, 0, torch.ones(2, 3, device=target.device))

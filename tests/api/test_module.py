@@ -59,14 +59,14 @@ def weight_gradient(layer, indices, parameter="weight"):
 
 
 def test_only_forward_is_overridden():
-    """Contract 8: subclass, override forward only; a new torch brings its own everything else."""
+    """Drop-in: subclass, override forward only; a new torch brings its own everything else."""
     generated = {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"}
     assert set(vars(gpu_embed.Embedding)) - generated == {"forward"}
     assert gpu_embed.Embedding.__mro__[1] is nn.Embedding
 
 
 def test_signatures_are_torchs():
-    """Contract 7: every argument by the same name, in the same place, with the same default."""
+    """As torch: every argument by the same name, in the same place, with the same default."""
     assert inspect.signature(gpu_embed.Embedding) == inspect.signature(nn.Embedding)
     ours, theirs = (
         [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
@@ -77,7 +77,7 @@ def test_signatures_are_torchs():
 
 @constructed
 def test_attributes_state_and_repr_are_torchs(arguments):
-    """Contract 8: transformers, PEFT, accelerate and others read them."""
+    """Drop-in: transformers, PEFT, accelerate and others read them."""
     ours, theirs = pair(5, 3, **arguments)
     assert isinstance(ours, nn.Embedding)
     assert repr(ours) == repr(theirs)
@@ -95,7 +95,7 @@ def test_attributes_state_and_repr_are_torchs(arguments):
 
 @pytest.mark.parametrize("padding_idx", [None, 0, 2, -1])
 def test_initial_values_are_torchs(padding_idx):
-    """Contract 8: the same seed gives the same table, at construction and at reset_parameters."""
+    """Drop-in: the same seed gives the same table, at construction and at reset_parameters."""
     ours, theirs = pair(5, 3, padding_idx)
     assert torch.equal(ours.weight, theirs.weight)
     for layer in (ours, theirs):
@@ -108,7 +108,7 @@ def test_initial_values_are_torchs(padding_idx):
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_from_pretrained_makes_our_layer(target, freeze):
-    """Contract 8: the alternative constructor too, with every argument, around the caller's tensor."""
+    """Drop-in: the alternative constructor too, with every argument, around the caller's tensor."""
     weight = table(5, 3, torch.float32, target.device)
     arguments = {"padding_idx": 1, "max_norm": 2.0, "norm_type": 1.0, "sparse": True}
     layer = gpu_embed.Embedding.from_pretrained(weight, freeze=freeze, **arguments)
@@ -122,7 +122,7 @@ def test_from_pretrained_makes_our_layer(target, freeze):
 
 
 def test_attributes_changed_later_take_effect(target):
-    """Contract 8: code in the wild sets padding_idx, or puts a larger table in, on a finished layer."""
+    """Drop-in: code in the wild sets padding_idx, or puts a larger table in, on a finished layer."""
     layer = gpu_embed.Embedding(5, 3, device=target.device)
     layer.weight = nn.Parameter(table(8, 3, torch.float32, target.device))
     layer.num_embeddings, layer.padding_idx, layer.max_norm = 8, 7, 1.0
@@ -139,7 +139,7 @@ def test_attributes_changed_later_take_effect(target):
 @pytest.mark.parametrize("to_ours", [True, False], ids=["torch to ours", "ours to torch"])
 @pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
 def test_state_dicts_load_both_ways(to_ours, assign):
-    """Contract 8: checkpoints are exchanged with torch's layer."""
+    """Drop-in: checkpoints are exchanged with torch's layer."""
     source, destination = (gpu_embed.Embedding(5, 3), nn.Embedding(5, 3))[:: -1 if to_ours else 1]
     buffer = io.BytesIO()
     torch.save(source.state_dict(), buffer)
@@ -155,7 +155,7 @@ def test_state_dicts_load_both_ways(to_ours, assign):
     "state", [{}, {"weight": torch.zeros(4, 3)}, {"weight": torch.zeros(5, 3), "x": torch.ones(1)}]
 )
 def test_state_dict_errors_are_torchs(state):
-    """Contract 7: missing, misshapen and unexpected entries."""
+    """As torch: missing, misshapen and unexpected entries."""
     messages = []
     for layer in pair(5, 3):
         with pytest.raises(RuntimeError) as raised:
@@ -180,7 +180,7 @@ COPIES = {
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_copies_work_alone(target, copied):
-    """Contract 8: a copy is our layer, with its own table and every argument."""
+    """Drop-in: a copy is our layer, with its own table and every argument."""
     layer = gpu_embed.Embedding(5, 3, 1, 2.0, 1.0, True, device=target.device)
     twin = copied(layer)
     assert type(twin) is gpu_embed.Embedding
@@ -211,7 +211,7 @@ def zero(layer):
 
 @pytest.mark.parametrize("convert", CONVERSIONS.values(), ids=CONVERSIONS)
 def test_conversions(convert):
-    """Contract 8: what nn.Module offers leaves our layer as it leaves torch's."""
+    """Drop-in: what nn.Module offers leaves our layer as it leaves torch's."""
     indices = torch.tensor([[4, 0]])
     ours, theirs = (convert(layer) for layer in pair(5, 3, padding_idx=1))
     output, expected = (layer(indices.to(layer.weight.device)) for layer in (ours, theirs))
@@ -224,7 +224,7 @@ def test_conversions(convert):
 
 
 def test_default_device_and_dtype():
-    """Contract 8: torch's defaults reach the constructor."""
+    """Drop-in: torch's defaults reach the constructor."""
     with torch.device("meta"):
         assert gpu_embed.Embedding(5, 3).weight.is_meta
     torch.set_default_dtype(torch.float64)
@@ -235,14 +235,14 @@ def test_default_device_and_dtype():
 
 
 def test_skip_init():
-    """Contract 8: torch's helper inspects the constructor."""
+    """Drop-in: torch's helper inspects the constructor."""
     layer = nn.utils.skip_init(gpu_embed.Embedding, 5, 3, padding_idx=1)
     assert type(layer) is gpu_embed.Embedding
     assert layer.weight.shape == (5, 3)
 
 
 def test_tied_weights(target):
-    """Contract 8: input and output layer share one table, also in a copy; both gradients arrive."""
+    """Drop-in: input and output layer share one table, also in a copy; both gradients arrive."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -286,7 +286,7 @@ PARAMETRIZED = {
 
 @pytest.mark.parametrize("wrap", PARAMETRIZED.values(), ids=PARAMETRIZED)
 def test_parametrized_weights(wrap):
-    """Contract 8: a table that is computed gets its gradient through the lookup."""
+    """Drop-in: a table that is computed gets its gradient through the lookup."""
     indices = torch.tensor([[4, 0, 4]])
     grads = []
     for layer in pair(5, 3, padding_idx=1, _weight=table(5, 3, torch.float32, "cpu")):
@@ -301,7 +301,7 @@ def test_parametrized_weights(wrap):
 
 
 def test_functional_call(target):
-    """Contract 8: a stateless call uses the table it is given and leaves the layer's own alone."""
+    """Drop-in: a stateless call uses the table it is given and leaves the layer's own alone."""
     layer = gpu_embed.Embedding(5, 3, padding_idx=1, device=target.device)
     weight = table(5, 3, torch.float32, target.device).requires_grad_()
     indices = torch.tensor([4, 1, 4], device=target.device)
@@ -344,7 +344,7 @@ class Logged(torch.Tensor):
 
 
 def test_wrapper_subclass_weights_go_to_torch():
-    """Contract 8: __torch_dispatch__ sees torch's op, which it knows, not ours."""
+    """Drop-in: __torch_dispatch__ sees torch's op, which it knows, not ours."""
     inner = table(5, 3, torch.float32, "cpu")
     layer = gpu_embed.Embedding(5, 3, padding_idx=1)
     layer.weight = nn.Parameter(Wrapped(inner))
@@ -358,7 +358,7 @@ def test_wrapper_subclass_weights_go_to_torch():
 
 @pytest.mark.parametrize("which", ["weight", "ids"])
 def test_torch_function_subclasses_go_to_torch(which):
-    """Contract 8: __torch_function__ sees torch's function, with our layer's arguments."""
+    """Drop-in: __torch_function__ sees torch's function, with our layer's arguments."""
     weight, indices = table(5, 3, torch.float32, "cpu"), torch.tensor([4, 0])
     if which == "weight":
         weight = weight.as_subclass(Logged)
@@ -373,7 +373,7 @@ def test_torch_function_subclasses_go_to_torch(which):
 
 
 def test_jagged_ids():
-    """Contract 8: ids in a nested tensor, as with torch's layer."""
+    """Drop-in: ids in a nested tensor, as with torch's layer."""
     parts = [torch.tensor([0, 1]), torch.tensor([2])]
     results = []
     for layer in pair(5, 3):
@@ -397,7 +397,7 @@ def mesh():
 
 
 def test_dtensor_weights(mesh):
-    """Contract 8: a sharded table goes to torch's forward, which DTensor implements."""
+    """Drop-in: a sharded table goes to torch's forward, which DTensor implements."""
     from torch.distributed import tensor as dtensor
 
     layer = gpu_embed.Embedding(5, 3)
@@ -412,7 +412,7 @@ def test_dtensor_weights(mesh):
 
 
 def test_parallel_wrappers(mesh):
-    """Contract 8: tensor parallelism asks isinstance; sharded and replicated data parallelism wrap."""
+    """Drop-in: tensor parallelism asks isinstance; sharded and replicated data parallelism wrap."""
     from torch.distributed import tensor as dtensor
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
@@ -458,7 +458,7 @@ WRONG_CONSTRUCTIONS = {
 
 @pytest.mark.parametrize("build", WRONG_CONSTRUCTIONS.values(), ids=WRONG_CONSTRUCTIONS)
 def test_wrong_constructions_fail_as_in_torch(build):
-    """Contract 7: same type and text."""
+    """As torch: same type and text."""
     errors = []
     for layer in LAYERS:
         with pytest.raises(Exception) as raised:
@@ -521,7 +521,7 @@ WRONG_CALLS = {
 
 @pytest.mark.parametrize("call", WRONG_CALLS.values(), ids=WRONG_CALLS)
 def test_wrong_calls_fail_as_in_torch(call):
-    """Contract 7: same type, and a text that begins as torch's."""
+    """As torch: same type, and a text that begins as torch's."""
     with pytest.raises(Exception) as theirs:
         call(F.embedding)
     with pytest.raises(Exception) as ours:
@@ -552,7 +552,7 @@ FINE_CALLS = {
 
 @pytest.mark.parametrize("arguments", FINE_CALLS.values(), ids=FINE_CALLS)
 def test_what_torch_accepts_is_accepted(arguments):
-    """Contract 7: numbers in whatever dress torch takes them, with the same effect."""
+    """As torch: numbers in whatever dress torch takes them, with the same effect."""
     results = []
     for function in (embedding, F.embedding):
         weight = WEIGHT.clone().requires_grad_()
@@ -590,7 +590,7 @@ BEYOND_THE_TABLE = {
 
 @pytest.mark.parametrize("case", BEYOND_THE_TABLE.values(), ids=BEYOND_THE_TABLE)
 def test_every_id_out_of_range_has_one_error_on_purpose(target, case):
-    """Contract 6: IndexError with the id, where torch has another error for each of these calls."""
+    """Bounds: IndexError with the id, where torch has another error for each of these calls."""
     values, weight, arguments = case(target.device)
     indices = torch.tensor(values, device=target.device)
     with (

@@ -117,7 +117,7 @@ def _strays_read_as_zeros():
 
 
 def test_forward_copies_bits(target):
-    """Contract 1: rows bit for bit, contiguous, whatever the rest; contract 6: strays read as zeros."""
+    """Exact copy: rows bit for bit, contiguous, whatever the rest; bounds: strays read as zeros."""
 
     @holds(
         target,
@@ -162,7 +162,7 @@ GRADIENT_LAYOUTS = {layout: lambda g, layout=layout: laid_out(g, layout) for lay
 
 
 def test_gradient_equals_the_reference(target):
-    """Contract 2: integer sums are exact; contract 7: with padding_idx and scale_grad_by_freq."""
+    """Accumulation: integer sums are exact; as torch: with padding_idx and scale_grad_by_freq."""
 
     @holds(
         target,
@@ -200,7 +200,7 @@ def test_gradient_equals_the_reference(target):
 
 
 def test_sparse_gradient_equals_the_dense_one(target):
-    """Contract 7: the entries of the COO gradient sum to the dense gradient; strays have none."""
+    """As torch: the entries of the COO gradient sum to the dense gradient; strays have none."""
 
     @holds(
         target,
@@ -224,7 +224,7 @@ def test_sparse_gradient_equals_the_dense_one(target):
 
 
 def test_double_backward_is_the_adjoint(target):
-    """Contract 7: <backward(g), v> = <g, double_backward(v)>, exact in integers."""
+    """As torch: <backward(g), v> = <g, double_backward(v)>, exact in integers."""
 
     @holds(target, lookup=lookups([torch.float64]), padding=st.booleans())
     def adjoint(lookup, padding):
@@ -261,7 +261,7 @@ def norm_error(norm_type, embedding_dim, dtype):
 
 
 def test_renorm_stays_near_the_exact_rows(target):
-    """Contract 7: every norm_type; rows not looked up, or short enough, and gaps keep their bits."""
+    """As torch: every norm_type; rows not looked up, or short enough, and gaps keep their bits."""
 
     @holds(
         target,
@@ -359,7 +359,7 @@ def bag_lookups(draw):
 
 
 def test_bags_equal_the_reference(target):
-    """Contracts 2 and 7: integer sums and maxima are exact; means and counts within what a quotient loses."""
+    """Accumulation and as torch: integer sums and maxima are exact; means and counts within what a quotient loses."""
 
     @holds(target, bag=bag_lookups(), method=st.sampled_from(["auto", "sorted"]))
     def bags(bag, method):

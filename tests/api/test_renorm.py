@@ -17,7 +17,7 @@ def tolerance(dtype, embedding_dim):
 @pytest.mark.parametrize("norm_type", NORM_TYPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_norm_type_agrees_with_torch(target, norm_type, dtype):
-    """Contract 7: norm_type is any number."""
+    """As torch: norm_type is any number."""
     weight = table(6, 5, dtype, target.device)
     weight[0, 2] = 0
     theirs = weight.cpu().clone()
@@ -31,7 +31,7 @@ def test_every_norm_type_agrees_with_torch(target, norm_type, dtype):
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 @pytest.mark.parametrize("embedding_dim", [1, 7, 130])
 def test_every_dtype_and_width(target, dtype, embedding_dim):
-    """Contract 7: rows end up at max_norm; rows not looked up, or short enough, keep their bits."""
+    """As torch: rows end up at max_norm; rows not looked up, or short enough, keep their bits."""
     weight = table(5, embedding_dim, dtype, target.device)
     weight[1] = 0.001
     before = weight.clone()
@@ -73,7 +73,7 @@ def test_complex_tables(target):
 
 
 def test_the_version_counter_moves(target):
-    """Contract 7: autograd sees that the table was changed in place."""
+    """As torch: autograd sees that the table was changed in place."""
     weight = table(4, 3, torch.float32, target.device).requires_grad_()
     version = weight._version
     output = embedding(torch.tensor([1], device=target.device), weight, max_norm=0.5)
@@ -92,7 +92,7 @@ def test_a_stale_use_of_the_table_is_noticed(target):
 
 
 def test_an_id_out_of_range_leaves_the_table_untouched(target):
-    """Contract 6: no row is scaled by a call that fails."""
+    """Bounds: no row is scaled by a call that fails."""
     weight = table(4, 3, torch.float32, target.device)
     before = weight.clone()
     indices = torch.tensor([0, 4, 1], device=target.device)
@@ -110,7 +110,7 @@ def test_an_id_out_of_range_leaves_the_table_untouched(target):
 
 @pytest.mark.parametrize("norm_type", [float("inf"), float("-inf"), 1.0, 2.0, 0.5])
 def test_a_row_with_a_nan_has_no_norm_and_stays(target, norm_type):
-    """Contract 7: as in torch, NaN exceeds nothing."""
+    """As torch: as in torch, NaN exceeds nothing."""
     weight = torch.tensor([[float("nan"), 100.0, 1.0]] * 2, device=target.device)
     before = weight.clone()
     indices = torch.tensor([0], device=target.device)
@@ -119,7 +119,7 @@ def test_a_row_with_a_nan_has_no_norm_and_stays(target, norm_type):
 
 
 def test_columns_that_share_memory_are_refused(target):
-    """Contract 7: torch's error, since one number cannot be scaled once a column."""
+    """As torch: torch's error, since one number cannot be scaled once a column."""
     weight = torch.ones(4, 1, device=target.device).expand(4, 3)
     with pytest.raises(RuntimeError, match="unsupported operation: more than one element"):
         embedding(torch.tensor([1], device=target.device), weight, max_norm=0.5)

@@ -61,7 +61,7 @@ def embedding_layer(sizes, device, dtype=torch.float32, **arguments):
 @every_table
 @pytest.mark.parametrize("num_bags", [1, 3])
 def test_bags_and_gradients_equal_torchs(target, method, sizes, num_bags):
-    """Contract 2: sums and means of each table by its own mode and padding, exact for integers."""
+    """Accumulation: sums and means of each table by its own mode and padding, exact for integers."""
     layer = integer_layer(
         sizes, target.device, mode=modes_of(sizes), padding_idx=paddings_of(sizes)
     )
@@ -71,7 +71,7 @@ def test_bags_and_gradients_equal_torchs(target, method, sizes, num_bags):
 
 @every_table
 def test_per_sample_weights_and_their_gradient_equal_torchs(target, method, sizes):
-    """Contract 7: as in EmbeddingBag, for tables that are summed."""
+    """As torch: as in EmbeddingBag, for tables that are summed."""
     layer = integer_layer(sizes, target.device, padding_idx=0)
     ids, offsets = random_input(layer, 3)
     weights = integers(len(ids), seed=1).float().to(target.device)
@@ -81,7 +81,7 @@ def test_per_sample_weights_and_their_gradient_equal_torchs(target, method, size
 
 @pytest.mark.parametrize("sizes", [[(4, 4), (4, 4)], [(4, 4), (4, 8)]], ids=["uniform", "mixed"])
 def test_means_leave_padding_out(target, method, sizes):
-    """Contract 7: of the divisor too; a bag of nothing but padding is zero."""
+    """As torch: of the divisor too; a bag of nothing but padding is zero."""
     layer = integer_layer(sizes, target.device, mode="mean", padding_idx=[0, 2])
     ids = [0, 1, 2, 0, 0, 3] + [2, 1, 2, 0, 3, 2, 2]
     offsets = [0, 3, 5, 6, 6 + 3, 6 + 4, 6 + 7]
@@ -93,7 +93,7 @@ def test_means_leave_padding_out(target, method, sizes):
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 @pytest.mark.parametrize("ids_dtype", ID_DTYPES, ids=str)
 def test_every_dtype(target, sizes, dtype, ids_dtype):
-    """Contract 1 and 2: every dtype of tables, of ids and of offsets."""
+    """Exact copy and accumulation: every dtype of tables, of ids and of offsets."""
     layer = integer_layer(
         sizes, target.device, dtype, mode=modes_of(sizes), padding_idx=paddings_of(sizes)
     )
@@ -109,7 +109,7 @@ def test_every_dtype(target, sizes, dtype, ids_dtype):
 )
 @pytest.mark.parametrize("sizes", [[(3, 2), (2, 2)], [(3, 2), (2, 4)]], ids=["uniform", "mixed"])
 def test_sums_are_taken_in_fp32(target, sizes, dtype, large):
-    """Contract 2: ones are not lost on a sum from which on their dtype counts in twos."""
+    """Accumulation: ones are not lost on a sum from which on their dtype counts in twos."""
     layer = integer_layer(sizes, target.device, dtype)
     width = len(layer.tables.table_of_column)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_few_long_bags(target, method, sizes, mode, monkeypatch):
 
 
 def test_hot_rows_across_levels_of_partial_sums(target, method):
-    """Contract 2: runs that cross chunks, in tables of different widths, side by side."""
+    """Accumulation: runs that cross chunks, in tables of different widths, side by side."""
     layer = integer_layer([(1, 4), (2, 12), (1, 8)], target.device)
     ids = torch.zeros(210, dtype=torch.int64)
     ids[100:140] = 1
@@ -151,7 +151,7 @@ def test_hot_rows_across_levels_of_partial_sums(target, method):
 
 
 def test_rows_without_pooling_are_copied_bit_for_bit(target, method):
-    """Contract 1; and a gradient for each row but the padding's, which is read as stored."""
+    """Exact copy; and a gradient for each row but the padding's, which is read as stored."""
     layer = embedding_layer(TABLES["uniform"], target.device, padding_idx=[None, -1, 0])
     ids, offsets = random_input(layer, 3)
     output = layer(ids, offsets)
@@ -168,7 +168,7 @@ def test_rows_without_pooling_are_copied_bit_for_bit(target, method):
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [1, 3, 8, 130])
 def test_rows_without_pooling_in_every_dtype_and_width(target, dtype, dim):
-    """Contract 1: any embedding_dim; contract 2: one rounding."""
+    """Exact copy: any embedding_dim; accumulation: one rounding."""
     layer = embedding_layer([(2, dim), (3, dim)], target.device, dtype)
     ids = torch.tensor([1, 0, 1, 2, 1], device=target.device)
     offsets = torch.tensor([0, 2, 5], device=target.device)
@@ -194,7 +194,7 @@ EMPTY = {
 @pytest.mark.parametrize(("ids", "offsets"), EMPTY.values(), ids=EMPTY)
 @pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "rows"])
 def test_empty(target, method, ids, offsets, pooled):
-    """Contract 6: no id, no bag, or ids in none: they read as zeros, and are nobody's."""
+    """Bounds: no id, no bag, or ids in none: they read as zeros, and are nobody's."""
     make = integer_layer if pooled else embedding_layer
     layer = make([(2, 4), (3, 4)], target.device)
     ids = torch.tensor(ids, dtype=torch.int64, device=target.device)
@@ -246,7 +246,7 @@ def test_non_contiguous_ids_and_offsets(target):
 
 
 def test_deterministic_gradients(target):
-    """Contract 4: bit-identical, without an error, also where rounding depends on the order."""
+    """Determinism: bit-identical, without an error, also where rounding depends on the order."""
     layer = integer_layer([(2, 4), (3, 8)], target.device, mode=["mean", "sum"])
     ids, offsets = random_input(layer, 20)
     grad_output = torch.randn(20, 12, generator=torch.Generator().manual_seed(0)).to(target.device)
@@ -273,7 +273,7 @@ mixed_or_not = pytest.mark.parametrize(
 
 @mixed_or_not
 def test_the_first_of_equal_maxima_has_the_gradient(target, method, sizes):
-    """Contract 7: as in EmbeddingBag; also where all are negative, and where a row is named twice."""
+    """As torch: as in EmbeddingBag; also where all are negative, and where a row is named twice."""
     layer = integer_layer(sizes, target.device, mode="max")
     with torch.no_grad():
         for name in layer:
@@ -308,7 +308,7 @@ def test_maxima_of_numbers_that_are_not_finite(target, method, sizes):
 
 
 def test_gradgradcheck_of_maxima(target):
-    """Contract 7: of any order, forward mode too, beside a table that is averaged."""
+    """As torch: of any order, forward mode too, beside a table that is averaged."""
     layer = integer_layer(
         [(3, 2), (4, 1)], target.device, torch.float64, mode=["max", "mean"], padding_idx=[2, None]
     )
@@ -332,7 +332,7 @@ def test_gradgradcheck_of_maxima(target):
 
 
 def test_opcheck_of_maxima(target):
-    """Contract 8: torch.library's own checks."""
+    """Drop-in: torch.library's own checks."""
     layer = integer_layer([(3, 1), (2, 2)], target.device, mode=["max", "mean"])
     ids, offsets = random_input(layer, 1)
     shape = layer.layout.shape(True)
@@ -345,7 +345,7 @@ def test_opcheck_of_maxima(target):
 
 
 def test_compiled_maxima_equal_eager(target):
-    """Contract 8: one graph, forward and backward."""
+    """Drop-in: one graph, forward and backward."""
     torch._dynamo.reset()
     eager, compiled = (
         integer_layer(TABLES["mixed"], target.device, mode=["max", "sum", "max"]) for _ in range(2)
@@ -377,7 +377,7 @@ BAD = {
 )
 @pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "rows"])
 def test_the_error_names_the_table(target, pooled, ids, position, table, bag, place, rows):
-    """Contract 6: an id is checked against its own table, and the message says all there is to know."""
+    """Bounds: an id is checked against its own table, and the message says all there is to know."""
     make = integer_layer if pooled else embedding_layer
     layer = make({"a": (4, 4), "b": (5, 4)}, target.device)
     ids = torch.tensor(ids, device=target.device)
@@ -394,7 +394,7 @@ def test_the_error_names_the_table(target, pooled, ids, position, table, bag, pl
 
 @pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "rows"])
 def test_ids_out_of_range_touch_nothing(target, method, pooled):
-    """Contract 6: zero rows, no gradient; the ids and the tables are unchanged. They count for the mean."""
+    """Bounds: zero rows, no gradient; the ids and the tables are unchanged. They count for the mean."""
     make = integer_layer if pooled else embedding_layer
     layer = make([(4, 4), (5, 4)], target.device, **({"mode": "mean"} if pooled else {}))
     with torch.no_grad():
@@ -451,7 +451,7 @@ def test_wrong_offsets_on_the_cpu(offsets, pooled):
 @pytest.mark.parametrize("offsets", BAD_OFFSETS.values(), ids=BAD_OFFSETS)
 @pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "rows"])
 def test_kernels_keep_wrong_offsets_within_the_ids(target, method, offsets, pooled):
-    """Contract 6: no read and no write outside, and a record that says which offset it was."""
+    """Bounds: no read and no write outside, and a record that says which offset it was."""
     if target.backend not in ("triton", "cupy"):
         pytest.skip("kernels only; others are given offsets that are checked")
     make = integer_layer if pooled else embedding_layer
@@ -566,7 +566,7 @@ def looked_up(layer, ids, offsets):
 
 @pytest.mark.parametrize("mode", ["sum", ["mean", "sum"]], ids=["sum", "mean and sum"])
 def test_gradcheck_and_gradgradcheck(target, mode):
-    """Contract 7: of any order, forward mode too."""
+    """As torch: of any order, forward mode too."""
     layer, ids, offsets = double_layer(target, mode=mode, padding_idx=[None, 2])
     look_up = looked_up(layer, ids, offsets)
     weight = layer.weight.detach().clone().requires_grad_()
@@ -575,7 +575,7 @@ def test_gradcheck_and_gradgradcheck(target, mode):
 
 
 def test_gradgradcheck_of_mixed_tables_and_weights(target):
-    """Contract 7: of both at once."""
+    """As torch: of both at once."""
     layer = integer_layer([(2, 1), (3, 2)], target.device, torch.float64, padding_idx=[0, None])
     _, ids, offsets = double_layer(target)
     look_up = looked_up(layer, ids, offsets)
@@ -586,7 +586,7 @@ def test_gradgradcheck_of_mixed_tables_and_weights(target):
 
 
 def test_gradgradcheck_without_pooling(target):
-    """Contract 7: padding is read and gets no gradient, of no order."""
+    """As torch: padding is read and gets no gradient, of no order."""
     _, ids, offsets = double_layer(target)
     layer = embedding_layer([(2, 2), (3, 2)], target.device, torch.float64, padding_idx=[0, 2])
     grad_output = torch.arange(12.0, dtype=torch.float64, device=target.device).view(6, 2)
@@ -669,7 +669,7 @@ opchecked = pytest.mark.parametrize(("sizes", "pooled"), OPCHECK.values(), ids=O
 
 @opchecked
 def test_opcheck_forward(target, sizes, pooled):
-    """Contract 8: torch.library's own checks."""
+    """Drop-in: torch.library's own checks."""
     layer, batch = op_arguments(target, sizes, pooled)
     weights = torch.ones(len(batch[0]), device=target.device, requires_grad=True)
     arguments = (layer.weight, weights if pooled else None, *batch, False, False)
@@ -678,7 +678,7 @@ def test_opcheck_forward(target, sizes, pooled):
 
 @opchecked
 def test_opcheck_backward(target, sizes, pooled):
-    """Contract 8: torch.library's own checks."""
+    """Drop-in: torch.library's own checks."""
     layer, batch = op_arguments(target, sizes, pooled)
     shape = (2, len(layer.tables.table_of_column)) if pooled else (len(batch[0]), 4)
     grad_output = torch.ones(shape, device=target.device, requires_grad=True)
@@ -692,7 +692,7 @@ def test_opcheck_backward(target, sizes, pooled):
 
 @pytest.mark.parametrize("sizes", [TABLES["uniform"], TABLES["mixed"]], ids=["uniform", "mixed"])
 def test_compiled_training_equals_eager(target, sizes):
-    """Contract 8: one graph, forward and backward, for any number of ids and bags."""
+    """Drop-in: one graph, forward and backward, for any number of ids and bags."""
     torch._dynamo.reset()
     eager, compiled = (integer_layer(sizes, target.device, padding_idx=0) for _ in range(2))
     graph = torch.compile(compiled, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -708,7 +708,7 @@ def test_compiled_training_equals_eager(target, sizes):
 
 
 def test_compiled_rows_equal_eager(target):
-    """Contract 8: without pooling."""
+    """Drop-in: without pooling."""
     torch._dynamo.reset()
     layer = embedding_layer(TABLES["uniform"], target.device)
     ids, offsets = random_input(layer, 2)

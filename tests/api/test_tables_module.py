@@ -126,7 +126,7 @@ WRONG = {
 @pytest.mark.parametrize("spoil", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 def test_errors_of_load_state_dict_are_torchs(spoil, strict):
-    """Contract 7: the wording, and the keys that are reported."""
+    """As torch: the wording, and the keys that are reported."""
     modules, layer = torch_modules(NAMED), TableBatchedEmbeddingBag(NAMED)
     state = torch_modules(NAMED).state_dict()
     spoil(state)
@@ -277,7 +277,7 @@ def test_a_moved_layer_works(sizes, move):
 
 
 def test_another_process_knows_the_names(tmp_path):
-    """Contract 6: what a kernel writes of a name is a number of its process."""
+    """Bounds: what a kernel writes of a name is a number of its process."""
     file = tmp_path / "layer.pt"
     gpu_embed.TableBatchedEmbeddingBag({"other": (1, 1)})
     torch.save(TableBatchedEmbeddingBag({"user": (2, 4), "item": (3, 4)}), file)

@@ -138,7 +138,7 @@ def assert_results_equal(actual, expected):
 
 
 def test_they_are_torchs_bags_one_by_one(target):
-    """Contracts 1, 2 and 7: output and every gradient, exactly: a layer is a list of torch.nn.EmbeddingBag."""
+    """As torch: output and every gradient, exactly: a layer is a list of torch.nn.EmbeddingBag."""
 
     @holds(target, 60, call=calls(), deterministic=st.booleans())
     def same(call, deterministic):
@@ -156,7 +156,7 @@ def test_they_are_torchs_bags_one_by_one(target):
 
 
 def test_they_are_the_reference(target):
-    """Contract 6: with ids out of range too: zeros, no gradient, and never a maximum."""
+    """Bounds: with ids out of range too: zeros, no gradient, and never a maximum."""
     if target.backend == "reference":
         pytest.skip("the reference is the yardstick")
 

@@ -92,7 +92,7 @@ def test_dtypes_are_those_of_the_samples(op_info, module_info):
 
 @pytest.mark.parametrize("dtype", OP_DTYPES, ids=dtype_name)
 def test_forward(target, op_info, dtype):
-    """Contract 1: bit-equal to torch's rows; contract 7: no argument is ignored."""
+    """Exact copy: bit-equal to torch's rows; as torch: no argument is ignored."""
     for weight, ids, kwargs in op_samples(op_info, target.device, dtype):
         ours, exact = weight.clone(), weight.to(torch.float64, copy=True)
         output = gpu_embed.functional.embedding(ids, ours, **kwargs)
@@ -109,7 +109,7 @@ def test_forward(target, op_info, dtype):
 
 @pytest.mark.parametrize("dtype", OP_DTYPES, ids=dtype_name)
 def test_gradient(target, op_info, dtype):
-    """Contract 2: the fp64 gradient, rounded once."""
+    """Accumulation: the fp64 gradient, rounded once."""
     for weight, ids, kwargs in op_samples(op_info, target.device, dtype):
         exact = weight.to(torch.float64, copy=True).requires_grad_()
         ours = weight.requires_grad_()
@@ -164,7 +164,7 @@ def test_gradgradcheck(target, op_info):
 
 
 def test_error_inputs(target, op_info):
-    """Contract 7: torch's type and wording."""
+    """As torch: torch's type and wording."""
     if op_info.error_inputs_func is None:
         pytest.skip("this torch has no error inputs for the function")
     errors = list(op_info.error_inputs(target.device))
@@ -211,7 +211,7 @@ def test_module_gradcheck(target, module_info):
 
 
 def test_module_error_inputs(target, module_info):
-    """Contract 7: torch's type and wording, at construction and at the call."""
+    """As torch: torch's type and wording, at construction and at the call."""
     if module_info.module_error_inputs_func is None:
         pytest.skip("this torch has no error inputs for the layer")
     errors = module_info.module_error_inputs_func(
@@ -276,7 +276,7 @@ def bag_bound(ids, weight, *, grad_output, mode, **kwargs):
 
 @pytest.mark.parametrize("dtype", OP_DTYPES, ids=dtype_name)
 def test_bags_forward_and_gradient(target, bag_samples, dtype):
-    """Contract 2: the fp64 results, rounded; contract 7: no argument is ignored."""
+    """Accumulation: the fp64 results, rounded; as torch: no argument is ignored."""
     for sample, ids, kwargs in bag_samples(target.device, dtype):
         ours, our_weights, our_kwargs = bag_leaves(sample, kwargs, dtype)
         output = gpu_embed.functional.embedding_bag(ids, ours, **our_kwargs)

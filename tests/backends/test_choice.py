@@ -69,7 +69,7 @@ def test_use_backend_as_plain_call_and_as_context():
 
 
 def test_the_choice_reaches_other_threads():
-    """Contract 9: a plain global, since autograd runs backwards on threads of its own."""
+    """Forced choice: a plain global, since autograd runs backwards on threads of its own."""
     seen = []
     with gpu_embed.use_backend("reference"):
         thread = threading.Thread(
@@ -86,7 +86,7 @@ def test_an_unknown_backend_is_refused():
 
 
 def test_a_forced_backend_that_cannot_run_raises():
-    """Contract 9: only auto may choose."""
+    """Forced choice: only auto may choose."""
     if backends.load("cupy").unusable_reason(torch.device("cpu")) is None:
         pytest.fail("cupy claims to serve CPU tensors")
     with (
@@ -106,7 +106,7 @@ def test_a_forced_backend_that_cannot_run_raises():
     ids=["unusable", "unknown backend", "unknown mode"],
 )
 def test_the_environment_is_held_to_the_same_rules(environment, message):
-    """Contract 9: forced by a variable is forced too."""
+    """Forced choice: forced by a variable is forced too."""
     result = run_python(LOOK_UP, **environment)
     assert result.returncode == 1
     assert message in result.stderr.splitlines()[-1]
@@ -174,7 +174,7 @@ def test_auto_prefers_triton_then_cupy(monkeypatch, usable, expected):
 
 
 def test_a_choice_made_during_anothers_selection_holds(monkeypatch):
-    """Contract 9: the thread that was slow to select does not overrule the later choice."""
+    """Forced choice: the thread that was slow to select does not overrule the later choice."""
     load = backends.load
 
     def slow_load(name):

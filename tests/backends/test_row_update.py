@@ -175,7 +175,7 @@ def test_untouched_rows_keep_every_bit(target, update):
 
 @every_update
 def test_ids_out_of_range_take_no_part(target, update):
-    """Contract 6: no gradient of ours holds one, but a handmade one may."""
+    """Bounds: no gradient of ours holds one, but a handmade one may."""
     weight = table(4, 3, torch.float32, target.device)
     indices = torch.tensor([7, 2, -1, 2, 4, 2**40], device=target.device)
     values = integer_gradient((6, 3), torch.float32, target.device)
@@ -253,7 +253,7 @@ def skip_without_mapped_memory(target):
 @needs_mapping
 @pytest.mark.parametrize("formula", ["adam", "rowwise_adagrad"])
 def test_rows_past_2_to_the_31_elements(target, formula):
-    """Contract 3: addresses of rows and state in 64 bits. The tables cost an address range alone."""
+    """64-bit addresses: addresses of rows and state in 64 bits. The tables cost an address range alone."""
     skip_without_mapped_memory(target)
     weight = mapped(FAR_ROWS, 8, torch.float32)
     state = tuple(
@@ -308,7 +308,7 @@ def test_random_gradients_are_summed_within_the_bound(target):
 
 
 def test_updates_repeat_bit_for_bit(target):
-    """Contract 4: no atomics, so the order of the additions is fixed."""
+    """Determinism: no atomics, so the order of the additions is fixed."""
     generator = torch.Generator().manual_seed(4)
     values = torch.randn(70, 3, generator=generator).to(target.device)
     indices = ids("zipf", 70, 9, target.device)

@@ -34,7 +34,7 @@ def ids_of(values: object, dtype: torch.dtype, device: str) -> torch.Tensor:
 @pytest.mark.parametrize(("source", "target_dtype"), CONVERSIONS)
 @pytest.mark.parametrize("embedding_dim", [1, 6, 64])
 def test_rows_are_converted_and_rounded_once(target, source, target_dtype, embedding_dim):
-    """Contract 1: of the same dtype, bit for bit; of another, what torch's conversion makes of them."""
+    """Exact copy: of the same dtype, bit for bit; of another, what torch's conversion makes of them."""
     weight = table(7, embedding_dim, source, target.device)
     output = take_ops.take_rows(weight, ids_of(IDS, torch.int64, target.device), target_dtype)
     assert output.is_contiguous()
@@ -102,7 +102,7 @@ BAD = [
 @pytest.mark.parametrize(("dtype", "values", "named"), BAD)
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_ids_out_of_range_are_named_as_written(target, dtype, values, named):
-    """Contract 6: never clamped, never cut to 32 bits; the row is zero, and the error names the caller's id."""
+    """Bounds: never clamped, never cut to 32 bits; the row is zero, and the error names the caller's id."""
     weight = table(7, 4, FP32, target.device)
     ids = ids_of(values, dtype, target.device)
     message = "index out of range in self: id"
@@ -144,7 +144,7 @@ def test_other_dtypes_are_refused(weight, dtype, ids, message):
 @pytest.mark.parametrize(("source", "target_dtype"), CONVERSIONS)
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.float32], ids=str)
 def test_gradients_go_to_the_rows_that_ids_mean(target, source, target_dtype, ids_dtype):
-    """Contract 2: exact for integers; the table's dtype, not the output's."""
+    """Accumulation: exact for integers; the table's dtype, not the output's."""
     weight = table(7, 6, source, target.device).requires_grad_()
     ids = ids_of(IDS, ids_dtype, target.device)
     grad_output = integer_gradient((2, 3, 6), target_dtype, target.device)
@@ -158,7 +158,7 @@ def test_gradients_go_to_the_rows_that_ids_mean(target, source, target_dtype, id
 
 
 def test_narrow_gradients_are_summed_wide(target):
-    """Contract 2: an odd number of gradients of 1.0 in bf16, which an fp32 table's gradient holds and bf16 not."""
+    """Accumulation: an odd number of gradients of 1.0 in bf16, which an fp32 table's gradient holds and bf16 not."""
     weight = torch.zeros(3, 2, device=target.device, requires_grad=True)
     ids = torch.full((4097,), -1, device=target.device)
     take_ops.take_rows(weight, ids, BF16).backward(
@@ -237,7 +237,7 @@ def test_rows_are_dequantized(target, bits, embedding_dim, group_size, scale, dt
 @pytest.mark.parametrize("group_size", [None, 4])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, FP32], ids=str)
 def test_ids_of_a_quantized_table(target, bits, group_size, dtype):
-    """Contract 6: of any dtype, negative ones from the end; one out of range reads as zeros and is named."""
+    """Bounds: of any dtype, negative ones from the end; one out of range reads as zeros and is named."""
     arguments, meant = quantized(bits, 8, group_size, FP32, target.device)
     ids = ids_of([-1, 7, 3], dtype, target.device)
     shape = 8, group_size or 8, bits, FP32

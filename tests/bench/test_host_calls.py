@@ -13,7 +13,7 @@ pytest.importorskip("rich", reason="the benchmark's extra is not installed")
 import gpu_embed
 from gpu_embed.bench import cli, host_calls
 
-TABLE = Path(__file__).resolve().parent.parent / "bench" / "host_calls.csv"
+TABLE = Path(__file__).resolve().parents[2] / "bench" / "host_calls.csv"
 TOY = """
 def inner():
     return [n for n in (1, 2)]

@@ -82,7 +82,7 @@ def exact_gradient(indices: Tensor, num_embeddings: int, grad_output: Tensor) ->
     ids=["whole rows of 8-byte words", "odd rows of bytes"],
 )
 def test_rows_past_2_31_words_are_read(backend, num_embeddings, embedding_dim, dtype):
-    """Contract 3: 64-bit addresses of the table's rows."""
+    """64-bit addresses: 64-bit addresses of the table's rows."""
     assert num_embeddings * embedding_dim > 2**31
     weight = torch.zeros(num_embeddings, embedding_dim, dtype=dtype, device=DEVICE)
     rows, values = distinct_rows(num_embeddings, embedding_dim)
@@ -108,7 +108,7 @@ def distinct_rows(num_embeddings: int, embedding_dim: int) -> tuple[Tensor, Tens
     ids=str,
 )
 def test_gradient_rows_past_2_31_elements_are_written(backend, dtype, method):
-    """Contract 3: 64-bit addresses of the gradient's rows."""
+    """64-bit addresses: 64-bit addresses of the gradient's rows."""
     num_embeddings, embedding_dim = 19_345_706, 128
     rows, _ = distinct_rows(num_embeddings, embedding_dim)
     choice = random_ids(300, len(rows))
@@ -132,7 +132,7 @@ def test_gradient_rows_past_2_31_elements_are_written(backend, dtype, method):
     ids=["whole rows of 8-byte words", "odd rows of bytes"],
 )
 def test_outputs_past_2_31_words_are_written(backend, num_indices, embedding_dim, dtype):
-    """Contract 3: 64-bit addresses of the output's rows."""
+    """64-bit addresses: 64-bit addresses of the output's rows."""
     assert num_indices * embedding_dim > 2**31
     weight = torch.randint(251, (100, embedding_dim), device=DEVICE).to(dtype)
     indices = random_ids(num_indices, 100)
@@ -149,7 +149,7 @@ def test_outputs_past_2_31_words_are_written(backend, num_indices, embedding_dim
     ids=str,
 )
 def test_gradients_past_2_31_elements_are_read(backend, dtype, method):
-    """Contract 3: 64-bit addresses of grad_output's rows."""
+    """64-bit addresses: 64-bit addresses of grad_output's rows."""
     num_indices, embedding_dim, num_embeddings = 524_289, 4096, 1000
     assert num_indices * embedding_dim > 2**31
     per_row = integers(num_indices, 1, dtype=dtype)
@@ -165,7 +165,7 @@ def test_gradients_past_2_31_elements_are_read(backend, dtype, method):
 
 @pytest.mark.large
 def test_more_than_2_31_ids_are_looked_up(backend):
-    """Contract 3: 64-bit positions."""
+    """64-bit addresses: 64-bit positions."""
     num_indices = 2**31 + 16
     weight = torch.randperm(256, device=DEVICE).to(torch.uint8)[:, None]
     indices = torch.randint(256, (num_indices,), dtype=torch.uint8, device=DEVICE)
@@ -178,7 +178,7 @@ def test_more_than_2_31_ids_are_looked_up(backend):
 @pytest.mark.large
 @pytest.mark.parametrize("method", ["atomic", "sorted"])
 def test_more_than_2_31_ids_are_summed(backend, method):
-    """Contract 3: 64-bit positions."""
+    """64-bit addresses: 64-bit positions."""
     if method == "sorted" and torch.cuda.mem_get_info()[0] < 70 * 2**30:
         pytest.skip("needs 70 GiB of GPU memory")
     num_indices, num_embeddings = 2**31 + 16, 1_000_000
@@ -198,7 +198,7 @@ def test_more_than_2_31_ids_are_summed(backend, method):
 @every_method
 @pytest.mark.parametrize("num_indices", [3073, 1_000_000, 4_000_000])
 def test_cuda_graphs_replay_forward_and_backward(backend, dtype, method, num_indices):
-    """Contract 5: one capture serves ids and gradients that change, at any number of ids."""
+    """No host sync: one capture serves ids and gradients that change, at any number of ids."""
     num_embeddings, embedding_dim = 50_000, 64
     weight = table(num_embeddings, embedding_dim, dtype, DEVICE).requires_grad_()
     indices = random_ids(num_indices, num_embeddings)
@@ -222,7 +222,7 @@ def test_cuda_graphs_replay_forward_and_backward(backend, dtype, method, num_ind
 
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_cuda_graphs_take_every_argument(backend, arguments):
-    """Contract 5: nothing on the dense path depends on the data."""
+    """No host sync: nothing on the dense path depends on the data."""
     first = table(500, 33, torch.float32, DEVICE)
     weight = first.clone().requires_grad_()
     indices = random_ids(3073, 500)
@@ -245,7 +245,7 @@ def test_cuda_graphs_take_every_argument(backend, arguments):
 
 
 def test_replayed_lookups_report_bad_ids(backend):
-    """Contracts 5 and 6: the captured kernel writes the record; a later replay is right again."""
+    """No host sync and bounds: the captured kernel writes the record; a later replay is right again."""
     weight = table(50, 8, torch.float32, DEVICE)
     indices = random_ids(100, 50)
     graph, (output,) = captured(lambda: (embedding(indices, weight),))
@@ -345,7 +345,7 @@ def test_the_guard_against_syncs_works():
 @every_method
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_no_host_sync(backend, dtype, method, arguments):
-    """Contract 5: forward, backward and double backward are all queued while the GPU is still busy."""
+    """No host sync: forward, backward and double backward are all queued while the GPU is still busy."""
     if method == "atomic" and arguments.get("scale_grad_by_freq"):
         pytest.skip("atomics do not divide by the counts")
     weight = table(500, 48, dtype, DEVICE).requires_grad_()
@@ -370,7 +370,7 @@ def test_no_host_sync(backend, dtype, method, arguments):
 
 @pytest.mark.parametrize("padding_idx", [None, 3])
 def test_no_host_sync_for_sparse_gradients(backend, padding_idx):
-    """Contract 5: even the sparse gradient does not wait."""
+    """No host sync: even the sparse gradient does not wait."""
     weight = table(500, 48, torch.float32, DEVICE).requires_grad_()
     indices = random_ids(3073, 500)
     embedding(indices, weight, padding_idx, sparse=True).sum().backward()
@@ -396,7 +396,7 @@ MESSAGE = "index out of range in self: id 50 at flat position 4 of the input; .*
 
 
 def test_the_backward_of_a_bad_lookup_raises(backend):
-    """Contract 6, mode "raise": the first point after the lookup that needs no stall."""
+    """Bounds, mode "raise": the first point after the lookup that needs no stall."""
     weight, _, output = bad_lookup()
     with pytest.raises(IndexError, match=MESSAGE):
         output.sum().backward()
@@ -404,21 +404,21 @@ def test_the_backward_of_a_bad_lookup_raises(backend):
 
 
 def test_the_next_call_on_the_device_raises(backend):
-    """Contract 6, mode "raise"."""
+    """Bounds, mode "raise"."""
     bad_lookup()
     with pytest.raises(IndexError, match=MESSAGE):
         embedding(random_ids(5, 7), table(7, 2, torch.float32, DEVICE))
 
 
 def test_check_bounds_raises(backend):
-    """Contract 6, mode "raise"."""
+    """Bounds, mode "raise"."""
     bad_lookup()
     with pytest.raises(IndexError, match=MESSAGE):
         gpu_embed.check_bounds(DEVICE)
 
 
 def test_sync_raises_at_the_call(backend):
-    """Contract 6, mode "sync": there the ids' shape is known."""
+    """Bounds, mode "sync": there the ids' shape is known."""
     with (
         gpu_embed.set_bounds_check("sync"),
         pytest.raises(IndexError, match=r"id 50 at position \(1, 1\) of the input"),
@@ -427,7 +427,7 @@ def test_sync_raises_at_the_call(backend):
 
 
 def test_off_records_nothing(backend):
-    """Contract 6, mode "off"."""
+    """Bounds, mode "off"."""
     with gpu_embed.set_bounds_check("off"):
         weight, indices, output = bad_lookup()
         output.sum().backward()
@@ -440,7 +440,7 @@ def test_off_records_nothing(backend):
 @pytest.mark.parametrize("mode", ["raise", "sync", "off"])
 @every_method
 def test_work_goes_on_after_bad_ids(backend, dtype, method, mode):
-    """Contract 6: context alive, record clear, table and ids untouched, the next calls right."""
+    """Bounds: context alive, record clear, table and ids untouched, the next calls right."""
     weight = table(1000, 48, dtype, DEVICE).requires_grad_()
     before = weight.detach().clone()
     indices = random_ids(3073, 1000)
@@ -472,7 +472,7 @@ def test_work_goes_on_after_bad_ids(backend, dtype, method, mode):
 
 @pytest.mark.parametrize("index_dtype", ID_DTYPES, ids=str)
 def test_a_million_bad_ids(backend, index_dtype):
-    """Contract 6: of many bad ids one is recorded, whole: an id and the position where it stands."""
+    """Bounds: of many bad ids one is recorded, whole: an id and the position where it stands."""
     weight = table(100, 8, torch.float32, DEVICE)
     low, high = (100, 256) if index_dtype == torch.uint8 else (-(2**15), 0)
     indices = torch.randint(low, high, (1_000_000,), device=DEVICE).to(index_dtype)
@@ -486,7 +486,7 @@ def test_a_million_bad_ids(backend, index_dtype):
 
 
 def test_the_flag_is_seen_without_waiting_for_the_gpu(backend):
-    """Contract 6: the kernel writes to host memory, so looking for an error is a read."""
+    """Bounds: the kernel writes to host memory, so looking for an error is a read."""
     weight = table(50, 8, torch.float32, DEVICE)
     good = random_ids(10, 50)
     embedding(good, weight)
@@ -504,7 +504,7 @@ def test_the_flag_is_seen_without_waiting_for_the_gpu(backend):
 
 
 def test_looking_for_an_error_does_not_wait(backend):
-    """Contract 6: a bad id behind a long queue is reported later, not waited for."""
+    """Bounds: a bad id behind a long queue is reported later, not waited for."""
     weight = table(50, 8, torch.float32, DEVICE)
     good, bad = random_ids(10, 50), torch.tensor([50], device=DEVICE)
     embedding(good, weight)
@@ -536,7 +536,7 @@ SHAPES = [
 @every_method
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_integer_gradients_sum_exactly(backend, shape, dtype, method):
-    """Contract 2: atomics, sorted segments and torch agree bit for bit, and 16 bits are rounded once."""
+    """Accumulation: atomics, sorted segments and torch agree bit for bit, and 16 bits are rounded once."""
     num_embeddings, embedding_dim, num_indices = shape
     indices = ids("zipf", num_indices, num_embeddings, DEVICE)
     grad_output = integers(num_indices, embedding_dim, dtype=dtype)
@@ -549,7 +549,7 @@ def test_integer_gradients_sum_exactly(backend, shape, dtype, method):
 @every_method
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "equal"])
 def test_random_gradients_stay_within_the_bound(backend, dtype, method, kind):
-    """Contract 2: |actual - exact| <= count * eps32 * sum(|grad|), and half an ulp for the rounding."""
+    """Accumulation: |actual - exact| <= count * eps32 * sum(|grad|), and half an ulp for the rounding."""
     num_embeddings, embedding_dim, num_indices = 2000, 384, 50_000
     indices = ids(kind, num_indices, num_embeddings, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -574,7 +574,7 @@ def test_random_gradients_stay_within_the_bound(backend, dtype, method, kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("embedding_dim", [1, 2, 33, 768])
 def test_4096_ones_make_4096(backend, dtype, embedding_dim):
-    """Contract 2: sums are taken in fp32."""
+    """Accumulation: sums are taken in fp32."""
     indices = torch.full((4096,), 1, device=DEVICE)
     actual = gradient(indices, 3, torch.ones(4096, embedding_dim, dtype=dtype, device=DEVICE))
     assert actual.float().mean(1).tolist() == [0, 4096, 0]
@@ -584,7 +584,7 @@ def test_4096_ones_make_4096(backend, dtype, embedding_dim):
 # In fp16 the sum would be infinite.
 @pytest.mark.parametrize(("dtype", "method"), METHODS[:-1])
 def test_every_id_the_same(backend, dtype, method):
-    """Contract 2 under the worst contention: 713,268 ones on one row of a table of 2000 x 384."""
+    """Accumulation under the worst contention: 713,268 ones on one row of a table of 2000 x 384."""
     num_indices = 713_268
     indices = torch.full((num_indices,), 1234, device=DEVICE)
     grad_output = torch.ones((), dtype=dtype, device=DEVICE).expand(num_indices, 384).contiguous()
@@ -605,7 +605,7 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("arguments", [{}, ARGUMENTS["all"]], ids=["plain", "all arguments"])
 def test_gradients_repeat_bit_for_bit(backend, deterministic, dtype, arguments):
-    """Contract 4: 20 runs, random floats, hot rows, and uninitialised memory filled with NaN."""
+    """Determinism: 20 runs, random floats, hot rows, and uninitialised memory filled with NaN."""
     indices = ids("zipf", 100_000, 3000, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
     grad_output = torch.randn(100_000, 300, generator=generator, device=DEVICE).to(dtype)
@@ -697,7 +697,7 @@ DESCRIPTOR_TABLES = [
 
 @pytest.mark.parametrize("shape", DESCRIPTOR_TABLES, ids=str)
 def test_bulk_copies_look_up_bit_for_bit(descriptors, shape):
-    """Contract 1: whole programs and ragged ones, bad ids and zeroed ones among them."""
+    """Exact copy: whole programs and ragged ones, bad ids and zeroed ones among them."""
     num_embeddings, embedding_dim, num_indices, dtype = shape
     weight = table(num_embeddings, embedding_dim, dtype, DEVICE)
     indices = random_ids(num_indices, num_embeddings)
@@ -725,7 +725,7 @@ def test_bulk_copies_take_every_id_dtype(descriptors, index_dtype):
 
 
 def test_bulk_copies_of_part_of_a_table(descriptors):
-    """Contract 1: rows that lie apart, at an offset; what lies between them is not read or written."""
+    """Exact copy: rows that lie apart, at an offset; what lies between them is not read or written."""
     whole = table(1000, 96, torch.float32, DEVICE)
     weight = whole[8:900:2, 32:64]
     indices = random_ids(5000, len(weight))
@@ -748,7 +748,7 @@ def test_bulk_copies_allocate_the_output_alone(descriptors):
 
 @pytest.mark.large
 def test_bulk_copies_past_2_31_elements(descriptors):
-    """Contract 3: coordinates are 32 bit, addresses are not."""
+    """64-bit addresses: coordinates are 32 bit, addresses are not."""
     num_embeddings, embedding_dim = 19_345_706, 128
     rows, values = distinct_rows(num_embeddings, embedding_dim)
     weight = torch.zeros(num_embeddings, embedding_dim, device=DEVICE)
@@ -781,7 +781,7 @@ BULK_GRADIENTS = [
 @pytest.mark.parametrize("shape", BULK_GRADIENTS, ids=str)
 @pytest.mark.parametrize("kind", ["zipf", "equal"])
 def test_bulk_additions_sum_exactly(descriptors, shape, kind):
-    """Contract 2: also where all rows meet on one, and with gradients of every stride."""
+    """Accumulation: also where all rows meet on one, and with gradients of every stride."""
     num_embeddings, embedding_dim, num_indices = shape
     indices = ids(kind, num_indices, num_embeddings, DEVICE)
     grad_output = integers(num_indices, embedding_dim)
@@ -798,7 +798,7 @@ def test_bulk_additions_sum_exactly(descriptors, shape, kind):
 @pytest.mark.parametrize("num_embeddings", [1, 2, 16, 17, 64, 100, 256])
 @pytest.mark.parametrize("embedding_dim", [1, 33, 768, 4096])
 def test_one_hot_products_sum_exactly(triton, dtype, num_embeddings, embedding_dim):
-    """Contract 2: fp32 sums on the matrix units, rounded once; padding and bad ids are not read."""
+    """Accumulation: fp32 sums on the matrix units, rounded once; padding and bad ids are not read."""
     num_indices = 30_000
     indices = random_ids(num_indices, num_embeddings)
     grad_output = integers(num_indices, embedding_dim, dtype=dtype)
@@ -813,7 +813,7 @@ def test_one_hot_products_sum_exactly(triton, dtype, num_embeddings, embedding_d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_one_hot_products_stay_within_the_bound_and_repeat(triton, deterministic, dtype):
-    """Contracts 2 and 4: random floats; matrix units may round a sum down, which eps allows for."""
+    """Accumulation and determinism: random floats; matrix units may round a sum down, which eps allows for."""
     indices = random_ids(50_000, 50)
     generator = torch.Generator(DEVICE).manual_seed(0)
     grad_output = torch.randn(50_000, 384, generator=generator, device=DEVICE).to(dtype)
@@ -831,7 +831,7 @@ def test_one_hot_products_stay_within_the_bound_and_repeat(triton, deterministic
     ("method", "dtype"), [("descriptor", torch.float32), ("one_hot", torch.bfloat16)]
 )
 def test_forced_kernels_run_in_cuda_graphs(descriptors, method, dtype):
-    """Contract 5: descriptors are arguments of the launch, so a replay finds them."""
+    """No host sync: descriptors are arguments of the launch, so a replay finds them."""
     weight = table(200, 64, dtype, DEVICE).requires_grad_()
     indices = random_ids(3073, 200)
     grad_output = integers(3073, 64, dtype=dtype)
@@ -883,7 +883,7 @@ def layers(arguments: dict[str, object]) -> tuple[torch.nn.Embedding, torch.nn.E
 @pytest.mark.parametrize("method", ["atomic", "sorted"])
 @pytest.mark.parametrize("arguments", [{}, {"padding_idx": 5}, {"sparse": True}], ids=str)
 def test_training_equals_torchs_layer(backend, method, arguments):
-    """Contract 8: the same losses and the same table, bit for bit."""
+    """Drop-in: the same losses and the same table, bit for bit."""
     ours, theirs = layers(arguments)
     before = ours.weight.detach().clone()
     with gpu_embed.use_gradient_method(method):
@@ -896,7 +896,7 @@ def test_training_equals_torchs_layer(backend, method, arguments):
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("arguments", [{}, {"padding_idx": 5}], ids=str)
 def test_compiled_training_equals_eager(triton, arguments, mode):
-    """Contract 8: inductor, one graph, forward and backward; contract 5: and inside its CUDA graphs."""
+    """Drop-in: inductor, one graph, forward and backward; no host sync: and inside its CUDA graphs."""
     torch._dynamo.reset()
     eager, _ = layers(arguments)
     compiled, _ = layers(arguments)
@@ -910,7 +910,7 @@ def test_compiled_training_equals_eager(triton, arguments, mode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("embedding_dim", [1, 33, 50, 300, 768, 4096])
 def test_triton_and_cupy_agree(dtype, embedding_dim):
-    """Contract 9: a forced backend gives the same results."""
+    """Forced choice: a forced backend gives the same results."""
     require("triton")
     require("cupy")
     indices = ids("zipf", 5000, 900, DEVICE)
@@ -947,7 +947,7 @@ def sparse_layer(num_embeddings: int, embedding_dim: int, **arguments: object) -
 @pytest.mark.large
 @pytest.mark.parametrize("optimizer_class", [optim.RowWiseAdagrad, optim.Adagrad])
 def test_rows_past_2_31_elements_are_updated(backend, optimizer_class):
-    """Contract 3: 64-bit addresses of weight and state."""
+    """64-bit addresses: 64-bit addresses of weight and state."""
     layer = sparse_layer(19_345_706, 128, dtype=torch.bfloat16)
     optimizer = optimizer_class(layer.parameters(), lr=0.5)
     rows, _ = distinct_rows(*layer.weight.shape)
@@ -961,7 +961,7 @@ def test_rows_past_2_31_elements_are_updated(backend, optimizer_class):
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_no_host_sync_for_optimizers(backend, optimizer_class, in_backward):
-    """Contract 5: not for padding, ids out of range, a tensor lr, chosen rows, random rounding or clipping."""
+    """No host sync: not for padding, ids out of range, a tensor lr, chosen rows, random rounding or clipping."""
     layer = sparse_layer(500, 48, dtype=torch.bfloat16, padding_idx=7)
     arguments = {
         "lr": torch.tensor(0.1, device=DEVICE),
@@ -989,7 +989,7 @@ def test_no_host_sync_for_optimizers(backend, optimizer_class, in_backward):
 
 @pytest.mark.parametrize("optimizer_class", [optim.SGD, optim.Adagrad, optim.RowWiseAdagrad])
 def test_cuda_graphs_replay_steps(backend, optimizer_class):
-    """Contract 5: ids, gradients and the learning rate may change between replays."""
+    """No host sync: ids, gradients and the learning rate may change between replays."""
     layers = [sparse_layer(1000, 48) for _ in range(2)]
     lr = torch.tensor(0.5, device=DEVICE)
     indices = random_ids(3073, 1000)
@@ -1078,7 +1078,7 @@ def test_two_streams_update_two_tables(backend, optimizer_class):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sanitizer_finds_nothing_in_any_kernel(backend, dtype):
-    """Contract 6: no access outside of any tensor, bad ids included; every kernel, ragged at every edge."""
+    """Bounds: no access outside of any tensor, bad ids included; every kernel, ragged at every edge."""
     methods = ("atomic", "sorted", "sorted_atomic") if dtype == torch.float32 else ("sorted",)
     for embedding_dim in (1, 8, 33, 300):
         indices = ids("zipf", 77, 19, DEVICE)
@@ -1110,7 +1110,7 @@ def check_bad_ids(indices: Tensor, weight: Tensor) -> None:
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sanitizer_finds_nothing_in_updates(backend, optimizer_class, dtype):
-    """Contract 6: no access outside of any tensor; rows in one warp, in several and in none."""
+    """Bounds: no access outside of any tensor; rows in one warp, in several and in none."""
     for embedding_dim in (1, 8, 33, 300, 5000):
         weight = torch.nn.Parameter(table(19, embedding_dim, dtype, DEVICE))
         optimizer = optimizer_class([weight], rows=range(18), stochastic_rounding=True, seed=0)
@@ -1124,7 +1124,7 @@ def test_sanitizer_finds_nothing_in_updates(backend, optimizer_class, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.complex128], ids=str)
 def test_sanitizer_finds_nothing_in_copies(backend, dtype):
-    """Contract 1: words of every width, contiguous and strided tables."""
+    """Exact copy: words of every width, contiguous and strided tables."""
     for embedding_dim in (2, 3, 16, 100):
         weight = table(23, embedding_dim, dtype, DEVICE)
         for view in (weight, weight[:, 1:], weight[::2], weight.t().contiguous().t()):
@@ -1134,7 +1134,7 @@ def test_sanitizer_finds_nothing_in_copies(backend, dtype):
 
 
 def test_sanitizer_finds_nothing_in_forced_kernels(descriptors):
-    """Contract 6: bulk copies, bulk additions and one-hot products, ragged at every edge, bad ids included."""
+    """Bounds: bulk copies, bulk additions and one-hot products, ragged at every edge, bad ids included."""
     indices = ids("zipf", 77, 19, DEVICE)
     indices[5], indices[-1] = 19, -1
     for embedding_dim in (4, 36, 300, 1100):
@@ -1191,7 +1191,7 @@ def exact_bags(indices: Tensor, weight: Tensor, offsets: Tensor, arguments: dict
 @each_bag_mode
 @every_method
 def test_bags_equal_torchs_in_fp64(backend, dtype, method, kind):
-    """Contract 2: small integers, so sums and maxima are exact; means are divided once."""
+    """Accumulation: small integers, so sums and maxima are exact; means are divided once."""
     if method == "atomic" and "scaled" in kind:
         pytest.skip("atomics do not divide by the counts")
     weight = integers(500, 48, dtype=dtype).requires_grad_()
@@ -1233,7 +1233,7 @@ def test_long_bags(backend, kind, num_bags):
 @each_bag_mode
 @pytest.mark.parametrize("num_indices", [3073, 1_000_000])
 def test_cuda_graphs_replay_bags(backend, kind, num_indices):
-    """Contract 5: one capture serves ids, offsets and gradients that change."""
+    """No host sync: one capture serves ids, offsets and gradients that change."""
     weight = integers(5000, 64).requires_grad_()
     indices, offsets = random_ids(num_indices, 5000), cuts(1000, num_indices)
     grad_output = integers(1000, 64)
@@ -1256,7 +1256,7 @@ def test_cuda_graphs_replay_bags(backend, kind, num_indices):
 
 @each_bag_mode
 def test_no_host_sync_for_bags(backend, kind):
-    """Contract 5: forward, backward and double backward wait for nothing."""
+    """No host sync: forward, backward and double backward wait for nothing."""
     weight = table(500, 48, torch.float32, DEVICE).requires_grad_()
     indices, offsets = random_ids(3073, 500), cuts(700, 3073)
     grad_output = integers(700, 48).requires_grad_()
@@ -1276,7 +1276,7 @@ def test_no_host_sync_for_bags(backend, kind):
 @pytest.mark.parametrize("kind", ["sum", "max"])
 @pytest.mark.parametrize("method", ["atomic", "sorted"])
 def test_bags_of_rows_past_2_31_elements(backend, method, kind):
-    """Contract 3: 64-bit addresses of the table's rows, read and written."""
+    """64-bit addresses: 64-bit addresses of the table's rows, read and written."""
     num_embeddings, embedding_dim = 2**26 + 5, 32
     assert num_embeddings * embedding_dim > 2**31
     weight = torch.zeros(num_embeddings, embedding_dim, device=DEVICE)
@@ -1293,7 +1293,7 @@ def test_bags_of_rows_past_2_31_elements(backend, method, kind):
 
 @pytest.mark.large
 def test_bags_past_2_31_elements(backend):
-    """Contract 3: 64-bit addresses of the output and of its gradient."""
+    """64-bit addresses: 64-bit addresses of the output and of its gradient."""
     num_bags, embedding_dim = 2**26 + 5, 32
     weight = integers(100, embedding_dim).requires_grad_()
     indices = random_ids(num_bags, 100)[:, None]
@@ -1308,7 +1308,7 @@ def test_bags_past_2_31_elements(backend):
 
 @pytest.mark.parametrize("kind", ["sum", "mean", "max"])
 def test_bad_ids_of_bags_are_reported_late(backend, kind):
-    """Contract 6: with the bag, at the backward of the call, and the table and the next call are right."""
+    """Bounds: with the bag, at the backward of the call, and the table and the next call are right."""
     weight = table(50, 8, torch.float32, DEVICE).requires_grad_()
     indices, offsets = random_ids(100, 50), torch.arange(0, 100, 10, device=DEVICE)
     good = embedding_bag(indices, weight, offsets, mode=kind)
@@ -1324,7 +1324,7 @@ def test_bad_ids_of_bags_are_reported_late(backend, kind):
 
 @each_bag_mode
 def test_sanitizer_finds_nothing_in_bags(backend, kind):
-    """Contract 6: of any width, with ids and offsets that are wrong; run under compute-sanitizer by `make gpu`."""
+    """Bounds: of any width, with ids and offsets that are wrong; run under compute-sanitizer by `make gpu`."""
     for embedding_dim in (1, 3, 32, 50, 130):
         weight = integers(19, embedding_dim).requires_grad_()
         indices, offsets = random_ids(300, 19), cuts(40, 300)

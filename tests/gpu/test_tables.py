@@ -83,7 +83,7 @@ def results(layer: TableBatchedEmbeddingBag, ids: Tensor, offsets: Tensor, grad_
 @every_mode
 @every_dtype
 def test_they_equal_torchs_bags_in_fp64(backend, sizes, modes, dtype, method):
-    """Contract 2: small integers, so sums and maxima are exact; means are divided once."""
+    """Accumulation: small integers, so sums and maxima are exact; means are divided once."""
     layer = integer_layer(sizes, DEVICE, dtype, mode=modes, padding_idx=[0, None, -1, 3])
     ids, offsets = batch(layer, 300)
     grad_output = integers(300, len(layer.tables.table_of_column), dtype=dtype, seed=1)
@@ -106,7 +106,7 @@ def test_they_equal_torchs_bags_in_fp64(backend, sizes, modes, dtype, method):
 @every_mode
 @pytest.mark.parametrize("method", ["atomic", "sorted"])
 def test_cuda_graphs_replay_forward_and_backward(backend, sizes, modes, method):
-    """Contract 5: one capture serves ids, offsets and gradients that change."""
+    """No host sync: one capture serves ids, offsets and gradients that change."""
     layer = integer_layer(sizes, DEVICE, mode=modes)
     ids, offsets = batch(layer, 300)
     grad_output = integers(300, len(layer.tables.table_of_column))
@@ -129,7 +129,7 @@ def test_cuda_graphs_replay_forward_and_backward(backend, sizes, modes, method):
 @every_size
 @pytest.mark.parametrize("optimizer_class", [optim.SGD, optim.Adagrad, optim.RowWiseAdagrad])
 def test_cuda_graphs_replay_steps(backend, sizes, optimizer_class):
-    """Contract 5: ids, offsets and the learning rate may change between replays."""
+    """No host sync: ids, offsets and the learning rate may change between replays."""
     layers = [integer_layer(sizes, DEVICE, mode=MODES["maxima"], sparse=True) for _ in range(2)]
     ids, offsets = batch(layers[0], 100)
     lr = torch.tensor(0.5, device=DEVICE)
@@ -159,7 +159,7 @@ def test_cuda_graphs_replay_steps(backend, sizes, optimizer_class):
 @every_mode
 @pytest.mark.parametrize("method", ["atomic", "sorted"])
 def test_no_host_sync(backend, sizes, modes, method):
-    """Contract 5: forward, backward and double backward wait for nothing."""
+    """No host sync: forward, backward and double backward wait for nothing."""
     layer = integer_layer(sizes, DEVICE, mode=modes, padding_idx=0)
     ids, offsets = batch(layer, 100)
     grad_output = integers(100, len(layer.tables.table_of_column)).requires_grad_()
@@ -179,7 +179,7 @@ def test_no_host_sync(backend, sizes, modes, method):
 @pytest.mark.parametrize("optimizer_class", OPTIMIZERS)
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_no_host_sync_for_optimizers(backend, sizes, optimizer_class, in_backward):
-    """Contract 5: not for groups of tables, chosen rows, random rounding, clipping or scaling."""
+    """No host sync: not for groups of tables, chosen rows, random rounding, clipping or scaling."""
     layer = integer_layer(
         sizes, DEVICE, torch.bfloat16, mode=MODES["maxima"], padding_idx=0, sparse=True
     )
@@ -210,7 +210,7 @@ def test_no_host_sync_for_optimizers(backend, sizes, optimizer_class, in_backwar
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every_size
 def test_gradients_repeat_bit_for_bit(backend, deterministic, sizes, dtype):
-    """Contract 4: also where rounding depends on the order."""
+    """Determinism: also where rounding depends on the order."""
     layer = integer_layer(sizes, DEVICE, dtype, mode=MODES["maxima"])
     ids, offsets = batch(layer, 3000)
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -222,7 +222,7 @@ def test_gradients_repeat_bit_for_bit(backend, deterministic, sizes, dtype):
 
 @every_size
 def test_bad_ids_are_reported_late_and_by_the_name_of_their_table(backend, sizes):
-    """Contract 6: at the backward of the call; the tables and the next call are right."""
+    """Bounds: at the backward of the call; the tables and the next call are right."""
     names = dict(zip(("user", "item", "shop", "day"), sizes, strict=True))
     layer = integer_layer(names, DEVICE, mode=MODES["maxima"])
     ids, offsets = batch(layer, 100)
@@ -297,7 +297,7 @@ def huge_layer(**arguments: object) -> tuple[TableBatchedEmbeddingBag, int]:
 @pytest.mark.large
 @pytest.mark.parametrize("mode", ["sum", "max"])
 def test_rows_past_2_31_elements(backend, mode):
-    """Contract 3: 64-bit addresses of rows that are read, and of their gradients."""
+    """64-bit addresses: 64-bit addresses of rows that are read, and of their gradients."""
     layer, rows = huge_layer(mode=mode)
     with torch.no_grad():
         layer["1"][-1] = 3
@@ -319,7 +319,7 @@ def test_rows_past_2_31_elements(backend, mode):
 @pytest.mark.large
 @pytest.mark.parametrize("optimizer_class", [optim.SGD, optim.RowWiseAdagrad])
 def test_rows_past_2_31_elements_are_updated(backend, optimizer_class):
-    """Contract 3: 64-bit addresses of weight and state."""
+    """64-bit addresses: 64-bit addresses of weight and state."""
     layer, rows = huge_layer(sparse=True)
     optimizer = optimizer_class(layer.parameters(), lr=0.5)
     ids = torch.tensor([4, rows - 1, 0, 6, 5], device=DEVICE)
@@ -334,7 +334,7 @@ def test_rows_past_2_31_elements_are_updated(backend, optimizer_class):
 @pytest.mark.large
 @pytest.mark.parametrize("mode", ["sum", "max"])
 def test_outputs_past_2_31_elements(backend, mode):
-    """Contract 3: 64-bit addresses of outputs, and of the gradients that they get."""
+    """64-bit addresses: 64-bit addresses of outputs, and of the gradients that they get."""
     num_bags = 2**26 + 5
     layer = integer_layer([(100, 24), (50, 8)], DEVICE, torch.bfloat16, mode=mode)
     ids = torch.cat([random_ids(num_bags, 100), random_ids(num_bags, 50, 1)])
@@ -359,7 +359,7 @@ def test_outputs_past_2_31_elements(backend, mode):
 @every_size
 @every_mode
 def test_sanitizer_finds_nothing_in_batched_tables(backend, sizes, modes):
-    """Contract 6: lookups, gradients and updates, with ids and offsets that are wrong."""
+    """Bounds: lookups, gradients and updates, with ids and offsets that are wrong."""
     small = [(1 + rows % 19, dim) for rows, dim in sizes]
     for sparse in (False, True):
         layer = integer_layer(small, DEVICE, mode=modes, padding_idx=0, sparse=sparse)

@@ -183,7 +183,7 @@ def test_a_lookup_copies_rows(ours, device, kwargs, ids_dtype):
 
 @pytest.mark.parametrize("kwargs", LAYERS.values(), ids=LAYERS)
 def test_gradients_are_those_of_numpy(ours, device, kwargs):
-    """Contract 2: integers sum exactly; in the table's dtype, not in the policy's."""
+    """Accumulation: integers sum exactly; in the table's dtype, not in the policy's."""
     layer = ours(7, 4, **kwargs)
     layer.build()
     grad_output = np.arange(24).reshape(2, 3, 4) - 12
@@ -197,7 +197,7 @@ def test_gradients_are_those_of_numpy(ours, device, kwargs):
 
 
 def test_many_narrow_gradients_are_not_lost(ours, device):
-    """Contract 2: 4096 gradients of 1.0 in bf16, where Keras's torch backend on a CPU stops at 256."""
+    """Accumulation: 4096 gradients of 1.0 in bf16, where Keras's torch backend on a CPU stops at 256."""
     layer = ours(3, 2, dtype="bfloat16")
     layer.build()
     layer(torch.ones(4096, dtype=torch.int64, device=device)).sum().backward()
@@ -222,7 +222,7 @@ def test_a_training_step_moves_the_rows_that_were_used(keras, ours, device):
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 @pytest.mark.parametrize("index", [7, -8, 2**32 + 3])
 def test_ids_out_of_range_are_errors_that_name_them(ours, device, mode, index):
-    """Contract 6: not clamped; an id that would be in the table after a cut to 32 bits neither."""
+    """Bounds: not clamped; an id that would be in the table after a cut to 32 bits neither."""
     layer = quantized(ours, mode, device)
     ids = torch.tensor([[1, index]], device=device)
     message = rf"id {index} at position \(0, 1\).*7 rows"

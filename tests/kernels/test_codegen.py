@@ -183,7 +183,7 @@ def test_gather_moves_the_widest_words_that_rows_allow(launches: Launches, case:
 
 @each(lambda case: case.operation == "embedding")
 def test_nothing_loads_the_record(launches: Launches, case: Case):
-    """Contract 6: a lookup of good ids costs no access to the record that the GPU would wait for."""
+    """Bounds: a lookup of good ids costs no access to the record that the GPU would wait for."""
     (launch,) = of_case(launches, case)
     operations = {
         i.operation for i in launch.instructions if i.pointer in ("record_ptr", "flag_ptr")
@@ -336,7 +336,7 @@ def test_batched_tables_are_read_in_the_widest_vectors_that_all_allow(
 
 @each(lambda case: case.operation in ("table_bag", "table_max", "table_rows"))
 def test_batched_tables_load_no_record(launches: Launches, case: Case):
-    """Contract 6: a lookup of good ids costs no access to the record that the GPU would wait for."""
+    """Bounds: a lookup of good ids costs no access to the record that the GPU would wait for."""
     launch = of_case(launches, case)[0]
     operations = {
         i.operation for i in launch.instructions if i.pointer in ("record_ptr", "flag_ptr")
@@ -460,7 +460,7 @@ def test_bags_are_walked_alone_and_each_id_is_loaded_once(launches: Launches, ca
 
 @each(lambda case: case.operation in WALKS_BAGS)
 def test_nothing_loads_the_record_of_bags(launches: Launches, case: Case):
-    """Contract 6: bags of good ids cost no access to the record that the GPU would wait for."""
+    """Bounds: bags of good ids cost no access to the record that the GPU would wait for."""
     operations = {
         i.operation
         for i in of_case(launches, case)[0].instructions
@@ -512,7 +512,7 @@ def test_quantized_rows_are_loaded_as_bytes_and_stored_as_vectors(launches: Laun
 
 @each(lambda case: case.operation in ("take", "dequantize_int8", "dequantize_int4"))
 def test_taken_rows_load_no_record(launches: Launches, case: Case):
-    """Contract 6: a lookup of good ids costs no access to the record that the GPU would wait for."""
+    """Bounds: a lookup of good ids costs no access to the record that the GPU would wait for."""
     (launch,) = of_case(launches, case)
     operations = {
         i.operation for i in launch.instructions if i.pointer in ("record_ptr", "flag_ptr")

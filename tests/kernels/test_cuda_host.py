@@ -321,7 +321,7 @@ def test_sorted_gradient_with_atomic_ends(
 
 @pytest.mark.parametrize("method", ["descriptor", "one_hot"])
 def test_methods_without_a_kernel_are_refused(sm_90: HostShimCupyBackend, method: str) -> None:
-    """Contract 9: no silent fallback from a kernel that only Triton has."""
+    """Forced choice: no silent fallback from a kernel that only Triton has."""
     dtype = torch.bfloat16 if method == "one_hot" else torch.float32
     with (
         use_gradient_method(method),
@@ -549,7 +549,7 @@ def test_counts(backend: HostShimCupyBackend, id_dtype: torch.dtype, count: int)
 
 @needs_mapping
 class TestFarRows:
-    """Contract 3: row times columns is computed in 64 bits before the first multiplication."""
+    """64-bit addresses: row times columns is computed in 64 bits before the first multiplication."""
 
     indices = torch.tensor([FAR_ROWS - 1, 3, FAR_ROWS - 2, FAR_ROWS - 1])
 

@@ -443,7 +443,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("ours", "arguments", "message"), WRONG.values(), ids=WRONG)
 def test_numbers_out_of_range_are_refused_in_torchs_words(ours, arguments, message):
-    """Contract 7. Where torch has the class too, it says the same."""
+    """torch's errors. Where torch has the class too, it says the same."""
     with pytest.raises(ValueError) as raised:
         ours([sparse_table()], **arguments)
     assert str(raised.value) == message
@@ -588,7 +588,7 @@ def test_learning_rate_schedules(scheduler, lr):
 
 @every_class
 def test_a_tensor_lr_is_the_number_it_holds(target, optimizer_class):
-    """Contract 5: a tensor on the table's device is read by the kernel, so nothing waits for it."""
+    """No host sync: a tensor on the table's device is read by the kernel, so nothing waits for it."""
     tables = []
     for lr in (0.125, torch.tensor(0.125, device=target.device), torch.tensor([0.125])):
         param = sparse_table(device=target.device)

@@ -519,7 +519,7 @@ def test_tables_are_rounded_at_random_alike_on_every_backend(target, dtype, form
 
 
 def test_a_learning_rate_on_the_device(target):
-    """Contract 5: read by the kernel."""
+    """No host sync: read by the kernel."""
     layers = [sparse_layer(target, MIXED) for _ in range(2)]
     for layer, lr in zip(layers, (0.125, torch.tensor(0.125, device=target.device)), strict=True):
         train([optim.Adagrad(layer.parameters(), lr=lr)], layer, batches_of(layer)[:1])

@@ -120,7 +120,7 @@ print("" if spec is None else [spec.origin, *(spec.submodule_search_locations or
 
 
 def test_import_brings_in_neither_triton_nor_cupy_nor_keras(tmp_path: Path) -> None:
-    """Contract 10: import costs nothing. Torch's own imports are not counted."""
+    """Free import: import costs nothing. Torch's own imports are not counted."""
     code = """
 import sys
 import torch
@@ -133,7 +133,7 @@ print(sorted(added & {"triton", "cupy", "cupy_backends", "keras"}))
 
 
 def test_works_where_neither_triton_nor_cupy_is_installed(tmp_path: Path) -> None:
-    """Contract 10: import, a lookup and its gradient work where neither is installed."""
+    """Free import: import, a lookup and its gradient work where neither is installed."""
     code = '''
 import sys
 

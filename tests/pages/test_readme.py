@@ -78,7 +78,7 @@ BAG_ROWS = [row for row in SUPPORT[1:] if "bags" in row[0]]
     "row", [row for row in SUPPORT[1:] if row not in BAG_ROWS], ids=lambda c: c[0]
 )
 def test_the_support_table_holds(target, row):
-    """Contract 7: every argument works on every backend, for every dtype that the README lists."""
+    """As torch: every argument works on every backend, for every dtype that the README lists."""
     arguments = arguments_of(row[0])
     listed = DTYPES[row[SUPPORT[0].index(target.backend)]]
     torch.use_deterministic_algorithms(row[0] == "deterministic algorithms")

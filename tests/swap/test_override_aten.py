@@ -178,7 +178,7 @@ def test_what_our_kernels_do_not_serve_goes_to_torch(device, routed):
 
 
 def test_ids_out_of_range_raise(device, routed):
-    """Contract 6 holds for torch's own function too."""
+    """Bounds are checked in torch's own function too."""
     weight = table(7, 5, torch.float32, device)
     with (
         override_aten(),

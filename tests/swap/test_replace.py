@@ -100,7 +100,7 @@ def test_what_is_left_alone_has_its_reason():
 
 
 def test_it_trains_as_before(target):
-    """Contract 7: the same losses and tables on every backend, the optimizer made before the swap."""
+    """As torch: the same losses and tables on every backend, the optimizer made before the swap."""
     ids = IDS.to(target.device)
     before, after = Model(target.device), Model(target.device)
     parameters = list(after.parameters())
@@ -347,7 +347,7 @@ def test_torchscript_is_left_alone(compiled):
 
 
 def test_a_weight_of_another_tensor_type():
-    """Contract 8: torch's own lookup, and the report and the proof say so."""
+    """Drop-in: torch's own lookup, and the report and the proof say so."""
 
     class Wrapped(torch.Tensor):
         """As torchao's: brings its own embedding."""
@@ -374,7 +374,7 @@ def test_a_weight_of_another_tensor_type():
 
 
 def test_compiled_before_and_after():
-    """Contract 8: the graph is compiled anew for the new class, and for the old one again."""
+    """Drop-in: the graph is compiled anew for the new class, and for the old one again."""
     counter = CompileCounterWithBackend("aot_eager")
     expected = train(Model(), IDS)
     model = Model()
@@ -727,7 +727,7 @@ def test_verify_leaves_no_trace_of_a_failed_run(device):
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_ddp_and_fsdp_train_as_before(tmp_path):
-    """Contract 8: two processes on gloo; each checks DDP and FSDP2 before and after the swap."""
+    """Drop-in: two processes on gloo; each checks DDP and FSDP2 before and after the swap."""
     workers = [
         subprocess.Popen(
             [sys.executable, SUPPORT / "swapped_training.py", str(rank), str(tmp_path / "store")],
