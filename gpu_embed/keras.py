@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .dtypes import KERAS_IDS
 from .ops import take as take_ops
-from .take import INDEX_DTYPES, WIDE_UNSIGNED, signed_ids
+from .take import WIDE_UNSIGNED, signed_ids
 
 INSTALL = "pip install 'gpu_embed[keras]'"
 try:
@@ -181,7 +182,7 @@ def _serves(table: Tensor, ids: Tensor, dtype: torch.dtype) -> bool:
         and type(table) in (Tensor, torch.nn.Parameter)
         and table.device.type in ("cpu", "cuda")
         and table.device == ids.device
-        and ids.dtype in INDEX_DTYPES
+        and ids.dtype in KERAS_IDS
         and take_ops.converts(table.dtype, dtype)
     )
 

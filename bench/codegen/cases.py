@@ -15,7 +15,8 @@ from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.backends._triton.launch import GATHER_ROWS, ONE_HOT
 from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
-from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
+from gpu_embed.dtypes import accumulation
+from gpu_embed.row_update import STATE, RowUpdate, Stream
 from gpu_embed.tables.gradient import TableEntries
 from gpu_embed.tables.layout import TableBatch, TableLayout, make_layout
 from gpu_embed.take import QuantizedTable
@@ -188,7 +189,7 @@ def _row_update(case: Case, backend: TritonBackend) -> None:
     state = tuple(
         torch.empty(
             weight.shape[:1] if layout.per_row else weight.shape,
-            dtype=arithmetic_dtype(case.dtype),
+            dtype=accumulation(case.dtype),
             device=META,
         )
         for layout in STATE[case.operation]
@@ -283,7 +284,7 @@ def _table_update(case: Case, backend: TritonBackend) -> None:
     layout, batch = _tables(case, with_winner=case.max)
     weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
     formula = case.operation.removeprefix("table_")
-    arithmetic = arithmetic_dtype(case.dtype)
+    arithmetic = accumulation(case.dtype)
     num_rows = batch.shape.num_rows
     state = tuple(
         torch.empty(num_rows if state.per_row else weight.shape, dtype=arithmetic, device=META)

@@ -180,8 +180,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """weight[indices] with Keras's rules, rounded to dtype -> [..., D].
 
-        Ids are of a dtype in `wrapped_ids.INDEX_DTYPES`; they are cut to integers, and count from the end where
-        they are negative. Which dtypes convert, `take_ops.converts` says.
+        Ids are of a dtype in `dtypes.KERAS_IDS`; they are cut to integers, and count from the end where
+        they are negative. Which dtypes convert, `ops.take.converts` says.
         """
 
     def dequantize_rows(

@@ -8,8 +8,9 @@ from torch import Tensor
 from .. import reference
 from ..bags import Bags
 from ..bounds import BoundsRecord
+from ..dtypes import accumulation
 from ..reference import rounding as stochastic_rounding
-from ..row_update import STATE, RowUpdate, arithmetic_dtype
+from ..row_update import STATE, RowUpdate
 from ..tables.gradient import TableEntries
 from ..tables.layout import TableBatch, TableField, write_out_of_range
 from ..take import QuantizedTable, rows_or_ids
@@ -88,7 +89,7 @@ class ReferenceBackend:
         rows: Tensor | None,
         first_row: int = 0,
     ) -> None:
-        table = weight.detach().cpu().to(arithmetic_dtype(weight.dtype)).clone().numpy()
+        table = weight.detach().cpu().to(accumulation(weight.dtype)).clone().numpy()
         arrays = [tensor.cpu().clone().numpy() for tensor in state]
         reference.row_update(
             update,

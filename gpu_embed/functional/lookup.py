@@ -11,9 +11,10 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 
+from ..dtypes import FLOATS, IDS
 from ..ops import bag as bag_ops
 from ..ops import lookup as ops
-from ..ops.known import INDEX_DTYPES, KnownTable, known_tables
+from ..ops.known import KnownTable, known_tables
 
 # Tensors whose data (or stand-in for data) our ops can take; other subclasses bring their own embedding.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -230,7 +231,7 @@ def _embedding_by_torch(input: Tensor, weight: Tensor, *arguments: object) -> Te
 def _check_tensors(input: Tensor, weight: Tensor) -> None:
     if weight.dim() != 2:
         raise RuntimeError("'weight' must be 2-D")
-    if input.dtype not in INDEX_DTYPES:
+    if input.dtype not in IDS:
         raise RuntimeError(
             "Expected tensor for argument #1 'indices' to have one of the following scalar types: "
             f"Long, Int; but got {input.type()} instead (while checking arguments for embedding)"
@@ -283,7 +284,7 @@ def _check_norm(weight: Tensor) -> None:
             "memory location. Please clone() the tensor before performing the operation."
         )
     name = weight.type().rpartition(".")[2].removesuffix("Tensor")
-    if weight.is_floating_point() and weight.dtype not in ops.GRADIENT_DTYPES:
+    if weight.is_floating_point() and weight.dtype not in FLOATS:
         raise NotImplementedError(f"\"norm_{weight.device.type}\" not implemented for '{name}'")
     if not (weight.is_floating_point() or weight.is_complex()):
         # torch's own type, which is a kind of RuntimeError too.
@@ -442,9 +443,9 @@ def _wrap_bag_padding_idx(padding_idx: Any, num_embeddings: int) -> int:
 
 def _bag_index_dtypes(input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Ids and offsets in dtypes that the kernels read: their own where they do, else the common one, as in torch."""
-    if input.dtype in INDEX_DTYPES and (offsets is None or offsets.dtype in INDEX_DTYPES):
+    if input.dtype in IDS and (offsets is None or offsets.dtype in IDS):
         return input, offsets
-    is_promoted = input.dtype in (*INDEX_DTYPES, torch.int8, torch.bool)
+    is_promoted = input.dtype in (*IDS, torch.int8, torch.bool)
     hint = integer_hint("offsets" if is_promoted and offsets is not None else "input")
     common = input.dtype
     if offsets is not None:
@@ -452,7 +453,7 @@ def _bag_index_dtypes(input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Te
             common = torch.promote_types(common, offsets.dtype)
         except RuntimeError as error:  # wide unsigned ones
             raise RuntimeError(f"{error}{hint}") from None
-    if common not in INDEX_DTYPES:
+    if common not in IDS:
         raise _wrong_scalar_type("indices", input.to(common), "Long, Int", hint)
     return input.to(common), None if offsets is None else offsets.to(common)
 
@@ -460,7 +461,7 @@ def _bag_index_dtypes(input: Tensor, offsets: Tensor | None) -> tuple[Tensor, Te
 def _check_bag_tensors(
     input: Tensor, weight: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
 ) -> None:
-    if weight.dtype not in ops.GRADIENT_DTYPES:
+    if weight.dtype not in FLOATS:
         raise _wrong_scalar_type("weight", weight, "Half, BFloat16, Float, Double")
     for name, tensor in (
         ("indices", input),

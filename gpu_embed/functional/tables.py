@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ops import lookup as ops
+from ..dtypes import FLOATS, IDS
 from ..ops import tables as table_ops
 from ..tables.inputs import TableInput
 from ..tables.layout import TableLayout, Tables, quoted
-from .lookup import INDEX_DTYPES, tensor_hint
+from .lookup import tensor_hint
 
 
 def table_batched_embedding(
@@ -52,7 +52,7 @@ def _look_up(
     check_batch(function, input, offsets, weight, layout)
     if per_sample_weights is not None and per_sample_weights.device != weight.device:
         raise _other_device(function, "per_sample_weights", per_sample_weights, weight)
-    if weight.dtype not in ops.GRADIENT_DTYPES:
+    if weight.dtype not in FLOATS:
         raise RuntimeError(
             f"{function}: expected tables of float64, float32, float16 or bfloat16, got {weight.dtype}"
         )
@@ -95,7 +95,7 @@ def check_batch(
         _check_is_tensor(function, name, value)
         if value.dim() != 1:
             raise ValueError(f"{function}: {name} has to be a 1D Tensor, got {value.dim()}D")
-        if value.dtype not in INDEX_DTYPES:
+        if value.dtype not in IDS:
             raise RuntimeError(
                 f"{function}: expected {name} of dtype int64, int32, int16 or uint8, got {value.dtype}: "
                 f"convert it with {name}.long()"

@@ -23,6 +23,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from .. import backends, bounds
 from ..bags import Bags, check_offsets, count_bags, make_bags
+from ..dtypes import accumulation
 from . import lookup as ops
 
 # Ids are [N] with offsets, or [B, L] without. The two tensors in front are those that are differentiated.
@@ -506,7 +507,7 @@ def _over_counts(
         positions = torch.arange(indices.numel(), device=indices.device)
         indices = torch.where(positions < offsets[-1], indices.to(torch.int64), -1)
     counts = embedding_counts(indices, table.shape[0]).clamp(min=1)[:, None]
-    return table.to(torch.promote_types(table.dtype, torch.float32)) / counts
+    return table.to(accumulation(table.dtype)) / counts
 
 
 def _sparse_gradient(
@@ -524,7 +525,7 @@ def _sparse_gradient(
     bag = bag.clamp(min=0)
     if mode == "mean":
         sizes = bags.sizes(padding_idx).clamp(min=1)
-        wide = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
+        wide = grad_output.to(accumulation(grad_output.dtype))
         grad_output = (wide / sizes[:, None]).to(grad_output.dtype)
     # A table without bags has no row to hand on.
     values = (

@@ -7,13 +7,11 @@ what is kept of a table that is gone, or whose Parameter has other content (`tor
 refuses a Parameter that a weak reference points to), serves no table but one just like it.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from .. import backends, bounds, settings
-
-INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+from ..dtypes import IDS
 
 
 def look_up(weight: Tensor, indices: Tensor) -> Tensor:
@@ -116,7 +114,7 @@ class KnownTable:
                 and scale_grad_by_freq is self._scale_grad_by_freq
                 and sparse is self._sparse
                 and type(input) is Tensor
-                and input.dtype in INDEX_DTYPES
+                and input.dtype in IDS
                 and input.get_device() == self._device_index
                 and not input.is_neg()
                 # `describes`, without the call; an address in use is on one device.

@@ -23,6 +23,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import backends, bounds
+from ..dtypes import FLOATS
 from .known import KnownTable, look_up
 
 _library = torch.library.Library("gpu_embed", "DEF")
@@ -71,7 +72,7 @@ def _embedding_dense_backward(
             parts, indices, num_embeddings, padding_idx, scale_grad_by_freq
         )
         return torch.view_as_complex(grad_weight.unflatten(-1, (-1, 2)))
-    if dtype not in GRADIENT_DTYPES:
+    if dtype not in FLOATS:
         name = str(dtype).removeprefix("torch.").capitalize()
         raise NotImplementedError(f"\"embedding_backward\" not implemented for '{name}'")
     if grad_output.numel() == 0 or num_embeddings == 0:
@@ -79,9 +80,6 @@ def _embedding_dense_backward(
     return backends.select(grad_output.device).embedding_dense_backward(
         grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq
     )
-
-
-GRADIENT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _embedding_dense_double_backward(
@@ -104,7 +102,7 @@ def _embedding_renorm_(weight: Tensor, indices: Tensor, max_norm: float, norm_ty
     bounds.raise_pending(weight.device)
     if indices.numel() and weight.numel():
         backend = backends.select(weight.device)
-        if weight.dtype not in GRADIENT_DTYPES:
+        if weight.dtype not in FLOATS:
             # No kernel of ours has the norm of complex numbers; torch decides on the rest.
             backend = backends.load("torch")
         backend.embedding_renorm_(weight, indices, max_norm, norm_type)

@@ -22,7 +22,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from .. import backends, bounds
 from ..bags import check_offsets
-from ..row_update import arithmetic_dtype
+from ..dtypes import accumulation
 from ..tables.gradient import TableEntries, TableGradient, narrow_positions
 from ..tables.layout import MODES, Places, TableBatch, TableField, TableShape
 from . import lookup as ops
@@ -308,7 +308,7 @@ def _sparse_gradient(
         source = batch.sources(places).clamp(min=0)
         values = grad_output.reshape(-1, batch.shape.widest)[source]
         if batch.shape.mean:
-            wide = values.to(torch.promote_types(values.dtype, torch.float32))
+            wide = values.to(accumulation(values.dtype))
             values = (wide / batch.bag_sizes(places)[bag][:, None]).to(values.dtype)
         if batch.winner is not None:
             is_max = batch.field(TableField.MODE, places.table) == MODES.index("max")
@@ -336,10 +336,10 @@ def _table_gradient(
     bounds.raise_pending(grad_output.device)
     scales = None
     if per_sample_weights is not None:
-        scales = per_sample_weights.to(arithmetic_dtype(grad_output.dtype))
+        scales = per_sample_weights.to(accumulation(grad_output.dtype))
     elif batch.shape.mean:
         sizes = batch.bag_sizes(places)[places.bag.clamp(min=0)]
-        scales = 1 / sizes.to(arithmetic_dtype(grad_output.dtype))
+        scales = 1 / sizes.to(accumulation(grad_output.dtype))
     entries = TableEntries(
         torch.where(places.counted, places.row, -1),
         narrow_positions(batch.sources(places).clamp(min=0), batch.bags.num_bags),

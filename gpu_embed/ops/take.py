@@ -9,17 +9,16 @@ that is asked for. Two operators are linear in their first argument and adjoint 
 Ids out of range are recorded as in every lookup; see `bounds`.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, bounds
-from ..take import INDEX_DTYPES, QuantizedTable, rows_or_ids
+from ..dtypes import FLOATS, KERAS_IDS
+from ..take import QuantizedTable, rows_or_ids
 from . import lookup as ops
-
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-NARROW = (torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("gpu_embed", "FRAGMENT")
 _library.define("take_rows(Tensor weight, Tensor indices, ScalarType dtype) -> Tensor")
@@ -36,15 +35,16 @@ take_rows_backward = torch.ops.gpu_embed.take_rows_backward.default
 dequantize_rows = torch.ops.gpu_embed.dequantize_rows.default
 
 
+@cache
 def converts(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether rows of one dtype can be taken as the other: the same, or fp32 and 16 bit."""
-    if source == target:
-        return source in FLOAT_DTYPES
-    return {source, target} in [{torch.float32, narrow} for narrow in NARROW]
+    pair = {source, target}
+    mixes = torch.float32 in pair and torch.float64 not in pair
+    return pair <= set(FLOATS) and (source == target or mixes)
 
 
 def _check_dtypes(name: str, indices: Tensor, source: torch.dtype, target: torch.dtype) -> None:
-    if indices.dtype not in INDEX_DTYPES:
+    if indices.dtype not in KERAS_IDS:
         raise TypeError(
             f"{name}: ids are integers, or floats that are cut to them; got {indices.dtype}"
         )

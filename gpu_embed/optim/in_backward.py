@@ -16,8 +16,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
+from ..dtypes import accumulation
 from ..nn.tables import BatchedTables
-from ..row_update import arithmetic_dtype
 from ..tables.gradient import TableGradient
 from ..tables.parameter import whole_of
 from .row_optimizer import Params, RowOptimizer
@@ -407,7 +407,7 @@ def _unscaled(grad: Tensor, whole: Tensor, scaler: GradScaler) -> _Held:
             "apply_in_backward: a CUDA graph cannot tell scaler of gradients that are not finite; capture without "
             "a scaler, or do not capture the backward"
         )
-    dtype = arithmetic_dtype(whole.dtype)
+    dtype = accumulation(whole.dtype)
     scale = scaler._scale.to(grad.device, non_blocking=True)
     inverse = scale.double().reciprocal().to(dtype)
     if isinstance(grad, TableGradient):

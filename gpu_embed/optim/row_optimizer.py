@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..dtypes import FLOATS, accumulation
 from ..row_update import (
     STATE,
-    UPDATE_DTYPES,
     RowUpdate,
     StateLayout,
     Stream,
-    arithmetic_dtype,
 )
 from ..tables.gradient import TableGradient
 from ..tables.layout import quoted
@@ -227,7 +226,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         if isinstance(param, RowParameter):
             param.follow()
         state: dict[str, Any] = self.state[param]
-        layouts, dtype = STATE[self._formula(group)], arithmetic_dtype(param.dtype)
+        layouts, dtype = STATE[self._formula(group)], accumulation(param.dtype)
         # Older SGDs of torch saved a state without steps.
         state.setdefault("step", 0)
         for layout in layouts:
@@ -314,7 +313,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_table(self, param: Tensor) -> None:
         is_table = param.dim() == 2 or row_range_of(param) is not None
-        if not is_table or param.layout is not torch.strided or param.dtype not in UPDATE_DTYPES:
+        if not is_table or param.layout is not torch.strided or param.dtype not in FLOATS:
             raise ValueError(
                 f"{type(self).__name__} updates dense tables [num_embeddings, embedding_dim] of float32, float64, "
                 f"float16 or bfloat16, but {self._described(param)} is {param.dtype}, {param.layout}. Give it the "
@@ -549,7 +548,7 @@ def _moved(value: Any, param: Tensor) -> Any:
     """A tensor of state where the kernels of a table want it."""
     if not isinstance(value, Tensor):
         return value
-    return value.to(param.device, arithmetic_dtype(param.dtype)).contiguous()
+    return value.to(param.device, accumulation(param.dtype)).contiguous()
 
 
 def _changes_nothing(lr: float | Tensor, grad: Tensor) -> bool:

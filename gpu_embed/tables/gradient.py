@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..row_update import arithmetic_dtype
+from ..dtypes import accumulation
 from .entries import sums_of_rows
 from .layout import MODES, RowRange, TableField
 
@@ -60,7 +60,7 @@ class TableEntries(NamedTuple):
 
     def row_values(self) -> Tensor:
         """The values themselves, in the dtype of the arithmetic -> [N, widest], zero behind each D."""
-        dtype = arithmetic_dtype(self.values.dtype)
+        dtype = accumulation(self.values.dtype)
         in_row = self.in_row()
         if self.values.numel() == 0:
             return self.values.new_zeros(in_row.shape, dtype=dtype)
@@ -92,7 +92,7 @@ class TableEntries(NamedTuple):
         """With the values of each entry times a number, or times one of [N]."""
         scales = self.scales
         if scales is None:
-            dtype = arithmetic_dtype(self.values.dtype)
+            dtype = accumulation(self.values.dtype)
             scales = torch.ones(self.rows.shape, dtype=dtype, device=self.rows.device)
         return self._replace(scales=(scales * factor).to(scales.dtype))
 
@@ -132,7 +132,7 @@ class TableEntries(NamedTuple):
         return self._replace(
             rows=self.rows.to(device),
             sources=self.sources.to(device),
-            scales=None if scales is None else scales.to(device, arithmetic_dtype(values.dtype)),
+            scales=None if scales is None else scales.to(device, accumulation(values.dtype)),
             winner=None if winner is None else winner.to(device),
             values=values,
             fields=self.fields.to(device),
@@ -364,7 +364,7 @@ def _number(self: Any, other: Any) -> Tensor | None:
         return None
     if isinstance(other, complex):
         return None
-    dtype = arithmetic_dtype(self.dtype)
+    dtype = accumulation(self.dtype)
     if isinstance(other, Tensor) and other.device == self.device:
         return other.to(dtype)
     # Made on the device, as a copy to it would wait.
@@ -419,7 +419,7 @@ def _unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None
             # Of the values that are some row's gradient; an empty bag's are none's.
             found = (~grad.entries.row_values().isfinite()).any()
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.dtype)))
-            grad.times_(inv_scale.to(arithmetic_dtype(grad.dtype)).reshape(()))
+            grad.times_(inv_scale.to(accumulation(grad.dtype)).reshape(()))
 
 
 _aten = torch.ops.aten

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from ...bounds import BoundsRecord
-from ...take import INDEX_DTYPES, QuantizedTable
+from ...dtypes import KERAS_IDS
+from ...take import QuantizedTable
 from .._plan.take import TakeKernels, quantized_vector, taken_vector
 from .device import FLOATS, CupyDevice
 from .launch import DEQUANTIZE_ROWS, MAX_SEGMENT_VECTOR, TAKE_ROWS
@@ -33,7 +34,7 @@ class CupyTake(CupyDevice, TakeKernels):
             weight.stride(0) // vec,
             weight.stride(1),
             embedding_dim,
-            INDEX_DTYPES.index(ids.dtype),
+            KERAS_IDS.index(ids.dtype),
         )
 
     def _dequantize_rows(
@@ -58,7 +59,7 @@ class CupyTake(CupyDevice, TakeKernels):
             table.values.shape[0],
             table.embedding_dim,
             table.group_size,
-            INDEX_DTYPES.index(ids.dtype),
+            KERAS_IDS.index(ids.dtype),
         )
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord
+from ...dtypes import accumulation
 from ...own_thread import on_own_thread
-from ...row_update import RowUpdate, arithmetic_dtype
+from ...row_update import RowUpdate
 from .. import PreparedEmbedding, logger
 from .access import RowSteps, flat_ids, row_matrix, row_numbers, sort_key_dtype
 from .gradient_method import choose
@@ -272,7 +273,7 @@ class KernelBackend(ABC):
         chunk_length = bag_chunk_length(bags)
         if chunk_length:
             num_parts = 2 * cdiv(bags.indices.numel(), chunk_length)
-            acc_dtype = torch.promote_types(weight.dtype, torch.float32)
+            acc_dtype = accumulation(weight.dtype)
             parts = BagParts(
                 chunk_length,
                 output.new_empty((num_parts, embedding_dim), dtype=acc_dtype),
@@ -359,7 +360,7 @@ class KernelBackend(ABC):
             ids = chosen
         keys, order = self._sorted_keys(ids, weight.shape[0], padding_idx=-1)
         if update.formula == "rowwise_adagrad" and not self._holds_row(
-            weight.shape[1], arithmetic_dtype(weight.dtype)
+            weight.shape[1], accumulation(weight.dtype)
         ):
             total, run_keys = self._sums_of_runs(values, order, keys, weight.shape[0])
             self._rowwise_adagrad(update, total, run_keys, weight, state[0])
@@ -377,7 +378,7 @@ class KernelBackend(ABC):
     ) -> None:
         """`_sum_runs`, but each complete sum updates its row instead of being stored."""
         embedding_dim = weight.shape[1]
-        acc_dtype = arithmetic_dtype(weight.dtype)
+        acc_dtype = accumulation(weight.dtype)
         chunk = chunk_size(keys.numel(), embedding_dim, acc_dtype.itemsize)
         level_order: Tensor | None = order
         while True:
@@ -412,7 +413,7 @@ class KernelBackend(ABC):
         run_keys.scatter_(0, runs, keys.to(torch.int64))
         total = torch.zeros(
             (keys.numel(), values.shape[1]),
-            dtype=arithmetic_dtype(values.dtype),
+            dtype=accumulation(values.dtype),
             device=values.device,
         )
         self._sum_runs(values, order, runs, None, total, scale_grad_by_freq=False)
@@ -500,7 +501,7 @@ class KernelBackend(ABC):
     ) -> None:
         """Sum the runs of each chunk, then, level by level, the partial sums that runs left at its ends."""
         embedding_dim = grad_weight.shape[1]
-        acc_dtype = torch.promote_types(grad_weight.dtype, torch.float32)
+        acc_dtype = accumulation(grad_weight.dtype)
         chunk = chunk_size(keys.numel(), embedding_dim, acc_dtype.itemsize)
         values = grad_output
         level_order: Tensor | None = order

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ...bounds import BoundsRecord
-from ...row_update import RowUpdate, arithmetic_dtype
+from ...dtypes import accumulation
+from ...row_update import RowUpdate
 from ...tables.gradient import TableEntries
 from ...tables.layout import TableBatch
 from .access import sort_key_dtype
@@ -36,7 +37,7 @@ class TableKernels(KernelBackend):
                 weight, per_sample_weights, batch, output, None, batch.winner, False, splits, record
             )
             return output
-        acc_dtype = torch.promote_types(weight.dtype, torch.float32)
+        acc_dtype = accumulation(weight.dtype)
         partial = output.new_empty((splits, *output.shape), dtype=acc_dtype)
         sizes = torch.empty_like(partial, dtype=torch.int64) if batch.shape.mean else None
         self._table_bag(
@@ -153,7 +154,7 @@ class TableKernels(KernelBackend):
         grad_weight: Tensor,
     ) -> None:
         """`_sum_runs` for tables of different widths."""
-        acc_dtype = arithmetic_dtype(grad_weight.dtype)
+        acc_dtype = accumulation(grad_weight.dtype)
         widest = batch.shape.widest
         chunk = chunk_size(keys.numel(), widest, acc_dtype.itemsize)
         values = grad_output
@@ -180,7 +181,7 @@ class TableKernels(KernelBackend):
             self._select_rows(entries.rows, rows.view(torch.uint8), chosen)
             entries = entries._replace(rows=chosen)
         keys, order = self._sorted_keys(entries.rows, entries.num_rows, padding_idx=-1)
-        acc_dtype = arithmetic_dtype(weight.dtype)
+        acc_dtype = accumulation(weight.dtype)
         if update.formula == "rowwise_adagrad" and not self._holds_row(entries.widest, acc_dtype):
             total, run_keys = self._sums_of_runs(
                 entries.row_values(), order, keys, entries.num_rows

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...dtypes import accumulation
 from ...tables.entries import sums_of_rows
 from ...tables.layout import MODES, Places, TableBatch, TableField
 
@@ -18,7 +19,7 @@ def embedding(
     rows = _rows(weight, batch, places, read)
     if not batch.shape.pooled:
         return rows
-    rows = rows.to(torch.promote_types(weight.dtype, torch.float32))
+    rows = rows.to(accumulation(weight.dtype))
     if per_sample_weights is not None:
         rows = torch.where(read[:, None], rows * per_sample_weights[:, None], 0)
     if batch.winner is not None:
@@ -70,7 +71,7 @@ def dense_backward(
     """`Backend.table_batched_embedding_dense_backward`."""
     places = batch.places()
     kept = places.counted & (places.row >= 0)
-    values = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
+    values = grad_output.to(accumulation(grad_output.dtype))
     if batch.shape.pooled:
         values = _bag_rows(values, batch)
         if batch.shape.mean:
@@ -91,7 +92,7 @@ def sample_weights_backward(grad_output: Tensor, weight: Tensor, batch: TableBat
     """`Backend.table_batched_embedding_sample_weights_backward`."""
     places = batch.places()
     read = places.counted & (places.row >= 0)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = accumulation(weight.dtype)
     rows = _rows(weight, batch, places, read).to(wide)
     products = rows * _bag_rows(grad_output, batch)[places.bag.clamp(min=0)].to(wide)
     return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
