@@ -14,7 +14,7 @@ from ..row_update import STATE, RowUpdate
 from ..tables.gradient import TableEntries
 from ..tables.layout import TableBatch, TableField, write_out_of_range
 from ..take import QuantizedTable, rows_or_ids
-from . import PreparedEmbedding
+from .protocol import PreparedEmbedding
 
 ROUNDINGS = {
     torch.bfloat16: stochastic_rounding.round_to_bfloat16,

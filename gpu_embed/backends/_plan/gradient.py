@@ -14,7 +14,8 @@ from ...bounds import BoundsRecord
 from ...dtypes import accumulation
 from ...own_thread import on_own_thread
 from ...row_update import RowUpdate
-from .. import PreparedEmbedding, logger
+from .. import logger
+from ..protocol import PreparedEmbedding
 from .access import RowSteps, flat_ids, row_matrix, row_numbers, sort_key_dtype
 from .gradient_method import choose
 

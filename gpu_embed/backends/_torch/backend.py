@@ -10,7 +10,7 @@ from ...row_update import RowUpdate
 from ...tables.gradient import TableEntries
 from ...tables.layout import TableBatch, write_out_of_range
 from ...take import QuantizedTable, rows_or_ids
-from .. import PreparedEmbedding
+from ..protocol import PreparedEmbedding
 from . import tables
 from .row_update import row_update_, table_row_update_
 
