@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import gcd, inf
 
 import torch
@@ -17,8 +17,9 @@ from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.dtypes import accumulation
 from gpu_embed.row_update import STATE, RowUpdate, Stream
-from gpu_embed.tables.gradient import TableEntries
-from gpu_embed.tables.layout import TableBatch, TableLayout, make_layout
+from gpu_embed.tables.batch import TableBatch
+from gpu_embed.tables.entries import TableEntries
+from gpu_embed.tables.layout import TableLayout, make_layout
 from gpu_embed.take import QuantizedTable
 
 META = torch.device("meta")
@@ -221,7 +222,8 @@ def _tables(
     )
     if with_winner:
         shape = case.num_bags, batch.width
-        batch = batch._replace(winner=case.ids().new_empty(shape, dtype=batch.position_dtype))
+        winner = case.ids().new_empty(shape, dtype=batch.position_dtype)
+        batch = replace(batch, winner=winner)
     return layout, batch
 
 

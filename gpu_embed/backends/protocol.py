@@ -9,8 +9,8 @@ from torch import Tensor
 from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..row_update import RowUpdate
-from ..tables.gradient import TableEntries
-from ..tables.layout import TableBatch
+from ..tables.batch import TableBatch
+from ..tables.entries import TableEntries
 from ..take import QuantizedTable
 
 # embedding(weight, indices, zero_idx, record) for one table, as `Backend.prepare_embedding` returns it.

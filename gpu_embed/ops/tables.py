@@ -12,6 +12,7 @@ it is. With these given, the output is linear in W again, so they are an argumen
 gradient.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,8 +24,10 @@ from torch.autograd.function import _SingleLevelFunction
 from .. import backends, bounds
 from ..bags import check_offsets
 from ..dtypes import accumulation
-from ..tables.gradient import TableEntries, TableGradient, narrow_positions
-from ..tables.layout import MODES, Places, TableBatch, TableField, TableShape
+from ..tables.batch import Places, TableBatch
+from ..tables.entries import TableEntries, narrow_positions
+from ..tables.gradient import TableGradient
+from ..tables.layout import MODES, TableColumn, TableShape
 from . import lookup as ops
 from .bag import below_autograd, inside_function, is_plain_call, register_bilinear
 
@@ -294,7 +297,7 @@ def _sparse_gradient(
     """One entry an id, numbered among the rows of all tables: a COO tensor if they have one D."""
     if batch.bags_per_table == 0:
         # Then no id is in a bag.
-        batch = batch._replace(indices=batch.indices[:0])
+        batch = dataclasses.replace(batch, indices=batch.indices[:0])
         per_sample_weights = None
     places = batch.places()
     if not batch.is_uniform:
@@ -311,7 +314,7 @@ def _sparse_gradient(
             wide = values.to(accumulation(values.dtype))
             values = (wide / batch.bag_sizes(places)[bag][:, None]).to(values.dtype)
         if batch.winner is not None:
-            is_max = batch.field(TableField.MODE, places.table) == MODES.index("max")
+            is_max = batch.fields[:, TableColumn.MODE][places.table] == MODES.index("max")
             position = torch.arange(len(rows), device=rows.device)
             won = batch.winner.view(-1, batch.shape.widest)[source] == position[:, None]
             values = torch.where(won | ~is_max[:, None], values, 0)

@@ -22,7 +22,7 @@ from gpu_embed import backends
 from gpu_embed.backends._plan import gradient as kernel_backend
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.ops import tables as table_ops
-from gpu_embed.tables.layout import TableBatch
+from gpu_embed.tables.batch import TableBatch
 
 METHODS = ("atomic", "sorted")
 every_table = pytest.mark.parametrize("sizes", TABLES.values(), ids=TABLES)

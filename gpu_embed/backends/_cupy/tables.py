@@ -5,8 +5,8 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...row_update import RowUpdate
-from ...tables.gradient import TableEntries
-from ...tables.layout import TableBatch
+from ...tables.batch import TableBatch
+from ...tables.entries import TableEntries
 from .._plan.access import table_vector_width
 from .._plan.gradient import NO_SOURCES, BagSources, cdiv
 from .device import FLOATS, CupyDevice, cpp_bool, itemsize

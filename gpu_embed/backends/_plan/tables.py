@@ -8,8 +8,8 @@ from torch import Tensor
 from ...bounds import BoundsRecord
 from ...dtypes import accumulation
 from ...row_update import RowUpdate
-from ...tables.gradient import TableEntries
-from ...tables.layout import TableBatch
+from ...tables.batch import TableBatch
+from ...tables.entries import TableEntries
 from .access import sort_key_dtype
 from .gradient import BagSources, KernelBackend, bag_splits, cdiv, chunk_size, max_torch_sort_ids
 from .gradient_method import choose

@@ -7,8 +7,8 @@ from ...bags import Bags
 from ...bounds import BoundsRecord, in_table
 from ...dtypes import TORCH_IDS, accumulation
 from ...row_update import RowUpdate
-from ...tables.gradient import TableEntries
-from ...tables.layout import TableBatch, write_out_of_range
+from ...tables.batch import TableBatch, write_out_of_range
+from ...tables.entries import TableEntries
 from ...take import QuantizedTable, rows_or_ids
 from ..protocol import PreparedEmbedding
 from . import tables
@@ -215,9 +215,10 @@ class TorchBackend:
         zero_padding: bool,
         record: BoundsRecord | None,
     ) -> Tensor:
+        places = batch.places()
         if record is not None:
-            write_out_of_range(record, batch)
-        return tables.embedding(weight, per_sample_weights, batch, zero_padding)
+            write_out_of_range(record, batch, places)
+        return tables.embedding(weight, per_sample_weights, batch, zero_padding, places)
 
     def table_batched_embedding_max(
         self,
@@ -226,9 +227,10 @@ class TorchBackend:
         with_winner: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
+        places = batch.places()
         if record is not None:
-            write_out_of_range(record, batch)
-        return tables.embedding_max(weight, batch, with_winner)
+            write_out_of_range(record, batch, places)
+        return tables.embedding_max(weight, batch, with_winner, places)
 
     def table_batched_embedding_dense_backward(
         self,

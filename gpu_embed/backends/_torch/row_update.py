@@ -11,8 +11,8 @@ from ...bounds import in_table
 from ...dtypes import accumulation
 from ...reference.rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
 from ...row_update import STATE, RowUpdate, Stream
-from ...tables.gradient import TableEntries
-from ...tables.layout import TableField
+from ...tables.entries import TableEntries
+from ...tables.layout import TableColumn
 from .._plan.access import sort_key_dtype
 
 LOW = 0xFFFFFFFF
@@ -62,7 +62,7 @@ def table_row_update_(
         tensor[sums.used] if is_row else read(tensor)
         for tensor, is_row in zip(state, per_row, strict=True)
     ]
-    dim = of_rows.field(TableField.DIM)
+    dim = of_rows.field(TableColumn.DIM)
     weight.view(-1)[elements] = _updated(update, read(weight), kept_state, sums, dim)[in_row]
     for tensor, new, is_row in zip(state, kept_state, per_row, strict=True):
         if is_row:
