@@ -12,9 +12,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 
 from ..dtypes import FLOATS, IDS
-from ..ops import bag as bag_ops
-from ..ops import lookup as ops
-from ..ops.known import KnownTable, known_tables
+from ..ops.autograd import is_plain_call
+from ..ops.bag import call_embedding_bag, call_embedding_bag_max
+from ..ops.known import KnownTable, call_known_embedding, known_tables
+from ..ops.lookup import call_embedding, embedding_renorm_
 
 # Tensors whose data (or stand-in for data) our ops can take; other subclasses bring their own embedding.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -58,7 +59,7 @@ def embedding(
         and max_norm is None
         and known.serves(input, weight, padding_idx, scale_grad_by_freq, sparse)
     ):
-        return ops.call_known_embedding(known, weight, input)
+        return call_known_embedding(known, weight, input)
     if (
         type(weight) not in PLAIN_TYPES
         or type(input) not in PLAIN_TYPES
@@ -79,12 +80,12 @@ def embedding(
         norm_type = _as_float(norm_type, "norm_type", 4)
         _check_norm(weight)
         # Detached, so there is nothing for autograd to see.
-        ops.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
-    output = ops.call_embedding(weight, input, row, scale_grad_by_freq, sparse)
+        embedding_renorm_(weight.detach(), input, max_norm, norm_type)
+    output = call_embedding(weight, input, row, scale_grad_by_freq, sparse)
     if (
         (known is None or not known.describes(weight))
         and type(weight) is torch.nn.Parameter
-        and ops.is_plain_call(weight, input)
+        and is_plain_call(weight, input)
         and weight.numel()
     ):
         known_tables[id(weight)] = KnownTable(
@@ -192,12 +193,10 @@ def embedding_bag(
         raise RuntimeError("include_last_offset: number of offset should be at least 1")
     if max_norm is not None:
         # Last, so that a call that was refused has not changed the table.
-        ops.embedding_renorm_(weight.detach(), input, max_norm, norm_type)
+        embedding_renorm_(weight.detach(), input, max_norm, norm_type)
     if mode == "max":
-        return bag_ops.call_embedding_bag_max(
-            weight, input, offsets, include_last_offset, padding_idx
-        )
-    return bag_ops.call_embedding_bag(
+        return call_embedding_bag_max(weight, input, offsets, include_last_offset, padding_idx)
+    return call_embedding_bag(
         weight,
         per_sample_weights,
         input,

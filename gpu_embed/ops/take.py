@@ -9,7 +9,7 @@ that is asked for. Two operators are linear in their first argument and adjoint 
 Ids out of range are recorded as in every lookup; see `bounds`.
 """
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,21 +18,8 @@ from torch import Tensor
 from .. import backends, bounds
 from ..dtypes import FLOATS, KERAS_IDS
 from ..take import QuantizedTable, rows_or_ids
-from . import lookup as ops
-
-_library = torch.library.Library("gpu_embed", "FRAGMENT")
-_library.define("take_rows(Tensor weight, Tensor indices, ScalarType dtype) -> Tensor")
-_library.define(
-    "take_rows_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, "
-    "ScalarType dtype) -> Tensor"
-)
-_library.define(
-    "dequantize_rows(Tensor values, Tensor scale, Tensor? zero, Tensor indices, SymInt embedding_dim, "
-    "SymInt group_size, SymInt bits, ScalarType dtype) -> Tensor"
-)
-take_rows = torch.ops.gpu_embed.take_rows.default
-take_rows_backward = torch.ops.gpu_embed.take_rows_backward.default
-dequantize_rows = torch.ops.gpu_embed.dequantize_rows.default
+from .autograd import _library, define
+from .lookup import embedding_dense_backward
 
 
 @cache
@@ -60,14 +47,11 @@ def _check_dtypes(name: str, indices: Tensor, source: torch.dtype, target: torch
 
 def _take_rows(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     _check_dtypes("take_rows", indices, weight.dtype, dtype)
-    bounds.raise_pending(weight.device)
     if indices.numel() == 0 or weight.shape[1] == 0:
-        return _take_rows_fake(weight, indices, dtype)
-    record = bounds.record_for(weight.device)
-    output = backends.select(weight.device).take_rows(weight, indices, dtype, record)
-    if record is not None:
-        record.finish_lookup(indices)
-    return output
+        bounds.raise_pending(weight.device)
+        return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
+    take_rows = backends.select(weight.device).take_rows
+    return bounds.looked_up(weight.device, indices, partial(take_rows, weight, indices, dtype))
 
 
 def _take_rows_backward(
@@ -76,7 +60,10 @@ def _take_rows_backward(
     _check_dtypes("take_rows_backward", indices, grad_output.dtype, dtype)
     rows = rows_or_ids(indices, num_embeddings)
     # Summed in the table's dtype, and so rounded once.
-    return ops.embedding_dense_backward(grad_output.to(dtype), rows, num_embeddings, -1, False)
+    grad_weight: Tensor = embedding_dense_backward(
+        grad_output.to(dtype), rows, num_embeddings, -1, False
+    )
+    return grad_weight
 
 
 def _dequantize_rows(
@@ -90,15 +77,12 @@ def _dequantize_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     _check_dtypes("dequantize_rows", indices, scale.dtype, dtype)
-    bounds.raise_pending(values.device)
     if indices.numel() == 0:
+        bounds.raise_pending(values.device)
         return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
     table = QuantizedTable(values, scale, zero, embedding_dim, group_size, bits).adjacent()
-    record = bounds.record_for(values.device)
-    output = backends.select(values.device).dequantize_rows(table, indices, dtype, record)
-    if record is not None:
-        record.finish_lookup(indices)
-    return output
+    dequantize_rows = backends.select(values.device).dequantize_rows
+    return bounds.looked_up(values.device, indices, partial(dequantize_rows, table, indices, dtype))
 
 
 # Shapes without data.
@@ -129,13 +113,23 @@ def _dequantize_rows_fake(
     return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
 
 
-for _name, _kernel, _fake in (
-    ("take_rows", _take_rows, _take_rows_fake),
-    ("take_rows_backward", _take_rows_backward, _take_rows_backward_fake),
-    ("dequantize_rows", _dequantize_rows, _dequantize_rows_fake),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gpu_embed::{_name}", _fake, lib=_library)
+take_rows = define(
+    "take_rows(Tensor weight, Tensor indices, ScalarType dtype) -> Tensor",
+    _take_rows,
+    _take_rows_fake,
+)
+take_rows_backward = define(
+    "take_rows_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, "
+    "ScalarType dtype) -> Tensor",
+    _take_rows_backward,
+    _take_rows_backward_fake,
+)
+dequantize_rows = define(
+    "dequantize_rows(Tensor values, Tensor scale, Tensor? zero, Tensor indices, SymInt embedding_dim, "
+    "SymInt group_size, SymInt bits, ScalarType dtype) -> Tensor",
+    _dequantize_rows,
+    _dequantize_rows_fake,
+)
 
 
 # Gradients.

@@ -71,6 +71,10 @@ class TableLayout:
     features: tuple[str, ...]  # in the order of their ids, and of their columns in the output
     feature_tables: tuple[int, ...]  # the table that each looks up in
 
+    def __post_init__(self) -> None:
+        # Not in a call, which may be compiled: torch.compile cannot fill a cached property.
+        _ = self.num_features, self.is_uniform, self._shapes
+
     @cached_property
     def num_features(self) -> int:
         return len(self.features)
@@ -144,12 +148,16 @@ class TableLayout:
         )
 
     def shape(self, pooled: bool) -> "TableShape":
-        return TableShape(
-            sum(self.num_embeddings),
-            max(self.embedding_dims),
-            gcd(*self.embedding_dims),
-            "mean" in self.modes,
-            pooled,
+        return self._shapes[pooled]
+
+    @cached_property
+    def _shapes(self) -> tuple["TableShape", "TableShape"]:
+        """Of lookups of rows, and of pooled ones."""
+        num_rows, mean = sum(self.num_embeddings), "mean" in self.modes
+        widest, divisor = max(self.embedding_dims), gcd(*self.embedding_dims)
+        return (
+            TableShape(num_rows, widest, divisor, mean, False),
+            TableShape(num_rows, widest, divisor, mean, True),
         )
 
     def fields(self, device: torch.device) -> Tensor:
