@@ -9,7 +9,7 @@ from ..dtypes import FLOATS, IDS
 from ..ops.tables import call_table_batched_embedding
 from ..tables.inputs import TableInput
 from ..tables.layout import TableLayout, Tables, quoted
-from .lookup import tensor_hint
+from .checks import tensor_hint
 
 
 def table_batched_embedding(

@@ -13,7 +13,8 @@ from ..tables.gradient import TableGradient
 from ..tables.inputs import TableInput, reorder
 from ..tables.layout import TableLayout, Tables, make_layout, quoted
 from ..tables.parameter import RowParameter
-from .embedding import Embedding, EmbeddingBag
+from .bag import EmbeddingBag
+from .embedding import Embedding
 from .table_module import Table, not_frozen_alone
 
 if TYPE_CHECKING:

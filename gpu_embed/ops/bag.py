@@ -51,7 +51,7 @@ def _embedding_bag(
     bags = _checked_bags(indices, offsets, include_last_offset)
     if indices.numel() == 0 or bags.num_bags == 0:
         bounds.raise_pending(weight.device)
-        return weight.new_zeros((bags.num_bags, weight.shape[1]))
+        return weight.new_empty((bags.num_bags, weight.shape[1])).zero_()
     if weight.shape[1] == 0:
         return bounds.looked_up(weight.device, indices, partial(_no_columns, weight, bags))
     if per_sample_weights is not None:
@@ -87,7 +87,7 @@ def _embedding_bag_max(
     else:
         bounds.raise_pending(weight.device)
     winner = weight.new_full(shape if with_winner else (0,), -1, dtype=torch.int64)
-    return weight.new_zeros(shape), winner
+    return weight.new_empty(shape).zero_(), winner
 
 
 def _embedding_bag_dense_backward(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import backends, bounds
 from ..bounds import in_table
 from ..dtypes import accumulation
-from ..functional.lookup import PLAIN_TYPES
+from ..functional.checks import PLAIN_TYPES
 from ..nn import Embedding, EmbeddingBag
 from ..ops import bag as bag_ops
 from ..ops import lookup as ops
