@@ -329,12 +329,15 @@ def looked_up(
     if BOUNDS_CHECK.value == "off":
         raise_pending(device)
         return compute(None)
-    if device.type != "cuda":
-        record = _cpu_record()
-    else:
+    if device.type == "cuda":
         record = _cuda_record(_cuda_index(device)).ready()
+        output = compute(record)
+        record.finish_lookup(indices)
+        return output
+    record = getattr(_cpu_records, "record", None) or _cpu_record()
     output = compute(record)
-    record.finish_lookup(indices)
+    if record._flag_view[0]:
+        record.raise_if_claimed(indices.shape)
     return output
 
 

@@ -30,23 +30,25 @@ def converts(source: torch.dtype, target: torch.dtype) -> bool:
     return pair <= set(FLOATS) and (source == target or mixes)
 
 
-def _check_dtypes(name: str, indices: Tensor, source: torch.dtype, target: torch.dtype) -> None:
+def _wrong_dtypes(
+    name: str, indices: Tensor, source: torch.dtype, target: torch.dtype
+) -> TypeError:
     if indices.dtype not in KERAS_IDS:
-        raise TypeError(
+        return TypeError(
             f"{name}: ids are integers, or floats that are cut to them; got {indices.dtype}"
         )
-    if not converts(source, target):
-        raise TypeError(
-            f"{name}: rows of {source} cannot be taken as {target}; it takes float64 as float64, and "
-            "float32, float16 and bfloat16 as themselves, or from and to float32"
-        )
+    return TypeError(
+        f"{name}: rows of {source} cannot be taken as {target}; it takes float64 as float64, and "
+        "float32, float16 and bfloat16 as themselves, or from and to float32"
+    )
 
 
 # Kernels: what runs below autograd, on every device.
 
 
 def _take_rows(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_dtypes("take_rows", indices, weight.dtype, dtype)
+    if indices.dtype not in KERAS_IDS or not converts(weight.dtype, dtype):
+        raise _wrong_dtypes("take_rows", indices, weight.dtype, dtype)
     if indices.numel() == 0 or weight.shape[1] == 0:
         bounds.raise_pending(weight.device)
         return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
@@ -57,7 +59,8 @@ def _take_rows(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
 def _take_rows_backward(
     grad_output: Tensor, indices: Tensor, num_embeddings: int, dtype: torch.dtype
 ) -> Tensor:
-    _check_dtypes("take_rows_backward", indices, grad_output.dtype, dtype)
+    if indices.dtype not in KERAS_IDS or not converts(grad_output.dtype, dtype):
+        raise _wrong_dtypes("take_rows_backward", indices, grad_output.dtype, dtype)
     rows = rows_or_ids(indices, num_embeddings)
     # Summed in the table's dtype, and so rounded once.
     grad_weight: Tensor = embedding_dense_backward(
@@ -76,7 +79,8 @@ def _dequantize_rows(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check_dtypes("dequantize_rows", indices, scale.dtype, dtype)
+    if indices.dtype not in KERAS_IDS or not converts(scale.dtype, dtype):
+        raise _wrong_dtypes("dequantize_rows", indices, scale.dtype, dtype)
     if indices.numel() == 0:
         bounds.raise_pending(values.device)
         return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)

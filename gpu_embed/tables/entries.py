@@ -33,7 +33,7 @@ class TableEntries(NamedTuple):
 
     def field(self, column: TableColumn) -> Tensor:
         """One of `TableColumn` for each entry's table, int64 [N]."""
-        return self.fields[:, column][self.sources.to(torch.int64) % self.num_tables]
+        return self.fields[:, column][self.sources.to(torch.int64) % len(self.fields)]
 
     def fields_by_row(self) -> Tensor:
         """`fields` with ascending first rows, to search for a row's table."""
