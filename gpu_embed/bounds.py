@@ -346,3 +346,8 @@ _cuda_records: dict[int, BoundsRecord] = {}
 _cpu_records = threading.local()
 _table_ids: dict[str, int] = {}
 _creation_lock = threading.Lock()
+
+
+def record_arguments(record: BoundsRecord | None) -> tuple[Tensor | None, Tensor | None]:
+    """What every kernel that looks rows up is passed of a record."""
+    return (None, None) if record is None else (record.words, record.flag)

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._plan.gradient import no_cuda_device
-from .._plan.tables import TableKernels
+from .._plan.trial_launch import TrialLaunch, no_cuda_device
 from .nvrtc import Kernel, compile_kernels, import_cupy
 
 # 64-bit float atomics begin here.
@@ -20,21 +19,16 @@ FLOATS = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-INTEGERS = {
-    torch.uint8: "uint8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-}
 
 
-class CupyDevice(TableKernels):
+class CupyDevice:
     """The part of the CuPy backend that launches, whatever the kernel."""
 
     name = "cupy"
 
     def __init__(self) -> None:
         self._functions: dict[tuple[int, Kernel], Any] = {}
+        self._trial = TrialLaunch(self)
 
     def unusable_reason(self, device: torch.device) -> str | None:
         if device.type != "cuda":
@@ -61,7 +55,7 @@ class CupyDevice(TableKernels):
                 f"this NVRTC compiles for compute capability {lowest[0]}.{lowest[1]} and newer, "
                 f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
             )
-        return self._launch_failure(device)
+        return self._trial.failure(device)
 
     def _launch(
         self,

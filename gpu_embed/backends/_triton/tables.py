@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from ...bounds import BoundsRecord
+from ...bounds import BoundsRecord, record_arguments
 from ...row_update import RowUpdate
 from ...tables.gradient import TableEntries
 from ...tables.layout import TableBatch
-from .._plan.access import table_vector_width
-from .._plan.gradient import NO_SOURCES, BagSources, cdiv
+from .._plan.access import cdiv, table_vector_width
+from .._plan.gradient import NO_BAGS, OutputBags
+from .._plan.row_update import rowwise_numbers, update_numbers
+from .._plan.tables import TablesPlan
 from .device import TritonDevice
 from .launch import (
     BAG_SAMPLE_WEIGHTS_VECTORS,
@@ -21,7 +23,7 @@ from .launch import (
 )
 
 
-class TritonTables(TritonDevice):
+class TritonTables(TritonDevice, TablesPlan):
     """Tables in one buffer."""
 
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
@@ -55,8 +57,7 @@ class TritonTables(TritonDevice):
             output,
             sizes,
             winner,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             batch.indices.numel(),
             batch.bags_per_table,
             batch.bags.num_bags,
@@ -86,8 +87,7 @@ class TritonTables(TritonDevice):
             batch.offsets,
             batch.fields,
             output,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             batch.indices.numel(),
             batch.bags_per_table,
             batch.bags.num_bags,
@@ -104,10 +104,10 @@ class TritonTables(TritonDevice):
         self,
         batch: TableBatch,
         keys: Tensor | None,
-        sources: Tensor | None,
+        bag_of: Tensor | None,
         sizes: Tensor | None,
     ) -> None:
-        num_ranges = batch.num_tables if sources is None else batch.bags.num_bags
+        num_ranges = batch.num_tables if bag_of is None else batch.bags.num_bags
         self._launch(
             self._kernels.table_keys,
             (cdiv(batch.indices.numel(), TABLE_KEYS.BLOCK),),
@@ -116,7 +116,7 @@ class TritonTables(TritonDevice):
             batch.offsets,
             batch.fields,
             keys,
-            sources,
+            bag_of,
             sizes,
             batch.indices.numel(),
             batch.bags_per_table,
@@ -166,7 +166,7 @@ class TritonTables(TritonDevice):
         keys: Tensor,
         order: Tensor | None,
         key_tables: Tensor | None,
-        sources: BagSources | None,
+        bags: OutputBags | None,
         batch: TableBatch,
         grad_weight: Tensor,
         partial_values: Tensor,
@@ -186,8 +186,8 @@ class TritonTables(TritonDevice):
             order,
             keys,
             key_tables,
-            *(sources or NO_SOURCES),
-            batch.winner if sources else None,
+            *(bags or NO_BAGS),
+            batch.winner if bags else None,
             batch.fields,
             grad_weight,
             partial_values,
@@ -210,7 +210,7 @@ class TritonTables(TritonDevice):
         grad_output: Tensor,
         weight: Tensor,
         keys: Tensor,
-        sources: Tensor,
+        bag_of: Tensor,
         batch: TableBatch,
         grad: Tensor,
     ) -> None:
@@ -228,7 +228,7 @@ class TritonTables(TritonDevice):
             grad_output,
             weight,
             keys,
-            sources,
+            bag_of,
             batch.fields,
             grad,
             keys.numel(),
@@ -266,7 +266,6 @@ class TritonTables(TritonDevice):
         held_bytes = partial_values.element_size() if update.formula == "rowwise_adagrad" else 0
         launch = update_launch(entries.widest, vec, held_bytes)
         num_chunks = cdiv(keys.numel(), chunk)
-        seed, step = update.stream or (0, 0)
         first_level = key_tables is None
         self._launch(
             self._kernels.table_row_update,
@@ -293,16 +292,7 @@ class TritonTables(TritonDevice):
             values.stride(0) // vec,
             values.stride(1),
             entries.values.shape[1],
-            update.step_size,
-            update.decay,
-            update.eps,
-            update.avg_weight,
-            update.sq_weight,
-            update.momentum,
-            update.weight_decay,
-            update.grad_scale,
-            seed,
-            step,
+            *update_numbers(update),
             D=entries.widest,
             VEC=vec,
             FORMULA=update.formula,
@@ -322,7 +312,6 @@ class TritonTables(TritonDevice):
         state: Tensor,
         entries: TableEntries,
     ) -> None:
-        seed, step = update.stream or (0, 0)
         self._launch(
             self._kernels.table_rowwise_adagrad,
             (keys.numel(),),
@@ -336,12 +325,7 @@ class TritonTables(TritonDevice):
             entries.num_rows,
             entries.num_tables,
             entries.num_tables.bit_length(),
-            update.step_size,
-            update.eps,
-            update.weight_decay,
-            update.grad_scale,
-            seed,
-            step,
+            *rowwise_numbers(update),
             D=entries.widest,
             STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
             DECAYS_WEIGHT=update.weight_decay != 0,
