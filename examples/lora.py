@@ -41,7 +41,7 @@ def main() -> None:
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in model.parameters())
     share = sum(parameter.numel() for parameter in learns) / total
-    console.print(f"{name}; {share:.1%} of {total:,} numbers learn")
+    console.print(f"{name}; {share:.1%} of {total:,} numbers are trained")
     print(report, flush=True)
 
     translated = SENTENCES
