@@ -192,9 +192,9 @@ def test_first_lines_name_what_the_suite_compiles_for():
         re.DOTALL,
     )
     numbers = [re.findall(r"\d+\.\d", part) for part in said.groups()]
-    archs = re.search(r"^ARCHS = \((.*)\)", (ROOT / "tests/test_cuda_nvrtc.py").read_text(), re.M)[
-        1
-    ]
+    archs = re.search(
+        r"^ARCHS = \((.*)\)", (ROOT / "tests/kernels/test_cuda_nvrtc.py").read_text(), re.M
+    )[1]
     compiled = [occupancy.TARGETS, map(int, archs.split(","))]
     assert numbers == [[f"{arch / 10:.1f}" for arch in part] for part in compiled]
 
