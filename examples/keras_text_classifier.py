@@ -1,6 +1,6 @@
 """A text classifier in Keras: from which part of Python's standard library does a docstring come?
 
-    pip install '.[demo,keras,text]'
+    pip install ".[demo,keras,text]"
     python examples/keras_text_classifier.py
 
 The texts are the docstrings of this Python's own library, read from its source files, so nothing is downloaded. The

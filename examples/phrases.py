@@ -1,6 +1,6 @@
 """Two phrases as ids, and a table of two numbers a word, which learns which words stand beside each other.
 
-    pip install '.[demo,text]'
+    pip install ".[demo,text]"
     python examples/phrases.py
 
 Words with the same neighbours ("hope" and "nice", "soon" and "again") end up together: the picture shows it.

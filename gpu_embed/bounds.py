@@ -207,7 +207,7 @@ def offset_error(
     where = "embedding_bag" if table is None else f"batch_bags: {table}"
     return BagIndexError(
         f"{where}: offsets[{place}] is {offset}; offsets begin at 0, do not decrease, and do not "
-        f"exceed the input's length {num_indices}. What is in no bag by them was left out."
+        f"exceed the input's length {num_indices}. Ids that are then in no bag were left out."
     )
 
 

@@ -140,7 +140,7 @@ def run_phrases(checks: Checks, device: torch.device, seed: int) -> PhraseTable:
     console.print(
         "Words to ids by gpu_embed.text, each word as it first appears:"
         if has_tokenizers()
-        else "Words to ids by hand (with pip install 'gpu_embed[text]' by gpu_embed.text):"
+        else 'Words to ids by hand (with the extra "text" installed, by gpu_embed.text):'
     )
     for phrase, ids in zip(PHRASES, encoded, strict=True):
         console.print(f"{phrase!r:25} -> {ids}")
@@ -461,7 +461,9 @@ def check_numbers(steps: int | None, seed: int) -> None:
 def check_extra() -> None:
     for name in ("rich", "matplotlib"):
         if importlib.util.find_spec(name) is None:
-            raise CannotRunError(f"the demo needs {name}: pip install 'gpu_embed[demo]'")
+            raise CannotRunError(
+                f'the demo needs {name}: install the extra "demo" (from a clone: pip install ".[demo]")'
+            )
     try:
         importlib.import_module("gpu_embed.demo.picture")
     except Exception as problem:  # a broken install, or MPLBACKEND set to nonsense

@@ -34,7 +34,10 @@ class CupyDevice:
         if device.type != "cuda":
             return f"cupy kernels need a CUDA device, not {device.type}"
         if find_spec("cupy") is None:
-            return "cupy is not installed (pip install 'gpu_embed[cupy12]' or 'gpu_embed[cupy13]')"
+            return (
+                'cupy is not installed: install the extra "cupy12", or "cupy13" for CUDA 13 '
+                '(from a clone: pip install ".[cupy12]")'
+            )
         if not torch.cuda.is_available():
             return no_cuda_device()
         if torch.version.hip is not None:
@@ -47,7 +50,7 @@ class CupyDevice:
         try:
             archs = cupy.cuda.nvrtc.getSupportedArchs()
         except Exception as error:
-            return f"cupy finds no NVRTC (pip install nvidia-cuda-nvrtc-cu12): {error}"
+            return f"cupy finds no NVRTC, which the extras cupy12 and cupy13 bring: {error}"
         major, minor = torch.cuda.get_device_capability(device)
         lowest = max(MIN_CAPABILITY, divmod(min(archs), 10))
         if (major, minor) < lowest:
