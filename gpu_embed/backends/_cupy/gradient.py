@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._plan.access import cdiv, vector_width
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
+from .._plan.levels import NO_PARTIAL, Level, Partial
 from .device import FLOATS, CupyDevice, cpp_bool, itemsize
 from .launch import COUNTS, MAX_SEGMENT_VECTOR, SCATTER_ADD, SEGMENT_SUM
 from .nvrtc import Kernel
@@ -53,20 +54,16 @@ class CupyGradient(CupyDevice, GradientPlan):
 
     def _segment_sum(
         self,
-        values: Tensor,
-        order: Tensor | None,
-        keys: Tensor,
-        counts: Tensor | None,
+        level: Level,
         bags: OutputBags | None,
         grad_weight: Tensor,
-        partial_values: Tensor | None,
-        partial_keys: Tensor | None,
-        partial_counts: Tensor | None,
+        partial: Partial | None,
         scale_grad_by_freq: bool,
         chunk: int,
     ) -> None:
+        values, order, keys, _ = level
         num_embeddings, embedding_dim = grad_weight.shape
-        atomic_ends = partial_values is None
+        atomic_ends = partial is None
         # scale_grad_by_freq is rare: not worth a kernel for each width.
         vec = 1 if scale_grad_by_freq else min(vector_width(values), MAX_SEGMENT_VECTOR)
         arguments = (
@@ -78,15 +75,10 @@ class CupyGradient(CupyDevice, GradientPlan):
             Kernel("segment_sum", f"segment_sum_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (embedding_dim // vec)),
             keys.device,
-            values,
-            order,
-            keys,
-            counts,
+            *level,
             *(bags or NO_BAGS),
             grad_weight,
-            partial_values,
-            partial_keys,
-            partial_counts,
+            *(partial or NO_PARTIAL),
             keys.numel(),
             num_embeddings,
             values.stride(0) // vec,

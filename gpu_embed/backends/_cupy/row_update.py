@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...row_update import RowUpdate
 from .._plan.access import cdiv, vector_width
+from .._plan.levels import Level, Partial
 from .._plan.row_update import RowUpdatePlan, rowwise_numbers, update_numbers
 from .device import FLOATS, CupyDevice, itemsize
 from .launch import MAX_SEGMENT_VECTOR, ROWWISE_ADAGRAD, SEGMENT_SUM, SELECT_ROWS
@@ -35,17 +36,15 @@ class CupyRowUpdate(CupyDevice, RowUpdatePlan):
     def _row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        order: Tensor | None,
-        keys: Tensor,
+        level: Level,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, order, keys, _ = level
         num_embeddings, embedding_dim = weight.shape
-        widths = (vector_width(matrix) for matrix in (values, weight, partial_values, *state))
+        widths = (vector_width(matrix) for matrix in (values, weight, partial.values, *state))
         vec = min(*widths, MAX_SEGMENT_VECTOR)
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
         num_chunks = cdiv(keys.numel(), chunk)
@@ -53,14 +52,10 @@ class CupyRowUpdate(CupyDevice, RowUpdatePlan):
             Kernel("row_update", f"row_update_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (embedding_dim // vec)),
             keys.device,
-            values,
-            order,
-            keys,
+            *level[:3],
             weight,
-            state[0] if state else None,
-            state[1] if len(state) > 1 else None,
-            partial_values,
-            partial_keys,
+            *(*state, None, None)[:2],
+            *partial[:2],
             update.lr,
             keys.numel(),
             num_embeddings,

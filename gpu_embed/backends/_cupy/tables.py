@@ -9,6 +9,7 @@ from ...tables.gradient import TableEntries
 from ...tables.layout import TableBatch
 from .._plan.access import cdiv, table_vector_width
 from .._plan.gradient import NO_BAGS, OutputBags
+from .._plan.levels import Level, Partial
 from .._plan.row_update import rowwise_numbers, update_numbers
 from .._plan.tables import TablesPlan
 from .device import FLOATS, CupyDevice, cpp_bool, itemsize
@@ -177,18 +178,14 @@ class CupyTables(CupyDevice, TablesPlan):
 
     def _table_segment_sum(
         self,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
+        level: Level,
         bags: OutputBags | None,
         batch: TableBatch,
         grad_weight: Tensor,
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, order, keys, _ = level
         widest = batch.shape.widest
         vec = table_vector(values, batch.shape.dim_divisor)
         arguments = (
@@ -200,17 +197,12 @@ class CupyTables(CupyDevice, TablesPlan):
             Kernel("tables", f"table_segment_sum_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (widest // vec)),
             keys.device,
-            values,
-            order,
-            keys,
-            key_tables,
+            *level,
             *(bags or NO_BAGS),
             winner,
             batch.fields,
             grad_weight,
-            partial_values,
-            partial_keys,
-            partial_tables,
+            *partial,
             keys.numel(),
             batch.shape.num_rows,
             batch.num_tables,
@@ -260,46 +252,36 @@ class CupyTables(CupyDevice, TablesPlan):
     def _table_row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
+        level: Level,
         entries: TableEntries,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, order, keys, _ = level
         widths = (
             table_vector(tensor, entries.dim_divisor)
-            for tensor in (values, weight, partial_values, *state)
+            for tensor in (values, weight, partial.values, *state)
         )
         vec = min(widths)
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
         num_chunks = cdiv(keys.numel(), chunk)
-        first_level = key_tables is None
+        first_level = level.extra is None
         sources = entries.sources if first_level else None
         winner = entries.winner if first_level else None
         self._launch(
             Kernel("tables_row_update", f"table_row_update_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (entries.widest // vec)),
             keys.device,
-            values,
-            order,
-            keys,
-            key_tables,
+            *level,
             sources,
             entries.scales if first_level else None,
             winner,
             entries.fields,
             weight,
-            state[0] if state else None,
-            state[1] if len(state) > 1 else None,
-            partial_values,
-            partial_keys,
-            partial_tables,
+            *(*state, None, None)[:2],
+            *partial,
             update.lr,
             keys.numel(),
             entries.num_rows,

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 from ...row_update import arithmetic_dtype
-from .access import RowSteps, cdiv, flat_ids, row_matrix, row_numbers
+from .access import RowSteps, flat_ids, row_matrix, row_numbers
 from .gradient_method import choose
+from .levels import CHUNK, Level, Partial, levels
 from .sort import SortPlan
-
-# Keys a chunk of the sorted gradient: few, for parallelism.
-CHUNK = 32
-# What the partial sums of one level may take.
-MAX_PARTIAL_BYTES = 48 * 2**20
 
 
 class OutputBags(NamedTuple):
@@ -86,10 +82,8 @@ class GradientPlan(SortPlan):
         if method == "sorted":
             self._sum_runs(grad_output, order, keys, bags, grad_weight, scale_grad_by_freq)
         else:
-            # One level: atomics add each chunk's carry-in and carry-out.
-            self._segment_sum(
-                grad_output, order, keys, None, bags, grad_weight, *(None,) * 3, False, CHUNK
-            )
+            level = Level(grad_output, order, keys, None)
+            self._segment_sum(level, bags, grad_weight, None, False, CHUNK)
         return grad_weight
 
     def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
@@ -106,35 +100,11 @@ class GradientPlan(SortPlan):
         grad_weight: Tensor,
         scale_grad_by_freq: bool,
     ) -> None:
-        """Sum the runs of each chunk, then, level by level, the carry-ins and carry-outs of the chunks below."""
-        embedding_dim = grad_weight.shape[1]
-        acc_dtype = arithmetic_dtype(grad_weight.dtype)
-        chunk = chunk_size(keys.numel(), embedding_dim, acc_dtype.itemsize)
-        values = grad_output
-        level_order: Tensor | None = order
-        counts: Tensor | None = None
-        while True:
-            num_chunks = cdiv(keys.numel(), chunk)
-            partial_values = values.new_empty((2 * num_chunks, embedding_dim), dtype=acc_dtype)
-            partial_keys = order.new_empty(2 * num_chunks, dtype=torch.int64)
-            partial_counts = order.new_empty(2 * num_chunks, dtype=torch.int32)
-            self._segment_sum(
-                values,
-                level_order,
-                keys,
-                counts,
-                bags,
-                grad_weight,
-                partial_values,
-                partial_keys,
-                partial_counts,
-                scale_grad_by_freq,
-                chunk,
-            )
-            if num_chunks <= 1:
-                return
-            values, keys, level_order = partial_values, partial_keys, None
-            counts = partial_counts if scale_grad_by_freq else None
+        dim, dtype = grad_weight.shape[1], arithmetic_dtype(grad_weight.dtype)
+        for level, partial, chunk in levels(
+            grad_output, order, keys, dim, dtype, extra=scale_grad_by_freq
+        ):
+            self._segment_sum(level, bags, grad_weight, partial, scale_grad_by_freq, chunk)
             bags = None
 
     @abstractmethod
@@ -150,30 +120,14 @@ class GradientPlan(SortPlan):
     @abstractmethod
     def _segment_sum(
         self,
-        values: Tensor,
-        order: Tensor | None,
-        keys: Tensor,
-        counts: Tensor | None,
+        level: Level,
         bags: OutputBags | None,
         grad_weight: Tensor,
-        partial_values: Tensor | None,
-        partial_keys: Tensor | None,
-        partial_counts: Tensor | None,
+        partial: Partial | None,
         scale_grad_by_freq: bool,
         chunk: int,
-    ) -> None: ...
+    ) -> None:
+        """Add the sum of each complete run to its row; without `partial`, atomics add the others too."""
 
     @abstractmethod
     def _counts(self, ids: Tensor, counts: Tensor) -> None: ...
-
-
-def chunk_size(num_keys: int, embedding_dim: int, acc_bytes: int) -> int:
-    """Keys a chunk: short for parallelism, longer where the partial sums would take too much memory.
-
-    Those of all levels above the first together take a fifteenth of the first's.
-    """
-    partial_bytes = embedding_dim * acc_bytes + 8 + 4  # sum, key, count
-    chunk = CHUNK
-    while chunk < num_keys and 2 * cdiv(num_keys, chunk) * partial_bytes > MAX_PARTIAL_BYTES:
-        chunk *= 2
-    return chunk

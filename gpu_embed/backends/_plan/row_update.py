@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ...row_update import RowUpdate, arithmetic_dtype
-from .access import cdiv, flat_ids
-from .gradient import GradientPlan, chunk_size
+from .access import flat_ids
+from .gradient import GradientPlan
+from .levels import Level, Partial, levels
 
 
 class RowUpdatePlan(GradientPlan):
@@ -33,41 +34,11 @@ class RowUpdatePlan(GradientPlan):
         ):
             total, run_keys = self._sums_of_runs(values, order, keys, weight.shape[0])
             self._rowwise_adagrad(update, total, run_keys, weight, state[0])
-        else:
-            self._update_runs(update, weight, state, values, order, keys)
-
-    def _update_runs(
-        self,
-        update: RowUpdate,
-        weight: Tensor,
-        state: tuple[Tensor, ...],
-        values: Tensor,
-        order: Tensor,
-        keys: Tensor,
-    ) -> None:
-        """`_sum_runs`, but each complete sum updates its row instead of being stored."""
-        embedding_dim = weight.shape[1]
-        acc_dtype = arithmetic_dtype(weight.dtype)
-        chunk = chunk_size(keys.numel(), embedding_dim, acc_dtype.itemsize)
-        level_order: Tensor | None = order
-        while True:
-            num_chunks = cdiv(keys.numel(), chunk)
-            partial_values = values.new_empty((2 * num_chunks, embedding_dim), dtype=acc_dtype)
-            partial_keys = order.new_empty(2 * num_chunks, dtype=torch.int64)
-            self._row_update(
-                update,
-                values,
-                level_order,
-                keys,
-                weight,
-                state,
-                partial_values,
-                partial_keys,
-                chunk,
-            )
-            if num_chunks <= 1:
-                return
-            values, keys, level_order = partial_values, partial_keys, None
+            return
+        dim, dtype = weight.shape[1], arithmetic_dtype(weight.dtype)
+        # `_sum_runs`, but each complete sum updates its row instead of being stored.
+        for level, partial, chunk in levels(values, order, keys, dim, dtype, extra=False):
+            self._row_update(update, level, weight, state, partial, chunk)
 
     def _sums_of_runs(
         self, values: Tensor, order: Tensor, keys: Tensor, num_embeddings: int
@@ -99,13 +70,10 @@ class RowUpdatePlan(GradientPlan):
     def _row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        order: Tensor | None,
-        keys: Tensor,
+        level: Level,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None: ...
 

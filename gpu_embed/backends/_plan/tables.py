@@ -11,8 +11,9 @@ from ...tables.gradient import TableEntries
 from ...tables.layout import TableBatch
 from .access import cdiv, sort_key_dtype
 from .bag import BagPlan
-from .gradient import OutputBags, chunk_size
+from .gradient import OutputBags
 from .gradient_method import choose
+from .levels import Level, Partial, levels
 from .row_update import RowUpdatePlan
 from .sort import check_sortable
 
@@ -101,8 +102,12 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         # Not made before the sort has freed its memory.
         bags = self._output_bags(batch, per_sample_weights)
         if not batch.is_uniform or batch.winner is not None:
-            assert bags is not None
-            self._sum_table_runs(grad_output, order, keys, bags, batch, grad_weight)
+            dtype = arithmetic_dtype(grad_weight.dtype)
+            for level, partial, chunk in levels(
+                grad_output, order, keys, batch.shape.widest, dtype, extra=True
+            ):
+                self._table_segment_sum(level, bags, batch, grad_weight, partial, chunk)
+                bags = None
             return grad_weight
         if bags is not None:
             # Bag b of table t is row b * T + t.
@@ -146,30 +151,6 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         keys, order = torch.sort(self._table_row_keys(batch), stable=True)
         return keys, order
 
-    def _sum_table_runs(
-        self,
-        grad_output: Tensor,
-        order: Tensor,
-        keys: Tensor,
-        bags: OutputBags,
-        batch: TableBatch,
-        grad_weight: Tensor,
-    ) -> None:
-        """`_sum_runs` for tables of different widths."""
-        acc_dtype = arithmetic_dtype(grad_weight.dtype)
-        widest = batch.shape.widest
-        chunk = chunk_size(keys.numel(), widest, acc_dtype.itemsize)
-        values = grad_output
-        level: tuple[Tensor | None, Tensor | None, OutputBags | None] = (order, None, bags)
-        while True:
-            num_chunks = cdiv(keys.numel(), chunk)
-            partial = partial_sums(num_chunks, widest, acc_dtype, order)
-            self._table_segment_sum(values, keys, *level, batch, grad_weight, *partial, chunk)
-            if num_chunks <= 1:
-                return
-            values, keys, key_tables = partial
-            level = None, key_tables, None
-
     def table_row_update_(
         self,
         update: RowUpdate,
@@ -190,19 +171,10 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             )
             self._table_rowwise_adagrad(update, total, run_keys, weight, state[0], entries)
             return
-        chunk = chunk_size(keys.numel(), entries.widest, acc_dtype.itemsize)
-        values = entries.values
-        level: tuple[Tensor | None, Tensor | None] = (order, None)
-        while True:
-            num_chunks = cdiv(keys.numel(), chunk)
-            partial = partial_sums(num_chunks, entries.widest, acc_dtype, order)
-            self._table_row_update(
-                update, values, keys, *level, entries, weight, state, *partial, chunk
-            )
-            if num_chunks <= 1:
-                return
-            values, keys, key_tables = partial
-            level = None, key_tables
+        for level, partial, chunk in levels(
+            entries.values, order, keys, entries.widest, acc_dtype, extra=True
+        ):
+            self._table_row_update(update, level, entries, weight, state, partial, chunk)
 
     def _table_splits(self, matrix: Tensor, batch: TableBatch) -> int:
         """Into how many parts each bag is cut, so that few long bags keep the card busy."""
@@ -259,16 +231,11 @@ class TablesPlan(BagPlan, RowUpdatePlan):
     @abstractmethod
     def _table_segment_sum(
         self,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
+        level: Level,
         bags: OutputBags | None,
         batch: TableBatch,
         grad_weight: Tensor,
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None: ...
 
@@ -287,16 +254,11 @@ class TablesPlan(BagPlan, RowUpdatePlan):
     def _table_row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
+        level: Level,
         entries: TableEntries,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None: ...
 
@@ -310,17 +272,6 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         state: Tensor,
         entries: TableEntries,
     ) -> None: ...
-
-
-def partial_sums(
-    num_chunks: int, widest: int, dtype: torch.dtype, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for the carry-ins and carry-outs of the chunks: sums, rows and tables."""
-    return (
-        like.new_empty((2 * num_chunks, widest), dtype=dtype),
-        like.new_empty(2 * num_chunks, dtype=torch.int64),
-        like.new_empty(2 * num_chunks, dtype=torch.int32),
-    )
 
 
 def bag_splits(programs: int, num_indices: int, num_bags: int) -> int:

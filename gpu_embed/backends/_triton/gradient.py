@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .._plan.access import cdiv, vector_width
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
+from .._plan.levels import NO_PARTIAL, Level, Partial
 from .device import TritonDevice
 from .launch import COUNTS, SCATTER_ADD, segment_launch
 
@@ -42,18 +43,14 @@ class TritonGradient(TritonDevice, GradientPlan):
 
     def _segment_sum(
         self,
-        values: Tensor,
-        order: Tensor | None,
-        keys: Tensor,
-        counts: Tensor | None,
+        level: Level,
         bags: OutputBags | None,
         grad_weight: Tensor,
-        partial_values: Tensor | None,
-        partial_keys: Tensor | None,
-        partial_counts: Tensor | None,
+        partial: Partial | None,
         scale_grad_by_freq: bool,
         chunk: int,
     ) -> None:
+        values, _, keys, _ = level
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(values)
         launch = segment_launch(embedding_dim, vec)
@@ -62,15 +59,10 @@ class TritonGradient(TritonDevice, GradientPlan):
             self._kernels.segment_sum,
             (cdiv(num_chunks, launch.BLOCK_C), cdiv(embedding_dim, launch.BLOCK_D)),
             keys.device,
-            values,
-            order,
-            keys,
-            counts,
+            *level,
             *(bags or NO_BAGS),
             grad_weight,
-            partial_values,
-            partial_keys,
-            partial_counts,
+            *(partial or NO_PARTIAL),
             keys.numel(),
             num_embeddings,
             values.stride(0) // vec,

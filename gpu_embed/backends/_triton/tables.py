@@ -8,6 +8,7 @@ from ...tables.gradient import TableEntries
 from ...tables.layout import TableBatch
 from .._plan.access import cdiv, table_vector_width
 from .._plan.gradient import NO_BAGS, OutputBags
+from .._plan.levels import Level, Partial
 from .._plan.row_update import rowwise_numbers, update_numbers
 from .._plan.tables import TablesPlan
 from .device import TritonDevice
@@ -162,18 +163,14 @@ class TritonTables(TritonDevice, TablesPlan):
 
     def _table_segment_sum(
         self,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
+        level: Level,
         bags: OutputBags | None,
         batch: TableBatch,
         grad_weight: Tensor,
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, _, keys, _ = level
         widest = batch.shape.widest
         vec = table_vector_width(values, batch.shape.dim_divisor)
         launch = segment_launch(widest, vec)
@@ -182,17 +179,12 @@ class TritonTables(TritonDevice, TablesPlan):
             self._kernels.table_segment_sum,
             (cdiv(num_chunks, launch.BLOCK_C), cdiv(widest, launch.BLOCK_D)),
             keys.device,
-            values,
-            order,
-            keys,
-            key_tables,
+            *level,
             *(bags or NO_BAGS),
             batch.winner if bags else None,
             batch.fields,
             grad_weight,
-            partial_values,
-            partial_keys,
-            partial_tables,
+            *partial,
             keys.numel(),
             batch.shape.num_rows,
             batch.num_tables,
@@ -245,46 +237,36 @@ class TritonTables(TritonDevice, TablesPlan):
     def _table_row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
+        level: Level,
         entries: TableEntries,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, _, keys, _ = level
         # State is as wide as the partial sums, and is to be read in one access too.
         widths = (
             table_vector_width(tensor, entries.dim_divisor)
-            for tensor in (values, weight, partial_values)
+            for tensor in (values, weight, partial.values)
         )
         vec = min(widths)
-        held_bytes = partial_values.element_size() if update.formula == "rowwise_adagrad" else 0
+        held_bytes = partial.values.element_size() if update.formula == "rowwise_adagrad" else 0
         launch = update_launch(entries.widest, vec, held_bytes)
         num_chunks = cdiv(keys.numel(), chunk)
-        first_level = key_tables is None
+        first_level = level.extra is None
         self._launch(
             self._kernels.table_row_update,
             (cdiv(num_chunks, launch.BLOCK_C), cdiv(entries.widest, launch.BLOCK_D)),
             keys.device,
-            values,
-            order,
-            keys,
-            key_tables,
+            *level,
             entries.sources if first_level else None,
             entries.scales if first_level else None,
             entries.winner if first_level else None,
             entries.fields,
             weight,
-            state[0] if state else None,
-            state[1] if len(state) > 1 else None,
-            partial_values,
-            partial_keys,
-            partial_tables,
+            *(*state, None, None)[:2],
+            *partial,
             update.lr,
             keys.numel(),
             entries.num_rows,
