@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 import gpu_embed
-from gpu_embed.demo.__main__ import describe_backend
+from gpu_embed.demo.running import describe_backend
 
 from . import ids as ids_module
 from . import machine, results

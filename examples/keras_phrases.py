@@ -21,7 +21,7 @@ import numpy as np
 import gpu_embed.keras
 import gpu_embed.plot
 import gpu_embed.text
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c, save_figure
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 PHRASES = ["Hope to see you soon", "Nice to see you again"]
 

@@ -36,7 +36,7 @@ from rich.progress import (
 import gpu_embed.keras
 import gpu_embed.plot
 import gpu_embed.text
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c, save_figure
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 WORDS = 50  # of a text; what is longer is cut

@@ -17,7 +17,7 @@ from rich.progress import track
 from swap_transformers import load_model, positive, sentence_vectors, which_is_which
 
 import gpu_embed
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 ENGLISH = {"flurbo": "cat", "zindle": "bridge", "quomp": "bread", "vasp": "sea"}
 SENTENCES = [f"the {word} is {how}" for word in ENGLISH for how in ("old", "red", "far away")]

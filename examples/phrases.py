@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gpu_embed
 import gpu_embed.plot
 import gpu_embed.text
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c, save_figure
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 PHRASES = ["Hope to see you soon", "Nice to see you again"]
 

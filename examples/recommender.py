@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import gpu_embed
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c, save_figure
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 from gpu_embed.optim import RowWiseAdagrad, apply_in_backward
 
 DIM = 32

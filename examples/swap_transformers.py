@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging
 
 import gpu_embed
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 Inputs = dict[str, Tensor]
 WARM_UP = 2  # steps that compile kernels and make the optimizer's state

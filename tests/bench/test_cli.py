@@ -17,7 +17,7 @@ import torch
 from gpu_embed.bench import cli, headline, host_time, providers, results, shapes, summary, timing
 from gpu_embed.bench.providers import PROVIDERS, Provider
 from gpu_embed.bench.results import Row, read_header, read_rows
-from gpu_embed.demo.__main__ import describe_backend
+from gpu_embed.demo.running import describe_backend
 
 SMALL = ("--vocab", "60", "--dim", "8", "--ids", "40", "--seconds", "0.002")
 
