@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
 from .console import make_console, print_table
@@ -91,10 +92,6 @@ def ratio_of(slow: Row | None, fast: Row | None) -> float | None:
     above = time_of(slow) if slow and not noise_of(slow) else None
     below = time_of(fast) if fast and not noise_of(fast) else None
     return above / below if above and below else None
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def describe(cell: Key) -> str:

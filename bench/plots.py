@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +25,6 @@ from gpu_embed.plot import PLAIN_TEXT, draw_legend
 from .compare import (
     NOISY_MEANS,
     by_cell,
-    geometric_mean,
     is_ours,
     noise_of,
     our_row,
