@@ -65,6 +65,7 @@ STATUS_TEXTS = {
 
 # From ms_p20 to host_us: what a row shows only where it has a time.
 TIMES = COLUMNS[COLUMNS.index("ms_p20") : COLUMNS.index("match")]
+NO_TIMES: dict[str, Any] = dict.fromkeys(TIMES)
 
 # Of each column of a table: the text, and the CSS class.
 Columns = dict[str, tuple[str, str]]
@@ -204,7 +205,7 @@ def _columns(row: Row, rival: Row | None) -> Columns:
     noise = noise_of(row)
     versus = times = ""
     if time_of(row) is None:
-        row = replace(row, **dict.fromkeys(TIMES))
+        row = replace(row, **NO_TIMES)
     elif is_ours(row.provider) and rival is not None:
         versus = "noisy" if ratio is None else f"{ratio:.2f} ({rival.provider})"
     if row.ms_p20 is not None and row.ms_p80 is not None:
