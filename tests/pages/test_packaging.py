@@ -19,7 +19,7 @@ INSTALLED_AS = {
     "kernels": "gpu_embed/kernels",
     "bench": "gpu_embed/bench",
 }
-DEVICE_CODE = {".py", ".cu", ".cuh", ".h"}
+SOURCES = {".py", ".cu", ".cuh", ".h", ".j2"}
 
 
 def run_python(code: str, *, cwd: Path, **environ: str) -> str:
@@ -164,7 +164,7 @@ def test_wheel_holds_every_source_file(wheel: Path) -> None:
         f"{installed}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, installed in INSTALLED_AS.items()
         for file in (ROOT / folder).rglob("*")
-        if file.suffix in DEVICE_CODE and "__pycache__" not in file.parts
+        if file.suffix in SOURCES and "__pycache__" not in file.parts
     }
     assert {"gpu_embed/kernels/__init__.py", "gpu_embed/bench/__init__.py"} <= expected
     names = set(zipfile.ZipFile(wheel).namelist())
