@@ -24,7 +24,7 @@ from .dtypes import KERAS_IDS
 from .ops import take as take_ops
 from .take import WIDE_UNSIGNED, signed_ids
 
-INSTALL = "pip install 'gpu_embed[keras]'"
+INSTALL = 'install the extra "keras" (from a clone: pip install ".[keras]")'
 try:
     import keras
 except ImportError as error:

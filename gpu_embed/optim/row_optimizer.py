@@ -176,8 +176,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             and self._depends_on_step(group)
         ):
             raise RuntimeError(
-                f"{name}: a CUDA graph would repeat the step that it captured, but each step has "
-                "numbers of its own here"
+                f"{name}: a CUDA graph would repeat the step that it captured, but each step "
+                "here computes with its own number or seed"
             )
         row_range = row_range_of(param)
         if isinstance(grad, TableGradient) and row_range is None:

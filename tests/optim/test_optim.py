@@ -224,7 +224,7 @@ def test_rows_without_a_gradient_keep_their_momentum_and_do_not_move(target):
 
 
 @pytest.mark.parametrize(
-    "arguments, expected",
+    ("arguments", "expected"),
     [
         ({"momentum": 0.9, "dampening": 0.3}, True),
         ({"momentum": 0.9}, False),
