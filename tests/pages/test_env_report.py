@@ -235,7 +235,7 @@ def test_an_unknown_setting_is_said(
 
 
 def test_a_forced_method_does_not_fail_the_check() -> None:
-    with gpu_embed.use_gather_method("descriptor"), gpu_embed.use_gradient_method("atomic"):
+    with gpu_embed.use_gather_method("rows"), gpu_embed.use_gradient_method("atomic"):
         assert _self_check.check_backend("triton", CPU).status == "right"
 
 
