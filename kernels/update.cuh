@@ -112,7 +112,7 @@ __device__ inline void update_by_mean_square(
 
   Acc square = 0;
   for (int64 first = 0; first < D; first += BLOCK_D) {
-    // Summed in blocks: the rounding errors of a long row grow with the number of its blocks only.
+    // Summed in blocks: the rounding error of a long row grows with the number of blocks, not of columns.
     Acc block = 0;
     for (int64 d = first; d < D && d < first + BLOCK_D; ++d) {
       const Acc g = gradient(d);
