@@ -23,7 +23,7 @@ extern "C" __global__ void select_rows_kernel(
 template <typename Weight, int VEC>
 struct RowUpdate : Update<Weight, VEC> {
   using Acc = typename Accumulator<Weight>::type;
-  enum : bool { ATOMIC_ENDS = false };
+  enum : bool { ATOMIC_CARRY = false };
   int64 row_stride;  // in elements
   int64 col_stride;  // in elements
   int64 D;
