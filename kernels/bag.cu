@@ -63,22 +63,21 @@ __device__ inline Part find_part(
   return part;
 }
 
-// grid:  cdiv((num_bags + num_chunks) * D / VEC, blockDim.x)
-// block: 1-D
+// grid:  cdiv((num_bags + num_chunks) * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: bag i / (D / VEC), or behind the bags the carry-in of a chunk; VEC columns from
 //        i % (D / VEC) * VEC on
 // why:   threads walk alone: no shared memory, no barrier
 template <typename Weight, int VEC, bool MEAN, int UNROLL>
 __global__ void bag_sum_kernel(
-    const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1
-    const void* __restrict__ indices_ptr,   // any integer dtype, [num_indices], contiguous
-    const void* __restrict__ offsets_ptr,   // any integer dtype, [num_offsets]; null: equal lengths
+    const Weight* __restrict__ weight_ptr,              // [num_embeddings, D], any strides; VEC > 1: column stride 1
+    const void* __restrict__ indices_ptr,               // any integer dtype, [num_indices], contiguous
+    const void* __restrict__ offsets_ptr,               // any integer dtype, [num_offsets]; null: equal lengths
     const Weight* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
-    Weight* __restrict__ output_ptr,        // [num_bags, D]
+    Weight* __restrict__ output_ptr,                    // [num_bags, D]
     typename Accumulator<Weight>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D], by slot; null: no bag is cut
-    int64* __restrict__ sizes_ptr,          // MEAN: [2 * num_chunks]: each slot's ids but padding
-    int64* record_ptr,                      // [7]; null: do not record
-    int32* flag_ptr,                        // [1], pinned host memory; null: do not record
+    int64* __restrict__ sizes_ptr,  // MEAN: [2 * num_chunks]: each slot's ids but padding
+    int64* record_ptr,              // [7]; null: do not record
+    int32* flag_ptr,                // [1], pinned host memory; null: do not record
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
@@ -178,8 +177,7 @@ __device__ inline CutBag find_cut_bag(
   return {bag, is_cut ? (range.end - 1) / chunk_length - chunk + 1 : 0};
 }
 
-// grid:  cdiv(num_chunks * D, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_chunks * D, blockDim.x); block: 1-D
 // owner: thread i of the grid: the cut bag that starts in chunk i / D, if any; column i % D
 // why:   adds a bag's partial sums in a fixed order: no atomics, deterministic
 template <typename Output>
@@ -215,8 +213,7 @@ __global__ void bag_join_kernel(
       sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[cut.bag * D + d]);
 }
 
-// grid:  cdiv(num_bags * D, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_bags * D, blockDim.x); block: 1-D
 // owner: thread i of the grid: element i of the flattened output
 // why:   adds the partial sums of table_bag_kernel's splits in a fixed order: no atomics, deterministic
 template <typename Output>
@@ -239,8 +236,7 @@ __global__ void bag_combine_kernel(
   narrow(sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[element]);
 }
 
-// grid:  cdiv(num_bags * D / VEC, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_bags * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: bag i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
 // why:   as bag_sum_kernel, but never cuts a bag: the Triton twin says why
 template <typename Weight, int VEC, int UNROLL>
@@ -249,9 +245,9 @@ __global__ void bag_max_kernel(
     const void* __restrict__ indices_ptr,   // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,   // any integer dtype, [num_offsets]; null: equal lengths
     Weight* __restrict__ output_ptr,        // [num_bags, D]
-    int64* __restrict__ max_elements_ptr,  // [num_bags, D]: the argmax as id * D + column, -1: none; null: not wanted
-    int64* record_ptr,               // [7]; null: do not record
-    int32* flag_ptr,                 // [1], pinned host memory; null: do not record
+    int64* __restrict__ max_elements_ptr,   // [num_bags, D]: the argmax as id * D + column, -1: none; null: not wanted
+    int64* record_ptr,                      // [7]; null: do not record
+    int32* flag_ptr,                        // [1], pinned host memory; null: do not record
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
@@ -273,9 +269,9 @@ __global__ void bag_max_kernel(
 
   Vector<Weight, VEC> largest;
   set_zero(largest);
-  int64 max_element[VEC];
+  int64 argmax[VEC];
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) max_element[i] = -1;
+  for (int i = 0; i < VEC; ++i) argmax[i] = -1;
   for (int64 step = range.begin; step < range.end; step += UNROLL) {
     int64 index[UNROLL];
     Vector<Weight, VEC> value[UNROLL];
@@ -303,9 +299,9 @@ __global__ void bag_max_kernel(
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
         // `>`, not `>=`: the first of equals stays, as does a NaN in the bag's first row.
-        if (max_element[i] < 0 || widen(value[u].lane[i]) > widen(largest.lane[i])) {
+        if (argmax[i] < 0 || widen(value[u].lane[i]) > widen(largest.lane[i])) {
           largest.lane[i] = value[u].lane[i];
-          max_element[i] = index[u] * D + d + i;
+          argmax[i] = index[u] * D + d + i;
         }
       }
     }
@@ -313,11 +309,10 @@ __global__ void bag_max_kernel(
   *(Vector<Weight, VEC>*)(output_ptr + bag * D + d) = largest;
   if (!max_elements_ptr) return;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) max_elements_ptr[bag * D + d + i] = max_element[i];
+  for (int i = 0; i < VEC; ++i) max_elements_ptr[bag * D + d + i] = argmax[i];
 }
 
-// grid:  cdiv(num_indices, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
 // owner: thread i of the grid: position i
 // why:   the gradient kernels read a position's bag instead of searching for it per column
 extern "C" __global__ void bag_of_kernel(
@@ -342,8 +337,7 @@ extern "C" __global__ void bag_of_kernel(
   if (!is_padding(load_integer(indices_ptr, n, index_bytes), padding_idx)) atomicAdd(sizes_ptr + bag, 1);
 }
 
-// grid:  cdiv(num_indices, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
 // owner: thread i of the grid: position i; its result is the inner product of its row and its bag's gradient
 // why:   each result is reduced within its thread, in a fixed order
 template <typename Weight, int VEC>

@@ -492,7 +492,7 @@ def bag_max_kernel(
             )
 
     largest = tl.zeros([BLOCK_B, BLOCK_D], acc_dtype)
-    max_index = tl.full([BLOCK_B, BLOCK_D], -1, tl.int64)
+    argmax = tl.full([BLOCK_B, BLOCK_D], -1, tl.int64)
     empty = in_range
     for step in range(0, tl.max(end - begin, 0), UNROLL):
         indices = ()
@@ -520,16 +520,14 @@ def bag_max_kernel(
             # `>`, not `>=`: the first of equals stays, as does a NaN in the bag's first row.
             better = (taken & in_table)[:, None] & (empty[:, None] | (value > largest))
             largest = tl.where(better, value, largest)
-            max_index = tl.where(better, index[:, None], max_index)
+            argmax = tl.where(better, index[:, None], argmax)
             empty = empty & ~(taken & in_table)
 
     out = (bag * D)[:, None] + d
     stored = in_range[:, None] & in_row
     tl.store(output_ptr + out, largest.to(output_ptr.dtype.element_ty), mask=stored)
     if max_elements_ptr is not None:
-        tl.store(
-            max_elements_ptr + out, tl.where(max_index < 0, -1, max_index * D + d), mask=stored
-        )
+        tl.store(max_elements_ptr + out, tl.where(argmax < 0, -1, argmax * D + d), mask=stored)
 
 
 # grid:  (cdiv(num_indices, BLOCK),)

@@ -2,8 +2,7 @@
 
 #include "common.cuh"
 
-// grid:  cdiv(num_indices, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
 // owner: thread i of the grid: position i of indices
 // why:   one atomic per id
 extern "C" __global__ void counts_kernel(

@@ -28,8 +28,7 @@ __device__ inline void load_columns(
   }
 }
 
-// grid:  cdiv(num_indices * D / VEC, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_indices * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: vector i of the flattened output, across row boundaries
 // why:   as take_rows_kernel
 template <typename Scale, typename Output, int VEC, int BITS>

@@ -55,8 +55,7 @@ __global__ void gather_rows_kernel(
   }
 }
 
-// grid:  cdiv(num_indices * D, blockDim.x * UNROLL)
-// block: 1-D
+// grid:  cdiv(num_indices * D, blockDim.x * UNROLL); block: 1-D
 // owner: block i: words [i * blockDim.x * UNROLL, ...) of the flattened output, across row boundaries
 // why:   no lane idles when a row is shorter than a warp, or its length no power of two
 template <typename Word, int UNROLL>

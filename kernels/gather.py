@@ -51,9 +51,7 @@ def gather_rows_kernel(
         other=0,
     )  # [BLOCK_N, BLOCK_D]
     tl.store(
-        output_ptr + n[:, None] * D + d[None, :],
-        words,
-        mask=in_range[:, None] & (d < D)[None, :],
+        output_ptr + n[:, None] * D + d[None, :], words, mask=in_range[:, None] & (d < D)[None, :]
     )
     if record_ptr is not None:
         first_columns = tl.program_id(1) == 0

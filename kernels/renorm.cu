@@ -23,8 +23,7 @@ __device__ inline Acc add_power(Acc total, Acc magnitude, Acc norm_type, int64 N
   }
 }
 
-// grid:  cdiv(num_indices, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
 // owner: thread i of the grid: key i; the first key of a run of equal ones owns its row
 // why:   one owner per row, so the update in place needs no atomics
 template <typename Weight>

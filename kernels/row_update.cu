@@ -8,8 +8,7 @@
 #include "segment_walk.cuh"
 #include "update.cuh"
 
-// grid:  cdiv(num_indices, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
 // owner: thread i of the grid: position i of indices
 // why:   one launch instead of a comparison, a gather and a selection
 extern "C" __global__ void select_rows_kernel(
@@ -38,8 +37,7 @@ struct RowUpdate : Update<Weight, VEC> {
   }
 };
 
-// grid:  as segment_sum_kernel
-// block: 1-D
+// grid:  as segment_sum_kernel; block: 1-D
 // owner: thread i of the grid: as segment_sum_kernel; of the rows, those whose runs end within its chunk
 // why:   each row has one owner per column and step, so updates need no atomics
 template <typename Value, typename Weight, int VEC, int UNROLL>
@@ -47,13 +45,13 @@ __global__ void row_update_kernel(
     // [*, D], any strides (VEC > 1: column stride 1): the gradient, or the level below's partial sums
     const Value* __restrict__ values_ptr,
     const void* __restrict__ order_ptr,  // [num_keys]: each key's position before the sort; null: not permuted
-    const void* __restrict__ keys_ptr,    // [num_keys], sorted; keys outside [0, num_embeddings) are skipped
-    Weight* weight_ptr,                   // [num_embeddings, D], any strides (VEC > 1: column stride 1)
-    typename Accumulator<Weight>::type* state_ptr,         // [num_embeddings, D], or null
-    typename Accumulator<Weight>::type* second_state_ptr,  // [num_embeddings, D], or null
+    const void* __restrict__ keys_ptr,   // [num_keys], sorted; keys outside [0, num_embeddings) are skipped
+    Weight* weight_ptr,                  // [num_embeddings, D], any strides (VEC > 1: column stride 1)
+    typename Accumulator<Weight>::type* state_ptr,                        // [num_embeddings, D], or null
+    typename Accumulator<Weight>::type* second_state_ptr,                 // [num_embeddings, D], or null
     typename Accumulator<Weight>::type* __restrict__ partial_values_ptr,  // [2 * num_chunks, D], by slot
-    int64* __restrict__ partial_keys_ptr,  // [2 * num_chunks]; -1: the slot is empty
-    const double* __restrict__ lr_ptr,     // [1], multiplies step_size and decay; null: 1
+    int64* __restrict__ partial_keys_ptr,                                 // [2 * num_chunks]; -1: the slot is empty
+    const double* __restrict__ lr_ptr,  // [1], multiplies step_size and decay; null: 1
     int64 num_keys,
     int64 num_embeddings,
     int64 value_row_stride,   // in units of VEC elements
@@ -90,8 +88,7 @@ __global__ void row_update_kernel(
       CHUNK, order_bytes, key_bytes, 0, update);
 }
 
-// grid:  cdiv(num_runs, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_runs, blockDim.x); block: 1-D
 // owner: thread i of the grid: run i, whose summed gradient lies in memory
 // why:   "rowwise_adagrad": one thread sees the whole row: one pass for the mean square, one for the update
 template <typename Weight>

@@ -104,16 +104,7 @@ def update_elements(row_args, elements, pointers, key, width, total, mask, store
 
 @triton.jit
 def step_scalars(
-    lr_ptr,
-    step_size,
-    decay,
-    eps,
-    avg_weight,
-    sq_weight,
-    momentum,
-    weight_decay,
-    grad_scale,
-    dtype,
+    lr_ptr, step_size, decay, eps, avg_weight, sq_weight, momentum, weight_decay, grad_scale, dtype
 ):
     """The scalars of `update_elements`, [1, 1], in the accumulation dtype."""
     lr = tl.full([1, 1], 1, tl.float64)

@@ -2,20 +2,19 @@
 
 #include "common.cuh"
 
-// grid:  cdiv(num_indices * D / VEC, blockDim.x * UNROLL)
-// block: 1-D
+// grid:  cdiv(num_indices * D / VEC, blockDim.x * UNROLL); block: 1-D
 // owner: block i: vectors [i * blockDim.x * UNROLL, ...) of the flattened [num_indices, D], across row boundaries
 // why:   neighbouring threads add to neighbouring vectors, so a warp's atomics fall on whole sectors
 //
 // BAGS: position n adds row bag_of[n] of grad_output, times its per-sample weight or over its bag's size.
 template <typename Grad, int VEC, int UNROLL, bool BAGS = false>
 __global__ void scatter_add_kernel(
-    const Grad* __restrict__ grad_output_ptr,  // [*, D], any strides; VEC > 1: column stride 1
-    const void* __restrict__ indices_ptr,      // any integer dtype, [num_indices], contiguous
-    const void* __restrict__ bag_of_ptr,       // BAGS: [num_indices]: each position's bag, -1: in no bag
+    const Grad* __restrict__ grad_output_ptr,         // [*, D], any strides; VEC > 1: column stride 1
+    const void* __restrict__ indices_ptr,             // any integer dtype, [num_indices], contiguous
+    const void* __restrict__ bag_of_ptr,              // BAGS: [num_indices]: each position's bag, -1: in no bag
     const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: all 1
-    const int32* __restrict__ sizes_ptr,       // BAGS: [num_bags]: the divisors of means; null: all 1
-    Grad* grad_weight_ptr,                     // [num_embeddings, D], contiguous, zero on entry
+    const int32* __restrict__ sizes_ptr,              // BAGS: [num_bags]: the divisors of means; null: all 1
+    Grad* grad_weight_ptr,                            // [num_embeddings, D], contiguous, zero on entry
     int64 num_indices,
     int64 num_embeddings,
     int64 padding_idx,      // -1: none

@@ -30,8 +30,7 @@ struct StoreGradient {
   }
 };
 
-// grid:  cdiv(num_chunks * D / VEC, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_chunks * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
 // why:   threads walk alone (walk_runs): no shared memory, no barrier
 //
@@ -53,7 +52,7 @@ __global__ void segment_sum_kernel(
     const void* __restrict__ bag_of_ptr,   // BAGS: [num_indices]: each position's bag, -1: in no bag
     const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: all 1
     const int32* __restrict__ sizes_ptr,              // BAGS: [num_bags]: the divisors of means; null: all 1
-    Grad* __restrict__ grad_weight_ptr,    // [num_embeddings, D], contiguous, zero on entry
+    Grad* __restrict__ grad_weight_ptr,               // [num_embeddings, D], contiguous, zero on entry
     // [2 * num_chunks, D], by slot. ATOMIC_CARRY: null, and so are the next two: atomics add the carries to
     // grad_weight, which then is fp32 or fp64.
     typename Accumulator<Grad>::type* __restrict__ partial_values_ptr,

@@ -8,8 +8,8 @@ first run if that began earlier; slot 2c + 1 the carry-out, the sum of its last 
     stored   [ 3 ]                              [7]  [ 9 ]
     slots            [ 1 ]   [     2     ]  [4]                slot 3 holds 0
 
-Equal keys of partial sums are adjacent again, so the same kernel sums them, level by level, until one chunk holds all.
-The cuts depend on the number of keys alone, so the order of the additions is the same from run to run.
+Equal keys of partial sums are adjacent again, so the same kernel sums them, level by level, until one chunk holds all;
+level 0 reads grad_output. The cuts depend on the number of keys alone, so the order of the additions is deterministic.
 """
 
 import triton
@@ -65,7 +65,7 @@ def segment_sum_kernel(
     first_columns = (start < num_keys) & (tl.program_id(1) == 0)
     # True while the current run began in an earlier chunk.
     carried = (start > 0) & (key == key_before.to(tl.int64)) & (key >= 0) & (key < num_embeddings)
-    carry_in_key = key
+    first_key = key
 
     total = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)
     count = tl.zeros([BLOCK_C], tl.int32)
@@ -110,7 +110,7 @@ def segment_sum_kernel(
             )  # [BLOCK_C, BLOCK_D]
             values += (value,)
             if LOAD_ROW is not None:
-                ends = taken & (here != next_key) & ~(carries_in & (here == carry_in_key))
+                ends = taken & (here != next_key) & ~(carries_in & (here == first_key))
                 rows += (LOAD_ROW(row_args, here, ends, d, in_row),)
             if SCALE_GRAD_BY_FREQ:
                 if counts_ptr is None:
@@ -156,7 +156,7 @@ def segment_sum_kernel(
     carry_in = tl.where(fills[:, None], total, carry_in)
     if partial_values_ptr is None:
         tl.atomic_add(
-            grad_weight_ptr + (carry_in_key * D)[:, None] + d,
+            grad_weight_ptr + (first_key * D)[:, None] + d,
             carry_in,
             mask=carries_in[:, None] & in_row,
             sem="relaxed",
@@ -173,7 +173,7 @@ def segment_sum_kernel(
         tl.store(carry_in_ptr, carry_in, mask=carries_in[:, None] & in_row)
         tl.store(carry_in_ptr + D, total, mask=carries_out[:, None] & in_row)
         tl.store(
-            partial_keys_ptr + 2 * chunk, tl.where(carries_in, carry_in_key, -1), mask=first_columns
+            partial_keys_ptr + 2 * chunk, tl.where(carries_in, first_key, -1), mask=first_columns
         )
         tl.store(
             partial_keys_ptr + 2 * chunk + 1, tl.where(carries_out, key, -1), mask=first_columns

@@ -26,7 +26,7 @@ __device__ inline void walk_runs(
     const int32* __restrict__ counts_ptr,  // [num_keys]: ids summed in each value; null: 1
     const void* __restrict__ bag_of_ptr,   // BAGS: [num_indices]: each position's bag, -1: in no bag
     const Weight* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: all 1
-    const int32* __restrict__ sizes_ptr,               // BAGS: [num_bags]: the divisors of means; null: all 1
+    const int32* __restrict__ sizes_ptr,                // BAGS: [num_bags]: the divisors of means; null: all 1
     // [2 * num_chunks, D], by slot. ATOMIC_CARRY: null, and so are the next two
     Acc* __restrict__ partial_values_ptr,
     int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: the slot is empty

@@ -14,8 +14,7 @@ __device__ inline void convert(From value, To& out) {
   narrow(widen(value), out);
 }
 
-// grid:  cdiv(num_indices * D / VEC, blockDim.x)
-// block: 1-D
+// grid:  cdiv(num_indices * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: vector i of the flattened output, across row boundaries
 // why:   no lane idles when a row is shorter than a warp, or its length no power of two
 template <typename Weight, typename Output, int VEC>
