@@ -29,7 +29,7 @@ MAX_MODE = tl.constexpr(2)
 
 @triton.jit
 def table_column(tables_ptr, table, COLUMN: tl.constexpr):
-    """One column of each of these tables."""
+    """One column of tables_ptr, for each of `table`."""
     return tl.load(tables_ptr + table * NUM_TABLE_COLUMNS + COLUMN)
 
 
