@@ -15,7 +15,6 @@ import gpu_embed
 from gpu_embed import backends, bounds
 from gpu_embed.backends._cupy import CupyBackend, cubin_cache
 from gpu_embed.backends._cupy import device as cupy_device
-from gpu_embed.backends._plan import gradient as kernel_backend
 from gpu_embed.functional.tables import table_batched_embedding_bag
 from gpu_embed.ops.take import dequantize_rows, take_rows
 from gpu_embed.own_thread import on_own_thread
@@ -215,7 +214,7 @@ def both(card, monkeypatch):
             if backend.error is not None:
                 raise backend.error
 
-        backend._try_launch = try_launch
+        backend._trial.run = try_launch
     return found
 
 
@@ -282,20 +281,18 @@ def test_each_device_is_tried(both):
 
 
 @pytest.mark.parametrize("gives", ["right", "wrong"])
-def test_what_is_tried_is_a_lookup(target, monkeypatch, gives):
+def test_what_is_tried_is_a_lookup(kernel_target, monkeypatch, gives):
     """The kernel that lookups use, its rows compared."""
-    backend = backends.select(torch.device(target.device))
-    if not isinstance(backend, kernel_backend.KernelBackend):
-        pytest.skip(f"{target.backend} launches no kernel of ours")
+    backend = backends.select(torch.device(kernel_target.device))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     if gives == "right":
-        backend._try_launch(torch.device(target.device))
+        backend._trial.run(torch.device(kernel_target.device))
         return
     monkeypatch.setattr(
-        type(backend), "embedding", lambda *_: torch.zeros(1, 4, device=target.device)
+        type(backend), "embedding", lambda *_: torch.zeros(1, 4, device=kernel_target.device)
     )
     with pytest.raises(RuntimeError, match="gave other numbers"):
-        backend._try_launch(torch.device(target.device))
+        backend._trial.run(torch.device(kernel_target.device))
 
 
 @pytest.mark.parametrize("name", ["triton", "cupy"])

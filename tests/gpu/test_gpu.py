@@ -628,7 +628,7 @@ def test_gradients_repeat_bit_for_bit(backend, deterministic, dtype, arguments):
     ids=str,
 )
 def test_memory_of_a_backward(backend, shape, dtype, method):
-    """Beyond the gradient 16 bytes an id and 64 MiB: no copy of grad_output, nor of a 16-bit table in fp32."""
+    """Beyond the gradient 40 bytes an id and 64 MiB: no copy of grad_output, nor of a 16-bit table in fp32."""
     num_embeddings, embedding_dim, num_indices = shape
     indices = random_ids(num_indices, num_embeddings)
     grad_output = torch.ones(num_indices, embedding_dim, dtype=dtype, device=DEVICE)
@@ -641,13 +641,13 @@ def test_memory_of_a_backward(backend, shape, dtype, method):
         torch.cuda.reset_peak_memory_stats()
         grad_weight = torch.ops.gpu_embed.embedding_dense_backward(*arguments)
         peak = torch.cuda.max_memory_allocated() - before
-    assert grad_weight.nbytes <= peak <= grad_weight.nbytes + 16 * num_indices + 64 * 2**20
+    assert grad_weight.nbytes <= peak <= grad_weight.nbytes + 40 * num_indices + 64 * 2**20
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "equal", "sorted"])
 @pytest.mark.parametrize("num_embeddings", [15, 1_000_000])
 def test_gradients_of_many_ids(backend, kind, num_embeddings):
-    """Too many for torch.sort's memory: the radix sort, with many steps a tile and a last one not full."""
+    """Several levels of partial sums, whatever the runs."""
     num_indices = 10_000_001
     indices = ids(kind, num_indices, num_embeddings, DEVICE).int()
     grad_output = integers(num_indices, 2)
