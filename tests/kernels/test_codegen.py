@@ -218,7 +218,7 @@ def test_segment_sum_loads_and_stores_whole_vectors(launches: Launches, case: Ca
         assert launch.widths("load", "values_ptr") == {width}
         items = width // value_itemsize
         assert launch.widths("store", "grad_weight_ptr") == {items * itemsize}
-        assert launch.widths("store", "lead_ptr") == {min(16, items * acc_itemsize)}
+        assert launch.widths("store", "carry_in_ptr") == {min(16, items * acc_itemsize)}
         value_itemsize, width = acc_itemsize, gcd(16, case.embedding_dim * acc_itemsize)
 
 

@@ -653,5 +653,5 @@ def test_each_cuda_kernel_has_the_name_and_the_arguments_of_its_triton_twin() ->
         assert cuda[name][: len(arguments)] == arguments, name
         rest = [argument for argument in cuda[name][len(arguments) :] if argument not in constants]
         widths = {"index_bytes", "order_bytes", "key_bytes", "bag_bytes"}
-        widths |= {"offset_bytes", "source_bytes", "winner_bytes", "index_kind"}
+        widths |= {"offset_bytes", "output_bag_bytes", "max_position_bytes", "index_kind"}
         assert set(rest) <= {*widths, "num_runs", "zero_padding"}, name
