@@ -19,6 +19,7 @@ from gpu_embed import reference
 from gpu_embed.backends._cupy.nvrtc import Kernel
 from gpu_embed.backends._plan.gradient_method import use_gradient_method
 from gpu_embed.bounds import BoundsRecord
+from gpu_embed.reference.renorm import row_norm
 from gpu_embed.take import QuantizedTable
 
 KERNELS_DIR = Path(__file__).parents[2] / "kernels"
@@ -319,19 +320,6 @@ def test_sorted_gradient_with_atomic_ends(
     assert len(launched(backend, "segment_sum_kernel")) == 1
 
 
-@pytest.mark.parametrize("method", ["descriptor", "one_hot"])
-def test_methods_without_a_kernel_are_refused(sm_90: HostShimCupyBackend, method: str) -> None:
-    """Forced choice: no silent fallback from a kernel that only Triton has."""
-    dtype = torch.bfloat16 if method == "one_hot" else torch.float32
-    with (
-        use_gradient_method(method),
-        pytest.raises(RuntimeError, match=f"'{method}' is forced but cannot serve .* 'cupy'"),
-    ):
-        sm_90.embedding_dense_backward(
-            torch.ones(2, 4, dtype=dtype), torch.tensor([0, 1]), 2, -1, False
-        )
-
-
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 64, 65, 512, 513])
 @pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
 def test_gradient_of_few_ids(sm_90: HostShimCupyBackend, count: int, method: str) -> None:
@@ -466,7 +454,7 @@ def test_renorm_of_every_norm(
 ) -> None:
     weight = torch.randn(60, columns, generator=seeded(), dtype=torch.float64).to(dtype)
     indices = torch.randint(0, 50, (20, 2), generator=seeded())
-    norms = reference.row_norm(weight.double().numpy(), norm_type)
+    norms = row_norm(weight.double().numpy(), norm_type)
     max_norm = float(np.median(norms))
     expected = torch.from_numpy(
         reference.embedding_renorm(weight.double().numpy(), indices.numpy(), max_norm, norm_type)
@@ -487,7 +475,7 @@ def test_renorm_agrees_with_torch(
 ) -> None:
     weight = torch.randn(60, 50, generator=seeded(), dtype=dtype)
     indices = torch.randint(0, 50, (90,), generator=seeded())
-    max_norm = float(np.median(reference.row_norm(weight.double().numpy(), norm_type)))
+    max_norm = float(np.median(row_norm(weight.double().numpy(), norm_type)))
     if norm_type == 0:
         max_norm -= 1
     expected = weight.clone()
@@ -626,16 +614,10 @@ def test_the_host_build_knows_no_other_kernel(sm_90: HostShimCupyBackend) -> Non
         sm_90._launch(Kernel("counts", "no_kernel"), (1, 1), (1, 1), torch.device("cpu"))
 
 
-# Matrix units and the bulk copy engine: what CUDA C++ is the fallback for has neither.
-TRITON_ONLY = ("descriptor.py", "one_hot.py")
-
-
 def triton_parameters() -> dict[str, tuple[list[str], list[str]]]:
     """For each Triton kernel: its arguments, and its constants."""
     found = {}
-    for path in sorted(
-        set(KERNELS_DIR.glob("*.py")) - {KERNELS_DIR / name for name in TRITON_ONLY}
-    ):
+    for path in sorted(KERNELS_DIR.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 # Those with a default are for the kernels that call this one.
@@ -671,5 +653,5 @@ def test_each_cuda_kernel_has_the_name_and_the_arguments_of_its_triton_twin() ->
         assert cuda[name][: len(arguments)] == arguments, name
         rest = [argument for argument in cuda[name][len(arguments) :] if argument not in constants]
         widths = {"index_bytes", "order_bytes", "key_bytes", "bag_bytes"}
-        widths |= {"offset_bytes", "source_bytes", "winner_bytes", "index_kind"}
+        widths |= {"offset_bytes", "output_bag_bytes", "max_position_bytes", "index_kind"}
         assert set(rest) <= {*widths, "num_runs", "zero_padding"}, name

@@ -65,8 +65,3 @@ def skip_without_kernel(target: Target, method: str) -> None:
     """Skip a gather or gradient method where the target has no kernel for it."""
     if target.backend not in ("triton", "cupy"):
         pytest.skip(f"{target.backend} has no choice of method")
-    if target.backend == "cupy" and method in ("descriptor", "one_hot"):
-        pytest.skip("only triton has such a kernel")
-    old = target.device == "cuda" and torch.cuda.get_device_capability() < (9, 0)
-    if method == "descriptor" and old:
-        pytest.skip("tensor descriptors need compute capability 9.0")

@@ -7,6 +7,8 @@ import torch
 
 from ...own_thread import on_own_thread
 
+logger = logging.getLogger("gpu_embed")
+
 
 class TrialLaunch:
     """A backend's smallest lookup, tried once a device."""
@@ -32,7 +34,7 @@ class TrialLaunch:
                 return None  # The card is full for now; the lookup itself will say so.
             except Exception as error:
                 reason = f"{self._backend.name} cannot launch a kernel here: {_first_line(error)}"
-                logging.getLogger("gpu_embed").warning("gpu_embed: %s", reason)
+                logger.warning("gpu_embed: %s", reason)
             self._failures[index] = reason
         return self._failures[index]
 
