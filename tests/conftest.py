@@ -1,9 +1,11 @@
-"""The `target` fixture: a test of every backend on every device; the header says which of them run."""
+"""The `target` fixture: a test of every backend on every device; the header says which of them run. Two tiers."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import targets
+import tiers
 import torch
 from targets import CUDA, REQUIRE_GPU, Target
 
@@ -29,9 +31,39 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             gpu_embed.check_bounds()
 
 
-def pytest_report_header() -> list[str]:
-    """One line a target: runs, or why not."""
-    lines = []
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="both tiers: every product, model, process"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    path = collection_path.relative_to(config.rootpath).as_posix()
+    return True if path in tiers.FULL_FILES and not config.option.full else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
+    """Drops the cases that a mark `where` denies; in the default tier a product becomes its pairs.
+
+    Here and not among the finished items, as it is making these that takes long.
+    """
+    yield
+    wheres = [mark.args[0] for mark in metafunc.definition.iter_markers("where")]
+    calls = [call for call in metafunc._calls if tiers.exists(call.params, wheres)]
+    assert calls or not metafunc._calls, f"{metafunc.definition.nodeid}: no case is left"
+    if not metafunc.config.option.full and calls:
+        # With no case left pytest would make one without parameters; this one is deselected below.
+        first = calls[:1]
+        calls = [call for call in calls if all(mark.name != "full" for mark in call.marks)]
+        kept = tiers.pairwise([call.indices for call in calls])
+        calls = [calls[index] for index in kept] or first
+    metafunc._calls = calls
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """The tier, and one line a target: runs, or why not."""
+    lines = ["tier: " + ("full" if config.option.full else "default (--full runs everything)")]
     for one in targets.ALL:
         reason = targets.unusable_reason(one)
         how = ""
@@ -43,10 +75,11 @@ def pytest_report_header() -> list[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of a GPU are collected where there is one, or where GPU_EMBED_REQUIRE_GPU=1 asks for it."""
-    if CUDA or REQUIRE_GPU:
-        return
-    config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
-    items[:] = [item for item in items if "gpu" not in item.keywords]
+    absent = set() if CUDA or REQUIRE_GPU else {"gpu"}
+    absent |= set() if config.option.full else {"full"}
+    deselected = [item for item in items if any(map(item.get_closest_marker, absent))]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if not any(map(item.get_closest_marker, absent))]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from cases import FORWARD_DTYPES, ID_DTYPES, same_bits, table
-from targets import skip_without_kernel
+from targets import has_kernels, has_method
+from tiers import where
 
 import gpu_embed
 from gpu_embed import backends
 from gpu_embed.functional import embedding
 from gpu_embed.settings import GATHER_METHOD
+
+pytestmark = where(has_method)
 
 # (num_embeddings, embedding_dim): words of 1 to 8 bytes, whole tiles, ragged ones, wider than a tile.
 TABLES = [(7, 2), (5, 1), (9, 50), (6, 128), (4, 300), (3, 33), (2, 4100)]
@@ -19,8 +22,6 @@ METHODS = ("auto", "rows", "flat", "descriptor")
 @pytest.fixture(params=METHODS)
 def method(request, target):
     """Forces one kernel where the backend has several; the others run once."""
-    if request.param != "auto":
-        skip_without_kernel(target, request.param)
     with gpu_embed.use_gather_method(request.param):
         yield request.param
 
@@ -202,10 +203,9 @@ def test_ids_out_of_range_are_reported(target, method, embedding_dim):
         embedding(indices, weight)
 
 
+@where(lambda target: target.backend == "triton")
 def test_a_known_table_notices_another_method(target):
     """Forced choice: what was prepared for one method does not serve another."""
-    if target.backend != "triton":
-        pytest.skip(f"{target.backend} has no method that refuses rows")
     weight = torch.nn.Parameter(table(5, 3, torch.float32, target.device))
     indices = torch.tensor([4, 0], device=target.device)
     for _ in range(2):
@@ -217,12 +217,12 @@ def test_a_known_table_notices_another_method(target):
             embedding(indices, weight)
 
 
+@where(has_kernels)
 @pytest.mark.parametrize(("embedding_dim", "chosen"), [(12, "flat"), (128, "rows")])
 def test_a_forced_method_launches_its_own_kernel(
     target, method, embedding_dim, chosen, monkeypatch
 ):
     """Forced choice: what is asked for is what runs."""
-    skip_without_kernel(target, method)
     backend = backends.load(target.backend)
     launched = []
 
@@ -236,10 +236,9 @@ def test_a_forced_method_launches_its_own_kernel(
     assert launched == [f"gather_{chosen if method == 'auto' else method}_kernel"]
 
 
+@where(lambda target: target.backend == "cupy")
 def test_methods_that_a_backend_lacks_are_refused(target):
     """Forced choice: no silent fallback from a kernel that only Triton has."""
-    if target.backend != "cupy":
-        pytest.skip(f"{target.backend} lacks none, or has no choice")
     weight = table(5, 12, torch.float32, target.device)
     with (
         gpu_embed.use_gather_method("descriptor"),

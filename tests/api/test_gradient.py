@@ -5,7 +5,8 @@ from math import gcd
 import pytest
 import torch
 from cases import GRADIENT_DTYPES, ID_DTYPES, ids, integer_gradient, same_bits, table
-from targets import skip_without_kernel
+from targets import has_kernels, has_method
+from tiers import where
 
 import gpu_embed
 from gpu_embed import backends
@@ -13,6 +14,8 @@ from gpu_embed.backends._plan.access import row_matrix, row_numbers
 from gpu_embed.backends._plan.gradient_method import RULES, choose
 from gpu_embed.functional import embedding
 from gpu_embed.settings import GRADIENT_METHOD
+
+pytestmark = where(has_method)
 
 METHODS = tuple(RULES)
 # Small integers are exact in these, up to the one rounding at the end.
@@ -37,8 +40,6 @@ def gradient(indices, num_embeddings, grad_output, **arguments):
 @pytest.fixture(params=METHODS)
 def method(request, target):
     """Forces one gradient kernel where the backend has several; the others run once."""
-    if request.param != "sorted":
-        skip_without_kernel(target, request.param)
     with gpu_embed.use_gradient_method(request.param):
         yield request.param
 
@@ -49,6 +50,10 @@ def serves(method, num_embeddings, embedding_dim):
     if method == "descriptor":
         return embedding_dim * itemsize % 16 == 0
     return method != "one_hot" or num_embeddings <= 256
+
+
+def serves_dtype(method, dtype):
+    return dtype in (RULES[method].dtypes or GRADIENT_DTYPES)
 
 
 # (V, D, N): one row, a hot table, odd and even widths, several levels of partial sums.
@@ -109,11 +114,10 @@ def test_sums_are_rounded_once(target, method, dtype):
     assert actual.item() == 1 + eps
 
 
+@where(serves_dtype)
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 def test_random_gradients_stay_within_the_bound_of_fp32_sums(target, method, dtype):
     """Accumulation: |actual - exact| <= count * eps32 * sum(|grad|), and half an ulp for the rounding."""
-    if dtype not in (RULES[method].dtypes or GRADIENT_DTYPES):
-        pytest.skip(f"{method} does not serve {dtype}")
     generator = torch.Generator().manual_seed(3)
     columns = 8 if method == "descriptor" else 7
     grad_output = torch.randn(100, columns, generator=generator).to(dtype).to(target.device)
@@ -128,13 +132,12 @@ def test_random_gradients_stay_within_the_bound_of_fp32_sums(target, method, dty
     assert ((actual.double() - exact).abs() <= bound).all()
 
 
+@where(lambda method, num_embeddings: serves(method, num_embeddings, 4))
 @pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
 @pytest.mark.parametrize("num_embeddings", [100, 200, 256, 300, 40_000])
 def test_every_dtype_of_ids_and_of_sort_keys(target, method, dtype, num_embeddings):
     """Sort keys are as narrow as the table allows; ids keep their own dtype."""
     indices = torch.tensor([0, 99, 5, 99, 0, 7], device=target.device).to(dtype)
-    if not serves(method, num_embeddings, 4):
-        pytest.skip(f"{method} takes no table of {num_embeddings} rows")
     grad_output = integer_gradient((6, 4), DTYPE_OF[method], target.device)
     actual, expected = gradient(indices, num_embeddings, grad_output)
     assert torch.equal(actual, expected)
@@ -267,12 +270,11 @@ def test_float8_gradients_are_refused_as_torch_does(target):
         output.backward(output.detach())
 
 
+@where(serves_dtype)
 @pytest.mark.parametrize("method", ["sorted", "one_hot"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_gradients_repeat_bit_for_bit(target, method, dtype):
     """Determinism: torch.use_deterministic_algorithms(True) needs no atomics and raises no error."""
-    if dtype not in (RULES[method].dtypes or GRADIENT_DTYPES):
-        pytest.skip(f"{method} does not serve {dtype}")
     generator = torch.Generator().manual_seed(5)
     # More chunks than one, and more splits.
     count = 200 if method == "sorted" else 600
@@ -391,9 +393,9 @@ KERNELS_OF = {
 }
 
 
+@where(has_kernels)
 def test_a_forced_method_launches_its_own_kernels(target, method, monkeypatch):
     """Forced choice: what is asked for is what runs."""
-    skip_without_kernel(target, method)
     backend = backends.load(target.backend)
     launched = []
 

@@ -10,12 +10,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from targets import has_kernels
+from tiers import where
 
 import gpu_embed
 from gpu_embed import backends, bounds
 from gpu_embed.backends._cupy import CupyBackend, cubin_cache
 from gpu_embed.backends._cupy import device as cupy_device
-from gpu_embed.backends._plan import gradient as kernel_backend
 from gpu_embed.functional.tables import table_batched_embedding_bag
 from gpu_embed.ops.take import dequantize_rows, take_rows
 from gpu_embed.own_thread import on_own_thread
@@ -281,12 +282,11 @@ def test_each_device_is_tried(both):
     assert both["triton"].tried == 2
 
 
+@where(has_kernels)
 @pytest.mark.parametrize("gives", ["right", "wrong"])
 def test_what_is_tried_is_a_lookup(target, monkeypatch, gives):
     """The kernel that lookups use, its rows compared."""
     backend = backends.select(torch.device(target.device))
-    if not isinstance(backend, kernel_backend.KernelBackend):
-        pytest.skip(f"{target.backend} launches no kernel of ours")
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     if gives == "right":
         backend._try_launch(torch.device(target.device))

@@ -1215,6 +1215,20 @@ def test_bags_equal_torchs_in_fp64(backend, dtype, method, kind):
         assert ((actual.double() - right).abs() <= bound).all()
 
 
+def test_wrong_offsets_never_read_outside_of_the_ids(backend):
+    """Bounds: on CUDA nobody looks at the offsets before the kernel, which keeps to the ids."""
+    weight = table(4, 3, torch.float32, DEVICE).requires_grad_()
+    indices = torch.tensor([1, 2, 3], device=DEVICE)
+    for offsets in ([0, 2, 1], [0, 99, 2], [0, -7, 2], [1, 2, 3], [0, 1, 2**40]):
+        offsets = torch.tensor(offsets, device=DEVICE)
+        for mode in ("sum", "mean", "max"):
+            output = embedding_bag(indices, weight, offsets, mode=mode)
+            with pytest.raises(RuntimeError, match=r"offsets\[\d\] is "):
+                gpu_embed.check_bounds()
+            with gpu_embed.set_bounds_check("off"):
+                output.sum().backward()
+
+
 @pytest.mark.parametrize("kind", ["sum", "mean", "max"])
 @pytest.mark.parametrize("num_bags", [1, 3, 1000])
 def test_long_bags(backend, kind, num_bags):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import same_bits
 from table_cases import integer_layer, integers, random_input
+from tiers import where
 
 import gpu_embed
 from gpu_embed import backends, optim
@@ -526,10 +527,9 @@ def test_a_learning_rate_on_the_device(target):
     assert torch.equal(layers[0].weight, layers[1].weight)
 
 
+@where(lambda target: target.backend == "triton")
 def test_a_step_is_one_sort_and_one_launch(target, monkeypatch):
     """Whatever the number of tables and their height, and with nothing that grows with that."""
-    if target.backend != "triton":
-        pytest.skip("counts Triton's launches")
     backend = backends.select(torch.device(target.device))
     launch, names = backend._launch, []
 
