@@ -38,13 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    path = collection_path.relative_to(config.rootpath).as_posix()
-    return True if path in tiers.FULL_FILES and not config.option.full else None
+    full = tiers.is_full(collection_path, config.rootpath)
+    return True if full and not config.option.full else None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
-    """Drops the cases that a mark `where` denies; in the default tier a product becomes its pairs.
+    """Drops the cases that a mark `where` denies, and leaves to the full tier what is more than pairs.
 
     Here and not among the finished items, as it is making these that takes long.
     """
@@ -52,13 +52,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
     wheres = [mark.args[0] for mark in metafunc.definition.iter_markers("where")]
     calls = [call for call in metafunc._calls if tiers.exists(call.params, wheres)]
     assert calls or not metafunc._calls, f"{metafunc.definition.nodeid}: no case is left"
-    if not metafunc.config.option.full and calls:
-        # With no case left pytest would make one without parameters; this one is deselected below.
-        first = calls[:1]
-        calls = [call for call in calls if all(mark.name != "full" for mark in call.marks)]
-        kept = tiers.pairwise([call.indices for call in calls])
-        calls = [calls[index] for index in kept] or first
-    metafunc._calls = calls
+    default = [call for call in calls if all(mark.name != "full" for mark in call.marks)]
+    default = [default[index] for index in tiers.pairwise([call.indices for call in default])]
+    if metafunc.config.option.full:
+        in_default = {call.id for call in default}
+        for call in calls:
+            if call.id not in in_default:
+                call.marks.append(pytest.mark.full.mark)
+    # With no case left pytest would make one without parameters; this one is deselected as it is marked full.
+    metafunc._calls = calls if metafunc.config.option.full else default or calls[:1]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -73,13 +75,18 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return lines
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of a GPU are collected where there is one, or where GPU_EMBED_REQUIRE_GPU=1 asks for it."""
     absent = set() if CUDA or REQUIRE_GPU else {"gpu"}
     absent |= set() if config.option.full else {"full"}
-    deselected = [item for item in items if any(map(item.get_closest_marker, absent))]
+    kept, deselected = [], []
+    for item in items:
+        if tiers.is_full(item.path, config.rootpath):
+            item.add_marker("full")
+        (deselected if any(map(item.get_closest_marker, absent)) else kept).append(item)
     config.hook.pytest_deselected(items=deselected)
-    items[:] = [item for item in items if not any(map(item.get_closest_marker, absent))]
+    items[:] = kept
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -426,6 +426,7 @@ def test_the_first_lookup_of_a_thread(target, how):
     assert_same(functional.embedding(ids, fresh).detach(), expected)
 
 
+@pytest.mark.full
 @in_both_ways
 def test_self_check(target, how):
     with default_device(how):
@@ -433,6 +434,7 @@ def test_self_check(target, how):
     assert (found.status, found.detail) == ("right", "")
 
 
+@pytest.mark.full
 @in_both_ways
 def test_the_environment_report(how, capsys):
     with default_device(how):
@@ -536,6 +538,7 @@ def bench_call(device: str) -> Call:
     return lambda: [ids.draw(kind, 20, 50, 1, padding=0.2, padding_idx=3) for kind in kinds]
 
 
+@pytest.mark.full
 @in_both_ways
 @pytest.mark.parametrize("make", [text_call, picture_call, reference_call, demo_call, bench_call])
 def test_what_has_no_backend_of_its_own(how, make):

@@ -309,6 +309,7 @@ def test_maxima_of_numbers_that_are_not_finite(target, method, sizes):
     assert layer.weight.grad.isfinite().all()
 
 
+@pytest.mark.full
 def test_gradgradcheck_of_maxima(target):
     """As torch: of any order, forward mode too, beside a table that is averaged."""
     layer = integer_layer(
@@ -333,6 +334,7 @@ def test_gradgradcheck_of_maxima(target):
     assert torch.allclose(product, torch.func.grad(twice)(weight.detach()))
 
 
+@pytest.mark.full
 def test_opcheck_of_maxima(target):
     """Drop-in: torch.library's own checks."""
     layer = integer_layer([(3, 1), (2, 2)], target.device, mode=["max", "mean"])
@@ -346,6 +348,7 @@ def test_opcheck_of_maxima(target):
     torch.library.opcheck(table_ops.table_batched_embedding, arguments)
 
 
+@pytest.mark.full
 def test_compiled_maxima_equal_eager(target):
     """Drop-in: one graph, forward and backward."""
     torch._dynamo.reset()
@@ -580,6 +583,7 @@ def test_gradcheck_and_gradgradcheck(target, mode):
     assert gradgradcheck(look_up, weight, **quick(target))
 
 
+@pytest.mark.full
 def test_gradgradcheck_of_mixed_tables_and_weights(target):
     """As torch: of both at once."""
     layer = integer_layer([(2, 1), (3, 2)], target.device, torch.float64, padding_idx=[0, None])
@@ -673,6 +677,7 @@ OPCHECK = {
 opchecked = pytest.mark.parametrize(("sizes", "pooled"), OPCHECK.values(), ids=OPCHECK)
 
 
+@pytest.mark.full
 @opchecked
 def test_opcheck_forward(target, sizes, pooled):
     """Drop-in: torch.library's own checks."""
@@ -682,6 +687,7 @@ def test_opcheck_forward(target, sizes, pooled):
     torch.library.opcheck(table_ops.table_batched_embedding, arguments)
 
 
+@pytest.mark.full
 @opchecked
 def test_opcheck_backward(target, sizes, pooled):
     """Drop-in: torch.library's own checks."""

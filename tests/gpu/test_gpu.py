@@ -892,7 +892,7 @@ def test_training_equals_torchs_layer(backend, method, arguments):
     assert not torch.equal(ours.weight, before)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("arguments", [{}, {"padding_idx": 5}], ids=str)
 def test_compiled_training_equals_eager(triton, arguments, mode):

@@ -121,7 +121,7 @@ print(json.dumps({**vars(outcomes), **calls}))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_keras_own_tests_pass_with_our_layer(tmp_path):
     """All 51 of Keras 3.15, but for three that need a backend with sparse or ragged tensors."""
     done = run_python(
@@ -414,7 +414,7 @@ def model(keras, ours):
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_fit_with_jit_compile(keras, ours, monkeypatch):
     """Traced by torch.compile, whose code for the CPU another test compiles."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -474,7 +474,7 @@ def test_compiled_and_mapped_calls_are_made_of_torchs_operators(keras, ours):
     assert not [name for name in seen.names if "gpu_embed" in name]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_export_to_onnx_and_torch(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -723,7 +723,7 @@ def in_ddp(rank, world_size, store):
     os._exit(0)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_no_replica_under_ddp_moves_alone(tmp_path, world_size):
     """Nor under what the message says to do instead."""

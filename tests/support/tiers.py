@@ -8,11 +8,35 @@ import heapq
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 
-# Not even imported in the default tier: code generation, models, processes, examples.
-FULL_FILES = frozenset({"tests/kernels/test_codegen.py"})
+# Not even imported in the default tier: code generation, models, processes, examples, random cases.
+FULL_FILES = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "api/test_properties",
+        "api/test_tables_properties",
+        "api/test_torch_samples",
+        "kernels/test_codegen",
+        "kernels/test_cuda_nvrtc",
+        "keras/test_examples",
+        "optim/test_training_loops",
+        "pages/test_demo",
+        "pages/test_examples",
+        "pages/test_training_page",
+        "swap/test_minilm",
+        "swap/test_opacus",
+        "swap/test_peft",
+        "swap/test_transformers",
+    )
+)
+
+
+def is_full(path: Path, root: Path) -> bool:
+    """Whether the file is in the full tier as a whole."""
+    return path.relative_to(root).as_posix() in FULL_FILES
 
 
 def where(condition: Callable[..., bool]) -> pytest.MarkDecorator:

@@ -724,7 +724,7 @@ def test_verify_leaves_no_trace_of_a_failed_run(device):
 # Several processes.
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_ddp_and_fsdp_train_as_before(tmp_path):
     """Drop-in: two processes on gloo; each checks DDP and FSDP2 before and after the swap."""
