@@ -521,6 +521,7 @@ assert np.array_equal(layer(ids), base(ids))
 '''
 
 
+@pytest.mark.full
 def test_save_and_load_here_and_on_another_backend(keras, ours, model, tmp_path):
     """Under the name gpu_embed>Embedding; on another backend the layer is Keras's own, and a log line says so."""
     assert keras.saving.get_registered_name(ours) == "gpu_embed>Embedding"

@@ -92,6 +92,7 @@ def test_wheel_carries_the_license(wheel: Path) -> None:
     assert metadata.replace("METADATA", "licenses/LICENSE") in archive.namelist()
 
 
+@pytest.mark.full
 def test_unpacked_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     """Packaging: the three folders come together as one package away from the repo."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
