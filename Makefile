@@ -15,7 +15,7 @@ env_python := $(env_dir)/bin/python3
 .DEFAULT_GOAL := help
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format docs gpu versions clean FORCE
+.PHONY: help demo test test-all lint format docs gpu versions release clean FORCE
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -119,6 +119,9 @@ gpu: ## in the current python3, no download: GPU tests that must not skip, compu
 
 versions: ## try another torch, Triton and NumPy in an environment of its own: ROW=newest PYTHON=python3.13
 	$(PYTHON) tests/support/versions.py $(ROW)
+
+release: $(demo_env) ## check the version, build sdist and wheel into dist/ and tag; uploads nothing
+	.ci/release $(env_python)
 
 clean: ## remove .venv and everything that was built or cached
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 import gpu_embed
-from gpu_embed.demo.__main__ import describe_backend
+from gpu_embed.demo.running import describe_backend
 
 from . import ids as ids_module
 from . import machine, results
@@ -250,7 +250,9 @@ def choose_device(name: str | None) -> torch.device:
 def check_extra(*names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise CannotRunError(f"this needs {name}: pip install 'gpu_embed[bench]'")
+            raise CannotRunError(
+                f'this needs {name}: install the extra "bench" (from a clone: pip install ".[bench]")'
+            )
 
 
 def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:

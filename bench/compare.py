@@ -10,9 +10,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
-from .console import make_console, print_table
+from .console import make_console, make_table, print_table
 from .results import Key, ResultsError, Row, read_rows
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ def time_of(row: Row) -> float | None:
     if row.status == "ok" and row.ms_p50 is not None and 0 < row.ms_p50 < math.inf:
         return row.ms_p50
     return None
+
+
+def state_of(row: Row) -> str:
+    """What stands in place of a time."""
+    return "not timed" if row.status == "ok" else row.status
 
 
 def noise_of(row: Row) -> str:
@@ -91,10 +97,6 @@ def ratio_of(slow: Row | None, fast: Row | None) -> float | None:
     above = time_of(slow) if slow and not noise_of(slow) else None
     below = time_of(fast) if fast and not noise_of(fast) else None
     return above / below if above and below else None
-
-
-def geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def describe(cell: Key) -> str:
@@ -275,22 +277,19 @@ def _print_versions(console: Console, comparison: Comparison) -> None:
 
 def _pair_table(pairs: Sequence[Pair], fail_below: float) -> Table:
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
     bad = [pair for pair in pairs if pair.regressed(fail_below)]
     shown = bad + [pair for pair in pairs if not pair.regressed(fail_below)][:SHOWN]
     left_out = len(pairs) - len(shown)
-    table = Table(
-        title=f"old ms / new ms (1.0: the same; below 1: slower), worst of {len(pairs)} rows first",
+    table = make_table(
+        f"old ms / new ms (1.0: the same; below 1: slower), worst of {len(pairs)} rows first",
+        *("verdict", ">ratio", ">old ms", ">new ms", "provider"),
         caption=f"{left_out} more rows, none of them slower or broken" if left_out else None,
-        title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
     )
-    table.add_column("verdict", no_wrap=True)
-    for name in ("ratio", "old ms", "new ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("provider", no_wrap=True)
+    for column in table.columns:
+        column.no_wrap = True
     table.add_column("cell", overflow="fold")
     for pair in shown:
         table.add_row(
@@ -307,20 +306,19 @@ def _pair_table(pairs: Sequence[Pair], fail_below: float) -> Table:
 
 def _provider_table(comparison: Comparison, fail_below: float) -> Table:
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
-    table = Table(title="By provider", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("provider")
-    for name in ("compared", "geometric mean", "worst", "best", f"below {fail_below:g}", "broken"):
-        table.add_column(name, justify="right")
-    table.add_column("decides")
+    counts = (
+        ">compared",
+        ">geometric mean",
+        ">worst",
+        ">best",
+        f">below {fail_below:g}",
+        ">broken",
+    )
+    table = make_table("By provider", "provider", *counts, "decides", box=SIMPLE_HEAD)
     for provider, pairs in comparison.providers().items():
         ratios = [pair.ratio for pair in pairs if pair.ratio is not None]
-        figures = (
-            [f"{value:.3f}" for value in (geometric_mean(ratios), min(ratios), max(ratios))]
-            if ratios
-            else ["", "", ""]
-        )
+        figures = [f"{of(ratios):.3f}" if ratios else "" for of in (geometric_mean, min, max)]
         table.add_row(
             provider,
             str(len(ratios)),
@@ -356,13 +354,9 @@ def _style(pair: Pair, fail_below: float) -> str:
     return "bold red" if pair.judged else "yellow"
 
 
-def _state(row: Row) -> str:
-    return "not timed" if row.status == "ok" else row.status
-
-
 def _milliseconds(row: Row) -> str:
     value = time_of(row)
-    return _state(row) if value is None else f"{value:.4g}"
+    return state_of(row) if value is None else f"{value:.4g}"
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,17 @@ def make_console() -> Console:
     if not console.is_terminal:
         console.width = FILE_WIDTH
     return console
+
+
+def make_table(title: str, *columns: str, **options: Any) -> Table:
+    """rich's table; a column of numbers is named with a ">" before it, and stands at the right."""
+    from rich.table import Column, Table
+
+    heads = [
+        Column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
+        for name in columns
+    ]
+    return Table(*heads, title=title, title_justify="left", **options)
 
 
 def print_table(console: Console, table: Table) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import geometric_mean
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,17 +27,17 @@ from gpu_embed.plot import PLAIN_TEXT, draw_legend
 from .compare import (
     NOISY_MEANS,
     by_cell,
-    geometric_mean,
     is_ours,
     noise_of,
     our_row,
     ratio_of,
+    state_of,
     time_of,
 )
-from .results import Key, Row, header_or_empty, rows_to_show
+from .results import Key, Row, complete_header, header_or_empty, rows_to_show, write_whole
 from .shapes import STEPS
 
-T = TypeVar("T")
+Curves = Mapping[str, Sequence[Row]]  # each provider's rows, in the order of the x axis
 
 DPI = 110
 GREY = "#666666"
@@ -50,6 +53,7 @@ STEP_CAPTION = (
     "A step is forward, backward and the optimizer's update. -sparse: a sparse gradient · "
     "in-backward, fbgemm-gpu: updated inside the backward pass · the others: a gradient as large as the table"
 )
+PEAK_LABEL = "memory at the step's peak (MiB),\ntable and state included"
 # In place of the ratio of two times of which one is too noisy.
 NOISY = "noisy"
 # Ratios beyond this factor share the darkest colours of the heat map.
@@ -81,8 +85,10 @@ STYLES = {
     "fbgemm-gpu": Style("#8C6D00", "P"),
     "fbgemm-gpu-cpu": Style("#5C4A00", "P", "--"),
 }
-OTHER_OURS = ("#14507A", "#4D5B9E", "#8AB6D6", "#2E5A88", "#6C8EBF", "#1F77B4")
-OTHER_RIVALS = ("#A6761D", "#7F7F7F", "#882255", "#44AA99", "#B2182B")
+_BLUES = ("#14507A", "#4D5B9E", "#8AB6D6", "#2E5A88", "#6C8EBF", "#1F77B4")
+OTHER_OURS = [Style(*look, "--") for look in zip(_BLUES, "<>ph*d", strict=True)]
+_WARM = ("#A6761D", "#7F7F7F", "#882255", "#44AA99", "#B2182B")
+OTHER_RIVALS = [Style(*look) for look in zip(_WARM, "*hp<>", strict=True)]
 
 
 @dataclass(frozen=True)
@@ -102,24 +108,24 @@ class Skipped:
     reason: str
 
 
+Styles = Mapping[str, Style]  # by provider, ours first
+Pictures = Iterator[Picture | Skipped]
+
+
 def plot_directory(directory: Path) -> list[Path]:
     """Draw the directory's results into it; print what was skipped and why."""
     rows = rows_to_show(directory)
     paths = []
-    skipped = []
     for item in pictures(rows, header_or_empty(directory)):
         if isinstance(item, Skipped):
-            skipped.append(item)
-            continue
-        path = directory / f"{item.name}.png"
-        _save(item.figure, path)
-        paths.append(path)
-    for item in skipped:
-        print(f"not drawn: {item.kind}: {item.reason}")
+            print(f"not drawn: {item.kind}: {item.reason}")
+        else:
+            paths.append(directory / f"{item.name}.png")
+            write_whole(paths[-1], png(item.figure))
     return paths
 
 
-def pictures(rows: Sequence[Row], header: Mapping[str, Any]) -> Iterator[Picture | Skipped]:
+def pictures(rows: Sequence[Row], header: Mapping[str, Any]) -> Pictures:
     """Every picture that the rows allow, one at a time, and why the others are missing."""
     styles = choose_styles(row.provider for row in rows)
     caption = describe_run(rows, header)
@@ -142,35 +148,22 @@ def png(figure: Figure) -> bytes:
 
 def choose_styles(providers: Iterable[str]) -> dict[str, Style]:
     """A style for each provider: the known ones always have the same, others by name."""
-    found = sorted(set(providers), key=lambda name: (not is_ours(name), name))
-    styles = {name: STYLES[name] for name in found if name in STYLES}
-    unknown = {
-        True: itertools.cycle(zip(OTHER_OURS, "<>ph*d", strict=True)),
-        False: itertools.cycle(zip(OTHER_RIVALS, "*hp<>", strict=True)),
+    spare = {True: itertools.cycle(OTHER_OURS), False: itertools.cycle(OTHER_RIVALS)}
+    return {
+        name: STYLES.get(name) or next(spare[is_ours(name)])
+        for name in sorted(set(providers), key=_rank)
     }
-    for name in found:
-        if name not in styles:
-            colour, marker = next(unknown[is_ours(name)])
-            styles[name] = Style(colour, marker, "--" if is_ours(name) else "-")
-    return {name: styles[name] for name in sorted(found, key=lambda name: _rank(name))}
 
 
 def describe_run(rows: Sequence[Row], header: Mapping[str, Any]) -> str:
     """The machine, the versions and the commit, for under each picture."""
-
-    def known(name: str) -> str:
-        values = [header[name]] if header.get(name) else {getattr(row, name) for row in rows}
-        return " + ".join(sorted(str(value) for value in values if value)) or "unknown"
-
-    commit = " + ".join(part[:12] for part in known("commit").split(" + "))
-    if header.get("dirty"):
-        commit += " with uncommitted changes"
-    parts = [known("device")]
-    parts += [f"driver {header['driver']}"] if header.get("driver") else []
-    parts += [f"{name} {known(name)}" for name in ("torch", "triton") if known(name) != "unknown"]
-    parts.append(f"commit {commit}")
-    if header.get("date"):
-        parts.append(str(header["date"]))
+    known = complete_header(header, rows)
+    parts = [known["device"]]
+    parts += [f"driver {known['driver']}"] if known.get("driver") else []
+    parts += [f"{name} {known[name]}" for name in ("torch", "triton") if known[name] != "unknown"]
+    # Twelve digits tell a commit apart.
+    parts.append(re.sub(r"\b(\w{12})\w+", r"\1", f"commit {known['commit']}"))
+    parts += [str(known["date"])] if known.get("date") else []
     return " · ".join(parts)
 
 
@@ -186,82 +179,46 @@ def short_number(value: float) -> str:
 # 1. Time and bandwidth against the vocabulary
 
 
-def vocabulary_pictures(
-    rows: Sequence[Row], styles: Mapping[str, Style], caption: str
-) -> Iterator[Picture | Skipped]:
+def vocabulary_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
     """ms above, % of copy bandwidth below; a column for each shape, a picture for each mode.
 
     Steps have a picture of their own.
     """
-    curves = _curves(
-        [row for row in rows if row.mode not in STEPS],
-        lambda key: key._replace(vocab=0),
-        lambda row: row.vocab,
-        FEWEST_POINTS,
+    yield from _curve_pictures(
+        _curves([row for row in rows if row.mode not in STEPS], BY_VOCABULARY),
+        styles,
+        caption,
+        Skipped(
+            "time against vocabulary", f"no shape was timed at {FEWEST_POINTS} or more vocabularies"
+        ),
+        lambda key: (
+            f"Set {key.set}, {key.mode}, {key.dtype}: time against vocabulary",
+            *("vocabulary", key.set, key.mode, key.dtype),
+        ),
+        lambda key: _shape_title(key, "vocab", "set", "mode", "dtype"),
+        BY_VOCABULARY,
+        Y(time_of, "time (ms), median and p20 to p80", _time_axis),
+        Y(_percent, "DRAM byte floor / time\n(% of measured copy bandwidth)", _percent_axis),
     )
-    if not curves:
-        yield Skipped(
-            "time against vocabulary",
-            f"no shape was timed at {FEWEST_POINTS} or more vocabularies",
-        )
-    for (set_, mode, dtype), group in _grouped(curves, lambda key: (key.set, key.mode, key.dtype)):
-        pages = _pages(group)
-        for page, shapes in enumerate(pages, start=1):
-            title = f"Set {set_}, {mode}, {dtype}: time against vocabulary"
-            figure = _vocabulary_figure(shapes, styles)
-            yield _finish(
-                figure,
-                styles,
-                title,
-                _with_failures(caption, shapes),
-                "vocabulary",
-                set_,
-                mode,
-                dtype,
-                page,
-                len(pages),
-            )
 
 
-def _vocabulary_figure(
-    shapes: Mapping[Key, Mapping[str, list[Row]]], styles: Mapping[str, Style]
-) -> Figure:
-    has_bandwidth = any(
-        row.percent_of_copy is not None and time_of(row)
-        for curves in shapes.values()
-        for rows in curves.values()
-        for row in rows
-    )
-    figure, axes = _figure(2 if has_bandwidth else 1, len(shapes))
-    for column, (key, curves) in enumerate(shapes.items()):
-        above = axes[0][column]
-        _draw_curves(above, curves, styles, lambda row: row.vocab, time_of, band=True)
-        above.set_title(_shape_title(key, "vocab", "set", "mode", "dtype"), fontsize=10)
-        _log_axis(above, "y", _values(curves, time_of), "{:g}".format)
-        if has_bandwidth:
-            below = axes[1][column]
-            _draw_curves(below, curves, styles, lambda row: row.vocab, _percent)
-            below.axhline(100, color=GREY, linewidth=1, linestyle=":")
-            below.set_ylim(0, 1.08 * max([100.0, *_values(curves, _percent)]))
-        for axis in axes[:, column]:
-            _log_axis(axis, "x", _values(curves, lambda row: row.vocab), short_number)
-        axes[-1][column].set_xlabel("vocabulary V (rows of the table)")
-    axes[0][0].set_ylabel("time (ms), median and p20 to p80")
-    if has_bandwidth:
-        axes[1][0].set_ylabel("DRAM byte floor / time\n(% of measured copy bandwidth)")
-    return figure
+def _percent(row: Row) -> float | None:
+    return row.percent_of_copy if time_of(row) else None
+
+
+def _percent_axis(axes: Axes, values: Sequence[float]) -> None:
+    axes.axhline(100, color=GREY, linewidth=1, linestyle=":")
+    axes.set_ylim(0, 1.08 * max([100.0, *values]))
 
 
 # 2. Ratio against each rival over (V, N)
 
 
-def ratio_pictures(
-    rows: Sequence[Row], styles: Mapping[str, Style], caption: str
-) -> Iterator[Picture | Skipped]:
+def ratio_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
     """A heat map for each mode and rival; a square pools the dtypes, dims and distributions."""
     drawn = False
     rivals = [name for name in styles if not is_ours(name)]
-    for operation, mode in _in_order((_operation(row), row.mode) for row in rows):
+    for operation, mode in dict.fromkeys((_operation(row), row.mode) for row in rows):
         what = mode if operation == "embedding" else f"{operation} {mode}"
         cells = by_cell(row for row in rows if (_operation(row), row.mode) == (operation, mode))
         for rival in rivals:
@@ -277,7 +234,7 @@ def ratio_pictures(
                 else f"gpu_embed and {rival}: too noisy to compare\n{mode}"
             )
             title += "" if operation == "embedding" else f", {operation}"
-            said = f"{_noisy_line([f'{noisy} cells'])}\n{caption}" if noisy else caption
+            said = f"{_noisy_line(f'{noisy} cells')}\n{caption}" if noisy else caption
             yield _finish(_heat_map(squares), {}, title, said, "ratio", what, rival)
     if not drawn:
         yield Skipped("ratio against each rival", "no cell was timed by both gpu_embed and a rival")
@@ -297,7 +254,7 @@ class Square:
     def text(self) -> str:
         """Geometric mean, and beneath it the worst one, if there are several."""
         if not self.ratios:
-            return "\n".join(_in_order(self.failures))
+            return "\n".join(dict.fromkeys(self.failures))
         mean = f"{_ratio_text(geometric_mean(self.ratios))}x"
         if len(self.ratios) == 1:
             return mean
@@ -348,7 +305,8 @@ def _heat_map(squares: Mapping[tuple[int, int], Square]) -> Figure:
     )
     for (vocab, count), square in squares.items():
         row, column = counts.index(count), vocabs.index(vocab)
-        dark = square.ratios and _luminance(image.to_rgba(values[row, column])) < 0.4
+        colour = np.ravel(image.to_rgba(values[row, column]))[:3]
+        dark = colour @ (0.2126, 0.7152, 0.0722) < 0.4
         axes.text(
             column,
             row,
@@ -357,21 +315,25 @@ def _heat_map(squares: Mapping[tuple[int, int], Square]) -> Figure:
             va="center",
             fontsize=8,
             linespacing=1.3,
-            color="white" if dark else GREY if not square.ratios else "black",
+            color=GREY if not square.ratios else "white" if dark else "black",
             # The worst of the square loses, though its mean may win.
             fontweight="bold" if square.ratios and min(square.ratios) < 1 else "normal",
         )
     axes.set_xticks(range(len(vocabs)), _short_numbers(vocabs))
     axes.set_yticks(range(len(counts)), _short_numbers(counts))
-    axes.set_xlabel("vocabulary V (rows of the table)")
-    axes.set_ylabel("ids N in a call")
+    axes.set(xlabel=VOCABULARY, ylabel="ids N in a call")
     axes.set_title(
         "Geometric mean over the cells of a square; beneath it the lowest, of how many.\n"
         "Bold: somewhere in the square the rival is faster. Blank: not measured.",
         fontsize=9,
         loc="left",
     )
-    _white_grid(axes, len(vocabs), len(counts))
+    # A white grid between the squares.
+    axes.set_xticks(np.arange(len(vocabs) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(counts) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="minor", length=0)
+    axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, pad=0.02, extend="both")
     steps = [step for step in range(-3, 4) if abs(step) <= limit]
     bar.set_ticks(steps, labels=[f"{2.0**step:g}x" for step in steps])
@@ -379,60 +341,33 @@ def _heat_map(squares: Mapping[tuple[int, int], Square]) -> Figure:
     return figure
 
 
-def _luminance(colour: Any) -> float:
-    red, green, blue = np.ravel(colour)[:3]
-    return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)
-
-
-def _white_grid(axes: Axes, columns: int, rows: int) -> None:
-    axes.set_xticks(np.arange(columns + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="minor", length=0)
-    axes.spines[:].set_visible(False)
-
-
 # 3. Contention: many ids on one row
 
 
-def contention_pictures(
-    rows: Sequence[Row], styles: Mapping[str, Style], caption: str
-) -> Iterator[Picture | Skipped]:
+def contention_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
     """ms against the share of ids that are one and the same; a picture for each set and mode."""
     hot = [row for row in rows if hot_fraction(row.distribution) is not None]
-    # Two fractions are uniform ids and something hotter, at least.
-    curves = _curves(hot, lambda key: key._replace(distribution=""), _hot, fewest=2)
-    if not curves:
-        yield Skipped(
+    x = X("distribution", _hot, "ids that are one and the same row\n(0 %: uniform)", _share_axis)
+    yield from _curve_pictures(
+        # Two fractions are uniform ids and something hotter, at least.
+        _curves(hot, x, fewest=2),
+        styles,
+        caption,
+        Skipped(
             "contention",
             "no shape was timed at two or more hot fractions (distributions hot:F, equal, uniform)",
-        )
-    for (set_, mode), group in _grouped(curves, lambda key: (key.set, key.mode)):
-        pages = _pages(group)
-        for page, shapes in enumerate(pages, start=1):
-            figure, axes = _figure(1, len(shapes))
-            for panel, (key, found) in zip(axes[0], shapes.items(), strict=True):
-                _draw_curves(panel, found, styles, _hot, time_of, band=True)
-                panel.set_title(_shape_title(key, "distribution", "set", "mode"), fontsize=10)
-                _log_axis(panel, "y", _values(found, time_of), "{:g}".format)
-                _share_axis(panel)
-                panel.set_xlabel("ids that are one and the same row\n(0 %: uniform)")
-            axes[0][0].set_ylabel("time (ms), median and p20 to p80")
-            title = f"Set {set_}, {mode}: contention on a hot row"
-            yield _finish(
-                figure,
-                styles,
-                title,
-                _with_failures(caption, shapes),
-                "contention",
-                set_,
-                mode,
-                page,
-                len(pages),
-            )
+        ),
+        lambda key: (
+            f"Set {key.set}, {key.mode}: contention on a hot row",
+            *("contention", key.set, key.mode),
+        ),
+        lambda key: _shape_title(key, "distribution", "set", "mode"),
+        x,
+        Y(time_of, "time (ms), median and p20 to p80", _time_axis),
+    )
 
 
-def _share_axis(axes: Axes) -> None:
+def _share_axis(axes: Axes, places: Sequence[float]) -> None:
     """From 0 to 100 %, stretched at the left: a few ids in a hundred on one row matter already."""
     axes.set_xscale("function", functions=(np.cbrt, lambda root: root**3))
     axes.set_xlim(-0.0001, 1.15)
@@ -461,142 +396,90 @@ def _hot(row: Row) -> float:
 # 4. How the cost grows with the vocabulary
 
 
-def growth_pictures(
-    rows: Sequence[Row], styles: Mapping[str, Style], caption: str
-) -> Iterator[Picture | Skipped]:
+def growth_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
     """Time as a multiple of the smallest vocabulary's; a panel for each mode at the same N."""
     low, high = GROWTH_RANGE
-    curves = _curves(
-        [row for row in rows if low <= row.vocab <= high],
-        lambda key: key._replace(vocab=0),
-        lambda row: row.vocab,
-        FEWEST_POINTS,
-    )
+    inside = [row for row in rows if low <= row.vocab <= high]
     curves = {
-        key: found
-        for key, found in curves.items()
-        if max(vocabs := _values(found, lambda row: row.vocab)) >= GROWTH_SPAN * min(vocabs)
+        key: {name: _multiples(own) for name, own in found.items()}
+        for key, found in _curves(inside, BY_VOCABULARY).items()
+        if max(vocabs := _values(found, _vocab)) >= GROWTH_SPAN * min(vocabs)
     }
-    if not curves:
-        yield Skipped(
+    yield from _curve_pictures(
+        curves,
+        styles,
+        caption,
+        Skipped(
             "cost growth",
             f"no shape with fixed N was timed at {FEWEST_POINTS} vocabularies between "
             f"{short_number(low)} and {short_number(high)} that span a factor of {GROWTH_SPAN}",
-        )
-    for shape, group in _grouped(curves, lambda key: key._replace(mode="")):
-        pages = _pages(group, 4)
-        for page, modes in enumerate(pages, start=1):
-            figure = _growth_figure(modes, styles)
-            title = f"Set {shape.set}: growth of the cost with the vocabulary"
-            subtitle = _shape_title(shape, "vocab", "set", "mode").replace("\n", ", ")
-            yield _finish(
-                figure,
-                styles,
-                f"{title}\n{subtitle}",
-                _with_failures(caption, modes),
-                "growth",
-                shape.set,
-                *(part for part in subtitle.split(", ")),
-                page,
-                len(pages),
-            )
+        ),
+        lambda key: (
+            f"Set {key.set}: growth of the cost with the vocabulary\n{_subtitle(key)}",
+            *("growth", key.set, *_subtitle(key).split(", ")),
+        ),
+        attrgetter("mode"),
+        X("vocab", _vocab, f"{VOCABULARY}\ndotted: in proportion to V", _slope_axis),
+        Y(
+            time_of,
+            "time, as a multiple of\nthe smallest vocabulary's,\nmedian and p20 to p80",
+            _multiple_axis,
+        ),
+    )
 
 
-def _growth_figure(
-    modes: Mapping[Key, Mapping[str, list[Row]]], styles: Mapping[str, Style]
-) -> Figure:
-    columns = min(2, len(modes))
-    figure, axes = _figure(math.ceil(len(modes) / columns), columns)
-    for panel in axes.flat[len(modes) :]:
-        panel.set_visible(False)
-    for panel, (key, found) in zip(axes.flat, modes.items(), strict=False):
-        first = {name: _first_time(rows) for name, rows in found.items()}
-
-        def multiple(row: Row, first: Mapping[str, float] = first) -> float | None:
-            time = time_of(row)
-            return None if time is None else time / first[row.provider]
-
-        _draw_curves(panel, found, styles, lambda row: row.vocab, multiple)
-        vocabs = _values(found, lambda row: row.vocab)
-        multiples = _values(found, multiple)
-        _log_axis(panel, "x", vocabs, short_number)
-        _log_axis(panel, "y", [*multiples, 1.0, 10.0], lambda value: f"{value:g}x")
-        # Clipped by the frame: it shows the slope.
-        panel.plot(
-            [min(vocabs), max(vocabs)],
-            [1, max(vocabs) / min(vocabs)],
-            color=GREY,
-            linestyle=":",
-            linewidth=1.5,
-            scalex=False,
-            scaley=False,
-        )
-        panel.set_title(key.mode, fontsize=10)
-        panel.set_xlabel("vocabulary V (rows of the table)\ndotted: in proportion to V")
-    for panel in axes[:, 0]:
-        panel.set_ylabel("time, as a multiple of\nthe smallest vocabulary's")
-    return figure
+def _multiples(rows: Sequence[Row]) -> list[Row]:
+    """Times as multiples of the one at the smallest vocabulary that has one."""
+    first = next((time for row in rows if (time := time_of(row))), math.nan)
+    times = ("ms_p20", "ms_p50", "ms_p80")
+    return [
+        replace(row, **{name: ms and ms / first for name in times for ms in [getattr(row, name)]})
+        for row in rows
+    ]
 
 
-def _first_time(rows: Sequence[Row]) -> float:
-    """The time at the smallest vocabulary that has one; NaN if none has."""
-    return next((time for row in rows if (time := time_of(row))), math.nan)
+def _slope_axis(axes: Axes, vocabs: Sequence[float]) -> None:
+    _vocabulary_axis(axes, vocabs)
+    low, high = min(vocabs), max(vocabs)
+    # Clipped by the frame: it shows the slope.
+    axes.plot(
+        *([low, high], [1, high / low]),
+        color=GREY,
+        linestyle=":",
+        linewidth=1.5,
+        scalex=False,
+        scaley=False,
+    )
+
+
+def _multiple_axis(axes: Axes, multiples: Sequence[float]) -> None:
+    _log_axis(axes, [*multiples, 1.0, 10.0], "y", "{:g}x".format)
 
 
 # 5. What a training step costs
 
 
-def step_pictures(
-    rows: Sequence[Row], styles: Mapping[str, Style], caption: str
-) -> Iterator[Picture | Skipped]:
+def step_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
     """ms above, peak memory below, against the vocabulary; a column for each optimizer."""
-    curves = _curves(
-        [row for row in rows if row.mode in STEPS],
-        lambda key: key._replace(vocab=0),
-        lambda row: row.vocab,
-        FEWEST_POINTS,
-    )
-    if not curves:
-        yield Skipped(
+    order = [*STEPS]
+    steps = [row for row in rows if row.mode in STEPS]
+    yield from _curve_pictures(
+        _curves(sorted(steps, key=lambda row: order.index(row.mode)), BY_VOCABULARY),
+        styles,
+        f"{STEP_CAPTION}\n{caption}",
+        Skipped(
             "cost of a training step", f"no step was timed at {FEWEST_POINTS} or more vocabularies"
-        )
-    for shape, group in _grouped(curves, lambda key: key._replace(mode="")):
-        modes = {key: group[key] for key in sorted(group, key=lambda key: [*STEPS].index(key.mode))}
-        subtitle = _shape_title(shape, "vocab", "set", "mode").replace("\n", ", ")
-        yield _finish(
-            _step_figure(modes, styles),
-            styles,
-            f"Set {shape.set}: what a training step costs as the table grows\n{subtitle}",
-            f"{STEP_CAPTION}\n{_with_failures(caption, modes)}",
-            "step",
-            shape.set,
-            *subtitle.split(", "),
-        )
-
-
-def _step_figure(
-    modes: Mapping[Key, Mapping[str, list[Row]]], styles: Mapping[str, Style]
-) -> Figure:
-    has_memory = any(_values(curves, _peak_mebibytes) for curves in modes.values())
-    figure, axes = _figure(2 if has_memory else 1, len(modes))
-    for column, (key, curves) in enumerate(modes.items()):
-        above = axes[0][column]
-        _draw_curves(above, curves, styles, lambda row: row.vocab, time_of, band=True)
-        above.set_title(STEPS[key.mode], fontsize=10)
-        if has_memory:
-            _draw_curves(axes[1][column], curves, styles, lambda row: row.vocab, _peak_mebibytes)
-        for panel in axes[:, column]:
-            _log_axis(panel, "x", _values(curves, lambda row: row.vocab), short_number)
-        axes[-1][column].set_xlabel("vocabulary V (rows of the table)")
-    # Optimizers are compared along a row of panels.
-    for panels, value_of in zip(axes, (time_of, _peak_mebibytes), strict=False):
-        values = [value for curves in modes.values() for value in _values(curves, value_of)]
-        for panel in panels:
-            _log_axis(panel, "y", values, short_number)
-    axes[0][0].set_ylabel("time of a step (ms),\nmedian and p20 to p80")
-    if has_memory:
-        axes[1][0].set_ylabel("memory at the step's peak (MiB),\ntable and state included")
-    return figure
+        ),
+        lambda key: (
+            f"Set {key.set}: what a training step costs as the table grows\n{_subtitle(key)}",
+            *("step", key.set, *_subtitle(key).split(", ")),
+        ),
+        lambda key: STEPS[key.mode],
+        BY_VOCABULARY,
+        # Optimizers are compared along a line of panels.
+        Y(time_of, "time of a step (ms),\nmedian and p20 to p80", _short_axis, common=True),
+        Y(_peak_mebibytes, PEAK_LABEL, _short_axis, common=True),
+    )
 
 
 def _peak_mebibytes(row: Row) -> float | None:
@@ -606,97 +489,122 @@ def _peak_mebibytes(row: Row) -> float | None:
 # What the pictures share
 
 
-def _curves(
-    rows: Iterable[Row],
-    shape_of: Callable[[Key], Key],
-    place_of: Callable[[Row], float],
-    fewest: int,
-) -> dict[Key, dict[str, list[Row]]]:
-    """For each shape its rows by provider, in the order of their places on the x axis.
+VOCABULARY = "vocabulary V (rows of the table)"
+_vocab = attrgetter("vocab")
 
-    A shape stays if it was timed at the fewest number of places.
-    """
+
+@dataclass(frozen=True)
+class X:
+    """What the panels of a picture have on their x axis."""
+
+    column: str  # a shape is a cell without it
+    of: Callable[[Row], float]
+    label: str
+    scale: Callable[[Axes, Sequence[float]], None]  # fits the axis to these values
+
+
+@dataclass(frozen=True)
+class Y:
+    """What a line of panels has on its y axis."""
+
+    of: Callable[[Row], float | None]
+    label: str
+    scale: Callable[[Axes, Sequence[float]], None]
+    common: bool = False  # one scale for the whole line
+
+
+def _curves(rows: Iterable[Row], x: X, fewest: int = FEWEST_POINTS) -> dict[Key, Curves]:
+    """For each shape its rows by provider, if it was timed at the fewest number of places."""
+    blank: dict[str, Any] = {"provider": "", x.column: None}
     shapes: dict[Key, dict[str, list[Row]]] = {}
     for row in rows:
-        shape = shape_of(row.key._replace(provider=""))
+        shape = row.key._replace(**blank)
         shapes.setdefault(shape, {}).setdefault(row.provider, []).append(row)
-    curves = {}
-    for shape, providers in shapes.items():
-        places = {place_of(row) for found in providers.values() for row in found if time_of(row)}
-        if len(places) >= fewest:
-            curves[shape] = {name: sorted(found, key=place_of) for name, found in providers.items()}
-    return curves
+    return {
+        shape: {name: sorted(own, key=x.of) for name, own in found.items()}
+        for shape, found in shapes.items()
+        if len(set(_values(found, x.of))) >= fewest
+    }
 
 
-def _grouped(
-    curves: Mapping[Key, Mapping[str, list[Row]]], group_of: Callable[[Key], Any]
-) -> list[tuple[Any, dict[Key, Mapping[str, list[Row]]]]]:
-    groups: dict[Any, dict[Key, Mapping[str, list[Row]]]] = {}
+def _curve_pictures(
+    curves: Mapping[Key, Curves],
+    styles: Styles,
+    caption: str,
+    skipped: Skipped,
+    group_of: Callable[[Key], tuple[str, ...]],
+    title_of: Callable[[Key], str],
+    x: X,
+    *ys: Y,
+) -> Pictures:
+    """A column of panels for each shape, a line for each y that was measured.
+
+    Args:
+        skipped: what is said where there is no curve.
+        group_of: the title of the picture that a shape is part of, and what the file is named after.
+        title_of: the title of a column.
+    """
+    if not curves:
+        yield skipped
+    groups: dict[tuple[str, ...], list[tuple[Key, Curves]]] = {}
     for key, found in curves.items():
-        groups.setdefault(group_of(key), {})[key] = found
-    return list(groups.items())
-
-
-def _pages(
-    group: Mapping[Key, Mapping[str, list[Row]]], size: int = PANELS
-) -> list[dict[Key, Mapping[str, list[Row]]]]:
-    items = list(group.items())
-    return [dict(items[i : i + size]) for i in range(0, len(items), size)]
-
-
-def _figure(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(3.4 + 4.0 * columns, 1.6 + 3.2 * rows), dpi=DPI, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+        groups.setdefault(group_of(key), []).append((key, found))
+    for (title, *names), group in groups.items():
+        for start in range(0, len(group), PANELS):
+            shapes = group[start : start + PANELS]
+            measured = [y for y in ys if any(_values(found, y.of) for _, found in shapes)]
+            size = (3.4 + 4.0 * len(shapes), 1.6 + 3.2 * len(measured))
+            figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+            axes = figure.subplots(len(measured), len(shapes), squeeze=False)
+            for y, line in zip(measured, axes, strict=True):
+                together = [value for _, found in shapes for value in _values(found, y.of)]
+                for panel, (_, found) in zip(line, shapes, strict=True):
+                    _draw_curves(panel, found, styles, x.of, y.of)
+                    y.scale(panel, together if y.common else _values(found, y.of))
+                    x.scale(panel, _values(found, x.of))
+                line[0].set_ylabel(y.label)
+            for top, bottom, (key, _) in zip(axes[0], axes[-1], shapes, strict=True):
+                top.set_title(title_of(key), fontsize=10)
+                bottom.set_xlabel(x.label)
+            said = _with_failures(
+                caption, (row for _, c in shapes for own in c.values() for row in own)
+            )
+            page = [start // PANELS + 1] if len(group) > PANELS else []
+            yield _finish(figure, styles, title, said, *names, *page)
 
 
 def _draw_curves(
     axes: Axes,
-    curves: Mapping[str, Sequence[Row]],
-    styles: Mapping[str, Style],
+    curves: Curves,
+    styles: Styles,
     place_of: Callable[[Row], float],
     value_of: Callable[[Row], float | None],
-    band: bool = False,
 ) -> None:
     """A line for each provider, ours on top; it is broken where a row has no value."""
+
+    def array(values: Iterable[float | None]) -> np.ndarray:
+        return np.array(list(values), float)  # None is NaN
+
     for name in reversed(list(styles)):
         rows = curves.get(name, [])
-        values = [value_of(row) for row in rows]
-        if not any(value is not None for value in values):
+        places, heights = array(map(place_of, rows)), array(map(value_of, rows))
+        if np.isnan(heights).all():
             continue
         style = styles[name]
-        places = [place_of(row) for row in rows]
-        heights = [math.nan if value is None else value for value in values]
-        axes.plot(
-            places,
-            heights,
-            color=style.colour,
-            marker=style.marker,
-            linestyle=style.line,
-            linewidth=2.2 if is_ours(name) else 1.4,
-            markersize=5,
-            label=name,
-        )
+        look: dict[str, Any] = {"color": style.colour, "marker": style.marker, "markersize": 5}
+        width = 2.2 if is_ours(name) else 1.4
+        axes.plot(places, heights, linestyle=style.line, linewidth=width, label=name, **look)
         # Hollow where the time says little.
-        noisy = [bool(noise_of(row)) for row in rows]
-        if any(noisy):
-            axes.plot(
-                *(list(itertools.compress(values, noisy)) for values in (places, heights)),
-                color=style.colour,
-                marker=style.marker,
-                markerfacecolor="white",
-                markersize=5,
-                linestyle="none",
-            )
-        if band:
-            low = [math.nan if row.ms_p20 is None else row.ms_p20 for row in rows]
-            high = [math.nan if row.ms_p80 is None else row.ms_p80 for row in rows]
+        if any(noisy := [bool(noise_of(row)) for row in rows]):
+            look |= {"linestyle": "none", "markerfacecolor": "white"}
+            axes.plot(places[noisy], heights[noisy], **look)
+        if value_of is time_of:
+            low, high = (array(map(attrgetter(end), rows)) for end in ("ms_p20", "ms_p80"))
             axes.fill_between(places, low, high, color=style.colour, alpha=0.15, linewidth=0)
     axes.grid(alpha=0.3)
 
 
-def _finish(
-    figure: Figure, styles: Mapping[str, Style], title: str, caption: str, *name: object
-) -> Picture:
+def _finish(figure: Figure, styles: Styles, title: str, caption: str, *name: object) -> Picture:
     """Title above, providers at the right, the machine beneath."""
     drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     entries = [(drawn[provider], provider) for provider in styles if provider in drawn]
@@ -713,37 +621,28 @@ def _finish(
             text.set(**PLAIN_TEXT)
     if entries:
         draw_legend(figure, entries, loc="outside right upper", frameon=False)
-    *parts, page, pages = name if isinstance(name[-1], int) else (*name, 1, 1)
-    if pages != 1:
-        parts.append(page)
-    slug = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(part)).strip("_") for part in parts)
+    slug = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", str(part)).strip("_") for part in name)
     return Picture(slug, title.replace("\n", ": "), figure)
 
 
-def _with_failures(caption: str, shapes: Mapping[Key, Mapping[str, Sequence[Row]]]) -> str:
+def _with_failures(caption: str, rows: Iterable[Row]) -> str:
     """The caption beneath lines that name the rows with no time to draw, "torch oom at 3", and the noisy ones."""
-    counts: dict[str, int] = {}
-    noisy: dict[str, int] = {}
-    for curves in shapes.values():
-        for provider, rows in curves.items():
-            for row in rows:
-                if time_of(row) is None:
-                    state = "not timed" if row.status == "ok" else row.status
-                    what = f"{provider} {state}"
-                    counts[what] = counts.get(what, 0) + 1
-                elif noise_of(row):
-                    noisy[provider] = noisy.get(provider, 0) + 1
-    failures = [f"{what} at {count}" for what, count in counts.items()]
-    lines = [f"No point: {' · '.join(failures)}"] if failures else []
-    lines += (
-        [_noisy_line([f"{name} at {count} hollow points" for name, count in noisy.items()])]
-        if noisy
-        else []
-    )
-    return "\n".join([*lines, caption])
+    failed: Counter[str] = Counter()
+    noisy: Counter[str] = Counter()
+    for row in rows:
+        if time_of(row) is None:
+            failed[f"{row.provider} {state_of(row)}"] += 1
+        elif noise_of(row):
+            noisy[row.provider] += 1
+    lines = [caption]
+    if noisy:
+        lines.insert(0, _noisy_line(*(f"{name} at {n} hollow points" for name, n in noisy.items())))
+    if failed:
+        lines.insert(0, "No point: " + " · ".join(f"{what} at {n}" for what, n in failed.items()))
+    return "\n".join(lines)
 
 
-def _noisy_line(what: Sequence[str]) -> str:
+def _noisy_line(*what: str) -> str:
     return " · ".join((f"NOISY ({NOISY_MEANS}), neither faster nor slower", *what))
 
 
@@ -786,7 +685,11 @@ def _shape_title(key: Key, *known: str) -> str:
 USUAL = {("operation", "embedding"), ("id_dtype", "int64")}
 
 
-def _log_axis(axes: Axes, name: str, values: Sequence[float], text: Callable[[float], str]) -> None:
+def _subtitle(key: Key) -> str:
+    return _shape_title(key, "vocab", "set", "mode").replace("\n", ", ")
+
+
+def _log_axis(axes: Axes, values: Sequence[float], name: str, text: Callable[[float], str]) -> None:
     """A logarithmic axis from one round number to another, labelled with plain numbers."""
     low, high = min(values), max(values)
     grid = [
@@ -812,9 +715,13 @@ def _log_axis(axes: Axes, name: str, values: Sequence[float], text: Callable[[fl
     axis.set_minor_locator(NullLocator())
 
 
-def _values(
-    curves: Mapping[str, Sequence[Row]], value_of: Callable[[Row], float | None]
-) -> list[float]:
+_vocabulary_axis = partial(_log_axis, name="x", text=short_number)
+_time_axis = partial(_log_axis, name="y", text="{:g}".format)
+_short_axis = partial(_log_axis, name="y", text=short_number)
+BY_VOCABULARY = X("vocab", _vocab, VOCABULARY, _vocabulary_axis)
+
+
+def _values(curves: Curves, value_of: Callable[[Row], float | None]) -> list[float]:
     """Every value that is drawn."""
     return [
         value
@@ -822,10 +729,6 @@ def _values(
         for row in rows
         if time_of(row) and (value := value_of(row)) is not None
     ]
-
-
-def _percent(row: Row) -> float | None:
-    return row.percent_of_copy if time_of(row) else None
 
 
 def _short_numbers(values: Sequence[int]) -> list[str]:
@@ -846,17 +749,3 @@ def _rank(provider: str) -> tuple[bool, int, str]:
     known = list(STYLES)
     place = known.index(provider) if provider in known else len(known)
     return not is_ours(provider), place, provider
-
-
-def _in_order(names: Iterable[T]) -> list[T]:
-    return list(dict.fromkeys(names))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write beside the path and move there, so that no half picture is ever seen."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(png(figure))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

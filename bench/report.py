@@ -4,51 +4,47 @@ from __future__ import annotations
 
 import base64
 import math
-import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import geometric_mean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from .compare import (
     NOISY_MEANS,
     best_rival,
     by_cell,
     describe,
-    geometric_mean,
     is_ours,
     noise_of,
     our_row,
     ratio_of,
     time_of,
 )
-from .results import Key, Row, header_or_empty, rows_to_show
+from .results import (
+    COLUMNS,
+    Key,
+    Row,
+    complete_header,
+    header_or_empty,
+    rows_to_show,
+    write_whole,
+)
 from .shapes import SETS
-
-if TYPE_CHECKING:
-    from .plots import Picture, Skipped
 
 REPORT = "report.html"
 
-# Header entry, and what it is called. What a header holds beyond these is shown by its own name.
+# Names by which nobody would know a header's entry.
 HEADER_LABELS = {
-    "device": "device",
-    "driver": "driver",
     "capability": "compute capability",
     "copy_gbps": "measured copy bandwidth (GB/s, read plus written)",
-    "clocks": "clocks",
     "load": "load of the CPU before, 1 and 5 minutes",
-    "torch": "torch",
     "cuda": "CUDA",
-    "triton": "triton",
     "python": "Python",
-    "gpu_embed": "gpu_embed",
-    "backend": "backend",
-    "commit": "commit",
-    "date": "date",
-    "command": "command",
-    "seed": "seed",
 }
 
 RATIO_MEANS = (
@@ -67,349 +63,202 @@ STATUS_TEXTS = {
     "oom": "out of memory",
 }
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
-  max-width: 1280px; padding: 1.5rem; }
-h1 { margin: 0 0 .3rem; }
-h2 { margin: 2.2rem 0 .5rem; border-bottom: 2px solid #0072B2; padding-bottom: .2rem; }
-p.lead, .quiet { color: #555; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-table { font-size: 13px; }
-th, td { padding: .15rem .5rem; text-align: right; vertical-align: top; white-space: nowrap; }
-td.text, th.text { text-align: left; }
-td.wrap, td.why { white-space: normal; overflow-wrap: anywhere; }
-td.wrap { min-width: 10rem; max-width: 26rem; }
-thead th { white-space: normal; vertical-align: bottom; background: #eef3f7; position: sticky; top: 0; }
-tbody tr:hover td { background: #f6f9fb; }
-th.cell { text-align: left; padding-top: .8rem; border-bottom: 1px solid #999; font-weight: 600; }
-tr.ours td { background: #e9f2fa; }
-tr.ours td.text:first-child { font-weight: 600; }
-td.ahead { background: #cfe4f5 !important; font-weight: 600; }
-td.behind { background: #fbd9b5 !important; font-weight: 600; }
-td.bad { color: #8a2b00; font-weight: 700; }
-table.header th { text-align: left; font-weight: 600; }
-table.header { font-size: 15px; margin-top: 1rem; }
-table.header td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-figure { margin: 1.2rem 0 2rem; }
-figure img { max-width: 100%; height: auto; border: 1px solid #ddd; }
-summary { cursor: pointer; margin: .6rem 0; }
-.scroll { overflow-x: auto; }
-nav a { margin-right: .9rem; }
-@media print { details > * { display: block; } thead th { position: static; } }
-"""
+# From ms_p20 to host_us: what a row shows only where it has a time.
+TIMES = COLUMNS[COLUMNS.index("ms_p20") : COLUMNS.index("match")]
+NO_TIMES: dict[str, Any] = dict.fromkeys(TIMES)
+
+# Of each column of a table: the text, and the CSS class.
+Columns = dict[str, tuple[str, str]]
 
 
-@dataclass(frozen=True)
+def write_report(directory: Path) -> Path:
+    """Write DIR/report.html: header, standings, pictures and every row."""
+    from .plots import Skipped, pictures, png
+
+    rows = rows_to_show(directory)
+    header = header_or_empty(directory)
+    drawn, skipped = [], []
+    for item in pictures(rows, header):
+        if isinstance(item, Skipped):
+            skipped.append(item)
+        else:
+            # Encoded at once: the figures of many cells would fill the memory.
+            drawn.append((item.title, base64.b64encode(png(item.figure)).decode()))
+    return _write(
+        directory / REPORT,
+        "report.html.j2",
+        rows,
+        header,
+        drawn=drawn,
+        skipped=skipped,
+        summary=_summary(rows),
+        # A page of many rows opens at its standings.
+        opened=len(rows) <= 400,
+    )
+
+
+def write_results_markdown(directory: Path, target: Path) -> None:
+    """Write the committed page: machine, versions, command, commit, standings and every row."""
+    rows, header = rows_to_show(directory), header_or_empty(directory)
+    _write(target, "results.md.j2", rows, header, link=_link(directory, target))
+
+
+def _write(
+    path: Path, template: str, rows: Sequence[Row], header: Mapping[str, Any], **more: Any
+) -> Path:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(text=_markdown_text, code=_code)
+    for function in (cell_title, describe, is_ours, noise_of, set_title, time_of):
+        environment.globals[function.__name__] = function
+    known = complete_header(header, rows)
+    if not header:
+        known["header.json"] = "missing or unreadable; the rows say what stands here"
+    text = environment.get_template(template).render(
+        device=known["device"],
+        header_lines=_header_lines(known),
+        ratio_means=RATIO_MEANS,
+        standings=[item.columns() for item in standings(rows)],
+        sets=_sets(rows),
+        **more,
+    )
+    write_whole(path, text.encode())
+    return path
+
+
+@dataclass
 class Standing:
     """How gpu_embed stands against the best rival, over the cells of one set and mode."""
 
     set: str
     mode: str
-    ratios: list[float]
-    lowest_cell: Key | None
-    lowest_rival: str
-    # Cells where we have no time, and cells where no rival has one.
-    ours_failed: int
-    unrivalled: int
-    noisy: int  # cells whose times are too noisy to be compared
+    ratios: list[float] = field(default_factory=list)
+    lowest_at: str = ""  # the rival and the cell of the lowest ratio
+    # Cells where we have no time, where no rival has one, and where times are too noisy to be compared.
+    ours_failed: int = 0
+    unrivalled: int = 0
+    noisy: int = 0
 
     @property
     def behind(self) -> int:
         return sum(ratio < 1 for ratio in self.ratios)
 
-
-def write_report(directory: Path) -> Path:
-    """Write DIR/report.html: header, standings, pictures and every row."""
-    from .plots import Picture, pictures, png
-
-    rows = rows_to_show(directory)
-    header = _header(directory)
-    drawn: list[tuple[Picture, str]] = []
-    skipped: list[Skipped] = []
-    for item in pictures(rows, header):
-        if isinstance(item, Picture):
-            # Encoded at once: the figures of many cells would fill the memory.
-            drawn.append((item, base64.b64encode(png(item.figure)).decode()))
-        else:
-            skipped.append(item)
-    path = directory / REPORT
-    _write(path, _page(rows, header, drawn, skipped))
-    return path
-
-
-def write_results_markdown(directory: Path, target: Path) -> None:
-    """Write the committed page: machine, versions, command, commit, standings and every row."""
-    rows = rows_to_show(directory)
-    header = _header(directory)
-    lines = [
-        "# Results",
-        "",
-        "Generated from a results directory by the benchmark; not edited by hand. A wrong result gets no time.",
-        "",
-        *_markdown_table(
-            ["", ""], [[label, _code(value)] for label, value in _header_lines(rows, header)]
-        ),
-        "",
-        f"Every column of every row: {_link(directory, target)}.",
-        "",
-        "## Against the best rival",
-        "",
-        RATIO_MEANS,
-        "",
-        *_markdown_table(STANDING_COLUMNS, [_standing_texts(item) for item in standings(rows)]),
-    ]
-    for name, found in _sets(rows).items():
-        lines += ["", f"## {_set_title(name)}", "", *_markdown_table(*_markdown_rows(found))]
-    _write(target, "\n".join(lines) + "\n")
+    def columns(self) -> Columns:
+        mean = geometric_mean(self.ratios) if self.ratios else None
+        lowest = min(self.ratios, default=None)
+        return {
+            "set": (self.set, "text"),
+            "mode": (self.mode, "text"),
+            "cells compared": (str(len(self.ratios)), ""),
+            "geometric mean": (_number(mean, ".2f"), _ratio_class(mean)),
+            "lowest": (_number(lowest, ".2f"), _ratio_class(lowest)),
+            "cells below 1": (str(self.behind), ""),
+            "no time of ours": (str(self.ours_failed), "bad" if self.ours_failed else ""),
+            "no rival's time": (str(self.unrivalled), ""),
+            "noisy": (str(self.noisy), "bad" if self.noisy else ""),
+            "lowest at": (self.lowest_at, "text wrap"),
+        }
 
 
 def standings(rows: Sequence[Row]) -> list[Standing]:
     """A standing for each set and mode, in the order of the rows."""
-    groups: dict[tuple[str, str], dict[Key, dict[str, Row]]] = {}
+    found: dict[tuple[str, str], Standing] = {}
     for cell, providers in by_cell(rows).items():
-        groups.setdefault((cell.set, cell.mode), {})[cell] = providers
-    found = []
-    for (set_, mode), cells in groups.items():
-        ratios: dict[Key, tuple[float, str]] = {}
-        ours_failed = unrivalled = noisy = 0
-        for cell, providers in cells.items():
-            ours, rival = our_row(providers), best_rival(providers)
-            ratio = ratio_of(rival, ours)
-            if ratio is not None and rival is not None:
-                ratios[cell] = (ratio, rival.provider)
-            elif ours is None or time_of(ours) is None:
-                ours_failed += 1
-            elif rival is None:
-                unrivalled += 1
-            else:
-                noisy += 1
-        lowest = min(ratios, key=lambda cell: ratios[cell][0], default=None)
-        found.append(
-            Standing(
-                set_,
-                mode,
-                [ratio for ratio, _ in ratios.values()],
-                lowest,
-                ratios[lowest][1] if lowest else "",
-                ours_failed,
-                unrivalled,
-                noisy,
-            )
-        )
-    return found
+        standing = found.setdefault((cell.set, cell.mode), Standing(cell.set, cell.mode))
+        ours, rival = our_row(providers), best_rival(providers)
+        ratio = ratio_of(rival, ours)
+        if ratio is not None and rival is not None:
+            if ratio < min(standing.ratios, default=math.inf):
+                standing.lowest_at = f"{rival.provider}: {describe(cell)}"
+            standing.ratios.append(ratio)
+        elif ours is None or time_of(ours) is None:
+            standing.ours_failed += 1
+        elif rival is None:
+            standing.unrivalled += 1
+        else:
+            standing.noisy += 1
+    return list(found.values())
 
 
-STANDING_COLUMNS = [
-    "set",
-    "mode",
-    "cells compared",
-    "geometric mean",
-    "lowest",
-    "cells below 1",
-    "no time of ours",
-    "no rival's time",
-    "noisy",
-    "lowest at",
-]
-
-
-def _standing_texts(item: Standing) -> list[str]:
-    return [
-        item.set,
-        item.mode,
-        str(len(item.ratios)),
-        f"{geometric_mean(item.ratios):.2f}" if item.ratios else "",
-        f"{min(item.ratios):.2f}" if item.ratios else "",
-        str(item.behind),
-        str(item.ours_failed),
-        str(item.unrivalled),
-        str(item.noisy),
-        f"{item.lowest_rival}: {describe(item.lowest_cell)}" if item.lowest_cell else "",
-    ]
-
-
-# The page
-
-
-def _page(
-    rows: Sequence[Row],
-    header: Mapping[str, Any],
-    drawn: Sequence[tuple[Picture, str]],
-    skipped: Sequence[Skipped],
-) -> str:
-    sets = _sets(rows)
-    device = dict(_header_lines(rows, header))["device"]
-    links = [("rivals", "Against the best rival"), ("pictures", "Pictures")]
-    links += [(_anchor(i), f"Set {name}") for i, name in enumerate(sets)]
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        # The browser itself refuses anything that is not in the page.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">",
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>gpu_embed benchmark: {escape(device)}</title>",
-        f"<style>{STYLE}</style></head><body>",
-        "<h1>gpu_embed benchmark</h1>",
-        f'<p class="lead">{len(rows):,} rows, {_count_of_states(rows)}{_noisy(rows)}, on {escape(device)}.</p>',
-        "<nav>",
-        *(f'<a href="#{to}">{escape(text)}</a>' for to, text in links),
-        "</nav>",
-        '<table class="header"><tbody>',
-        *(
-            f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>"
-            for label, value in _header_lines(rows, header)
-        ),
-        "</tbody></table>",
-        '<h2 id="rivals">Against the best rival</h2>',
-        f'<p class="quiet">{escape(RATIO_MEANS)}</p>',
-        _standing_table(standings(rows)),
-        '<h2 id="pictures">Pictures</h2>',
-        *(_figure(picture, data) for picture, data in drawn),
-        *(
-            f'<p class="quiet">Not drawn: {escape(item.kind)}: {escape(item.reason)}.</p>'
-            for item in skipped
-        ),
-    ]
-    for i, (name, found) in enumerate(sets.items()):
-        parts.append(f'<h2 id="{_anchor(i)}">{escape(_set_title(name))}</h2>')
-        parts.append(_set_table(found, opened=len(rows) <= 400))
-    parts.append("</body></html>\n")
-    return "\n".join(parts)
-
-
-def _figure(picture: Picture, data: str) -> str:
-    title = escape(picture.title)
-    return f'<figure><img alt="{title}" src="data:image/png;base64,{data}"></figure>'
-
-
-def _standing_table(items: Sequence[Standing]) -> str:
-    lines = ['<div class="scroll"><table><thead><tr>']
-    lines += [_tag("th", name, "text") for name in STANDING_COLUMNS]
-    lines.append("</tr></thead><tbody>")
-    for item in items:
-        texts = _standing_texts(item)
-        figures = (geometric_mean(item.ratios), min(item.ratios)) if item.ratios else (None, None)
-        classes = [
-            "text",
-            "text",
-            "",
-            _ratio_class(figures[0]),
-            _ratio_class(figures[1]),
-            "",
-            "bad" if item.ours_failed else "",
-            "",
-            "bad" if item.noisy else "",
-            "text wrap",
-        ]
-        lines.append(_tr(zip(texts, classes, strict=True)))
-    lines.append("</tbody></table></div>")
-    return "\n".join(lines)
-
-
-SET_COLUMNS = [
-    "provider",
-    "status",
-    "ms, median",
-    "best rival / this",
-    "p20 to p80",
-    "ms, cold L2",
-    "GB/s DRAM",
-    "GB/s logical",
-    "% of copy",
-    "host us",
-    "extra MiB",
-    "step's peak MiB",
-    "check and notes",
-]
-
-
-def _set_table(rows: Sequence[Row], opened: bool) -> str:
-    cells = by_cell(rows)
-    lines = [
-        f"<details{' open' if opened else ''}><summary>{len(rows):,} rows of {len(cells):,} cells, "
-        "fastest first</summary>",
-        "<table><thead><tr>",
-        *(
-            _tag("th", name, "text" if name in ("provider", "status", "check and notes") else "")
-            for name in SET_COLUMNS
-        ),
-        "</tr></thead>",
-    ]
-    for cell, providers in cells.items():
-        unique = next((row.unique_ids for row in providers.values() if row.unique_ids), None)
-        text = describe(cell) + (f", {unique:,} different ids" if unique else "")
-        text += _gradient_parts(providers.values())
-        lines.append(
-            f'<tbody><tr><th class="cell" colspan="{len(SET_COLUMNS)}">{escape(text)}</th></tr>'
-        )
+def _sets(rows: Iterable[Row]) -> dict[str, dict[Key, list[tuple[Row, Columns]]]]:
+    """The cells of each set; those of a cell by time, and at the end what has none, ours first."""
+    sets: dict[str, dict[Key, list[tuple[Row, Columns]]]] = {}
+    for cell, providers in by_cell(rows).items():
         rival = best_rival(providers)
-        for row in _fastest_first(providers.values()):
-            lines.append(_set_row(row, rival))
-        lines.append("</tbody>")
-    lines.append("</table></details>")
-    return "\n".join(lines)
+        ordered = sorted(
+            providers.values(),
+            key=lambda row: (time_of(row) or math.inf, not is_ours(row.provider)),
+        )
+        sets.setdefault(cell.set, {})[cell] = [(row, _columns(row, rival)) for row in ordered]
+    return sets
 
 
-def _gradient_parts(rows: Iterable[Row]) -> str:
-    """What the zero-fill of the cell's gradient and its cast from fp32 take on their own."""
-    row = next((row for row in rows if row.zero_fill_ms is not None), None)
-    if row is None:
-        return ""
-    cast = "" if row.cast_ms is None else f", its cast from fp32 {_number(row.cast_ms)} ms"
-    return f"; zero-fill of the gradient {_number(row.zero_fill_ms)} ms{cast}"
-
-
-def _set_row(row: Row, rival: Row | None) -> str:
-    """A row of the table; one without a time says why across the columns that it leaves empty."""
-    cells = _set_cells(row, rival)
-    kind = "ours" if is_ours(row.provider) else ""
-    if time_of(row) is not None:
-        return _tr(cells, kind)
-    (provider, status, *_, (why, _)) = cells
-    wide = f'<td class="text why" colspan="{len(SET_COLUMNS) - 2}">{escape(why)}</td></tr>'
-    return _tr([provider, status], kind).removesuffix("</tr>") + wide
-
-
-def _set_cells(row: Row, rival: Row | None) -> list[tuple[str, str]]:
-    """Text and CSS class of each column. A row that is not ok shows no time, whatever it holds."""
+def _columns(row: Row, rival: Row | None) -> Columns:
+    """A row that is not ok shows no time, whatever it holds."""
     ratio = ratio_of(rival, row) if is_ours(row.provider) else None
-    timed = time_of(row) is not None
-    versus = f"{ratio:.2f} ({rival.provider})" if ratio is not None and rival is not None else ""
     noise = noise_of(row)
-    if is_ours(row.provider) and timed and rival is not None and ratio is None:
-        versus = "noisy"
+    versus = times = ""
+    if time_of(row) is None:
+        row = replace(row, **NO_TIMES)
+    elif is_ours(row.provider) and rival is not None:
+        versus = "noisy" if ratio is None else f"{ratio:.2f} ({rival.provider})"
+    if row.ms_p20 is not None and row.ms_p80 is not None:
+        times = f"{row.ms_p20:.4g} to {row.ms_p80:.4g}"
     extra, peak = (
         None if size is None else size / 2**20
         for size in (row.peak_extra_bytes, row.step_peak_bytes)
     )
-    return [
-        (row.provider, "text"),
-        (STATUS_TEXTS[row.status], "text" if row.status == "ok" else "text bad"),
-        (_number(row.ms_p50 if timed else None), ""),
-        (versus, _ratio_class(ratio)),
-        (_range(row) if timed else "", "bad" if noise else ""),
-        (_number(row.cold_ms_p50 if timed else None), ""),
-        (_number(row.gbps_dram if timed else None, ",.0f"), ""),
-        (_number(row.gbps_logical if timed else None, ",.0f"), ""),
-        (_number(row.percent_of_copy if timed else None, ".1f"), ""),
-        (_number(row.host_us if timed else None, ".1f"), ""),
-        (_number(extra, ",.1f"), ""),
-        (_number(peak, ",.1f"), ""),
-        ("; ".join(text for text in (row.match, row.note, noise) if text), "text wrap"),
-    ]
+    return {
+        "provider": (row.provider, "text"),
+        "status": (STATUS_TEXTS[row.status], "text" if row.status == "ok" else "text bad"),
+        "ms, median": (_number(row.ms_p50), ""),
+        "best rival / this": (versus, _ratio_class(ratio)),
+        "p20 to p80": (times, "bad" if noise else ""),
+        "ms, cold L2": (_number(row.cold_ms_p50), ""),
+        "GB/s DRAM": (_number(row.gbps_dram, ",.0f"), ""),
+        "GB/s logical": (_number(row.gbps_logical, ",.0f"), ""),
+        "% of copy": (_number(row.percent_of_copy, ".1f"), ""),
+        "host us": (_number(row.host_us, ".1f"), ""),
+        "extra MiB": (_number(extra, ",.1f"), ""),
+        "step's peak MiB": (_number(peak, ",.1f"), ""),
+        "check and notes": (
+            "; ".join(text for text in (row.match, row.note, noise) if text),
+            "text wrap",
+        ),
+    }
 
 
-def _tr(cells: Iterable[tuple[str, str]], kind: str = "") -> str:
-    start = f'<tr class="{kind}">' if kind else "<tr>"
-    return start + "".join(_tag("td", text, name) for text, name in cells) + "</tr>"
+def cell_title(cell: Key, lines: Iterable[tuple[Row, Columns]]) -> str:
+    """The cell, its different ids, and what zero-fill and cast of its gradient take on their own."""
+    rows = [row for row, _ in lines]
+    text = describe(cell)
+    if unique := next((row.unique_ids for row in rows if row.unique_ids), None):
+        text += f", {unique:,} different ids"
+    if filled := next((row for row in rows if row.zero_fill_ms is not None), None):
+        text += f"; zero-fill of the gradient {_number(filled.zero_fill_ms)} ms"
+        if filled.cast_ms is not None:
+            text += f", its cast from fp32 {_number(filled.cast_ms)} ms"
+    return text
 
 
-def _tag(tag: str, text: str, kind: str = "") -> str:
-    """An element with a text and, if there is one, a CSS class."""
-    start = f'<{tag} class="{kind}">' if kind else f"<{tag}>"
-    return f"{start}{escape(text)}</{tag}>"
+def set_title(name: str) -> str:
+    return f"Set {name}: {SETS[name].description}" if name in SETS else f"Set {name}"
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """How many rows there are in which state."""
+    counts = Counter(row.status for row in rows)
+    states = ", ".join(
+        f"{counts[status]:,} {text}" for status, text in STATUS_TEXTS.items() if counts[status]
+    )
+    noisy = sum(bool(noise_of(row)) for row in rows)
+    return f"{len(rows):,} rows, {states}" + (f" ({noisy:,} noisy)" if noisy else "")
 
 
 def _ratio_class(ratio: float | None) -> str:
@@ -418,72 +267,32 @@ def _ratio_class(ratio: float | None) -> str:
     return "ahead" if ratio >= 1 else "behind"
 
 
-def _count_of_states(rows: Sequence[Row]) -> str:
-    counts = {status: sum(row.status == status for row in rows) for status in STATUS_TEXTS}
-    return ", ".join(
-        f"{count:,} {STATUS_TEXTS[status]}" for status, count in counts.items() if count
-    )
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "" if value is None else format(value, form)
 
 
-def _noisy(rows: Sequence[Row]) -> str:
-    count = sum(bool(noise_of(row)) for row in rows)
-    return f" ({count:,} noisy)" if count else ""
-
-
-def _anchor(index: int) -> str:
-    return f"set-{index}"
-
-
-# The Markdown
-
-
-def _markdown_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    columns = [
-        "cell",
-        "provider",
-        "status",
-        "ms",
-        "p20 to p80",
-        "% of copy",
-        "host us",
-        "best rival / this",
-        "notes",
-    ]
-    lines = []
-    for cell, providers in by_cell(rows).items():
-        rival = best_rival(providers)
-        for row in _fastest_first(providers.values()):
-            texts = dict(
-                zip(SET_COLUMNS, (text for text, _ in _set_cells(row, rival)), strict=True)
-            )
-            lines.append(
-                [
-                    describe(cell),
-                    texts["provider"],
-                    texts["status"],
-                    texts["ms, median"],
-                    texts["p20 to p80"],
-                    texts["% of copy"],
-                    texts["host us"],
-                    texts["best rival / this"],
-                    noise_of(row) if row.status == "ok" else texts["check and notes"],
-                ]
-            )
-    return columns, lines
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _header_lines(header: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and text of each entry; a CPU has no capability and no driver."""
     return [
-        f"| {' | '.join(columns)} |",
-        f"|{'---|' * len(columns)}",
-        *(f"| {' | '.join(_markdown_text(text) for text in row)} |" for row in rows),
+        (HEADER_LABELS.get(name, name), _header_text(value))
+        for name, value in header.items()
+        if value not in (None, "", [], {})
     ]
+
+
+def _header_text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_header_text(item)}" for name, item in value.items())
+    if isinstance(value, (list, tuple)):
+        joint = "." if all(isinstance(item, int) for item in value) else " "
+        return joint.join(map(str, value))
+    return str(value)
 
 
 def _markdown_text(text: str) -> str:
     """Nothing in a message may end the cell or begin a tag."""
-    if text.startswith("`"):
-        return text
     return escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("_", "\\_")
 
 
@@ -500,74 +309,3 @@ def _link(directory: Path, target: Path) -> str:
     except ValueError:
         return f"`results.csv` in {_code(directory.resolve().name)}"
     return f"[`{inside.as_posix()}/results.csv`]({inside.as_posix()}/results.csv)"
-
-
-# What both share
-
-
-def _header_lines(rows: Sequence[Row], header: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Label and text of each entry. What a lost header would have said is read off the rows."""
-    known = dict(header)
-    for name in ("device", "torch", "triton", "commit"):
-        if not known.get(name):
-            values = sorted({getattr(row, name) for row in rows} - {""})
-            known[name] = " + ".join(values) or "unknown"
-    if known.pop("dirty", False):
-        known["commit"] = f"{known['commit']} with uncommitted changes"
-    # A CPU has no capability and no driver.
-    known = {name: value for name, value in known.items() if value not in (None, "", [], {})}
-    names = [name for name in HEADER_LABELS if name in known]
-    names += [name for name in known if name not in HEADER_LABELS]
-    return [(HEADER_LABELS.get(name, name), _header_text(known[name])) for name in names]
-
-
-def _header_text(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.1f}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_header_text(item)}" for name, item in value.items())
-    if isinstance(value, (list, tuple)):
-        joint = "." if all(isinstance(item, int) for item in value) else " "
-        return joint.join(map(str, value))
-    return str(value)
-
-
-def _sets(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    sets: dict[str, list[Row]] = {}
-    for row in rows:
-        sets.setdefault(row.set, []).append(row)
-    return sets
-
-
-def _set_title(name: str) -> str:
-    return f"Set {name}: {SETS[name].description}" if name in SETS else f"Set {name}"
-
-
-def _fastest_first(rows: Iterable[Row]) -> list[Row]:
-    """By time; those that have none at the end, ours before the others."""
-    return sorted(rows, key=lambda row: (time_of(row) or math.inf, not is_ours(row.provider)))
-
-
-def _number(value: float | None, form: str = ".4g") -> str:
-    return "" if value is None else format(value, form)
-
-
-def _range(row: Row) -> str:
-    if row.ms_p20 is None or row.ms_p80 is None:
-        return ""
-    return f"{row.ms_p20:.4g} to {row.ms_p80:.4g}"
-
-
-def _header(directory: Path) -> dict[str, Any]:
-    missing = {"header.json": "missing or unreadable; the rows say what follows"}
-    return header_or_empty(directory) or missing
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside the path and move there, so that no half page is ever seen."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 RESULTS = "results.csv"
@@ -50,9 +49,7 @@ class Row:
     # Both from ms_p50; see traffic.py for the byte formulas.
     gbps_dram: float | None = None
     gbps_logical: float | None = None
-    percent_of_copy: float | None = (
-        None  # gbps_dram in % of the copy bandwidth measured in the same run
-    )
+    percent_of_copy: float | None = None  # gbps_dram in % of the copy bandwidth of the same run
     host_us: float | None = None  # the host's own time per call, on a tiny input
     match: str = ""  # "exact", "error 0.12 of the fp32 bound", or what is wrong
     peak_extra_bytes: int | None = None  # device memory beyond inputs and results; not of steps
@@ -69,21 +66,7 @@ class Row:
     @property
     def key(self) -> Key:
         """What `--resume` and comparisons know a measurement by."""
-        return Key(
-            self.set,
-            self.operation,
-            self.mode,
-            self.dtype,
-            self.id_dtype,
-            self.tables,
-            self.vocab,
-            self.dim,
-            self.num_ids,
-            self.hotness,
-            self.distribution,
-            self.padding,
-            self.provider,
-        )
+        return Key(*(getattr(self, name) for name in Key._fields))
 
 
 class Key(NamedTuple):
@@ -107,34 +90,8 @@ class Key(NamedTuple):
 COLUMNS = tuple(field.name for field in fields(Row))
 # What a file may lack: an older one has fewer columns.
 OPTIONAL = {field.name: field.default for field in fields(Row) if field.default is not MISSING}
-INTEGERS = (
-    "tables",
-    "vocab",
-    "dim",
-    "num_ids",
-    "hotness",
-    "unique_ids",
-    "peak_extra_bytes",
-    "step_peak_bytes",
-)
-FLOATS = (
-    "padding",
-    "ms_p20",
-    "ms_p50",
-    "ms_p80",
-    "cold_ms_p50",
-    "zero_fill_ms",
-    "cast_ms",
-    "gbps_dram",
-    "gbps_logical",
-    "percent_of_copy",
-    "host_us",
-    "load",
-)
-
-
-# Numbers that say what was measured.
-NEEDED = ("tables", "vocab", "dim", "num_ids", "hotness", "padding")
+# The annotations as they stand above: "int", "float | None", ...
+TYPES = {field.name: str(field.type) for field in fields(Row)}
 
 
 class ResultsError(ValueError):
@@ -196,12 +153,7 @@ class RowWriter:
     def __enter__(self) -> RowWriter:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 
@@ -253,11 +205,19 @@ def rows_to_show(directory: Path) -> list[Row]:
 
 
 def write_header(directory: Path, header: Mapping[str, Any]) -> None:
-    """Write DIR/header.json, whole or not at all."""
+    """Write DIR/header.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    part = directory / f"{HEADER}.part"
-    part.write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, directory / HEADER)
+    write_whole(directory / HEADER, (json.dumps(header, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside the path and move there, so that no half file is ever seen."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_header(directory: Path) -> dict[str, Any]:
@@ -284,6 +244,18 @@ def header_or_empty(directory: Path) -> dict[str, Any]:
             "with --resume writes it anew"
         )
         return {}
+
+
+def complete_header(header: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """The header with what it lacks read off the rows, and a word on a commit that was not clean."""
+    known = dict(header)
+    for name in ("device", "torch", "triton", "commit"):
+        if not known.get(name):
+            values = sorted({getattr(row, name) for row in rows} - {""})
+            known[name] = " + ".join(values) or "unknown"
+    if known.pop("dirty", False):
+        known["commit"] += " with uncommitted changes"
+    return known
 
 
 def warn(text: str) -> None:
@@ -349,12 +321,14 @@ def _row(columns: Sequence[str], values: Sequence[str], place: str) -> Row:
 
 def _value(name: str, text: str) -> Any:
     """Raises ValueError for what is no number of the column's kind."""
-    if name not in INTEGERS and name not in FLOATS:
+    kind, _, optional = TYPES[name].partition(" | ")
+    if kind == "str":
         return text
-    if not text and name not in NEEDED:
+    if optional and not text:
         return None
-    number = int(text) if name in INTEGERS else float(text)
-    if not 0 <= number < math.inf or (name in NEEDED and name in INTEGERS and number == 0):
+    number = int(text) if kind == "int" else float(text)
+    # A needed integer is a size.
+    if not 0 <= number < math.inf or (TYPES[name] == "int" and number == 0):
         raise ValueError
     return number
 

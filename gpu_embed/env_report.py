@@ -147,12 +147,12 @@ def _lookup_kernels() -> str:
 
 
 def _gradient_kernels(deterministic: bool) -> str:
-    """What the choice table says of 1000 rows that few ids name, and many."""
+    """What the rules choose for 1000 rows that few ids name, and many."""
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         try:
             methods = [
-                choose(num_indices, 1000, 64, dtype, deterministic, False)
+                choose(num_indices, 1000, dtype, deterministic, False)
                 for num_indices in (1000, 10**6)
             ]
         except (RuntimeError, ValueError) as error:  # a forced method, or an unknown name
@@ -224,7 +224,6 @@ def _rule(rule: GradientRule) -> str:
         "only where forced" if chosen is None else "",
         " or ".join(map(_name, rule.dtypes)),
         f"up to {chosen:g} ids a row" if chosen is not None and chosen < inf else "",
-        f"up to {rule.max_num_embeddings:g} rows" if rule.max_num_embeddings < inf else "",
         "" if rule.deterministic else "not deterministic",
         "" if rule.scale_grad_by_freq else "without scale_grad_by_freq",
     ]

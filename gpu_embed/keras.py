@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 from .ops import take as take_ops
 from .take import INDEX_DTYPES, WIDE_UNSIGNED, signed_ids
 
-INSTALL = "pip install 'gpu_embed[keras]'"
+INSTALL = 'install the extra "keras" (from a clone: pip install ".[keras]")'
 try:
     import keras
 except ImportError as error:

@@ -17,7 +17,8 @@ try:
     from matplotlib.transforms import Bbox
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "gpu_embed.plot needs matplotlib: pip install 'gpu_embed[demo]'"
+        "gpu_embed.plot needs matplotlib: "
+        'install the extra "demo" (from a clone: pip install ".[demo]")'
     ) from error
 
 GREY = "#777777"

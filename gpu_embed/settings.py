@@ -97,10 +97,10 @@ class Restore:
 _assigning = threading.Lock()
 BACKEND = Setting("GPU_EMBED_BACKEND", ("auto", "triton", "cupy", "torch", "reference"))
 BOUNDS_CHECK = Setting("GPU_EMBED_BOUNDS_CHECK", ("raise", "sync", "off"))
-GATHER_METHOD = Setting("GPU_EMBED_GATHER_METHOD", ("auto", "rows", "flat", "descriptor"))
+GATHER_METHOD = Setting("GPU_EMBED_GATHER_METHOD", ("auto", "rows", "flat"))
 GRADIENT_METHOD = Setting(
     "GPU_EMBED_GRADIENT_METHOD",
-    ("auto", "atomic", "descriptor", "sorted_atomic", "one_hot", "sorted"),
+    ("auto", "atomic", "sorted_atomic", "sorted"),
 )
 # Whether a Triton kernel that was launched before may skip Triton's own launch path.
 KNOWN_LAUNCH = Setting("GPU_EMBED_KNOWN_LAUNCH", ("1", "0"))

@@ -216,6 +216,7 @@ def _tokenizers() -> Any:
         import tokenizers.pre_tokenizers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "gpu_embed.text needs Hugging Face's tokenizers: pip install 'gpu_embed[text]'"
+            "gpu_embed.text needs Hugging Face's tokenizers: "
+            'install the extra "text" (from a clone: pip install ".[text]")'
         ) from error
     return tokenizers

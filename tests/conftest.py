@@ -16,7 +16,18 @@ from gpu_embed import backends
 @pytest.fixture(params=targets.params(*targets.COLLECTED))
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     """Forces one backend for the test; `target.device` is where its tensors go."""
-    chosen: Target = request.param
+    yield from _forced(request.param, monkeypatch)
+
+
+@pytest.fixture(params=targets.params(*targets.KERNELS))
+def kernel_target(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Target]:
+    """`target` for what only the backends with kernels of our own have."""
+    yield from _forced(request.param, monkeypatch)
+
+
+def _forced(chosen: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     targets.require(chosen)
     if chosen == Target("cupy", "cpu"):
         import cuda_host_backend

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gpu_embed
-from gpu_embed.backends._plan.gradient import cdiv
+from gpu_embed.backends._plan.access import cdiv
 from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.backends._triton.launch import GATHER_ROWS, ONE_HOT
 from gpu_embed.bags import Bags

@@ -58,7 +58,7 @@ class Table(torch.nn.Module):
         if not self._parameters.layer._is_applying:  # type: ignore[attr-defined]
             raise RuntimeError(
                 f"table {self._parameters.name!r} lies in its layer's one parameter, "  # type: ignore[attr-defined]
-                "and is moved or converted with it alone: call the layer's method"
+                "and moves and converts only as a part of it: call the layer's method"
             )
         return self
 

@@ -404,7 +404,7 @@ def _unscaled(grad: Tensor, whole: Tensor, scaler: GradScaler) -> _Held:
         )
     if grad.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "apply_in_backward: a CUDA graph cannot tell scaler of gradients that are not finite; capture without "
+            "apply_in_backward: a CUDA graph cannot tell the scaler that a gradient is not finite; capture without "
             "a scaler, or do not capture the backward"
         )
     dtype = arithmetic_dtype(whole.dtype)

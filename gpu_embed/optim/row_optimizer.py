@@ -177,8 +177,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             and torch.cuda.is_current_stream_capturing()
         ):
             raise RuntimeError(
-                f"{name}: a CUDA graph would repeat the step that it captured, but each step has "
-                "numbers of its own here"
+                f"{name}: a CUDA graph would repeat the step that it captured, but each step "
+                "here computes with its own number or seed"
             )
         row_range = row_range_of(param)
         if isinstance(grad, TableGradient) and row_range is None:

@@ -164,7 +164,7 @@ def rows_of_tables(rows: Mapping[str, Tensor], params: Iterable[Tensor]) -> Tens
             break
     else:
         raise ValueError(
-            f"rows: the masks are those of the tables {quoted(rows)}, of which the group has none"
+            f"rows: the masks are for the tables {quoted(rows)}, and the group has none of these"
         )
     whole = torch.ones(row_range.num_rows, dtype=torch.bool, device=param.device)
     for name, part in row_range.views(whole, per_row=True).items():

@@ -4,23 +4,22 @@ Arrays are float32 or float64 (16-bit tables are widened by the caller); sums ar
 rounded once on return. Ids outside [0, num_embeddings) read as zeros and contribute nothing.
 """
 
-from .lookup import (
-    dequantize_rows,
-    embedding,
+from .bag import (
     embedding_bag,
     embedding_bag_dense_backward,
     embedding_bag_max,
     embedding_bag_sample_weights_backward,
-    embedding_counts,
-    embedding_dense_backward,
-    embedding_renorm,
-    row_update,
+)
+from .lookup import embedding, embedding_counts, embedding_dense_backward
+from .renorm import embedding_renorm
+from .tables import (
     table_batched_embedding,
     table_batched_embedding_dense_backward,
     table_batched_embedding_max,
     table_batched_embedding_sample_weights_backward,
-    take_rows,
 )
+from .take import dequantize_rows, take_rows
+from .update import row_update
 
 __all__ = [
     "dequantize_rows",

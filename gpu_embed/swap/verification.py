@@ -54,7 +54,7 @@ class Verified:
         calls = f"{self.lookups} of {self.calls} calls looked up with gpu_embed"
         calls += f" ({self.served_by})" if self.lookups else ""
         if self.lookups < self.calls:
-            return f"{calls}; the others ran torch's lookup, or one of another forward"
+            return f"{calls}; the others ran torch's lookup or another forward"
         if self.differing:
             return f"{calls}; {self.differing} DIFFER from torch's lookup"
         how = "bit-equal to" if self.exact else "within the rounding error of"

@@ -293,8 +293,8 @@ class TableGradient(Tensor):
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written and any(isinstance(one, TableGradient) for one in tree_leaves(value)):
                 raise RuntimeError(
-                    f"{func}: the gradient of tables of different embedding_dims is not changed in place but by "
-                    "multiplication with a number, and by addition of another such; call its to_dense() first"
+                    f"{func}: the gradient of tables of different embedding_dims cannot be changed in this way, "
+                    "only multiplied by a number or added to another such gradient; call its to_dense() first"
                 )
         args, kwargs = tree_map(_dense, (args, kwargs))
         return func(*args, **kwargs)

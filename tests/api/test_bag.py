@@ -20,7 +20,7 @@ from targets import has_kernels, has_method, takes_mapped_memory
 from tiers import where
 
 import gpu_embed
-from gpu_embed.backends._plan import gradient as kernel_backend
+from gpu_embed.backends._plan import bag as bag_plan
 from gpu_embed.backends._torch import backend as _torch
 from gpu_embed.functional import embedding_bag
 
@@ -343,9 +343,9 @@ def test_random_sums_stay_within_the_bound_of_fp32(target, method, dtype, mode):
 @pytest.fixture
 def cut(monkeypatch):
     """Bags of more than 8 ids are cut."""
-    monkeypatch.setattr(kernel_backend, "MAX_WHOLE_BAG", 8)
-    monkeypatch.setattr(kernel_backend, "MIN_BAG_CHUNK", 8)
-    monkeypatch.setattr(kernel_backend, "MAX_BAG_CHUNK", 8)
+    monkeypatch.setattr(bag_plan, "MAX_WHOLE_BAG", 8)
+    monkeypatch.setattr(bag_plan, "MIN_BAG_CHUNK", 8)
+    monkeypatch.setattr(bag_plan, "MAX_BAG_CHUNK", 8)
 
 
 # Short, empty, long, of one chunk and one more, over many chunks; where one ends, the next may begin in the chunk.
@@ -427,7 +427,7 @@ def test_cuts_follow_shapes():
     ):
         indices = torch.empty(shape, dtype=torch.int64, device="meta")
         bags = gpu_embed.bags.make_bags(indices, offsets if has_offsets else None, False)
-        assert kernel_backend.bag_chunk_length(bags) == expected, shape
+        assert bag_plan.bag_chunk_length(bags) == expected, shape
 
 
 # max.
@@ -717,7 +717,7 @@ def test_kernels_clamp_and_record_wrong_offsets(
 ):
     """Bounds: nothing outside of the ids is read; what is read is recorded as wrong."""
     for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
-        monkeypatch.setattr(kernel_backend, name, longest)
+        monkeypatch.setattr(bag_plan, name, longest)
     device = torch.device(target.device)
     backend = gpu_embed.backends.select(device)
     # The ids lie between ids of a row that would be seen.

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_embed
 from gpu_embed import bounds
-from gpu_embed.backends._plan import gradient as kernel_backend
+from gpu_embed.backends._plan import bag as bag_plan
 from gpu_embed.bags import make_bags
 from gpu_embed.functional import embedding, embedding_bag
 
@@ -253,7 +253,7 @@ def test_the_error_names_the_bag(target, reduction, form, bad):
 def test_the_error_names_a_bag_that_is_cut(target, reduction, position, monkeypatch):
     """Bounds: an id in the head of the last bag, at the head's end, and behind it."""
     for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
-        monkeypatch.setattr(kernel_backend, name, 8)
+        monkeypatch.setattr(bag_plan, name, 8)
     weight = table(5, 3, torch.float32, target.device)
     indices = torch.ones(30, dtype=torch.int64, device=target.device)
     indices[position] = 9

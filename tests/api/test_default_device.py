@@ -22,7 +22,7 @@ import gpu_embed
 import gpu_embed.text
 from gpu_embed import _self_check, env_report, functional, reference
 from gpu_embed.bounds import BoundsRecord
-from gpu_embed.demo import __main__ as demo
+from gpu_embed.demo import next_word, phrases
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ids that repeat, with padding (3), of a table of seven rows.
@@ -519,15 +519,16 @@ def reference_call(device: str) -> Call:
 
 def demo_call(device: str) -> Call:
     tokens = ["hope", "to", "see", "you", "soon", "nice", "to", "see", "you", "again"] * 9
-    size = demo.Size(vocabulary=6, context=2, embedding_dim=4, batch=4, steps=2)
+    size = next_word.Size(vocabulary=6, context=2, embedding_dim=4, batch=4, steps=2)
 
     def call() -> Any:
-        corpus = demo.encode_text(tokens, size.vocabulary)
-        run = demo.new_run("ours", gpu_embed.Embedding, size, torch.device(device), seed=1)
-        for context, following in demo.random_batches(corpus.ids.to(device), size, seed=2):
+        corpus = next_word.encode_text(tokens, size.vocabulary)
+        run = next_word.new_run("ours", gpu_embed.Embedding, size, torch.device(device), seed=1)
+        for context, following in next_word.random_batches(corpus.ids.to(device), size, seed=2):
             run.step(context, following)
         pairs = [(0, 1), (1, 0), (0, 2)]
-        return run.losses, demo.frequency_loss(corpus), demo.lowest_loss(pairs), corpus.counts
+        levels = next_word.frequency_loss(corpus), phrases.lowest_loss(pairs)
+        return run.losses, *levels, corpus.counts
 
     return call
 

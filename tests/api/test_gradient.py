@@ -303,7 +303,7 @@ def test_deterministic_gradients_repeat_bit_for_bit(target, method, dtype):
 )
 def test_the_choice_of_method(num_indices, num_embeddings, dtype, deterministic, scale, expected):
     """Determinism: never atomics where determinism is asked for, nor for 16-bit tables."""
-    chosen = choose(num_indices, num_embeddings, 64, dtype, deterministic, scale)
+    chosen = choose(num_indices, num_embeddings, dtype, deterministic, scale)
     assert chosen == expected
 
 

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import gpu_embed
 from gpu_embed import backends
-from gpu_embed.backends._plan import gradient as kernel_backend
+from gpu_embed.backends._plan import tables as tables_plan
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.ops import tables as table_ops
 from gpu_embed.tables.layout import TableBatch
@@ -132,7 +132,7 @@ def test_sums_are_taken_in_fp32(target, sizes, dtype, large):
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_few_long_bags(target, method, sizes, mode, monkeypatch):
     """Long bags are cut into parts, whose sums are added in a second launch."""
-    monkeypatch.setattr(kernel_backend, "MIN_SPLIT_LENGTH", 4)
+    monkeypatch.setattr(tables_plan, "MIN_SPLIT_LENGTH", 4)
     layer = integer_layer(sizes, target.device, mode=["sum", mode], padding_idx=[0, None])
     ids = integers(44, low=0, high=2).to(target.device)
     # A power of two in the bag that is averaged.

@@ -10,8 +10,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from targets import has_kernels
-from tiers import where
 
 import gpu_embed
 from gpu_embed import backends, bounds
@@ -216,7 +214,7 @@ def both(card, monkeypatch):
             if backend.error is not None:
                 raise backend.error
 
-        backend._try_launch = try_launch
+        backend._trial.run = try_launch
     return found
 
 
@@ -282,20 +280,19 @@ def test_each_device_is_tried(both):
     assert both["triton"].tried == 2
 
 
-@where(has_kernels)
 @pytest.mark.parametrize("gives", ["right", "wrong"])
-def test_what_is_tried_is_a_lookup(target, monkeypatch, gives):
+def test_what_is_tried_is_a_lookup(kernel_target, monkeypatch, gives):
     """The kernel that lookups use, its rows compared."""
-    backend = backends.select(torch.device(target.device))
+    backend = backends.select(torch.device(kernel_target.device))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     if gives == "right":
-        backend._try_launch(torch.device(target.device))
+        backend._trial.run(torch.device(kernel_target.device))
         return
     monkeypatch.setattr(
-        type(backend), "embedding", lambda *_: torch.zeros(1, 4, device=target.device)
+        type(backend), "embedding", lambda *_: torch.zeros(1, 4, device=kernel_target.device)
     )
     with pytest.raises(RuntimeError, match="gave other numbers"):
-        backend._try_launch(torch.device(target.device))
+        backend._trial.run(torch.device(kernel_target.device))
 
 
 @pytest.mark.parametrize("name", ["triton", "cupy"])

@@ -1,6 +1,7 @@
 """The benchmark's command line, called as a user does."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -15,9 +16,11 @@ import pytest
 import torch
 
 from gpu_embed.bench import cli, headline, host_time, providers, results, shapes, summary, timing
+from gpu_embed.bench.console import make_console, progress_bar
+from gpu_embed.bench.measure import Bench
 from gpu_embed.bench.providers import PROVIDERS, Provider
 from gpu_embed.bench.results import Row, read_header, read_rows
-from gpu_embed.demo.__main__ import describe_backend
+from gpu_embed.demo.running import describe_backend
 
 SMALL = ("--vocab", "60", "--dim", "8", "--ids", "40", "--seconds", "0.002")
 
@@ -267,9 +270,24 @@ def test_the_summary_of_a_gpu_shows_right_and_wrong():
     )
     table = summary.rows_table("title", [blank])
     assert table.row_count == 1
-    assert summary._is_of(blank, shapes.Cell(9, 4, 3))
-    assert not summary._is_of(blank, shapes.Cell(9, 4, 3, "bfloat16"))
     assert [summary.number(value) for value in (None, 1234.5, 0.01234)] == ["", "1,234", "0.0123"]
+
+
+def test_the_summary_of_a_gpu_has_a_table_for_each_shape(capsys, monkeypatch):
+    cells = shapes.Cell(9, 4, 3), shapes.Cell(9, 4, 3, "bfloat16")
+    providers = {name: PROVIDERS[name] for name in ("gpu_embed", "torch")}
+    monkeypatch.setattr(summary, "HEADLINE", tuple(("F", cell) for cell in cells))
+    monkeypatch.setattr(summary, "PROVIDERS", providers)
+    monkeypatch.setattr(summary, "Effort", lambda **_: timing.Effort(0.001, 3, 3, False, 0))
+    facts = dict.fromkeys(("device", "torch", "triton", "commit"), "")
+    bench, console = Bench(torch.device("cpu"), 10.0, facts, 2**30), make_console()
+    with progress_bar(console) as progress:
+        rows = summary.summarize_gpu(bench, console, progress)
+    assert [(row.dtype, row.mode, row.provider) for row in rows] == list(
+        itertools.product(("float32", "bfloat16"), ("forward", "backward"), providers)
+    )
+    said = capsys.readouterr().out
+    assert [said.count(str(cell)) for cell in cells] == [1, 1]
 
 
 def test_compare_plot_and_report_are_handed_over(tmp_path, monkeypatch, capsys):
@@ -358,7 +376,7 @@ def test_broken_results_end_in_a_sentence(tmp_path, capsys):
 def test_a_missing_extra_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.main([]) == 2
-    assert "this needs rich: pip install 'gpu_embed[bench]'" in capsys.readouterr().err
+    assert 'this needs rich: install the extra "bench"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
 
 from gpu_embed.bench import plots  # noqa: E402
-from gpu_embed.bench.results import Row, RowWriter, write_header  # noqa: E402
+from gpu_embed.bench.results import Row, RowWriter, write_header, write_whole  # noqa: E402
 from gpu_embed.bench.shapes import STEPS  # noqa: E402
 
 BASE = Row(
@@ -226,9 +226,9 @@ def test_a_lost_header_is_read_off_the_rows(tmp_path: Path):
 def test_a_failed_save_leaves_the_old_picture(tmp_path: Path, monkeypatch):
     path = tmp_path / "picture.png"
     path.write_bytes(b"old")
-    monkeypatch.setattr(plots, "png", lambda figure: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        plots._save(None, path)
+        write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -136,8 +136,11 @@ def page(source) -> Page:
 
 
 def provider_rows(page, provider):
+    columns = next(
+        names for _, cells in page.rows if "provider" in (names := [text for text, _ in cells])
+    )
     return [
-        dict(zip(report.SET_COLUMNS, cells, strict=False))
+        dict(zip(columns, cells, strict=False))
         for _, cells in page.rows
         if len(cells) > 2 and cells[0][0] == provider
     ]
@@ -161,6 +164,17 @@ def test_messages_are_escaped(page, source):
     assert page.text.count('<script>alert(1)</script> & "quoted" | `code`') == 2
     assert "Set <odd> set" in page.text
     assert "Synthetic Card <2>" in page.text
+
+
+def test_a_narrow_screen_can_read_every_table(page, source):
+    """At 390 pixels a heading breaks, and a table that is still too wide moves within its own box."""
+    narrow = source[source.index("@media (max-width: 1280px)") : source.index("@media print")]
+    assert ".scroll { overflow-x: auto; }" in narrow
+    # Only numbers and names keep to one line, and not those of the first table.
+    assert re.findall(r"([^{}]*) { white-space: nowrap; }", source) == ["\ntd"]
+    assert ".why, table.header td { white-space: normal; overflow-wrap: anywhere; }" in source
+    kinds = [attributes.get("class") for tag, attributes in page.tags if tag in ("table", "div")]
+    assert kinds == ["header", *["scroll", None] * 3]
 
 
 def test_pictures_are_inside_and_real(page):
@@ -246,7 +260,7 @@ def test_standings_count_by_set_and_mode():
     ]
     first, second = report.standings(rows)
     assert (first.set, first.mode, first.ratios) == ("A", "backward", [2.0, 8.0])
-    assert (first.lowest_cell.vocab, first.lowest_rival) == (1024, "torch.compile")
+    assert first.lowest_at.startswith("torch.compile: A backward float32 V=1,024 ")
     assert (first.behind, first.ours_failed, first.unrivalled) == (0, 0, 1)
     assert (second.set, second.ratios, second.behind) == ("<odd> set", [0.5], 1)
 

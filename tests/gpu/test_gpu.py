@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import ID_DTYPES, ids, same_bits, table
 from gpu_cases import DEVICE, captured, forced, integers, no_host_sync, random_ids, require
+from tiers import where
 from torch import Tensor
 
 import gpu_embed
@@ -342,12 +343,12 @@ def test_the_guard_against_syncs_works():
         torch.ones(1, device=DEVICE).item()
 
 
+# Atomics do not divide by the counts.
+@where(lambda method, arguments: method != "atomic" or not arguments.get("scale_grad_by_freq"))
 @every_method
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_no_host_sync(backend, dtype, method, arguments):
     """No host sync: forward, backward and double backward are all queued while the GPU is still busy."""
-    if method == "atomic" and arguments.get("scale_grad_by_freq"):
-        pytest.skip("atomics do not divide by the counts")
     weight = table(500, 48, dtype, DEVICE).requires_grad_()
     indices = random_ids(3073, 500)
     grad_output = integers(3073, 48, dtype=dtype).requires_grad_()
@@ -628,7 +629,7 @@ def test_gradients_repeat_bit_for_bit(backend, deterministic, dtype, arguments):
     ids=str,
 )
 def test_memory_of_a_backward(backend, shape, dtype, method):
-    """Beyond the gradient 16 bytes an id and 64 MiB: no copy of grad_output, nor of a 16-bit table in fp32."""
+    """Beyond the gradient 40 bytes an id and 64 MiB: no copy of grad_output, nor of a 16-bit table in fp32."""
     num_embeddings, embedding_dim, num_indices = shape
     indices = random_ids(num_indices, num_embeddings)
     grad_output = torch.ones(num_indices, embedding_dim, dtype=dtype, device=DEVICE)
@@ -641,13 +642,13 @@ def test_memory_of_a_backward(backend, shape, dtype, method):
         torch.cuda.reset_peak_memory_stats()
         grad_weight = torch.ops.gpu_embed.embedding_dense_backward(*arguments)
         peak = torch.cuda.max_memory_allocated() - before
-    assert grad_weight.nbytes <= peak <= grad_weight.nbytes + 16 * num_indices + 64 * 2**20
+    assert grad_weight.nbytes <= peak <= grad_weight.nbytes + 40 * num_indices + 64 * 2**20
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "equal", "sorted"])
 @pytest.mark.parametrize("num_embeddings", [15, 1_000_000])
 def test_gradients_of_many_ids(backend, kind, num_embeddings):
-    """Too many for torch.sort's memory: the radix sort, with many steps a tile and a last one not full."""
+    """Several levels of partial sums, whatever the runs."""
     num_indices = 10_000_001
     indices = ids(kind, num_indices, num_embeddings, DEVICE).int()
     grad_output = integers(num_indices, 2)
@@ -1188,12 +1189,11 @@ def exact_bags(indices: Tensor, weight: Tensor, offsets: Tensor, arguments: dict
     return torch.nn.functional.embedding_bag(indices.long(), weight.double(), offsets, **wide)
 
 
+@where(lambda method, kind: method != "atomic" or "scaled" not in kind)
 @each_bag_mode
 @every_method
 def test_bags_equal_torchs_in_fp64(backend, dtype, method, kind):
     """Accumulation: small integers, so sums and maxima are exact; means are divided once."""
-    if method == "atomic" and "scaled" in kind:
-        pytest.skip("atomics do not divide by the counts")
     weight = integers(500, 48, dtype=dtype).requires_grad_()
     indices, offsets = random_ids(20_000, 500), cuts(1500, 20_000)
     arguments = bag_arguments(kind, indices, dtype)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from filelock import FileLock
 
-from gpu_embed.backends._plan.gradient import cdiv
+from gpu_embed.backends._plan.access import cdiv
 from gpu_embed.backends._triton.launch import GATHER_ROWS, ONE_HOT
 from gpu_embed.bench.codegen import table as codegen_table
-from gpu_embed.bench.codegen.cases import CASES, MANY_IDS, Case
+from gpu_embed.bench.codegen.cases import CASES, Case
 from gpu_embed.bench.codegen.compile import Compiled
 from gpu_embed.bench.occupancy import TARGETS
 from gpu_embed.row_update import STATE
@@ -29,7 +29,6 @@ pytestmark = [
 ]
 
 TABLE = Path(__file__).resolve().parents[2] / "bench" / "codegen.csv"
-SORT_KERNELS = ("sort_keys_kernel", "digit_counts_kernel", "digit_scatter_kernel")
 
 
 class Launches(NamedTuple):
@@ -102,7 +101,7 @@ def of_kernel(launches: Launches, kernel: str) -> list[Compiled]:
 
 def gradient_of_case(launches: Launches, case: Case, kernel: str) -> list[Compiled]:
     """What a gradient launches, but for the sort of its ids."""
-    found = [launch for launch in of_case(launches, case) if launch.kernel not in SORT_KERNELS]
+    found = [launch for launch in of_case(launches, case) if launch.kernel != "sort_keys_kernel"]
     assert {launch.kernel for launch in found} == {kernel}
     return found
 
@@ -233,21 +232,6 @@ def test_threads_of_segment_sum_walk_alone(launches: Launches, case: Case):
         assert not any(i.in_loop for i in exchanges), exchanges
         if launch.num_warps == 1:
             assert not any(i.operation == "barrier" for i in exchanges), exchanges
-
-
-@each(lambda case: case.num_indices >= MANY_IDS and case.operation in ("sorted", "renorm"))
-def test_radix_sort_reads_whole_vectors_and_waits_for_nothing(launches: Launches, case: Case):
-    found = [launch for launch in of_case(launches, case) if launch.kernel in SORT_KERNELS[1:]]
-    assert found
-    for launch in found:
-        # 32 programs of one warp share the registers of a multiprocessor; counting may do with fewer.
-        assert launch.registers <= (64 if launch.kernel == "digit_scatter_kernel" else 96), launch
-        # Four keys a lane and load, whatever their width; ids that positions lead to lie anywhere.
-        assert launch.widths("load", "keys_ptr") <= {4, 8, 16}
-        assert launch.widths("load", "order_ptr") <= {16}
-        assert not [i for i in launch.instructions if i.operation in ("add", "exchange")]
-        if launch.kernel == "digit_counts_kernel":
-            assert {i.operation for i in launch.instructions if i.in_loop} == {"load"}
 
 
 def formula_of(case: Case) -> str:
@@ -471,7 +455,7 @@ def test_nothing_loads_the_record_of_bags(launches: Launches, case: Case):
 
 @each(lambda case: case.operation in ("bag_atomic", "bag_sorted"))
 def test_gradients_of_bags_move_what_those_of_lookups_move(launches: Launches, case: Case):
-    found = [launch for launch in of_case(launches, case) if launch.kernel not in SORT_KERNELS]
+    found = [launch for launch in of_case(launches, case) if launch.kernel != "sort_keys_kernel"]
     kernel, pointer = {
         "bag_atomic": ("scatter_add_kernel", "grad_output_ptr"),
         "bag_sorted": ("segment_sum_kernel", "values_ptr"),

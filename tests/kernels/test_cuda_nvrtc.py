@@ -21,7 +21,7 @@ from gpu_embed.backends._cupy import CupyBackend, cubin_cache, nvrtc
 from gpu_embed.backends._cupy import device as cupy_device
 from gpu_embed.backends._cupy.nvrtc import Kernel
 
-ARCHS = (60, 70, 80, 90)
+ARCHS = (60, 70, 75, 80, 90)
 STEMS = tuple(dict.fromkeys(kernel.stem for kernel in KERNELS))
 
 

@@ -548,7 +548,7 @@ UNFIT = {
     ),
     "rows of other tables": (
         lambda: trained({"new": (7, 3)}, optim.Adam, rows=[1])[1].state_dict(),
-        "rows: the masks are those of the tables 'new', of which the group has none",
+        "rows: the masks are for the tables 'new', and the group has none of these",
     ),
     "rows of a shrunk table": (
         lambda: trained({**MIXED, "user": (8, 3)}, optim.Adam, rows=[1])[1].state_dict(),

@@ -16,6 +16,7 @@ import torch
 import gpu_embed
 from gpu_embed import text
 from gpu_embed.demo import __main__ as demo
+from gpu_embed.demo import next_word, phrases, running
 
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 image = pytest.importorskip("matplotlib.image", reason="the demo's extra is not installed")
@@ -61,63 +62,63 @@ def test_phrases_become_ids_by_order_of_appearance(installed, monkeypatch):
     else:
         monkeypatch.setitem(sys.modules, "tokenizers", None)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    words, encoded = demo.encode_phrases(demo.PHRASES)
+    words, encoded = phrases.encode_phrases(phrases.PHRASES)
     assert len(calls) == installed
     assert words == ["hope", "to", "see", "you", "soon", "nice", "again"]
     assert encoded == [[0, 1, 2, 3, 4], [5, 1, 2, 3, 6]]
 
 
 def test_neighbours_go_both_ways():
-    assert demo.neighbour_pairs([[7, 8, 9]]) == [(7, 8), (8, 9), (8, 7), (9, 8)]
+    assert phrases.neighbour_pairs([[7, 8, 9]]) == [(7, 8), (8, 9), (8, 7), (9, 8)]
 
 
 def test_lowest_loss_is_the_entropy_of_the_neighbours():
     # 0 is always followed by 1; 1 has two equally frequent neighbours.
-    assert demo.lowest_loss([(0, 1), (1, 0), (1, 2), (2, 1)]) == pytest.approx(math.log(2) / 2)
+    assert phrases.lowest_loss([(0, 1), (1, 0), (1, 2), (2, 1)]) == pytest.approx(math.log(2) / 2)
 
 
 def test_text_keeps_frequent_words_and_shares_id_0_among_the_rest():
-    corpus = demo.encode_text(["a", "b", "a", "c", "b", "a"], size=3)
-    assert corpus.vocabulary == [demo.UNKNOWN, "a", "b"]
+    corpus = next_word.encode_text(["a", "b", "a", "c", "b", "a"], size=3)
+    assert corpus.vocabulary == [next_word.UNKNOWN, "a", "b"]
     assert corpus.ids.tolist() == [1, 2, 1, 0, 2, 1]
     assert corpus.counts == [1, 3, 2]
     assert corpus.different == 3
 
 
 def test_tokens_are_words_and_marks_without_underlines():
-    tokens = demo.read_tokens()
+    tokens = next_word.read_tokens()
     assert len(tokens) > 50_000
     assert {"function", "__init__", "."} <= set(tokens)
     assert not any(len(token) > 1 and set(token) <= set("-=*~+^") for token in tokens)
 
 
 def test_frequency_loss_is_the_entropy_of_the_words():
-    corpus = demo.encode_text(["a", "b", "c", "d"], size=5)
-    assert demo.frequency_loss(corpus) == pytest.approx(math.log(4))
+    corpus = next_word.encode_text(["a", "b", "c", "d"], size=5)
+    assert next_word.frequency_loss(corpus) == pytest.approx(math.log(4))
 
 
 def test_nearest_is_by_cosine_among_common_words():
     words = ["cat", "dog", "car", "bus", "x"]
-    corpus = demo.Corpus(torch.tensor([]), words, counts=[50, 50, 50, 50, 50], different=5)
+    corpus = next_word.Corpus(torch.tensor([]), words, counts=[50, 50, 50, 50, 50], different=5)
     weight = torch.tensor([[3.0, 1], [9, 4], [-3, -1], [-9, -4], [3, 1]])
-    assert demo.nearest(corpus, weight, probe=0, count=1) == ["dog 1.00"]
-    assert demo.nearest(corpus, weight, probe=3, count=1) == ["car 1.00"]
+    assert next_word.nearest(corpus, weight, probe=0, count=1) == ["dog 1.00"]
+    assert next_word.nearest(corpus, weight, probe=3, count=1) == ["car 1.00"]
 
 
 def test_models_start_equal_and_see_equal_batches():
-    size = demo.Size(steps=3, vocabulary=20, embedding_dim=4, context=2, batch=8)
+    size = next_word.Size(steps=3, vocabulary=20, embedding_dim=4, context=2, batch=8)
     ours, theirs = (
-        demo.new_run("any", layer, size, torch.device("cpu"), seed=5).model.state_dict()
+        next_word.new_run("any", layer, size, torch.device("cpu"), seed=5).model.state_dict()
         for layer in (gpu_embed.Embedding, torch.nn.Embedding)
     )
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
     ids = torch.arange(100)
-    batches = list(demo.random_batches(ids, size, seed=5))
+    batches = list(next_word.random_batches(ids, size, seed=5))
     assert len(batches) == 3
     for (context, target), (again, _) in zip(
-        batches, demo.random_batches(ids, size, seed=5), strict=True
+        batches, next_word.random_batches(ids, size, seed=5), strict=True
     ):
         assert torch.equal(context, again)
         assert torch.equal(context, torch.stack([target - 2, target - 1], dim=1))
@@ -126,13 +127,13 @@ def test_models_start_equal_and_see_equal_batches():
 def test_output_names_backend_and_ids(output: str):
     assert re.search(r"^backend: \w+ serves cpu", output, re.M)
     by_tokenizers = "Words to ids by gpu_embed.text, each word as it first appears:"
-    assert (by_tokenizers in output) == demo.has_tokenizers()
+    assert (by_tokenizers in output) == phrases.has_tokenizers()
     assert "'Hope to see you soon'    -> [0, 1, 2, 3, 4]" in output
     assert "'Nice to see you again'   -> [5, 1, 2, 3, 6]" in output
 
 
 def test_on_a_cpu_the_first_lines_say_that_torchs_operators_run(output: str):
-    assert output.splitlines()[1:3] == demo.describe_backend("cpu").splitlines()
+    assert output.splitlines()[1:3] == running.describe_backend("cpu").splitlines()
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_only_where_torch_serves_a_cpu_the_kernels_are_said_to_be_for_cuda(
     said, on_cpu, monkeypatch
 ):
     monkeypatch.setattr(gpu_embed.backends, "explain", lambda device: said)
-    first, *more = demo.describe_backend("any").splitlines()
+    first, *more = running.describe_backend("any").splitlines()
     assert first == f"backend: {said}"
     assert [line.startswith("On a CPU torch's own operators run") for line in more] == [
         True
@@ -199,11 +200,11 @@ def test_terminal_gets_a_progress_bar_with_losses():
 
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, color_system=None)
-    size = demo.Size(steps=12, vocabulary=20, embedding_dim=4, context=2, batch=8)
-    corpus = demo.encode_text(["a", "b", "c"] * 20, size.vocabulary)
-    runs = [demo.new_run("any", torch.nn.Embedding, size, torch.device("cpu"), seed=0)]
-    with demo.progress_bar(console) as progress:
-        demo.train(runs, corpus, size, seed=0, progress=progress)
+    size = next_word.Size(steps=12, vocabulary=20, embedding_dim=4, context=2, batch=8)
+    corpus = next_word.encode_text(["a", "b", "c"] * 20, size.vocabulary)
+    runs = [next_word.new_run("any", torch.nn.Embedding, size, torch.device("cpu"), seed=0)]
+    with next_word.progress_bar(console) as progress:
+        next_word.train(runs, corpus, size, seed=0, progress=progress)
     assert "12/12" in screen.getvalue()
     assert f"loss {runs[0].losses[-1]:.3f}" in screen.getvalue()
     assert "left" in screen.getvalue()
@@ -227,7 +228,7 @@ def test_labels_cover_neither_each_other_nor_a_row(seed: int):
     rows = torch.randn(2, 7, 2, generator=torch.Generator().manual_seed(seed))
     # Two words that end at the same place, as they do in the demo.
     rows[1, 5] = rows[1, 0] + 0.02
-    words = demo.encode_phrases(demo.PHRASES)[0]
+    words = phrases.encode_phrases(phrases.PHRASES)[0]
     losses = {"torch": [2.0, 1.0], "ours": [2.0, 1.001]}
     figure = _demo_picture.draw(words, *rows, losses, 1.5)
     axes = figure.axes[0]
@@ -289,7 +290,7 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["rich", "matplotlib"])
     def test_missing_extra(self, name, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
-        assert f"needs {name}: pip install 'gpu_embed[demo]'" in refusal(capsys)
+        assert f'needs {name}: install the extra "demo"' in refusal(capsys)
 
     @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
     def test_missing_device(self, device, tmp_path, capsys):
@@ -304,15 +305,15 @@ class TestRefusals:
 
     def test_text_that_is_not_there(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-        with pytest.raises(demo.CannotRunError, match="pydoc_data"):
-            demo.read_tokens()
+        with pytest.raises(running.CannotRunError, match="pydoc_data"):
+            next_word.read_tokens()
 
 
 def test_interrupted_training_leaves_nothing(tmp_path, capsys, monkeypatch):
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "train", interrupted)
+    monkeypatch.setattr(next_word, "train", interrupted)
     out = str(tmp_path / "a.png")
     assert demo.main(["--quick", "--device", "cpu", "--out", out]) == 130
     assert capsys.readouterr().err.endswith("interrupted, no picture was written\n")

@@ -10,6 +10,9 @@ import torch
 from commands import ROOT, check, commands_in, python_blocks
 
 import gpu_embed
+from gpu_embed.backends._cupy import device as cupy_device
+from gpu_embed.backends._triton import device as triton_device
+from gpu_embed.bench import occupancy
 from gpu_embed.bench.cli import CannotRunError
 
 yaml = pytest.importorskip("yaml")
@@ -90,8 +93,9 @@ def test_commands_exist(page):
         "python -m gpu_embed.nothing",
         "python examples/nothing.py",
         "python examples/phrases.py --nothing",
-        "pip install '.[nothing]'",
-        "pip install '.[demo,nothing]'",
+        "pip install '.[demo]'",
+        'pip install ".[nothing]"',
+        'pip install ".[demo,nothing]"',
         "pip install -c nothing.txt .",
         "make test && make nothing",
         "nothing",
@@ -149,6 +153,69 @@ def test_the_support_table_is_that_of_the_readme():
     assert len(rows) > 8
     listed = re.findall(r"^\| .* \| (?:any|float|real) \|$", readme, re.M)
     assert set(listed) <= set(rows)
+
+
+# Compute capabilities, by NVIDIA's list of CUDA GPUs.
+CARDS = {
+    "P100": (6, 0),
+    "GTX 10": (6, 1),
+    "V100": (7, 0),
+    "T4": (7, 5),
+    "RTX 20": (7, 5),
+    "A100": (8, 0),
+    "L4": (8, 9),
+    "RTX 30": (8, 6),
+    "H100": (9, 0),
+}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "index.md"], ids=name_of)
+def test_first_lines_say_which_card_goes_which_way(page):
+    """And that none has run the code, which whoever runs it on a card changes here too."""
+    lines = page.read_text().splitlines()[:40]
+    assert "**No GPU has run this code yet.**" in "\n".join(lines)
+    rows = [line.split("|") for line in lines if line.startswith("|")]
+    for card, capability in CARDS.items():
+        (row,) = [row for row in rows if re.search(rf"\b{card}\b", row[1])]
+        on_triton = capability >= triton_device.MIN_CAPABILITY
+        assert ("Triton" in row[3]) == on_triton, card
+        assert ("CuPy" in row[3]) == (not on_triton), card
+        # NVRTC 13 begins at 7.5.
+        assert ("cupy13" in row[2]) == ((7, 5) <= capability < (8, 0)), card
+        assert capability >= cupy_device.MIN_CAPABILITY
+
+
+def test_first_lines_name_what_the_suite_compiles_for():
+    said = re.search(
+        r"Triton kernels for compute capability (.*?), and the CUDA C\+\+\s+kernels for (.*?)\. No",
+        (ROOT / "README.md").read_text(),
+        re.DOTALL,
+    )
+    numbers = [re.findall(r"\d+\.\d", part) for part in said.groups()]
+    archs = re.search(
+        r"^ARCHS = \((.*)\)", (ROOT / "tests/kernels/test_cuda_nvrtc.py").read_text(), re.M
+    )[1]
+    compiled = [occupancy.TARGETS, map(int, archs.split(","))]
+    assert numbers == [[f"{arch / 10:.1f}" for arch in part] for part in compiled]
+
+
+def test_messages_name_extras_that_exist():
+    """Of what a program says or its docstring shows: a package index has no gpu_embed yet."""
+    folders = ("gpu_embed", "bench", "examples")
+    text = {
+        str(file): file.read_text() for folder in folders for file in (ROOT / folder).rglob("*.py")
+    }
+    commands = {
+        (file, command)
+        for file, code in text.items()
+        for command in re.findall(r"pip install [^)\n&]*\[[^)\n&]*", code)
+    }
+    assert len(commands) >= 8
+    for file, command in commands:
+        assert 'pip install ".[' in command, file
+        check(command.strip().removesuffix("\"'"))
+    for name in re.findall(r'the extra "(\w+)"', "\n".join(text.values())):
+        check(f'pip install ".[{name}]"')
 
 
 def test_pictures_are_small():

@@ -79,7 +79,9 @@ def test_recommender_beats_popularity(output: str):
 
 
 def test_recommender_times_every_setup(output: str, recommender):
-    times = re.findall(r"^(.+?) +(\d+\.\d) ms a step, +(\d+\.\d\d) times ours$", output, re.M)
+    times = re.findall(
+        r"^(.+?) +(\d+\.\d) ms a step, +(\d+\.\d\d) times as long as ours$", output, re.M
+    )
     assert [name for name, _, _ in times] == list(recommender.SETUPS)
     assert all(float(ms) > 0 for _, ms, _ in times)
     assert times[0][2] == "1.00"

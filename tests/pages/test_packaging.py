@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -18,7 +19,7 @@ INSTALLED_AS = {
     "kernels": "gpu_embed/kernels",
     "bench": "gpu_embed/bench",
 }
-DEVICE_CODE = {".py", ".cu", ".cuh", ".h"}
+SOURCES = {".py", ".cu", ".cuh", ".h", ".j2"}
 
 
 def run_python(code: str, *, cwd: Path, **environ: str) -> str:
@@ -40,27 +41,121 @@ def run_python(code: str, *, cwd: Path, **environ: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built wheel; built from a copy, as a build leaves files beside its source."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in INSTALLED_AS:
-        shutil.copytree(
-            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
-        )
-    target = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    done = subprocess.run(
-        [*command, "--wheel-dir", str(target), str(source)],
+def git(*arguments: str, cwd: Path) -> str:
+    identity = ["-c", "user.name=test", "-c", "user.email=test"]
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+
+
+def commit(folder: Path) -> None:
+    git("add", "--all", cwd=folder)
+    git("commit", "--quiet", "--message", "test", cwd=folder)
+
+
+def release(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What make release runs, there."""
+    identity = {
+        f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    return subprocess.run(
+        [folder / ".ci/release", sys.executable],
+        env={**os.environ, **identity},
         capture_output=True,
         text=True,
-        check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository whose changelog has a date, ready for its release."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    for name in (*INSTALLED_AS, ".ci", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "results")
+        # A checkout may hold links to kernels/ and bench/ in gpu_embed/.
+        links = [link.name for link in (ROOT / name).iterdir() if link.is_symlink()]
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            ignore=lambda at, names, ignored=ignored, links=links: {*ignored(at, names), *links},
+        )
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    dated = re.sub(r"^(## [\d.]+) - unreleased$", r"\1 - 2026-01-31", changelog, flags=re.M)
+    (folder / "CHANGELOG.md").write_text(dated, encoding="utf-8")
+    git("init", "--quiet", cwd=folder)
+    commit(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def released(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clone") / "gpu_embed"
+    git("clone", "--quiet", str(source), str(folder), cwd=source)
+    done = release(folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = target.glob("gpu_embed-*.whl")
+    assert "Nothing was pushed or uploaded" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(released: Path) -> Path:
+    """The wheel that a release builds, from its sdist."""
+    (built,) = (released / "dist").glob("*.whl")
     return built
+
+
+def test_release_builds_and_tags_and_leaves_the_tree_clean(source: Path, released: Path) -> None:
+    version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    names = {file.name for file in (released / "dist").iterdir()}
+    assert names == {f"gpu_embed-{version}.tar.gz", f"gpu_embed-{version}-py3-none-any.whl"}
+    assert git("cat-file", "-t", f"v{version}", cwd=released) == "tag\n"  # annotated
+    assert git("status", "--porcelain", cwd=released) == ""
+    assert git("tag", cwd=source) == ""
+    again = release(released)
+    assert again.returncode == 1
+    assert f"the tag v{version} exists" in again.stderr
+
+
+def test_sdist_holds_no_test_and_the_changelog(released: Path) -> None:
+    (sdist,) = (released / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"CHANGELOG.md", "LICENSE", "kernels/gather.cu", "kernels/gather.py"} <= names
+    assert not [name for name in names if name.startswith(("tests", "gpu_embed/kernels"))]
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern", "text", "committed", "said"),
+    [
+        ("gpu_embed/__init__.py", r'__version__ = ".*"', '__version__ = "9"', True, "says 9"),
+        ("CHANGELOG.md", r"2026-01-31", "unreleased", True, "- unreleased'; commit '## "),
+        ("CHANGELOG.md", r"## [\d.]+ - ", "## 9.0.0 - ", True, "begins with '## 9.0.0 - "),
+        ("README.md", r"\Z", "more", False, "not committed"),
+    ],
+    ids=["versions", "no date", "changelog of another", "dirty"],
+)
+def test_release_refuses(
+    source: Path, tmp_path: Path, file: str, pattern: str, text: str, committed: bool, said: str
+) -> None:
+    git("clone", "--quiet", str(source), str(tmp_path), cwd=source)
+    changed = re.sub(pattern, text, (tmp_path / file).read_text("utf-8"), count=1)
+    (tmp_path / file).write_text(changed, encoding="utf-8")
+    if committed:
+        commit(tmp_path)
+    done = release(tmp_path)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert git("tag", cwd=tmp_path) == ""
+    assert not (tmp_path / "dist").exists()
+
+
+def test_changelog_begins_with_the_version() -> None:
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    version = project["project"]["version"]
+    heading = re.search(r"^## .*$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)[0]
+    assert re.fullmatch(rf"## {re.escape(version)} - (unreleased|\d{{4}}-\d\d-\d\d)", heading)
+    assert f'__version__ = "{version}"' in (ROOT / "gpu_embed/__init__.py").read_text("utf-8")
 
 
 def test_wheel_holds_every_source_file(wheel: Path) -> None:
@@ -69,7 +164,7 @@ def test_wheel_holds_every_source_file(wheel: Path) -> None:
         f"{installed}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, installed in INSTALLED_AS.items()
         for file in (ROOT / folder).rglob("*")
-        if file.suffix in DEVICE_CODE and "__pycache__" not in file.parts
+        if file.suffix in SOURCES and "__pycache__" not in file.parts
     }
     assert {"gpu_embed/kernels/__init__.py", "gpu_embed/bench/__init__.py"} <= expected
     names = set(zipfile.ZipFile(wheel).namelist())

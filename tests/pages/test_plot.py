@@ -169,7 +169,7 @@ def test_a_label_goes_to_the_nearest_free_place():
 def test_matplotlib_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.delitem(sys.modules, "gpu_embed.plot")
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'gpu_embed\[demo\]'"):
+    with pytest.raises(ModuleNotFoundError, match='install the extra "demo"'):
         importlib.import_module("gpu_embed.plot")
 
 

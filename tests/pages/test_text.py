@@ -124,7 +124,7 @@ def test_wrong_arguments(arguments, error, match) -> None:
 
 def test_tokenizers_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'gpu_embed\[text\]'"):
+    with pytest.raises(ModuleNotFoundError, match='install the extra "text"'):
         text.vocabulary(PHRASES)
 
 

@@ -133,3 +133,22 @@ def test_bug_report_asks_for_the_environment_report():
     commands = INLINE.findall(report["attributes"]["description"])
     assert commands == ["python -m gpu_embed.env_report"]
     check(commands[0])
+
+
+def test_pre_commit_runs_make_lint_and_downloads_nothing():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (hook,) = repo["hooks"]
+    assert (repo["repo"], hook["language"], hook["entry"]) == ("local", "system", "make lint")
+    assert not hook["pass_filenames"]
+    check(hook["entry"])
+    assert re.search(hook["files"], "gpu_embed/__init__.py")
+
+
+def test_pull_request_template_is_short_and_names_what_exists():
+    lines = (ROOT / ".github/pull_request_template.md").read_text().splitlines()
+    assert len(lines) == 6
+    for name in re.findall(r"`(make [^`]+)`", "\n".join(lines)):
+        check(name)
+    for name in ("CHANGELOG.md", "bench/codegen.csv"):
+        assert name in "\n".join(lines)
+        assert (ROOT / name).is_file()

@@ -38,6 +38,8 @@ def commands_in(text: str) -> list[str]:
 def check(command: str) -> None:
     """Raise AssertionError or SystemExit unless the command's parts exist."""
     for part in re.split(r"&&|;", command):
+        # People on Windows install too, and cmd.exe knows no single quotes.
+        assert not ("pip install" in part and "'" in part), part
         _check(shlex.split(part))
 
 

@@ -57,13 +57,6 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ("float", "float16", (1, 2, 4)),
         ("float", "bfloat16", (1, 2, 4)),
     )
-    # Keys, positions, whether the keys are made of the ids.
-    step = f"{launch.SORT_TILES.STEP}, {launch.DIGIT.UNROLL}"
-    keys = ("uint8", "int16", "int32")
-    later = [f"{key}, int32, false, {step}" for key in keys]
-    alone = [f"int64, {order}, true, {step}" for order in ("int32", "int64")]
-    counts = [*later, *alone]
-    scatters = [*later, *alone, *(f"{key}, int32, true, {step}" for key in keys)]
     # The partial sums of a gradient, which the last two read, know nothing of bags.
     tables = [(value, widths) for value, _, widths in segments[:4]]
     flags = ("false", "true")
@@ -82,9 +75,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
         *(("gather", f"gather_flat_kernel<{word}, {flat}>") for word in words),
         *(("scatter_add", f"scatter_add_kernel<float, {vec}, {scatter}>") for vec in (1, 2, 4)),
         ("scatter_add", f"scatter_add_kernel<double, 1, {scatter}>"),
-        ("radix_sort", "sort_keys_kernel"),
-        *(("radix_sort", f"digit_counts_kernel<{digits}>") for digits in counts),
-        *(("radix_sort", f"digit_scatter_kernel<{digits}>") for digits in scatters),
+        ("sort_keys", "sort_keys_kernel"),
         *(
             ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {vec}, {scale}, {unroll}, false>")
             for value, grad, widths in segments

@@ -31,6 +31,7 @@ class Target:
 ALL = tuple(Target(name, device) for device in ("cpu", "cuda") for name in backends.BACKENDS)
 # Those on CUDA are collected where there is a card, and where one is required: there they fail without it.
 COLLECTED = tuple(one for one in ALL if one.device == "cpu" or CUDA or REQUIRE_GPU)
+KERNELS = tuple(one for one in COLLECTED if one.backend in ("triton", "cupy"))
 
 
 def params(*targets: Target) -> list[object]:

@@ -3,15 +3,15 @@
 from torch import Tensor
 
 from ...bags import Bags
-from ...bounds import BoundsRecord
+from ...bounds import BoundsRecord, record_arguments
 from .._plan.access import vector_width
-from .._plan.gradient import BagParts
+from .._plan.bag import BagParts, BagPlan
 from .device import FLOATS, CupyDevice, cpp_bool
 from .launch import BAG, BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS, MAX_SEGMENT_VECTOR
 from .nvrtc import Kernel
 
 
-class CupyBags(CupyDevice):
+class CupyBag(CupyDevice, BagPlan):
     """Sums, means and maxima of bags."""
 
     def _bag_sum(
@@ -40,8 +40,7 @@ class CupyBags(CupyDevice):
             output,
             None if parts is None else parts.values,
             None if parts is None else parts.sizes,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             *bags.counts(),
             0 if parts is None else parts.chunk_length,
             weight.shape[0],
@@ -103,8 +102,7 @@ class CupyBags(CupyDevice):
             bags.offsets,
             output,
             winner,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             *bags.counts(),
             weight.shape[0],
             padding_idx,

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._plan.gradient import no_cuda_device
-from .._plan.tables import TableKernels
+from .._plan.trial_launch import TrialLaunch, no_cuda_device
 from .nvrtc import Kernel, compile_kernels, import_cupy
 
 # 64-bit float atomics begin here.
@@ -20,27 +19,25 @@ FLOATS = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-INTEGERS = {
-    torch.uint8: "uint8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-}
 
 
-class CupyDevice(TableKernels):
+class CupyDevice:
     """The part of the CuPy backend that launches, whatever the kernel."""
 
     name = "cupy"
 
     def __init__(self) -> None:
         self._functions: dict[tuple[int, Kernel], Any] = {}
+        self._trial = TrialLaunch(self)
 
     def unusable_reason(self, device: torch.device) -> str | None:
         if device.type != "cuda":
             return f"cupy kernels need a CUDA device, not {device.type}"
         if find_spec("cupy") is None:
-            return "cupy is not installed (pip install 'gpu_embed[cupy12]' or 'gpu_embed[cupy13]')"
+            return (
+                'cupy is not installed: install the extra "cupy12", or "cupy13" for CUDA 13 '
+                '(from a clone: pip install ".[cupy12]")'
+            )
         if not torch.cuda.is_available():
             return no_cuda_device()
         if torch.version.hip is not None:
@@ -53,7 +50,7 @@ class CupyDevice(TableKernels):
         try:
             archs = cupy.cuda.nvrtc.getSupportedArchs()
         except Exception as error:
-            return f"cupy finds no NVRTC (pip install nvidia-cuda-nvrtc-cu12): {error}"
+            return f"cupy finds no NVRTC, which the extras cupy12 and cupy13 bring: {error}"
         major, minor = torch.cuda.get_device_capability(device)
         lowest = max(MIN_CAPABILITY, divmod(min(archs), 10))
         if (major, minor) < lowest:
@@ -61,7 +58,7 @@ class CupyDevice(TableKernels):
                 f"this NVRTC compiles for compute capability {lowest[0]}.{lowest[1]} and newer, "
                 f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
             )
-        return self._launch_failure(device)
+        return self._trial.failure(device)
 
     def _launch(
         self,

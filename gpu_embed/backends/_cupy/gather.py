@@ -4,16 +4,16 @@ from math import gcd
 
 from torch import Tensor
 
-from ...bounds import BoundsRecord
-from .._plan import gather as gather_method
+from ...bounds import BoundsRecord, record_arguments
+from ...settings import GATHER_METHOD
 from .._plan.access import word_layout
-from .._plan.gradient import Gather, no_kernel
+from .._plan.gather import Gather, GatherPlan
 from .device import CupyDevice
-from .launch import GATHER_FLAT, GATHER_METHODS, GATHER_ROWS, LONG_ROW, LONG_ROW_WORDS
+from .launch import GATHER_FLAT, GATHER_ROWS, LONG_ROW, LONG_ROW_WORDS
 from .nvrtc import Kernel
 
 
-class CupyGather(CupyDevice):
+class CupyGather(CupyDevice, GatherPlan):
     """Lookups: rows, or a flat range."""
 
     def _prepare_gather(self, weight: Tensor) -> Gather:
@@ -24,7 +24,7 @@ class CupyGather(CupyDevice):
         rows = GATHER_ROWS.get(gcd(row_words, max(GATHER_ROWS)))
         if rows is None and row_words >= LONG_ROW_WORDS:
             rows = LONG_ROW
-        method = gather_method.forced(self._gather_refusal)
+        method = GATHER_METHOD.value
         if method == "rows":
             rows = rows or LONG_ROW
         elif method == "flat":
@@ -56,8 +56,7 @@ class CupyGather(CupyDevice):
                 address,
                 ids,
                 output,
-                None if record is None else record.words,
-                None if record is None else record.flag,
+                *record_arguments(record),
                 num_indices,
                 num_embeddings,
                 zero_idx,
@@ -68,6 +67,3 @@ class CupyGather(CupyDevice):
             )
 
         return gather
-
-    def _gather_refusal(self, method: str) -> str | None:
-        return None if method in GATHER_METHODS else no_kernel(self.name)

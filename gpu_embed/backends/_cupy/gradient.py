@@ -1,39 +1,27 @@
-"""Launches of the kernels of a dense gradient, and of renorm and counts."""
+"""Launches of the kernels of a dense gradient, and of counts."""
 
 import torch
 from torch import Tensor
 
-from .._plan.access import vector_width
-from .._plan.gradient import NO_SOURCES, BagSources, SortDigit, SortSource, cdiv, norm_name
-from .device import FLOATS, INTEGERS, CupyDevice, cpp_bool, itemsize
-from .launch import (
-    COUNTS,
-    DIGIT,
-    MAX_SEGMENT_VECTOR,
-    RENORM,
-    SCATTER_ADD,
-    SEGMENT_SUM,
-    SORT_KEYS,
-    SORT_TILES,
-)
+from .._plan.access import cdiv, vector_width
+from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
+from .._plan.levels import NO_PARTIAL, Level, Partial
+from .device import FLOATS, CupyDevice, cpp_bool, itemsize
+from .launch import COUNTS, MAX_SEGMENT_VECTOR, SCATTER_ADD, SEGMENT_SUM
 from .nvrtc import Kernel
 
 # One atomic instruction adds two or four neighbouring floats from here on.
 VECTOR_ATOMICS_CAPABILITY = (9, 0)
-# In the order of the enum in renorm.cu.
-NORMS = ("inf", "-inf", "0", "1", "2", "p")
 
 
-class CupyGradient(CupyDevice):
-    """Gradients: atomics, or sorted segments."""
-
-    sort_tiles = SORT_TILES
+class CupyGradient(CupyDevice, GradientPlan):
+    """Gradients: atomics, or sums of sorted segments."""
 
     def _scatter_add(
         self,
         grad_output: Tensor,
         ids: Tensor,
-        sources: BagSources | None,
+        bags: OutputBags | None,
         grad_weight: Tensor,
         padding_idx: int,
     ) -> None:
@@ -45,14 +33,14 @@ class CupyGradient(CupyDevice):
             and self._capability(ids.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
             vec = vector_width(grad_output)
-        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {SCATTER_ADD.UNROLL}{with_bags(sources)}"
+        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {SCATTER_ADD.UNROLL}{with_bags(bags)}"
         self._launch(
             Kernel("scatter_add", f"scatter_add_kernel<{arguments}>"),
             *SCATTER_ADD.grid(ids.numel() * (embedding_dim // vec)),
             ids.device,
             grad_output,
             ids,
-            *(sources or NO_SOURCES),
+            *(bags or NO_BAGS),
             grad_weight,
             ids.numel(),
             num_embeddings,
@@ -61,110 +49,36 @@ class CupyGradient(CupyDevice):
             grad_output.stride(1),
             embedding_dim,
             ids.element_size(),
-            bag_bytes(sources),
+            bag_bytes(bags),
         )
-
-    def _sort_keys(
-        self,
-        ids: Tensor,
-        order: Tensor | None,
-        keys: Tensor,
-        num_embeddings: int,
-        padding_idx: int,
-    ) -> None:
-        self._launch(
-            Kernel("radix_sort", "sort_keys_kernel"),
-            *SORT_KEYS.grid(ids.numel()),
-            ids.device,
-            ids,
-            order,
-            keys,
-            ids.numel(),
-            num_embeddings,
-            padding_idx,
-            ids.element_size(),
-            itemsize(order),
-            keys.element_size(),
-        )
-
-    def _digit_counts(self, source: SortSource, counters: Tensor, digit: SortDigit) -> None:
-        self._launch(
-            self._digit_kernel("digit_counts_kernel", source, counters, source.keys),
-            *DIGIT.grid(digit.num_tiles),
-            counters.device,
-            *source,
-            counters,
-            *digit,
-            itemsize(source.ids),
-        )
-
-    def _digit_scatter(
-        self,
-        source: SortSource,
-        counters: Tensor,
-        sorted_order: Tensor,
-        sorted_keys: Tensor | None,
-        digit: SortDigit,
-    ) -> None:
-        self._launch(
-            self._digit_kernel("digit_scatter_kernel", source, counters, sorted_keys),
-            *DIGIT.grid(digit.num_tiles),
-            counters.device,
-            *source,
-            counters,
-            sorted_order,
-            sorted_keys,
-            *digit,
-            itemsize(source.ids),
-        )
-
-    def _digit_kernel(
-        self, name: str, source: SortSource, counters: Tensor, keys: Tensor | None
-    ) -> Kernel:
-        """A kernel of the radix sort for keys of that dtype; None: for keys that are only looked at."""
-        key = INTEGERS[torch.int64 if keys is None else keys.dtype]
-        from_ids = str(source.keys is None).lower()
-        arguments = (
-            f"{key}, {INTEGERS[counters.dtype]}, {from_ids}, {SORT_TILES.STEP}, {DIGIT.UNROLL}"
-        )
-        return Kernel("radix_sort", f"{name}<{arguments}>")
 
     def _segment_sum(
         self,
-        values: Tensor,
-        order: Tensor | None,
-        keys: Tensor,
-        counts: Tensor | None,
-        sources: BagSources | None,
+        level: Level,
+        bags: OutputBags | None,
         grad_weight: Tensor,
-        partial_values: Tensor | None,
-        partial_keys: Tensor | None,
-        partial_counts: Tensor | None,
+        partial: Partial | None,
         scale_grad_by_freq: bool,
         chunk: int,
     ) -> None:
+        values, order, keys, _ = level
         num_embeddings, embedding_dim = grad_weight.shape
-        atomic_ends = partial_values is None
+        atomic_ends = partial is None
         # scale_grad_by_freq is rare: not worth a kernel for each width.
         vec = 1 if scale_grad_by_freq else min(vector_width(values), MAX_SEGMENT_VECTOR)
         arguments = (
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
-            f"{cpp_bool(scale_grad_by_freq)}, {SEGMENT_SUM.UNROLL}, {cpp_bool(atomic_ends)}{with_bags(sources)}"
+            f"{cpp_bool(scale_grad_by_freq)}, {SEGMENT_SUM.UNROLL}, {cpp_bool(atomic_ends)}{with_bags(bags)}"
         )
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
             Kernel("segment_sum", f"segment_sum_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (embedding_dim // vec)),
             keys.device,
-            values,
-            order,
-            keys,
-            counts,
-            *(sources or NO_SOURCES),
+            *level,
+            *(bags or NO_BAGS),
             grad_weight,
-            partial_values,
-            partial_keys,
-            partial_counts,
+            *(partial or NO_PARTIAL),
             keys.numel(),
             num_embeddings,
             values.stride(0) // vec,
@@ -173,26 +87,7 @@ class CupyGradient(CupyDevice):
             chunk,
             itemsize(order),
             keys.element_size(),
-            bag_bytes(sources),
-        )
-
-    def _renorm(self, weight: Tensor, keys: Tensor, max_norm: float, norm_type: float) -> None:
-        num_embeddings, embedding_dim = weight.shape
-        self._launch(
-            Kernel("renorm", f"renorm_kernel<{FLOATS[weight.dtype]}>"),
-            *RENORM.grid(keys.numel()),
-            weight.device,
-            weight,
-            keys,
-            keys.numel(),
-            num_embeddings,
-            weight.stride(0),
-            weight.stride(1),
-            max_norm,
-            norm_type,
-            embedding_dim,
-            NORMS.index(norm_name(norm_type)),
-            keys.element_size(),
+            bag_bytes(bags),
         )
 
     def _counts(self, ids: Tensor, counts: Tensor) -> None:
@@ -208,10 +103,10 @@ class CupyGradient(CupyDevice):
         )
 
 
-def with_bags(sources: BagSources | None) -> str:
+def with_bags(bags: OutputBags | None) -> str:
     """The template argument that makes a gradient kernel look up bags."""
-    return ", true" if sources else ""
+    return ", true" if bags else ""
 
 
-def bag_bytes(sources: BagSources | None) -> int:
-    return sources.bag_of.element_size() if sources else 0
+def bag_bytes(bags: OutputBags | None) -> int:
+    return bags.bag_of.element_size() if bags else 0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .._plan.gradient import SortTiles, cdiv
+from .._plan.access import cdiv
 
 # Columns a thread of a kernel that sums: more would cost registers and save nothing.
 MAX_SEGMENT_VECTOR = 4
@@ -39,7 +39,7 @@ class FlatLaunch:
 
 @dataclass(frozen=True)
 class WalkLaunch:
-    """A kernel whose threads walk alone: threads a block, each with one chunk, bag or tile, and loads in flight."""
+    """A kernel whose threads walk alone: threads a block, each with one chunk or bag, and loads in flight."""
 
     threads: int = 256
     UNROLL: int = 4
@@ -59,7 +59,6 @@ GATHER_ROWS = {
     128: RowsLaunch((128, 2)),
 }
 GATHER_FLAT = FlatLaunch(UNROLL=4)
-GATHER_METHODS = ("rows", "flat")
 # Rows so long that the idle lanes at their end do not matter.
 LONG_ROW_WORDS = 1024
 LONG_ROW = RowsLaunch((128, 2))
@@ -67,10 +66,6 @@ SCATTER_ADD = FlatLaunch(UNROLL=4)
 SEGMENT_SUM = WalkLaunch()
 BAG = WalkLaunch(threads=128)
 SORT_KEYS = FlatLaunch()
-# Small blocks, so that a few tiles spread over all multiprocessors.
-DIGIT = WalkLaunch(threads=64)
-# 132 multiprocessors with 1024 threads each make about as many.
-SORT_TILES = SortTiles(STEP=64, TILES=2**17, MAX_STEPS=2**20)
 COUNTS = FlatLaunch()
 SELECT_ROWS = FlatLaunch()
 ROWWISE_ADAGRAD = FlatLaunch(threads=64)

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ...row_update import RowUpdate
-from .._plan.access import vector_width
-from .._plan.gradient import cdiv
+from .._plan.access import cdiv, vector_width
+from .._plan.levels import Level, Partial
+from .._plan.row_update import RowUpdatePlan, rowwise_numbers, update_numbers
 from .device import FLOATS, CupyDevice, itemsize
 from .launch import MAX_SEGMENT_VECTOR, ROWWISE_ADAGRAD, SEGMENT_SUM, SELECT_ROWS
 from .nvrtc import Kernel
@@ -14,7 +15,7 @@ from .nvrtc import Kernel
 FORMULAS = ("sgd", "momentum", "nesterov", "adagrad", "adam")
 
 
-class CupyRowUpdate(CupyDevice):
+class CupyRowUpdate(CupyDevice, RowUpdatePlan):
     """One optimizer step of the rows that a batch touched."""
 
     def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None:
@@ -35,33 +36,26 @@ class CupyRowUpdate(CupyDevice):
     def _row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        order: Tensor | None,
-        keys: Tensor,
+        level: Level,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, order, keys, _ = level
         num_embeddings, embedding_dim = weight.shape
-        widths = (vector_width(matrix) for matrix in (values, weight, partial_values, *state))
+        widths = (vector_width(matrix) for matrix in (values, weight, partial.values, *state))
         vec = min(*widths, MAX_SEGMENT_VECTOR)
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
         num_chunks = cdiv(keys.numel(), chunk)
-        seed, step = update.stream or (0, 0)
         self._launch(
             Kernel("row_update", f"row_update_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (embedding_dim // vec)),
             keys.device,
-            values,
-            order,
-            keys,
+            *level[:3],
             weight,
-            state[0] if state else None,
-            state[1] if len(state) > 1 else None,
-            partial_values,
-            partial_keys,
+            *(*state, None, None)[:2],
+            *partial[:2],
             update.lr,
             keys.numel(),
             num_embeddings,
@@ -69,16 +63,7 @@ class CupyRowUpdate(CupyDevice):
             values.stride(1),
             weight.stride(0),
             weight.stride(1),
-            float(update.step_size),
-            float(update.decay),
-            float(update.eps),
-            float(update.avg_weight),
-            float(update.sq_weight),
-            float(update.momentum),
-            float(update.weight_decay),
-            float(update.grad_scale),
-            seed,
-            step,
+            *update_numbers(update),
             embedding_dim,
             FORMULAS.index(update.formula),
             int(update.rounds_at_random(weight.dtype)),
@@ -91,7 +76,6 @@ class CupyRowUpdate(CupyDevice):
         self, update: RowUpdate, total: Tensor, keys: Tensor, weight: Tensor, state: Tensor
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
-        seed, step = update.stream or (0, 0)
         self._launch(
             Kernel("row_update", f"rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"),
             *ROWWISE_ADAGRAD.grid(keys.numel()),
@@ -103,12 +87,7 @@ class CupyRowUpdate(CupyDevice):
             update.lr,
             num_embeddings,
             *weight.stride(),
-            float(update.step_size),
-            float(update.eps),
-            float(update.weight_decay),
-            float(update.grad_scale),
-            seed,
-            step,
+            *rowwise_numbers(update),
             embedding_dim,
             int(update.rounds_at_random(weight.dtype)),
             keys.numel(),

@@ -3,12 +3,15 @@
 import torch
 from torch import Tensor
 
-from ...bounds import BoundsRecord
+from ...bounds import BoundsRecord, record_arguments
 from ...row_update import RowUpdate
 from ...tables.gradient import TableEntries
 from ...tables.layout import TableBatch
-from .._plan.access import table_vector_width
-from .._plan.gradient import NO_SOURCES, BagSources, cdiv
+from .._plan.access import cdiv, table_vector_width
+from .._plan.gradient import NO_BAGS, OutputBags
+from .._plan.levels import Level, Partial
+from .._plan.row_update import rowwise_numbers, update_numbers
+from .._plan.tables import TablesPlan
 from .device import FLOATS, CupyDevice, cpp_bool, itemsize
 from .gradient import VECTOR_ATOMICS_CAPABILITY, bag_bytes
 from .launch import (
@@ -24,7 +27,7 @@ from .nvrtc import Kernel
 from .row_update import FORMULAS
 
 
-class CupyTables(CupyDevice):
+class CupyTables(CupyDevice, TablesPlan):
     """Tables in one buffer."""
 
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
@@ -65,8 +68,7 @@ class CupyTables(CupyDevice):
             output,
             sizes,
             winner,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             batch.indices.numel(),
             batch.bags_per_table,
             batch.bags.num_bags,
@@ -95,8 +97,7 @@ class CupyTables(CupyDevice):
             batch.offsets,
             batch.fields,
             output,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             batch.indices.numel(),
             batch.bags_per_table,
             batch.bags.num_bags,
@@ -111,7 +112,7 @@ class CupyTables(CupyDevice):
         self,
         batch: TableBatch,
         keys: Tensor | None,
-        sources: Tensor | None,
+        bag_of: Tensor | None,
         sizes: Tensor | None,
     ) -> None:
         self._launch(
@@ -122,7 +123,7 @@ class CupyTables(CupyDevice):
             batch.offsets,
             batch.fields,
             keys,
-            sources,
+            bag_of,
             sizes,
             batch.indices.numel(),
             batch.bags_per_table,
@@ -132,7 +133,7 @@ class CupyTables(CupyDevice):
             batch.indices.element_size(),
             batch.offsets.element_size(),
             itemsize(keys),
-            itemsize(sources),
+            itemsize(bag_of),
         )
 
     def _table_scatter_add(
@@ -177,40 +178,31 @@ class CupyTables(CupyDevice):
 
     def _table_segment_sum(
         self,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
-        sources: BagSources | None,
+        level: Level,
+        bags: OutputBags | None,
         batch: TableBatch,
         grad_weight: Tensor,
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, order, keys, _ = level
         widest = batch.shape.widest
         vec = table_vector(values, batch.shape.dim_divisor)
         arguments = (
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
         )
         num_chunks = cdiv(keys.numel(), chunk)
-        winner = batch.winner if sources else None
+        winner = batch.winner if bags else None
         self._launch(
             Kernel("tables", f"table_segment_sum_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (widest // vec)),
             keys.device,
-            values,
-            order,
-            keys,
-            key_tables,
-            *(sources or NO_SOURCES),
+            *level,
+            *(bags or NO_BAGS),
             winner,
             batch.fields,
             grad_weight,
-            partial_values,
-            partial_keys,
-            partial_tables,
+            *partial,
             keys.numel(),
             batch.shape.num_rows,
             batch.num_tables,
@@ -221,7 +213,7 @@ class CupyTables(CupyDevice):
             chunk,
             itemsize(order),
             keys.element_size(),
-            bag_bytes(sources),
+            bag_bytes(bags),
             itemsize(winner),
         )
 
@@ -230,7 +222,7 @@ class CupyTables(CupyDevice):
         grad_output: Tensor,
         weight: Tensor,
         keys: Tensor,
-        sources: Tensor,
+        bag_of: Tensor,
         batch: TableBatch,
         grad: Tensor,
     ) -> None:
@@ -245,7 +237,7 @@ class CupyTables(CupyDevice):
             grad_output,
             weight,
             keys,
-            sources,
+            bag_of,
             batch.fields,
             grad,
             keys.numel(),
@@ -254,53 +246,42 @@ class CupyTables(CupyDevice):
             grad_output.stride(0) // vec,
             grad_output.stride(1),
             keys.element_size(),
-            sources.element_size(),
+            bag_of.element_size(),
         )
 
     def _table_row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
+        level: Level,
         entries: TableEntries,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, order, keys, _ = level
         widths = (
             table_vector(tensor, entries.dim_divisor)
-            for tensor in (values, weight, partial_values, *state)
+            for tensor in (values, weight, partial.values, *state)
         )
         vec = min(widths)
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
         num_chunks = cdiv(keys.numel(), chunk)
-        seed, step = update.stream or (0, 0)
-        first_level = key_tables is None
+        first_level = level.extra is None
         sources = entries.sources if first_level else None
         winner = entries.winner if first_level else None
         self._launch(
             Kernel("tables_row_update", f"table_row_update_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (entries.widest // vec)),
             keys.device,
-            values,
-            order,
-            keys,
-            key_tables,
+            *level,
             sources,
             entries.scales if first_level else None,
             winner,
             entries.fields,
             weight,
-            state[0] if state else None,
-            state[1] if len(state) > 1 else None,
-            partial_values,
-            partial_keys,
-            partial_tables,
+            *(*state, None, None)[:2],
+            *partial,
             update.lr,
             keys.numel(),
             entries.num_rows,
@@ -308,16 +289,7 @@ class CupyTables(CupyDevice):
             values.stride(0) // vec,
             values.stride(1),
             entries.values.shape[1],
-            float(update.step_size),
-            float(update.decay),
-            float(update.eps),
-            float(update.avg_weight),
-            float(update.sq_weight),
-            float(update.momentum),
-            float(update.weight_decay),
-            float(update.grad_scale),
-            seed,
-            step,
+            *update_numbers(update),
             entries.widest,
             FORMULAS.index(update.formula),
             int(update.rounds_at_random(weight.dtype)),
@@ -337,7 +309,6 @@ class CupyTables(CupyDevice):
         state: Tensor,
         entries: TableEntries,
     ) -> None:
-        seed, step = update.stream or (0, 0)
         kernel = f"table_rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"
         self._launch(
             Kernel("tables_row_update", kernel),
@@ -351,12 +322,7 @@ class CupyTables(CupyDevice):
             update.lr,
             entries.num_rows,
             entries.num_tables,
-            float(update.step_size),
-            float(update.eps),
-            float(update.weight_decay),
-            float(update.grad_scale),
-            seed,
-            step,
+            *rowwise_numbers(update),
             entries.widest,
             int(update.rounds_at_random(weight.dtype)),
             keys.numel(),

@@ -2,15 +2,15 @@
 
 from torch import Tensor
 
-from ...bounds import BoundsRecord
+from ...bounds import BoundsRecord, record_arguments
 from ...take import INDEX_DTYPES, QuantizedTable
-from .._plan.take import TakeKernels, quantized_vector, taken_vector
+from .._plan.take import TakePlan, quantized_vector, taken_vector
 from .device import FLOATS, CupyDevice
 from .launch import DEQUANTIZE_ROWS, MAX_SEGMENT_VECTOR, TAKE_ROWS
 from .nvrtc import Kernel
 
 
-class CupyTake(CupyDevice, TakeKernels):
+class CupyTake(CupyDevice, TakePlan):
     """Lookups whose ids are cast and wrapped, and whose rows are converted."""
 
     def _take_rows(
@@ -26,8 +26,7 @@ class CupyTake(CupyDevice, TakeKernels):
             weight,
             ids,
             output,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             ids.numel(),
             num_embeddings,
             weight.stride(0) // vec,
@@ -52,8 +51,7 @@ class CupyTake(CupyDevice, TakeKernels):
             table.zero,
             ids,
             output,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             ids.numel(),
             table.values.shape[0],
             table.embedding_dim,

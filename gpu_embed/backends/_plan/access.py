@@ -127,9 +127,14 @@ def flat_ids(indices: Tensor) -> Tensor:
 def sort_key_dtype(num_embeddings: int) -> torch.dtype:
     """The narrowest dtype that holds every row number and `num_embeddings` itself.
 
-    A radix sort makes one pass per digit, so narrow keys are fast keys.
+    torch.sort is a radix sort on CUDA, one pass a byte: narrow keys are fast keys.
     """
     for dtype in (torch.uint8, torch.int16, torch.int32):
         if num_embeddings <= torch.iinfo(dtype).max:
             return dtype
     return torch.int64
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

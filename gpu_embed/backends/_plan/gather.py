@@ -1,39 +1,62 @@
-"""Which kernel looks rows up, where one is forced: whole rows, a flat range of words, or tensor descriptors.
+"""The lookup: rows of a table by id. Which kernel copies them, and what it is called with.
 
-Left alone, each backend chooses between the first two by the width of the rows; nothing is known yet of the
-speed of descriptors.
+Left alone, each backend chooses by the width of the rows: whole rows, or a flat range of words.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from torch import Tensor
+
+from ...bounds import BoundsRecord
 from ...settings import GATHER_METHOD, Restore
+from .. import PreparedEmbedding
+
+# gather(ids, num_indices, output, zero_idx, record) from one table; ids are contiguous, of any shape.
+Gather = Callable[[Tensor, int, Tensor, int, BoundsRecord | None], None]
 
 
-def forced(refusal: Callable[[str], str | None]) -> str:
-    """The method that is forced, or "auto".
+class GatherPlan(ABC):
+    """`embedding` of a `Backend`."""
 
-    Args:
-        refusal: what of the call the backend cannot serve with a method; None: nothing.
+    def embedding(
+        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+    ) -> Tensor:
+        return self.prepare_embedding(weight)(weight, indices, zero_idx, record)
 
-    Raises RuntimeError if the method cannot serve the call.
-    """
-    method = GATHER_METHOD.value
-    if method != "auto":
-        reason = refusal(method)
-        if reason is not None:
-            raise GATHER_METHOD.cannot_serve("gather method", reason)
-    return method
+    def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
+        if weight.element_size() == 16 and weight.stride(1) != 1:
+            return self._embedding_of_copy
+        embedding_dim = weight.shape[1]
+        gather = self._prepare_gather(weight)
+
+        def embedding(
+            weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+        ) -> Tensor:
+            output = weight.new_empty(*indices.shape, embedding_dim)
+            num_indices = indices.numel()
+            if num_indices:
+                gather(indices.contiguous(), num_indices, output, zero_idx, record)
+            return output
+
+        return embedding
+
+    def _embedding_of_copy(
+        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+    ) -> Tensor:
+        """For items of 16 bytes whose columns are apart: no word holds one, so its two must be adjacent."""
+        return self.embedding(weight.contiguous(), indices, zero_idx, record)
+
+    @abstractmethod
+    def _prepare_gather(self, weight: Tensor) -> Gather: ...
 
 
 def use_gather_method(name: str) -> Restore:
     """Force how rows are looked up, for tests and benchmarks; "auto" gives the choice back.
 
-    "rows" gives each program whole rows, "flat" an equal piece of the output. "descriptor" copies each row with
-    the bulk copy engine: from compute capability 9.0 on, where columns are adjacent and rows 16-byte aligned
-    and a multiple of 16 bytes. The triton backend has all three, cupy the first two; the others have no choice
-    and ignore it.
+    "rows" gives each program whole rows, "flat" an equal piece of the output. The backends triton and cupy have
+    both; the others have no choice and ignore it.
 
-    A plain call or a context manager. Raises ValueError for another name. A lookup that the method cannot
-    serve raises RuntimeError.
+    A plain call or a context manager. Raises ValueError for another name.
     """
     return GATHER_METHOD.set(name, "use_gather_method")

@@ -1,4 +1,4 @@
-"""Batched tables: what the Triton and the CUDA C++ backend share, between the protocol and a single launch."""
+"""Many tables in one buffer: their rows and bags, gradients and optimizer steps, all at once."""
 
 from abc import abstractmethod
 
@@ -9,13 +9,23 @@ from ...bounds import BoundsRecord
 from ...row_update import RowUpdate, arithmetic_dtype
 from ...tables.gradient import TableEntries
 from ...tables.layout import TableBatch
-from .access import sort_key_dtype
-from .gradient import BagSources, KernelBackend, bag_splits, cdiv, chunk_size, max_torch_sort_ids
+from .access import cdiv, sort_key_dtype
+from .bag import BagPlan
+from .gradient import OutputBags
 from .gradient_method import choose
+from .levels import Level, Partial, levels
+from .row_update import RowUpdatePlan
+from .sort import check_sortable
+
+# Programs that keep a large card busy: long bags are split until there are so many.
+MIN_BAG_PROGRAMS = 2048
+# Mean ids a split, at least.
+MIN_SPLIT_LENGTH = 64
+MAX_BAG_SPLITS = 512
 
 
-class TableKernels(KernelBackend):
-    """A `KernelBackend` that looks up many tables in one launch; the launches allocate nothing."""
+class TablesPlan(BagPlan, RowUpdatePlan):
+    """`table_batched_embedding` and its kin of a `Backend`."""
 
     def table_batched_embedding(
         self,
@@ -36,7 +46,7 @@ class TableKernels(KernelBackend):
                 weight, per_sample_weights, batch, output, None, batch.winner, False, splits, record
             )
             return output
-        acc_dtype = torch.promote_types(weight.dtype, torch.float32)
+        acc_dtype = arithmetic_dtype(weight.dtype)
         partial = output.new_empty((splits, *output.shape), dtype=acc_dtype)
         sizes = torch.empty_like(partial, dtype=torch.int64) if batch.shape.mean else None
         self._table_bag(
@@ -75,11 +85,10 @@ class TableKernels(KernelBackend):
         method = choose(
             batch.indices.numel(),
             batch.shape.num_rows,
-            batch.shape.widest,
             grad_output.dtype,
             torch.are_deterministic_algorithms_enabled(),
             False,
-            lambda method: None if method in ("atomic", "sorted") else "several tables",
+            served=("atomic", "sorted"),
         )
         if method == "atomic" and batch.shape.pooled:
             splits = self._table_splits(grad_output, batch)
@@ -91,25 +100,29 @@ class TableKernels(KernelBackend):
             return grad_weight
         keys, order = self._sorted_row_keys(batch)
         # Not made before the sort has freed its memory.
-        sources = self._table_sources(batch, per_sample_weights)
+        bags = self._output_bags(batch, per_sample_weights)
         if not batch.is_uniform or batch.winner is not None:
-            assert sources is not None
-            self._sum_table_runs(grad_output, order, keys, sources, batch, grad_weight)
+            dtype = arithmetic_dtype(grad_weight.dtype)
+            for level, partial, chunk in levels(
+                grad_output, order, keys, batch.shape.widest, dtype, extra=True
+            ):
+                self._table_segment_sum(level, bags, batch, grad_weight, partial, chunk)
+                bags = None
             return grad_weight
-        if sources is not None:
+        if bags is not None:
             # Bag b of table t is row b * T + t.
             grad_output = grad_output.reshape(-1, batch.shape.widest)
-        self._sum_runs(grad_output, order, keys, sources, grad_weight, False)
+        self._sum_runs(grad_output, order, keys, bags, grad_weight, False)
         return grad_weight
 
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
         keys = self._table_row_keys(batch)
-        sources = self._table_sources(batch, None)
-        assert sources is not None
+        bags = self._output_bags(batch, None)
+        assert bags is not None
         grad = grad_output.new_empty(batch.indices.shape)
-        self._table_sample_weights(grad_output, weight, keys, sources.bag_of, batch, grad)
+        self._table_sample_weights(grad_output, weight, keys, bags.bag_of, batch, grad)
         return grad
 
     def _table_row_keys(self, batch: TableBatch) -> Tensor:
@@ -119,53 +132,24 @@ class TableKernels(KernelBackend):
         self._table_keys(batch, keys, None, None)
         return keys
 
-    def _table_sources(
+    def _output_bags(
         self, batch: TableBatch, per_sample_weights: Tensor | None
-    ) -> BagSources | None:
-        """Where the gradient of each position is: bag b of table t is source b * T + t.
-
-        None without pooling: each position has its own.
-        """
+    ) -> OutputBags | None:
+        """The bag of each position, b * T + t for bag b of table t; None without pooling."""
         if not batch.shape.pooled:
             return None
         num_bags = batch.bags.num_bags
         dtype = torch.int32 if num_bags < 2**31 else torch.int64
-        source = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
-        sizes = source.new_zeros(num_bags, dtype=torch.int32) if batch.shape.mean else None
-        self._table_keys(batch, None, source, sizes)
-        return BagSources(source, per_sample_weights, sizes)
+        bag_of = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
+        sizes = bag_of.new_zeros(num_bags, dtype=torch.int32) if batch.shape.mean else None
+        self._table_keys(batch, None, bag_of, sizes)
+        return OutputBags(bag_of, per_sample_weights, sizes)
 
     def _sorted_row_keys(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
         """The rows of all positions in ascending order, and the position that each came from."""
-        num_rows = batch.shape.num_rows
-        if batch.indices.numel() <= max_torch_sort_ids(sort_key_dtype(num_rows).itemsize):
-            keys, order = torch.sort(self._table_row_keys(batch), stable=True)
-            return keys, order
-        return self._radix_sort(lambda: self._table_row_keys(batch), num_rows, padding_idx=-1)
-
-    def _sum_table_runs(
-        self,
-        grad_output: Tensor,
-        order: Tensor,
-        keys: Tensor,
-        sources: BagSources,
-        batch: TableBatch,
-        grad_weight: Tensor,
-    ) -> None:
-        """`_sum_runs` for tables of different widths."""
-        acc_dtype = arithmetic_dtype(grad_weight.dtype)
-        widest = batch.shape.widest
-        chunk = chunk_size(keys.numel(), widest, acc_dtype.itemsize)
-        values = grad_output
-        level: tuple[Tensor | None, Tensor | None, BagSources | None] = (order, None, sources)
-        while True:
-            num_chunks = cdiv(keys.numel(), chunk)
-            partial = partial_sums(num_chunks, widest, acc_dtype, order)
-            self._table_segment_sum(values, keys, *level, batch, grad_weight, *partial, chunk)
-            if num_chunks <= 1:
-                return
-            values, keys, key_tables = partial
-            level = None, key_tables, None
+        check_sortable(batch.indices.numel())
+        keys, order = torch.sort(self._table_row_keys(batch), stable=True)
+        return keys, order
 
     def table_row_update_(
         self,
@@ -187,19 +171,10 @@ class TableKernels(KernelBackend):
             )
             self._table_rowwise_adagrad(update, total, run_keys, weight, state[0], entries)
             return
-        chunk = chunk_size(keys.numel(), entries.widest, acc_dtype.itemsize)
-        values = entries.values
-        level: tuple[Tensor | None, Tensor | None] = (order, None)
-        while True:
-            num_chunks = cdiv(keys.numel(), chunk)
-            partial = partial_sums(num_chunks, entries.widest, acc_dtype, order)
-            self._table_row_update(
-                update, values, keys, *level, entries, weight, state, *partial, chunk
-            )
-            if num_chunks <= 1:
-                return
-            values, keys, key_tables = partial
-            level = None, key_tables
+        for level, partial, chunk in levels(
+            entries.values, order, keys, entries.widest, acc_dtype, extra=True
+        ):
+            self._table_row_update(update, level, entries, weight, state, partial, chunk)
 
     def _table_splits(self, matrix: Tensor, batch: TableBatch) -> int:
         """Into how many parts each bag is cut, so that few long bags keep the card busy."""
@@ -239,7 +214,7 @@ class TableKernels(KernelBackend):
         self,
         batch: TableBatch,
         keys: Tensor | None,
-        sources: Tensor | None,
+        bag_of: Tensor | None,
         sizes: Tensor | None,
     ) -> None: ...
 
@@ -256,16 +231,11 @@ class TableKernels(KernelBackend):
     @abstractmethod
     def _table_segment_sum(
         self,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
-        sources: BagSources | None,
+        level: Level,
+        bags: OutputBags | None,
         batch: TableBatch,
         grad_weight: Tensor,
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None: ...
 
@@ -275,7 +245,7 @@ class TableKernels(KernelBackend):
         grad_output: Tensor,
         weight: Tensor,
         keys: Tensor,
-        sources: Tensor,
+        bag_of: Tensor,
         batch: TableBatch,
         grad: Tensor,
     ) -> None: ...
@@ -284,16 +254,11 @@ class TableKernels(KernelBackend):
     def _table_row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
+        level: Level,
         entries: TableEntries,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None: ...
 
@@ -309,12 +274,11 @@ class TableKernels(KernelBackend):
     ) -> None: ...
 
 
-def partial_sums(
-    num_chunks: int, widest: int, dtype: torch.dtype, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what runs leave at the ends of chunks: their sums, rows and tables."""
-    return (
-        like.new_empty((2 * num_chunks, widest), dtype=dtype),
-        like.new_empty(2 * num_chunks, dtype=torch.int64),
-        like.new_empty(2 * num_chunks, dtype=torch.int32),
+def bag_splits(programs: int, num_indices: int, num_bags: int) -> int:
+    """Into how many parts to cut each bag where `programs` of them take whole bags; a power of two."""
+    wanted = min(
+        cdiv(MIN_BAG_PROGRAMS, max(programs, 1)),
+        num_indices // (num_bags * MIN_SPLIT_LENGTH),
+        MAX_BAG_SPLITS,
     )
+    return 1 << max(wanted.bit_length() - 1, 0)

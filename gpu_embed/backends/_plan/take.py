@@ -11,7 +11,7 @@ from ...take import QuantizedTable
 from .access import VECTOR_BYTES, vector_width
 
 
-class TakeKernels(ABC):
+class TakePlan(ABC):
     """`take_rows` and `dequantize_rows` of a `Backend`; the launches allocate nothing."""
 
     def take_rows(

@@ -3,14 +3,14 @@
 from torch import Tensor
 
 from ...bags import Bags
-from ...bounds import BoundsRecord
-from .._plan.access import vector_width
-from .._plan.gradient import BagParts, cdiv
+from ...bounds import BoundsRecord, record_arguments
+from .._plan.access import cdiv, vector_width
+from .._plan.bag import BagParts, BagPlan
 from .device import TritonDevice
 from .launch import BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
 
 
-class TritonBags(TritonDevice):
+class TritonBag(TritonDevice, BagPlan):
     """Sums, means and maxima of bags."""
 
     def _bag_sum(
@@ -40,8 +40,7 @@ class TritonBags(TritonDevice):
             output,
             None if parts is None else parts.values,
             None if parts is None else parts.sizes,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             *bags.counts(),
             0 if parts is None else parts.chunk_length,
             bags.num_bags.bit_length(),
@@ -108,8 +107,7 @@ class TritonBags(TritonDevice):
             bags.offsets,
             output,
             winner,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             *bags.counts(),
             weight.shape[0],
             padding_idx,

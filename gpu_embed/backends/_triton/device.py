@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._plan.gradient import no_cuda_device
-from .._plan.tables import TableKernels
+from .._plan.trial_launch import TrialLaunch, no_cuda_device
 from .known_launch import launch
 
 # Triton compiles for these and newer cards only.
 MIN_CAPABILITY = (8, 0)
-# Bulk copies through tensor descriptors begin here.
-DESCRIPTOR_CAPABILITY = (9, 0)
 # Said in every launch, as Triton's default is about to change; it is what the kernels were checked with.
 ENABLE_FP_FUSION = True
 
 
-class TritonDevice(TableKernels):
+class TritonDevice:
     """The part of the Triton backend that launches, whatever the kernel."""
 
     name = "triton"
+
+    def __init__(self) -> None:
+        self._trial = TrialLaunch(self)
 
     def unusable_reason(self, device: torch.device) -> str | None:
         if find_spec("triton") is None:
@@ -51,12 +51,7 @@ class TritonDevice(TableKernels):
                 f"triton needs compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}, "
                 f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}"
             )
-        return self._launch_failure(device)
-
-    def _capability(self, device: torch.device) -> tuple[int, int]:
-        if self._interpreted:
-            return DESCRIPTOR_CAPABILITY
-        return torch.cuda.get_device_capability(device)
+        return self._trial.failure(device)
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
@@ -98,12 +93,6 @@ class TritonDevice(TableKernels):
         return lambda tensor, dtype: self._triton.reinterpret(_not_kept(tensor), dtype)
 
     @cached_property
-    def _tensor_descriptor(self) -> Any:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        return TensorDescriptor
-
-    @cached_property
     def _words(self) -> dict[int, Any]:
         """Triton's integer of so many bytes."""
         from triton import language as tl
@@ -120,14 +109,12 @@ class TritonDevice(TableKernels):
             bag,
             counts,
             dequantize,
-            descriptor,
             gather,
-            one_hot,
-            radix_sort,
             renorm,
             row_update,
             scatter_add,
             segment_sum,
+            sort_keys,
             tables,
             tables_row_update,
             take,
@@ -136,14 +123,8 @@ class TritonDevice(TableKernels):
         return SimpleNamespace(
             gather_rows=gather.gather_rows_kernel,
             gather_flat=gather.gather_flat_kernel,
-            gather_descriptor=descriptor.gather_descriptor_kernel,
             scatter_add=scatter_add.scatter_add_kernel,
-            scatter_add_descriptor=descriptor.scatter_add_descriptor_kernel,
-            one_hot=one_hot.one_hot_kernel,
-            sum_splits=one_hot.sum_splits_kernel,
-            sort_keys=radix_sort.sort_keys_kernel,
-            digit_counts=radix_sort.digit_counts_kernel,
-            digit_scatter=radix_sort.digit_scatter_kernel,
+            sort_keys=sort_keys.sort_keys_kernel,
             segment_sum=segment_sum.segment_sum_kernel,
             renorm=renorm.renorm_kernel,
             counts=counts.counts_kernel,

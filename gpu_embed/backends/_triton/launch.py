@@ -1,9 +1,7 @@
 """Launch settings of the Triton kernels: one dataclass a kind of kernel, one table a kernel."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache, cached_property
-
-from .._plan.gradient import MAX_EXTRA_BYTES, SortTiles, cdiv
 
 
 @dataclass(frozen=True)
@@ -34,15 +32,6 @@ class FlatLaunch(Launch):
 
 
 @dataclass(frozen=True)
-class CountsLaunch(Launch):
-    """digit_counts_kernel: BLOCK keys at a time, UNROLL loads in flight a thread."""
-
-    BLOCK: int
-    UNROLL: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
 class SegmentLaunch(Launch):
     """segment_sum_kernel: BLOCK_C chunks by BLOCK_D columns.
 
@@ -52,19 +41,6 @@ class SegmentLaunch(Launch):
     BLOCK_C: int
     BLOCK_D: int
     UNROLL: int = 4
-    num_warps: int = 1
-
-
-@dataclass(frozen=True)
-class GatherDescriptorLaunch(Launch):
-    """gather_descriptor_kernel: ROWS rows of BLOCK_D words, STAGES - 1 of them in flight.
-
-    One warp a program: a single thread gives the engine its orders.
-    """
-
-    ROWS: int
-    BLOCK_D: int
-    STAGES: int
     num_warps: int = 1
 
 
@@ -86,25 +62,6 @@ class TableLaunch(Launch):
     BLOCK: int = 32
     UNROLL: int = 4
     num_warps: int = 1
-
-
-@dataclass(frozen=True)
-class ScatterDescriptorLaunch(Launch):
-    """scatter_add_descriptor_kernel: ROWS rows of BLOCK_D columns, all in flight."""
-
-    ROWS: int
-    BLOCK_D: int
-    num_warps: int = 1
-
-
-@dataclass(frozen=True)
-class OneHotLaunch(Launch):
-    """one_hot_kernel: a table of up to BLOCK_V rows, BLOCK_N ids at a time, BLOCK_D columns."""
-
-    BLOCK_V: int
-    BLOCK_N: int
-    BLOCK_D: int
-    num_warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -136,30 +93,7 @@ GATHER_FLAT = FlatLaunch(512)
 SCATTER_ADD = FlatLaunch(256)
 COUNTS = FlatLaunch(512)
 SORT_KEYS = FlatLaunch(1024)
-# One warp needs no barrier; 128 keys are 16 bytes a lane, and as many as the counters in a byte take.
-DIGIT_COUNTS = CountsLaunch(128, UNROLL=4, num_warps=1)
-DIGIT_SCATTER = FlatLaunch(128, num_warps=1)
-# 132 multiprocessors with 32 programs each make about as many; 252 blocks are what a byte counts.
-SORT_TILES = SortTiles(STEP=512, TILES=4096, MAX_STEPS=63)
 RENORM_ITEMS = 1024
-# Words in flight of a program of gather_descriptor_kernel, but no more rows than four. Rows of so many words go
-# alone, from one copy to the next without passing through registers.
-DESCRIPTOR_WORDS = 1024
-DESCRIPTOR_ROWS = 4
-# By the power of two that holds the table's rows: 16 or 32 sums a thread.
-ONE_HOT = {
-    16: OneHotLaunch(16, 64, 128),
-    32: OneHotLaunch(32, 64, 64),
-    64: OneHotLaunch(64, 32, 64),
-    128: OneHotLaunch(128, 32, 32),
-    256: OneHotLaunch(256, 32, 64, num_warps=16),
-}
-# Ids a split of one_hot_kernel at the least, and for each row of the table, so that the splits' sums, which are
-# written and read again, are few beside the gradients. One tile adds them all up.
-MIN_SPLIT = 512
-MIN_SPLIT_PER_ROW = 8
-MAX_SPLITS = 64
-SUM_SPLITS = FlatLaunch(64)
 SELECT_ROWS = FlatLaunch(1024)
 # Bytes of a row's sum that one program holds to see the row as a whole, and bytes a thread; longer rows take
 # two steps.
@@ -193,41 +127,6 @@ def update_launch(embedding_dim: int, vec: int, held_bytes: int) -> SegmentLaunc
     block_d = next_power_of_2(embedding_dim)
     num_warps = max(block_d * held_bytes // (32 * HELD_BYTES), 1)
     return SegmentLaunch(BLOCK_C=1, BLOCK_D=block_d, UNROLL=2, num_warps=num_warps)
-
-
-@cache
-def gather_descriptor_launch(row_words: int) -> GatherDescriptorLaunch:
-    """Long rows alone in a program, short ones after one another."""
-    block_d = min(next_power_of_2(row_words), DESCRIPTOR_WORDS)
-    if block_d == DESCRIPTOR_WORDS:
-        return GatherDescriptorLaunch(ROWS=1, BLOCK_D=block_d, STAGES=1)
-    in_flight = min(DESCRIPTOR_WORDS // block_d, DESCRIPTOR_ROWS)
-    return GatherDescriptorLaunch(ROWS=16, BLOCK_D=block_d, STAGES=in_flight + 1)
-
-
-@cache
-def scatter_descriptor_launch(embedding_dim: int) -> ScatterDescriptorLaunch:
-    """512 columns in flight, 16 a thread, in at most 8 rows."""
-    block_d = min(next_power_of_2(embedding_dim), 256)
-    return ScatterDescriptorLaunch(ROWS=min(512 // block_d, 8), BLOCK_D=block_d)
-
-
-@cache
-def one_hot_launch(num_embeddings: int, embedding_dim: int) -> OneHotLaunch:
-    """The table's entry, no wider than the rows are; a matrix unit takes 16 columns at the least."""
-    launch = ONE_HOT[max(next_power_of_2(num_embeddings), min(ONE_HOT))]
-    block_d = min(launch.BLOCK_D, max(next_power_of_2(embedding_dim), 16))
-    return replace(launch, BLOCK_D=block_d)
-
-
-def one_hot_split(num_indices: int, num_embeddings: int, embedding_dim: int, block_n: int) -> int:
-    """Ids a split of one_hot_kernel, a multiple of block_n.
-
-    It follows from the shapes alone, so the order of the additions is the same on every card.
-    """
-    splits = min(MAX_SPLITS, MAX_EXTRA_BYTES // (4 * num_embeddings * embedding_dim))
-    size = max(MIN_SPLIT, MIN_SPLIT_PER_ROW * num_embeddings, cdiv(num_indices, max(splits, 1)))
-    return cdiv(size, block_n) * block_n
 
 
 @cache

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from ...row_update import RowUpdate
-from .._plan.access import vector_width
-from .._plan.gradient import cdiv
+from .._plan.access import cdiv, vector_width
+from .._plan.levels import Level, Partial
+from .._plan.row_update import RowUpdatePlan, rowwise_numbers, update_numbers
 from .device import TritonDevice
 from .launch import MAX_HELD_ROW, ROWWISE_BLOCK, SELECT_ROWS, next_power_of_2, update_launch
 
 
-class TritonRowUpdate(TritonDevice):
+class TritonRowUpdate(TritonDevice, RowUpdatePlan):
     """One optimizer step of the rows that a batch touched."""
 
     def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None:
@@ -32,35 +33,28 @@ class TritonRowUpdate(TritonDevice):
     def _row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        order: Tensor | None,
-        keys: Tensor,
+        level: Level,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, _, keys, _ = level
         num_embeddings, embedding_dim = weight.shape
         # State is as wide as the partial sums, and is to be read in one access too.
-        widths = (vector_width(matrix) for matrix in (values, weight, partial_values))
+        widths = (vector_width(matrix) for matrix in (values, weight, partial.values))
         vec = min(widths)
-        held_bytes = partial_values.element_size() if update.formula == "rowwise_adagrad" else 0
+        held_bytes = partial.values.element_size() if update.formula == "rowwise_adagrad" else 0
         launch = update_launch(embedding_dim, vec, held_bytes)
         num_chunks = cdiv(keys.numel(), chunk)
-        seed, step = update.stream or (0, 0)
         self._launch(
             self._kernels.row_update,
             (cdiv(num_chunks, launch.BLOCK_C), cdiv(embedding_dim, launch.BLOCK_D)),
             keys.device,
-            values,
-            order,
-            keys,
+            *level[:3],
             weight,
-            state[0] if state else None,
-            state[1] if len(state) > 1 else None,
-            partial_values,
-            partial_keys,
+            *(*state, None, None)[:2],
+            *partial[:2],
             update.lr,
             keys.numel(),
             num_embeddings,
@@ -68,16 +62,7 @@ class TritonRowUpdate(TritonDevice):
             values.stride(1),
             weight.stride(0) // vec,
             weight.stride(1),
-            update.step_size,
-            update.decay,
-            update.eps,
-            update.avg_weight,
-            update.sq_weight,
-            update.momentum,
-            update.weight_decay,
-            update.grad_scale,
-            seed,
-            step,
+            *update_numbers(update),
             D=embedding_dim,
             VEC=vec,
             FORMULA=update.formula,
@@ -92,7 +77,6 @@ class TritonRowUpdate(TritonDevice):
         self, update: RowUpdate, total: Tensor, keys: Tensor, weight: Tensor, state: Tensor
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
-        seed, step = update.stream or (0, 0)
         self._launch(
             self._kernels.rowwise_adagrad,
             (keys.numel(),),
@@ -104,12 +88,7 @@ class TritonRowUpdate(TritonDevice):
             update.lr,
             num_embeddings,
             *weight.stride(),
-            update.step_size,
-            update.eps,
-            update.weight_decay,
-            update.grad_scale,
-            seed,
-            step,
+            *rowwise_numbers(update),
             D=embedding_dim,
             STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
             DECAYS_WEIGHT=update.weight_decay != 0,

@@ -2,12 +2,15 @@
 
 from torch import Tensor
 
-from ...bounds import BoundsRecord
+from ...bounds import BoundsRecord, record_arguments
 from ...row_update import RowUpdate
 from ...tables.gradient import TableEntries
 from ...tables.layout import TableBatch
-from .._plan.access import table_vector_width
-from .._plan.gradient import NO_SOURCES, BagSources, cdiv
+from .._plan.access import cdiv, table_vector_width
+from .._plan.gradient import NO_BAGS, OutputBags
+from .._plan.levels import Level, Partial
+from .._plan.row_update import rowwise_numbers, update_numbers
+from .._plan.tables import TablesPlan
 from .device import TritonDevice
 from .launch import (
     BAG_SAMPLE_WEIGHTS_VECTORS,
@@ -21,7 +24,7 @@ from .launch import (
 )
 
 
-class TritonTables(TritonDevice):
+class TritonTables(TritonDevice, TablesPlan):
     """Tables in one buffer."""
 
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
@@ -55,8 +58,7 @@ class TritonTables(TritonDevice):
             output,
             sizes,
             winner,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             batch.indices.numel(),
             batch.bags_per_table,
             batch.bags.num_bags,
@@ -86,8 +88,7 @@ class TritonTables(TritonDevice):
             batch.offsets,
             batch.fields,
             output,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             batch.indices.numel(),
             batch.bags_per_table,
             batch.bags.num_bags,
@@ -104,10 +105,10 @@ class TritonTables(TritonDevice):
         self,
         batch: TableBatch,
         keys: Tensor | None,
-        sources: Tensor | None,
+        bag_of: Tensor | None,
         sizes: Tensor | None,
     ) -> None:
-        num_ranges = batch.num_tables if sources is None else batch.bags.num_bags
+        num_ranges = batch.num_tables if bag_of is None else batch.bags.num_bags
         self._launch(
             self._kernels.table_keys,
             (cdiv(batch.indices.numel(), TABLE_KEYS.BLOCK),),
@@ -116,7 +117,7 @@ class TritonTables(TritonDevice):
             batch.offsets,
             batch.fields,
             keys,
-            sources,
+            bag_of,
             sizes,
             batch.indices.numel(),
             batch.bags_per_table,
@@ -162,18 +163,14 @@ class TritonTables(TritonDevice):
 
     def _table_segment_sum(
         self,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
-        sources: BagSources | None,
+        level: Level,
+        bags: OutputBags | None,
         batch: TableBatch,
         grad_weight: Tensor,
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, _, keys, _ = level
         widest = batch.shape.widest
         vec = table_vector_width(values, batch.shape.dim_divisor)
         launch = segment_launch(widest, vec)
@@ -182,17 +179,12 @@ class TritonTables(TritonDevice):
             self._kernels.table_segment_sum,
             (cdiv(num_chunks, launch.BLOCK_C), cdiv(widest, launch.BLOCK_D)),
             keys.device,
-            values,
-            order,
-            keys,
-            key_tables,
-            *(sources or NO_SOURCES),
-            batch.winner if sources else None,
+            *level,
+            *(bags or NO_BAGS),
+            batch.winner if bags else None,
             batch.fields,
             grad_weight,
-            partial_values,
-            partial_keys,
-            partial_tables,
+            *partial,
             keys.numel(),
             batch.shape.num_rows,
             batch.num_tables,
@@ -210,7 +202,7 @@ class TritonTables(TritonDevice):
         grad_output: Tensor,
         weight: Tensor,
         keys: Tensor,
-        sources: Tensor,
+        bag_of: Tensor,
         batch: TableBatch,
         grad: Tensor,
     ) -> None:
@@ -228,7 +220,7 @@ class TritonTables(TritonDevice):
             grad_output,
             weight,
             keys,
-            sources,
+            bag_of,
             batch.fields,
             grad,
             keys.numel(),
@@ -245,47 +237,36 @@ class TritonTables(TritonDevice):
     def _table_row_update(
         self,
         update: RowUpdate,
-        values: Tensor,
-        keys: Tensor,
-        order: Tensor | None,
-        key_tables: Tensor | None,
+        level: Level,
         entries: TableEntries,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial_values: Tensor,
-        partial_keys: Tensor,
-        partial_tables: Tensor,
+        partial: Partial,
         chunk: int,
     ) -> None:
+        values, _, keys, _ = level
         # State is as wide as the partial sums, and is to be read in one access too.
         widths = (
             table_vector_width(tensor, entries.dim_divisor)
-            for tensor in (values, weight, partial_values)
+            for tensor in (values, weight, partial.values)
         )
         vec = min(widths)
-        held_bytes = partial_values.element_size() if update.formula == "rowwise_adagrad" else 0
+        held_bytes = partial.values.element_size() if update.formula == "rowwise_adagrad" else 0
         launch = update_launch(entries.widest, vec, held_bytes)
         num_chunks = cdiv(keys.numel(), chunk)
-        seed, step = update.stream or (0, 0)
-        first_level = key_tables is None
+        first_level = level.extra is None
         self._launch(
             self._kernels.table_row_update,
             (cdiv(num_chunks, launch.BLOCK_C), cdiv(entries.widest, launch.BLOCK_D)),
             keys.device,
-            values,
-            order,
-            keys,
-            key_tables,
+            *level,
             entries.sources if first_level else None,
             entries.scales if first_level else None,
             entries.winner if first_level else None,
             entries.fields,
             weight,
-            state[0] if state else None,
-            state[1] if len(state) > 1 else None,
-            partial_values,
-            partial_keys,
-            partial_tables,
+            *(*state, None, None)[:2],
+            *partial,
             update.lr,
             keys.numel(),
             entries.num_rows,
@@ -293,16 +274,7 @@ class TritonTables(TritonDevice):
             values.stride(0) // vec,
             values.stride(1),
             entries.values.shape[1],
-            update.step_size,
-            update.decay,
-            update.eps,
-            update.avg_weight,
-            update.sq_weight,
-            update.momentum,
-            update.weight_decay,
-            update.grad_scale,
-            seed,
-            step,
+            *update_numbers(update),
             D=entries.widest,
             VEC=vec,
             FORMULA=update.formula,
@@ -322,7 +294,6 @@ class TritonTables(TritonDevice):
         state: Tensor,
         entries: TableEntries,
     ) -> None:
-        seed, step = update.stream or (0, 0)
         self._launch(
             self._kernels.table_rowwise_adagrad,
             (keys.numel(),),
@@ -336,12 +307,7 @@ class TritonTables(TritonDevice):
             entries.num_rows,
             entries.num_tables,
             entries.num_tables.bit_length(),
-            update.step_size,
-            update.eps,
-            update.weight_decay,
-            update.grad_scale,
-            seed,
-            step,
+            *rowwise_numbers(update),
             D=entries.widest,
             STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
             DECAYS_WEIGHT=update.weight_decay != 0,

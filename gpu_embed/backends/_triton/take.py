@@ -2,15 +2,15 @@
 
 from torch import Tensor
 
-from ...bounds import BoundsRecord
+from ...bounds import BoundsRecord, record_arguments
 from ...take import QuantizedTable
-from .._plan.gradient import cdiv
-from .._plan.take import TakeKernels, quantized_vector, taken_vector
+from .._plan.access import cdiv
+from .._plan.take import TakePlan, quantized_vector, taken_vector
 from .device import TritonDevice
 from .launch import DEQUANTIZE_ROWS, TAKE_ROWS
 
 
-class TritonTake(TritonDevice, TakeKernels):
+class TritonTake(TritonDevice, TakePlan):
     """Lookups whose ids are cast and wrapped, and whose rows are converted."""
 
     def _take_rows(
@@ -25,8 +25,7 @@ class TritonTake(TritonDevice, TakeKernels):
             weight,
             ids,
             output,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             ids.numel(),
             num_embeddings,
             weight.stride(0) // vec,
@@ -49,8 +48,7 @@ class TritonTake(TritonDevice, TakeKernels):
             table.zero,
             ids,
             output,
-            None if record is None else record.words,
-            None if record is None else record.flag,
+            *record_arguments(record),
             ids.numel(),
             table.values.shape[0],
             D=table.embedding_dim,

@@ -1,0 +1,32 @@
+"""Launch of the kernel that makes sort keys."""
+
+from torch import Tensor
+
+from .._plan.sort import SortPlan
+from .device import CupyDevice
+from .launch import SORT_KEYS
+from .nvrtc import Kernel
+
+
+class CupySort(CupyDevice, SortPlan):
+    """Sort keys of ids."""
+
+    def _sort_keys(
+        self,
+        ids: Tensor,
+        keys: Tensor,
+        num_embeddings: int,
+        padding_idx: int,
+    ) -> None:
+        self._launch(
+            Kernel("sort_keys", "sort_keys_kernel"),
+            *SORT_KEYS.grid(ids.numel()),
+            ids.device,
+            ids,
+            keys,
+            ids.numel(),
+            num_embeddings,
+            padding_idx,
+            ids.element_size(),
+            keys.element_size(),
+        )

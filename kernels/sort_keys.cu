@@ -1,0 +1,20 @@
+// Sort keys of ids: what torch.sort orders, so that equal ids lie side by side.
+
+#include "common.cuh"
+
+// Grid: cdiv(N, blockDim.x) blocks of threads in a row. Thread i of the grid owns key i.
+// A key is the id itself, or num_embeddings, which sorts behind all rows, for an id without a gradient.
+extern "C" __global__ void sort_keys_kernel(
+    const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
+    void* __restrict__ keys_ptr,           // the narrowest integer dtype that holds num_embeddings
+    int64 num_indices,
+    int64 num_embeddings,
+    int64 padding_idx,  // -1: none
+    int64 index_bytes,
+    int64 key_bytes) {
+  const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (n >= num_indices) return;
+  const int64 index = load_integer(indices_ptr, n, index_bytes);
+  const bool kept = names_row(index, num_embeddings) && index != padding_idx;
+  store_integer(keys_ptr, n, kept ? index : num_embeddings, key_bytes);
+}

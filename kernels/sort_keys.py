@@ -1,0 +1,22 @@
+"""Sort keys of ids: what torch.sort orders, so that equal ids lie side by side."""
+
+import triton
+import triton.language as tl
+
+
+# Grid: cdiv(N, BLOCK) programs. Program i owns keys [i * BLOCK, ...).
+# A key is the id itself, or num_embeddings, which sorts behind all rows, for an id without a gradient.
+@triton.jit
+def sort_keys_kernel(
+    indices_ptr,  # any integer dtype, [num_indices], contiguous
+    keys_ptr,  # the narrowest integer dtype that holds num_embeddings, [num_indices]
+    num_indices,
+    num_embeddings,
+    padding_idx,  # -1: none
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    index = tl.load(indices_ptr + n, mask=n < num_indices, other=0).to(tl.int64)
+    kept = (index >= 0) & (index < num_embeddings) & (index != padding_idx)
+    key = tl.where(kept, index, num_embeddings)
+    tl.store(keys_ptr + n, key.to(keys_ptr.dtype.element_ty), mask=n < num_indices)
