@@ -702,6 +702,7 @@ def test_opcheck_backward(target, sizes, pooled):
         torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", [TABLES["uniform"], TABLES["mixed"]], ids=["uniform", "mixed"])
 def test_compiled_training_equals_eager(target, sizes):
     """Drop-in: one graph, forward and backward, for any number of ids and bags."""
@@ -719,6 +720,7 @@ def test_compiled_training_equals_eager(target, sizes):
     torch._dynamo.reset()
 
 
+@pytest.mark.full
 def test_compiled_rows_equal_eager(target):
     """Drop-in: without pooling."""
     torch._dynamo.reset()

@@ -384,6 +384,7 @@ def test_stochastic_rounding_is_right_on_average(dtype):
         assert abs(error) < 5 / math.sqrt(2 * n) * float(high - low)
 
 
+@pytest.mark.full
 def test_nearest_rounding_stalls_where_stochastic_rounding_moves(target):
     """Below 1 a bf16 step is 2**-8, so 2**-10 at a time is lost each time by rounding to nearest. The mean of
     1024 elements after 8 times is 1 - 2**-7, within Hoeffding's bound for roundings by less than 2**-8 each:

@@ -373,6 +373,7 @@ def test_a_weight_of_another_tensor_type():
 # torch.compile.
 
 
+@pytest.mark.full
 def test_compiled_before_and_after():
     """Drop-in: the graph is compiled anew for the new class, and for the old one again."""
     counter = CompileCounterWithBackend("aot_eager")
