@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gpu_embed
-from gpu_embed.backends._plan.gradient_method import RULES
+from gpu_embed import bounds
 
 from . import many_tables, optimizers
+from .candidates import launch as candidates
 from .layer import Layer
 from .optimizers import Update
 from .shapes import DTYPES, MODES, STEPS, Cell
@@ -332,6 +333,60 @@ def _gpu_embed_in_backward(weight: Tensor, cell: Cell, mode: str) -> Layer:
     return _ours(table, cell, True, partial(optimizers.ours, mode=mode, in_backward=True))
 
 
+class CandidateGradient(torch.autograd.Function):
+    """This package's lookup, with a gradient of bench/candidates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        ids: Tensor,
+        padding_idx: int | None,
+        gradient: CandidateOfGradient,
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_embeddings = len(weight)
+        ctx.padding_idx = -1 if padding_idx is None else padding_idx
+        ctx.gradient = gradient
+        return gpu_embed.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (ids,) = ctx.saved_tensors
+        triton = gpu_embed.backends.load("triton")
+        grad_weight = ctx.gradient(
+            triton, grad_outputs[0], ids, ctx.num_embeddings, ctx.padding_idx
+        )
+        return grad_weight, None, None, None
+
+
+# TritonDevice, grad_output, ids, num_embeddings, padding_idx (-1: none) -> grad_weight [V, D]
+CandidateOfGradient = Callable[[Any, Tensor, Tensor, int, int], Tensor]
+
+
+def _candidate_gradient(
+    gradient: CandidateOfGradient, weight: Tensor, cell: Cell, mode: str
+) -> Layer:
+    apply = CandidateGradient.apply
+    return Layer(lambda ids: apply(weight, ids, cell.padding_idx, gradient), weight)
+
+
+def _candidate_gather(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    """Ids out of range are recorded and raised as by this package's own lookup."""
+    triton: Any = gpu_embed.backends.load("triton")
+
+    def lookup(ids: Tensor) -> Tensor:
+        record = bounds.record_for(weight.device)
+        if record is not None:
+            record.ready()
+        output = candidates.gather(triton, weight, ids, -1, record)
+        if record is not None:
+            record.finish_lookup(ids)
+        return output
+
+    return Layer(lookup, weight)
+
+
 def _small_ids(cell: Cell) -> str | None:
     """torch and most others look up int64 and int32 alone."""
     return None if cell.id_dtype in ("int64", "int32") else f"takes no {cell.id_dtype} ids"
@@ -370,7 +425,7 @@ def _atomic_tables(cell: Cell) -> str | None:
 def _descriptor_gradients(cell: Cell) -> str | None:
     if cell.dtype != "float32":
         return f"no bulk additions to {cell.dtype} tables"
-    return _descriptor_rows(cell) or _single_table(cell)
+    return _descriptor_rows(cell) or _no_bags(cell)
 
 
 def _descriptor_rows(cell: Cell) -> str | None:
@@ -380,12 +435,7 @@ def _descriptor_rows(cell: Cell) -> str | None:
 
 
 def _one_hot_tables(cell: Cell) -> str | None:
-    rule = RULES["one_hot"]
-    if DTYPES[cell.dtype] not in rule.dtypes:
-        return f"its tables are not {cell.dtype}"
-    if cell.vocab > rule.max_num_embeddings:
-        return f"its tables have {rule.max_num_embeddings} rows at most"
-    return _single_table(cell)
+    return candidates.one_hot_refusal(DTYPES[cell.dtype], cell.vocab) or _no_bags(cell)
 
 
 def _needs_triton(device: torch.device) -> str | None:
@@ -394,61 +444,60 @@ def _needs_triton(device: torch.device) -> str | None:
 
 
 def _needs_descriptors(device: torch.device) -> str | None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return "tensor descriptors need compute capability 9.0"
+    needed = candidates.DESCRIPTOR_CAPABILITY
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < needed:
+        return "tensor descriptors need compute capability {}.{}".format(*needed)
     return _needs_triton(device)
-
-
-def _gradient_candidate(
-    method: str,
-    description: str,
-    refusal: Callable[[Cell], str | None],
-    requirement: Callable[[torch.device], str | None] = lambda device: None,
-) -> Provider:
-    """This package, with a gradient kernel forced."""
-    return Provider(
-        f"gpu_embed-{method.replace('_', '-')}",
-        f"this package, gradient by {description}",
-        _gpu_embed,
-        "gpu_embed",
-        "gpu_embed",
-        ("backward", "full", "step"),
-        sums_in_fp32=True,
-        requirement=requirement,
-        refusal=refusal,
-        setting=lambda: gpu_embed.use_gradient_method(method),
-        candidate=True,
-    )
 
 
 def _sorted_atomic_tables(cell: Cell) -> str | None:
     return _atomic_tables(cell) or _single_table(cell)
 
 
-def _gather_candidate(
-    method: str,
-    description: str,
-    refusal: Callable[[Cell], str | None] = lambda cell: None,
-    requirement: Callable[[torch.device], str | None] = lambda device: None,
-) -> Provider:
-    """This package, with a lookup kernel forced; bags and several tables have others."""
+def _one_lookup(cell: Cell) -> str | None:
+    if cell.pooled or cell.tables > 1:
+        return "neither bags nor several tables are looked up by it"
+    return None
 
-    def refused(cell: Cell) -> str | None:
-        if cell.pooled or cell.tables > 1:
-            return "neither bags nor several tables are looked up by it"
-        return refusal(cell)
 
+def _descriptor_lookups(cell: Cell) -> str | None:
+    return _one_lookup(cell) or _descriptor_rows(cell)
+
+
+def _gradient_of(name: str, description: str, **fields: Any) -> Provider:
+    """This package with another gradient kernel, forced or a candidate."""
     return Provider(
-        f"gpu_embed-gather-{method}",
-        f"this package, lookup by {description}",
-        _gpu_embed,
-        "gpu_embed",
-        "gpu_embed",
-        ("forward",),
-        requirement=requirement,
-        refusal=refused,
-        setting=lambda: gpu_embed.use_gather_method(method),
+        f"gpu_embed-{name}",
+        f"this package, gradient by {description}",
+        module="gpu_embed",
+        package="gpu_embed",
+        modes=("backward", "full", "step"),
+        sums_in_fp32=True,
         candidate=True,
+        **fields,
+    )
+
+
+def _lookup_of(name: str, description: str, **fields: Any) -> Provider:
+    """This package with another lookup kernel, forced or a candidate."""
+    return Provider(
+        f"gpu_embed-gather-{name}",
+        f"this package, lookup by {description}",
+        module="gpu_embed",
+        package="gpu_embed",
+        modes=("forward",),
+        candidate=True,
+        **fields,
+    )
+
+
+def _forced_gather(method: str, description: str) -> Provider:
+    return _lookup_of(
+        method,
+        description,
+        build=_gpu_embed,
+        refusal=_one_lookup,
+        setting=lambda: gpu_embed.use_gather_method(method),
     )
 
 
@@ -491,16 +540,36 @@ PROVIDERS = {
             sums_in_fp32=True,
             setting=lambda: gpu_embed.use_gradient_method("sorted"),
         ),
-        _gradient_candidate(
-            "sorted_atomic", "sorted segments, atomics at their edges", _sorted_atomic_tables
+        _gradient_of(
+            "sorted-atomic",
+            "sorted segments, atomics at their edges",
+            build=_gpu_embed,
+            refusal=_sorted_atomic_tables,
+            setting=lambda: gpu_embed.use_gradient_method("sorted_atomic"),
         ),
-        _gradient_candidate(
-            "descriptor", "tensor descriptors", _descriptor_gradients, _needs_descriptors
+        _gradient_of(
+            "descriptor",
+            "tensor descriptors",
+            build=partial(_candidate_gradient, candidates.scatter_add),
+            requirement=_needs_descriptors,
+            refusal=_descriptor_gradients,
         ),
-        _gradient_candidate("one_hot", "one-hot products", _one_hot_tables, _needs_triton),
-        _gather_candidate("rows", "whole rows"),
-        _gather_candidate("flat", "equal pieces of the output"),
-        _gather_candidate("descriptor", "tensor descriptors", _descriptor_rows, _needs_descriptors),
+        _gradient_of(
+            "one-hot",
+            "one-hot products",
+            build=partial(_candidate_gradient, candidates.one_hot),
+            requirement=_needs_triton,
+            refusal=_one_hot_tables,
+        ),
+        _forced_gather("rows", "whole rows"),
+        _forced_gather("flat", "equal pieces of the output"),
+        _lookup_of(
+            "descriptor",
+            "tensor descriptors",
+            build=_candidate_gather,
+            requirement=_needs_descriptors,
+            refusal=_descriptor_lookups,
+        ),
         Provider(
             "gpu_embed-sparse",
             "this package, sparse=True; a step by gpu_embed.optim",

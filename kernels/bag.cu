@@ -1,22 +1,17 @@
-// Bags: the sum, the mean or the largest of the rows that each bag of ids names, read once.
+// Bags: the sum, mean or maximum of each bag's rows; every row is read once.
 //
-// Bag b holds the positions from offsets[b] up to offsets[b + 1], or to the last position where there is no such offset;
-// without offsets all bags are equally long. Offsets are kept within the ids whatever they say.
-//
-// Where a bag may be too long for one thread, the ids are cut into chunks of chunk_length, and a bag longer than that
-// into parts: a head of that length, and what lies behind the head in each chunk. A chunk has no more than one head,
-// of the bag that begins in it, and behind heads no more than one bag, that of its first position; so part 2 * c is
-// the head that begins in chunk c, and part 2 * c + 1 what chunk c has of a bag behind its head. Where the cuts are
-// follows from the offsets and the shapes alone, so the order of the additions is the same from run to run.
+// Bag b is ids [offsets[b], offsets[b + 1]), the last bag ends with the ids; without offsets each bag has bag_length
+// ids. Wrong offsets are clamped to [0, num_indices]. Bags longer than chunk_length are cut as bag.py draws it: slot 2c
+// holds the head of the bag that starts in chunk c, slot 2c + 1 the chunk's carry-in.
 
 #include "bag_range.cuh"
 #include "common.cuh"
 
-// The last bag that begins at position n or before it.
+// Binary search: the last bag that begins at or before position n.
 __device__ inline int64 find_bag(
     const void* offsets_ptr, int64 n, int64 num_bags, int64 bag_length, int64 offset_bytes) {
   if (!offsets_ptr) return n / bag_length;
-  // offsets[low] <= n < offsets[high].
+  // Invariant: offsets[low] <= n < offsets[high].
   int64 low = 0;
   int64 high = num_bags;
   while (high - low > 1) {
@@ -28,16 +23,16 @@ __device__ inline int64 find_bag(
   return low;
 }
 
-// What a thread walks.
+// The positions [first, last) of a bag that a thread walks.
 struct Part {
   int64 bag;
-  int64 begin;  // of the bag
+  int64 begin;  // the bag's
   int64 first;
   int64 last;
-  int64 number;  // of the part; -1: the bag as a whole
+  int64 slot;  // -1: a whole bag
 };
 
-// The part of the row-th thread of a column: of a bag, or, behind those, of a chunk.
+// Row i < num_bags is bag i, or its head if it is cut; further rows are the carry-ins of chunks.
 __device__ inline Part find_part(
     const void* offsets_ptr,
     int64 row,
@@ -49,42 +44,44 @@ __device__ inline Part find_part(
     int64 bag_length,
     int64 chunk_length,
     int64 offset_bytes) {
-  const bool of_chunk = row >= num_bags;
-  const int64 start = of_chunk ? (row - num_bags) * chunk_length : 0;
+  const bool is_carry_in = row >= num_bags;
+  const int64 start = is_carry_in ? (row - num_bags) * chunk_length : 0;
   const int64 bag =
-      of_chunk ? find_bag(offsets_ptr, start, num_bags, bag_length, offset_bytes) : row;
+      is_carry_in ? find_bag(offsets_ptr, start, num_bags, bag_length, offset_bytes) : row;
   const Range range = load_range(
       offsets_ptr, bag, record_ptr, flag_ptr, num_indices, num_offsets, bag_length, offset_bytes);
   Part part = {bag, range.begin, range.begin, range.end, -1};
   if (chunk_length == 0) return part;
-  if (of_chunk) {
+  if (is_carry_in) {
     part.first = start > range.begin + chunk_length ? start : range.begin + chunk_length;
     part.last = clamp(start + chunk_length, part.first, range.end);
-    part.number = 2 * (start / chunk_length) + 1;
+    part.slot = 2 * (start / chunk_length) + 1;
   } else if (range.end - range.begin > chunk_length) {
     part.last = range.begin + chunk_length;
-    part.number = 2 * (range.begin / chunk_length);
+    part.slot = 2 * (range.begin / chunk_length);
   }
   return part;
 }
 
-// Thread i of the grid owns row i / (D / VEC), and the VEC columns from i % (D / VEC) * VEC on. The first rows are
-// bags; with partial_ptr those behind them are chunks. It walks alone and exchanges nothing.
+// grid:  cdiv((num_bags + num_chunks) * D / VEC, blockDim.x); block: 1-D
+// owner: thread i of the grid: bag i / (D / VEC), or behind the bags the carry-in of a chunk; VEC columns from
+//        i % (D / VEC) * VEC on
+// why:   threads walk alone: no shared memory, no barrier
 template <typename Weight, int VEC, bool MEAN, int UNROLL>
 __global__ void bag_sum_kernel(
-    const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1
-    const void* __restrict__ indices_ptr,   // any integer dtype, [num_indices], contiguous
-    const void* __restrict__ offsets_ptr,   // any integer dtype, [num_offsets]; null: equal lengths
+    const Weight* __restrict__ weight_ptr,              // [num_embeddings, D], any strides; VEC > 1: column stride 1
+    const void* __restrict__ indices_ptr,               // any integer dtype, [num_indices], contiguous
+    const void* __restrict__ offsets_ptr,               // any integer dtype, [num_offsets]; null: equal lengths
     const Weight* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
-    Weight* __restrict__ output_ptr,        // [num_bags, D]
-    typename Accumulator<Weight>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D]; null: no bag is cut
-    int64* __restrict__ sizes_ptr,          // [2 * num_chunks]: MEAN: the parts' ids that count
-    int64* record_ptr,                      // [7], or null: do not record
-    int32* flag_ptr,                        // [1], pinned host memory, or null
+    Weight* __restrict__ output_ptr,                    // [num_bags, D]
+    typename Accumulator<Weight>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D], by slot; null: no bag is cut
+    int64* __restrict__ sizes_ptr,  // MEAN: [2 * num_chunks]: each slot's ids but padding
+    int64* record_ptr,              // [7]; null: do not record
+    int32* flag_ptr,                // [1], pinned host memory; null: do not record
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
-    int64 bag_length,    // ids a bag, where there are no offsets
+    int64 bag_length,    // without offsets: ids per bag
     int64 chunk_length,  // 0: no bag is cut
     int64 num_embeddings,
     int64 padding_idx,        // -1: none
@@ -99,7 +96,7 @@ __global__ void bag_sum_kernel(
   const int64 d = thread % (D / VEC) * VEC;
   const int64 num_chunks = partial_ptr ? (num_indices + chunk_length - 1) / chunk_length : 0;
   if (row >= num_bags + num_chunks) return;
-  if (d > 0) record_ptr = nullptr;  // the first columns' thread records for all
+  if (d > 0) record_ptr = nullptr;  // the thread of the first columns records
   const Part part = find_part(
       offsets_ptr, row, record_ptr, flag_ptr, num_indices, num_bags, num_offsets, bag_length,
       partial_ptr ? chunk_length : 0, offset_bytes);
@@ -110,7 +107,7 @@ __global__ void bag_sum_kernel(
   set_zero(total);
   int64 size = 0;
   for (int64 step = first; step < last; step += UNROLL) {
-    // All loads of a step are issued before the first sum needs one.
+    // All loads of a step are issued before the first addition.
     int64 index[UNROLL];
     Acc scale[UNROLL];
     Vector<Weight, VEC> value[UNROLL];
@@ -140,10 +137,10 @@ __global__ void bag_sum_kernel(
     }
   }
 
-  if (part.number >= 0) {
+  if (part.slot >= 0) {
     if (first == last) return;
-    if (MEAN && d == 0) sizes_ptr[part.number] = size;
-    *(Vector<Acc, VEC>*)(partial_ptr + part.number * D + d) = total;
+    if (MEAN && d == 0) sizes_ptr[part.slot] = size;
+    *(Vector<Acc, VEC>*)(partial_ptr + part.slot * D + d) = total;
     return;
   }
   Vector<Weight, VEC> output;
@@ -154,13 +151,13 @@ __global__ void bag_sum_kernel(
   *(Vector<Weight, VEC>*)(output_ptr + part.bag * D + d) = output;
 }
 
-// The bag whose head begins in a chunk, and how many parts it has; 0: there is none.
-struct JoinedBag {
+// The cut bag that starts in a chunk, and its number of parts; 0: none starts there.
+struct CutBag {
   int64 bag;
   int64 num_parts;
 };
 
-__device__ inline JoinedBag find_joined_bag(
+__device__ inline CutBag find_cut_bag(
     const void* offsets_ptr,
     int64 chunk,
     int64 num_indices,
@@ -169,10 +166,10 @@ __device__ inline JoinedBag find_joined_bag(
     int64 bag_length,
     int64 chunk_length,
     int64 offset_bytes) {
-  // It goes on in the next chunk.
-  const int64 place = (chunk + 1) * chunk_length;
-  if (place >= num_indices) return {0, 0};
-  const int64 bag = find_bag(offsets_ptr, place, num_bags, bag_length, offset_bytes);
+  // A cut bag reaches into the next chunk, so it is the bag of that chunk's first position.
+  const int64 next_start = (chunk + 1) * chunk_length;
+  if (next_start >= num_indices) return {0, 0};
+  const int64 bag = find_bag(offsets_ptr, next_start, num_bags, bag_length, offset_bytes);
   const Range range = load_range(
       offsets_ptr, bag, nullptr, nullptr, num_indices, num_offsets, bag_length, offset_bytes);
   const bool is_cut =
@@ -180,18 +177,19 @@ __device__ inline JoinedBag find_joined_bag(
   return {bag, is_cut ? (range.end - 1) / chunk_length - chunk + 1 : 0};
 }
 
-// Thread i of the grid owns chunk i / D and column i % D: the sums of the parts of the cut bag that begins in the
-// chunk, if there is one, added in their order.
+// grid:  cdiv(num_chunks * D, blockDim.x); block: 1-D
+// owner: thread i of the grid: the cut bag that starts in chunk i / D, if any; column i % D
+// why:   adds a bag's partial sums in a fixed order: no atomics, deterministic
 template <typename Output>
 __global__ void bag_join_kernel(
-    const typename Accumulator<Output>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D]
-    const int64* __restrict__ sizes_ptr,   // [2 * num_chunks]: for the mean; null: the sum is asked for
+    const typename Accumulator<Output>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D], by slot
+    const int64* __restrict__ sizes_ptr,   // mean: [2 * num_chunks]: each slot's ids but padding; sum: null
     const void* __restrict__ offsets_ptr,  // any integer dtype, [num_offsets]; null: equal lengths
     Output* __restrict__ output_ptr,       // [num_bags, D]
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
-    int64 bag_length,  // ids a bag, where there are no offsets
+    int64 bag_length,  // without offsets: ids per bag
     int64 chunk_length,
     int64 D,
     int64 offset_bytes) {
@@ -199,27 +197,29 @@ __global__ void bag_join_kernel(
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   const int64 chunk = thread / D;
   const int64 d = thread % D;
-  const JoinedBag joined = find_joined_bag(
+  const CutBag cut = find_cut_bag(
       offsets_ptr, chunk, num_indices, num_bags, num_offsets, bag_length, chunk_length, offset_bytes);
-  if (joined.num_parts == 0) return;
+  if (cut.num_parts == 0) return;
   Acc total = 0;
   int64 size = 0;
 #pragma unroll 4
-  for (int64 i = 0; i < joined.num_parts; ++i) {
-    // The head, and then what the chunks behind it have.
-    const int64 number = 2 * (chunk + i) + (i > 0);
-    total += partial_ptr[number * D + d];
-    if (sizes_ptr) size += sizes_ptr[number];
+  for (int64 part = 0; part < cut.num_parts; ++part) {
+    // Part 0 is the head, each later one the carry-in of a chunk.
+    const int64 slot = 2 * (chunk + part) + (part > 0);
+    total += partial_ptr[slot * D + d];
+    if (sizes_ptr) size += sizes_ptr[slot];
   }
   narrow(
-      sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[joined.bag * D + d]);
+      sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[cut.bag * D + d]);
 }
 
-// Thread i of the grid owns element i of the output: the sums of a split bag's parts, added in their order.
+// grid:  cdiv(num_bags * D, blockDim.x); block: 1-D
+// owner: thread i of the grid: element i of the flattened output
+// why:   adds the partial sums of table_bag_kernel's splits in a fixed order: no atomics, deterministic
 template <typename Output>
 __global__ void bag_combine_kernel(
     const typename Accumulator<Output>::type* __restrict__ partial_ptr,  // [num_splits, num_bags, D]
-    const int64* __restrict__ sizes_ptr,  // [num_splits, num_bags]: for the mean; null: the sum is asked for
+    const int64* __restrict__ sizes_ptr,  // mean: [num_splits, num_bags]: each split's share of the divisor; sum: null
     Output* __restrict__ output_ptr,      // [num_bags, D]
     int64 num_splits,
     int64 num_bags,
@@ -236,20 +236,22 @@ __global__ void bag_combine_kernel(
   narrow(sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[element]);
 }
 
-// As bag_sum_kernel, of whole bags alone.
+// grid:  cdiv(num_bags * D / VEC, blockDim.x); block: 1-D
+// owner: thread i of the grid: bag i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
+// why:   as bag_sum_kernel, but never cuts a bag: the Triton twin says why
 template <typename Weight, int VEC, int UNROLL>
 __global__ void bag_max_kernel(
     const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1
     const void* __restrict__ indices_ptr,   // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,   // any integer dtype, [num_offsets]; null: equal lengths
     Weight* __restrict__ output_ptr,        // [num_bags, D]
-    int64* __restrict__ winner_ptr,  // [num_bags, D]: id * D + column of the largest, -1: none; null: not wanted
-    int64* record_ptr,               // [7], or null: do not record
-    int32* flag_ptr,                 // [1], pinned host memory, or null
+    int64* __restrict__ max_elements_ptr,   // [num_bags, D]: the argmax as id * D + column, -1: none; null: not wanted
+    int64* record_ptr,                      // [7]; null: do not record
+    int32* flag_ptr,                        // [1], pinned host memory; null: do not record
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
-    int64 bag_length,  // ids a bag, where there are no offsets
+    int64 bag_length,  // without offsets: ids per bag
     int64 num_embeddings,
     int64 padding_idx,        // -1: none
     int64 weight_row_stride,  // in units of VEC elements
@@ -261,15 +263,15 @@ __global__ void bag_max_kernel(
   const int64 bag = thread / (D / VEC);
   const int64 d = thread % (D / VEC) * VEC;
   if (bag >= num_bags) return;
-  if (d > 0) record_ptr = nullptr;  // the first columns' thread records for all
+  if (d > 0) record_ptr = nullptr;  // the thread of the first columns records
   const Range range = load_range(
       offsets_ptr, bag, record_ptr, flag_ptr, num_indices, num_offsets, bag_length, offset_bytes);
 
   Vector<Weight, VEC> largest;
   set_zero(largest);
-  int64 winner[VEC];
+  int64 argmax[VEC];
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) winner[i] = -1;
+  for (int i = 0; i < VEC; ++i) argmax[i] = -1;
   for (int64 step = range.begin; step < range.end; step += UNROLL) {
     int64 index[UNROLL];
     Vector<Weight, VEC> value[UNROLL];
@@ -296,30 +298,32 @@ __global__ void bag_max_kernel(
       }
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
-        // Not `>=`, so that the first of equals stays, and so does a NaN that came first.
-        if (winner[i] < 0 || widen(value[u].lane[i]) > widen(largest.lane[i])) {
+        // `>`, not `>=`: the first of equals stays, as does a NaN in the bag's first row.
+        if (argmax[i] < 0 || widen(value[u].lane[i]) > widen(largest.lane[i])) {
           largest.lane[i] = value[u].lane[i];
-          winner[i] = index[u] * D + d + i;
+          argmax[i] = index[u] * D + d + i;
         }
       }
     }
   }
   *(Vector<Weight, VEC>*)(output_ptr + bag * D + d) = largest;
-  if (!winner_ptr) return;
+  if (!max_elements_ptr) return;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) winner_ptr[bag * D + d + i] = winner[i];
+  for (int i = 0; i < VEC; ++i) max_elements_ptr[bag * D + d + i] = argmax[i];
 }
 
-// Thread i of the grid owns position i.
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
+// owner: thread i of the grid: position i
+// why:   the gradient kernels read a position's bag instead of searching for it per column
 extern "C" __global__ void bag_of_kernel(
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,  // any integer dtype, [num_offsets]; null: equal lengths
-    void* __restrict__ bag_of_ptr,         // [num_indices]: the bag of each position, -1: none
-    int32* sizes_ptr,                      // [num_bags], zero on entry: ids that count for the mean; null: not wanted
+    void* __restrict__ bag_of_ptr,         // [num_indices]; -1: in no bag
+    int32* sizes_ptr,                      // mean: [num_bags], zero on entry: each bag's ids but padding; else null
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
-    int64 bag_length,   // ids a bag, where there are no offsets
+    int64 bag_length,   // without offsets: ids per bag
     int64 padding_idx,  // -1: none
     int64 index_bytes,
     int64 offset_bytes,
@@ -333,13 +337,15 @@ extern "C" __global__ void bag_of_kernel(
   if (!is_padding(load_integer(indices_ptr, n, index_bytes), padding_idx)) atomicAdd(sizes_ptr + bag, 1);
 }
 
-// Thread i of the grid owns position i: the inner product of its row and its bag's gradient.
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
+// owner: thread i of the grid: position i; its result is the inner product of its row and its bag's gradient
+// why:   each result is reduced within its thread, in a fixed order
 template <typename Weight, int VEC>
 __global__ void bag_sample_weights_kernel(
     const Weight* __restrict__ grad_output_ptr,  // [num_bags, D], any strides; VEC > 1: column stride 1
-    const Weight* __restrict__ weight_ptr,       // [num_embeddings, D], as well
+    const Weight* __restrict__ weight_ptr,       // [num_embeddings, D], any strides; VEC > 1: column stride 1
     const void* __restrict__ indices_ptr,        // any integer dtype, [num_indices], contiguous
-    const void* __restrict__ bag_of_ptr,         // [num_indices]: the bag of each position, -1: none
+    const void* __restrict__ bag_of_ptr,         // [num_indices]; -1: in no bag
     Weight* __restrict__ grad_ptr,               // [num_indices]
     int64 num_indices,
     int64 num_embeddings,

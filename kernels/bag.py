@@ -1,13 +1,18 @@
-"""Bags: the sum, the mean or the largest of the rows that each bag of ids names, read once.
+"""Bags: the sum, mean or maximum of each bag's rows; every row is read once.
 
-Bag b holds the positions from offsets[b] up to offsets[b + 1], or to the last position where there is no such offset;
-without offsets all bags are equally long. Offsets are kept within the ids whatever they say.
+Bag b is ids [offsets[b], offsets[b + 1]), the last bag ends with the ids; without offsets each bag has bag_length ids.
+Wrong offsets are clamped to [0, num_indices].
 
-Where a bag may be too long for one program, the ids are cut into chunks of chunk_length, and a bag longer than that
-into parts: a head of that length, and what lies behind the head in each chunk. A chunk has no more than one head,
-of the bag that begins in it, and behind heads no more than one bag, that of its first position; so part 2 * c is
-the head that begins in chunk c, and part 2 * c + 1 what chunk c has of a bag behind its head. Where the cuts are
-follows from the offsets and the shapes alone, so the order of the additions is the same from run to run.
+A bag longer than chunk_length is cut, so that no program walks all of it. Its head is its first chunk_length ids;
+behind the head it is cut at chunk edges. Each chunk c has two slots of partial sums: slot 2c holds the head of the
+bag that starts in chunk c, slot 2c + 1 the carry-in: ids of chunk c that a bag has behind its head.
+
+    ids      0   1   2   3 | 4   5   6   7 | 8   9  10  11     chunk_length 4
+    bags     A   A   B   B   B   B   B   B   B   B   C   C
+    sums     [ A ]   [   slot 0    ] [slot 3][slot 5][ C ]     A and C are short: stored directly
+
+A cut bag reaches into the next chunk, so at most one starts in each chunk, and at most one is carried in. The cuts
+depend on offsets and shapes alone, so the order of the additions is the same from run to run.
 """
 
 import triton
@@ -19,7 +24,7 @@ from .rounding import divide
 
 @triton.jit
 def load_range(offsets_ptr, bag, in_range, num_indices, num_offsets, bag_length):
-    """Where each bag begins and ends, as offsets have it, int64; without offsets, from equal lengths."""
+    """Each bag's [begin, end) as the offsets have it, int64; not clamped."""
     if offsets_ptr is None:
         begin = bag * bag_length
         end = begin + bag_length
@@ -33,7 +38,7 @@ def load_range(offsets_ptr, bag, in_range, num_indices, num_offsets, bag_length)
 
 @triton.jit
 def clamp_range(begin, end, bag, in_range, num_indices):
-    """The range within [0, num_indices], beginning at 0 for bag 0; empty for bags that do not exist."""
+    """[begin, end) clamped to [0, num_indices]; bag 0 begins at 0. Empty unless in_range."""
     begin = tl.where(bag == 0, 0, tl.minimum(tl.maximum(begin, 0), num_indices))
     end = tl.minimum(tl.maximum(end, begin), num_indices)
     return tl.where(in_range, begin, 0), tl.where(in_range, end, 0)
@@ -41,11 +46,11 @@ def clamp_range(begin, end, bag, in_range, num_indices):
 
 @triton.jit
 def find_bag(offsets_ptr, n, num_bags, bag_length, search_steps):
-    """The last bag that begins at each position or before it, int64."""
+    """Binary search: the last bag that begins at or before each position n, int64."""
     if offsets_ptr is None:
         bag = n // bag_length
     else:
-        # offsets[low] <= n < offsets[high].
+        # Invariant: offsets[low] <= n < offsets[high].
         low = n * 0
         high = low + num_bags
         for _ in range(search_steps):
@@ -59,7 +64,7 @@ def find_bag(offsets_ptr, n, num_bags, bag_length, search_steps):
 
 @triton.jit
 def is_padding(index, padding_idx):
-    """Whether an id is the padding: -1 is none, and no padding where it stands for there being none."""
+    """padding_idx = -1 disables padding: an out-of-range id of -1 must not match it."""
     return (index == padding_idx) & (index >= 0)
 
 
@@ -77,9 +82,9 @@ def count_ids(
     BLOCK_B: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Ids other than padding in [first, last) of each bag, int32 [BLOCK_B]; those out of range are recorded.
+    """Count the ids in [first, last) of each bag that are not padding, int32 [BLOCK_B]; record those out of range.
 
-    Reads the ids side by side, ahead of the loop over their rows, which then finds them in the cache.
+    Coalesced loads of BLOCK_L ids; the loop over the rows then finds the ids in the cache.
     """
     counted = tl.zeros([BLOCK_B, BLOCK_L], tl.int32)
     for step in range(0, tl.max(last - first, 0), BLOCK_L):
@@ -105,8 +110,7 @@ def count_ids(
 def record_offsets(
     record_ptr, flag_ptr, bag, in_range, begin, end, offset, next_offset, num_indices
 ):
-    """Record offsets that do not cut the ids into bags."""
-    # The one at fault is the bag's own, or the next one.
+    """Record an offset that clamping changed: the bag's own, or else the next one."""
     own = offset != begin
     record_bag_out_of_range(
         record_ptr,
@@ -121,7 +125,7 @@ def record_offsets(
 
 
 @triton.jit
-def part_range(
+def find_part(
     offsets_ptr,
     num_indices,
     num_bags,
@@ -132,12 +136,12 @@ def part_range(
     CUT: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """The bags of a program's rows, and the positions [first, last) of each that the program walks.
+    """For each row of the program's tile: its bag, and the positions [first, last) of it to walk.
 
-    The first programs own bags, whole or their heads. With CUT there are others behind them, which own chunks.
+    The first cdiv(num_bags, BLOCK_B) programs own bags, or the heads of cut bags. With CUT, further programs own the
+    carry-ins of chunks.
 
-    Returns bag, in_range, begin, end, offset, next_offset, first, last, number: each [BLOCK_B]; the number is
-    that of the part, or -1 for a bag as a whole.
+    Returns bag, in_range, begin, end, offset, next_offset, first, last, slot: each [BLOCK_B]; slot -1: a whole bag.
     """
     bag = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_range = bag < num_bags
@@ -155,30 +159,31 @@ def part_range(
     begin, end = clamp_range(offset, next_offset, bag, in_range, num_indices)
     first = begin
     last = end
-    number = chunk
+    slot = chunk
     if CUT:
-        of_chunk = chunk >= 0
-        first = tl.where(of_chunk, tl.maximum(begin + chunk_length, chunk * chunk_length), begin)
-        last = tl.where(of_chunk, (chunk + 1) * chunk_length, begin + chunk_length)
+        is_carry_in = chunk >= 0
+        first = tl.where(is_carry_in, tl.maximum(begin + chunk_length, chunk * chunk_length), begin)
+        last = tl.where(is_carry_in, (chunk + 1) * chunk_length, begin + chunk_length)
         last = tl.maximum(tl.minimum(last, end), first)
         head = tl.where(end - begin > chunk_length, 2 * (begin // chunk_length), -1)
-        number = tl.where(of_chunk, 2 * chunk + 1, head)
-    return bag, in_range, begin, end, offset, next_offset, first, last, number
+        slot = tl.where(is_carry_in, 2 * chunk + 1, head)
+    return bag, in_range, begin, end, offset, next_offset, first, last, slot
 
 
 @triton.jit
-def lay_along_rows(x, d):
-    """x [BLOCK_B] as it is, in the lanes that hold the rows of a tile whose columns are d.
+def to_row_layout(x, d):
+    """x [BLOCK_B], converted to the layout of a tile's rows; d: the tile's columns.
 
-    What is loaded at x then lies there too; Triton would move it there in every turn of a loop, as it cannot move
-    the search that x comes from.
+    The layout is converted once, outside the loop. Triton would convert what is loaded at x in each iteration, as it
+    cannot move the search that x comes from.
     """
     return tl.max(x[:, None] + d * 0, 1)
 
 
-# Program (i, j) owns bags [i * BLOCK_B, ...), one a row of its tile, and columns [j * BLOCK_D, ...); with partial_ptr
-# the programs behind those of the bags own chunks. The rows of the tile walk side by side and exchange nothing but
-# the longest length.
+# grid:  (cdiv(num_bags, BLOCK_B) + cdiv(num_chunks, BLOCK_B), cdiv(D, BLOCK_D))
+# block: BLOCK_B bags or carry-ins by BLOCK_D columns
+# owner: program (i, j): bags [i * BLOCK_B, ...), or behind those the carry-ins of chunks; columns [j * BLOCK_D, ...)
+# why:   the rows of the tile walk side by side, and share nothing but the longest length
 @triton.jit
 def bag_sum_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
@@ -186,14 +191,14 @@ def bag_sum_kernel(
     offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
     per_sample_weights_ptr,  # weight's dtype, [num_indices], contiguous; None: all 1
     output_ptr,  # [num_bags, D]
-    partial_ptr,  # accumulation dtype, [2 * num_chunks, D]: the parts' sums; None: no bag is cut
-    sizes_ptr,  # int64 [2 * num_chunks]: MEAN: the parts' ids that count; else None
-    record_ptr,  # int64 [7], or None: do not record
-    flag_ptr,  # int32 [1], pinned host memory, or None
+    partial_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot; None: no bag is cut
+    sizes_ptr,  # MEAN: int64 [2 * num_chunks]: each slot's ids but padding; else None
+    record_ptr,  # int64 [7]; None: do not record
+    flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
     num_bags,
     num_offsets,
-    bag_length,  # ids a bag, where there are no offsets
+    bag_length,  # without offsets: ids per bag
     chunk_length,
     search_steps,  # bits of num_bags
     num_embeddings,
@@ -203,17 +208,17 @@ def bag_sum_kernel(
     D: tl.constexpr,
     VEC: tl.constexpr,  # elements a thread loads with one instruction
     MEAN: tl.constexpr,
-    UNROLL: tl.constexpr,  # rows in flight a thread
+    UNROLL: tl.constexpr,  # rows in flight per thread
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr,  # ids of each bag that are counted at a time
+    BLOCK_L: tl.constexpr,  # ids of each bag counted per step
 ):
     acc_dtype: tl.constexpr = (
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
     in_row = d < D
-    bag, in_range, begin, end, offset, next_offset, first, last, number = part_range(
+    bag, in_range, begin, end, offset, next_offset, first, last, slot = find_part(
         offsets_ptr,
         num_indices,
         num_bags,
@@ -225,8 +230,8 @@ def bag_sum_kernel(
         BLOCK_B,
     )
     if partial_ptr is not None:
-        first = lay_along_rows(first, d)
-        last = lay_along_rows(last, d)
+        first = to_row_layout(first, d)
+        last = to_row_layout(last, d)
 
     first_columns = tl.program_id(1) == 0
     size = last - first
@@ -275,7 +280,7 @@ def bag_sum_kernel(
 
     total = tl.zeros([BLOCK_B, BLOCK_D], acc_dtype)
     for step in range(0, tl.max(last - first, 0), UNROLL):
-        # All loads of a step are issued before the first sum needs one.
+        # All loads of a step are issued before the first addition.
         indices = ()
         values = ()
         scales = ()
@@ -304,31 +309,31 @@ def bag_sum_kernel(
             total += value
 
     if partial_ptr is not None:
-        cut = in_range & (number >= 0) & (first < last)
-        tl.store(partial_ptr + (number * D)[:, None] + d, total, mask=cut[:, None] & in_row)
+        cut = in_range & (slot >= 0) & (first < last)
+        tl.store(partial_ptr + (slot * D)[:, None] + d, total, mask=cut[:, None] & in_row)
         if MEAN:
-            tl.store(sizes_ptr + number, size, mask=cut & first_columns)
+            tl.store(sizes_ptr + slot, size, mask=cut & first_columns)
     if MEAN:
         divisor = tl.maximum(size, 1).to(acc_dtype)[:, None]
         total = divide(total, tl.broadcast_to(divisor, [BLOCK_B, BLOCK_D]))
     tl.store(
         output_ptr + (bag * D)[:, None] + d,
         total.to(output_ptr.dtype.element_ty),
-        mask=(in_range & (number < 0))[:, None] & in_row,
+        mask=(in_range & (slot < 0))[:, None] & in_row,
     )
 
 
 @triton.jit
-def joined_bag(
+def find_cut_bag(
     offsets_ptr, num_indices, num_bags, num_offsets, bag_length, chunk_length, search_steps
 ):
-    """The bag whose head begins in the chunk of the program, and how many parts it has; 0: there is none."""
+    """The cut bag that starts in the program's chunk, and its number of parts; 0: none starts there."""
     chunk = tl.program_id(0).to(tl.int64)
-    # It goes on in the next chunk.
-    place = (chunk + 1) * chunk_length + tl.zeros([1], tl.int64)
-    in_range = place < num_indices
-    place = tl.where(in_range, place, 0)
-    bag = find_bag(offsets_ptr, place, num_bags, bag_length, search_steps)
+    # A cut bag reaches into the next chunk, so it is the bag of that chunk's first position.
+    next_start = (chunk + 1) * chunk_length + tl.zeros([1], tl.int64)
+    in_range = next_start < num_indices
+    next_start = tl.where(in_range, next_start, 0)
+    bag = find_bag(offsets_ptr, next_start, num_bags, bag_length, search_steps)
     begin, end = load_range(offsets_ptr, bag, in_range, num_indices, num_offsets, bag_length)
     begin, end = clamp_range(begin, end, bag, in_range, num_indices)
     is_cut = (begin // chunk_length == chunk) & (end - begin > chunk_length)
@@ -336,18 +341,20 @@ def joined_bag(
     return tl.sum(bag, 0), tl.sum(num_parts, 0)
 
 
-# Program (c, j) owns the cut bag that begins in chunk c, if there is one, and columns [j * BLOCK, ...): the sums of its
-# parts, added in a fixed order.
+# grid:  (num_chunks, cdiv(D, BLOCK))
+# block: BLOCK_S parts by BLOCK columns, a loop over the parts
+# owner: program (c, j): the cut bag that starts in chunk c, if any; columns [j * BLOCK, ...)
+# why:   adds a bag's partial sums in a fixed order: no atomics, deterministic
 @triton.jit
 def bag_join_kernel(
-    partial_ptr,  # accumulation dtype, [2 * num_chunks, D]
-    sizes_ptr,  # int64 [2 * num_chunks]: ids that count for the mean; None: the sum is asked for
+    partial_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
+    sizes_ptr,  # mean: int64 [2 * num_chunks]: each slot's ids but padding; sum: None
     offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
     output_ptr,  # [num_bags, D]
     num_indices,
     num_bags,
     num_offsets,
-    bag_length,  # ids a bag, where there are no offsets
+    bag_length,  # without offsets: ids per bag
     chunk_length,
     search_steps,  # bits of num_bags
     D: tl.constexpr,
@@ -355,24 +362,24 @@ def bag_join_kernel(
     BLOCK: tl.constexpr,
 ):
     d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # [BLOCK]
-    bag, num_parts = joined_bag(
+    bag, num_parts = find_cut_bag(
         offsets_ptr, num_indices, num_bags, num_offsets, bag_length, chunk_length, search_steps
     )
     if num_parts > 0:
         total = tl.zeros([BLOCK_S, BLOCK], partial_ptr.dtype.element_ty)
         size = tl.zeros([BLOCK_S], tl.int64)
         for first in range(0, num_parts, BLOCK_S):
-            place = (first + tl.arange(0, BLOCK_S)).to(tl.int64)
-            # The head, and then what the chunks behind it have.
-            number = 2 * (tl.program_id(0) + place) + (place > 0).to(tl.int64)
-            taken = place < num_parts
+            part = (first + tl.arange(0, BLOCK_S)).to(tl.int64)
+            # Part 0 is the head, each later one the carry-in of a chunk.
+            slot = 2 * (tl.program_id(0) + part) + (part > 0).to(tl.int64)
+            taken = part < num_parts
             total += tl.load(
-                partial_ptr + (number * D)[:, None] + d[None, :],
+                partial_ptr + (slot * D)[:, None] + d[None, :],
                 mask=taken[:, None] & (d < D)[None, :],
                 other=0,
             )
             if sizes_ptr is not None:
-                size += tl.load(sizes_ptr + number, mask=taken, other=0)
+                size += tl.load(sizes_ptr + slot, mask=taken, other=0)
         output = tl.sum(total, 0)
         if sizes_ptr is not None:
             divisor = tl.maximum(tl.sum(size, 0), 1).to(output.dtype)
@@ -380,11 +387,14 @@ def bag_join_kernel(
         tl.store(output_ptr + bag * D + d, output.to(output_ptr.dtype.element_ty), mask=d < D)
 
 
-# Program i owns elements [i * BLOCK, ...) of the output: the sums of split bags' parts, added in a fixed order.
+# grid:  (cdiv(num_bags * D, BLOCK),)
+# block: BLOCK_S splits by BLOCK elements, a loop over the splits
+# owner: program i: elements [i * BLOCK, ...) of the flattened output
+# why:   adds the partial sums of table_bag_kernel's splits in a fixed order: no atomics, deterministic
 @triton.jit
 def bag_combine_kernel(
     partial_ptr,  # accumulation dtype, [num_splits, num_bags, D]
-    sizes_ptr,  # int64 [num_splits, num_bags]: ids that count for the mean; None: the sum is asked for
+    sizes_ptr,  # mean: int64 [num_splits, num_bags]: each split's share of the divisor; sum: None
     output_ptr,  # [num_bags, D]
     num_splits,
     num_bags,
@@ -412,31 +422,34 @@ def bag_combine_kernel(
     )
 
 
-# As bag_sum_kernel, of whole bags alone: where maxima are cut too, Triton 3.7 walks them in two layouts, in three times
-# the instructions for 16-bit tables.
+# grid:  (cdiv(num_bags, BLOCK_B), cdiv(D, BLOCK_D))
+# block: BLOCK_B bags by BLOCK_D columns
+# owner: program (i, j): bags [i * BLOCK_B, ...), columns [j * BLOCK_D, ...)
+# why:   never cuts a bag: with cuts, Triton 3.7 keeps the maxima in two layouts, which triples the instructions of
+#        16-bit tables
 @triton.jit
 def bag_max_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
     output_ptr,  # [num_bags, D]
-    winner_ptr,  # int64 [num_bags, D]: id * D + column of the largest, -1: none; None: not wanted
-    record_ptr,  # int64 [7], or None: do not record
-    flag_ptr,  # int32 [1], pinned host memory, or None
+    max_elements_ptr,  # int64 [num_bags, D]: the argmax as id * D + column, -1: none; None: not wanted
+    record_ptr,  # int64 [7]; None: do not record
+    flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
     num_bags,
     num_offsets,
-    bag_length,  # ids a bag, where there are no offsets
+    bag_length,  # without offsets: ids per bag
     num_embeddings,
     padding_idx,  # -1: none
     weight_row_stride,  # in units of VEC elements
     weight_col_stride,  # in elements
     D: tl.constexpr,
     VEC: tl.constexpr,  # elements a thread loads with one instruction
-    UNROLL: tl.constexpr,  # rows in flight a thread
+    UNROLL: tl.constexpr,  # rows in flight per thread
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr,  # ids of each bag that are counted at a time
+    BLOCK_L: tl.constexpr,  # ids of each bag counted per step
 ):
     acc_dtype: tl.constexpr = (
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -479,7 +492,7 @@ def bag_max_kernel(
             )
 
     largest = tl.zeros([BLOCK_B, BLOCK_D], acc_dtype)
-    winner = tl.full([BLOCK_B, BLOCK_D], -1, tl.int64)
+    argmax = tl.full([BLOCK_B, BLOCK_D], -1, tl.int64)
     empty = in_range
     for step in range(0, tl.max(end - begin, 0), UNROLL):
         indices = ()
@@ -504,30 +517,33 @@ def bag_max_kernel(
             in_table = (index >= 0) & (index < num_embeddings)
             taken = (n < end) & (index != padding_idx)
             value = values[u].to(acc_dtype)
-            # Not `>=`, so that the first of equals stays, and so does a NaN that came first.
+            # `>`, not `>=`: the first of equals stays, as does a NaN in the bag's first row.
             better = (taken & in_table)[:, None] & (empty[:, None] | (value > largest))
             largest = tl.where(better, value, largest)
-            winner = tl.where(better, index[:, None], winner)
+            argmax = tl.where(better, index[:, None], argmax)
             empty = empty & ~(taken & in_table)
 
     out = (bag * D)[:, None] + d
     stored = in_range[:, None] & in_row
     tl.store(output_ptr + out, largest.to(output_ptr.dtype.element_ty), mask=stored)
-    if winner_ptr is not None:
-        tl.store(winner_ptr + out, tl.where(winner < 0, -1, winner * D + d), mask=stored)
+    if max_elements_ptr is not None:
+        tl.store(max_elements_ptr + out, tl.where(argmax < 0, -1, argmax * D + d), mask=stored)
 
 
-# Program i owns positions [i * BLOCK, ...).
+# grid:  (cdiv(num_indices, BLOCK),)
+# block: BLOCK positions
+# owner: program i: positions [i * BLOCK, ...)
+# why:   the gradient kernels read a position's bag instead of searching for it per column
 @triton.jit
 def bag_of_kernel(
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
-    bag_of_ptr,  # an integer dtype that holds num_bags, [num_indices]: the bag of each position, -1: none
-    sizes_ptr,  # int32 [num_bags], zero on entry: ids that count for the mean; None: not wanted
+    bag_of_ptr,  # an integer dtype that holds num_bags, [num_indices]; -1: in no bag
+    sizes_ptr,  # mean: int32 [num_bags], zero on entry: each bag's ids but padding; else None
     num_indices,
     num_bags,
     num_offsets,
-    bag_length,  # ids a bag, where there are no offsets
+    bag_length,  # without offsets: ids per bag
     padding_idx,  # -1: none
     search_steps,  # bits of num_bags
     BLOCK: tl.constexpr,
@@ -545,19 +561,22 @@ def bag_of_kernel(
         bag = tl.where(in_range, bag, tl.max(tl.where(in_range, bag, -1), 0))
         lowest = tl.min(bag, 0)
         if (lowest == tl.max(bag, 0)) & (lowest >= 0):
-            # A program within one bag adds once, or long bags would queue at one address.
+            # All of one bag: one atomic, as atomics of a long bag would serialize at one address.
             tl.atomic_add(sizes_ptr + lowest, tl.sum(counted.to(tl.int32), 0), sem="relaxed")
         else:
             tl.atomic_add(sizes_ptr + bag, 1, mask=counted, sem="relaxed")
 
 
-# Program i owns positions [i * BLOCK_N, ...): the inner product of each one's row and its bag's gradient.
+# grid:  (cdiv(num_indices, BLOCK_N),)
+# block: BLOCK_N positions by BLOCK_D columns, a loop over D
+# owner: program i: positions [i * BLOCK_N, ...); each is the inner product of its row and its bag's gradient
+# why:   each result is reduced within its program, in a fixed order
 @triton.jit
 def bag_sample_weights_kernel(
     grad_output_ptr,  # [num_bags, D], any strides
     weight_ptr,  # [num_embeddings, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
-    bag_of_ptr,  # [num_indices]: the bag of each position, -1: none
+    bag_of_ptr,  # [num_indices]; -1: in no bag
     grad_ptr,  # [num_indices]
     num_indices,
     num_embeddings,

@@ -1,10 +1,10 @@
-// The positions of a bag, within the ids whatever its offsets say.
+// A bag's range of positions, clamped to [0, num_indices] against wrong offsets.
 
 #pragma once
 
 #include "common.cuh"
 
-// The positions of one bag.
+// Positions [begin, end).
 struct Range {
   int64 begin;
   int64 end;
@@ -14,12 +14,12 @@ __device__ inline int64 clamp(int64 value, int64 low, int64 high) {
   return value < low ? low : value > high ? high : value;
 }
 
-// Whether an id is the padding: -1 is none, and no padding where it stands for there being none.
+// padding_idx = -1 disables padding: an out-of-range id of -1 must not match it.
 __device__ inline bool is_padding(int64 index, int64 padding_idx) {
   return index == padding_idx && index >= 0;
 }
 
-// The bag's range; wrong offsets are recorded where there is a record.
+// The bag's clamped range; a wrong offset is recorded, if there is a record.
 __device__ inline Range load_range(
     const void* offsets_ptr,
     int64 bag,
@@ -36,6 +36,7 @@ __device__ inline Range load_range(
   const int64 begin = bag == 0 ? 0 : clamp(offset, 0, num_indices);
   const int64 end = clamp(next, begin, num_indices);
   if (record_ptr && (offset != begin || next != end)) {
+    // Blame the bag's own offset first, then the next one.
     const bool own = offset != begin;
     record_out_of_range(
         record_ptr, flag_ptr, own ? bag : bag + 1, own ? offset : next, num_indices, -1, begin);

@@ -1,4 +1,15 @@
-"""Out-of-range ids, seen from inside a kernel."""
+"""The record of an out-of-range id: claimed and written by a kernel, read by gpu_embed/bounds.py.
+
+record_ptr, int64 [7] on the device:
+    0  claimed: 0 or 1
+    1  position of the id
+    2  the id
+    3  rows of the table; negated where negative ids are wrapped
+    4  bag + 1; 0: no bag; -1: words 1 to 3 hold the place of a wrong offset, that offset, and the number of ids
+    5  first position of the bag
+    6  number of the table's name; 0: one table
+flag_ptr, int32 [1] in pinned host memory: 1 once the record is claimed. The host reads it without a sync.
+"""
 
 import triton
 import triton.language as tl
@@ -6,14 +17,11 @@ import triton.language as tl
 
 @triton.jit
 def record_out_of_range(record_ptr, flag_ptr, out_of_range, position, index, num_embeddings):
-    """Write one bad id to the device's record; the good path costs a predicate that is never true.
+    """Record one of the lanes' ids, if any is out of range; otherwise the cost is a predicate.
 
-    record_ptr: int64 [7] on the device: claimed (0 or 1), position, id, rows of the table; the rest stays 0.
-        Where ids also count from the end, the caller gives the rows negated.
-    flag_ptr: int32 [1] in pinned host memory, which the host reads without a stall.
     out_of_range, position, index: one value per lane.
     """
-    # Whoever swaps the 0 out owns the record until the host clears it, so its three values belong together.
+    # The lane that exchanges the 0 owns the record until the host clears it: its words stem from one id.
     claimed = tl.atomic_xchg(record_ptr + position * 0, 1, mask=out_of_range, sem="relaxed")
     first = out_of_range & (claimed == 0)
     tl.store(record_ptr + 1 + position * 0, position, mask=first)
@@ -26,13 +34,7 @@ def record_out_of_range(record_ptr, flag_ptr, out_of_range, position, index, num
 def record_bag_out_of_range(
     record_ptr, flag_ptr, out_of_range, position, index, num_embeddings, bag_word, begin, table=None
 ):
-    """The same for an id of a bag.
-
-    bag_word: the bag's number from 1 on. -1: not an id but the offset `index` at place `position` is wrong, and
-        num_embeddings is the number of ids.
-    begin: the bag's first position.
-    table: the number of its table's name, where there are several tables.
-    """
+    """The same for an id in a bag, or a wrong offset; bag_word, begin and table are words 4 to 6."""
     claimed = tl.atomic_xchg(record_ptr + position * 0, 1, mask=out_of_range, sem="relaxed")
     first = out_of_range & (claimed == 0)
     tl.store(record_ptr + 1 + position * 0, position, mask=first)

@@ -1,5 +1,5 @@
-// What the kernels share: types, 16-bit floats, vector accesses, the record of out-of-range ids.
-// Written without CUDA's headers, so NVRTC alone compiles it, and so does a C++ compiler on the host.
+// Shared by all kernels: types, 16-bit floats, vector accesses, the record of out-of-range ids.
+// No CUDA header is included: NVRTC alone compiles it, and so does a C++ compiler on the host.
 
 #pragma once
 
@@ -12,20 +12,20 @@ using int32 = int;
 using int64 = long long;
 using uint64 = unsigned long long;
 
-// N neighbours in memory, loaded and stored by one instruction.
+// N adjacent elements, loaded and stored by one instruction.
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T lane[N];
 };
 
-// Written out, because NVRTC makes of `= {}` a load from a constant in global memory.
+// A loop, as NVRTC compiles `= {}` to a load from a constant in global memory.
 template <typename T, int N>
 __device__ inline void set_zero(Vector<T, N>& value) {
 #pragma unroll
   for (int i = 0; i < N; ++i) value.lane[i] = T{};
 }
 
-// What a copy moves at a time; name and size agree.
+// Words of a copy; wordN has N bytes.
 using word1 = uint8;
 using word2 = uint16;
 using word4 = uint32;
@@ -58,13 +58,13 @@ __device__ inline float widen(bfloat16 value) { return __uint_as_float((uint32)v
 
 __device__ inline float widen(float16 value) {
   const uint32 magnitude = (value.bits & 0x7fffu) << 13;
-  // The exponent's bias goes from 15 to 127 by an exact product, which also takes subnormals along.
+  // An exact product rebiases the exponent from 15 to 127, for subnormals too.
   uint32 bits = __float_as_uint(__uint_as_float(magnitude) * 0x1p112f);
-  if (magnitude >= 0x7c00u << 13) bits |= 0x7f800000u;  // inf and NaN keep the largest exponent
+  if (magnitude >= 0x7c00u << 13) bits |= 0x7f800000u;  // inf and NaN
   return __uint_as_float(bits | (value.bits & 0x8000u) << 16);
 }
 
-// Rounds to the nearest, ties to even. One of these overloads is the only rounding of a sum.
+// Rounds to nearest even. A sum is rounded once, by one of these overloads.
 __device__ inline void narrow(float value, float& out) { out = value; }
 
 __device__ inline void narrow(double value, double& out) { out = value; }
@@ -85,23 +85,23 @@ __device__ inline void narrow(float value, float16& out) {
   } else if (magnitude >= 0x47800000u) {
     half = 0x7c00u;  // 65536 and more: inf
   } else if (magnitude < 0x38800000u) {
-    // Below 2^-14 halves are 2^-24 apart, as floats from 0.5 on are: that addition rounds.
+    // Subnormal halves are 2^-24 apart, as floats in [0.5, 1) are: the addition rounds.
     half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
-    // The bias goes from 127 to 15; a carry out of the mantissa raises the exponent, up to inf.
+    // Rebiases from 127 to 15; a carry out of the mantissa raises the exponent, up to inf.
     half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   out.bits = (uint16)(half | (bits >> 16 & 0x8000u));
 }
 
-// Add VEC neighbours, with one instruction where the device has one.
+// Adds VEC adjacent elements; one instruction where the device has it.
 template <typename Grad, int VEC>
 __device__ inline void atomic_add_vector(Grad* target, const Vector<Grad, VEC>& value) {
 #pragma unroll
   for (int i = 0; i < VEC; ++i) atomicAdd(target + i, value.lane[i]);
 }
 
-// NVRTC 12.1 is the first to know them.
+// float2 and float4 atomics: from sm_90 and NVRTC 12.1 on.
 #if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
 __device__ inline void atomic_add_vector(float* target, const Vector<float, 2>& value) {
   atomicAdd((float2*)target, make_float2(value.lane[0], value.lane[1]));
@@ -114,8 +114,8 @@ __device__ inline void atomic_add_vector(float* target, const Vector<float, 4>& 
 }
 #endif
 
-// Integer i of an array of uint8, int16, int32 or int64, told apart by their size: one kernel serves them all,
-// and every thread takes the same branch.
+// Element i of an array of uint8, int16, int32 or int64, by its bytes. One kernel serves all dtypes: the branch is
+// uniform over the grid.
 __device__ inline int64 load_integer(const void* ptr, int64 i, int64 bytes) {
   switch (bytes) {
     case 1:
@@ -129,7 +129,7 @@ __device__ inline int64 load_integer(const void* ptr, int64 i, int64 bytes) {
   }
 }
 
-// Position i of an array of int32 or int64.
+// Element i of an array of int32 or int64.
 __device__ inline int64 load_position(const void* ptr, int64 i, int64 bytes) {
   return bytes == 4 ? ((const int32*)ptr)[i] : ((const int64*)ptr)[i];
 }
@@ -154,7 +154,7 @@ __device__ inline bool names_row(int64 index, int64 num_embeddings) {
   return index >= 0 && index < num_embeddings;
 }
 
-// What multiplies the gradient of bag `bag` at position n: the per-sample weight, or one over the bag's size, or 1.
+// The factor of bag `bag`'s gradient at position n: the per-sample weight, 1 / size of the bag, or 1.
 template <typename Acc, typename Weight>
 __device__ inline Acc bag_scale(
     const Weight* per_sample_weights_ptr, int64 n, const int32* sizes_ptr, int64 bag) {
@@ -162,15 +162,11 @@ __device__ inline Acc bag_scale(
   return sizes_ptr ? 1 / (Acc)sizes_ptr[bag] : (Acc)1;
 }
 
-// Write one bad id to the device's record.
-// record_ptr: int64 [7] on the device: claimed (0 or 1), position, id, rows of the table; bag_word and begin, which
-// stay 0 where there are no bags; table, which stays 0 where there is one.
-// flag_ptr: int32 [1] in pinned host memory, which the host reads without a stall.
-// bag_word: the bag's number from 1 on. -1: not an id but the offset `index` at place `position` is wrong, and
-// num_embeddings is the number of ids.
-// begin: the bag's first position.
-// table: the number of its table's name.
-// Where ids also count from the end, the caller gives num_embeddings negated.
+// Records an out-of-range id. The words of the record, int64 [7] on the device (see bounds.py):
+//   0 claimed, 1 position, 2 id, 3 rows of the table; negated where negative ids are wrapped
+//   4 bag + 1; 0: no bag; -1: words 1 to 3 hold the place of a wrong offset, that offset, and the number of ids
+//   5 first position of the bag, 6 number of the table's name
+// flag_ptr: int32 [1] in pinned host memory, 1 once claimed. The host reads it without a sync.
 __device__ inline void record_out_of_range(
     int64* record_ptr,
     int32* flag_ptr,
@@ -180,7 +176,7 @@ __device__ inline void record_out_of_range(
     int64 bag_word = 0,
     int64 begin = 0,
     int64 table = 0) {
-  // Whoever swaps the 0 out owns the record until the host clears it, so its values belong together.
+  // The thread that exchanges the 0 owns the record until the host clears it: its words stem from one id.
   if (atomicExch((uint64*)record_ptr, 1ull) != 0) return;
   record_ptr[1] = position;
   record_ptr[2] = index;

@@ -1,8 +1,10 @@
-// How often each id occurs.
+// Histogram of the ids.
 
 #include "common.cuh"
 
-// Thread i of the grid owns position i of indices.
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
+// owner: thread i of the grid: position i of indices
+// why:   one atomic per id
 extern "C" __global__ void counts_kernel(
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
     int32* counts_ptr,                     // [num_embeddings], zero on entry

@@ -1,7 +1,7 @@
-"""Rows of a table of 8-bit or 4-bit integers, as Keras quantizes one: only the rows that ids name are dequantized.
+"""Take from a table that Keras quantized to 8 or 4 bits: only the rows that are looked up are dequantized.
 
-A group of columns of a row shares a scale: output = value / scale, or (value - zero) * scale where there are zeros.
-Two 4-bit columns share a byte, the even one in its lower half. Ids are those of take_rows_kernel.
+GROUP columns of a row share a scale and, optionally, a zero point: output = value / scale, or
+(value - zero) * scale. Two 4-bit columns share a byte, the even one in the low nibble. Ids as in take.py.
 """
 
 import triton
@@ -13,8 +13,8 @@ from .take import flat_vectors, load_wrapped_indices
 
 
 @triton.jit
-def signed_half(byte):
-    """The lower four bits, from -8 to 7."""
+def low_nibble(byte):
+    """The low nibble, sign-extended."""
     return ((byte & 15) ^ 8) - 8
 
 
@@ -22,33 +22,36 @@ def signed_half(byte):
 def load_columns(
     values_ptr, row, taken, vector, D: tl.constexpr, VEC: tl.constexpr, BITS: tl.constexpr
 ):
-    """VEC columns of each row [BLOCK], from vector * VEC on -> int8 [BLOCK, VEC]."""
+    """Columns [vector * VEC, ...) of each row -> int8 [BLOCK, VEC]. row, taken, vector: [BLOCK]."""
     ROW_BYTES: tl.constexpr = D if BITS == 8 else (D + 1) // 2
     if VEC * BITS >= 8:
-        # Whole bytes, adjacent.
+        # Whole, adjacent bytes: one vector load.
         BYTES: tl.constexpr = VEC * BITS // 8
-        place = (vector * BYTES)[:, None] + tl.arange(0, BYTES)[None, :]  # [BLOCK, BYTES]
-        byte = tl.load(values_ptr + row[:, None] * ROW_BYTES + place, mask=taken[:, None], other=0)
+        offset = (vector * BYTES)[:, None] + tl.arange(0, BYTES)[None, :]  # [BLOCK, BYTES]
+        byte = tl.load(values_ptr + row[:, None] * ROW_BYTES + offset, mask=taken[:, None], other=0)
         if BITS == 8:
             columns = byte
         else:
-            columns = tl.interleave(signed_half(byte), signed_half(byte >> 4))
+            columns = tl.interleave(low_nibble(byte), low_nibble(byte >> 4))
     else:
         byte = tl.load(values_ptr + row * ROW_BYTES + vector // 2, mask=taken, other=0)
-        columns = signed_half(byte >> (vector % 2 * 4).to(tl.int8))[:, None]
+        columns = low_nibble(byte >> (vector % 2 * 4).to(tl.int8))[:, None]
     return columns
 
 
-# Program i owns BLOCK consecutive vectors of the output, whatever rows they lie in.
+# grid:  (cdiv(num_indices * D / VEC, BLOCK),)
+# block: BLOCK vectors of VEC elements
+# owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries
+# why:   as take_rows_kernel
 @triton.jit
 def dequantize_rows_kernel(
-    values_ptr,  # int8, [num_embeddings, D], or [num_embeddings, (D + 1) / 2] of 4 bits; contiguous
+    values_ptr,  # int8, [num_embeddings, D], or [num_embeddings, (D + 1) / 2] if 4-bit; contiguous
     scale_ptr,  # any float dtype, [num_embeddings, groups], contiguous
-    zero_ptr,  # int8, of scale's shape, or None: no zeros
+    zero_ptr,  # int8, scale's shape; None: no zero points
     indices_ptr,  # any integer or float dtype, [num_indices], contiguous
     output_ptr,  # any float dtype, [num_indices, D], contiguous
-    record_ptr,  # int64 [4], or None: do not record
-    flag_ptr,  # int32 [1], pinned host memory, or None
+    record_ptr,  # int64 [7]; None: do not record
+    flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
     num_embeddings,
     D: tl.constexpr,

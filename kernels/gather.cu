@@ -1,25 +1,28 @@
 // Row gather: output[n] = weight[indices[n]], copied as raw bits.
 //
-// The host reinterprets every dtype as words of 1, 2, 4, 8 or 16 bytes (the widest that the rows'
-// alignment allows), so one kernel serves them all.
+// The host views every dtype as words of 1, 2, 4, 8 or 16 bytes, the widest that the rows' alignment allows: one
+// kernel serves all dtypes.
 
 #include "common.cuh"
 
-// Thread (x, y) of block (i, j) owns ROWS rows of the output from (i * blockDim.y + y) * ROWS on, and in
-// each the words j * blockDim.x + x and every gridDim.y * blockDim.x further. Its rows are in flight together.
+// grid:  (cdiv(num_indices, blockDim.y * ROWS), min(cdiv(D, blockDim.x), 65535))
+// block: 2-D; x runs along a row, y over rows
+// owner: thread (x, y) of block (i, j): ROWS rows of the output from (i * blockDim.y + y) * ROWS on; in each, word
+//        j * blockDim.x + x and every gridDim.y * blockDim.x further
+// why:   the ROWS loads are in flight together, and no division finds a word's id
 template <typename Word, int ROWS>
 __global__ void gather_rows_kernel(
     const Word* __restrict__ weight_ptr,   // [num_embeddings, D], any strides
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
     Word* __restrict__ output_ptr,         // [num_indices, D], contiguous
-    int64* record_ptr,                     // [4], or null: do not record
-    int32* flag_ptr,                       // [1], pinned host memory, or null
+    int64* record_ptr,                     // [7]; null: do not record
+    int32* flag_ptr,                       // [1], pinned host memory; null: do not record
     int64 num_indices,
     int64 num_embeddings,
-    int64 zero_idx,           // rows of this id become zero; -1: none
+    int64 zero_idx,           // this id's rows are zeroed; -1: none
     int64 weight_row_stride,  // in words
     int64 weight_col_stride,  // in words
-    int64 D,                  // words a row
+    int64 D,                  // words per row
     int64 index_bytes) {
   const int64 first_n = ((int64)blockIdx.x * blockDim.y + threadIdx.y) * ROWS;
   const int64 first_d = (int64)blockIdx.y * blockDim.x + threadIdx.x;
@@ -29,7 +32,7 @@ __global__ void gather_rows_kernel(
     const int64 n = first_n + r;
     index[r] = n < num_indices ? load_integer(indices_ptr, n, index_bytes) : -1;
   }
-  // Unrolled, it would count its rounds first, with a 64-bit division.
+  // Unrolled, the loop would count its rounds first, with a 64-bit division.
 #pragma unroll 1
   for (int64 d = first_d; d < D; d += (int64)gridDim.y * blockDim.x) {
     Word word[ROWS];
@@ -52,25 +55,26 @@ __global__ void gather_rows_kernel(
   }
 }
 
-// Block i owns blockDim.x * UNROLL consecutive words of the output, whatever rows they lie in: no lane idles
-// when a row is shorter than a warp or is no power of two.
+// grid:  cdiv(num_indices * D, blockDim.x * UNROLL); block: 1-D
+// owner: block i: words [i * blockDim.x * UNROLL, ...) of the flattened output, across row boundaries
+// why:   no lane idles when a row is shorter than a warp, or its length no power of two
 template <typename Word, int UNROLL>
 __global__ void gather_flat_kernel(
     const Word* __restrict__ weight_ptr,   // [num_embeddings, D], any strides
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
     Word* __restrict__ output_ptr,         // [num_indices, D], contiguous
-    int64* record_ptr,                     // [4], or null: do not record
-    int32* flag_ptr,                       // [1], pinned host memory, or null
+    int64* record_ptr,                     // [7]; null: do not record
+    int32* flag_ptr,                       // [1], pinned host memory; null: do not record
     int64 num_indices,
     int64 num_embeddings,
-    int64 zero_idx,           // rows of this id become zero; -1: none
+    int64 zero_idx,           // this id's rows are zeroed; -1: none
     int64 weight_row_stride,  // in words
     int64 weight_col_stride,  // in words
-    int64 D,                  // words a row, < 2**31
+    int64 D,                  // words per row, < 2**31
     int64 index_bytes) {
   const int64 start = (int64)blockIdx.x * blockDim.x * UNROLL;
   const int64 first_n = start / D;
-  // The 64-bit division is done once a thread; lanes divide 32-bit numbers.
+  // One 64-bit division per thread; its UNROLL lanes divide 32-bit numbers.
   const uint32 first_lane = (uint32)(start - first_n * D) + threadIdx.x;
   int64 n[UNROLL];
   int64 d[UNROLL];

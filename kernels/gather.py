@@ -1,7 +1,7 @@
 """Row gather: output[n] = weight[indices[n]], copied as raw bits.
 
-The host reinterprets every dtype as words of 1, 2, 4 or 8 bytes (the widest that the rows' alignment
-allows), so one kernel serves them all. Rows whose alignment is 16 bytes are read as VEC = 2 words of 8.
+The host views every dtype as words of 1, 2, 4 or 8 bytes, the widest that the rows' alignment allows: one
+kernel serves all dtypes. Rows aligned to 16 bytes are read as VEC = 2 words of 8.
 """
 
 import triton
@@ -12,26 +12,29 @@ from .bounds import record_out_of_range
 
 @triton.jit
 def load_indices(indices_ptr, n, in_range, num_embeddings, zero_idx):
-    """Ids at positions n as int64, and which of them name a row to copy."""
+    """The ids at positions n, int64; a mask of rows to copy; a mask of ids out of range."""
     index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
     in_table = (index >= 0) & (index < num_embeddings)
     return index, in_range & in_table & (index != zero_idx), in_range & ~in_table
 
 
-# Program (i, j) owns rows [i * BLOCK_N, ...) of the output and words [j * BLOCK_D, ...) of each.
+# grid:  (cdiv(num_indices, BLOCK_N), cdiv(D, BLOCK_D))
+# block: BLOCK_N rows by BLOCK_D words
+# owner: program (i, j): rows [i * BLOCK_N, ...) of the output, words [j * BLOCK_D, ...) of each
+# why:   a row that fills its tiles needs no division to find its id
 @triton.jit
 def gather_rows_kernel(
     weight_ptr,  # words, [num_embeddings, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     output_ptr,  # words, [num_indices, D], contiguous
-    record_ptr,  # int64 [4], or None: do not record
-    flag_ptr,  # int32 [1], pinned host memory, or None
+    record_ptr,  # int64 [7]; None: do not record
+    flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
     num_embeddings,
-    zero_idx,  # rows of this id become zero; -1: none
+    zero_idx,  # this id's rows are zeroed; -1: none
     weight_row_stride,  # in units of VEC words, so that the compiler sees the alignment
     weight_col_stride,  # in words
-    D: tl.constexpr,  # words a row
+    D: tl.constexpr,  # words per row
     VEC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -48,9 +51,7 @@ def gather_rows_kernel(
         other=0,
     )  # [BLOCK_N, BLOCK_D]
     tl.store(
-        output_ptr + n[:, None] * D + d[None, :],
-        words,
-        mask=in_range[:, None] & (d < D)[None, :],
+        output_ptr + n[:, None] * D + d[None, :], words, mask=in_range[:, None] & (d < D)[None, :]
     )
     if record_ptr is not None:
         first_columns = tl.program_id(1) == 0
@@ -59,28 +60,30 @@ def gather_rows_kernel(
         )
 
 
-# Program i owns BLOCK consecutive vectors of the output, whatever rows they lie in: no lane idles when a
-# row is shorter than a warp or is no power of two.
+# grid:  (cdiv(num_indices * D / VEC, BLOCK),)
+# block: BLOCK vectors of VEC words
+# owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries
+# why:   no lane idles when a row is shorter than a warp, or its length no power of two
 @triton.jit
 def gather_flat_kernel(
     weight_ptr,  # words, [num_embeddings, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     output_ptr,  # words, [num_indices, D], contiguous
-    record_ptr,  # int64 [4], or None: do not record
-    flag_ptr,  # int32 [1], pinned host memory, or None
+    record_ptr,  # int64 [7]; None: do not record
+    flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
     num_embeddings,
-    zero_idx,  # rows of this id become zero; -1: none
+    zero_idx,  # this id's rows are zeroed; -1: none
     weight_row_stride,  # in units of VEC words
     weight_col_stride,  # in words
-    D: tl.constexpr,  # words a row
+    D: tl.constexpr,  # words per row
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     VECTORS: tl.constexpr = D // VEC
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first_n = start // VECTORS
-    # The 64-bit division is done once a program; lanes divide 32-bit numbers by a constant.
+    # One 64-bit division per program; lanes divide 32-bit numbers by a constant.
     lane = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
     n = first_n + lane // VECTORS
     vector = lane % VECTORS

@@ -2,10 +2,9 @@
 
 #include "common.cuh"
 
-// Which formula.
 enum Norm { NORM_INF, NORM_MINUS_INF, NORM_0, NORM_1, NORM_2, NORM_P };
 
-// One column's share of the norm, before the root. NaN stays NaN.
+// Accumulates one column into the norm, before the root. NaN propagates.
 template <typename Acc>
 __device__ inline Acc add_power(Acc total, Acc magnitude, Acc norm_type, int64 NORM) {
   switch (NORM) {
@@ -24,11 +23,13 @@ __device__ inline Acc add_power(Acc total, Acc magnitude, Acc norm_type, int64 N
   }
 }
 
-// Thread i of the grid owns sorted id i; the first of each run of equal ids scales the row.
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
+// owner: thread i of the grid: key i; the first key of a run of equal ones owns its row
+// why:   one owner per row, so the update in place needs no atomics
 template <typename Weight>
 __global__ void renorm_kernel(
     Weight* weight_ptr,                 // [num_embeddings, D], any strides
-    const void* __restrict__ keys_ptr,  // [num_indices], sorted; num_embeddings: an id out of range
+    const void* __restrict__ keys_ptr,  // [num_indices], sorted ids; num_embeddings: sentinel of an id out of range
     int64 num_indices,
     int64 num_embeddings,
     int64 weight_row_stride,  // in elements
@@ -42,7 +43,7 @@ __global__ void renorm_kernel(
   constexpr int BLOCK_D = 16;
   const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (n >= num_indices) return;
-  // Ids out of range sort last: if there is one, the whole call leaves the table as it was.
+  // Sentinels sort last. If there is one, the call leaves the whole table unchanged.
   if (load_integer(keys_ptr, num_indices - 1, key_bytes) >= num_embeddings) return;
   const int64 key = load_integer(keys_ptr, n, key_bytes);
   if (n > 0 && key == load_integer(keys_ptr, n - 1, key_bytes)) return;
@@ -52,7 +53,7 @@ __global__ void renorm_kernel(
   const Acc neutral = NORM == NORM_MINUS_INF ? (Acc)__uint_as_float(0x7f800000u) : (Acc)0;
   Acc norm = neutral;
   for (int64 first = 0; first < D; first += BLOCK_D) {
-    // Summed in blocks: the rounding errors of a long row grow with the number of its blocks only.
+    // Summed in blocks: the rounding error of a long row grows with the number of blocks, not of columns.
     Acc block = neutral;
     for (int64 d = first; d < D && d < first + BLOCK_D; ++d) {
       const Acc magnitude = fabs(widen(row_ptr[d * weight_col_stride]));

@@ -15,7 +15,7 @@ def largest(x):
 
 @triton.jit
 def add_power(total, magnitude, norm_type: tl.constexpr, NORM: tl.constexpr):
-    """One column block's share of the norm, before the root."""
+    """Accumulate one block of columns into the norm, before the root."""
     if NORM == "inf":
         total = tl.maximum(total, largest(magnitude), propagate_nan=tl.PropagateNan.ALL)
     elif NORM == "-inf":
@@ -32,19 +32,22 @@ def add_power(total, magnitude, norm_type: tl.constexpr, NORM: tl.constexpr):
     return total
 
 
-# Program i owns sorted ids [i * BLOCK_N, ...); the first of each run of equal ids scales the row.
+# grid:  (cdiv(num_indices, BLOCK_N),)
+# block: BLOCK_N keys by BLOCK_D columns, a loop over D
+# owner: program i: keys [i * BLOCK_N, ...); the first key of a run of equal ones owns its row
+# why:   one owner per row, so the update in place needs no atomics
 @triton.jit
 def renorm_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
-    keys_ptr,  # [num_indices], sorted; num_embeddings stands for an id out of range
+    keys_ptr,  # [num_indices], sorted ids; num_embeddings: sentinel of an id out of range
     num_indices,
     num_embeddings,
     weight_row_stride,  # in elements
     weight_col_stride,  # in elements
     max_norm: tl.float64,
-    norm_type: tl.constexpr,  # of NORM "p"; else 0
+    norm_type: tl.constexpr,  # for NORM "p"; else 0
     D: tl.constexpr,
-    NORM: tl.constexpr,  # "inf", "-inf", "0", "1", "2" or "p": which formula
+    NORM: tl.constexpr,  # "inf", "-inf", "0", "1", "2" or "p"
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -54,7 +57,7 @@ def renorm_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     key = tl.load(keys_ptr + n, mask=n < num_indices, other=0).to(tl.int64)
     before = tl.load(keys_ptr + n - 1, mask=(n > 0) & (n < num_indices), other=0).to(tl.int64)
-    # Ids out of range sort last: if there is one, the whole call leaves the table as it was.
+    # Sentinels sort last. If there is one, the call leaves the whole table unchanged.
     all_valid = tl.load(keys_ptr + num_indices - 1).to(tl.int64) < num_embeddings
     owns = (n < num_indices) & ((n == 0) | (key != before)) & all_valid
     row_ptr = weight_ptr + (key * weight_row_stride)[:, None]
@@ -68,7 +71,7 @@ def renorm_kernel(
         value = tl.load(row_ptr + d * weight_col_stride, mask=in_row, other=0).to(acc_dtype)
         magnitude = tl.abs(value)
         if NORM == "-inf" or NORM == "p":
-            # Columns past the row's end must not count: inf for a minimum or a negative power, else 0.
+            # Columns past the row's end get the neutral element: inf for a minimum or a negative power, else 0.
             neutral = float("inf") if NORM == "-inf" or norm_type < 0 else 0.0
             magnitude = tl.where(in_row, magnitude, neutral)
         total = add_power(total, magnitude, norm_type, NORM)

@@ -1,16 +1,20 @@
-// One optimizer step on the rows that have a gradient: a segment sum that ends in an update of the row.
-// The formulas are those of gpu_embed/row_update.py, operation by operation, so it is compiled without fused
-// multiply-adds.
+// Optimizer step on the rows that have a gradient: a segment sum that ends in an update of the row.
+//
+// The walk of segment_sum_kernel sums each row's gradient in registers. A run is complete in exactly one thread per
+// vector of columns, on one level: that thread reads, updates and writes the row and its state, so no gradient is
+// stored. The formulas are those of gpu_embed/row_update.py, operation by operation: compile with -fmad=false.
 
 #include "common.cuh"
 #include "segment_walk.cuh"
 #include "update.cuh"
 
-// Thread i of the grid owns position i of indices.
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
+// owner: thread i of the grid: position i of indices
+// why:   one launch instead of a comparison, a gather and a selection
 extern "C" __global__ void select_rows_kernel(
     const int64* __restrict__ indices_ptr,  // [num_indices]
-    const uint8* __restrict__ rows_ptr,     // [num_embeddings]: 1: the row may change, 0: it may not
-    int64* __restrict__ selected_ptr,       // [num_indices]: the id, or -1 if its row may not change
+    const uint8* __restrict__ rows_ptr,     // [num_embeddings]: 1: the row may change
+    int64* __restrict__ selected_ptr,       // [num_indices]: the id; -1: its row must not change
     int64 num_indices,
     int64 num_embeddings) {
   const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -19,11 +23,11 @@ extern "C" __global__ void select_rows_kernel(
   selected_ptr[n] = names_row(index, num_embeddings) && rows_ptr[index] ? index : -1;
 }
 
-// Where a row of one table lies.
+// The update at the end of a run; addresses of a row in one table.
 template <typename Weight, int VEC>
 struct RowUpdate : Update<Weight, VEC> {
   using Acc = typename Accumulator<Weight>::type;
-  enum : bool { ATOMIC_ENDS = false };
+  enum : bool { ATOMIC_CARRY = false };
   int64 row_stride;  // in elements
   int64 col_stride;  // in elements
   int64 D;
@@ -33,20 +37,21 @@ struct RowUpdate : Update<Weight, VEC> {
   }
 };
 
-// The grid, the walk and the levels are those of segment_sum_kernel.
+// grid:  as segment_sum_kernel; block: 1-D
+// owner: thread i of the grid: as segment_sum_kernel; of the rows, those whose runs end within its chunk
+// why:   each row has one owner per column and step, so updates need no atomics
 template <typename Value, typename Weight, int VEC, int UNROLL>
 __global__ void row_update_kernel(
-    // [*, D], any strides (VEC > 1: column stride 1): the gradient, or the partial sums of the level below
+    // [*, D], any strides (VEC > 1: column stride 1): the gradient, or the level below's partial sums
     const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,  // [num_keys]: the row of values of each key; null: its place
-    const void* __restrict__ keys_ptr,    // [num_keys], sorted; keys that name no row take no part
-    Weight* weight_ptr,                   // [num_embeddings, D], any strides (VEC > 1: column stride 1)
-    typename Accumulator<Weight>::type* state_ptr,         // [num_embeddings, D], or null
-    typename Accumulator<Weight>::type* second_state_ptr,  // [num_embeddings, D], or null
-    // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it
-    typename Accumulator<Weight>::type* __restrict__ partial_values_ptr,
-    int64* __restrict__ partial_keys_ptr,  // [2 * num_chunks]; -1: no such partial sum
-    const double* __restrict__ lr_ptr,     // [1]: multiplies step_size and decay; null: 1
+    const void* __restrict__ order_ptr,  // [num_keys]: each key's position before the sort; null: not permuted
+    const void* __restrict__ keys_ptr,   // [num_keys], sorted; keys outside [0, num_embeddings) are skipped
+    Weight* weight_ptr,                  // [num_embeddings, D], any strides (VEC > 1: column stride 1)
+    typename Accumulator<Weight>::type* state_ptr,                        // [num_embeddings, D], or null
+    typename Accumulator<Weight>::type* second_state_ptr,                 // [num_embeddings, D], or null
+    typename Accumulator<Weight>::type* __restrict__ partial_values_ptr,  // [2 * num_chunks, D], by slot
+    int64* __restrict__ partial_keys_ptr,                                 // [2 * num_chunks]; -1: the slot is empty
+    const double* __restrict__ lr_ptr,  // [1], multiplies step_size and decay; null: 1
     int64 num_keys,
     int64 num_embeddings,
     int64 value_row_stride,   // in units of VEC elements
@@ -83,14 +88,16 @@ __global__ void row_update_kernel(
       CHUNK, order_bytes, key_bytes, 0, update);
 }
 
-// Thread i of the grid owns run i, whose summed gradient lies in memory: it sees the row as a whole.
+// grid:  cdiv(num_runs, blockDim.x); block: 1-D
+// owner: thread i of the grid: run i, whose summed gradient lies in memory
+// why:   "rowwise_adagrad": one thread sees the whole row: one pass for the mean square, one for the update
 template <typename Weight>
 __global__ void rowwise_adagrad_kernel(
     const typename Accumulator<Weight>::type* __restrict__ total_ptr,  // [num_runs, D], contiguous
-    const int64* __restrict__ keys_ptr,  // [num_runs]: the row of each; others than rows take no part
+    const int64* __restrict__ keys_ptr,  // [num_runs]: each run's row; keys outside [0, num_embeddings) are skipped
     Weight* weight_ptr,                  // [num_embeddings, D], any strides
     typename Accumulator<Weight>::type* state_ptr,  // [num_embeddings]
-    const double* __restrict__ lr_ptr,              // [1]: multiplies step_size; null: 1
+    const double* __restrict__ lr_ptr,              // [1], multiplies step_size; null: 1
     int64 num_embeddings,
     int64 weight_row_stride,  // in elements
     int64 weight_col_stride,  // in elements

@@ -1,8 +1,8 @@
-"""One optimizer step on the rows that have a gradient: a segment sum that ends in an update of the row.
+"""Optimizer step on the rows that have a gradient: a segment sum that ends in an update of the row.
 
-The sorted walk of segment_sum_kernel sums each row's gradient in registers. Where a run is complete, and so in
-one place for each row, the row and its state are read, updated and written, instead of a gradient.
-The formulas are those of gpu_embed/row_update.py, operation by operation.
+segment_sum_kernel sums each row's gradient in registers. A run is complete in exactly one program per block of
+columns, on one level: that program reads, updates and writes the row and its state, so no gradient is stored. The
+formulas are those of gpu_embed/row_update.py, operation by operation.
 """
 
 import triton
@@ -13,12 +13,15 @@ from .segment_sum import segment_sum_kernel
 from .stochastic_rounding import random_words, round_at_random
 
 
-# Program i owns positions [i * BLOCK, ...) of indices.
+# grid:  (cdiv(num_indices, BLOCK),)
+# block: BLOCK ids
+# owner: program i: positions [i * BLOCK, ...) of indices
+# why:   one launch instead of a comparison, a gather and a selection
 @triton.jit
 def select_rows_kernel(
     indices_ptr,  # int64 [num_indices], contiguous
-    rows_ptr,  # uint8 [num_embeddings]: 1: the row may change, 0: it may not
-    selected_ptr,  # int64 [num_indices]: the id, or -1 if its row may not change
+    rows_ptr,  # uint8 [num_embeddings]: 1: the row may change
+    selected_ptr,  # int64 [num_indices]: the id; -1: its row must not change
     num_indices,
     num_embeddings,
     BLOCK: tl.constexpr,
@@ -32,40 +35,37 @@ def select_rows_kernel(
 
 @triton.jit
 def add_mean(state, square, width):
-    """The state of row-wise Adagrad and the mean of a row's squares, of which their sum is given."""
+    """Row-wise Adagrad: state + square / width; square: the sum of a row's squares."""
     return state + divide(square, tl.broadcast_to(width, square.shape))
 
 
 @triton.jit
-def load_elements(row_args, places, mask, loaded):
-    """Weight and state of parts of rows at these places, read before the sums of a step are known."""
-    weight_place, state_place, second_state_place = places
+def load_elements(row_args, pointers, mask, loaded):
+    """Loads weight and state ahead of the step's sums, which hides their latency."""
+    weight_ptr, state_ptr, second_state_ptr = pointers
     FORMULA: tl.constexpr = row_args[2]
-    weight = tl.load(weight_place, mask=mask, other=0)
+    weight = tl.load(weight_ptr, mask=mask, other=0)
     state = weight
     second_state = weight
     if FORMULA == "rowwise_adagrad":
-        state = tl.load(state_place, mask=loaded, other=0)[:, None]  # [BLOCK_C, 1]
+        state = tl.load(state_ptr, mask=loaded, other=0)[:, None]  # [BLOCK_C, 1]
     elif FORMULA != "sgd":
-        state = tl.load(state_place, mask=mask, other=0)
+        state = tl.load(state_ptr, mask=mask, other=0)
     if FORMULA == "adam":
-        second_state = tl.load(second_state_place, mask=mask, other=0)
+        second_state = tl.load(second_state_ptr, mask=mask, other=0)
     return weight, state, second_state
 
 
 @triton.jit
-def update_elements(row_args, row, places, key, width, total, mask, stored, d):
-    """The update of what `load_elements` read, whose summed gradient is total [BLOCK_C, BLOCK_D].
-
-    key [BLOCK_C]: the rows' numbers. width: how many columns they have.
-    """
-    weight_place, state_place, second_state_place = places
-    numbers, seed, step = row_args[1]
-    step_size, keep, eps, avg_weight, sq_weight, momentum, weight_decay, grad_scale = numbers
+def update_elements(row_args, elements, pointers, key, width, total, mask, stored, d):
+    """Update what `load_elements` read. total: summed gradient [BLOCK_C, BLOCK_D]; key: rows [BLOCK_C]; width: D."""
+    weight_ptr, state_ptr, second_state_ptr = pointers
+    scalars, seed, step = row_args[1]
+    step_size, keep, eps, avg_weight, sq_weight, momentum, weight_decay, grad_scale = scalars
     FORMULA: tl.constexpr = row_args[2]
     STOCHASTIC_ROUNDING: tl.constexpr = row_args[3]
     DECAYS_WEIGHT: tl.constexpr = row_args[4]
-    weight, state, second_state = row
+    weight, state, second_state = elements
     w = weight.to(total.dtype)
     g = total * grad_scale
     if DECAYS_WEIGHT:
@@ -91,31 +91,22 @@ def update_elements(row_args, row, places, key, width, total, mask, stored, d):
         w = w - step_size * divide(state, square_root(second_state) + eps)
 
     if FORMULA == "rowwise_adagrad":
-        tl.store(state_place, tl.sum(state, 1), mask=stored)
+        tl.store(state_ptr, tl.sum(state, 1), mask=stored)
     elif FORMULA != "sgd":
-        tl.store(state_place, state, mask=mask)
+        tl.store(state_ptr, state, mask=mask)
     if FORMULA == "adam":
-        tl.store(second_state_place, second_state, mask=mask)
-    dtype = weight_place.dtype.element_ty
+        tl.store(second_state_ptr, second_state, mask=mask)
+    dtype = weight_ptr.dtype.element_ty
     if STOCHASTIC_ROUNDING:
         w = round_at_random(w, random_words(seed, step, key[:, None], d), dtype)
-    tl.store(weight_place, w.to(dtype), mask=mask)
+    tl.store(weight_ptr, w.to(dtype), mask=mask)
 
 
 @triton.jit
-def step_numbers(
-    lr_ptr,
-    step_size,
-    decay,
-    eps,
-    avg_weight,
-    sq_weight,
-    momentum,
-    weight_decay,
-    grad_scale,
-    dtype,
+def step_scalars(
+    lr_ptr, step_size, decay, eps, avg_weight, sq_weight, momentum, weight_decay, grad_scale, dtype
 ):
-    """What `update_elements` calculates with, in the dtype that it calculates in."""
+    """The scalars of `update_elements`, [1, 1], in the accumulation dtype."""
     lr = tl.full([1, 1], 1, tl.float64)
     if lr_ptr is not None:
         lr *= tl.load(lr_ptr)
@@ -132,53 +123,56 @@ def step_numbers(
 
 
 @triton.jit
-def row_places(row_args, key, d):
-    """Where weight and state of the rows of BLOCK_C keys of one table lie."""
-    weight_place, state_place, second_state_place = row_args[0]
+def row_pointers(row_args, key, d):
+    """Pointers to weight and state of the rows `key`, [BLOCK_C, BLOCK_D] or per row."""
+    weight_ptr, state_ptr, second_state_ptr = row_args[0]
     FORMULA: tl.constexpr = row_args[2]
     row_stride, col_stride = row_args[5]
     D: tl.constexpr = row_args[6]
-    weight_place = weight_place + (key * row_stride)[:, None] + d * col_stride
-    # Up to Triton 3.6 no function returns None, so the state that a formula lacks is said to lie with the weight.
+    weight_ptr = weight_ptr + (key * row_stride)[:, None] + d * col_stride
+    # Unused pointers alias the weight, as Triton <= 3.6 cannot return None; they are never dereferenced.
     if FORMULA == "sgd":
-        state_place = weight_place
+        state_ptr = weight_ptr
     elif FORMULA == "rowwise_adagrad":
-        state_place = state_place + key
+        state_ptr = state_ptr + key
     else:
-        state_place = state_place + (key * D)[:, None] + d
+        state_ptr = state_ptr + (key * D)[:, None] + d
     if FORMULA == "adam":
-        second_state_place = second_state_place + (key * D)[:, None] + d
+        second_state_ptr = second_state_ptr + (key * D)[:, None] + d
     else:
-        second_state_place = weight_place
-    return weight_place, state_place, second_state_place
+        second_state_ptr = weight_ptr
+    return weight_ptr, state_ptr, second_state_ptr
 
 
 @triton.jit
 def load_row(row_args, key, loaded, d, in_row):
-    return load_elements(row_args, row_places(row_args, key, d), loaded[:, None] & in_row, loaded)
+    return load_elements(row_args, row_pointers(row_args, key, d), loaded[:, None] & in_row, loaded)
 
 
 @triton.jit
-def update_row(row_args, row, key, total, stored, d, in_row):
+def update_row(row_args, elements, key, total, stored, d, in_row):
     D: tl.constexpr = row_args[6]
     width = tl.full([1, 1], D, total.dtype)
     mask = stored[:, None] & in_row
-    places = row_places(row_args, key, d)
-    update_elements(row_args, row, places, key, width, total, mask, stored, d)
+    pointers = row_pointers(row_args, key, d)
+    update_elements(row_args, elements, pointers, key, width, total, mask, stored, d)
 
 
-# The grid, the walk and the levels are those of segment_sum_kernel. For "rowwise_adagrad" BLOCK_D holds a row.
+# grid:  as segment_sum_kernel
+# block: BLOCK_C chunks by BLOCK_D columns; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
+# owner: program (i, j): as segment_sum_kernel; of the rows, those whose runs end within its chunks
+# why:   each row has one owner per step, so updates need no atomics
 @triton.jit(do_not_specialize=["seed", "step"])
 def row_update_kernel(
-    values_ptr,  # [*, D], any strides: the gradient, or the partial sums of the level below
-    order_ptr,  # [num_keys]: the row of values that belongs to each key; None: the key's own position
-    keys_ptr,  # [num_keys], sorted; keys outside [0, num_embeddings) take no part
+    values_ptr,  # [*, D], any strides: the gradient, or the level below's partial sums
+    order_ptr,  # [num_keys]: each key's position before the sort; None: not permuted
+    keys_ptr,  # [num_keys], sorted; keys outside [0, num_embeddings) are skipped
     weight_ptr,  # [num_embeddings, D], any strides
     state_ptr,  # accumulation dtype, [num_embeddings, D], or [num_embeddings] for "rowwise_adagrad"; or None
     second_state_ptr,  # accumulation dtype, [num_embeddings, D], for "adam"; or None
-    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D]: row 2c leads chunk c, 2c + 1 trails it
-    partial_keys_ptr,  # int64 [2 * num_chunks]; -1: no such partial sum
-    lr_ptr,  # fp64 [1]: multiplies step_size and decay; None: 1
+    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
+    partial_keys_ptr,  # int64 [2 * num_chunks]; -1: the slot is empty
+    lr_ptr,  # fp64 [1], multiplies step_size and decay; None: 1
     num_keys,
     num_embeddings,
     value_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
@@ -201,14 +195,14 @@ def row_update_kernel(
     STOCHASTIC_ROUNDING: tl.constexpr,
     DECAYS_WEIGHT: tl.constexpr,  # False: weight_decay is 0
     CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,  # loads in flight a thread; divides CHUNK
+    UNROLL: tl.constexpr,  # loads in flight per thread; divides CHUNK
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     acc_dtype: tl.constexpr = (
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
-    numbers = step_numbers(
+    scalars = step_scalars(
         lr_ptr,
         step_size,
         decay,
@@ -249,7 +243,7 @@ def row_update_kernel(
         STORE_ROW=update_row,
         row_args=(
             tensors,
-            (numbers, seed, step),
+            (scalars, seed, step),
             FORMULA,
             STOCHASTIC_ROUNDING,
             DECAYS_WEIGHT,
@@ -259,14 +253,17 @@ def row_update_kernel(
     )
 
 
-# Program i owns run i. For rows that no program can hold: their summed gradients lie in memory.
+# grid:  (num_runs,)
+# block: BLOCK_D columns, two loops over D
+# owner: program i: run i, whose summed gradient lies in memory
+# why:   "rowwise_adagrad" on rows too long for registers: one pass for the mean square, one for the update
 @triton.jit(do_not_specialize=["seed", "step"])
 def rowwise_adagrad_kernel(
     total_ptr,  # accumulation dtype, [num_runs, D], contiguous
-    keys_ptr,  # int64 [num_runs]: the row of each run; none outside [0, num_embeddings)
+    keys_ptr,  # int64 [num_runs]: each run's row; keys outside [0, num_embeddings) are skipped
     weight_ptr,  # [num_embeddings, D], any strides
     state_ptr,  # accumulation dtype, [num_embeddings]
-    lr_ptr,  # fp64 [1]: multiplies step_size; None: 1
+    lr_ptr,  # fp64 [1], multiplies step_size; None: 1
     num_embeddings,
     weight_row_stride,  # in elements
     weight_col_stride,  # in elements
@@ -293,8 +290,8 @@ def rowwise_adagrad_kernel(
             d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
             g = tl.load(total_ptr + run * D + d, mask=d < D, other=0) * scale
             if DECAYS_WEIGHT:
-                place = weight_ptr + key * weight_row_stride + d * weight_col_stride
-                g = g + shrink * tl.load(place, mask=d < D, other=0).to(acc_dtype)
+                row_ptr = weight_ptr + key * weight_row_stride + d * weight_col_stride
+                g = g + shrink * tl.load(row_ptr, mask=d < D, other=0).to(acc_dtype)
             square += tl.sum(g * g, 1, keep_dims=True)
         width = tl.full([1, 1], D, acc_dtype)
         state = add_mean(tl.load(state_ptr + key) + tl.zeros([1, 1], acc_dtype), square, width)
@@ -306,12 +303,12 @@ def rowwise_adagrad_kernel(
         for first in range(0, D, BLOCK_D):
             d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
             g = tl.load(total_ptr + run * D + d, mask=d < D, other=0) * scale
-            place = weight_ptr + key * weight_row_stride + d * weight_col_stride
-            w = tl.load(place, mask=d < D, other=0).to(acc_dtype)
+            row_ptr = weight_ptr + key * weight_row_stride + d * weight_col_stride
+            w = tl.load(row_ptr, mask=d < D, other=0).to(acc_dtype)
             if DECAYS_WEIGHT:
                 g = g + shrink * w
             w = w - factor * g
             if STOCHASTIC_ROUNDING:
                 w = round_at_random(w, random_words(seed, step, key, d), dtype)
-            tl.store(place, w.to(dtype), mask=d < D)
+            tl.store(row_ptr, w.to(dtype), mask=d < D)
         tl.store(state_ptr + key + tl.zeros([1, 1], tl.int64), state)

@@ -1,19 +1,20 @@
-// Atomic gradient: grad_weight[indices[n]] += grad_output[n], in the accumulation dtype.
+// Atomic gradient: grad_weight[indices[n]] += grad_output[n], or [bag_of[n]] for bags; in the accumulation dtype.
 
 #include "common.cuh"
 
-// Block i owns blockDim.x * UNROLL consecutive vectors of grad_output, whatever rows they lie in. Neighbouring
-// threads own neighbouring vectors, so that a warp's atomics fall on whole sectors.
+// grid:  cdiv(num_indices * D / VEC, blockDim.x * UNROLL); block: 1-D
+// owner: block i: vectors [i * blockDim.x * UNROLL, ...) of the flattened [num_indices, D], across row boundaries
+// why:   neighbouring threads add to neighbouring vectors, so a warp's atomics fall on whole sectors
 //
-// BAGS: position n takes row bag_of[n] of grad_output, times its per-sample weight, over its bag's size.
+// BAGS: position n adds row bag_of[n] of grad_output, times its per-sample weight or over its bag's size.
 template <typename Grad, int VEC, int UNROLL, bool BAGS = false>
 __global__ void scatter_add_kernel(
-    const Grad* __restrict__ grad_output_ptr,  // [*, D], any strides; VEC > 1: column stride 1
-    const void* __restrict__ indices_ptr,      // any integer dtype, [num_indices], contiguous
-    const void* __restrict__ bag_of_ptr,       // BAGS: [num_indices], -1: in no bag
-    const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: 1
-    const int32* __restrict__ sizes_ptr,       // BAGS: [num_bags]; null: 1
-    Grad* grad_weight_ptr,                     // [num_embeddings, D], contiguous, zero on entry
+    const Grad* __restrict__ grad_output_ptr,         // [*, D], any strides; VEC > 1: column stride 1
+    const void* __restrict__ indices_ptr,             // any integer dtype, [num_indices], contiguous
+    const void* __restrict__ bag_of_ptr,              // BAGS: [num_indices]: each position's bag, -1: in no bag
+    const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: all 1
+    const int32* __restrict__ sizes_ptr,              // BAGS: [num_bags]: the divisors of means; null: all 1
+    Grad* grad_weight_ptr,                            // [num_embeddings, D], contiguous, zero on entry
     int64 num_indices,
     int64 num_embeddings,
     int64 padding_idx,      // -1: none
@@ -40,15 +41,15 @@ __global__ void scatter_add_kernel(
     const int64 n = first_n + lane / (uint32)vectors;
     const int64 d = (int64)(lane % (uint32)vectors) * VEC;
     if (!names_row(index[u], num_embeddings)) continue;
-    const int64 source = BAGS ? load_integer(bag_of_ptr, n, bag_bytes) : n;
-    if (BAGS && source < 0) {
+    const int64 row = BAGS ? load_integer(bag_of_ptr, n, bag_bytes) : n;
+    if (BAGS && row < 0) {
       index[u] = -1;
       continue;
     }
     grad[u] = *(const Vector<Grad, VEC>*)(
-        grad_output_ptr + source * grad_row_stride * VEC + d * grad_col_stride);
+        grad_output_ptr + row * grad_row_stride * VEC + d * grad_col_stride);
     if (BAGS) {
-      const Grad scale = bag_scale<Grad>(per_sample_weights_ptr, n, sizes_ptr, source);
+      const Grad scale = bag_scale<Grad>(per_sample_weights_ptr, n, sizes_ptr, row);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) grad[u].lane[i] *= scale;
     }

@@ -1,4 +1,4 @@
-"""Atomic gradient: grad_weight[indices[n]] += grad_output[order[n]], in the accumulation dtype."""
+"""Atomic gradient: grad_weight[indices[n]] += grad_output[n], or [bag_of[n]] for bags; in the accumulation dtype."""
 
 import triton
 import triton.language as tl
@@ -6,14 +6,17 @@ import triton.language as tl
 from .rounding import divide
 
 
-# Program i owns BLOCK consecutive vectors of grad_output, whatever rows they lie in.
+# grid:  (cdiv(num_indices * D / VEC, BLOCK),)
+# block: BLOCK vectors of VEC elements
+# owner: program i: vectors [i * BLOCK, ...) of the flattened [num_indices, D], across row boundaries
+# why:   neighbouring lanes add to neighbouring vectors, so a warp's atomics fall on whole sectors
 @triton.jit
 def scatter_add_kernel(
     grad_output_ptr,  # [*, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
-    bag_of_ptr,  # [num_indices]: the row of grad_output of each position, -1: none; None: its own number
-    per_sample_weights_ptr,  # grad_output's dtype, [num_indices]: multiplies the row; None: 1
-    sizes_ptr,  # int32, one a row of grad_output: divides it; None: 1
+    bag_of_ptr,  # [num_indices]: each position's bag, -1: in no bag; None: no bags, position n reads row n
+    per_sample_weights_ptr,  # grad_output's dtype, [num_indices]; None: all 1
+    sizes_ptr,  # int32 [num_bags]: the divisors of means; None: all 1
     grad_weight_ptr,  # fp32 or fp64, [num_embeddings, D], contiguous, zero on entry
     num_indices,
     num_embeddings,
@@ -33,25 +36,23 @@ def scatter_add_kernel(
     index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
     added = in_range & (index >= 0) & (index < num_embeddings) & (index != padding_idx)
 
-    source = n
+    row = n
     if bag_of_ptr is not None:
-        source = tl.load(bag_of_ptr + n, mask=added, other=0).to(tl.int64)
-        added = added & (source >= 0)
+        row = tl.load(bag_of_ptr + n, mask=added, other=0).to(tl.int64)
+        added = added & (row >= 0)
 
     d = ((lane % VECTORS) * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
     grad = tl.load(
-        grad_output_ptr
-        + (source * grad_row_stride * VEC)[:, None]
-        + d.to(tl.int64) * grad_col_stride,
+        grad_output_ptr + (row * grad_row_stride * VEC)[:, None] + d.to(tl.int64) * grad_col_stride,
         mask=added[:, None],
         other=0,
     )
     if per_sample_weights_ptr is not None:
         grad *= tl.load(per_sample_weights_ptr + n, mask=added, other=0)[:, None]
     if sizes_ptr is not None:
-        size = tl.load(sizes_ptr + source, mask=added, other=1).to(grad.dtype)
+        size = tl.load(sizes_ptr + row, mask=added, other=1).to(grad.dtype)
         grad *= divide(tl.full([BLOCK], 1, grad.dtype), size)[:, None]
-    # Nothing in this launch reads the sums, so no ordering is asked for.
+    # Relaxed: nothing in this launch reads the sums.
     tl.atomic_add(
         grad_weight_ptr + (index * D)[:, None] + d,
         grad.to(grad_weight_ptr.dtype.element_ty),

@@ -1,20 +1,17 @@
-// Sorted segment gradient: deterministic, each row of grad_weight written once, rounded once.
+// Segment sum of sorted keys: a deterministic gradient; each row of grad_weight is written and rounded once.
 //
-// The sorted ids are cut into chunks of CHUNK. A run of equal ids that lies inside one chunk is summed in
-// registers and stored. A run that crosses a chunk's edge leaves partial sums: at most one at each end of a
-// chunk. The partial sums are again sorted by key, so the same kernel sums them, level by level, until one
-// chunk holds all that is left. The cut depends on the number of ids alone, so the order of the additions,
-// and with it every bit of the result, is the same from run to run.
+// The sorted keys are cut into chunks of CHUNK; runs that cross chunk edges leave partial sums, which the same kernel
+// sums level by level, as segment_sum.py draws it: slot 2c holds the carry-in of chunk c, slot 2c + 1 its carry-out.
 
 #include "common.cuh"
 #include "segment_walk.cuh"
 
-// Stores the sum, divided by the number of ids behind it if that is asked for, rounded once.
+// Stores a run's sum, rounded once. SCALE_GRAD_BY_FREQ: divided by the number of its ids.
 template <typename Grad, int VEC, bool SCALE_GRAD_BY_FREQ, bool ATOMIC>
 struct StoreGradient {
   using Acc = typename Accumulator<Grad>::type;
-  // An enumerator, as a constant member would lie in global memory.
-  enum : bool { ATOMIC_ENDS = ATOMIC };
+  // An enumerator: a static constant member would lie in global memory.
+  enum : bool { ATOMIC_CARRY = ATOMIC };
   Grad* grad_weight_ptr;
   int64 D;
 
@@ -27,35 +24,39 @@ struct StoreGradient {
     *(Vector<Grad, VEC>*)(grad_weight_ptr + key * D + d) = row;
   }
 
-  // To a row that other chunks add to as well.
+  // A carry: other chunks add to the same row.
   __device__ void add(int64 key, int64 d, const Vector<Acc, VEC>& total) const {
     atomic_add_vector(grad_weight_ptr + key * D + d, total);
   }
 };
 
-// BAGS: a key's position n takes row bag_of[n] of values, times its per-sample weight, over its bag's size.
+// grid:  cdiv(num_chunks * D / VEC, blockDim.x); block: 1-D
+// owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
+// why:   threads walk alone (walk_runs): no shared memory, no barrier
+//
+// BAGS: position n reads row bag_of[n] of values, times its per-sample weight or over its bag's size.
 template <
     typename Value,
     typename Grad,
     int VEC,
     bool SCALE_GRAD_BY_FREQ,
     int UNROLL,
-    bool ATOMIC_ENDS,
+    bool ATOMIC_CARRY,
     bool BAGS = false>
 __global__ void segment_sum_kernel(
-    // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the partial sums of the level below
+    // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the level below's partial sums
     const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,    // [num_keys]: the row of values of each key; null: its place
-    const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys that name no row take no part
-    const int32* __restrict__ counts_ptr,  // [num_keys]: ids behind each value; null: one
-    const void* __restrict__ bag_of_ptr,   // BAGS: [num_indices], -1: in no bag
-    const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: 1
-    const int32* __restrict__ sizes_ptr,              // BAGS: [num_bags]; null: 1
-    Grad* __restrict__ grad_weight_ptr,    // [num_embeddings, D], contiguous, zero on entry
-    // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it. ATOMIC_ENDS: null, and so are the next two;
-    // atomics add both to grad_weight, which is fp32 or fp64 then.
+    const void* __restrict__ order_ptr,    // [num_keys]: each key's position before the sort; null: not permuted
+    const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys outside [0, num_embeddings) are skipped
+    const int32* __restrict__ counts_ptr,  // [num_keys]: ids summed in each value; null: 1
+    const void* __restrict__ bag_of_ptr,   // BAGS: [num_indices]: each position's bag, -1: in no bag
+    const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: all 1
+    const int32* __restrict__ sizes_ptr,              // BAGS: [num_bags]: the divisors of means; null: all 1
+    Grad* __restrict__ grad_weight_ptr,               // [num_embeddings, D], contiguous, zero on entry
+    // [2 * num_chunks, D], by slot. ATOMIC_CARRY: null, and so are the next two: atomics add the carries to
+    // grad_weight, which then is fp32 or fp64.
     typename Accumulator<Grad>::type* __restrict__ partial_values_ptr,
-    int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: no such partial sum
+    int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: the slot is empty
     int32* __restrict__ partial_counts_ptr,  // [2 * num_chunks]
     int64 num_keys,
     int64 num_embeddings,
@@ -71,5 +72,5 @@ __global__ void segment_sum_kernel(
       values_ptr, order_ptr, keys_ptr, counts_ptr, bag_of_ptr, per_sample_weights_ptr, sizes_ptr,
       partial_values_ptr, partial_keys_ptr, partial_counts_ptr, num_keys, num_embeddings,
       value_row_stride, value_col_stride, D, CHUNK, order_bytes, key_bytes, bag_bytes,
-      StoreGradient<Grad, VEC, SCALE_GRAD_BY_FREQ, ATOMIC_ENDS>{grad_weight_ptr, D});
+      StoreGradient<Grad, VEC, SCALE_GRAD_BY_FREQ, ATOMIC_CARRY>{grad_weight_ptr, D});
 }

@@ -1,9 +1,10 @@
-// Sort keys of ids: what torch.sort orders, so that equal ids lie side by side.
+// Sort keys: a key is the id, or the sentinel num_embeddings for an id without a gradient; it sorts last.
 
 #include "common.cuh"
 
-// Grid: cdiv(N, blockDim.x) blocks of threads in a row. Thread i of the grid owns key i.
-// A key is the id itself, or num_embeddings, which sorts behind all rows, for an id without a gradient.
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
+// owner: thread i of the grid: key i
+// why:   keys of the narrowest dtype, masked in one launch, for torch.sort
 extern "C" __global__ void sort_keys_kernel(
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
     void* __restrict__ keys_ptr,           // the narrowest integer dtype that holds num_embeddings

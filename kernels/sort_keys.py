@@ -1,11 +1,13 @@
-"""Sort keys of ids: what torch.sort orders, so that equal ids lie side by side."""
+"""Sort keys: a key is the id, or the sentinel num_embeddings for an id without a gradient; it sorts last."""
 
 import triton
 import triton.language as tl
 
 
-# Grid: cdiv(N, BLOCK) programs. Program i owns keys [i * BLOCK, ...).
-# A key is the id itself, or num_embeddings, which sorts behind all rows, for an id without a gradient.
+# grid:  (cdiv(num_indices, BLOCK),)
+# block: BLOCK ids
+# owner: program i: keys [i * BLOCK, ...)
+# why:   keys of the narrowest dtype, masked in one launch, for torch.sort
 @triton.jit
 def sort_keys_kernel(
     indices_ptr,  # any integer dtype, [num_indices], contiguous

@@ -1,12 +1,12 @@
-// Rounding up or down at random: gpu_embed/reference/rounding.py, bit for bit.
+// Stochastic rounding, bit-equal to gpu_embed/reference/rounding.py.
 
 #pragma once
 
 #include "common.cuh"
 
-// Philox 4x32-10: the four words of a counter.
+// Philox 4x32-10: four random words from counter c and key (k0, k1).
 __device__ inline Vector<uint32, 4> philox(Vector<uint32, 4> c, uint32 k0, uint32 k1) {
-  // Unrolled, it would be most of a kernel.
+  // Unrolled, it would be most of a kernel's code.
 #pragma unroll 1
   for (int i = 0; i < 10; ++i) {
     const uint64 product0 = 0xD2511F53ull * c.lane[0];
@@ -19,7 +19,7 @@ __device__ inline Vector<uint32, 4> philox(Vector<uint32, 4> c, uint32 k0, uint3
   return c;
 }
 
-// The words of columns 4 * block ... 4 * block + 3 of a row.
+// The random words of columns [4 * block, 4 * block + 4) of a row.
 __device__ inline Vector<uint32, 4> random_words(int64 seed, int64 step, int64 row, int64 block) {
   return philox(
       {{(uint32)block, (uint32)row, (uint32)(row >> 32), (uint32)step}},
@@ -27,7 +27,7 @@ __device__ inline Vector<uint32, 4> random_words(int64 seed, int64 step, int64 r
       (uint32)(seed >> 32));
 }
 
-// Written out, because an index that the compiler does not know would put the words into memory.
+// Selects, not an index: a dynamic index would put the words into local memory.
 __device__ inline uint32 word_of(const Vector<uint32, 4>& words, int64 i) {
   return i < 2 ? (i == 0 ? words.lane[0] : words.lane[1])
                : (i == 2 ? words.lane[2] : words.lane[3]);
@@ -45,7 +45,7 @@ __device__ inline void narrow_at_random(float value, uint32 random, float16& out
   const uint32 magnitude = bits & 0x7fffffffu;
   uint32 rounded;
   if (magnitude < 0x38800000u) {
-    // Below 2^-14 halves are 2^-24 apart: a fixed point, with 21 bits behind it.
+    // Subnormal halves are 2^-24 apart: fixed point, with 21 fraction bits to round.
     const uint32 fixed = (uint32)(__uint_as_float(magnitude) * 0x1p45f);
     rounded = __float_as_uint((float)((fixed + (random >> 11)) >> 21) * 0x1p-24f);
   } else {
@@ -54,7 +54,7 @@ __device__ inline void narrow_at_random(float value, uint32 random, float16& out
   narrow(__uint_as_float(rounded | (bits & 0x80000000u)), out);
 }
 
-// Wider tables are stored as computed.
+// fp32 and fp64 tables: nothing to round.
 template <typename Wide>
 __device__ inline void narrow_at_random(Wide value, uint32, Wide& out) {
   out = value;

@@ -1,13 +1,13 @@
-// Many tables, one launch: bags, rows and gradients of tables that lie one behind another in a buffer.
+// Many tables, one launch: bags, rows and gradients of tables of different widths that share one buffer.
 //
-// Bags are table-major: the ids of bag b of table t lie from offsets[t * num_bags + b] up to the next offset. A row's
-// number counts the rows of all tables before it too. Offsets are kept within the ids whatever they say.
+// Bags are table-major: bag b of table t begins at offsets[t * num_bags + b], clamped as in bag.cu. Output bag
+// b * num_tables + t is the columns of table t in row b of the output. Row numbers (keys) count through all tables.
 
 #include "bag_range.cuh"
 #include "common.cuh"
 #include "tables_walk.cuh"
 
-// The last of these ranges, each of so many bags, that begins at position n or before it.
+// Binary search: the last range of range_bags bags that begins at or before position n.
 __device__ inline int64 find_range(
     const void* offsets_ptr, int64 n, int64 num_ranges, int64 range_bags, int64 offset_bytes) {
   int64 low = 0;
@@ -21,18 +21,19 @@ __device__ inline int64 find_range(
   return low;
 }
 
-// The part of a bag that blockIdx.y owns.
+// Split blockIdx.y of gridDim.y of a bag.
 __device__ inline Range split_range(Range range) {
   const int64 length = (range.end - range.begin + gridDim.y - 1) / gridDim.y;
   const int64 first = clamp(range.begin + blockIdx.y * length, range.begin, range.end);
   return {first, clamp(first + length, first, range.end)};
 }
 
-// Thread (i, s) of the grid owns vector i of the output and the s-th of as many equal parts of its bag as the grid is
-// deep. So no thread idles, whatever the tables' widths; neighbours walk the same bag, or the next table's.
+// grid:  (cdiv(num_bags * D / VEC, blockDim.x), num_splits); block: 1-D
+// owner: thread (i, s) of the grid: vector i of the flattened output, split s of num_splits of its bag
+// why:   no thread idles, whatever the tables' widths; neighbouring threads walk the same bag, or the next table's
 //
-// Weight: of the tables. Output: the same; or, with SPLIT, what sums are taken in. Winner: int32 or int64.
-// MAX: whether any table takes maxima, which are to be found; not with SPLIT.
+// Output: Weight; SPLIT: its accumulation dtype. MAX: some table has mode "max", and its argmax is to be found; not
+// with SPLIT.
 template <typename Weight, typename Output, int VEC, bool MAX, bool SPLIT, int UNROLL>
 __global__ void table_bag_kernel(
     const Weight* __restrict__ weight_ptr,              // the tables' buffer
@@ -41,20 +42,20 @@ __global__ void table_bag_kernel(
     const Weight* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
     const Table* __restrict__ tables_ptr,               // [num_tables]
     const int32* __restrict__ table_of_column_ptr,      // [D]
-    Output* __restrict__ output_ptr,  // [num_bags, D]; SPLIT: [num_splits, num_bags, D]
-    int64* __restrict__ sizes_ptr,    // SPLIT: as the output: what the parts divide by, in sum; null: nothing
-    // int32 or int64 [num_bags, D]: the position that is the maximum, -1: none. MAX: written, or null; else read, as
-    // what a table's maximum is to be, or null: no table has mode "max".
-    void* __restrict__ winner_ptr,
-    int64* record_ptr,                // [7], or null: do not record
-    int32* flag_ptr,                  // [1], pinned host memory, or null
+    Output* __restrict__ output_ptr,                    // [num_bags, D]; SPLIT: partial sums, [num_splits, num_bags, D]
+    int64* __restrict__ sizes_ptr,  // SPLIT: [num_splits, num_bags, D]: each split's share of the divisor; or null
+    // int32 or int64 [num_bags, D]: the argmax as a position, -1: none. MAX: an output; null: not wanted. Else an
+    // input, the argmax of an earlier launch; null: no table has mode "max". Never both, so one argument serves.
+    void* __restrict__ max_positions_ptr,
+    int64* record_ptr,  // [7]; null: do not record
+    int32* flag_ptr,    // [1], pinned host memory; null: do not record
     int64 num_indices,
-    int64 num_bags,  // of each table
+    int64 num_bags,  // per table
     int64 num_all_bags,
-    int64 D,  // of all tables together; VEC divides each one's
+    int64 D,  // total of all tables; VEC divides each one's
     int64 index_bytes,
     int64 offset_bytes,
-    int64 winner_bytes) {
+    int64 max_position_bytes) {
   using Acc = typename Accumulator<Weight>::type;
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   const int64 b = thread / (D / VEC);
@@ -62,16 +63,9 @@ __global__ void table_bag_kernel(
   if (b >= num_bags) return;
   const int64 t = table_of_column_ptr[column];
   const Table table = tables_ptr[t];
-  if (column != table.first_column) record_ptr = nullptr;  // the first columns' thread records for all
+  if (column != table.first_column) record_ptr = nullptr;  // the thread of the first columns records
   const Range range = load_range(
-      offsets_ptr,
-      t * num_bags + b,
-      record_ptr,
-      flag_ptr,
-      num_indices,
-      num_all_bags + 1,
-      0,
-      offset_bytes);
+      offsets_ptr, t * num_bags + b, record_ptr, flag_ptr, num_indices, num_all_bags + 1, 0, offset_bytes);
   const Range part = SPLIT ? split_range(range) : range;
   const Weight* const first_row = weight_ptr + table.first_element + column - table.first_column;
 
@@ -79,13 +73,13 @@ __global__ void table_bag_kernel(
   set_zero(total);
   int64 size = 0;
   const bool is_max = table.mode == MAX_MODE;
-  int64 winner[VEC];
+  int64 argmax[VEC];
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    winner[i] = !MAX && is_max ? load_integer(winner_ptr, b * D + column + i, winner_bytes) : -1;
+    argmax[i] = !MAX && is_max ? load_integer(max_positions_ptr, b * D + column + i, max_position_bytes) : -1;
   }
   for (int64 step = part.begin; step < part.end; step += UNROLL) {
-    // All loads of a step are issued before the first sum needs one.
+    // All loads of a step are issued before the first addition.
     int64 index[UNROLL];
     Acc scale[UNROLL];
     Vector<Weight, VEC> value[UNROLL];
@@ -107,14 +101,7 @@ __global__ void table_bag_kernel(
       ++size;
       if (record_ptr && !names_row(index[u], table.num_rows)) {
         record_out_of_range(
-            record_ptr,
-            flag_ptr,
-            step + u,
-            index[u],
-            table.num_rows,
-            b + 1,
-            range.begin,
-            table.name);
+            record_ptr, flag_ptr, step + u, index[u], table.num_rows, b + 1, range.begin, table.name);
       }
       if (is_max && !names_row(index[u], table.num_rows)) continue;
 #pragma unroll
@@ -122,10 +109,10 @@ __global__ void table_bag_kernel(
         const Acc wide = widen(value[u].lane[i]);
         if (!is_max) {
           total.lane[i] += wide * scale[u];
-          // Not `>=`, so that the first of equals stays, and so does a NaN that came first.
-        } else if (MAX ? winner[i] < 0 || wide > total.lane[i] : winner[i] == step + u) {
+          // `>`, not `>=`: the first of equals stays, as does a NaN in the bag's first row.
+        } else if (MAX ? argmax[i] < 0 || wide > total.lane[i] : argmax[i] == step + u) {
           total.lane[i] = wide;
-          winner[i] = step + u;
+          argmax[i] = step + u;
         }
       }
     }
@@ -137,7 +124,7 @@ __global__ void table_bag_kernel(
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
     if (SPLIT && sizes_ptr) sizes_ptr[out + i] = size;
-    if (MAX && winner_ptr) store_integer(winner_ptr, out + i, winner[i], winner_bytes);
+    if (MAX && max_positions_ptr) store_integer(max_positions_ptr, out + i, argmax[i], max_position_bytes);
     narrow(
         !SPLIT && table.mode == MEAN_MODE ? total.lane[i] / (Acc)(size > 0 ? size : 1) : total.lane[i],
         output.lane[i]);
@@ -145,7 +132,9 @@ __global__ void table_bag_kernel(
   *(Vector<Output, VEC>*)(output_ptr + out) = output;
 }
 
-// Thread i of the grid owns word i of the output, and where there are fewer threads than offsets, its share of them.
+// grid:  cdiv(num_indices * D, blockDim.x); block: 1-D
+// owner: thread i of the grid: word i of the flattened output; offset i and every number of threads further to check
+// why:   no lane idles when a row is shorter than a warp; no thread owns a bag, so the offsets are shared out
 template <typename Word>
 __global__ void table_gather_kernel(
     const Word* __restrict__ weight_ptr,   // [rows of all tables, D], contiguous
@@ -153,14 +142,14 @@ __global__ void table_gather_kernel(
     const void* __restrict__ offsets_ptr,  // any integer dtype, [num_all_bags + 1]
     const Table* __restrict__ tables_ptr,  // [num_tables]
     Word* __restrict__ output_ptr,         // [num_indices, D]
-    int64* record_ptr,                     // [7], or null: do not record
-    int32* flag_ptr,                       // [1], pinned host memory, or null
+    int64* record_ptr,                     // [7]; null: do not record
+    int32* flag_ptr,                       // [1], pinned host memory; null: do not record
     int64 num_indices,
-    int64 num_bags,  // of each table
+    int64 num_bags,  // per table
     int64 num_all_bags,
     int64 num_tables,
-    int64 zero_padding,  // whether rows of each table's padding become zero
-    int64 D,             // words a row
+    int64 zero_padding,  // rows of each table's padding_idx are zeroed
+    int64 D,             // words per row
     int64 index_bytes,
     int64 offset_bytes) {
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
@@ -189,42 +178,36 @@ __global__ void table_gather_kernel(
     const int64 bag = find_range(offsets_ptr, n, num_all_bags, 1, offset_bytes);
     const int64 begin = bag == 0 ? 0 : load_integer(offsets_ptr, bag, offset_bytes);
     record_out_of_range(
-        record_ptr,
-        flag_ptr,
-        n,
-        index,
-        tables_ptr[t].num_rows,
-        bag - t * num_bags + 1,
-        begin,
-        tables_ptr[t].name);
+        record_ptr, flag_ptr, n, index, tables_ptr[t].num_rows, bag - t * num_bags + 1, begin, tables_ptr[t].name);
   }
 }
 
-// Thread i of the grid owns position i.
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
+// owner: thread i of the grid: position i
+// why:   later kernels read a position's key and output bag instead of searching for them per column
 extern "C" __global__ void table_keys_kernel(
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,  // any integer dtype, [num_all_bags + 1]
     const Table* __restrict__ tables_ptr,  // [num_tables]
-    void* __restrict__ keys_ptr,           // [num_indices]: the row of each id, num_rows: none; or null
-    // [num_indices]: bag b of table t is b * num_tables + t, -1: no bag; or null
-    void* __restrict__ sources_ptr,
-    int32* sizes_ptr,  // [num_all_bags], zero on entry: what divides the gradient of each source; or null
+    void* __restrict__ keys_ptr,           // [num_indices]: each id's row, num_rows: none; or null
+    void* __restrict__ output_bag_ptr,     // [num_indices]: b * num_tables + t, -1: in no bag; or null
+    int32* sizes_ptr,  // [num_all_bags], zero on entry: each output bag's divisor, 1 but for means; or null
     int64 num_indices,
-    int64 num_bags,  // of each table
+    int64 num_bags,  // per table
     int64 num_all_bags,
     int64 num_tables,
     int64 num_rows,  // of all tables
     int64 index_bytes,
     int64 offset_bytes,
     int64 key_bytes,
-    int64 source_bytes) {
+    int64 output_bag_bytes) {
   const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (n >= num_indices) return;
   const bool in_bag = n < load_integer(offsets_ptr, num_all_bags, offset_bytes);
   const int64 index = load_integer(indices_ptr, n, index_bytes);
   int64 bag = 0;
   int64 t;
-  if (sources_ptr) {
+  if (output_bag_ptr) {
     bag = find_range(offsets_ptr, n, num_all_bags, 1, offset_bytes);
     t = bag / num_bags;
   } else {
@@ -234,43 +217,45 @@ extern "C" __global__ void table_keys_kernel(
   const bool counted = in_bag && !is_padding(index, table.padding_idx);
   if (keys_ptr) {
     const bool kept = counted && names_row(index, table.num_rows);
-    // Ids without a gradient sort behind all others.
+    // num_rows is the sentinel of an id without a gradient: it sorts last.
     store_integer(keys_ptr, n, kept ? table.first_row + index : num_rows, key_bytes);
   }
-  if (!sources_ptr) return;
-  const int64 source = bag % num_bags * num_tables + t;
-  store_integer(sources_ptr, n, in_bag ? source : -1, source_bytes);
+  if (!output_bag_ptr) return;
+  const int64 output_bag = bag % num_bags * num_tables + t;
+  store_integer(output_bag_ptr, n, in_bag ? output_bag : -1, output_bag_bytes);
   if (!sizes_ptr || !in_bag) return;
-  // The first position of a bag adds all of them, so that the others need not queue at one address.
+  // A bag's first position adds its whole length: atomics of each position would serialize at one address.
   const bool is_mean = table.mode == MEAN_MODE;
   int64 size = is_mean && !counted ? -1 : 0;
   const int64 begin = bag == 0 ? 0 : load_integer(offsets_ptr, bag, offset_bytes);
   if (n == begin) {
     size += is_mean ? load_integer(offsets_ptr, bag + 1, offset_bytes) - begin : 1;
   }
-  if (size != 0) atomicAdd(sizes_ptr + source, (int32)size);
+  if (size != 0) atomicAdd(sizes_ptr + output_bag, (int32)size);
 }
 
-// Thread (i, s) of the grid owns vector i of grad_output, which it adds to each row of the s-th part of its bag.
+// grid:  (cdiv(num_bags * D / VEC, blockDim.x), num_splits); block: 1-D
+// owner: thread (i, s) of the grid: vector i of the flattened grad_output, split s of its bag
+// why:   each vector of grad_output is loaded once per split and added to every row of the bag
 template <typename Grad, int VEC, int UNROLL>
 __global__ void table_scatter_add_kernel(
-    const Grad* __restrict__ grad_output_ptr,  // [num_bags, D], any strides; VEC > 1: column stride 1
-    const void* __restrict__ indices_ptr,      // any integer dtype, [num_indices], contiguous
-    const void* __restrict__ offsets_ptr,      // any integer dtype, [num_all_bags + 1]
+    const Grad* __restrict__ grad_output_ptr,         // [num_bags, D], any strides; VEC > 1: column stride 1
+    const void* __restrict__ indices_ptr,             // any integer dtype, [num_indices], contiguous
+    const void* __restrict__ offsets_ptr,             // any integer dtype, [num_all_bags + 1]
     const Grad* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
-    const void* __restrict__ winner_ptr,  // [num_bags, D]: the position that is the maximum; null: no such table
+    const void* __restrict__ max_positions_ptr,       // [num_bags, D]: the argmax as a position; null: no maxima
     const Table* __restrict__ tables_ptr,             // [num_tables]
     const int32* __restrict__ table_of_column_ptr,    // [D]
     Grad* grad_weight_ptr,                            // the tables' buffer, zero on entry
     int64 num_indices,
-    int64 num_bags,  // of each table
+    int64 num_bags,  // per table
     int64 num_all_bags,
     int64 grad_row_stride,  // in units of VEC elements
     int64 grad_col_stride,  // in elements
-    int64 D,                // of all tables together; VEC divides each one's
+    int64 D,                // total of all tables; VEC divides each one's
     int64 index_bytes,
     int64 offset_bytes,
-    int64 winner_bytes) {
+    int64 max_position_bytes) {
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   const int64 b = thread / (D / VEC);
   const int64 column = thread % (D / VEC) * VEC;
@@ -278,23 +263,16 @@ __global__ void table_scatter_add_kernel(
   const int64 t = table_of_column_ptr[column];
   const Table table = tables_ptr[t];
   const Range range = load_range(
-      offsets_ptr,
-      t * num_bags + b,
-      nullptr,
-      nullptr,
-      num_indices,
-      num_all_bags + 1,
-      0,
-      offset_bytes);
+      offsets_ptr, t * num_bags + b, nullptr, nullptr, num_indices, num_all_bags + 1, 0, offset_bytes);
   const Range part = split_range(range);
   Grad* const first_row = grad_weight_ptr + table.first_element + column - table.first_column;
   Vector<Grad, VEC> grad = *(const Vector<Grad, VEC>*)(
       grad_output_ptr + b * grad_row_stride * VEC + column * grad_col_stride);
-  int64 winner[VEC];
-  const bool is_max = winner_ptr && table.mode == MAX_MODE;
+  int64 argmax[VEC];
+  const bool is_max = max_positions_ptr && table.mode == MAX_MODE;
 #pragma unroll
   for (int i = 0; i < VEC; ++i) {
-    winner[i] = is_max ? load_integer(winner_ptr, b * D + column + i, winner_bytes) : -1;
+    argmax[i] = is_max ? load_integer(max_positions_ptr, b * D + column + i, max_position_bytes) : -1;
   }
   if (table.mode == MEAN_MODE) {
     int64 size = 0;
@@ -315,10 +293,10 @@ __global__ void table_scatter_add_kernel(
       if (index[u] == table.padding_idx || !names_row(index[u], table.num_rows)) continue;
       Vector<Grad, VEC> value = grad;
       if (is_max) {
-        // One by one, as few of them have won.
+        // One by one: few of the columns have their argmax here.
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
-          if (winner[i] == step + u) atomicAdd(first_row + index[u] * table.dim + i, grad.lane[i]);
+          if (argmax[i] == step + u) atomicAdd(first_row + index[u] * table.dim + i, grad.lane[i]);
         }
         continue;
       }
@@ -332,7 +310,7 @@ __global__ void table_scatter_add_kernel(
   }
 }
 
-// Stores the sum, rounded once.
+// Stores a run's sum, rounded once.
 template <typename Grad, int VEC>
 struct StoreTableGradient {
   using Acc = typename Accumulator<Grad>::type;
@@ -346,52 +324,55 @@ struct StoreTableGradient {
   }
 };
 
-// As segment_sum_kernel, for tables of different widths.
+// grid:  cdiv(num_chunks * D / VEC, blockDim.x); block: 1-D
+// owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on of each table that has them
+// why:   segment_sum_kernel for tables of different widths, with the same slots and levels
 template <typename Value, typename Grad, int VEC, int UNROLL>
 __global__ void table_segment_sum_kernel(
-    // [num_bags, *], any strides (VEC > 1: column stride 1): grad_output; or [num_keys, D]: the level below
+    // level 0: grad_output, [num_bags, *], any strides (VEC > 1: column stride 1); else [num_keys, D], the level below
     const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,   // [num_keys]: each key's position; null: a level of partial sums
-    const void* __restrict__ keys_ptr,    // [num_keys], sorted; keys that name no row take no part
-    const int32* __restrict__ key_tables_ptr,  // [num_keys]: each partial sum's table; null: no such level
-    const void* __restrict__ sources_ptr,      // [positions]: bag b of table t is b * num_tables + t, -1: none
-    const Grad* __restrict__ per_sample_weights_ptr,  // one a position; null: 1
-    const int32* __restrict__ sizes_ptr,              // one a source; null: 1
-    const void* __restrict__ winner_ptr,  // [num_bags, *], contiguous: the position that is the maximum; or null
+    const void* __restrict__ order_ptr,        // [num_keys]: each key's position before the sort; null: level > 0
+    const void* __restrict__ keys_ptr,         // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
+    const int32* __restrict__ key_tables_ptr,  // [num_keys]: each partial sum's table; null: level 0
+    const void* __restrict__ output_bag_ptr,   // [num_indices]: b * num_tables + t, -1: in no bag
+    const Grad* __restrict__ per_sample_weights_ptr,  // [num_indices]; null: all 1
+    const int32* __restrict__ sizes_ptr,              // by output bag: the divisors of means; null: all 1
+    const void* __restrict__ max_positions_ptr,       // [num_bags, *], contiguous: the argmax as a position; or null
     const Table* __restrict__ tables_ptr,             // [num_tables]
     Grad* __restrict__ grad_weight_ptr,               // the tables' buffer, zero on entry
-    // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it
-    typename Accumulator<Grad>::type* __restrict__ partial_values_ptr,
-    int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: no such partial sum
-    int32* __restrict__ partial_tables_ptr,  // [2 * num_chunks]
+    typename Accumulator<Grad>::type* __restrict__ partial_values_ptr,  // [2 * num_chunks, D], by slot
+    int64* __restrict__ partial_keys_ptr,                               // [2 * num_chunks]; -1: the slot is empty
+    int32* __restrict__ partial_tables_ptr,                             // [2 * num_chunks]
     int64 num_keys,
     int64 num_rows,  // of all tables
     int64 num_tables,
-    int64 value_row_stride,   // in units of VEC elements
-    int64 value_col_stride,   // in elements
-    int64 winner_row_stride,  // columns of all tables
-    int64 D,                  // of the widest table; VEC divides each one's
-    int64 CHUNK,              // UNROLL divides it
+    int64 value_row_stride,         // in units of VEC elements
+    int64 value_col_stride,         // in elements
+    int64 max_position_row_stride,  // total columns of all tables
+    int64 D,                        // the widest table's; VEC divides each one's
+    int64 CHUNK,                    // UNROLL divides it
     int64 order_bytes,
     int64 key_bytes,
-    int64 source_bytes,
-    int64 winner_bytes) {
+    int64 output_bag_bytes,
+    int64 max_position_bytes) {
   using Acc = typename Accumulator<Grad>::type;
   walk_table_runs<Value, Acc, VEC, UNROLL>(
-      values_ptr, order_ptr, keys_ptr, key_tables_ptr, sources_ptr, per_sample_weights_ptr, sizes_ptr,
-      winner_ptr, tables_ptr, partial_values_ptr, partial_keys_ptr, partial_tables_ptr, num_keys,
-      num_rows, num_tables, value_row_stride, value_col_stride, winner_row_stride, D, CHUNK,
-      order_bytes, key_bytes, source_bytes, winner_bytes,
+      values_ptr, order_ptr, keys_ptr, key_tables_ptr, output_bag_ptr, per_sample_weights_ptr, sizes_ptr,
+      max_positions_ptr, tables_ptr, partial_values_ptr, partial_keys_ptr, partial_tables_ptr, num_keys,
+      num_rows, num_tables, value_row_stride, value_col_stride, max_position_row_stride, D, CHUNK,
+      order_bytes, key_bytes, output_bag_bytes, max_position_bytes,
       StoreTableGradient<Grad, VEC>{grad_weight_ptr});
 }
 
-// Thread i of the grid owns position i: the inner product of its row and its bag's gradient.
+// grid:  cdiv(num_indices, blockDim.x); block: 1-D
+// owner: thread i of the grid: position i; its result is the inner product of its row and its bag's gradient
+// why:   each result is reduced within its thread, in a fixed order
 template <typename Weight, int VEC>
 __global__ void table_sample_weights_kernel(
     const Weight* __restrict__ grad_output_ptr,  // [num_bags, *], any strides; VEC > 1: column stride 1
     const Weight* __restrict__ weight_ptr,       // the tables' buffer
-    const void* __restrict__ keys_ptr,           // [num_indices]: the row of each position; num_rows: none
-    const void* __restrict__ sources_ptr,        // [num_indices]: bag b of table t is b * num_tables + t
+    const void* __restrict__ keys_ptr,           // [num_indices]: each position's row; num_rows: none
+    const void* __restrict__ output_bag_ptr,     // [num_indices]: b * num_tables + t, -1: in no bag
     const Table* __restrict__ tables_ptr,        // [num_tables]
     Weight* __restrict__ grad_ptr,               // [num_indices]
     int64 num_indices,
@@ -400,16 +381,16 @@ __global__ void table_sample_weights_kernel(
     int64 grad_row_stride,  // in units of VEC elements
     int64 grad_col_stride,  // in elements
     int64 key_bytes,
-    int64 source_bytes) {
+    int64 output_bag_bytes) {
   using Acc = typename Accumulator<Weight>::type;
   const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (n >= num_indices) return;
   const int64 key = load_integer(keys_ptr, n, key_bytes);
-  const int64 source = load_integer(sources_ptr, n, source_bytes);
+  const int64 output_bag = load_integer(output_bag_ptr, n, output_bag_bytes);
   Acc total = 0;
-  if (source >= 0 && key < num_rows) {
-    const Table table = tables_ptr[source % num_tables];
-    const Weight* const grad_row = grad_output_ptr + source / num_tables * grad_row_stride * VEC +
+  if (output_bag >= 0 && key < num_rows) {
+    const Table table = tables_ptr[output_bag % num_tables];
+    const Weight* const grad_row = grad_output_ptr + output_bag / num_tables * grad_row_stride * VEC +
                                    table.first_column * grad_col_stride;
     const Weight* const row =
         weight_ptr + table.first_element + (key - table.first_row) * table.dim;

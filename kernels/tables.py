@@ -1,8 +1,8 @@
-"""Many tables, one launch: bags, rows and gradients of tables that lie one behind another in a buffer.
+"""Many tables, one launch: bags, rows and gradients of tables of different widths that share one buffer.
 
-`tables_ptr` tells where: int64 [num_tables, NUM_FIELDS], half a cache line a table. Bags are table-major: the
-ids of bag b of table t lie from offsets[t * num_bags + b] up to the next offset. A row's number counts the rows
-of all tables before it too. Offsets are kept within the ids whatever they say.
+tables_ptr, int64 [num_tables, NUM_TABLE_COLUMNS], has one row per table, half a cache line. Bags are table-major: bag b
+of table t begins at offsets[t * num_bags + b], clamped as in bag.py. Output bag b * num_tables + t is the columns of
+table t in row b of the output. Row numbers (keys) count through all tables.
 """
 
 import triton
@@ -12,44 +12,44 @@ from .bag import clamp_range, is_padding, load_range, record_offsets
 from .bounds import record_bag_out_of_range
 from .rounding import divide
 
-# The columns of tables_ptr.
-FIRST_ROW = tl.constexpr(0)  # its first row's number
+# Columns of tables_ptr; the copies in gpu_embed/tables/layout.py and tables_walk.cuh must agree.
+FIRST_ROW = tl.constexpr(0)  # number of the first row
 NUM_ROWS = tl.constexpr(1)
-FIRST_ELEMENT = tl.constexpr(2)  # where it begins in the buffer
+FIRST_ELEMENT = tl.constexpr(2)  # offset in the buffer
 DIM = tl.constexpr(3)
-FIRST_COLUMN = tl.constexpr(4)  # where its columns begin in the output
+FIRST_COLUMN = tl.constexpr(4)  # offset in the output's rows
 MODE = tl.constexpr(5)
 PADDING_IDX = tl.constexpr(6)  # -1: none
-NAME = tl.constexpr(7)  # the number of its name
-NUM_FIELDS = tl.constexpr(8)
-# What MODE holds; 0 is a sum.
+NAME = tl.constexpr(7)  # number of the name, for the bounds record
+NUM_TABLE_COLUMNS = tl.constexpr(8)
+# Values of MODE; 0: sum.
 MEAN_MODE = tl.constexpr(1)
 MAX_MODE = tl.constexpr(2)
 
 
 @triton.jit
-def load_field(tables_ptr, table, field: tl.constexpr):
-    """What is known of each of these tables."""
-    return tl.load(tables_ptr + table * NUM_FIELDS + field)
+def table_column(tables_ptr, table, COLUMN: tl.constexpr):
+    """One column of tables_ptr, for each of `table`."""
+    return tl.load(tables_ptr + table * NUM_TABLE_COLUMNS + COLUMN)
 
 
 @triton.jit
-def load_multiple(tables_ptr, table, field: tl.constexpr, VEC: tl.constexpr):
-    """The same of a number that VEC divides, so that the compiler sees the alignment."""
-    return load_field(tables_ptr, table, field) // VEC * VEC
+def load_multiple(tables_ptr, table, COLUMN: tl.constexpr, VEC: tl.constexpr):
+    """The same for a multiple of VEC, so that the compiler sees the alignment."""
+    return table_column(tables_ptr, table, COLUMN) // VEC * VEC
 
 
 @triton.jit
 def row_begin(tables_ptr, table, row, VEC: tl.constexpr):
-    """Where in the buffer these rows of these tables begin."""
+    """Offset in the buffer of each row, given its number and its table."""
     first = load_multiple(tables_ptr, table, FIRST_ELEMENT, VEC)
-    row_in_table = row - load_field(tables_ptr, table, FIRST_ROW)
+    row_in_table = row - table_column(tables_ptr, table, FIRST_ROW)
     return first + row_in_table * load_multiple(tables_ptr, table, DIM, VEC)
 
 
 @triton.jit
 def find_range(offsets_ptr, n, num_ranges, range_bags, search_steps):
-    """The last of these ranges, each of so many bags, that begins at position n or before it."""
+    """Binary search: the last range of range_bags bags that begins at or before each position n."""
     low = n * 0
     high = low + num_ranges
     for _ in range(search_steps):
@@ -61,39 +61,40 @@ def find_range(offsets_ptr, n, num_ranges, range_bags, search_steps):
 
 
 @triton.jit
-def has_won(tables_ptr, table, winner, n):
-    """Where position n may hand its row on: everywhere but in a maximum that another position is."""
-    is_max = load_field(tables_ptr, table, MODE) == MAX_MODE
-    return ~is_max[:, None] | (winner.to(tl.int64) == n[:, None])
+def contributes(tables_ptr, table, argmax, n):
+    """Whether position n contributes to each column: sum and mean always; max only if n is the argmax."""
+    is_max = table_column(tables_ptr, table, MODE) == MAX_MODE
+    return ~is_max[:, None] | (argmax.to(tl.int64) == n[:, None])
 
 
-# Program (i, s) owns vectors [i * BLOCK, ...) of the output, each of its own bag, and the s-th of as many equal
-# parts of each bag as the grid is deep. So no lane idles, whatever the tables' widths; lanes side by side walk
-# the same bag, or the next table's.
+# grid:  (cdiv(num_bags * D / VEC, BLOCK), num_splits)
+# block: BLOCK vectors of VEC columns, one per lane
+# owner: program (i, s): vectors [i * BLOCK, ...) of the flattened output, split s of num_splits of each one's bag
+# why:   no lane idles, whatever the tables' widths; neighbouring lanes walk the same bag, or the next table's
 @triton.jit
 def table_bag_kernel(
     weight_ptr,  # the tables' buffer
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_tables * num_bags + 1]
     per_sample_weights_ptr,  # weight's dtype, [num_indices], contiguous; None: all 1
-    tables_ptr,  # int64 [num_tables, NUM_FIELDS]
+    tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     table_of_column_ptr,  # int32 [D]
-    output_ptr,  # [num_bags, D]; SPLIT: the parts' sums in the accumulation dtype, [num_splits, num_bags, D]
-    sizes_ptr,  # int64 [num_splits, num_bags, D]: SPLIT and MEAN: what the parts divide by, in sum; else None
-    # int32 or int64 [num_bags, D]: the position that is the maximum, -1: none. MAX: written, or None; else read, as
-    # what a table's maximum is to be, or None: no table has mode "max".
-    winner_ptr,
-    record_ptr,  # int64 [7], or None: do not record
-    flag_ptr,  # int32 [1], pinned host memory, or None
+    output_ptr,  # [num_bags, D]; SPLIT: partial sums, accumulation dtype, [num_splits, num_bags, D]
+    sizes_ptr,  # SPLIT and MEAN: int64 [num_splits, num_bags, D]: each split's share of the divisor; else None
+    # int32 or int64 [num_bags, D]: the argmax as a position, -1: none. MAX: an output; None: not wanted. Else an input,
+    # the argmax of an earlier launch; None: no table has mode "max". Never both, so one argument serves.
+    max_positions_ptr,
+    record_ptr,  # int64 [7]; None: do not record
+    flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
-    num_bags,  # of each table
+    num_bags,  # per table
     num_all_bags,
-    D: tl.constexpr,  # of all tables together
+    D: tl.constexpr,  # total of all tables
     VEC: tl.constexpr,  # elements a thread loads with one instruction; divides every table's D
-    MEAN: tl.constexpr,  # whether any table takes means
-    MAX: tl.constexpr,  # whether any table takes maxima, which are to be found; not with SPLIT
+    MEAN: tl.constexpr,  # some table has mode "mean"
+    MAX: tl.constexpr,  # some table has mode "max", and its argmax is to be found; not with SPLIT
     SPLIT: tl.constexpr,
-    UNROLL: tl.constexpr,  # rows in flight a thread
+    UNROLL: tl.constexpr,  # rows in flight per thread
     BLOCK: tl.constexpr,
 ):
     acc_dtype: tl.constexpr = (
@@ -117,8 +118,8 @@ def table_bag_kernel(
         first = tl.minimum(begin + tl.program_id(1) * length, end)
         last = tl.minimum(first + length, end)
 
-    num_rows = load_field(tables_ptr, table, NUM_ROWS)
-    padding_idx = load_field(tables_ptr, table, PADDING_IDX)
+    num_rows = table_column(tables_ptr, table, NUM_ROWS)
+    padding_idx = table_column(tables_ptr, table, PADDING_IDX)
     row_stride = load_multiple(tables_ptr, table, DIM, VEC)
     column_in_table = column - load_multiple(tables_ptr, table, FIRST_COLUMN, VEC)
     base = load_multiple(tables_ptr, table, FIRST_ELEMENT, VEC) + column_in_table
@@ -128,15 +129,15 @@ def table_bag_kernel(
     total = tl.zeros([BLOCK, VEC], acc_dtype)
     size = tl.zeros([BLOCK], tl.int64)
     if MAX:
-        is_max = load_field(tables_ptr, table, MODE) == MAX_MODE
-        winner = tl.full([BLOCK, VEC], -1, tl.int64)
+        is_max = table_column(tables_ptr, table, MODE) == MAX_MODE
+        argmax = tl.full([BLOCK, VEC], -1, tl.int64)
         empty = in_range
-    elif winner_ptr is not None:
-        winner = tl.load(winner_ptr + out, mask=in_range[:, None], other=-1)
+    elif max_positions_ptr is not None:
+        argmax = tl.load(max_positions_ptr + out, mask=in_range[:, None], other=-1)
     bad_n = tl.full([BLOCK], -1, tl.int64)
     bad_index = tl.zeros([BLOCK], tl.int64)
     for step in range(0, tl.max(last - first, 0), UNROLL):
-        # All loads of a step are issued before the first sum needs one.
+        # All loads of a step are issued before the first addition.
         indices = ()
         values = ()
         scales = ()
@@ -173,18 +174,20 @@ def table_bag_kernel(
                 index = indices[u]
                 kept = (n < last) & ~is_padding(index, padding_idx)
                 kept = kept & (index >= 0) & (index < num_rows)
-                # Not `>=`, so that the first of equals stays, and so does a NaN that came first.
+                # `>`, not `>=`: the first of equals stays, as does a NaN in the bag's first row.
                 better = (kept & is_max)[:, None] & (empty[:, None] | (value > total))
-                winner = tl.where(better, n[:, None], winner)
+                argmax = tl.where(better, n[:, None], argmax)
                 total = tl.where(is_max[:, None], tl.where(better, value, total), total + value)
                 empty = empty & ~kept
-            elif winner_ptr is not None:
-                total += tl.where(has_won(tables_ptr, table, winner, first + step + u), value, 0)
+            elif max_positions_ptr is not None:
+                total += tl.where(
+                    contributes(tables_ptr, table, argmax, first + step + u), value, 0
+                )
             else:
                 total += value
 
     if MEAN:
-        is_mean = load_field(tables_ptr, table, MODE) == MEAN_MODE
+        is_mean = table_column(tables_ptr, table, MODE) == MEAN_MODE
         size = tl.where(is_mean, size, tl.where(tl.program_id(1) == 0, 1, 0))
     if SPLIT:
         out += tl.program_id(1) * num_bags * D
@@ -195,8 +198,12 @@ def table_bag_kernel(
         divisor = tl.maximum(size, 1).to(acc_dtype)[:, None]
         total = divide(total, tl.broadcast_to(divisor, [BLOCK, VEC]))
     tl.store(output_ptr + out, total.to(output_ptr.dtype.element_ty), mask=in_range[:, None])
-    if MAX and winner_ptr is not None:
-        tl.store(winner_ptr + out, winner.to(winner_ptr.dtype.element_ty), mask=in_range[:, None])
+    if MAX and max_positions_ptr is not None:
+        tl.store(
+            max_positions_ptr + out,
+            argmax.to(max_positions_ptr.dtype.element_ty),
+            mask=in_range[:, None],
+        )
     if record_ptr is not None:
         reports = in_range & (column_in_table == 0)
         record_bag_out_of_range(
@@ -208,41 +215,36 @@ def table_bag_kernel(
             num_rows,
             b + 1,
             begin,
-            load_field(tables_ptr, table, NAME),
+            table_column(tables_ptr, table, NAME),
         )
         record_offsets(
-            record_ptr,
-            flag_ptr,
-            bag,
-            reports,
-            begin,
-            end,
-            offset,
-            next_offset,
-            num_indices,
+            record_ptr, flag_ptr, bag, reports, begin, end, offset, next_offset, num_indices
         )
 
 
-# Program i owns BLOCK consecutive vectors of the output, whatever rows they lie in, and checks its share of the
-# offsets.
+# grid:  (cdiv(num_indices * D / VEC, BLOCK),)
+# block: BLOCK vectors of VEC elements
+# owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries; an equal share of the
+#        offsets to check
+# why:   no lane idles when a row is shorter than a warp; no program owns a bag, so the offsets are shared out
 @triton.jit
 def table_gather_kernel(
     weight_ptr,  # [rows of all tables, D], contiguous
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_all_bags + 1]
-    tables_ptr,  # int64 [num_tables, NUM_FIELDS]
+    tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     output_ptr,  # [num_indices, D]
-    record_ptr,  # int64 [7], or None: do not record
-    flag_ptr,  # int32 [1], pinned host memory, or None
+    record_ptr,  # int64 [7]; None: do not record
+    flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
-    num_bags,  # of each table
+    num_bags,  # per table
     num_all_bags,
     num_tables,
     search_steps,  # bits of num_tables
     bag_search_steps,  # bits of num_all_bags
     D: tl.constexpr,
     VEC: tl.constexpr,  # elements a thread copies with one instruction; divides D
-    ZERO_PADDING: tl.constexpr,  # whether rows of each table's padding become zero
+    ZERO_PADDING: tl.constexpr,  # rows of each table's padding_idx are zeroed
     BLOCK: tl.constexpr,
 ):
     if record_ptr is not None:
@@ -256,14 +258,7 @@ def table_gather_kernel(
             wrong = (offset < before) | (offset > num_indices) | ((place == 0) & (offset != 0))
             zero = place * 0
             record_bag_out_of_range(
-                record_ptr,
-                flag_ptr,
-                in_range & wrong,
-                place,
-                offset,
-                num_indices,
-                zero - 1,
-                zero,
+                record_ptr, flag_ptr, in_range & wrong, place, offset, num_indices, zero - 1, zero
             )
 
     VECTORS: tl.constexpr = D // VEC
@@ -276,13 +271,13 @@ def table_gather_kernel(
     index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
     table = find_range(offsets_ptr, n, num_tables, num_bags, search_steps)
     end = tl.load(offsets_ptr + num_all_bags).to(tl.int64)
-    num_rows = load_field(tables_ptr, table, NUM_ROWS)
-    row = load_field(tables_ptr, table, FIRST_ROW) + index
+    num_rows = table_column(tables_ptr, table, NUM_ROWS)
+    row = table_column(tables_ptr, table, FIRST_ROW) + index
     in_bag = in_range & (n < end)
     in_table = (index >= 0) & (index < num_rows)
     copied = in_bag & in_table
     if ZERO_PADDING:
-        copied = copied & (index != load_field(tables_ptr, table, PADDING_IDX))
+        copied = copied & (index != table_column(tables_ptr, table, PADDING_IDX))
 
     d = (vector * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
     values = tl.load(weight_ptr + (row * D)[:, None] + d, mask=copied[:, None], other=0)
@@ -302,83 +297,88 @@ def table_gather_kernel(
                 num_rows,
                 bag - table * num_bags + 1,
                 tl.where(bag == 0, 0, begin),
-                load_field(tables_ptr, table, NAME),
+                table_column(tables_ptr, table, NAME),
             )
 
 
-# Program i owns positions [i * BLOCK, ...).
+# grid:  (cdiv(num_indices, BLOCK),)
+# block: BLOCK positions
+# owner: program i: positions [i * BLOCK, ...)
+# why:   later kernels read a position's key and output bag instead of searching for them per column
 @triton.jit
 def table_keys_kernel(
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_all_bags + 1]
-    tables_ptr,  # int64 [num_tables, NUM_FIELDS]
-    keys_ptr,  # the narrowest integer dtype that holds num_rows, [num_indices]: the row of each id; or None
-    sources_ptr,  # [num_indices]: bag b of table t is b * num_tables + t, -1: no bag; or None
-    sizes_ptr,  # int32 [num_all_bags], zero on entry: what divides the gradient of each source; or None
+    tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
+    keys_ptr,  # the narrowest integer dtype that holds num_rows, [num_indices]: each id's row, num_rows: none; or None
+    output_bag_ptr,  # [num_indices]: b * num_tables + t, -1: in no bag; or None
+    sizes_ptr,  # int32 [num_all_bags], zero on entry: each output bag's divisor, 1 but for means; or None
     num_indices,
-    num_bags,  # of each table
+    num_bags,  # per table
     num_all_bags,
     num_tables,
     num_rows,  # of all tables
-    search_steps,  # bits of num_all_bags if there are sources, else of num_tables
+    search_steps,  # bits of num_all_bags; if output_bag_ptr is None, of num_tables
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     in_range = n < num_indices
     in_bag = in_range & (n < tl.load(offsets_ptr + num_all_bags).to(tl.int64))
-    if sources_ptr is None:
+    if output_bag_ptr is None:
         table = find_range(offsets_ptr, n, num_tables, num_bags, search_steps)
     else:
         bag = find_range(offsets_ptr, n, num_all_bags, 1, search_steps)
         table = bag // num_bags
-        source = (bag - table * num_bags) * num_tables + table
+        output_bag = (bag - table * num_bags) * num_tables + table
         tl.store(
-            sources_ptr + n,
-            tl.where(in_bag, source, -1).to(sources_ptr.dtype.element_ty),
+            output_bag_ptr + n,
+            tl.where(in_bag, output_bag, -1).to(output_bag_ptr.dtype.element_ty),
             mask=in_range,
         )
     if keys_ptr is not None or sizes_ptr is not None:
         index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
-        counted = in_bag & ~is_padding(index, load_field(tables_ptr, table, PADDING_IDX))
+        counted = in_bag & ~is_padding(index, table_column(tables_ptr, table, PADDING_IDX))
     if keys_ptr is not None:
-        kept = counted & (index >= 0) & (index < load_field(tables_ptr, table, NUM_ROWS))
-        # Ids without a gradient sort behind all others.
-        key = tl.where(kept, load_field(tables_ptr, table, FIRST_ROW) + index, num_rows)
+        kept = counted & (index >= 0) & (index < table_column(tables_ptr, table, NUM_ROWS))
+        # num_rows is the sentinel of an id without a gradient: it sorts last.
+        key = tl.where(kept, table_column(tables_ptr, table, FIRST_ROW) + index, num_rows)
         tl.store(keys_ptr + n, key.to(keys_ptr.dtype.element_ty), mask=in_range)
     if sizes_ptr is not None:
-        is_mean = load_field(tables_ptr, table, MODE) == MEAN_MODE
+        is_mean = table_column(tables_ptr, table, MODE) == MEAN_MODE
         begin = tl.where(bag == 0, 0, tl.load(offsets_ptr + bag).to(tl.int64))
         length = tl.load(offsets_ptr + bag + 1).to(tl.int64) - begin
-        # The first position of a bag adds all of them, so that the others need not queue at one address.
+        # A bag's first position adds its whole length: atomics of each position would serialize at one address.
         size = tl.where(n == begin, tl.where(is_mean, length, 1), 0)
         size -= (is_mean & ~counted).to(tl.int64)
         tl.atomic_add(
-            sizes_ptr + source, size.to(tl.int32), mask=in_bag & (size != 0), sem="relaxed"
+            sizes_ptr + output_bag, size.to(tl.int32), mask=in_bag & (size != 0), sem="relaxed"
         )
 
 
-# Program (i, s) owns vectors [i * BLOCK, ...) of grad_output, which it adds to each row of the s-th part of their
-# bags.
+# grid:  (cdiv(num_bags * D / VEC, BLOCK), num_splits)
+# block: BLOCK vectors of VEC columns, one per lane
+# owner: program (i, s): vectors [i * BLOCK, ...) of the flattened grad_output, split s of each one's bag
+# why:   each vector of grad_output is loaded once per split and added to every row of the bag
 @triton.jit
 def table_scatter_add_kernel(
     grad_output_ptr,  # [num_bags, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_all_bags + 1]
     per_sample_weights_ptr,  # grad_output's dtype, [num_indices], contiguous; None: all 1
-    winner_ptr,  # [num_bags, D]: the position that is the maximum, -1: none; None: no table has mode "max"
-    tables_ptr,  # int64 [num_tables, NUM_FIELDS]
+    max_positions_ptr,  # [num_bags, D]: the argmax as a position, -1: none; None: no table has mode "max"
+    tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     table_of_column_ptr,  # int32 [D]
     grad_weight_ptr,  # fp32 or fp64, the tables' buffer, zero on entry
     num_indices,
-    num_bags,  # of each table
+    num_bags,  # per table
     num_all_bags,
     grad_row_stride,  # in units of VEC elements
     grad_col_stride,  # in elements
-    D: tl.constexpr,  # of all tables together
+    D: tl.constexpr,  # total of all tables
     VEC: tl.constexpr,  # elements a thread adds with one instruction; divides every table's D
-    MEAN: tl.constexpr,  # whether any table takes means
+    MEAN: tl.constexpr,  # some table has mode "mean"
     SPLIT: tl.constexpr,
-    UNROLL: tl.constexpr,  # ids in flight a thread
+    UNROLL: tl.constexpr,  # ids in flight per thread
     BLOCK: tl.constexpr,
 ):
     VECTORS: tl.constexpr = D // VEC
@@ -399,8 +399,8 @@ def table_scatter_add_kernel(
         first = tl.minimum(begin + tl.program_id(1) * length, end)
         last = tl.minimum(first + length, end)
 
-    num_rows = load_field(tables_ptr, table, NUM_ROWS)
-    padding_idx = load_field(tables_ptr, table, PADDING_IDX)
+    num_rows = table_column(tables_ptr, table, NUM_ROWS)
+    padding_idx = table_column(tables_ptr, table, PADDING_IDX)
     row_stride = load_multiple(tables_ptr, table, DIM, VEC)
     base = load_multiple(tables_ptr, table, FIRST_ELEMENT, VEC) + column
     base -= load_multiple(tables_ptr, table, FIRST_COLUMN, VEC)
@@ -418,12 +418,12 @@ def table_scatter_add_kernel(
             n = begin + step
             index = tl.load(indices_ptr + n, mask=n < end, other=0).to(tl.int64)
             size += ((n < end) & ~is_padding(index, padding_idx)).to(tl.int64)
-        is_mean = load_field(tables_ptr, table, MODE) == MEAN_MODE
+        is_mean = table_column(tables_ptr, table, MODE) == MEAN_MODE
         divisor = tl.where(is_mean, tl.maximum(size, 1), 1).to(grad.dtype)[:, None]
         grad = divide(grad, tl.broadcast_to(divisor, [BLOCK, VEC]))
-    if winner_ptr is not None:
-        place = ((start + tl.arange(0, BLOCK)) * VEC)[:, None] + d
-        winner = tl.load(winner_ptr + place, mask=in_range[:, None], other=-1)
+    if max_positions_ptr is not None:
+        element = ((start + tl.arange(0, BLOCK)) * VEC)[:, None] + d
+        argmax = tl.load(max_positions_ptr + element, mask=in_range[:, None], other=-1)
     for step in range(0, tl.max(last - first, 0), UNROLL):
         indices = ()
         for u in tl.static_range(UNROLL):
@@ -437,9 +437,9 @@ def table_scatter_add_kernel(
             if per_sample_weights_ptr is not None:
                 value *= tl.load(per_sample_weights_ptr + n, mask=added, other=0)[:, None]
             mask = added[:, None]
-            if winner_ptr is not None:
-                mask = mask & has_won(tables_ptr, table, winner, n)
-            # Nothing in this launch reads the sums, so no ordering is asked for.
+            if max_positions_ptr is not None:
+                mask = mask & contributes(tables_ptr, table, argmax, n)
+            # Relaxed: nothing in this launch reads the sums.
             tl.atomic_add(
                 grad_weight_ptr + (base + index * row_stride)[:, None] + d,
                 value.to(grad_weight_ptr.dtype.element_ty),
@@ -448,36 +448,39 @@ def table_scatter_add_kernel(
             )
 
 
-# As segment_sum_kernel, for tables of different widths: program (i, j) owns chunks [i * BLOCK_C, ...) of the
-# sorted keys, one a row of its tile, and columns [j * BLOCK_D, ...) of each table that has them.
+# grid:  (cdiv(num_chunks, BLOCK_C), cdiv(D, BLOCK_D))
+# block: BLOCK_C chunks by BLOCK_D columns
+# owner: program (i, j): chunks [i * BLOCK_C, ...), one per row of its tile; columns [j * BLOCK_D, ...) of each table
+#        that has them
+# why:   segment_sum_kernel for tables of different widths, with the same slots and levels
 @triton.jit
 def table_segment_sum_kernel(
-    values_ptr,  # [num_bags, *], any strides: grad_output; or [num_keys, D]: partial sums of the level below
-    order_ptr,  # [num_keys]: the position that belongs to each key; None: a level of partial sums
-    keys_ptr,  # [num_keys], sorted row numbers; those outside [0, num_rows) take no part
-    key_tables_ptr,  # int32 [num_keys]: each partial sum's table; None: that of its position
-    sources_ptr,  # [positions]: bag b of table t is b * num_tables + t, -1: none; None: a level of partial sums
-    per_sample_weights_ptr,  # one a position: multiplies its gradient; None: 1
-    sizes_ptr,  # int32, one a source: divides its gradient; None: 1. Not both
-    winner_ptr,  # [num_bags, *], contiguous: the position that is the maximum; None: no table has mode "max"
-    tables_ptr,  # int64 [num_tables, NUM_FIELDS]
+    values_ptr,  # level 0: grad_output, [num_bags, *], any strides; else [num_keys, D], the level below's partial sums
+    order_ptr,  # [num_keys]: each key's position before the sort; None: level > 0
+    keys_ptr,  # [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
+    key_tables_ptr,  # int32 [num_keys]: each partial sum's table; None: level 0
+    output_bag_ptr,  # [num_indices]: b * num_tables + t, -1: in no bag; None: level > 0
+    per_sample_weights_ptr,  # [num_indices]; None: all 1
+    sizes_ptr,  # int32, by output bag: the divisors of means; None: all 1. Not with per_sample_weights
+    max_positions_ptr,  # [num_bags, *], contiguous: the argmax as a position; None: no table has mode "max"
+    tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     grad_weight_ptr,  # the tables' buffer, zero on entry
-    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D]: row 2c leads chunk c, 2c + 1 trails it
-    partial_keys_ptr,  # int64 [2 * num_chunks]; -1: no such partial sum
+    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
+    partial_keys_ptr,  # int64 [2 * num_chunks]; -1: the slot is empty
     partial_tables_ptr,  # int32 [2 * num_chunks]
     num_keys,
     num_rows,
     num_tables,
     value_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
     value_col_stride,  # in elements
-    winner_row_stride,  # columns of all tables
-    D: tl.constexpr,  # of the widest table
+    max_position_row_stride,  # total columns of all tables
+    D: tl.constexpr,  # the widest table's
     VEC: tl.constexpr,  # elements a thread loads with one instruction
     CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,  # loads in flight a thread; divides CHUNK
+    UNROLL: tl.constexpr,  # loads in flight per thread; divides CHUNK
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LOAD_ROW: tl.constexpr = None,  # None: a complete sum is stored; else what table_row_update_kernel does with it
+    LOAD_ROW: tl.constexpr = None,  # None: a complete sum is stored; else table_row_update_kernel's callbacks
     STORE_ROW: tl.constexpr = None,
     row_args=None,
 ):
@@ -491,19 +494,19 @@ def table_segment_sum_kernel(
     key_before = tl.load(keys_ptr + start - 1, mask=(start > 0) & (start <= num_keys), other=-1)
     key = tl.load(keys_ptr + start, mask=start < num_keys, other=-1).to(tl.int64)
     first_columns = (start < num_keys) & (tl.program_id(1) == 0)
-    # True while the run at hand began in an earlier chunk.
-    leading = (start > 0) & (key == key_before.to(tl.int64)) & (key >= 0) & (key < num_rows)
-    lead_key = key
+    # True while the current run began in an earlier chunk.
+    carried = (start > 0) & (key == key_before.to(tl.int64)) & (key >= 0) & (key < num_rows)
+    first_key = key
 
     total = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)
-    lead_total = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)
-    lead_table = tl.zeros([BLOCK_C], tl.int64)
+    carry_in = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)
+    carry_in_table = tl.zeros([BLOCK_C], tl.int64)
     table = tl.zeros([BLOCK_C], tl.int64)
-    leads = leading
-    run_ends = leading
+    carries_in = carried
+    run_ends = carried
     longest = tl.minimum(num_keys - tl.program_id(0).to(tl.int64) * BLOCK_C * CHUNK, CHUNK)
     for step in range(0, longest, UNROLL):
-        # All loads of a step are issued before the first sum needs one.
+        # All loads of a step are issued before the first addition.
         keys = ()
         values = ()
         scales = ()
@@ -522,17 +525,17 @@ def table_segment_sum_kernel(
             if order_ptr is None:
                 here_table = tl.load(key_tables_ptr + position, mask=taken, other=0).to(tl.int64)
             else:
-                place = tl.load(order_ptr + position, mask=taken, other=0)
-                source = tl.load(sources_ptr + place, mask=taken, other=0)
-                row = source // num_tables  # in 32 bits wherever they hold a source
-                here_table = (source - row * num_tables).to(tl.int64)
+                n = tl.load(order_ptr + position, mask=taken, other=0)
+                output_bag = tl.load(output_bag_ptr + n, mask=taken, other=0)
+                row = output_bag // num_tables  # a 32-bit division if output bags are int32
+                here_table = (output_bag - row * num_tables).to(tl.int64)
                 row = row.to(tl.int64)
                 column = load_multiple(tables_ptr, here_table, FIRST_COLUMN, VEC)
                 if per_sample_weights_ptr is not None:
-                    scale = tl.load(per_sample_weights_ptr + place, mask=taken, other=0)
+                    scale = tl.load(per_sample_weights_ptr + n, mask=taken, other=0)
                     scales += (scale.to(acc_dtype),)
                 elif sizes_ptr is not None:
-                    size = tl.load(sizes_ptr + source, mask=taken, other=1).to(acc_dtype)
+                    size = tl.load(sizes_ptr + output_bag, mask=taken, other=1).to(acc_dtype)
                     scales += (divide(tl.full([BLOCK_C], 1, acc_dtype), size),)
             tables += (here_table,)
             in_row = d < load_multiple(tables_ptr, here_table, DIM, VEC)[:, None]
@@ -543,17 +546,17 @@ def table_segment_sum_kernel(
                 mask=taken[:, None] & in_row,
                 other=0,
             )  # [BLOCK_C, BLOCK_D]
-            if winner_ptr is not None:
-                winner = tl.load(
-                    winner_ptr + (row * winner_row_stride + column)[:, None] + d,
+            if max_positions_ptr is not None:
+                argmax = tl.load(
+                    max_positions_ptr + (row * max_position_row_stride + column)[:, None] + d,
                     mask=taken[:, None] & in_row,
                     other=-1,
                 )
-                won = has_won(tables_ptr, here_table, winner, place.to(tl.int64))
-                value = tl.where(won, value, 0)
+                contributed = contributes(tables_ptr, here_table, argmax, n.to(tl.int64))
+                value = tl.where(contributed, value, 0)
             values += (value,)
             if LOAD_ROW is not None:
-                ends = taken & (here != next_key) & ~(leads & (here == lead_key))
+                ends = taken & (here != next_key) & ~(carries_in & (here == first_key))
                 begin = row_begin(tables_ptr, here_table, here, VEC)
                 rows += (LOAD_ROW(row_args, here, begin, ends[:, None] & in_row, ends, d),)
         for u in tl.static_range(UNROLL):
@@ -564,54 +567,61 @@ def table_segment_sum_kernel(
             total += value
             table = tables[u]
             run_ends = (position < num_keys) & (key != keys[u])
-            stored = run_ends & ~leading & (key >= 0) & (key < num_rows)
+            stored = run_ends & ~carried & (key >= 0) & (key < num_rows)
             begin = row_begin(tables_ptr, table, key, VEC)
             width = load_multiple(tables_ptr, table, DIM, VEC)
             mask = stored[:, None] & (d < width[:, None])
             if STORE_ROW is None:
                 row = total.to(grad_weight_ptr.dtype.element_ty)
                 tl.store(grad_weight_ptr + begin[:, None] + d, row, mask=mask)
-            # An update costs more than a mask.
+            # An update is skipped, not masked: it costs more than the branch.
             elif tl.max(stored.to(tl.int32), 0) > 0:
                 STORE_ROW(row_args, rows[u], key, begin, width, total, mask, stored, d)
-            lead_ends = run_ends & leading
-            lead_total = tl.where(lead_ends[:, None], total, lead_total)
-            lead_table = tl.where(lead_ends, table, lead_table)
+            carry_in_ends = run_ends & carried
+            carry_in = tl.where(carry_in_ends[:, None], total, carry_in)
+            carry_in_table = tl.where(carry_in_ends, table, carry_in_table)
             total = tl.where(run_ends[:, None], 0, total)
-            leading = leading & ~run_ends
+            carried = carried & ~run_ends
             key = keys[u]
 
-    # The run at hand goes on in the next chunk.
-    trailing = (start + CHUNK < num_keys) & ~run_ends & (key >= 0) & (key < num_rows)
-    # A run that fills the whole chunk is its leading sum; a trailing zero keeps its keys adjacent.
-    fills = trailing & leading
-    lead_total = tl.where(fills[:, None], total, lead_total)
-    lead_table = tl.where(fills, table, lead_table)
+    # The last run goes on in the next chunk.
+    carries_out = (start + CHUNK < num_keys) & ~run_ends & (key >= 0) & (key < num_rows)
+    # A run that fills the chunk is its carry-in. Its carry-out is 0, so that the run's partial keys stay adjacent.
+    fills = carries_out & carried
+    carry_in = tl.where(fills[:, None], total, carry_in)
+    carry_in_table = tl.where(fills, table, carry_in_table)
     total = tl.where(fills[:, None], 0, total)
-    lead_ptr = partial_values_ptr + (2 * chunk * D)[:, None] + d
-    tl.store(lead_ptr, lead_total, mask=leads[:, None] & (d < D))
-    tl.store(lead_ptr + D, total, mask=trailing[:, None] & (d < D))
-    tl.store(partial_keys_ptr + 2 * chunk, tl.where(leads, lead_key, -1), mask=first_columns)
-    tl.store(partial_keys_ptr + 2 * chunk + 1, tl.where(trailing, key, -1), mask=first_columns)
-    tl.store(partial_tables_ptr + 2 * chunk, lead_table.to(tl.int32), mask=leads & first_columns)
-    tl.store(partial_tables_ptr + 2 * chunk + 1, table.to(tl.int32), mask=trailing & first_columns)
+    carry_in_ptr = partial_values_ptr + (2 * chunk * D)[:, None] + d
+    tl.store(carry_in_ptr, carry_in, mask=carries_in[:, None] & (d < D))
+    tl.store(carry_in_ptr + D, total, mask=carries_out[:, None] & (d < D))
+    tl.store(partial_keys_ptr + 2 * chunk, tl.where(carries_in, first_key, -1), mask=first_columns)
+    tl.store(partial_keys_ptr + 2 * chunk + 1, tl.where(carries_out, key, -1), mask=first_columns)
+    tl.store(
+        partial_tables_ptr + 2 * chunk, carry_in_table.to(tl.int32), mask=carries_in & first_columns
+    )
+    tl.store(
+        partial_tables_ptr + 2 * chunk + 1, table.to(tl.int32), mask=carries_out & first_columns
+    )
 
 
-# Program i owns positions [i * BLOCK_N, ...): the inner product of each one's row and its bag's gradient.
+# grid:  (cdiv(num_indices, BLOCK_N),)
+# block: BLOCK_N positions by BLOCK_D columns, a loop over D
+# owner: program i: positions [i * BLOCK_N, ...); each is the inner product of its row and its bag's gradient
+# why:   each result is reduced within its program, in a fixed order
 @triton.jit
 def table_sample_weights_kernel(
     grad_output_ptr,  # [num_bags, *], any strides
     weight_ptr,  # the tables' buffer
-    keys_ptr,  # [num_indices]: the row of each position; num_rows: none
-    sources_ptr,  # [num_indices]: bag b of table t is b * num_tables + t
-    tables_ptr,  # int64 [num_tables, NUM_FIELDS]
+    keys_ptr,  # [num_indices]: each position's row; num_rows: none
+    output_bag_ptr,  # [num_indices]: b * num_tables + t, -1: in no bag
+    tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     grad_ptr,  # [num_indices]
     num_indices,
     num_rows,
     num_tables,
     grad_row_stride,  # in units of VEC elements
     grad_col_stride,  # in elements
-    D: tl.constexpr,  # of the widest table
+    D: tl.constexpr,  # the widest table's
     VEC: tl.constexpr,  # elements a thread loads with one instruction
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -622,11 +632,11 @@ def table_sample_weights_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     in_range = n < num_indices
     key = tl.load(keys_ptr + n, mask=in_range, other=0).to(tl.int64)
-    source = tl.load(sources_ptr + n, mask=in_range, other=-1)
-    read = in_range & (source >= 0) & (key < num_rows)
-    source = tl.maximum(source, 0)
-    b = source // num_tables  # in 32 bits wherever they hold a source
-    table = (source - b * num_tables).to(tl.int64)
+    output_bag = tl.load(output_bag_ptr + n, mask=in_range, other=-1)
+    read = in_range & (output_bag >= 0) & (key < num_rows)
+    output_bag = tl.maximum(output_bag, 0)
+    b = output_bag // num_tables  # a 32-bit division if output bags are int32
+    table = (output_bag - b * num_tables).to(tl.int64)
     b = b.to(tl.int64)
     width = load_multiple(tables_ptr, table, DIM, VEC)
     begin = row_begin(tables_ptr, table, key, VEC)

@@ -1,13 +1,13 @@
-// One optimizer step on rows of many tables of different widths: a walk over all of them that ends in updates.
+// Optimizer step on rows of many tables: the walk of table_segment_sum_kernel, ending in updates as in row_update.cu.
 //
-// What table_segment_sum_kernel is to segment_sum_kernel, this is to row_update_kernel. Weight and state are buffers
-// in which the tables lie alike; the state of row-wise Adagrad is one number a row, of all tables' rows.
+// Weight and state are buffers with the same layout. Row-wise Adagrad's state is one number per row of all tables.
+// Entry n's gradient is columns of table t in row b of values, where output_bag[n] = b * num_tables + t.
 
 #include "common.cuh"
 #include "tables_walk.cuh"
 #include "update.cuh"
 
-// Where a row of one of the tables lies.
+// The update at the end of a run; weight and state share a row's offset.
 template <typename Weight, int VEC>
 struct TableRowUpdate : Update<Weight, VEC> {
   using Acc = typename Accumulator<Weight>::type;
@@ -18,32 +18,33 @@ struct TableRowUpdate : Update<Weight, VEC> {
   }
 };
 
-// The grid, the walk and the levels are those of table_segment_sum_kernel.
+// grid:  as table_segment_sum_kernel; block: 1-D
+// owner: thread i of the grid: as table_segment_sum_kernel; of the rows, those whose runs end within its chunk
+// why:   each row has one owner per column and step, so updates need no atomics
 template <typename Value, typename Weight, int VEC, int UNROLL>
 __global__ void table_row_update_kernel(
-    // [num_bags, *], any strides (VEC > 1: column stride 1): grad_output; or [num_keys, D]: the level below
+    // level 0: grad_output, [num_bags, *], any strides (VEC > 1: column stride 1); else [num_keys, D], the level below
     const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,  // [num_keys]: each key's entry; null: a level of partial sums
-    const void* __restrict__ keys_ptr,   // [num_keys], sorted; keys that name no row take no part
-    const int32* __restrict__ key_tables_ptr,  // [num_keys]: each partial sum's table; null: no such level
-    const void* __restrict__ sources_ptr,      // [entries]: bag b of table t is b * num_tables + t
-    const typename Accumulator<Weight>::type* __restrict__ scales_ptr,  // one an entry; null: 1
-    const void* __restrict__ winner_ptr,  // [num_bags, *], contiguous: the entry that is the maximum; or null
+    const void* __restrict__ order_ptr,        // [num_keys]: each key's entry before the sort; null: level > 0
+    const void* __restrict__ keys_ptr,         // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
+    const int32* __restrict__ key_tables_ptr,  // [num_keys]: each partial sum's table; null: level 0
+    const void* __restrict__ output_bag_ptr,   // [entries]: b * num_tables + t
+    const typename Accumulator<Weight>::type* __restrict__ scales_ptr,  // [entries]; null: all 1
+    const void* __restrict__ max_positions_ptr,            // [num_bags, *], contiguous: the argmax as an entry; or null
     const Table* __restrict__ tables_ptr,                  // [num_tables]
     Weight* weight_ptr,                                    // the tables' buffer
     typename Accumulator<Weight>::type* state_ptr,         // as the buffer, or null
     typename Accumulator<Weight>::type* second_state_ptr,  // as the buffer, or null
-    // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it
-    typename Accumulator<Weight>::type* __restrict__ partial_values_ptr,
-    int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: no such partial sum
-    int32* __restrict__ partial_tables_ptr,  // [2 * num_chunks]
-    const double* __restrict__ lr_ptr,       // [1]: multiplies step_size and decay; null: 1
+    typename Accumulator<Weight>::type* __restrict__ partial_values_ptr,  // [2 * num_chunks, D], by slot
+    int64* __restrict__ partial_keys_ptr,                                 // [2 * num_chunks]; -1: the slot is empty
+    int32* __restrict__ partial_tables_ptr,                               // [2 * num_chunks]
+    const double* __restrict__ lr_ptr,  // [1], multiplies step_size and decay; null: 1
     int64 num_keys,
     int64 num_rows,
     int64 num_tables,
-    int64 value_row_stride,   // in units of VEC elements
-    int64 value_col_stride,   // in elements
-    int64 winner_row_stride,  // columns of all tables
+    int64 value_row_stride,         // in units of VEC elements
+    int64 value_col_stride,         // in elements
+    int64 max_position_row_stride,  // total columns of all tables
     double step_size,
     double decay,
     double eps,
@@ -54,14 +55,14 @@ __global__ void table_row_update_kernel(
     double grad_scale,
     int64 seed,
     int64 step,
-    int64 D,  // of the widest table; VEC divides each one's
+    int64 D,  // the widest table's; VEC divides each one's
     int64 FORMULA,
     int64 STOCHASTIC_ROUNDING,
     int64 CHUNK,  // UNROLL divides it
     int64 order_bytes,
     int64 key_bytes,
-    int64 source_bytes,
-    int64 winner_bytes) {
+    int64 output_bag_bytes,
+    int64 max_position_bytes) {
   using Acc = typename Accumulator<Weight>::type;
   const double lr = lr_ptr ? *lr_ptr : 1.0;
   const TableRowUpdate<Weight, VEC> update = {
@@ -70,21 +71,23 @@ __global__ void table_row_update_kernel(
        (Acc)weight_decay, (Acc)grad_scale,
        STOCHASTIC_ROUNDING, seed, step}};
   walk_table_runs<Value, Acc, VEC, UNROLL>(
-      values_ptr, order_ptr, keys_ptr, key_tables_ptr, sources_ptr, scales_ptr, nullptr, winner_ptr,
+      values_ptr, order_ptr, keys_ptr, key_tables_ptr, output_bag_ptr, scales_ptr, nullptr, max_positions_ptr,
       tables_ptr, partial_values_ptr, partial_keys_ptr, partial_tables_ptr, num_keys, num_rows,
-      num_tables, value_row_stride, value_col_stride, winner_row_stride, D, CHUNK, order_bytes,
-      key_bytes, source_bytes, winner_bytes, update);
+      num_tables, value_row_stride, value_col_stride, max_position_row_stride, D, CHUNK, order_bytes,
+      key_bytes, output_bag_bytes, max_position_bytes, update);
 }
 
-// Thread i of the grid owns run i, whose summed gradient lies in memory: it sees the row as a whole.
+// grid:  cdiv(num_runs, blockDim.x); block: 1-D
+// owner: thread i of the grid: run i, whose summed gradient lies in memory
+// why:   "rowwise_adagrad": one thread sees the whole row: one pass for the mean square, one for the update
 template <typename Weight>
 __global__ void table_rowwise_adagrad_kernel(
     const typename Accumulator<Weight>::type* __restrict__ total_ptr,  // [num_runs, D], contiguous
-    const int64* __restrict__ keys_ptr,    // [num_runs]: the row of each; others than rows take no part
+    const int64* __restrict__ keys_ptr,    // [num_runs]: each run's row; keys outside [0, num_rows) are skipped
     const Table* __restrict__ tables_ptr,  // [num_tables]
     Weight* weight_ptr,                    // the tables' buffer
     typename Accumulator<Weight>::type* state_ptr,  // [num_rows]
-    const double* __restrict__ lr_ptr,              // [1]: multiplies step_size; null: 1
+    const double* __restrict__ lr_ptr,              // [1], multiplies step_size; null: 1
     int64 num_rows,
     int64 num_tables,
     double step_size,
@@ -93,13 +96,13 @@ __global__ void table_rowwise_adagrad_kernel(
     double grad_scale,
     int64 seed,
     int64 step,
-    int64 D,  // of the widest table
+    int64 D,  // the widest table's
     int64 STOCHASTIC_ROUNDING,
     int64 num_runs) {
   const int64 run = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (run >= num_runs || !names_row(keys_ptr[run], num_rows)) return;
   const int64 key = keys_ptr[run];
-  // The last table that begins at the row or before it; tables without rows come before the one that has it.
+  // Binary search: the last table with first_row <= key; empty tables precede the one that has the row.
   int64 t = 0;
   int64 end = num_tables;
   while (end - t > 1) {

@@ -1,75 +1,78 @@
-"""One optimizer step on rows of many tables of different widths: a walk over all of them that ends in updates.
+"""Optimizer step on rows of many tables: the walk of table_segment_sum_kernel, ending in updates as in row_update.py.
 
-What table_segment_sum_kernel is to segment_sum_kernel, this is to row_update_kernel. Weight and state are buffers
-in which the tables lie alike; the state of row-wise Adagrad is one number a row, of all tables' rows.
+Weight and state are buffers with the same layout. Row-wise Adagrad's state is one number per row of all tables.
+Entry n's gradient is columns of table t in row b of values, where output_bag[n] = b * num_tables + t.
 """
 
 import triton
 import triton.language as tl
 
 from .rounding import divide, square_root
-from .row_update import add_mean, load_elements, step_numbers, update_elements
+from .row_update import add_mean, load_elements, step_scalars, update_elements
 from .stochastic_rounding import random_words, round_at_random
-from .tables import DIM, FIRST_ROW, load_field, row_begin, table_segment_sum_kernel
+from .tables import DIM, FIRST_ROW, row_begin, table_column, table_segment_sum_kernel
 
 
 @triton.jit
-def row_places(row_args, key, begin, d):
-    """Where weight and state of the rows of BLOCK_C keys lie, each in its table."""
-    weight_place, state_place, second_state_place = row_args[0]
+def row_pointers(row_args, key, begin, d):
+    """Pointers to weight and state of the rows `key`, which begin at `begin` in the buffer."""
+    weight_ptr, state_ptr, second_state_ptr = row_args[0]
     FORMULA: tl.constexpr = row_args[2]
-    weight_place = weight_place + begin[:, None] + d
-    # As in row_update's: no None is returned.
+    weight_ptr = weight_ptr + begin[:, None] + d
+    # Unused pointers alias the weight, as in row_update.py.
     if FORMULA == "sgd":
-        state_place = weight_place
+        state_ptr = weight_ptr
     elif FORMULA == "rowwise_adagrad":
-        state_place = state_place + key
+        state_ptr = state_ptr + key
     else:
-        state_place = state_place + begin[:, None] + d
+        state_ptr = state_ptr + begin[:, None] + d
     if FORMULA == "adam":
-        second_state_place = second_state_place + begin[:, None] + d
+        second_state_ptr = second_state_ptr + begin[:, None] + d
     else:
-        second_state_place = weight_place
-    return weight_place, state_place, second_state_place
+        second_state_ptr = weight_ptr
+    return weight_ptr, state_ptr, second_state_ptr
 
 
 @triton.jit
 def load_table_row(row_args, key, begin, mask, loaded, d):
-    return load_elements(row_args, row_places(row_args, key, begin, d), mask, loaded)
+    return load_elements(row_args, row_pointers(row_args, key, begin, d), mask, loaded)
 
 
 @triton.jit
-def update_table_row(row_args, row, key, begin, width, total, mask, stored, d):
-    # What is not stored may be no row of any table.
+def update_table_row(row_args, elements, key, begin, width, total, mask, stored, d):
+    # A masked row may have width 0; no division by it.
     width = tl.maximum(width, 1).to(total.dtype)[:, None]
-    places = row_places(row_args, key, begin, d)
-    update_elements(row_args, row, places, key, width, total, mask, stored, d)
+    pointers = row_pointers(row_args, key, begin, d)
+    update_elements(row_args, elements, pointers, key, width, total, mask, stored, d)
 
 
-# The grid, the walk and the levels are those of table_segment_sum_kernel. For "rowwise_adagrad" BLOCK_D holds a row.
+# grid:  as table_segment_sum_kernel
+# block: BLOCK_C chunks by BLOCK_D columns; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
+# owner: program (i, j): as table_segment_sum_kernel; of the rows, those whose runs end within its chunks
+# why:   each row has one owner per step, so updates need no atomics
 @triton.jit(do_not_specialize=["seed", "step"])
 def table_row_update_kernel(
-    values_ptr,  # [num_bags, *], any strides: grad_output; or [num_keys, D]: partial sums of the level below
-    order_ptr,  # [num_keys]: the entry that belongs to each key; None: a level of partial sums
-    keys_ptr,  # [num_keys], sorted row numbers; those outside [0, num_rows) take no part
-    key_tables_ptr,  # int32 [num_keys]: each partial sum's table; None: that of its entry
-    sources_ptr,  # [entries]: bag b of table t is b * num_tables + t; None: a level of partial sums
-    scales_ptr,  # one an entry: multiplies its gradient; None: 1
-    winner_ptr,  # [num_bags, *], contiguous: the entry that is the maximum; None: no table has mode "max"
-    tables_ptr,  # int64 [num_tables, NUM_FIELDS]
+    values_ptr,  # level 0: grad_output, [num_bags, *], any strides; else [num_keys, D], the level below's partial sums
+    order_ptr,  # [num_keys]: each key's entry before the sort; None: level > 0
+    keys_ptr,  # [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
+    key_tables_ptr,  # int32 [num_keys]: each partial sum's table; None: level 0
+    output_bag_ptr,  # [entries]: b * num_tables + t; None: level > 0
+    scales_ptr,  # [entries]; None: all 1
+    max_positions_ptr,  # [num_bags, *], contiguous: the argmax as an entry; None: no table has mode "max"
+    tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     weight_ptr,  # the tables' buffer
     state_ptr,  # accumulation dtype, as the buffer, or [num_rows] for "rowwise_adagrad"; or None
     second_state_ptr,  # accumulation dtype, as the buffer, for "adam"; or None
-    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D]: row 2c leads chunk c, 2c + 1 trails it
-    partial_keys_ptr,  # int64 [2 * num_chunks]; -1: no such partial sum
+    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
+    partial_keys_ptr,  # int64 [2 * num_chunks]; -1: the slot is empty
     partial_tables_ptr,  # int32 [2 * num_chunks]
-    lr_ptr,  # fp64 [1]: multiplies step_size and decay; None: 1
+    lr_ptr,  # fp64 [1], multiplies step_size and decay; None: 1
     num_keys,
     num_rows,
     num_tables,
     value_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
     value_col_stride,  # in elements
-    winner_row_stride,  # columns of all tables
+    max_position_row_stride,  # total columns of all tables
     step_size: tl.float64,  # Triton would round a float to fp32
     decay: tl.float64,
     eps: tl.float64,
@@ -80,20 +83,20 @@ def table_row_update_kernel(
     grad_scale: tl.float64,
     seed: tl.int64,
     step: tl.int64,
-    D: tl.constexpr,  # of the widest table
+    D: tl.constexpr,  # the widest table's
     VEC: tl.constexpr,  # elements a thread loads with one instruction
     FORMULA: tl.constexpr,  # a key of gpu_embed.row_update.STATE
     STOCHASTIC_ROUNDING: tl.constexpr,
     DECAYS_WEIGHT: tl.constexpr,  # False: weight_decay is 0
     CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,  # loads in flight a thread; divides CHUNK
+    UNROLL: tl.constexpr,  # loads in flight per thread; divides CHUNK
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     acc_dtype: tl.constexpr = (
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
-    numbers = step_numbers(
+    scalars = step_scalars(
         lr_ptr,
         step_size,
         decay,
@@ -110,10 +113,10 @@ def table_row_update_kernel(
         order_ptr,
         keys_ptr,
         key_tables_ptr,
-        sources_ptr,
+        output_bag_ptr,
         scales_ptr,
         None,
-        winner_ptr,
+        max_positions_ptr,
         tables_ptr,
         weight_ptr,
         partial_values_ptr,
@@ -124,7 +127,7 @@ def table_row_update_kernel(
         num_tables,
         value_row_stride,
         value_col_stride,
-        winner_row_stride,
+        max_position_row_stride,
         D=D,
         VEC=VEC,
         CHUNK=CHUNK,
@@ -135,7 +138,7 @@ def table_row_update_kernel(
         STORE_ROW=update_table_row,
         row_args=(
             (weight_ptr, state_ptr, second_state_ptr),
-            (numbers, seed, step),
+            (scalars, seed, step),
             FORMULA,
             STOCHASTIC_ROUNDING,
             DECAYS_WEIGHT,
@@ -143,15 +146,18 @@ def table_row_update_kernel(
     )
 
 
-# Program i owns run i. For rows that no program can hold: their summed gradients lie in memory.
+# grid:  (num_runs,)
+# block: BLOCK_D columns, two loops over D
+# owner: program i: run i, whose summed gradient lies in memory
+# why:   "rowwise_adagrad" on rows too long for registers: one pass for the mean square, one for the update
 @triton.jit(do_not_specialize=["seed", "step"])
 def table_rowwise_adagrad_kernel(
     total_ptr,  # accumulation dtype, [num_runs, D], contiguous
-    keys_ptr,  # int64 [num_runs]: the row of each run; none outside [0, num_rows)
-    tables_ptr,  # int64 [num_tables, NUM_FIELDS]
+    keys_ptr,  # int64 [num_runs]: each run's row; keys outside [0, num_rows) are skipped
+    tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     weight_ptr,  # the tables' buffer
     state_ptr,  # accumulation dtype, [num_rows]
-    lr_ptr,  # fp64 [1]: multiplies step_size; None: 1
+    lr_ptr,  # fp64 [1], multiplies step_size; None: 1
     num_rows,
     num_tables,
     search_steps,  # bits of num_tables
@@ -161,7 +167,7 @@ def table_rowwise_adagrad_kernel(
     grad_scale: tl.float64,
     seed: tl.int64,
     step: tl.int64,
-    D: tl.constexpr,  # of the widest table
+    D: tl.constexpr,  # the widest table's
     STOCHASTIC_ROUNDING: tl.constexpr,
     DECAYS_WEIGHT: tl.constexpr,  # False: weight_decay is 0
     BLOCK_D: tl.constexpr,
@@ -171,15 +177,15 @@ def table_rowwise_adagrad_kernel(
     run = tl.program_id(0).to(tl.int64)
     key = tl.load(keys_ptr + run)
     if (key >= 0) & (key < num_rows):
-        # The last table that begins at the row or before it; tables without rows come before the one that has it.
+        # Binary search: the last table with FIRST_ROW <= key; empty tables precede the one that has the row.
         table = run * 0
         end = table + num_tables
         for _ in range(search_steps):
             middle = (table + end) // 2
-            begun = load_field(tables_ptr, middle, FIRST_ROW) <= key
+            begun = table_column(tables_ptr, middle, FIRST_ROW) <= key
             table = tl.where(begun, middle, table)
             end = tl.where(begun, end, middle)
-        width = load_field(tables_ptr, table, DIM)
+        width = table_column(tables_ptr, table, DIM)
         begin = row_begin(tables_ptr, table, key, 1)
         scale = tl.full([1, 1], grad_scale, acc_dtype)
         shrink = tl.full([1, 1], weight_decay, acc_dtype)
@@ -188,8 +194,8 @@ def table_rowwise_adagrad_kernel(
             d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
             g = tl.load(total_ptr + run * D + d, mask=d < width, other=0) * scale
             if DECAYS_WEIGHT:
-                place = weight_ptr + begin + d
-                g = g + shrink * tl.load(place, mask=d < width, other=0).to(acc_dtype)
+                row_ptr = weight_ptr + begin + d
+                g = g + shrink * tl.load(row_ptr, mask=d < width, other=0).to(acc_dtype)
             square += tl.sum(g * g, 1, keep_dims=True)
         divisor = width.to(acc_dtype) + tl.zeros([1, 1], acc_dtype)
         state = add_mean(tl.load(state_ptr + key) + tl.zeros([1, 1], acc_dtype), square, divisor)
@@ -201,12 +207,12 @@ def table_rowwise_adagrad_kernel(
         for first in range(0, D, BLOCK_D):
             d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]
             g = tl.load(total_ptr + run * D + d, mask=d < width, other=0) * scale
-            place = weight_ptr + begin + d
-            w = tl.load(place, mask=d < width, other=0).to(acc_dtype)
+            row_ptr = weight_ptr + begin + d
+            w = tl.load(row_ptr, mask=d < width, other=0).to(acc_dtype)
             if DECAYS_WEIGHT:
                 g = g + shrink * w
             w = w - factor * g
             if STOCHASTIC_ROUNDING:
                 w = round_at_random(w, random_words(seed, step, key, d), dtype)
-            tl.store(place, w.to(dtype), mask=d < width)
+            tl.store(row_ptr, w.to(dtype), mask=d < width)
         tl.store(state_ptr + key + tl.zeros([1, 1], tl.int64), state)

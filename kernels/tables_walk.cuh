@@ -1,54 +1,53 @@
-// The walk over the sorted rows of many tables of different widths, and a run's end as the caller wants it.
+// The walk of segment_walk.cuh for tables of different widths; the caller says what happens at the end of a run.
 
 #pragma once
 
 #include "common.cuh"
 
-// What there is to know of a table; the host keeps one a row of an int64 tensor.
+// A row of tables_ptr; the copies in gpu_embed/tables/layout.py and tables.py must agree.
 struct Table {
-  int64 first_row;  // its first row's number
+  int64 first_row;  // number of the first row
   int64 num_rows;
-  int64 first_element;  // where it begins in the buffer
+  int64 first_element;  // offset in the buffer
   int64 dim;
-  int64 first_column;  // where its columns begin in the output
-  int64 mode;          // 0 is a sum
+  int64 first_column;  // offset in the output's rows
+  int64 mode;          // 0: sum
   int64 padding_idx;   // -1: none
-  int64 name;          // the number of its name
+  int64 name;          // number of the name, for the bounds record
 };
 
 enum Mode { MEAN_MODE = 1, MAX_MODE = 2 };
 
-// As walk_runs: thread i of the grid owns chunk i / (D / VEC), and of each table that has them the VEC columns from
-// i % (D / VEC) * VEC on. It hands the sum of each run that is complete to end_run(key, element, d, total): the row's
-// number, where in the buffer the columns lie, and which they are.
+// As walk_runs. Thread i of the grid owns chunk i / (D / VEC) and, of each table that has them, the VEC columns from
+// i % (D / VEC) * VEC on. A complete run's sum goes to end_run(key, element, d, total); element: the columns' offset in
+// the buffer.
 template <typename Value, typename Acc, int VEC, int UNROLL, typename Scale, typename EndRun>
 __device__ inline void walk_table_runs(
-    // [num_bags, *], any strides (VEC > 1: column stride 1): grad_output; or [num_keys, D]: the level below
+    // level 0: grad_output, [num_bags, *], any strides (VEC > 1: column stride 1); else [num_keys, D], the level below
     const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,   // [num_keys]: each key's position; null: a level of partial sums
-    const void* __restrict__ keys_ptr,    // [num_keys], sorted; keys that name no row take no part
-    const int32* __restrict__ key_tables_ptr,  // [num_keys]: each partial sum's table; null: no such level
-    const void* __restrict__ sources_ptr,      // [positions]: bag b of table t is b * num_tables + t, -1: none
-    const Scale* __restrict__ scales_ptr,      // one a position: multiplies its gradient; null: 1
-    const int32* __restrict__ sizes_ptr,       // one a source: divides its gradient; null: 1. Not both
-    const void* __restrict__ winner_ptr,  // [num_bags, *], contiguous: the position that is the maximum; or null
-    const Table* __restrict__ tables_ptr,      // [num_tables]
-    // [2 * num_chunks, D]: row 2c leads chunk c, row 2c + 1 trails it
-    Acc* __restrict__ partial_values_ptr,
-    int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: no such partial sum
-    int32* __restrict__ partial_tables_ptr,  // [2 * num_chunks]
+    const void* __restrict__ order_ptr,        // [num_keys]: each key's position before the sort; null: level > 0
+    const void* __restrict__ keys_ptr,         // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
+    const int32* __restrict__ key_tables_ptr,  // [num_keys]: each partial sum's table; null: level 0
+    const void* __restrict__ output_bag_ptr,   // [num_indices]: b * num_tables + t, -1: in no bag
+    const Scale* __restrict__ scales_ptr,      // [num_indices]; null: all 1
+    const int32* __restrict__ sizes_ptr,       // by output bag: the divisors of means; null: all 1. Not with scales
+    const void* __restrict__ max_positions_ptr,  // [num_bags, *], contiguous: the argmax as a position; or null
+    const Table* __restrict__ tables_ptr,        // [num_tables]
+    Acc* __restrict__ partial_values_ptr,        // [2 * num_chunks, D], by slot
+    int64* __restrict__ partial_keys_ptr,        // [2 * num_chunks]; -1: the slot is empty
+    int32* __restrict__ partial_tables_ptr,      // [2 * num_chunks]
     int64 num_keys,
     int64 num_rows,  // of all tables
     int64 num_tables,
-    int64 value_row_stride,   // in units of VEC elements
-    int64 value_col_stride,   // in elements
-    int64 winner_row_stride,  // columns of all tables
-    int64 D,                  // of the widest table; VEC divides each one's
-    int64 CHUNK,              // UNROLL divides it
+    int64 value_row_stride,         // in units of VEC elements
+    int64 value_col_stride,         // in elements
+    int64 max_position_row_stride,  // total columns of all tables
+    int64 D,                        // the widest table's; VEC divides each one's
+    int64 CHUNK,                    // UNROLL divides it
     int64 order_bytes,
     int64 key_bytes,
-    int64 source_bytes,
-    int64 winner_bytes,
+    int64 output_bag_bytes,
+    int64 max_position_bytes,
     const EndRun& end_run) {
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   const int64 chunk = thread / (D / VEC);
@@ -57,15 +56,15 @@ __device__ inline void walk_table_runs(
   if (start >= num_keys) return;
   const int64 end = start + CHUNK < num_keys ? start + CHUNK : num_keys;
   const bool first_columns = d == 0;
-  Acc* const lead_ptr = partial_values_ptr + 2 * chunk * D + d;
-  Acc* const trail_ptr = lead_ptr + D;
+  Acc* const carry_in_ptr = partial_values_ptr + 2 * chunk * D + d;
+  Acc* const carry_out_ptr = carry_in_ptr + D;
 
   int64 key = load_integer(keys_ptr, start, key_bytes);
-  // True while the run at hand began in an earlier chunk.
-  bool leading = start > 0 && names_row(key, num_rows) &&
+  // True while the current run began in an earlier chunk.
+  bool carried = start > 0 && names_row(key, num_rows) &&
                  key == load_integer(keys_ptr, start - 1, key_bytes);
   if (first_columns) {
-    partial_keys_ptr[2 * chunk] = leading ? key : -1;
+    partial_keys_ptr[2 * chunk] = carried ? key : -1;
     partial_keys_ptr[2 * chunk + 1] = -1;
   }
 
@@ -74,14 +73,14 @@ __device__ inline void walk_table_runs(
   int32 table = 0;
   bool run_ends = false;
   for (int64 first = start; first < end; first += UNROLL) {
-    // All loads of a step are issued before the first sum needs one.
+    // All loads of a step are issued before the first addition.
     int64 next_key[UNROLL];
-    int64 place[UNROLL];
+    int64 n[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const int64 position = first + u;
       next_key[u] = position + 1 < num_keys ? load_integer(keys_ptr, position + 1, key_bytes) : -1;
-      place[u] =
+      n[u] =
           order_ptr && position < end ? load_integer(order_ptr, position, order_bytes) : position;
     }
     Vector<Value, VEC> value[UNROLL];
@@ -93,26 +92,26 @@ __device__ inline void walk_table_runs(
       scale[u] = 1;
       tables[u] = 0;
       if (first + u >= end || !names_row(u == 0 ? key : next_key[u - 1], num_rows)) continue;
-      int64 row = place[u];
+      int64 row = n[u];
       int64 column = d;
       if (order_ptr) {
-        const int64 source = load_integer(sources_ptr, place[u], source_bytes);
-        row = source / num_tables;
-        tables[u] = source % num_tables;
+        const int64 output_bag = load_integer(output_bag_ptr, n[u], output_bag_bytes);
+        row = output_bag / num_tables;
+        tables[u] = output_bag % num_tables;
         column += tables_ptr[tables[u]].first_column;
-        scale[u] = bag_scale<Acc>(scales_ptr, place[u], sizes_ptr, source);
+        scale[u] = bag_scale<Acc>(scales_ptr, n[u], sizes_ptr, output_bag);
       } else {
-        tables[u] = key_tables_ptr[place[u]];
+        tables[u] = key_tables_ptr[n[u]];
       }
       if (d >= tables_ptr[tables[u]].dim) continue;
       value[u] = *(const Vector<Value, VEC>*)(
           values_ptr + row * value_row_stride * VEC + column * value_col_stride);
-      if (!winner_ptr || tables_ptr[tables[u]].mode != MAX_MODE) continue;
+      if (!max_positions_ptr || tables_ptr[tables[u]].mode != MAX_MODE) continue;
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
-        const int64 winner =
-            load_integer(winner_ptr, row * winner_row_stride + column + i, winner_bytes);
-        if (winner != place[u]) value[u].lane[i] = Value{};
+        const int64 argmax =
+            load_integer(max_positions_ptr, row * max_position_row_stride + column + i, max_position_bytes);
+        if (argmax != n[u]) value[u].lane[i] = Value{};
       }
     }
 #pragma unroll
@@ -123,29 +122,29 @@ __device__ inline void walk_table_runs(
       table = tables[u];
       run_ends = key != next_key[u];
       if (run_ends) {
-        if (leading) {
-          *(Vector<Acc, VEC>*)lead_ptr = total;
+        if (carried) {
+          *(Vector<Acc, VEC>*)carry_in_ptr = total;
           if (first_columns) partial_tables_ptr[2 * chunk] = table;
         } else if (names_row(key, num_rows) && d < tables_ptr[table].dim) {
           const Table& owner = tables_ptr[table];
           end_run(key, owner.first_element + (key - owner.first_row) * owner.dim + d, d, total);
         }
         set_zero(total);
-        leading = false;
+        carried = false;
       }
       key = next_key[u];
     }
   }
 
-  // The run at hand goes on in the next chunk.
+  // The last run goes on in the next chunk.
   if (end == num_keys || run_ends || !names_row(key, num_rows)) return;
-  if (leading) {
-    // A run that fills the whole chunk is its leading sum; a trailing zero keeps its keys adjacent.
-    *(Vector<Acc, VEC>*)lead_ptr = total;
+  if (carried) {
+    // A run that fills the chunk is its carry-in. Its carry-out is 0, so that the run's partial keys stay adjacent.
+    *(Vector<Acc, VEC>*)carry_in_ptr = total;
     if (first_columns) partial_tables_ptr[2 * chunk] = table;
     set_zero(total);
   }
-  *(Vector<Acc, VEC>*)trail_ptr = total;
+  *(Vector<Acc, VEC>*)carry_out_ptr = total;
   if (first_columns) {
     partial_keys_ptr[2 * chunk + 1] = key;
     partial_tables_ptr[2 * chunk + 1] = table;

@@ -1,7 +1,6 @@
-"""Rows in the way of Keras's take: ids of any real dtype, negative ones counted from the end, rows converted.
+"""Take, Keras's lookup: ids of any real dtype, negative ids wrapped, rows converted to the output's dtype.
 
-output[n] = weight[row of indices[n]], rounded to the output's dtype: in one launch what takes a framework a cast of
-the ids, a comparison, an addition, a selection, a gather and a cast of the rows.
+One launch does what costs a framework six: cast the ids, compare, add, select, gather, cast the rows.
 """
 
 import triton
@@ -12,39 +11,42 @@ from .bounds import record_out_of_range
 
 @triton.jit
 def flat_vectors(VECTORS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which row of the output, and which of its VECTORS vectors, each lane of this program owns."""
+    """Each lane's row of the output, and its vector in that row of VECTORS; programs ignore row boundaries."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first_n = start // VECTORS
-    # The 64-bit division is done once a program; lanes divide 32-bit numbers by a constant.
+    # One 64-bit division per program; lanes divide 32-bit numbers by a constant.
     lane = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
     return first_n + lane // VECTORS, lane % VECTORS
 
 
 @triton.jit
 def load_wrapped_indices(indices_ptr, n, in_range, num_embeddings):
-    """Ids at positions n cut to int64, the rows that they mean, and which of these there are and are not."""
+    """The ids at positions n truncated to int64; their rows; a mask of rows to read; a mask of ids out of range."""
     number = tl.load(indices_ptr + n, mask=in_range, other=0)
     index = number.to(tl.int64)
     row = tl.where(index < 0, index + num_embeddings, index)
-    # NaN is no row, whatever integer it becomes.
+    # NaN casts to an undefined integer: it is out of range.
     in_table = (row >= 0) & (row < num_embeddings) & (number == number)
     return index, row, in_range & in_table, in_range & ~in_table
 
 
-# Program i owns BLOCK consecutive vectors of the output, whatever rows they lie in.
+# grid:  (cdiv(num_indices * D / VEC, BLOCK),)
+# block: BLOCK vectors of VEC elements
+# owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries
+# why:   no lane idles when a row is shorter than a warp, or its length no power of two
 @triton.jit
 def take_rows_kernel(
     weight_ptr,  # any float dtype, [num_embeddings, D], any strides
     indices_ptr,  # any integer or float dtype, [num_indices], contiguous
     output_ptr,  # any float dtype, [num_indices, D], contiguous
-    record_ptr,  # int64 [4], or None: do not record
-    flag_ptr,  # int32 [1], pinned host memory, or None
+    record_ptr,  # int64 [7]; None: do not record
+    flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
     num_embeddings,
-    weight_row_stride,  # in units of VEC items, so that the compiler sees the alignment
-    weight_col_stride,
+    weight_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
+    weight_col_stride,  # in elements
     D: tl.constexpr,
-    VEC: tl.constexpr,
+    VEC: tl.constexpr,  # elements a thread loads with one instruction; divides D
     BLOCK: tl.constexpr,
 ):
     n, vector = flat_vectors(D // VEC, BLOCK)

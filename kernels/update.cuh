@@ -1,15 +1,13 @@
-// The update of part of a row by the formulas of gpu_embed/row_update.py, operation by operation, so whatever
-// includes this is compiled without fused multiply-adds.
+// Row updates by the formulas of gpu_embed/row_update.py, operation by operation: compile with -fmad=false.
 
 #pragma once
 
 #include "common.cuh"
 #include "stochastic_rounding.cuh"
 
-// Which formula.
 enum Formula { SGD, MOMENTUM, NESTEROV, ADAGRAD, ADAM };
 
-// What becomes of VEC columns of a row, once its gradient is summed.
+// Updates VEC columns of a row, given their summed gradient.
 template <typename Weight, int VEC>
 struct Update {
   using Acc = typename Accumulator<Weight>::type;
@@ -21,13 +19,13 @@ struct Update {
   int64 STOCHASTIC_ROUNDING;
   int64 seed, step;
 
-  // Columns d and on of row `key`: of the weight at `place`, of the state at `element`.
+  // Columns [d, d + VEC) of row `key`. element, state_element: where they begin in weight and state.
   __device__ void update(
-      int64 key, int64 place, int64 element, int64 d, const Vector<Acc, VEC>& total) const {
-    Vector<Weight, VEC>& weight = *(Vector<Weight, VEC>*)(weight_ptr + place);
-    Vector<Acc, VEC>& state = *(Vector<Acc, VEC>*)(state_ptr + element);
-    Vector<Acc, VEC>& second_state = *(Vector<Acc, VEC>*)(second_state_ptr + element);
-    // Read as a whole, so that it takes one access.
+      int64 key, int64 element, int64 state_element, int64 d, const Vector<Acc, VEC>& total) const {
+    Vector<Weight, VEC>& weight = *(Vector<Weight, VEC>*)(weight_ptr + element);
+    Vector<Acc, VEC>& state = *(Vector<Acc, VEC>*)(state_ptr + state_element);
+    Vector<Acc, VEC>& second_state = *(Vector<Acc, VEC>*)(second_state_ptr + state_element);
+    // Read as a whole: one access.
     Vector<Weight, VEC> row = weight;
     Vector<Acc, VEC> w, g;
 #pragma unroll
@@ -85,12 +83,12 @@ struct Update {
   }
 };
 
-// The update of a whole row of D columns by row-wise Adagrad.
+// Row-wise Adagrad on a whole row.
 template <typename Weight>
 __device__ inline void update_by_mean_square(
     const typename Accumulator<Weight>::type* __restrict__ total_ptr,  // [D], contiguous: the summed gradient
     Weight* weight_ptr,                                               // [D]
-    int64 col_stride,                                                 // of the weight, in elements
+    int64 col_stride,                                                 // the weight's, in elements
     typename Accumulator<Weight>::type* state_ptr,                    // [1]
     double lr,
     double step_size,
@@ -112,7 +110,7 @@ __device__ inline void update_by_mean_square(
 
   Acc square = 0;
   for (int64 first = 0; first < D; first += BLOCK_D) {
-    // Summed in blocks: the rounding errors of a long row grow with the number of its blocks only.
+    // Summed in blocks: the rounding error of a long row grows with the number of blocks, not of columns.
     Acc block = 0;
     for (int64 d = first; d < D && d < first + BLOCK_D; ++d) {
       const Acc g = gradient(d);

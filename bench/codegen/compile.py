@@ -97,9 +97,6 @@ class RecordingBackend(TritonBackend):
         settings.setdefault("enable_fp_fusion", ENABLE_FP_FUSION)
         self.launches.append(Launch(str(case), kernel, grid, args, settings, case.architecture))
 
-    def _capability(self, device: torch.device) -> tuple[int, int]:
-        return divmod(self._case.architecture, 10)
-
 
 def record_launches(cases: Iterable[Case]) -> tuple[list[Launch], dict[str, str]]:
     """What the backend launches for each case, in order, and for which cases it raised, and what."""

@@ -16,7 +16,7 @@ pytestmark = where(has_method)
 # (num_embeddings, embedding_dim): words of 1 to 8 bytes, whole tiles, ragged ones, wider than a tile.
 TABLES = [(7, 2), (5, 1), (9, 50), (6, 128), (4, 300), (3, 33), (2, 4100)]
 # Left alone, a backend takes "rows" or "flat", by the width of the rows; forced, each takes them all.
-METHODS = ("auto", "rows", "flat", "descriptor")
+METHODS = ("auto", "rows", "flat")
 
 
 @pytest.fixture(params=METHODS)
@@ -26,43 +26,15 @@ def method(request, target):
         yield request.param
 
 
-def serves(method, weight):
-    """Whether a method takes such rows: descriptors need them aligned to 16 bytes and apart."""
-    if method != "descriptor":
-        return True
-    itemsize = weight.element_size()
-    row_stride, col_stride = weight.stride()
-    if itemsize == 16 and col_stride != 1:
-        # Copied first.
-        return True
-    return (
-        col_stride == 1
-        and row_stride >= weight.shape[1]
-        and all(n % 16 == 0 for n in (row_stride * itemsize, weight.shape[1] * itemsize))
-        and weight.data_ptr() % 16 == 0
-    )
-
-
-def check_lookup(method, indices, weight):
-    """The lookup is weight[indices], or an error that names the method."""
-    if serves(method, weight):
-        assert same_bits(embedding(indices, weight), weight[indices.long()])
-        return
-    message = "gather method 'descriptor' is forced but cannot serve rows of .*use_gather_method"
-    with pytest.raises(RuntimeError, match=message):
-        embedding(indices, weight)
-
-
 @pytest.mark.parametrize("dtype", FORWARD_DTYPES, ids=str)
 def test_every_dtype_is_copied_bit_for_bit(target, method, dtype):
     """Exact copy: forward is bit-equal to weight[ids] in every dtype."""
-    columns = 16 if method == "descriptor" else 5
-    weight = table(9, columns, dtype, target.device)
+    weight = table(9, 5, dtype, target.device)
     indices = torch.tensor([[8, 0, 3], [3, 3, 7]], device=target.device)
     output = embedding(indices, weight)
     assert output.dtype == dtype
     assert output.is_contiguous()
-    in_bytes = weight.view(torch.uint8).unflatten(1, (columns, -1))
+    in_bytes = weight.view(torch.uint8).unflatten(1, (5, -1))
     assert same_bits(output, in_bytes[indices].flatten(-2).view(dtype))
 
 
@@ -72,7 +44,7 @@ def test_every_row_width_is_copied(target, method, shape, dtype):
     """Exact copy: any embedding_dim."""
     weight = table(*shape, dtype, target.device)
     indices = torch.arange(21, device=target.device) % shape[0]
-    check_lookup(method, indices, weight)
+    assert same_bits(embedding(indices, weight), weight[indices])
 
 
 def test_nan_patterns_and_negative_zeros_survive(target):
@@ -142,7 +114,7 @@ def test_tables_of_any_strides(target, method, view, dtype, columns):
     """Exact copy: any strides of the weight."""
     weight = view(table(8, columns, dtype, target.device))
     indices = torch.tensor([0, 4, 2, 4, 1], device=target.device) % len(weight)
-    check_lookup(method, indices, weight)
+    assert same_bits(embedding(indices, weight), weight[indices])
 
 
 STRIDED_IDS = {
@@ -203,18 +175,28 @@ def test_ids_out_of_range_are_reported(target, method, embedding_dim):
         embedding(indices, weight)
 
 
-@where(lambda target: target.backend == "triton")
-def test_a_known_table_notices_another_method(target):
+def kernels_launched(backend, monkeypatch):
+    """The names of the kernels launched from here on, in a list that grows."""
+    launched = []
+
+    def launch(kernel, *arguments, **settings):
+        launched.append(getattr(kernel, "__name__", None) or kernel.expression.split("<")[0])
+        return type(backend)._launch(backend, kernel, *arguments, **settings)
+
+    monkeypatch.setattr(backend, "_launch", launch)
+    return launched
+
+
+@where(has_kernels)
+def test_a_known_table_notices_another_method(target, monkeypatch):
     """Forced choice: what was prepared for one method does not serve another."""
     weight = torch.nn.Parameter(table(5, 3, torch.float32, target.device))
     indices = torch.tensor([4, 0], device=target.device)
-    for _ in range(2):
-        assert same_bits(embedding(indices, weight).detach(), weight.detach()[indices])
-        with (
-            gpu_embed.use_gather_method("descriptor"),
-            pytest.raises(RuntimeError, match="'descriptor' is forced"),
-        ):
-            embedding(indices, weight)
+    launched = kernels_launched(backends.load(target.backend), monkeypatch)
+    for method in ("rows", "flat") * 2:
+        with gpu_embed.use_gather_method(method):
+            assert same_bits(embedding(indices, weight).detach(), weight.detach()[indices])
+        assert launched.pop() == f"gather_{method}_kernel"
 
 
 @where(has_kernels)
@@ -224,30 +206,13 @@ def test_a_forced_method_launches_its_own_kernel(
 ):
     """Forced choice: what is asked for is what runs."""
     backend = backends.load(target.backend)
-    launched = []
-
-    def launch(kernel, *arguments, **settings):
-        launched.append(getattr(kernel, "__name__", None) or kernel.expression.split("<")[0])
-        return type(backend)._launch(backend, kernel, *arguments, **settings)
-
-    monkeypatch.setattr(backend, "_launch", launch)
+    launched = kernels_launched(backend, monkeypatch)
     weight = table(5, embedding_dim, torch.float32, target.device)
     backend.embedding(weight, torch.tensor([4, 0], device=target.device), -1, None)
     assert launched == [f"gather_{chosen if method == 'auto' else method}_kernel"]
 
 
-@where(lambda target: target.backend == "cupy")
-def test_methods_that_a_backend_lacks_are_refused(target):
-    """Forced choice: no silent fallback from a kernel that only Triton has."""
-    weight = table(5, 12, torch.float32, target.device)
-    with (
-        gpu_embed.use_gather_method("descriptor"),
-        pytest.raises(RuntimeError, match=r"'descriptor' is forced but cannot serve .* 'cupy'"),
-    ):
-        embedding(torch.tensor([4], device=target.device), weight)
-
-
 def test_the_methods_by_name():
     assert GATHER_METHOD.choices == METHODS
-    with pytest.raises(ValueError, match="expected one of 'auto', 'rows', 'flat', 'descriptor'"):
+    with pytest.raises(ValueError, match="expected one of 'auto', 'rows', 'flat'"):
         gpu_embed.use_gather_method("columns")

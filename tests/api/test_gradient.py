@@ -18,8 +18,6 @@ from gpu_embed.settings import GRADIENT_METHOD
 pytestmark = where(has_method)
 
 METHODS = tuple(RULES)
-# Small integers are exact in these, up to the one rounding at the end.
-DTYPE_OF = dict.fromkeys(METHODS, torch.float32) | {"one_hot": torch.bfloat16}
 
 
 def gradient(indices, num_embeddings, grad_output, **arguments):
@@ -42,14 +40,6 @@ def method(request, target):
     """Forces one gradient kernel where the backend has several; the others run once."""
     with gpu_embed.use_gradient_method(request.param):
         yield request.param
-
-
-def serves(method, num_embeddings, embedding_dim):
-    """Whether a method takes contiguous tables of this shape and of its own dtype."""
-    itemsize = DTYPE_OF[method].itemsize
-    if method == "descriptor":
-        return embedding_dim * itemsize % 16 == 0
-    return method != "one_hot" or num_embeddings <= 256
 
 
 def serves_dtype(method, dtype):
@@ -75,11 +65,7 @@ def test_integer_gradients_sum_exactly(target, method, shape, kind):
     """Accumulation: fp32 sums of small integers are exact in any order."""
     num_embeddings, embedding_dim, num_indices = shape
     indices = ids(kind, num_indices, num_embeddings, target.device)
-    grad_output = integer_gradient((num_indices, embedding_dim), DTYPE_OF[method], target.device)
-    if not serves(method, num_embeddings, embedding_dim):
-        with pytest.raises(RuntimeError, match=f"'{method}' is forced but cannot serve"):
-            gradient(indices, num_embeddings, grad_output)
-        return
+    grad_output = integer_gradient((num_indices, embedding_dim), torch.float32, target.device)
     actual, expected = gradient(indices, num_embeddings, grad_output)
     assert torch.equal(actual, expected)
 
@@ -95,7 +81,7 @@ def test_every_dtype_and_order(target, dtype, kind):
     assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("method", ["sorted", "one_hot"], indirect=True)
+@pytest.mark.parametrize("method", ["sorted"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_4096_ones_make_4096(target, method, dtype):
     """Accumulation: sums are taken in fp32; in bf16 they would stop at 256, in fp16 at 2048."""
@@ -104,7 +90,7 @@ def test_4096_ones_make_4096(target, method, dtype):
     assert actual.tolist() == [[0, 0], [4096, 4096], [0, 0]]
 
 
-@pytest.mark.parametrize("method", ["sorted", "one_hot"], indirect=True)
+@pytest.mark.parametrize("method", ["sorted"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_rounded_once(target, method, dtype):
     """Accumulation: 1 + eps/2 + eps/2 is 1 + eps, which two roundings would lose."""
@@ -119,8 +105,7 @@ def test_sums_are_rounded_once(target, method, dtype):
 def test_random_gradients_stay_within_the_bound_of_fp32_sums(target, method, dtype):
     """Accumulation: |actual - exact| <= count * eps32 * sum(|grad|), and half an ulp for the rounding."""
     generator = torch.Generator().manual_seed(3)
-    columns = 8 if method == "descriptor" else 7
-    grad_output = torch.randn(100, columns, generator=generator).to(dtype).to(target.device)
+    grad_output = torch.randn(100, 7, generator=generator).to(dtype).to(target.device)
     indices = ids("zipf", 100, 5, target.device)
     actual, _ = gradient(indices, 5, grad_output)
     with gpu_embed.use_gradient_method("auto"):
@@ -132,13 +117,12 @@ def test_random_gradients_stay_within_the_bound_of_fp32_sums(target, method, dty
     assert ((actual.double() - exact).abs() <= bound).all()
 
 
-@where(lambda method, num_embeddings: serves(method, num_embeddings, 4))
 @pytest.mark.parametrize("dtype", ID_DTYPES, ids=str)
 @pytest.mark.parametrize("num_embeddings", [100, 200, 256, 300, 40_000])
 def test_every_dtype_of_ids_and_of_sort_keys(target, method, dtype, num_embeddings):
     """Sort keys are as narrow as the table allows; ids keep their own dtype."""
     indices = torch.tensor([0, 99, 5, 99, 0, 7], device=target.device).to(dtype)
-    grad_output = integer_gradient((6, 4), DTYPE_OF[method], target.device)
+    grad_output = integer_gradient((6, 4), torch.float32, target.device)
     actual, expected = gradient(indices, num_embeddings, grad_output)
     assert torch.equal(actual, expected)
 
@@ -147,7 +131,7 @@ def test_every_dtype_of_ids_and_of_sort_keys(target, method, dtype, num_embeddin
 def test_padding_gets_no_gradient(target, method, padding_idx):
     """As torch: padding_idx drops the gradient of its row; negative ones count from the end."""
     indices = torch.tensor([[0, 1, 2], [2, 4, 4]], device=target.device)
-    grad_output = integer_gradient((2, 3, 4), DTYPE_OF[method], target.device) + 5
+    grad_output = integer_gradient((2, 3, 4), torch.float32, target.device) + 5
     actual, expected = gradient(indices, 5, grad_output, padding_idx=padding_idx)
     assert actual[padding_idx].eq(0).all()
     assert torch.equal(actual, expected)
@@ -157,7 +141,7 @@ def test_padding_gets_no_gradient(target, method, padding_idx):
 def test_what_has_no_row_is_not_even_read(target, method, bad):
     """Bounds: the gradients of ids out of range, and of padding, may be anything."""
     indices = torch.tensor([0, bad, 2, 3, 2, bad], device=target.device)
-    grad_output = integer_gradient((6, 4), DTYPE_OF[method], target.device) + 5
+    grad_output = integer_gradient((6, 4), torch.float32, target.device) + 5
     grad_output[1], grad_output[3], grad_output[5] = float("nan"), float("inf"), float("-inf")
     with gpu_embed.set_bounds_check("off"):
         actual, _ = gradient(indices, 5, grad_output, padding_idx=3)
@@ -211,7 +195,7 @@ STRIDED_GRADIENTS = {
 def test_gradients_of_any_strides(target, method, view):
     """Exact copy, strides of grad_output: stride 0 (from .sum()) and transposed ones."""
     indices = ids("zipf", 40, 6, target.device)
-    grad_output = view(integer_gradient((40, 12), DTYPE_OF[method], target.device) + 1)
+    grad_output = view(integer_gradient((40, 12), torch.float32, target.device) + 1)
     actual, expected = gradient(indices, 6, grad_output)
     assert torch.equal(actual, expected)
 
@@ -233,7 +217,7 @@ STRIDED_BATCHES = {
 @pytest.mark.parametrize("view", STRIDED_BATCHES.values(), ids=STRIDED_BATCHES)
 def test_gradients_of_batches_of_any_strides(target, method, view):
     """Texts by words by columns, whose rows no single stride leads through."""
-    grad_output = view(integer_gradient((4, 10, 12), DTYPE_OF[method], target.device) + 1)
+    grad_output = view(integer_gradient((4, 10, 12), torch.float32, target.device) + 1)
     indices = ids("zipf", 40, 6, target.device)[: grad_output[..., 0].numel()]
     indices = indices.view(grad_output.shape[:-1])
     actual, expected = gradient(indices, 6, grad_output)
@@ -270,16 +254,14 @@ def test_float8_gradients_are_refused_as_torch_does(target):
         output.backward(output.detach())
 
 
-@where(serves_dtype)
-@pytest.mark.parametrize("method", ["sorted", "one_hot"], indirect=True)
+@pytest.mark.parametrize("method", ["sorted"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_deterministic_gradients_repeat_bit_for_bit(target, method, dtype):
     """Determinism: torch.use_deterministic_algorithms(True) needs no atomics and raises no error."""
     generator = torch.Generator().manual_seed(5)
-    # More chunks than one, and more splits.
-    count = 200 if method == "sorted" else 600
-    grad_output = torch.randn(count, 3, generator=generator).to(dtype).to(target.device)
-    indices = ids("zipf", count, 20, target.device)
+    # More chunks than one.
+    grad_output = torch.randn(200, 3, generator=generator).to(dtype).to(target.device)
+    indices = ids("zipf", 200, 20, target.device)
     torch.use_deterministic_algorithms(True)
     try:
         runs = [gradient(indices, 20, grad_output)[0] for _ in range(3)]
@@ -308,22 +290,23 @@ def test_the_choice_of_method(num_indices, num_embeddings, dtype, deterministic,
 
 
 def test_only_methods_that_are_known_to_pay_are_chosen():
-    """Accumulation: a product with one-hot rows may spread what is not finite, so it is never chosen."""
     forced_only = {rule.method for rule in RULES.values() if rule.max_indices_per_row is None}
-    assert forced_only == {"descriptor", "sorted_atomic", "one_hot"}
+    assert forced_only == {"sorted_atomic"}
     assert GRADIENT_METHOD.choices == ("auto", *RULES)
 
 
 REFUSALS = {
     "atomic-bf16": ("atomic", torch.bfloat16, (4, 4), {}, "a table of torch.bfloat16"),
-    "descriptor-fp64": ("descriptor", torch.float64, (4, 4), {}, "a table of torch.float64"),
     "sorted_atomic-fp16": ("sorted_atomic", torch.float16, (4, 4), {}, "a table of torch.float16"),
-    "one_hot-fp32": ("one_hot", torch.float32, (4, 4), {}, "a table of torch.float32"),
-    "one_hot-rows": ("one_hot", torch.bfloat16, (257, 4), {}, "a table of 257 rows"),
-    "descriptor-columns": ("descriptor", torch.float32, (4, 3), {}, "rows of 3 x torch.float32"),
     **{
-        f"{method}-scale": (method, dtype, (4, 4), {"scale_grad_by_freq": True}, "scale_grad_by_f")
-        for method, dtype in DTYPE_OF.items()
+        f"{method}-scale": (
+            method,
+            torch.float32,
+            (4, 4),
+            {"scale_grad_by_freq": True},
+            "scale_grad_by_f",
+        )
+        for method in METHODS
         if method != "sorted"
     },
 }
@@ -348,11 +331,11 @@ def test_a_forced_method_that_cannot_serve_is_an_error(
 
 def test_methods_that_are_not_deterministic_are_refused(target, method):
     """Determinism: even a forced method does not break the promise."""
-    grad_output = integer_gradient((2, 4), DTYPE_OF[method], target.device)
+    grad_output = integer_gradient((2, 4), torch.float32, target.device)
     indices = torch.tensor([1, 1], device=target.device)
     torch.use_deterministic_algorithms(True)
     try:
-        if method in ("sorted", "one_hot"):
+        if method == "sorted":
             gradient(indices, 2, grad_output)
         else:
             with pytest.raises(RuntimeError, match=f"'{method}' is forced .*deterministic"):
@@ -361,34 +344,9 @@ def test_methods_that_are_not_deterministic_are_refused(target, method):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("method", ["one_hot"], indirect=True)
-@pytest.mark.parametrize("num_embeddings", [1, 16, 17, 33, 65, 129, 255, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_one_hot_products_of_every_size(target, method, num_embeddings, dtype):
-    """Accumulation, for tables of every number of tiles, and for more ids than one split takes."""
-    indices = ids("uniform", 2500, num_embeddings, target.device)
-    grad_output = integer_gradient((2500, 19), dtype, target.device)
-    actual, expected = gradient(indices, num_embeddings, grad_output, padding_idx=0)
-    assert torch.equal(actual, expected)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
-@pytest.mark.parametrize("method", ["one_hot"], indirect=True)
-def test_one_hot_products_spread_what_is_not_finite(target, method):
-    """The exception to the rules of accumulation that keeps the method from being chosen."""
-    grad_output = torch.ones(3, 2, dtype=torch.bfloat16, device=target.device)
-    grad_output[0, 0] = float("inf")
-    actual, _ = gradient(torch.tensor([0, 1, 1], device=target.device), 3, grad_output)
-    assert actual[0, 0] == float("inf")
-    assert actual[1:, 0].isnan().all()
-    assert actual[:, 1].tolist() == [1, 2, 0]
-
-
 KERNELS_OF = {
     "atomic": ["scatter_add_kernel"],
-    "descriptor": ["scatter_add_descriptor_kernel"],
     "sorted_atomic": ["sort_keys_kernel", "segment_sum_kernel"],
-    "one_hot": ["one_hot_kernel", "sum_splits_kernel"],
     "sorted": ["sort_keys_kernel", *["segment_sum_kernel"] * 2],
 }
 
@@ -405,7 +363,7 @@ def test_a_forced_method_launches_its_own_kernels(target, method, monkeypatch):
 
     monkeypatch.setattr(backend, "_launch", launch)
     indices = ids("zipf", 64, 9, target.device)
-    grad_output = integer_gradient((64, 4), DTYPE_OF[method], target.device)
+    grad_output = integer_gradient((64, 4), torch.float32, target.device)
     backend.embedding_dense_backward(grad_output, indices, 9, -1, False)
     assert launched == KERNELS_OF[method]
 

@@ -185,7 +185,7 @@ def test_threads_compile_and_load_a_kernel_once(launched):
 
 
 def test_every_argument_of_our_kernels_is_known(launched, monkeypatch):
-    """But for descriptors, so that no launch takes the long way unnoticed."""
+    """So that no launch takes the long way unnoticed."""
     seen = set()
 
     class Keyed(TritonBackend):

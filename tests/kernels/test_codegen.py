@@ -16,7 +16,8 @@ import torch
 from filelock import FileLock
 
 from gpu_embed.backends._plan.access import cdiv
-from gpu_embed.backends._triton.launch import GATHER_ROWS, ONE_HOT
+from gpu_embed.backends._triton.launch import GATHER_ROWS
+from gpu_embed.bench.candidates.launch import ONE_HOT
 from gpu_embed.bench.codegen import table as codegen_table
 from gpu_embed.bench.codegen.cases import CASES, Case
 from gpu_embed.bench.codegen.compile import Compiled
@@ -113,9 +114,10 @@ def test_names_tell_the_cases_apart():
 def test_every_kernel_and_every_row_of_the_launch_tables_is_compiled(
     launches: Launches, architecture: int
 ):
-    (folder,) = find_spec("gpu_embed.kernels").submodule_search_locations
     written = {
         name
+        for package in ("gpu_embed.kernels", "gpu_embed.bench.candidates")
+        for folder in find_spec(package).submodule_search_locations
         for file in Path(folder).glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", file.read_text(), re.M)
     }
@@ -216,7 +218,7 @@ def test_segment_sum_loads_and_stores_whole_vectors(launches: Launches, case: Ca
         assert launch.widths("load", "values_ptr") == {width}
         items = width // value_itemsize
         assert launch.widths("store", "grad_weight_ptr") == {items * itemsize}
-        assert launch.widths("store", "lead_ptr") == {min(16, items * acc_itemsize)}
+        assert launch.widths("store", "carry_in_ptr") == {min(16, items * acc_itemsize)}
         value_itemsize, width = acc_itemsize, gcd(16, case.embedding_dim * acc_itemsize)
 
 

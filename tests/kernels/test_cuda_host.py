@@ -264,19 +264,6 @@ def test_sorted_gradient_with_atomic_ends(
     assert len(launched(backend, "segment_sum_kernel")) == 1
 
 
-@pytest.mark.parametrize("method", ["descriptor", "one_hot"])
-def test_methods_without_a_kernel_are_refused(sm_90: HostShimCupyBackend, method: str) -> None:
-    """Forced choice: no silent fallback from a kernel that only Triton has."""
-    dtype = torch.bfloat16 if method == "one_hot" else torch.float32
-    with (
-        use_gradient_method(method),
-        pytest.raises(RuntimeError, match=f"'{method}' is forced but cannot serve .* 'cupy'"),
-    ):
-        sm_90.embedding_dense_backward(
-            torch.ones(2, 4, dtype=dtype), torch.tensor([0, 1]), 2, -1, False
-        )
-
-
 @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 64, 65, 512, 513])
 @pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
 def test_gradient_of_few_ids(sm_90: HostShimCupyBackend, count: int, method: str) -> None:
@@ -462,16 +449,10 @@ def test_the_host_build_knows_no_other_kernel(sm_90: HostShimCupyBackend) -> Non
         sm_90._launch(Kernel("counts", "no_kernel"), (1, 1), (1, 1), torch.device("cpu"))
 
 
-# Matrix units and the bulk copy engine: what CUDA C++ is the fallback for has neither.
-TRITON_ONLY = ("descriptor.py", "one_hot.py")
-
-
 def triton_parameters() -> dict[str, tuple[list[str], list[str]]]:
     """For each Triton kernel: its arguments, and its constants."""
     found = {}
-    for path in sorted(
-        set(KERNELS_DIR.glob("*.py")) - {KERNELS_DIR / name for name in TRITON_ONLY}
-    ):
+    for path in sorted(KERNELS_DIR.glob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
                 # Those with a default are for the kernels that call this one.
@@ -507,5 +488,5 @@ def test_each_cuda_kernel_has_the_name_and_the_arguments_of_its_triton_twin() ->
         assert cuda[name][: len(arguments)] == arguments, name
         rest = [argument for argument in cuda[name][len(arguments) :] if argument not in constants]
         widths = {"index_bytes", "order_bytes", "key_bytes", "bag_bytes"}
-        widths |= {"offset_bytes", "source_bytes", "winner_bytes", "index_kind"}
+        widths |= {"offset_bytes", "output_bag_bytes", "max_position_bytes", "index_kind"}
         assert set(rest) <= {*widths, "num_runs", "zero_padding"}, name

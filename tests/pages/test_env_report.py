@@ -102,9 +102,9 @@ def test_forced_methods_are_said() -> None:
 
 def test_a_rule_in_words() -> None:
     rules = gradient_method.RULES
-    rule = dataclasses.replace(rules["atomic"], max_indices_per_row=2.5, max_num_embeddings=300)
+    rule = dataclasses.replace(rules["atomic"], max_indices_per_row=2.5)
     assert env_report._rule(rule) == (
-        "atomic: float32 or float64, up to 2.5 ids a row, up to 300 rows, not deterministic, "
+        "atomic: float32 or float64, up to 2.5 ids a row, not deterministic, "
         "without scale_grad_by_freq"
     )
     forced = dataclasses.replace(rules["sorted"], max_indices_per_row=None)
@@ -238,7 +238,7 @@ def test_an_unknown_setting_is_said(
 
 @pytest.mark.full
 def test_a_forced_method_does_not_fail_the_check() -> None:
-    with gpu_embed.use_gather_method("descriptor"), gpu_embed.use_gradient_method("atomic"):
+    with gpu_embed.use_gather_method("rows"), gpu_embed.use_gradient_method("atomic"):
         assert _self_check.check_backend("triton", CPU).status == "right"
 
 

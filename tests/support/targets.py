@@ -73,9 +73,4 @@ def takes_mapped_memory(target: Target) -> bool:
 
 def has_method(target: Target, method: str) -> bool:
     """Whether there is a gather or gradient kernel of this name; one method stands for a backend without a choice."""
-    if not has_kernels(target):
-        return method in ("auto", "sorted")
-    if target.backend == "cupy" and method in ("descriptor", "one_hot"):
-        return False
-    old = target.device == "cuda" and CUDA and torch.cuda.get_device_capability() < (9, 0)
-    return not (method == "descriptor" and old)
+    return has_kernels(target) or method in ("auto", "sorted")

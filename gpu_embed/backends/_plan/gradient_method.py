@@ -82,7 +82,7 @@ def choose(
     call = (dtype, deterministic, scale_grad_by_freq)
     forced = GRADIENT_METHOD.value
     if forced != "auto":
-        reason = RULES[forced].refusal(*call) if forced in served else "several tables"
+        reason = RULES[forced].refusal(*call) or (None if forced in served else "several tables")
         if reason is not None:
             raise GRADIENT_METHOD.cannot_serve("gradient method", reason)
         return forced

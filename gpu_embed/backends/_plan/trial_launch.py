@@ -1,11 +1,13 @@
 """Whether a kernel runs on a CUDA device at all."""
 
+import logging
 from typing import Any
 
 import torch
 
 from ...own_thread import on_own_thread
-from .. import logger
+
+logger = logging.getLogger("gpu_embed")
 
 
 class TrialLaunch:

@@ -1,19 +1,22 @@
-"""One-hot gradient of tiny tables: grad_weight = one_hot(indices)^T @ grad_output, on the matrix units.
+"""One-hot gradient of tiny tables: grad_weight = one_hot(indices)^T @ grad_output, on tensor cores.
 
 Products with 0 and 1 are exact, and the sums are fp32. The ids are cut into splits, whose sums are added in a
-fixed order and rounded once, so every bit of the result is the same from run to run.
+fixed order and rounded once: the result is deterministic, bit for bit.
 
-0 * inf is NaN: a gradient that is not finite spreads to the other rows of its column. So this kernel serves
-only those who ask for it by name.
+0 * inf is NaN: a gradient that is not finite spreads to the other rows of its column. That keeps this kernel
+out of the package however fast it is.
 """
 
 import triton
 import triton.language as tl
 
-from .gather import load_indices
+from gpu_embed.kernels.gather import load_indices
 
 
-# Program (s, j) sums split s of the ids into partial [s, :, j * BLOCK_D ...].
+# grid:  (num_splits, cdiv(D, BLOCK_D))
+# block: BLOCK_V rows by BLOCK_D columns of fp32 sums; BLOCK_N ids a step
+# owner: program (s, j): partial[s, :, j * BLOCK_D ...], the sums of split s of the ids
+# why:   the whole table fits in registers, so no two programs add to one row, however hot it is
 @triton.jit
 def one_hot_kernel(
     grad_output_ptr,  # bf16 or fp16, [num_indices, D], any strides
@@ -53,7 +56,10 @@ def one_hot_kernel(
     )
 
 
-# Program i owns items [i * BLOCK, ...) of grad_weight.
+# grid:  (cdiv(num_items, BLOCK),)
+# block: SPLITS partial sums by BLOCK items, one tile
+# owner: program i: items [i * BLOCK, ...) of the flattened grad_weight
+# why:   one tree over all splits, in the same order on every card, rounds once
 @triton.jit
 def sum_splits_kernel(
     partial_ptr,  # fp32, [num_splits, num_items], contiguous

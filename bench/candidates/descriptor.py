@@ -1,27 +1,30 @@
-"""Whole rows by the bulk copy engine of compute capability 9.0: one instruction moves, or adds, a row.
+"""Whole rows through tensor descriptors (TMA, compute capability 9.0): one instruction moves, or adds, a row.
 
-The engine reads zeros outside of a tensor and drops what would be written there, so row -1 stands for every id
-that must not be touched, and no row needs a mask at its end. Its coordinates are 32 bit, its addresses 64 bit.
+TMA reads zeros outside of a tensor and drops what would be written there. So row -1 stands for every id that
+must not be touched, and no row needs a mask at its end. Its coordinates are 32 bit, its addresses 64 bit.
 """
 
 import triton
 import triton.language as tl
 
-from .bounds import record_out_of_range
-from .gather import load_indices
+from gpu_embed.kernels.bounds import record_out_of_range
+from gpu_embed.kernels.gather import load_indices
 
 
-# Program (i, j) owns rows [i * ROWS, ...) of the output and words [j * BLOCK_D, ...) of each.
+# grid:  (cdiv(num_indices, ROWS), cdiv(D, BLOCK_D))
+# block: ROWS rows of BLOCK_D words, one after another; one warp
+# owner: program (i, j): rows [i * ROWS, ...) of the output, words [j * BLOCK_D, ...) of each
+# why:   the copies pass through shared memory alone; one thread issues them, STAGES - 1 in flight
 @triton.jit
 def gather_descriptor_kernel(
     weight_desc,  # int32 words, [num_embeddings, D], blocks of [1, BLOCK_D]
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     output_desc,  # int32 words, [num_indices, D], blocks of [1, BLOCK_D]
-    record_ptr,  # int64 [4], or None: do not record
-    flag_ptr,  # int32 [1], pinned host memory, or None
+    record_ptr,  # int64 [7]; None: do not record
+    flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
     num_embeddings,
-    zero_idx,  # rows of this id become zero; -1: none
+    zero_idx,  # this id's rows are zeroed; -1: none
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,  # one more than the rows in flight
@@ -44,7 +47,11 @@ def gather_descriptor_kernel(
         )
 
 
-# Program (i, j) owns rows [i * ROWS, ...) of grad_output and columns [j * BLOCK_D, ...) of each.
+# grid:  (cdiv(num_indices, ROWS), cdiv(D, BLOCK_D))
+# block: ROWS rows of BLOCK_D columns, all in flight; one warp
+# owner: program (i, j): rows [i * ROWS, ...) of grad_output, columns [j * BLOCK_D, ...) of each;
+#        rows of grad_weight are shared
+# why:   one bulk reduction a row takes the place of an atomic for each vector
 @triton.jit
 def scatter_add_descriptor_kernel(
     grad_output_ptr,  # fp32, [num_indices, D], any strides
