@@ -15,10 +15,10 @@ env_python := $(env_dir)/bin/python3
 .DEFAULT_GOAL := help
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test lint format docs gpu versions release clean FORCE
+.PHONY: help demo test test-all lint format docs gpu versions release clean FORCE
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "PYTEST_ARGS='-k name -n0' and DEMO_ARGS=... are passed on; PYTHON=python3.12 makes .venv with another"
 	@echo "Python; VENV=path uses a prepared environment, with no download."
@@ -76,8 +76,13 @@ demo: $(demo_env) ## install, train two small models on real text and draw the c
 	$(env_python) -m gpu_embed.demo $(DEMO_ARGS)
 
 # One thread for each worker: the workers are the parallelism.
-test: $(test_env) ## install, run the whole suite; GPU tests are skipped without a GPU
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(env_python) -m pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+pytest = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(env_python) -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+test: $(test_env) ## install, run the default tier of tests; those of a GPU only where there is one
+	$(pytest) $(PYTEST_ARGS)
+
+test-all: $(test_env) ## the same with every product, code generation, models, processes, examples
+	$(pytest) --full $(PYTEST_ARGS)
 
 lint: $(dev_env) ## check format, lint and types
 	$(env_python) -m ruff format --check .
@@ -99,11 +104,11 @@ gpu: ## in the current python3, no download: GPU tests that must not skip, compu
 	@failed=; \
 	export GPU_EMBED_REQUIRE_GPU=1; \
 	run() { echo "$$*"; "$$@" || failed="$$failed $$part"; }; \
-	part=pytest; run $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS); \
+	part=pytest; run $(PYTHON) -m pytest --full -m gpu $(PYTEST_ARGS); \
 	if command -v compute-sanitizer >/dev/null; then \
 		export PYTORCH_NO_CUDA_MEMORY_CACHING=1; \
 		for part in memcheck racecheck; do \
-			run compute-sanitizer --tool $$part --error-exitcode 1 $(PYTHON) -m pytest -m gpu -k sanitizer; \
+			run compute-sanitizer --tool $$part --error-exitcode 1 $(PYTHON) -m pytest --full -m gpu -k sanitizer; \
 		done; \
 	else \
 		echo "compute-sanitizer is not on the PATH: memcheck and racecheck did not run"; \

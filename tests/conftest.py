@@ -1,9 +1,11 @@
-"""The `target` fixture: a test of every backend on every device; the header says which of them run."""
+"""The `target` fixture: a test of every backend on every device; the header says which of them run. Two tiers."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import targets
+import tiers
 import torch
 from targets import CUDA, REQUIRE_GPU, Target
 
@@ -40,9 +42,41 @@ def _forced(chosen: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]
             gpu_embed.check_bounds()
 
 
-def pytest_report_header() -> list[str]:
-    """One line a target: runs, or why not."""
-    lines = []
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="both tiers: every product, model, process"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    full = tiers.is_full(collection_path, config.rootpath)
+    return True if full and not config.option.full else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
+    """Drops the cases that a mark `where` denies, and leaves to the full tier what is more than pairs.
+
+    Here and not among the finished items, as it is making these that takes long.
+    """
+    yield
+    wheres = [mark.args[0] for mark in metafunc.definition.iter_markers("where")]
+    calls = [call for call in metafunc._calls if tiers.exists(call.params, wheres)]
+    assert calls or not metafunc._calls, f"{metafunc.definition.nodeid}: no case is left"
+    default = [call for call in calls if all(mark.name != "full" for mark in call.marks)]
+    default = [default[index] for index in tiers.pairwise([call.indices for call in default])]
+    if metafunc.config.option.full:
+        in_default = {call.id for call in default}
+        for call in calls:
+            if call.id not in in_default:
+                call.marks.append(pytest.mark.full.mark)
+    # With no case left pytest would make one without parameters; this one is deselected as it is marked full.
+    metafunc._calls = calls if metafunc.config.option.full else default or calls[:1]
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """The tier, and one line a target: runs, or why not."""
+    lines = ["tier: " + ("full" if config.option.full else "default (--full runs everything)")]
     for one in targets.ALL:
         reason = targets.unusable_reason(one)
         how = ""
@@ -52,12 +86,18 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests of a GPU are collected where there is one, or where GPU_EMBED_REQUIRE_GPU=1 asks for it."""
-    if CUDA or REQUIRE_GPU:
-        return
-    config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
-    items[:] = [item for item in items if "gpu" not in item.keywords]
+    absent = set() if CUDA or REQUIRE_GPU else {"gpu"}
+    absent |= set() if config.option.full else {"full"}
+    kept, deselected = [], []
+    for item in items:
+        if tiers.is_full(item.path, config.rootpath):
+            item.add_marker("full")
+        (deselected if any(map(item.get_closest_marker, absent)) else kept).append(item)
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = kept
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -53,6 +53,7 @@ def quick(target):
 # Autograd: double backward and forward mode.
 
 
+@pytest.mark.full
 @every_argument
 def test_gradgradcheck(target, arguments):
     """As torch: the gradient's own gradient obeys padding_idx and scale_grad_by_freq too."""

@@ -16,11 +16,15 @@ from cases import (
     same_bits,
     table,
 )
+from targets import has_kernels, has_method, takes_mapped_memory
+from tiers import where
 
 import gpu_embed
 from gpu_embed.backends._plan import bag as bag_plan
 from gpu_embed.backends._torch import bag as _torch
 from gpu_embed.functional import embedding_bag
+
+pytestmark = where(has_method)
 
 MODES = ("sum", "mean", "max")
 V = 6
@@ -100,8 +104,6 @@ def check(weight, indices, arguments, ranges, mode, grad_seed=0, **more):
 @pytest.fixture(params=["atomic", "sorted", "sorted_atomic"])
 def method(request, target):
     """Forces one gradient kernel where the backend has several; the others run once."""
-    if target.backend not in ("triton", "cupy") and request.param != "sorted":
-        pytest.skip(f"{target.backend} has no choice of method")
     with gpu_embed.use_gradient_method(request.param):
         yield request.param
 
@@ -305,12 +307,11 @@ def test_gradients_keep_growing(target, dtype, mode):
     assert weight.grad.tolist() == [[0, 0], [most + 8, most + 8]]
 
 
+@where(lambda method, dtype: "atomic" not in method or dtype.itemsize > 2)
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 def test_random_sums_stay_within_the_bound_of_fp32(target, method, dtype, mode):
     """Accumulation: |actual - exact| <= (count + 2) * eps32 * sum(|terms|), and half an ulp for the rounding."""
-    if "atomic" in method and dtype.itemsize == 2:
-        pytest.skip("atomics serve fp32 and fp64 only")
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(7, 5, generator=generator).to(dtype).to(target.device).requires_grad_()
     indices = ids("zipf", 60, 7, target.device)
@@ -358,6 +359,8 @@ CUT_FORMS = {
 
 @pytest.mark.usefixtures("cut")
 @each_mode
+# Several programs across a row: once is enough.
+@where(lambda embedding_dim, form: embedding_dim <= 128 or form == "skewed")
 @pytest.mark.parametrize("form", CUT_FORMS)
 @pytest.mark.parametrize(
     ("dtype", "padding_idx", "embedding_dim"),
@@ -366,8 +369,6 @@ CUT_FORMS = {
 )
 def test_long_bags_are_cut(target, dtype, padding_idx, embedding_dim, form, mode):
     """Sums of integers are exact, and so the same as those of whole bags; the first maximum is kept."""
-    if embedding_dim > 128 and form != "skewed":
-        pytest.skip("several programs across a row: once is enough")
     weight = integers(V, embedding_dim, dtype, target.device)
     indices = ids("zipf", 90, V, target.device)
     # A part of padding alone.
@@ -518,11 +519,10 @@ def test_wrong_offsets_are_clamped_by_torchs_operators():
 
 
 @needs_mapping
+@where(takes_mapped_memory)
 @pytest.mark.parametrize("embedding_dim", [8, 1])
 def test_rows_past_2_to_the_31_elements(target, embedding_dim):
     """64-bit addresses: a row's address is computed in 64 bits. The table costs an address range alone."""
-    if target.device == "cuda" or target.backend == "reference":
-        pytest.skip("mapped memory is the CPU's, and the reference makes copies")
     far = FAR_ROWS * 8 // embedding_dim
     weight = mapped(far, embedding_dim, torch.float32)
     weight[-1], weight[-2], weight[3] = 1, 4, 2
@@ -700,24 +700,6 @@ def test_no_bags_of_three(target, mode):
     assert not weight.grad.any()
 
 
-def test_wrong_offsets_never_read_outside_of_the_ids(target):
-    """Bounds: on CUDA nobody looks at the offsets before the kernel, which keeps to the ids."""
-    if target.device == "cpu":
-        pytest.skip(
-            "offsets on the CPU are checked before; the next test asks the kernels themselves"
-        )
-    weight = table(4, 3, torch.float32, target.device).requires_grad_()
-    indices = torch.tensor([1, 2, 3], device=target.device)
-    for offsets in ([0, 2, 1], [0, 99, 2], [0, -7, 2], [1, 2, 3], [0, 1, 2**40]):
-        offsets = torch.tensor(offsets, device=target.device)
-        for mode in MODES:
-            output = embedding_bag(indices, weight, offsets, mode=mode)
-            with pytest.raises(RuntimeError, match=r"offsets\[\d\] is "):
-                gpu_embed.check_bounds()
-            with gpu_embed.set_bounds_check("off"):
-                output.sum().backward()
-
-
 WRONG_OFFSETS = {
     "decreasing": ([0, 2, 1], r"offsets\[2\] is 1"),
     "past the end": ([0, 2, 99], r"offsets\[2\] is 99"),
@@ -727,6 +709,7 @@ WRONG_OFFSETS = {
 
 
 @each_mode
+@where(has_kernels)
 @pytest.mark.parametrize("longest", [512, 1])
 @pytest.mark.parametrize(("offsets", "message"), WRONG_OFFSETS.values(), ids=WRONG_OFFSETS)
 def test_kernels_clamp_and_record_wrong_offsets(
@@ -735,8 +718,6 @@ def test_kernels_clamp_and_record_wrong_offsets(
     """Bounds: nothing outside of the ids is read; what is read is recorded as wrong."""
     for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
         monkeypatch.setattr(bag_plan, name, longest)
-    if target.backend not in ("triton", "cupy"):
-        pytest.skip(f"{target.backend} has no kernels")
     device = torch.device(target.device)
     backend = gpu_embed.backends.select(device)
     # The ids lie between ids of a row that would be seen.

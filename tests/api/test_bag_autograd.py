@@ -87,6 +87,7 @@ def test_gradcheck(target, mode, kind):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["plain", "padding, scaled"])
 @each_mode
 def test_gradgradcheck(target, mode, kind):
@@ -98,6 +99,7 @@ def test_gradgradcheck(target, mode, kind):
     assert gradgradcheck(function, tables, check_fwd_over_rev=True, **quick(target))
 
 
+@pytest.mark.full
 def test_gradgradcheck_of_counts_with_ids_in_no_bag(target):
     """Ids behind the last offset are not counted in any order."""
     indices = torch.tensor([1, 2, 2, 2, 3, 3], device=target.device)
@@ -115,6 +117,7 @@ def test_gradgradcheck_of_counts_with_ids_in_no_bag(target):
     assert gradgradcheck(function, (weight,), check_fwd_over_rev=True, **quick(target))
 
 
+@pytest.mark.full
 def test_third_order(target):
     """The three operators are one another's derivatives, so there is no last order."""
     function, tables = bag_function(target, "weighted", padding_idx=1)
@@ -308,6 +311,7 @@ def step(layer, bag, indices, offsets):
     return output.detach(), layer.weight.detach().clone()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arguments", COMPILED.values(), ids=COMPILED)
 def test_compiled_training_equals_eager(target, arguments):
     """Drop-in: one graph, forward and backward; new lengths do not break it."""
@@ -331,6 +335,7 @@ def test_compiled_training_equals_eager(target, arguments):
     torch._dynamo.reset()
 
 
+@pytest.mark.full
 @each_mode
 def test_opcheck(target, mode):
     """Schema, fake tensors, autograd registration and AOT dispatch of every operator."""
@@ -356,6 +361,7 @@ def test_opcheck(target, mode):
         )
 
 
+@pytest.mark.full
 def test_opcheck_of_ids_in_rows(target):
     """Without offsets; the ids' shape is that of the weights' gradient."""
     indices, _ = lookup(target, "2-D")

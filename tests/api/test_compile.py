@@ -75,7 +75,7 @@ def test_compiled_training_equals_eager(target, arguments):
     assert not torch.equal(eager.weight, layer(target.device).weight)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ with g++")
 def test_inductor_on_the_cpu():
     """Drop-in: with generated code around the op."""
@@ -89,6 +89,7 @@ def test_inductor_on_the_cpu():
         assert torch.equal(graph(indices[:, :3]), eager(indices[:, :3]))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("dynamic", "settled"), [(True, 1), (None, 2)], ids=["from the start", "found out"]
 )
@@ -184,6 +185,7 @@ def test_compiled_per_sample_gradients():
     assert torch.equal(graph(weight, indices), per_sample(weight, indices))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_compiled_autograd(arguments):
     """Drop-in: an eager forward whose backward alone is compiled."""
@@ -224,6 +226,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("arguments", EXPORTED.values(), ids=EXPORTED)
 def test_export(arguments, strict):
@@ -251,6 +254,7 @@ def test_export(arguments, strict):
 # Tracing.
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "layer",
     [gpu_embed.Embedding(7, 4, padding_idx=0), gpu_embed.EmbeddingBag(7, 4, mode="sum")],

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import integer_gradient, table
+from tiers import where
 from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten
@@ -117,7 +118,17 @@ def test_embedding(target, how, kind, form):
     check(make, target.device, how)
 
 
+def a_bag_has(layout: str, mode: str, kind: str) -> bool:
+    """Weights are for sums; counts and sparse gradients not for maxima; a renorm reads no offsets."""
+    return (
+        (layout != "weights" or mode == "sum")
+        and (mode != "max" or kind not in ("frequency", "sparse"))
+        and (layout == "rows" or kind != "max_norm")
+    )
+
+
 @in_both_ways
+@where(a_bag_has)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", LOOKUPS)
 @pytest.mark.parametrize(
@@ -131,12 +142,6 @@ def test_embedding(target, how, kind, form):
 )
 def test_embedding_bag(target, how, mode, dtype, kind, layout):
     arguments = {**LOOKUPS[kind], "mode": mode}
-    if layout == "weights" and mode != "sum":
-        pytest.skip("weights are for sums")
-    if mode == "max" and kind in ("frequency", "sparse"):
-        pytest.skip("not for maxima")
-    if layout != "rows" and kind == "max_norm":
-        pytest.skip("it reads no offsets")
 
     def make(device: str) -> Call:
         ids, weight = ids_on(device), parameter(device, dtype)
@@ -421,6 +426,7 @@ def test_the_first_lookup_of_a_thread(target, how):
     assert_same(functional.embedding(ids, fresh).detach(), expected)
 
 
+@pytest.mark.full
 @in_both_ways
 def test_self_check(target, how):
     with default_device(how):
@@ -428,6 +434,7 @@ def test_self_check(target, how):
     assert (found.status, found.detail) == ("right", "")
 
 
+@pytest.mark.full
 @in_both_ways
 def test_the_environment_report(how, capsys):
     with default_device(how):
@@ -532,6 +539,7 @@ def bench_call(device: str) -> Call:
     return lambda: [ids.draw(kind, 20, 50, 1, padding=0.2, padding_idx=3) for kind in kinds]
 
 
+@pytest.mark.full
 @in_both_ways
 @pytest.mark.parametrize("make", [text_call, picture_call, reference_call, demo_call, bench_call])
 def test_what_has_no_backend_of_its_own(how, make):

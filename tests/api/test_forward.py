@@ -3,12 +3,15 @@
 import pytest
 import torch
 from cases import FORWARD_DTYPES, ID_DTYPES, same_bits, table
-from targets import skip_without_kernel
+from targets import has_kernels, has_method
+from tiers import where
 
 import gpu_embed
 from gpu_embed import backends
 from gpu_embed.functional import embedding
 from gpu_embed.settings import GATHER_METHOD
+
+pytestmark = where(has_method)
 
 # (num_embeddings, embedding_dim): words of 1 to 8 bytes, whole tiles, ragged ones, wider than a tile.
 TABLES = [(7, 2), (5, 1), (9, 50), (6, 128), (4, 300), (3, 33), (2, 4100)]
@@ -19,8 +22,6 @@ METHODS = ("auto", "rows", "flat")
 @pytest.fixture(params=METHODS)
 def method(request, target):
     """Forces one kernel where the backend has several; the others run once."""
-    if request.param != "auto":
-        skip_without_kernel(target, request.param)
     with gpu_embed.use_gather_method(request.param):
         yield request.param
 
@@ -186,9 +187,9 @@ def kernels_launched(backend, monkeypatch):
     return launched
 
 
+@where(has_kernels)
 def test_a_known_table_notices_another_method(target, monkeypatch):
     """Forced choice: what was prepared for one method does not serve another."""
-    skip_without_kernel(target, "rows")
     weight = torch.nn.Parameter(table(5, 3, torch.float32, target.device))
     indices = torch.tensor([4, 0], device=target.device)
     launched = kernels_launched(backends.load(target.backend), monkeypatch)
@@ -198,12 +199,12 @@ def test_a_known_table_notices_another_method(target, monkeypatch):
         assert launched.pop() == f"gather_{method}_kernel"
 
 
+@where(has_kernels)
 @pytest.mark.parametrize(("embedding_dim", "chosen"), [(12, "flat"), (128, "rows")])
 def test_a_forced_method_launches_its_own_kernel(
     target, method, embedding_dim, chosen, monkeypatch
 ):
     """Forced choice: what is asked for is what runs."""
-    skip_without_kernel(target, method)
     backend = backends.load(target.backend)
     launched = kernels_launched(backend, monkeypatch)
     weight = table(5, embedding_dim, torch.float32, target.device)

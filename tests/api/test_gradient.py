@@ -5,7 +5,8 @@ from math import gcd
 import pytest
 import torch
 from cases import GRADIENT_DTYPES, ID_DTYPES, ids, integer_gradient, same_bits, table
-from targets import skip_without_kernel
+from targets import has_kernels, has_method
+from tiers import where
 
 import gpu_embed
 from gpu_embed import backends
@@ -13,6 +14,8 @@ from gpu_embed.backends._plan.access import row_matrix, row_numbers
 from gpu_embed.backends._plan.gradient_method import RULES, choose
 from gpu_embed.functional import embedding
 from gpu_embed.settings import GRADIENT_METHOD
+
+pytestmark = where(has_method)
 
 METHODS = tuple(RULES)
 
@@ -35,10 +38,12 @@ def gradient(indices, num_embeddings, grad_output, **arguments):
 @pytest.fixture(params=METHODS)
 def method(request, target):
     """Forces one gradient kernel where the backend has several; the others run once."""
-    if request.param != "sorted":
-        skip_without_kernel(target, request.param)
     with gpu_embed.use_gradient_method(request.param):
         yield request.param
+
+
+def serves_dtype(method, dtype):
+    return dtype in (RULES[method].dtypes or GRADIENT_DTYPES)
 
 
 # (V, D, N): one row, a hot table, odd and even widths, several levels of partial sums.
@@ -95,11 +100,10 @@ def test_sums_are_rounded_once(target, method, dtype):
     assert actual.item() == 1 + eps
 
 
+@where(serves_dtype)
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
 def test_random_gradients_stay_within_the_bound_of_fp32_sums(target, method, dtype):
     """Accumulation: |actual - exact| <= count * eps32 * sum(|grad|), and half an ulp for the rounding."""
-    if dtype not in (RULES[method].dtypes or GRADIENT_DTYPES):
-        pytest.skip(f"{method} does not serve {dtype}")
     generator = torch.Generator().manual_seed(3)
     grad_output = torch.randn(100, 7, generator=generator).to(dtype).to(target.device)
     indices = ids("zipf", 100, 5, target.device)
@@ -347,9 +351,9 @@ KERNELS_OF = {
 }
 
 
+@where(has_kernels)
 def test_a_forced_method_launches_its_own_kernels(target, method, monkeypatch):
     """Forced choice: what is asked for is what runs."""
-    skip_without_kernel(target, method)
     backend = backends.load(target.backend)
     launched = []
 

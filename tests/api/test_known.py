@@ -214,6 +214,7 @@ def test_inference_mode(weight: Parameter) -> None:
     assert not embedding(IDS, weight).is_inference()
 
 
+@pytest.mark.full
 def test_tables_are_not_kept_alive(target: Target) -> None:
     weight = known_parameter(target.device)
     embedding(IDS.to(target.device), weight).sum().backward()

@@ -355,6 +355,7 @@ def test_batched_tables(
         assert torch.equal(*grads)
 
 
+@pytest.mark.full
 def test_a_table_that_is_gone_is_let_go(target: Target) -> None:
     """Its memory and its module; what stays of it holds neither."""
     layer = gpu_embed.Embedding(6, 4, device=target.device)
@@ -368,6 +369,7 @@ def test_a_table_that_is_gone_is_let_go(target: Target) -> None:
     assert [one() for one in gone] == [None, None]
 
 
+@pytest.mark.full
 def test_content_that_was_swapped_out_is_let_go(target: Target) -> None:
     weight = Parameter(table(6, 4, torch.float32, target.device))
     ids = IDS.to(target.device)

@@ -15,6 +15,8 @@ from table_cases import (
     integers,
     random_input,
 )
+from targets import has_kernels, has_method
+from tiers import where
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import gpu_embed
@@ -23,6 +25,8 @@ from gpu_embed.backends._plan import tables as tables_plan
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.ops import tables as table_ops
 from gpu_embed.tables.batch import TableBatch
+
+pytestmark = where(has_method)
 
 METHODS = ("atomic", "sorted")
 every_table = pytest.mark.parametrize("sizes", TABLES.values(), ids=TABLES)
@@ -41,8 +45,6 @@ def paddings_of(sizes):
 @pytest.fixture(params=METHODS)
 def method(request, target):
     """Forces one gradient kernel where the backend has two; the others run once."""
-    if target.backend not in ("triton", "cupy") and request.param != "sorted":
-        pytest.skip(f"{target.backend} has no choice of method")
     with gpu_embed.use_gradient_method(request.param):
         yield request.param
 
@@ -307,6 +309,7 @@ def test_maxima_of_numbers_that_are_not_finite(target, method, sizes):
     assert layer.weight.grad.isfinite().all()
 
 
+@pytest.mark.full
 def test_gradgradcheck_of_maxima(target):
     """As torch: of any order, forward mode too, beside a table that is averaged."""
     layer = integer_layer(
@@ -331,6 +334,7 @@ def test_gradgradcheck_of_maxima(target):
     assert torch.allclose(product, torch.func.grad(twice)(weight.detach()))
 
 
+@pytest.mark.full
 def test_opcheck_of_maxima(target):
     """Drop-in: torch.library's own checks."""
     layer = integer_layer([(3, 1), (2, 2)], target.device, mode=["max", "mean"])
@@ -344,6 +348,7 @@ def test_opcheck_of_maxima(target):
     torch.library.opcheck(table_ops.table_batched_embedding, arguments)
 
 
+@pytest.mark.full
 def test_compiled_maxima_equal_eager(target):
     """Drop-in: one graph, forward and backward."""
     torch._dynamo.reset()
@@ -448,12 +453,12 @@ def test_wrong_offsets_on_the_cpu(offsets, pooled):
         layer(torch.zeros(6, dtype=torch.int64), torch.tensor(offsets))
 
 
+# Others are given offsets that are checked.
+@where(has_kernels)
 @pytest.mark.parametrize("offsets", BAD_OFFSETS.values(), ids=BAD_OFFSETS)
 @pytest.mark.parametrize("pooled", [True, False], ids=["pooled", "rows"])
 def test_kernels_keep_wrong_offsets_within_the_ids(target, method, offsets, pooled):
     """Bounds: no read and no write outside, and a record that says which offset it was."""
-    if target.backend not in ("triton", "cupy"):
-        pytest.skip("kernels only; others are given offsets that are checked")
     make = integer_layer if pooled else embedding_layer
     layer = make([(4, 4), (5, 4)], target.device)
     batch = TableBatch(
@@ -479,11 +484,12 @@ def test_kernels_keep_wrong_offsets_within_the_ids(target, method, offsets, pool
 # Launches.
 
 
+triton_alone = where(lambda target: target.backend == "triton")
+
+
 @pytest.fixture
 def launches(target, monkeypatch):
     """The names of the kernels that are launched, in order."""
-    if target.backend != "triton":
-        pytest.skip("counts Triton's launches")
     backend = backends.select(torch.device(target.device))
     launch = backend._launch
     names = []
@@ -496,6 +502,7 @@ def launches(target, monkeypatch):
     return names
 
 
+@triton_alone
 @pytest.mark.parametrize("num_tables", [1, 2, 9])
 @pytest.mark.parametrize("dims", [(4,), (4, 8)], ids=["uniform", "mixed"])
 def test_launches_do_not_depend_on_the_number_of_tables(target, method, launches, num_tables, dims):
@@ -513,6 +520,7 @@ def test_launches_do_not_depend_on_the_number_of_tables(target, method, launches
     assert launches == ["table_bag_kernel", *gradient]
 
 
+@triton_alone
 @pytest.mark.parametrize("num_tables", [1, 9])
 def test_launches_of_maxima(target, method, launches, num_tables):
     """As many, also beside tables of other modes."""
@@ -528,6 +536,7 @@ def test_launches_of_maxima(target, method, launches, num_tables):
     assert launches == ["table_bag_kernel", *gradient]
 
 
+@triton_alone
 @pytest.mark.parametrize("num_tables", [1, 2, 9])
 def test_launches_without_pooling(target, method, launches, num_tables):
     layer = embedding_layer([(3, 4)] * num_tables, target.device)
@@ -574,6 +583,7 @@ def test_gradcheck_and_gradgradcheck(target, mode):
     assert gradgradcheck(look_up, weight, **quick(target))
 
 
+@pytest.mark.full
 def test_gradgradcheck_of_mixed_tables_and_weights(target):
     """As torch: of both at once."""
     layer = integer_layer([(2, 1), (3, 2)], target.device, torch.float64, padding_idx=[0, None])
@@ -667,6 +677,7 @@ OPCHECK = {
 opchecked = pytest.mark.parametrize(("sizes", "pooled"), OPCHECK.values(), ids=OPCHECK)
 
 
+@pytest.mark.full
 @opchecked
 def test_opcheck_forward(target, sizes, pooled):
     """Drop-in: torch.library's own checks."""
@@ -676,6 +687,7 @@ def test_opcheck_forward(target, sizes, pooled):
     torch.library.opcheck(table_ops.table_batched_embedding, arguments)
 
 
+@pytest.mark.full
 @opchecked
 def test_opcheck_backward(target, sizes, pooled):
     """Drop-in: torch.library's own checks."""
@@ -690,6 +702,7 @@ def test_opcheck_backward(target, sizes, pooled):
         torch.library.opcheck(op, arguments)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sizes", [TABLES["uniform"], TABLES["mixed"]], ids=["uniform", "mixed"])
 def test_compiled_training_equals_eager(target, sizes):
     """Drop-in: one graph, forward and backward, for any number of ids and bags."""
@@ -707,6 +720,7 @@ def test_compiled_training_equals_eager(target, sizes):
     torch._dynamo.reset()
 
 
+@pytest.mark.full
 def test_compiled_rows_equal_eager(target):
     """Drop-in: without pooling."""
     torch._dynamo.reset()

@@ -310,6 +310,7 @@ def test_an_id_out_of_range_names_the_feature(target, ordered):
 # As torch's tools see them.
 
 
+@pytest.mark.full
 @every_size
 @pytest.mark.parametrize("ordered", [True, False], ids=["in order", "in another order"])
 @pytest.mark.parametrize("inside", [True, False], ids=["batched inside", "batched outside"])
@@ -337,6 +338,7 @@ def test_compiled(sizes, ordered, inside):
     torch._dynamo.reset()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("layer_class", [TableBatchedEmbedding, TableBatchedEmbeddingBag])
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("ordered", [True, False], ids=["in order", "in another order"])

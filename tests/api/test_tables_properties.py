@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import GRADIENT_DTYPES, ID_DTYPES, same_bits
 from table_cases import by_layer, by_torch, integer_layer, integers
+from tiers import where
 
 import gpu_embed
 from gpu_embed import optim
@@ -155,10 +156,10 @@ def test_they_are_torchs_bags_one_by_one(target):
         assert_results_equal(actual, expected)
 
 
+# The reference is the yardstick.
+@where(lambda target: target.backend != "reference")
 def test_they_are_the_reference(target):
     """Bounds: with ids out of range too: zeros, no gradient, and never a maximum."""
-    if target.backend == "reference":
-        pytest.skip("the reference is the yardstick")
 
     @holds(target, 60, call=calls())
     def same(call):

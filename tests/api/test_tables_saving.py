@@ -288,9 +288,27 @@ WAYS = {
 }
 
 
+# These import large libraries.
+BY_LIBRARY = (
+    by_accelerate_state,
+    by_accelerate_model,
+    by_accelerate_dispatch,
+    by_the_hub,
+    by_save_torch_model,
+    by_transformers,
+    by_lightning,
+)
+
+
 @every_size
 @every_dtype
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, id=name, marks=[pytest.mark.full] * (way in BY_LIBRARY))
+        for name, way in WAYS.items()
+    ],
+)
 def test_every_table_comes_back(way, sizes, dtype, tmp_path):
     model, other = Model(sizes, dtype), Model(sizes, dtype)
     restored = way(model, other, tmp_path)
@@ -384,6 +402,7 @@ def _double(queue, back):
     back.put({key: (2 * value).tolist() for key, value in queue.get().items()})
 
 
+@pytest.mark.full
 def test_a_state_dict_goes_to_another_process():
     layer = integer_layer(SIZES["mixed"])
     before = layer.weight.detach().clone()
@@ -621,7 +640,8 @@ def test_a_layer_without_memory_gets_one_dtype():
 
 
 @pytest.mark.parametrize(
-    "context", ["meta", "include_buffers", "default device"], ids=lambda name: name
+    "context",
+    ["meta", pytest.param("include_buffers", marks=pytest.mark.full), "default device"],
 )
 def test_made_without_memory(context):
     sizes = SIZES["mixed"]
@@ -731,6 +751,7 @@ def _resets(layer):
     layer.reset_parameters()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("draw", [_draws_the_weight, _draws_the_data, _resets])
 @pytest.mark.parametrize("what", ["complete", "missing", "mismatched"])
 @every_size

@@ -96,6 +96,7 @@ def test_a_forced_backend_that_cannot_run_raises():
         embedding(IDS, WEIGHT)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -112,6 +113,7 @@ def test_the_environment_is_held_to_the_same_rules(environment, message):
     assert message in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "environment",
     [

@@ -503,6 +503,7 @@ def test_many_write_at_once(cached):
     assert len(list(cached.iterdir())) == 1
 
 
+@pytest.mark.full
 def test_another_process_does_not_compile_again(cached):
     """The gather for one architecture, compiled by NVRTC in a first process and read by a second."""
     pytest.importorskip("cupy")

@@ -14,6 +14,8 @@ from cases import (
     same_bits,
     table,
 )
+from targets import takes_mapped_memory
+from tiers import where
 
 from gpu_embed import backends
 from gpu_embed.dtypes import accumulation
@@ -246,16 +248,11 @@ def test_an_expanded_gradient(target):
     assert new[0][:, 3].tolist() == [-0.5, 0, -1]
 
 
-def skip_without_mapped_memory(target):
-    if target.device == "cuda" or target.backend == "reference":
-        pytest.skip("mapped memory is the CPU's, and the reference makes copies")
-
-
 @needs_mapping
+@where(takes_mapped_memory)
 @pytest.mark.parametrize("formula", ["adam", "rowwise_adagrad"])
 def test_rows_past_2_to_the_31_elements(target, formula):
     """64-bit addresses: addresses of rows and state in 64 bits. The tables cost an address range alone."""
-    skip_without_mapped_memory(target)
     weight = mapped(FAR_ROWS, 8, torch.float32)
     state = tuple(
         mapped(FAR_ROWS, 1 if layout.per_row else 8, torch.float32).view(
@@ -278,9 +275,9 @@ def test_rows_past_2_to_the_31_elements(target, formula):
 
 
 @needs_mapping
+@where(takes_mapped_memory)
 def test_rows_past_2_to_the_32_have_random_words_of_their_own(target):
     """Row 2**32 + 1 is not row 1: its number's upper half is part of the counter."""
-    skip_without_mapped_memory(target)
     weight = mapped(2**32 + 16, 1, torch.bfloat16)
     rows = torch.arange(2**32, 2**32 + 16)
     update = RowUpdate("sgd", step_size=-1.0, stream=Stream(seed=3, step=1))
@@ -388,6 +385,7 @@ def test_stochastic_rounding_is_right_on_average(dtype):
         assert abs(error) < 5 / math.sqrt(2 * n) * float(high - low)
 
 
+@pytest.mark.full
 def test_nearest_rounding_stalls_where_stochastic_rounding_moves(target):
     """Below 1 a bf16 step is 2**-8, so 2**-10 at a time is lost each time by rounding to nearest. The mean of
     1024 elements after 8 times is 1 - 2**-7, within Hoeffding's bound for roundings by less than 2**-8 each:

@@ -109,6 +109,7 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path, capsys, monkeypatch
     assert len(read_rows(tmp_path)) == 4
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 def test_ctrl_c_in_a_real_process(tmp_path):
     command = [sys.executable, "-m", "gpu_embed.bench", "run", "--device", "cpu", "--set", "A"]

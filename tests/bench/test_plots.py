@@ -157,6 +157,7 @@ def test_every_kind_is_drawn(rich_pictures):
     assert len({picture.name for picture in rich_pictures}) == len(rich_pictures)
 
 
+@pytest.mark.full
 def test_no_text_covers_another_or_leaves_the_picture(rich_pictures):
     for picture in rich_pictures:
         texts, frame = texts_of(picture.figure)
@@ -450,6 +451,7 @@ def test_plain_numbers(value, text):
     assert plots.short_number(value) == text
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("odd", ["$a$", "$\\frac$", "a$b$"])
 @pytest.mark.parametrize("before", ["", "_"])
 def test_odd_names_are_written_as_they_are(odd, before):

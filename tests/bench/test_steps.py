@@ -227,6 +227,7 @@ def test_hooks_end_with_their_provider(bench):
     assert problem.weight.grad is not None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "name", ["gpu_embed-in-backward", "gpu_embed-sparse", "torch", "torch-sparse"]
 )

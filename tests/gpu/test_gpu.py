@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import ID_DTYPES, ids, same_bits, table
 from gpu_cases import DEVICE, captured, forced, integers, no_host_sync, random_ids, require
+from tiers import where
 from torch import Tensor
 
 import gpu_embed
@@ -342,12 +343,12 @@ def test_the_guard_against_syncs_works():
         torch.ones(1, device=DEVICE).item()
 
 
+# Atomics do not divide by the counts.
+@where(lambda method, arguments: method != "atomic" or not arguments.get("scale_grad_by_freq"))
 @every_method
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
 def test_no_host_sync(backend, dtype, method, arguments):
     """No host sync: forward, backward and double backward are all queued while the GPU is still busy."""
-    if method == "atomic" and arguments.get("scale_grad_by_freq"):
-        pytest.skip("atomics do not divide by the counts")
     weight = table(500, 48, dtype, DEVICE).requires_grad_()
     indices = random_ids(3073, 500)
     grad_output = integers(3073, 48, dtype=dtype).requires_grad_()
@@ -714,7 +715,7 @@ def test_training_equals_torchs_layer(backend, method, arguments):
     assert not torch.equal(ours.weight, before)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("arguments", [{}, {"padding_idx": 5}], ids=str)
 def test_compiled_training_equals_eager(triton, arguments, mode):
@@ -990,12 +991,11 @@ def exact_bags(indices: Tensor, weight: Tensor, offsets: Tensor, arguments: dict
     return torch.nn.functional.embedding_bag(indices.long(), weight.double(), offsets, **wide)
 
 
+@where(lambda method, kind: method != "atomic" or "scaled" not in kind)
 @each_bag_mode
 @every_method
 def test_bags_equal_torchs_in_fp64(backend, dtype, method, kind):
     """Accumulation: small integers, so sums and maxima are exact; means are divided once."""
-    if method == "atomic" and "scaled" in kind:
-        pytest.skip("atomics do not divide by the counts")
     weight = integers(500, 48, dtype=dtype).requires_grad_()
     indices, offsets = random_ids(20_000, 500), cuts(1500, 20_000)
     arguments = bag_arguments(kind, indices, dtype)
@@ -1015,6 +1015,20 @@ def test_bags_equal_torchs_in_fp64(backend, dtype, method, kind):
             # At most 200 terms, each of them at most 2, with two roundings each and one of each sum.
             bound += 200 * 2 * 3 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         assert ((actual.double() - right).abs() <= bound).all()
+
+
+def test_wrong_offsets_never_read_outside_of_the_ids(backend):
+    """Bounds: on CUDA nobody looks at the offsets before the kernel, which keeps to the ids."""
+    weight = table(4, 3, torch.float32, DEVICE).requires_grad_()
+    indices = torch.tensor([1, 2, 3], device=DEVICE)
+    for offsets in ([0, 2, 1], [0, 99, 2], [0, -7, 2], [1, 2, 3], [0, 1, 2**40]):
+        offsets = torch.tensor(offsets, device=DEVICE)
+        for mode in ("sum", "mean", "max"):
+            output = embedding_bag(indices, weight, offsets, mode=mode)
+            with pytest.raises(RuntimeError, match=r"offsets\[\d\] is "):
+                gpu_embed.check_bounds()
+            with gpu_embed.set_bounds_check("off"):
+                output.sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["sum", "mean", "max"])

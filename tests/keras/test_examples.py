@@ -41,7 +41,7 @@ def size_of_picture(output: str, folder: Path) -> tuple[int, int]:
     return width, height
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_phrases(tmp_path: Path) -> None:
     output = run_quick("keras_phrases.py", tmp_path)
     assert "'Hope to see you soon'    -> [0, 1, 2, 3, 4]" in output
@@ -61,7 +61,7 @@ def test_phrases(tmp_path: Path) -> None:
     assert size_of_picture(output, tmp_path) == (960, 840)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_text_classifier_beats_guessing(tmp_path: Path) -> None:
     output = run_quick("keras_text_classifier.py", tmp_path)
     (accuracies,) = re.findall(r"^accuracy of each epoch: (.*)$", output, re.M)

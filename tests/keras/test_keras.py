@@ -121,7 +121,7 @@ print(json.dumps({**vars(outcomes), **calls}))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_keras_own_tests_pass_with_our_layer(tmp_path):
     """All 51 of Keras 3.15, but for three that need a backend with sparse or ragged tensors."""
     done = run_python(
@@ -374,6 +374,7 @@ def test_lora_never_forms_the_table(keras, ours, mode):
         assert largest["keras"] >= 8000
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("mode", "block_size"), [("int8", -1), ("int4", None), ("int4", 8)])
 def test_quantized_tables_are_never_dequantized_whole(keras, ours, device, mode, block_size):
     shape = (device, 1000, 24, block_size)
@@ -414,7 +415,7 @@ def model(keras, ours):
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_fit_with_jit_compile(keras, ours, monkeypatch):
     """Traced by torch.compile, whose code for the CPU another test compiles."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -429,6 +430,7 @@ def test_fit_with_jit_compile(keras, ours, monkeypatch):
     assert changed.tolist() == [False, True, True, True, True, True, False]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", [None, "int8", "int4"])
 @pytest.mark.parametrize("with_lora", [False, True], ids=["", "lora"])
 def test_a_traced_call_is_made_of_torchs_operators(ours, mode, with_lora):
@@ -474,7 +476,7 @@ def test_compiled_and_mapped_calls_are_made_of_torchs_operators(keras, ours):
     assert not [name for name in seen.names if "gpu_embed" in name]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_export_to_onnx_and_torch(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -521,6 +523,7 @@ assert np.array_equal(layer(ids), base(ids))
 '''
 
 
+@pytest.mark.full
 def test_save_and_load_here_and_on_another_backend(keras, ours, model, tmp_path):
     """Under the name gpu_embed>Embedding; on another backend the layer is Keras's own, and a log line says so."""
     assert keras.saving.get_registered_name(ours) == "gpu_embed>Embedding"
@@ -540,6 +543,7 @@ def test_save_and_load_here_and_on_another_backend(keras, ours, model, tmp_path)
     assert "set KERAS_BACKEND=torch" in done.stderr
 
 
+@pytest.mark.full
 def test_weights_travel_between_our_layer_and_keras_own(keras, ours, tmp_path):
     """save_own_variables and load_own_variables are Keras's: adapters are merged, quantized tables kept."""
     ids = np.array(IDS)
@@ -624,6 +628,7 @@ def test_without_keras_3_the_error_says_what_to_install(monkeypatch, found, mess
         import_anew()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(find_spec("tensorflow") is not None, reason="TensorFlow is installed")
 def test_without_a_choice_of_backend_the_error_says_what_to_set(tmp_path):
     """Keras takes TensorFlow where nothing is chosen."""

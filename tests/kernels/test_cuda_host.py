@@ -171,44 +171,6 @@ def test_gather_copies_bits_in_the_widest_words(
     assert torch.equal(output.view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, 5, 300, 1024])
-@pytest.mark.parametrize("shape", [(), (1,), (3073,), (3, 0), (7, 11, 2)], ids=str)
-@pytest.mark.usefixtures("poison")
-def test_gather_of_any_ids(
-    backend: HostShimCupyBackend, id_dtype: torch.dtype, columns: int, shape: tuple[int, ...]
-) -> None:
-    weight = torch.randn(200, columns, generator=seeded())
-    indices = torch.randint(0, 200, shape, generator=seeded(1))
-    indices = indices.clamp_(max=torch.iinfo(id_dtype).max).to(id_dtype)
-    assert torch.equal(backend.embedding(weight, indices, -1, None), weight[indices.long()])
-
-
-def test_gather_reads_ids_that_lie_apart(backend: HostShimCupyBackend) -> None:
-    weight = torch.randn(20, 3, generator=seeded())
-    indices = torch.randint(0, 20, (6, 10), generator=seeded()).t()[::2]
-    assert torch.equal(backend.embedding(weight, indices, -1, None), weight[indices])
-
-
-@pytest.mark.parametrize("columns", [1, 5, 512])
-@pytest.mark.parametrize("bad", [-1, -5, 20, 2**15 - 1])
-@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32, torch.int16], ids=str)
-@pytest.mark.usefixtures("poison")
-def test_gather_of_a_bad_id_gives_zeros_and_a_record(
-    backend: HostShimCupyBackend, columns: int, bad: int, id_dtype: torch.dtype
-) -> None:
-    weight = torch.randn(20, columns, generator=seeded())
-    indices = torch.randint(0, 20, (30, 10), generator=seeded()).to(id_dtype)
-    indices[17, 3] = bad
-    found = record()
-    output = backend.embedding(weight, indices, -1, found)
-    expected = weight[indices.long().clamp(0, 19)]
-    expected[17, 3] = 0
-    assert torch.equal(output, expected)
-    assert found.words.tolist() == [1, 173, bad, 20, 0, 0, 0]
-    assert found.flag.tolist() == [1]
-
-
 def test_the_record_keeps_the_first_bad_id_until_it_is_cleared(sm_90: HostShimCupyBackend) -> None:
     weight = torch.randn(20, 5)
     found = record()
@@ -219,24 +181,6 @@ def test_the_record_keeps_the_first_bad_id_until_it_is_cleared(sm_90: HostShimCu
         found.raise_if_claimed()
     sm_90.embedding(weight, torch.tensor([4]), -1, found)
     assert found.words.tolist() == [0] * 7
-    assert found.flag.tolist() == [0]
-
-
-def test_an_empty_table_has_no_good_id(backend: HostShimCupyBackend) -> None:
-    found = record()
-    output = backend.embedding(torch.empty(0, 3), torch.tensor([0, 1]), -1, found)
-    assert output.tolist() == [[0.0] * 3] * 2
-    assert found.words[0] == 1
-    assert found.words[3] == 0
-
-
-@pytest.mark.parametrize("columns", [5, 512])
-def test_gather_zeroes_one_id(backend: HostShimCupyBackend, columns: int) -> None:
-    weight = torch.randn(20, columns, generator=seeded())
-    indices = torch.randint(0, 20, (300,), generator=seeded())
-    found = record()
-    output = backend.embedding(weight, indices, 7, found)
-    assert torch.equal(output, torch.where(indices[:, None] == 7, 0.0, weight[indices]))
     assert found.flag.tolist() == [0]
 
 
@@ -345,60 +289,6 @@ def test_only_new_cards_add_vectors(sm_90: HostShimCupyBackend) -> None:
     assert launched(sm_80, "scatter") == [names[2]] * 3 + ["scatter_add_kernel<double, 1, 4>"]
 
 
-GRAD_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "one row for all": lambda g: g[:1].expand_as(g),
-    "one value for all": lambda g: g[:1, :1].expand_as(g),
-    "transposed": transposed,
-    "shifted": shifted,
-    "first columns": lambda g: torch.cat([g, g], 1)[:, : g.shape[1]],
-    "every second column": lambda g: g.repeat_interleave(2, 1)[:, ::2],
-}
-
-
-@pytest.mark.parametrize("view", GRAD_VIEWS)
-@pytest.mark.parametrize(
-    ("method", "dtype"),
-    [(method, dtype) for method in ("atomic", "sorted_atomic") for dtype in FLOATS[:2]]
-    + [("sorted", dtype) for dtype in FLOATS],
-    ids=str,
-)
-@pytest.mark.parametrize("columns", [3, 8])
-def test_gradient_of_any_strides(
-    sm_90: HostShimCupyBackend, view: str, method: str, dtype: torch.dtype, columns: int
-) -> None:
-    indices = torch.randint(0, 9, (80,), generator=seeded())
-    grad_output = torch.randint(-4, 5, (80, columns), generator=seeded()).to(dtype)
-    grad_output = GRAD_VIEWS[view](grad_output)
-    with use_gradient_method(method):
-        actual = sm_90.embedding_dense_backward(grad_output, indices, 9, -1, False)
-    assert torch.equal(actual, exact_gradient(grad_output, indices, 9, -1, False))
-
-
-@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
-@pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
-@pytest.mark.parametrize("rows", [200, 255, 256, 32767, 32768, 70000])
-def test_gradient_of_any_ids(
-    sm_90: HostShimCupyBackend, id_dtype: torch.dtype, method: str, rows: int
-) -> None:
-    """The rows are chosen at both sides of each width that a sort key can have."""
-    highest = min(rows, torch.iinfo(id_dtype).max + 1)
-    indices = torch.randint(0, highest, (4, 50), generator=seeded())
-    indices[0, :2] = highest - 1
-    indices = indices.to(id_dtype)
-    grad_output = torch.randint(-4, 5, (4, 50, 2), generator=seeded()).float()
-    with use_gradient_method(method):
-        actual = sm_90.embedding_dense_backward(grad_output, indices, rows, 3, False)
-    assert torch.equal(actual, exact_gradient(grad_output, indices, rows, 3, False))
-
-
-@pytest.mark.parametrize("dtype", FLOATS[2:], ids=str)
-def test_4096_ones_make_4096(backend: HostShimCupyBackend, dtype: torch.dtype) -> None:
-    grad_output = torch.ones(4096, 3, dtype=dtype)
-    indices = torch.zeros(4096, dtype=torch.long)
-    grad_weight = backend.embedding_dense_backward(grad_output, indices, 2, -1, False)
-    assert grad_weight.tolist() == [[4096.0] * 3, [0.0] * 3]
-
-
 def test_subnormal_gradients_are_not_lost(backend: HostShimCupyBackend) -> None:
     tiny = torch.full((4, 1), 2.0**-133, dtype=torch.bfloat16)
     indices = torch.zeros(4, dtype=torch.long)
@@ -466,61 +356,6 @@ def test_renorm_of_every_norm(
     assert torch.equal(actual[untouched], weight[untouched])
     bound = 2e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(actual.double(), expected, rtol=bound, atol=0)
-
-
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
-@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
-def test_renorm_agrees_with_torch(
-    sm_90: HostShimCupyBackend, norm_type: float, dtype: torch.dtype
-) -> None:
-    weight = torch.randn(60, 50, generator=seeded(), dtype=dtype)
-    indices = torch.randint(0, 50, (90,), generator=seeded())
-    max_norm = float(np.median(row_norm(weight.double().numpy(), norm_type)))
-    if norm_type == 0:
-        max_norm -= 1
-    expected = weight.clone()
-    torch.embedding_renorm_(expected, indices, max_norm, norm_type)
-    assert not torch.equal(expected, weight)
-    sm_90.embedding_renorm_(weight, indices, max_norm, norm_type)
-    torch.testing.assert_close(weight, expected)
-
-
-def test_renorm_scales_a_row_once_however_often_it_is_looked_up(
-    backend: HostShimCupyBackend,
-) -> None:
-    # The number of non-zeros does not shrink with the row, so a second scaling would show.
-    weight = torch.full((3, 8), 6.0)
-    backend.embedding_renorm_(weight, torch.tensor([1, 1, 2, 1]), 4.0, 0.0)
-    torch.testing.assert_close(weight[:, 0], torch.tensor([6.0, 3.0, 3.0]))
-
-
-def test_renorm_leaves_the_table_when_an_id_is_bad(backend: HostShimCupyBackend) -> None:
-    for bad in (-1, 60, 2**40):
-        weight = torch.randn(60, 5, generator=seeded())
-        before = weight.clone()
-        backend.embedding_renorm_(weight, torch.tensor([3, bad, 5]), 0.1, 2.0)
-        assert torch.equal(weight, before)
-
-
-def test_renorm_of_any_strides(backend: HostShimCupyBackend) -> None:
-    storage = torch.randn(5, 60, 2, generator=seeded())
-    weight = storage[:, :, 1].t()
-    indices = torch.tensor([0, 59, 7])
-    expected = weight.clone()
-    torch.embedding_renorm_(expected, indices, 0.5, 2.0)
-    other = storage[:, :, 0].clone()
-    backend.embedding_renorm_(weight, indices, 0.5, 2.0)
-    torch.testing.assert_close(weight, expected)
-    assert torch.equal(storage[:, :, 0], other)
-
-
-@pytest.mark.parametrize("norm_type", [n for n in NORM_TYPES if n != 0])
-def test_renorm_leaves_a_row_with_nan(backend: HostShimCupyBackend, norm_type: float) -> None:
-    weight = torch.randn(2, 40, generator=seeded())
-    weight[1, 20] = math.nan
-    before = weight.clone()
-    backend.embedding_renorm_(weight, torch.tensor([1]), 1e-3, norm_type)
-    torch.testing.assert_close(weight, before, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)

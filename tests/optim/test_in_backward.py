@@ -723,13 +723,14 @@ def in_ddp(rank, world_size, store):
     os._exit(0)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_no_replica_under_ddp_moves_alone(tmp_path, world_size):
     """Nor under what the message says to do instead."""
     torch.multiprocessing.spawn(in_ddp, (world_size, str(tmp_path / "store")), nprocs=world_size)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("result_is_kept", [False, True])
 def test_tables_and_what_they_hold_are_freed(result_is_kept):
     """Also what a scaler and micro steps keep: nobody but the table holds its updates."""

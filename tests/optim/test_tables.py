@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import same_bits
 from table_cases import integer_layer, integers, random_input
+from tiers import where
 
 import gpu_embed
 from gpu_embed import backends, optim
@@ -126,6 +127,7 @@ def test_torchs_own_sparse_optimizer_takes_the_gradient():
 # Tables with hyperparameters of their own.
 
 
+@pytest.mark.full
 @every_size
 @every_optimizer
 def test_param_groups_by_table(target, make, sizes):
@@ -432,6 +434,7 @@ def test_hot_rows_are_summed_across_levels(target, make):
     assert_equal(layer, modules)
 
 
+@pytest.mark.full
 @two_optimizers
 def test_weighted_entries(target, make):
     """per_sample_weights, in two lookups under one backward and two backwards before a step."""
@@ -475,6 +478,7 @@ def test_long_rows_and_short_ones(target, make, monkeypatch):
         torch.testing.assert_close(rows, modules[name].weight, rtol=130 * 2**-23, atol=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("long", [False, True], ids=["in a program", "too long"])
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
@@ -499,6 +503,7 @@ def test_rowwise_adagrad_with_decay(target, dtype, long, monkeypatch):
     assert not torch.equal(layer.weight, plain.weight)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("formula", ["SGD", "SGD, momentum", "RowWiseAdagrad"])
 def test_tables_are_rounded_at_random_alike_on_every_backend(target, dtype, formula):
@@ -526,10 +531,9 @@ def test_a_learning_rate_on_the_device(target):
     assert torch.equal(layers[0].weight, layers[1].weight)
 
 
+@where(lambda target: target.backend == "triton")
 def test_a_step_is_one_sort_and_one_launch(target, monkeypatch):
     """Whatever the number of tables and their height, and with nothing that grows with that."""
-    if target.backend != "triton":
-        pytest.skip("counts Triton's launches")
     backend = backends.select(torch.device(target.device))
     launch, names = backend._launch, []
 

@@ -57,6 +57,7 @@ def test_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(rf"^  {operation} +torch", said, re.M)
 
 
+@pytest.mark.full
 def test_report_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert env_report.main(["--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -69,6 +70,7 @@ def test_report_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert {check["backend"] for check in report["checks"]} == set(backends.BACKENDS)
 
 
+@pytest.mark.full
 def test_the_choice_in_force_of_a_kernel_backend(capsys: pytest.CaptureFixture[str]) -> None:
     with gpu_embed.use_backend("triton"):
         serves = env_report.collect()["serves"]["cpu"]
@@ -234,6 +236,7 @@ def test_an_unknown_setting_is_said(
     assert f"{setting.variable}: expected one of " in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_forced_method_does_not_fail_the_check() -> None:
     with gpu_embed.use_gather_method("rows"), gpu_embed.use_gradient_method("atomic"):
         assert _self_check.check_backend("triton", CPU).status == "right"
@@ -257,6 +260,7 @@ def test_the_check_is_deterministic_only_while_it_runs(monkeypatch: pytest.Monke
     assert seen == [2, 2, 2]
 
 
+@pytest.mark.full
 def test_command_without_triton_and_cupy(tmp_path) -> None:
     for name in ("triton", "cupy"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")

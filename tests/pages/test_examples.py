@@ -224,7 +224,7 @@ def run_quick(name: str, device: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_swap_transformers_trains_as_before(device: str):
     output = run_quick("swap_transformers.py", device)
@@ -249,7 +249,7 @@ def test_swap_transformers_refuses_numbers_below_one(option: str, monkeypatch, c
         assert f"argument {option}: invalid positive value: '{number}'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_lora_learns_the_words(device: str):
     output = run_quick("lora.py", device)
@@ -302,7 +302,7 @@ def test_ctrl_c_in_training_is_one_line(name, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 @pytest.mark.parametrize("name", ["recommender.py", "keras_text_classifier.py"])
 def test_ctrl_c_in_a_real_process(name, tmp_path):

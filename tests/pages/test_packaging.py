@@ -158,6 +158,7 @@ def test_changelog_begins_with_the_version() -> None:
     assert f'__version__ = "{version}"' in (ROOT / "gpu_embed/__init__.py").read_text("utf-8")
 
 
+@pytest.mark.full
 def test_wheel_holds_every_source_file(wheel: Path) -> None:
     """Packaging: a new package or source file that pyproject.toml does not name fails here."""
     expected = {
@@ -187,6 +188,7 @@ def test_wheel_carries_the_license(wheel: Path) -> None:
     assert metadata.replace("METADATA", "licenses/LICENSE") in archive.namelist()
 
 
+@pytest.mark.full
 def test_unpacked_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     """Packaging: the three folders come together as one package away from the repo."""
     zipfile.ZipFile(wheel).extractall(tmp_path)

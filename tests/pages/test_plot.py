@@ -82,6 +82,7 @@ def legend_of(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("before", [None, torch.zeros(len(ODD_NAMES), 2)], ids=["now", "moves"])
 @pytest.mark.parametrize("odd", ODD_NAMES, ids=repr)
 def test_odd_names_are_written_as_they_are(odd, before):
@@ -113,6 +114,7 @@ def test_labels_that_are_numbers():
     assert [text.get_text() for text in figure.axes[0].texts] == ["0", "1", "2"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("odd", ["$\\frac$", "_ours", "$a$"])
 def test_odd_names_in_the_picture_of_the_demo(odd):
     from gpu_embed.demo import picture as _demo_picture

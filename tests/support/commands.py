@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = r"(?:make|pip|python3?) "
 INLINE = re.compile(rf"`({COMMAND}[^`\n]+)`")
-TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Ours, and how they take their arguments: what they do not understand raises.
 MODULES = {
     "gpu_embed.bench": cli.parse_args,

@@ -61,7 +61,16 @@ def require(target: Target) -> None:
     pytest.skip(reason)
 
 
-def skip_without_kernel(target: Target, method: str) -> None:
-    """Skip a gather or gradient method where the target has no kernel for it."""
-    if target.backend not in ("triton", "cupy"):
-        pytest.skip(f"{target.backend} has no choice of method")
+def has_kernels(target: Target) -> bool:
+    """Whether the backend launches kernels of ours."""
+    return target.backend in ("triton", "cupy")
+
+
+def takes_mapped_memory(target: Target) -> bool:
+    """Mapped memory is the CPU's, and the reference makes copies."""
+    return target.device == "cpu" and target.backend != "reference"
+
+
+def has_method(target: Target, method: str) -> bool:
+    """Whether there is a gather or gradient kernel of this name; one method stands for a backend without a choice."""
+    return has_kernels(target) or method in ("auto", "sorted")

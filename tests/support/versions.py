@@ -1,6 +1,6 @@
 """Try other versions of torch, Triton and NumPy, in an environment of their own.
 
-    python tests/versions.py ROW
+    python tests/support/versions.py ROW
 
 makes build/versions/ROW anew with pip and runs in it the tests of the kernels in Triton's interpreter, of known
 launches and of modules. ROW is one of ROWS; `newest` takes the newest release of each. No GPU is needed.
@@ -84,7 +84,7 @@ def try_row(
         call(command, check=True)
     call([python, "-m", "pip", "list"], check=True)
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    pytest = [python, "-m", "pytest", "-n", "auto", "-p", "no:cacheprovider"]
+    pytest = [python, "-m", "pytest", "--full", "-n", "auto", "-p", "no:cacheprovider"]
     # Every part runs, so that one failure hides no other.
     parts = [*TESTS, KNOWN_LAUNCH_TESTS] if row.known_launch else TESTS
     ended = [call([*pytest, *tests], cwd=ROOT, env=env).returncode for tests in parts]

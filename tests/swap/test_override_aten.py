@@ -125,6 +125,7 @@ def test_scripted_models_are_routed(device, routed):
     assert routed["embedding"] == routed["embedding_dense_backward"] == 1
 
 
+@pytest.mark.full
 def test_double_backward_and_vmap(device, routed):
     weight = table(7, 5, torch.float64, device).requires_grad_()
     indices = torch.tensor([5, 1, 1], device=device)

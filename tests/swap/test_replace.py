@@ -373,6 +373,7 @@ def test_a_weight_of_another_tensor_type():
 # torch.compile.
 
 
+@pytest.mark.full
 def test_compiled_before_and_after():
     """Drop-in: the graph is compiled anew for the new class, and for the old one again."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -724,7 +725,7 @@ def test_verify_leaves_no_trace_of_a_failed_run(device):
 # Several processes.
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_ddp_and_fsdp_train_as_before(tmp_path):
     """Drop-in: two processes on gloo; each checks DDP and FSDP2 before and after the swap."""
