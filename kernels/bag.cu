@@ -238,7 +238,7 @@ __global__ void bag_combine_kernel(
 
 // grid:  cdiv(num_bags * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: bag i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
-// why:   as bag_sum_kernel, but never cuts a bag: the Triton twin says why
+// why:   as bag_sum_kernel, but never cuts a bag: both backends share one plan, and Triton cannot cut these well
 template <typename Weight, int VEC, int UNROLL>
 __global__ void bag_max_kernel(
     const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1

@@ -57,7 +57,7 @@ class BagLaunch(Launch):
 
 @dataclass(frozen=True)
 class TableLaunch(Launch):
-    """table_bag_sum_kernel and table_scatter_add_kernel: BLOCK vectors of their tables' columns, one a lane."""
+    """table_bag_kernel and table_scatter_add_kernel: BLOCK vectors of their tables' columns, one a lane."""
 
     BLOCK: int = 32
     UNROLL: int = 4
