@@ -387,41 +387,6 @@ def bag_join_kernel(
         tl.store(output_ptr + bag * D + d, output.to(output_ptr.dtype.element_ty), mask=d < D)
 
 
-# grid:  (cdiv(num_bags * D, BLOCK),)
-# block: BLOCK_S splits by BLOCK elements, a loop over the splits
-# owner: program i: elements [i * BLOCK, ...) of the flattened output
-# why:   adds the partial sums of table_bag_kernel's splits in a fixed order: no atomics, deterministic
-@triton.jit
-def bag_combine_kernel(
-    partial_ptr,  # accumulation dtype, [num_splits, num_bags, D]
-    sizes_ptr,  # mean: int64 [num_splits, num_bags]: each split's share of the divisor; sum: None
-    output_ptr,  # [num_bags, D]
-    num_splits,
-    num_bags,
-    D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    num_elements = num_bags * D
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    in_range = (element < num_elements)[None, :]
-    total = tl.zeros([BLOCK_S, BLOCK], partial_ptr.dtype.element_ty)
-    size = tl.zeros([BLOCK_S, BLOCK], tl.int64)
-    for first in range(0, num_splits, BLOCK_S):
-        split = (first + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None]
-        taken = (split < num_splits) & in_range
-        total += tl.load(partial_ptr + split * num_elements + element[None, :], mask=taken, other=0)
-        if sizes_ptr is not None:
-            bag = (element // D)[None, :]
-            size += tl.load(sizes_ptr + split * num_bags + bag, mask=taken, other=0)
-    output = tl.sum(total, 0)
-    if sizes_ptr is not None:
-        output = divide(output, tl.maximum(tl.sum(size, 0), 1).to(output.dtype))
-    tl.store(
-        output_ptr + element, output.to(output_ptr.dtype.element_ty), mask=element < num_elements
-    )
-
-
 # grid:  (cdiv(num_bags, BLOCK_B), cdiv(D, BLOCK_D))
 # block: BLOCK_B bags by BLOCK_D columns
 # owner: program (i, j): bags [i * BLOCK_B, ...), columns [j * BLOCK_D, ...)

@@ -132,6 +132,29 @@ __global__ void table_bag_kernel(
   *(Vector<Output, VEC>*)(output_ptr + out) = output;
 }
 
+// grid:  cdiv(num_bags * D, blockDim.x); block: 1-D
+// owner: thread i of the grid: element i of the flattened output
+// why:   adds the partial sums of table_bag_kernel's splits in a fixed order: no atomics, deterministic
+template <typename Output>
+__global__ void table_combine_kernel(
+    const typename Accumulator<Output>::type* __restrict__ partial_ptr,  // [num_splits, num_bags, D]
+    const int64* __restrict__ sizes_ptr,  // mean: [num_splits, num_bags]: each split's share of the divisor; sum: null
+    Output* __restrict__ output_ptr,      // [num_bags, D]
+    int64 num_splits,
+    int64 num_bags,
+    int64 D) {
+  using Acc = typename Accumulator<Output>::type;
+  const int64 element = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (element >= num_bags * D) return;
+  Acc total = 0;
+  int64 size = 0;
+  for (int64 split = 0; split < num_splits; ++split) {
+    total += partial_ptr[split * num_bags * D + element];
+    if (sizes_ptr) size += sizes_ptr[split * num_bags + element / D];
+  }
+  narrow(sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[element]);
+}
+
 // grid:  cdiv(num_indices * D, blockDim.x); block: 1-D
 // owner: thread i of the grid: word i of the flattened output; offset i and every number of threads further to check
 // why:   no lane idles when a row is shorter than a warp; no thread owns a bag, so the offsets are shared out

@@ -116,7 +116,7 @@ def embedding_bag(
         include_last_offset = False
     if not (type(scale_grad_by_freq) is type(sparse) is type(include_last_offset) is bool):
         raise _wrong_flag(scale_grad_by_freq, sparse, include_last_offset)
-    row = -1 if padding_idx is None else _wrap_bag_padding_idx(padding_idx, weight.size(0))
+    padding_idx = -1 if padding_idx is None else _wrap_bag_padding_idx(padding_idx, weight.size(0))
     if input.dtype not in IDS or not (offsets is None or offsets.dtype in IDS):
         input, offsets = _bag_index_dtypes(input, offsets)
     _check_bag_tensors(input, weight, offsets, per_sample_weights)
@@ -126,14 +126,14 @@ def embedding_bag(
         # Last, so that a call that was refused has not changed the table.
         embedding_renorm_(weight.detach(), input, max_norm, norm_type)
     if mode == "max":
-        return call_embedding_bag_max(weight, input, offsets, include_last_offset, row)
+        return call_embedding_bag_max(weight, input, offsets, include_last_offset, padding_idx)
     return call_embedding_bag(
         weight,
         per_sample_weights,
         input,
         offsets,
         include_last_offset,
-        row,
+        padding_idx,
         mode,
         scale_grad_by_freq,
         sparse,

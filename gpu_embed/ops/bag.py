@@ -56,8 +56,8 @@ def _embedding_bag(
         return bounds.looked_up(weight.device, indices, partial(_no_columns, weight, bags))
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.contiguous().view(-1)
-    embedding_bag = backends.select(weight.device).embedding_bag
-    compute = partial(embedding_bag, weight, per_sample_weights, bags, padding_idx, mode)
+    compute_bag = backends.select(weight.device).embedding_bag
+    compute = partial(compute_bag, weight, per_sample_weights, bags, padding_idx, mode)
     return bounds.looked_up(weight.device, indices, compute)
 
 
@@ -80,8 +80,8 @@ def _embedding_bag_max(
     shape = (bags.num_bags, weight.shape[1])
     if indices.numel() and bags.num_bags:
         if weight.shape[1]:
-            embedding_bag_max = backends.select(weight.device).embedding_bag_max
-            compute = partial(embedding_bag_max, weight, bags, padding_idx, with_argmax)
+            compute_bag_max = backends.select(weight.device).embedding_bag_max
+            compute = partial(compute_bag_max, weight, bags, padding_idx, with_argmax)
             return bounds.looked_up(weight.device, indices, compute)
         bounds.looked_up(weight.device, indices, partial(_no_columns, weight, bags))
     else:

@@ -83,7 +83,7 @@ class BagPlan(GradientPlan):
         mode: str,
         scale_grad_by_freq: bool,
     ) -> Tensor:
-        def make_bags() -> OutputBags:
+        def make_output_bags() -> OutputBags:
             sizes = None
             if mode == "mean":
                 sizes = bags.indices.new_zeros(bags.num_bags, dtype=torch.int32)
@@ -94,7 +94,7 @@ class BagPlan(GradientPlan):
             grad_output,
             [],
             bags.indices,
-            make_bags,
+            make_output_bags,
             num_embeddings,
             padding_idx,
             scale_grad_by_freq,
@@ -130,9 +130,6 @@ class BagPlan(GradientPlan):
 
     @abstractmethod
     def _bag_join(self, parts: BagParts, bags: Bags, output: Tensor) -> None: ...
-
-    @abstractmethod
-    def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None: ...
 
     @abstractmethod
     def _bag_max(

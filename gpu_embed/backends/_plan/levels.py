@@ -20,7 +20,8 @@ class Level(NamedTuple):
     values: Tensor  # [*, D]
     order: Tensor | None  # [N]: the row of values of each key; None: its own
     keys: Tensor  # [N], ascending
-    extra: Tensor | None  # int32 [N]: the count or the table of each key; None: on the first level
+    # int32 [N]: counts_ptr of segment_sum, or key_tables_ptr of tables; None: on the first level
+    extra: Tensor | None
 
 
 class Partial(NamedTuple):

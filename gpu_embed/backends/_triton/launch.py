@@ -66,7 +66,7 @@ class TableLaunch(Launch):
 
 @dataclass(frozen=True)
 class CombineLaunch(Launch):
-    """bag_join_kernel and bag_combine_kernel: BLOCK_S parts by BLOCK elements."""
+    """bag_join_kernel and table_combine_kernel: BLOCK_S parts or splits by BLOCK elements."""
 
     BLOCK_S: int
     BLOCK: int
@@ -100,9 +100,10 @@ MAX_HELD_ROW = 16384
 HELD_BYTES = 32
 ROWWISE_BLOCK = 1024
 BAG_OF = FlatLaunch(1024)
-BAG_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
+BAG_JOIN = CombineLaunch(BLOCK_S=32, BLOCK=32)
 BAG_SAMPLE_WEIGHTS_VECTORS = 512
-TABLE_BAGS = TableLaunch()
+TABLE_BAG = TableLaunch()
+TABLE_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
 TABLE_GATHER = FlatLaunch(128, num_warps=1)
 TABLE_KEYS = FlatLaunch(512)
 TAKE_ROWS = FlatLaunch(256)
