@@ -66,7 +66,7 @@ __device__ inline Part find_part(
 // grid:  cdiv((num_bags + num_chunks) * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: bag i / (D / VEC), or behind the bags the carry-in of a chunk; VEC columns from
 //        i % (D / VEC) * VEC on
-// why:   threads walk alone: no shared memory, no barrier
+// why:   each thread reduces its own part: no shared memory, no __syncthreads
 template <typename Weight, int VEC, bool MEAN, int UNROLL>
 __global__ void bag_sum_kernel(
     const Weight* __restrict__ weight_ptr,              // [num_embeddings, D], any strides; VEC > 1: column stride 1

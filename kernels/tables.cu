@@ -30,7 +30,7 @@ __device__ inline Range split_range(Range range) {
 
 // grid:  (cdiv(num_bags * D / VEC, blockDim.x), num_splits); block: 1-D
 // owner: thread (i, s) of the grid: vector i of the flattened output, split s of num_splits of its bag
-// why:   no thread idles, whatever the tables' widths; neighbouring threads walk the same bag, or the next table's
+// why:   no thread idles, whatever the tables' widths; adjacent threads read adjacent columns of the same rows: coalesced
 //
 // Output: Weight; SPLIT: its accumulation dtype. MAX: some table has mode "max", and its argmax is to be found; not
 // with SPLIT.
@@ -156,7 +156,7 @@ __global__ void table_combine_kernel(
 }
 
 // grid:  cdiv(num_indices * D, blockDim.x); block: 1-D
-// owner: thread i of the grid: word i of the flattened output; offset i and every number of threads further to check
+// owner: thread i of the grid: word i of the flattened output; offsets i, i + all threads, ... to check (grid-stride)
 // why:   no lane idles when a row is shorter than a warp; no thread owns a bag, so the offsets are shared out
 template <typename Word>
 __global__ void table_gather_kernel(
@@ -349,7 +349,8 @@ struct StoreTableGradient {
 
 // grid:  cdiv(num_chunks * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on of each table that has them
-// why:   segment_sum_kernel for tables of different widths, with the same slots and levels
+// why:   segment_sum_kernel for tables of different widths, with the same slots and levels; a row's width comes from
+//        its table, so columns past it are masked
 template <typename Value, typename Grad, int VEC, int UNROLL>
 __global__ void table_segment_sum_kernel(
     // level 0: grad_output, [num_bags, *], any strides (VEC > 1: column stride 1); else [num_keys, D], the level below

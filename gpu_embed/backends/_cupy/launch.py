@@ -39,7 +39,10 @@ class FlatLaunch:
 
 @dataclass(frozen=True)
 class WalkLaunch:
-    """A kernel whose threads walk alone: threads a block, each with one chunk or bag, and loads in flight."""
+    """A kernel in which each thread reduces its own chunk or bag, with no shared memory and no __syncthreads.
+
+    threads: per block. UNROLL: loads in flight.
+    """
 
     threads: int = 256
     UNROLL: int = 4
