@@ -30,7 +30,8 @@ __device__ inline Range split_range(Range range) {
 
 // grid:  (cdiv(num_bags * D / VEC, blockDim.x), num_splits); block: 1-D
 // owner: thread (i, s) of the grid: vector i of the flattened output, split s of num_splits of its bag
-// why:   no thread idles, whatever the tables' widths; adjacent threads read adjacent columns of the same rows: coalesced
+// why:   no thread idles, whatever the tables' widths; adjacent threads read adjacent columns of the same rows:
+//        coalesced
 //
 // Output: Weight; SPLIT: its accumulation dtype. MAX: some table has mode "max", and its argmax is to be found; not
 // with SPLIT.

@@ -27,7 +27,7 @@ class CupyGradient(CupyDevice, GradientPlan):
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         vec = 1
-        # Without vector atomics, lanes that lie VEC apart would make more memory transactions of one add.
+        # Without vector atomics VEC > 1 puts adjacent threads VEC elements apart: uncoalesced.
         if (
             grad_output.dtype == torch.float32
             and self._capability(ids.device) >= VECTOR_ATOMICS_CAPABILITY

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .._plan.access import cdiv
 
-# Columns a thread of a kernel that sums: more would cost registers and save nothing.
+# Columns per thread of a kernel that sums: more would cost registers and save nothing.
 MAX_SEGMENT_VECTOR = 4
 MAX_BLOCKS_Y = 65535
 
@@ -21,7 +21,7 @@ class RowsLaunch:
 
     def grid(self, num_rows: int, row_words: int) -> Grid:
         across, down = self.threads
-        # The threads stride over what so many blocks leave.
+        # Threads stride over the columns beyond this many blocks.
         blocks_across = min(cdiv(row_words, across), MAX_BLOCKS_Y)
         return (cdiv(num_rows, down * self.ROWS), blocks_across), self.threads
 
@@ -51,11 +51,11 @@ class WalkLaunch:
         return (cdiv(items, self.threads), 1), (self.threads, 1)
 
 
-# The settings below keep four loads in flight a thread without spills; they are starting points until they
+# The settings below keep four loads per thread in flight without spills; they are starting points until they
 # are measured.
 
-# By the largest power of two that divides the words of a row; rows of other lengths go to GATHER_FLAT, which
-# has no lanes to spare, but a division to pay.
+# By the largest power of two that divides the words of a row; rows of other lengths go to GATHER_FLAT, where no
+# lane idles, but each thread divides.
 GATHER_ROWS = {
     32: RowsLaunch((32, 8)),
     64: RowsLaunch((64, 4)),

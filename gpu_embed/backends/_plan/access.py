@@ -22,7 +22,7 @@ class WordLayout(NamedTuple):
 def word_layout(weight: Tensor) -> WordLayout:
     """The widest words in which rows of weight [V, D] can be copied.
 
-    Raises ValueError for items of 16 bytes whose columns are apart: no word holds one.
+    Raises ValueError for complex128 with column stride != 1: words have at most 8 bytes.
     """
     itemsize = weight.element_size()
     num_columns = weight.shape[1]
@@ -64,7 +64,7 @@ class RowSteps(NamedTuple):
 
 
 def row_matrix(grad_output: Tensor) -> tuple[Tensor, list[RowSteps]]:
-    """grad_output [..., D], not empty, as a matrix [R, D] in its own memory: a copy would be as large again.
+    """grad_output [..., D], not empty, viewed as [R, D], without a copy.
 
     One stride: position n is row n. Several: `row_numbers` maps a position to its row. A transposed [B, L, D] has
     two strides, and so has a mean's gradient that was expanded from [B, 1, D].

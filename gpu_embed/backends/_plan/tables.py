@@ -18,7 +18,7 @@ from .levels import Level, Partial, levels
 from .row_update import RowUpdatePlan
 from .sort import check_sortable
 
-# Programs that keep a large card busy: long bags are split until there are so many.
+# Programs that keep a large card busy: long bags are split until at least this many programs run.
 MIN_BAG_PROGRAMS = 2048
 # Mean ids a split, at least.
 MIN_SPLIT_LENGTH = 64
@@ -26,7 +26,7 @@ MAX_BAG_SPLITS = 512
 
 
 class TablesPlan(BagPlan, RowUpdatePlan):
-    """`table_batched_embedding` and its kin of a `Backend`."""
+    """`Backend`'s `table_batched_embedding*` methods, and `table_row_update_`."""
 
     def table_batched_embedding(
         self,
@@ -69,7 +69,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             splits,
             record,
         )
-        # Tables differ in how they divide, so each element stands for a bag of one column.
+        # Divisors differ by table, so combine sees each output element as a bag with D = 1.
         self._table_combine(
             partial.view(splits, -1, 1),
             None if sizes is None else sizes.view(splits, -1),

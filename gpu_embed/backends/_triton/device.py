@@ -15,7 +15,7 @@ from .known_launch import launch
 
 # Triton compiles for these and newer cards only.
 MIN_CAPABILITY = (8, 0)
-# Said in every launch, as Triton's default is about to change; it is what the kernels were checked with.
+# Passed explicitly, because Triton's default is about to change; the kernels were checked with this.
 ENABLE_FP_FUSION = True
 
 
@@ -94,7 +94,7 @@ class TritonDevice:
 
     @cached_property
     def _words(self) -> dict[int, Any]:
-        """Triton's integer of so many bytes."""
+        """tl.int* by size in bytes."""
         from triton import language as tl
 
         return {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
