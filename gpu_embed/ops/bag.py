@@ -1,4 +1,4 @@
-"""The gpu_embed::embedding_bag* operators: schemas, shapes without data, gradients and vmap rules.
+"""The gpu_embed::embedding_bag* operators: schemas, fake kernels, gradients and vmap rules.
 
 With F(W, p) the bags of a table W under per-sample weights p (all ones where there are none), the product of F
 with a gradient g is linear in each of g, W and p. So the derivatives of each of three operators are the
@@ -28,7 +28,7 @@ from .lookup import (
     sparse_gradient,
 )
 
-# Kernels: what runs below autograd, on every device. Ids are [N] with offsets, or [B, L] without.
+# Dispatcher kernels (CompositeExplicitAutograd). Ids are [N] with offsets, or [B, L] without.
 
 
 def _checked_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Bags:
@@ -142,7 +142,7 @@ def _embedding_counts(indices: Tensor, num_embeddings: int) -> Tensor:
     return backends.select(indices.device).embedding_counts(indices, num_embeddings)
 
 
-# Shapes without data.
+# Fake kernels.
 
 
 def _embedding_bag_fake(

@@ -66,7 +66,7 @@ def unused_reason() -> str | None:
         return f"{KNOWN_LAUNCH.variable}=0"
     if triton.__version__ not in CHECKED_VERSIONS:
         return (
-            f"triton {triton.__version__} is none of those checked: {', '.join(CHECKED_VERSIONS)}"
+            f"triton {triton.__version__} is not a checked version ({', '.join(CHECKED_VERSIONS)})"
         )
     return None
 
