@@ -16,8 +16,9 @@ from .backends._plan.gather import use_gather_method
 from .backends._plan.gradient_method import use_gradient_method
 from .bags import Bags
 from .row_update import RowUpdate
-from .tables.gradient import TableEntries
-from .tables.layout import TableBatch, TableLayout, make_layout
+from .tables.batch import TableBatch
+from .tables.entries import TableEntries
+from .tables.layout import TableLayout, make_layout
 from .take import QuantizedTable
 
 

@@ -62,10 +62,10 @@ class Bags(NamedTuple):
 
 def make_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Bags:
     """Bags of ids [N] at offsets, or of ids [B, L], one a row."""
-    num_bags = count_bags(indices, offsets, include_last_offset)
-    if offsets is not None:
-        offsets = offsets.contiguous()
-    return Bags(indices.contiguous().view(-1), offsets, num_bags)
+    ids = indices.contiguous().view(-1)
+    if offsets is None:
+        return Bags(ids, None, indices.shape[0])
+    return Bags(ids, offsets.contiguous(), offsets.shape[0] - include_last_offset)
 
 
 def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:

@@ -13,7 +13,9 @@ Modes (`set_bounds_check`, or `GPU_EMBED_BOUNDS_CHECK` in the environment):
 
 import threading
 from collections.abc import Callable
+from enum import IntEnum
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,14 +35,38 @@ class BagIndexError(IndexError, RuntimeError):
     """An id of a bag is out of range: IndexError as in every lookup, RuntimeError as torch's embedding_bag has it."""
 
 
+class Word(IntEnum):
+    """The words of a record, as kernels write them.
+
+    ==========  =====================================  ==============================================
+    word        of an id                               of an offset or a length (BAG is OFFSET, ...)
+    ==========  =====================================  ==============================================
+    CLAIMED     0 or 1                                 the same
+    POSITION    in the flattened ids                   its place, from FIRST on where there are tables
+    VALUE       the id                                 the offset or length
+    LIMIT       rows of the table, negated where ids   the largest that it may be
+                count from the end, too
+    BAG         from 1 on; 0: it is in no bag          OFFSET, BATCH_OFFSET or BATCH_LENGTH
+    FIRST       the bag's first position               the feature's first place
+    NAME        the table's `table_name_id`; 0: there  the feature's; 0: there is one table
+                is one table
+    ==========  =====================================  ==============================================
+    """
+
+    CLAIMED = 0
+    POSITION = 1
+    VALUE = 2
+    LIMIT = 3
+    BAG = 4
+    FIRST = 5
+    NAME = 6
+
+
 class BoundsRecord:
     """One device's record of the first id out of range since the last error.
 
     Attributes:
-        words: int64 [7] on the device: claimed (0 or 1), flat position, id, rows of the table (negated where ids also
-            count from the end); of an id in a bag, the bag's number from 1 on (0: no bag) and its first position; of
-            an id of one of several tables, the table's `table_name_id`. A bag below 0 stands for a wrong offset or
-            length (see OFFSET): its place, itself, and the largest that it may be are in the three words before.
+        words: int64 [7] on the device, as `Word` names them.
         flag: int32 [1] in host memory (pinned for CUDA): 1 once `words` is claimed.
     """
 
@@ -49,7 +75,7 @@ class BoundsRecord:
         self._on_cuda = device.type == "cuda"
         # Whatever mode the first lookup runs in, every later one must be able to write here.
         with torch.inference_mode(False):
-            self.words = torch.zeros(7, dtype=torch.int64, device=device)
+            self.words = torch.zeros(len(Word), dtype=torch.int64, device=device)
             self.flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self._on_cuda)
         # A view of bytes reads in 20 ns where Tensor.item() takes microseconds.
         self._flag_view = self.flag.numpy().data
@@ -83,16 +109,18 @@ class BoundsRecord:
         )
 
     def write_places(self, flat: Tensor, out_of_range: Tensor, words: Tensor) -> None:
-        """Record the first of these ids [N] that is out of range; words: int64 [*, N], from the rows on."""
+        """Record the first of these ids [N] that is out of range; words: int64 [*, N], from `Word.LIMIT` on."""
         places = torch.arange(flat.numel(), device=self.device)
         position = torch.where(out_of_range, places, flat.numel() - 1).min()
         found = torch.zeros_like(self.words)
-        found[0] = 1
-        found[1] = position
+        found[Word.CLAIMED] = 1
+        found[Word.POSITION] = position
         # Not flat[position], which would wait for the GPU.
-        found[2] = flat.gather(0, position.view(1))[0]
-        found[3 : 3 + len(words)] = words.index_select(1, position.view(1))[:, 0]
-        self.words.copy_(torch.where(out_of_range.any() & (self.words[0] == 0), found, self.words))
+        found[Word.VALUE] = flat.gather(0, position.view(1))[0]
+        found[Word.LIMIT : Word.LIMIT + len(words)] = words.index_select(1, position.view(1))[:, 0]
+        self.words.copy_(
+            torch.where(out_of_range.any() & (self.words[Word.CLAIMED] == 0), found, self.words)
+        )
         self.flag.copy_(self.words[:1], non_blocking=True)
 
     def write_numbers(
@@ -142,13 +170,15 @@ class BoundsRecord:
             if not self._flag_view[0]:
                 return
             self._wait()
-            _, position, index, num_embeddings, bag, begin, name = self.words.tolist()
+            words = self.words.tolist()
             # In this order: while the words are claimed, no kernel can raise the flag in between.
             self._flag_view[0] = 0
             self.words[1:].zero_()
             # Last: a kernel on another stream may claim the record from here on, and write the other words.
             self.words[:1].zero_()
             self._wait()
+        position, index, num_embeddings = words[Word.POSITION : Word.BAG]
+        bag, begin, name = words[Word.BAG :]
         table = list(_table_ids)[name - 1] if name else None
         if bag == OFFSET:
             raise offset_error(index, position, num_embeddings)
@@ -287,6 +317,28 @@ def raise_pending(device: torch.device) -> None:
         record = _cuda_records.get(_cuda_index(device))
         if record is not None:
             record.ready()
+
+
+def looked_up(
+    device: torch.device, indices: Tensor, compute: Callable[[BoundsRecord | None], Any]
+) -> Any:
+    """What `compute` makes of a record, which it writes ids out of range to: None in mode "off".
+
+    An earlier call's error is raised before, and this one's after it, both where that needs no stall.
+    """
+    if BOUNDS_CHECK.value == "off":
+        raise_pending(device)
+        return compute(None)
+    if device.type == "cuda":
+        record = _cuda_record(_cuda_index(device)).ready()
+        output = compute(record)
+        record.finish_lookup(indices)
+        return output
+    record = getattr(_cpu_records, "record", None) or _cpu_record()
+    output = compute(record)
+    if record._flag_view[0]:
+        record.raise_if_claimed(indices.shape)
+    return output
 
 
 def record_for(device: torch.device) -> BoundsRecord | None:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .dtypes import KERAS_IDS
 from .ops import take as take_ops
-from .take import INDEX_DTYPES, WIDE_UNSIGNED, signed_ids
+from .take import WIDE_UNSIGNED, signed_ids
 
 INSTALL = 'install the extra "keras" (from a clone: pip install ".[keras]")'
 try:
@@ -98,7 +99,7 @@ class Embedding(keras.layers.Embedding):
         table = self._embeddings.value
         if self.lora_enabled and table.is_floating_point():
             return self._add_lora(_take(table, ids, _wide(table.dtype)), ids)
-        dtype = self._torch_compute_dtype
+        dtype = getattr(torch, self.compute_dtype)
         if _serves(table, ids, dtype):
             return take_ops.take_rows(table, ids, dtype)
         return super().call(ids)
@@ -126,7 +127,7 @@ class Embedding(keras.layers.Embedding):
         if not ON_TORCH:
             return None
         scale = self.embeddings_scale.value
-        dtype = self._torch_compute_dtype
+        dtype = getattr(torch, self.compute_dtype)
         if self.lora_enabled:
             dtype = _wide(scale.dtype)
         # Scales have no gradient here, and none in Keras unless somebody made them trainable.
@@ -154,12 +155,7 @@ class Embedding(keras.layers.Embedding):
             self.lora_embeddings_b.value.to(rows.dtype),
             alpha=self.lora_alpha / self.lora_rank,
         )
-        return total.view(rows.shape).to(self._torch_compute_dtype)
-
-    @property
-    def _torch_compute_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.compute_dtype)
-        return dtype
+        return total.view(rows.shape).to(getattr(torch, self.compute_dtype))
 
 
 def _ids(inputs: Any) -> Any:
@@ -181,7 +177,7 @@ def _serves(table: Tensor, ids: Tensor, dtype: torch.dtype) -> bool:
         and type(table) in (Tensor, torch.nn.Parameter)
         and table.device.type in ("cpu", "cuda")
         and table.device == ids.device
-        and ids.dtype in INDEX_DTYPES
+        and ids.dtype in KERAS_IDS
         and take_ops.converts(table.dtype, dtype)
     )
 

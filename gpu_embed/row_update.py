@@ -5,9 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What a table that an optimizer can update may be made of.
-UPDATE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
 
 class Stream(NamedTuple):
     """Where the random bits of a step's stochastic rounding come from: Philox 4x32-10.
@@ -90,8 +87,3 @@ STATE = {
     "rowwise_adagrad": (StateLayout("sum", per_row=True),),
     "adam": (StateLayout("exp_avg"), StateLayout("exp_avg_sq")),
 }
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and state of a table of this dtype are kept in."""
-    return torch.promote_types(dtype, torch.float32)

@@ -6,6 +6,7 @@ Plain globals on purpose: autograd runs CUDA backwards on threads of its own, wh
 import os
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from types import TracebackType
 
 # Counts the changes of all settings: what was derived from them is out of date once this has moved.
@@ -28,23 +29,18 @@ class Setting:
         self.variable = variable
         self.choices = choices
         self.on_change = on_change
-        self._value: str | None = None
 
-    @property
+    @cached_property
     def value(self) -> str:
         """The name in force. Raises ValueError if the environment holds an unknown one."""
-        if self._value is None:
-            self._value = self._checked(
-                os.environ.get(self.variable) or self.choices[0], self.variable
-            )
-        return self._value
+        return self._checked(os.environ.get(self.variable) or self.choices[0], self.variable)
 
     def set(self, value: str, source: str) -> "Restore":
         """Set the name from here on; as a context manager, until the block ends.
 
         Raises ValueError if the name is unknown, and then changes nothing.
         """
-        former = self._value
+        former = vars(self).get("value")
         self._assign(self._checked(value, source))
         return Restore(self, former)
 
@@ -63,7 +59,10 @@ class Setting:
     def _assign(self, value: str | None) -> None:
         global generation
         with _assigning:
-            self._value = value
+            if value is None:
+                vars(self).pop("value", None)
+            else:
+                self.value = value
             if self.on_change is not None:
                 self.on_change()
             generation += 1

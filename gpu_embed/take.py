@@ -7,20 +7,6 @@ from torch import Tensor
 
 from .bounds import in_table
 
-# Kernels see a bool as the byte that it is; the others are numbered as in kernels/wrapped_index.cuh.
-INDEX_DTYPES = (
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.bool,
-)
-
 # What has neither kernels nor, in torch, most of its operators.
 WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 

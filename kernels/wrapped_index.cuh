@@ -4,7 +4,7 @@
 
 #include "common.cuh"
 
-// In the order of INDEX_DTYPES in gpu_embed/take.py; the launch passes the index in that list.
+// In the order of KERAS_IDS in gpu_embed/dtypes.py; the launch passes the index in that list.
 enum class IndexKind : int64 { U8, I8, I16, I32, I64, F16, BF16, F32, F64 };
 
 struct WrappedIndex {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import gcd, inf
 
 import torch
@@ -15,9 +15,11 @@ from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.backends._triton.launch import GATHER_ROWS
 from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
-from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
-from gpu_embed.tables.gradient import TableEntries
-from gpu_embed.tables.layout import TableBatch, TableLayout, make_layout
+from gpu_embed.dtypes import accumulation
+from gpu_embed.row_update import STATE, RowUpdate, Stream
+from gpu_embed.tables.batch import TableBatch
+from gpu_embed.tables.entries import TableEntries
+from gpu_embed.tables.layout import TableLayout, make_layout
 from gpu_embed.take import QuantizedTable
 
 from ..candidates import launch as candidates
@@ -197,7 +199,7 @@ def _row_update(case: Case, backend: TritonBackend) -> None:
     state = tuple(
         torch.empty(
             weight.shape[:1] if layout.per_row else weight.shape,
-            dtype=arithmetic_dtype(case.dtype),
+            dtype=accumulation(case.dtype),
             device=META,
         )
         for layout in STATE[case.operation]
@@ -229,7 +231,8 @@ def _tables(
     )
     if with_winner:
         shape = case.num_bags, batch.width
-        batch = batch._replace(winner=case.ids().new_empty(shape, dtype=batch.position_dtype))
+        winner = case.ids().new_empty(shape, dtype=batch.position_dtype)
+        batch = replace(batch, winner=winner)
     return layout, batch
 
 
@@ -292,7 +295,7 @@ def _table_update(case: Case, backend: TritonBackend) -> None:
     layout, batch = _tables(case, with_winner=case.max)
     weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
     formula = case.operation.removeprefix("table_")
-    arithmetic = arithmetic_dtype(case.dtype)
+    arithmetic = accumulation(case.dtype)
     num_rows = batch.shape.num_rows
     state = tuple(
         torch.empty(num_rows if state.per_row else weight.shape, dtype=arithmetic, device=META)

@@ -8,12 +8,14 @@ from torch import Tensor
 from .. import reference
 from ..bags import Bags
 from ..bounds import BoundsRecord
+from ..dtypes import accumulation
 from ..reference import rounding as stochastic_rounding
-from ..row_update import STATE, RowUpdate, arithmetic_dtype
-from ..tables.gradient import TableEntries
-from ..tables.layout import TableBatch, TableField, write_out_of_range
+from ..row_update import STATE, RowUpdate
+from ..tables.batch import TableBatch, write_out_of_range
+from ..tables.entries import TableEntries
+from ..tables.layout import TableColumn
 from ..take import QuantizedTable, rows_or_ids
-from . import PreparedEmbedding
+from .protocol import PreparedEmbedding
 
 ROUNDINGS = {
     torch.bfloat16: stochastic_rounding.round_to_bfloat16,
@@ -88,7 +90,7 @@ class ReferenceBackend:
         rows: Tensor | None,
         first_row: int = 0,
     ) -> None:
-        table = weight.detach().cpu().to(arithmetic_dtype(weight.dtype)).clone().numpy()
+        table = weight.detach().cpu().to(accumulation(weight.dtype)).clone().numpy()
         arrays = [tensor.cpu().clone().numpy() for tensor in state]
         reference.row_update(
             update,
@@ -174,7 +176,7 @@ class ReferenceBackend:
         record: BoundsRecord | None,
     ) -> Tensor:
         if record is not None:
-            write_out_of_range(record, batch)
+            write_out_of_range(record, batch, batch.places())
         output = reference.table_batched_embedding(
             _array(weight),
             *_batch_arrays(batch),
@@ -193,7 +195,7 @@ class ReferenceBackend:
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
         if record is not None:
-            write_out_of_range(record, batch)
+            write_out_of_range(record, batch, batch.places())
         output, winner = reference.table_batched_embedding_max(
             _array(weight), *_batch_arrays(batch)
         )
@@ -269,10 +271,10 @@ class ReferenceBackend:
         if rows is not None:
             chosen &= rows[torch.where(chosen, entries.rows, 0)]
         table_fields = (
-            TableField.FIRST_ROW,
-            TableField.NUM_ROWS,
-            TableField.DIM,
-            TableField.FIRST_ELEMENT,
+            TableColumn.FIRST_ROW,
+            TableColumn.NUM_ROWS,
+            TableColumn.DIM,
+            TableColumn.FIRST_ELEMENT,
         )
         values = entries.row_values()
         # Features of one table differ in other fields alone, and are one update.

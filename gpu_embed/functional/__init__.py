@@ -1,5 +1,6 @@
 """torch.nn.functional's signatures on our kernels; every user error is raised here."""
 
-from .lookup import embedding, embedding_bag
+from .bag import embedding_bag
+from .lookup import embedding
 
 __all__ = ["embedding", "embedding_bag"]

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ops import lookup as ops
-from ..ops import tables as table_ops
+from ..dtypes import FLOATS, IDS
+from ..ops.tables import call_table_batched_embedding
 from ..tables.inputs import TableInput
 from ..tables.layout import TableLayout, Tables, quoted
-from .lookup import INDEX_DTYPES, tensor_hint
+from .checks import tensor_hint
 
 
 def table_batched_embedding(
@@ -52,14 +52,14 @@ def _look_up(
     check_batch(function, input, offsets, weight, layout)
     if per_sample_weights is not None and per_sample_weights.device != weight.device:
         raise _other_device(function, "per_sample_weights", per_sample_weights, weight)
-    if weight.dtype not in ops.GRADIENT_DTYPES:
+    if weight.dtype not in FLOATS:
         raise RuntimeError(
             f"{function}: expected tables of float64, float32, float16 or bfloat16, got {weight.dtype}"
         )
-    arguments = (weight, per_sample_weights, input, offsets, tables, sparse, pooled)
+    call = call_table_batched_embedding
     if sparse and not layout.is_uniform and torch.compiler.is_compiling():
-        return _call_in_eager_mode(*arguments)
-    return _call(*arguments)
+        call = _call_in_eager_mode
+    return call(weight, per_sample_weights, input, offsets, tables, pooled, sparse)
 
 
 def check_sample_weights(
@@ -95,7 +95,7 @@ def check_batch(
         _check_is_tensor(function, name, value)
         if value.dim() != 1:
             raise ValueError(f"{function}: {name} has to be a 1D Tensor, got {value.dim()}D")
-        if value.dtype not in INDEX_DTYPES:
+        if value.dtype not in IDS:
             raise RuntimeError(
                 f"{function}: expected {name} of dtype int64, int32, int16 or uint8, got {value.dtype}: "
                 f"convert it with {name}.long()"
@@ -129,27 +129,8 @@ def _other_device(function: str, name: str, tensor: Tensor, weight: Tensor) -> R
     )
 
 
-def _call(
-    weight: Tensor,
-    per_sample_weights: Tensor | None,
-    input: Tensor,
-    offsets: Tensor,
-    tables: Tables,
-    sparse: bool,
-    pooled: bool,
-) -> Tensor:
-    batch = (input, offsets, tables.fields, tables.table_of_column)
-    shape = tables.layout.shape(pooled)
-    if "max" in tables.layout.modes:
-        return table_ops.call_table_batched_embedding_max(weight, *batch, *shape, sparse)
-    output: Tensor = table_ops.call_table_batched_embedding(
-        weight, per_sample_weights, *batch, None, *shape, False, sparse
-    )
-    return output
-
-
 # A graph has no place for a gradient that is no plain tensor, so torch.compile breaks its graph here.
-_call_in_eager_mode = torch._disable_dynamo(_call)
+_call_in_eager_mode = torch._disable_dynamo(call_table_batched_embedding)
 
 
 def _dims(tables: Tables) -> str:

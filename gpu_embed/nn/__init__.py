@@ -1,6 +1,10 @@
 """The layers: what a model holds. Each has a table, or many, and hands every call to `gpu_embed.functional`."""
 
-from .embedding import Embedding, EmbeddingBag
+from . import opacus_rules
+from .bag import EmbeddingBag
+from .embedding import Embedding
 from .tables import TableBatchedEmbedding, TableBatchedEmbeddingBag
 
 __all__ = ["Embedding", "EmbeddingBag", "TableBatchedEmbedding", "TableBatchedEmbeddingBag"]
+
+opacus_rules.register_once_imported(Embedding, EmbeddingBag)

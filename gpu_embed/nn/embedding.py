@@ -1,10 +1,9 @@
-"""The layers: torch.nn.Embedding and torch.nn.EmbeddingBag with another forward."""
+"""torch.nn.Embedding with another forward."""
 
 import torch
 from torch import Tensor
 
 from .. import functional
-from . import opacus_rules
 
 
 class Embedding(torch.nn.Embedding):
@@ -32,42 +31,3 @@ class Embedding(torch.nn.Embedding):
             self.scale_grad_by_freq,
             self.sparse,
         )
-
-
-class EmbeddingBag(torch.nn.EmbeddingBag):
-    """Sums, means or maxima of bags of rows of a trainable table.
-
-    Everything but `forward` is `torch.nn.EmbeddingBag`'s own. Input: ids `[B, L]`, or `[N]` with offsets, and
-    per-sample weights of the ids' shape. Output: `[B, embedding_dim]` in the table's dtype.
-
-    Errors are those of `gpu_embed.functional.embedding_bag`.
-
-    Example::
-
-        table = gpu_embed.EmbeddingBag(200, 32, mode="sum", device="cuda")
-        ids = torch.tensor([4, 7, 199], device="cuda")
-        sums = table(ids, torch.tensor([0, 2], device="cuda"))  # of rows 4 and 7, and of row 199: [2, 32]
-    """
-
-    def forward(
-        self,
-        input: Tensor,
-        offsets: Tensor | None = None,
-        per_sample_weights: Tensor | None = None,
-    ) -> Tensor:
-        return functional.embedding_bag(
-            input,
-            self.weight,
-            offsets,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.mode,
-            self.sparse,
-            per_sample_weights,
-            self.include_last_offset,
-            self.padding_idx,
-        )
-
-
-opacus_rules.register_once_imported(Embedding, EmbeddingBag)

@@ -12,8 +12,9 @@ from ..functional import tables as table_functional
 from ..tables.gradient import TableGradient
 from ..tables.inputs import TableInput, reorder
 from ..tables.layout import TableLayout, Tables, make_layout, quoted
-from ..tables.parameter import RowParameter
-from .embedding import Embedding, EmbeddingBag
+from ..tables.parameter import TableSlice
+from .bag import EmbeddingBag
+from .embedding import Embedding
 from .table_module import Table, not_frozen_alone
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ class BatchedTables(torch.nn.Module, ABC):
         """Each table's name and rows."""
         return ((name, self[name]) for name in self)
 
-    def parameters_of(self, *names: str) -> list[RowParameter]:
+    def parameters_of(self, *names: str) -> list[TableSlice]:
         """Some of the tables as parameters, for a param group of one of `gpu_embed.optim`'s optimizers.
 
         Tables that lie side by side are one parameter, for which a step sorts the ids once and launches one
@@ -204,7 +205,7 @@ class BatchedTables(torch.nn.Module, ABC):
                 ranges[-1][1] = number + 1
             else:
                 ranges.append([number, number + 1])
-        return [RowParameter(self.weight, self.layout.row_range(*ends)) for ends in ranges]
+        return [TableSlice(self.weight, self.layout.row_range(*ends)) for ends in ranges]
 
     @property
     def tables(self) -> Tables:

@@ -1,4 +1,4 @@
-"""One lookup on data: bounds record, backend, output; and what is kept of it for the next one.
+"""What is kept of a lookup for the next one in the same table.
 
 A lookup of a few ids takes the GPU less time than its arguments take Python to check. So the second call with
 a Parameter finds the checks, the backend and the launch settings of the first one in `known_tables`, as long
@@ -7,29 +7,17 @@ what is kept of a table that is gone, or whose Parameter has other content (`tor
 refuses a Parameter that a weak reference points to), serves no table but one just like it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import backends, bounds, settings
-
-INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
-
-
-def look_up(weight: Tensor, indices: Tensor) -> Tensor:
-    """weight[indices], ids out of range recorded and, where that needs no stall, reported."""
-    device = weight.device
-    bounds.raise_pending(device)
-    record = bounds.record_for(device)
-    if weight.shape[1] == 0 or indices.numel() == 0:
-        output = weight.new_empty(*indices.shape, weight.shape[1])
-        if record is not None:
-            record.write(indices, weight.shape[0])
-    else:
-        output = backends.select(device).embedding(weight, indices, -1, record)
-    if record is not None:
-        record.finish_lookup(indices)
-    return output
+from ..dtypes import IDS
+from .autograd import PLAIN_MODES, SingleLevelFunction, included_keys, profiler_enabled
+from .lookup import embedding, embedding_adjoint
 
 
 class KnownTable:
@@ -66,7 +54,7 @@ class KnownTable:
         sparse: bool,
         arguments: tuple[int, bool, bool],
     ) -> None:
-        # First: a setting that changes from here on makes the rest out of date.
+        # Read the generation first: a concurrent settings change must invalidate this entry.
         self._generation = settings.generation
         self._address = weight.data_ptr()
         self._shape = weight.shape
@@ -116,7 +104,7 @@ class KnownTable:
                 and scale_grad_by_freq is self._scale_grad_by_freq
                 and sparse is self._sparse
                 and type(input) is Tensor
-                and input.dtype in INDEX_DTYPES
+                and input.dtype in IDS
                 and input.get_device() == self._device_index
                 and not input.is_neg()
                 # `describes`, without the call; an address in use is on one device.
@@ -132,7 +120,7 @@ class KnownTable:
             return False
 
     def embedding(self, weight: Tensor, indices: Tensor) -> Tensor:
-        """`look_up` in this table."""
+        """`embedding` in this table, on data."""
         record = self._record()
         output = self._prepared(weight, indices, -1, record)
         if record is not None:
@@ -152,3 +140,38 @@ class KnownTables(dict[int, KnownTable]):
 
 
 known_tables = KnownTables()
+
+
+class KnownEmbedding(SingleLevelFunction):
+    """`call_embedding` in a known table: the least that autograd lets a Function cost."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, indices: Tensor, table: KnownTable) -> Tensor:
+        ctx.table = table
+        # Saved, so that autograd notices ids that were changed in place.
+        ctx.save_for_backward(indices)
+        return table.embedding(weight, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        table = ctx.table
+        return embedding_adjoint(grad, table.num_embeddings, indices, *table.arguments), None, None
+
+
+_apply_known = KnownEmbedding.apply  # type: ignore[attr-defined]
+
+
+def call_known_embedding(table: KnownTable, weight: Tensor, indices: Tensor) -> Tensor:
+    """`call_embedding` for a table and ids that it serves."""
+    # The modes of `is_plain_call`, without the call.
+    if (
+        included_keys().raw_repr() not in PLAIN_MODES
+        or forward_ad._current_level >= 0
+        or profiler_enabled()
+    ):
+        return embedding(weight, indices, *table.arguments)
+    if weight.requires_grad and torch.is_grad_enabled():
+        output: Tensor = _apply_known(weight, indices, table)
+        return output
+    return table.embedding(weight, indices)

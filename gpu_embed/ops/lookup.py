@@ -1,4 +1,4 @@
-"""The gpu_embed::* operators: schemas, shapes without data, gradients and vmap rules.
+"""The gpu_embed::embedding* operators: schemas, shapes without data, gradients and vmap rules.
 
 Three of them are linear in their first argument and adjoint to one another, which is all that autograd needs
 to differentiate them any number of times, in both directions:
@@ -6,46 +6,17 @@ to differentiate them any number of times, in both directions:
     embedding                       weight [V, D]       -> output [..., D]
     embedding_dense_backward        grad_output [..., D] -> grad_weight [V, D]
     embedding_dense_double_backward grad [V, D]          -> [..., D], zero at padding_idx, over the counts
-
-Each is registered with the dispatcher, and has a function `call_*` that goes past the dispatcher where that has
-nothing to do: plain tensors in eager mode, the common case, in a third of the host time.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
 
 from .. import backends, bounds
-from .known import KnownTable, look_up
-
-_library = torch.library.Library("gpu_embed", "DEF")
-_library.define(
-    "embedding(Tensor weight, Tensor indices, SymInt padding_idx, "
-    "bool scale_grad_by_freq, bool sparse) -> Tensor"
-)
-_library.define(
-    "embedding_dense_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, "
-    "SymInt padding_idx, bool scale_grad_by_freq) -> Tensor"
-)
-_library.define(
-    "embedding_dense_double_backward(Tensor grad, Tensor indices, "
-    "SymInt padding_idx, bool scale_grad_by_freq) -> Tensor"
-)
-_library.define(
-    "embedding_renorm_(Tensor(a!) weight, Tensor indices, float max_norm, float norm_type) -> ()"
-)
-embedding = torch.ops.gpu_embed.embedding.default
-embedding_dense_backward = torch.ops.gpu_embed.embedding_dense_backward.default
-embedding_dense_double_backward = torch.ops.gpu_embed.embedding_dense_double_backward.default
-embedding_renorm_ = torch.ops.gpu_embed.embedding_renorm_.default
-
+from ..dtypes import FLOATS
+from .autograd import _library, define, register_multilinear
 
 # Kernels: what runs below autograd, on every device.
 
@@ -53,7 +24,18 @@ embedding_renorm_ = torch.ops.gpu_embed.embedding_renorm_.default
 def _embedding(
     weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
 ) -> Tensor:
-    return look_up(weight, indices)
+    """weight[indices], ids out of range recorded and, where that needs no stall, reported."""
+    if weight.shape[1] == 0 or indices.numel() == 0:
+        return bounds.looked_up(weight.device, indices, partial(_nothing, weight, indices))
+    embedding = backends.select(weight.device).embedding
+    return bounds.looked_up(weight.device, indices, partial(embedding, weight, indices, -1))
+
+
+def _nothing(weight: Tensor, indices: Tensor, record: bounds.BoundsRecord | None) -> Tensor:
+    """A lookup of no ids, or in a table without columns."""
+    if record is not None:
+        record.write(indices, weight.shape[0])
+    return weight.new_empty(*indices.shape, weight.shape[1])
 
 
 def _embedding_dense_backward(
@@ -71,7 +53,7 @@ def _embedding_dense_backward(
             parts, indices, num_embeddings, padding_idx, scale_grad_by_freq
         )
         return torch.view_as_complex(grad_weight.unflatten(-1, (-1, 2)))
-    if dtype not in GRADIENT_DTYPES:
+    if dtype not in FLOATS:
         name = str(dtype).removeprefix("torch.").capitalize()
         raise NotImplementedError(f"\"embedding_backward\" not implemented for '{name}'")
     if grad_output.numel() == 0 or num_embeddings == 0:
@@ -79,9 +61,6 @@ def _embedding_dense_backward(
     return backends.select(grad_output.device).embedding_dense_backward(
         grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq
     )
-
-
-GRADIENT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _embedding_dense_double_backward(
@@ -104,25 +83,15 @@ def _embedding_renorm_(weight: Tensor, indices: Tensor, max_norm: float, norm_ty
     bounds.raise_pending(weight.device)
     if indices.numel() and weight.numel():
         backend = backends.select(weight.device)
-        if weight.dtype not in GRADIENT_DTYPES:
+        if weight.dtype not in FLOATS:
             # No kernel of ours has the norm of complex numbers; torch decides on the rest.
             backend = backends.load("torch")
         backend.embedding_renorm_(weight, indices, max_norm, norm_type)
 
 
-for _name, _kernel in (
-    ("embedding", _embedding),
-    ("embedding_dense_backward", _embedding_dense_backward),
-    ("embedding_dense_double_backward", _embedding_dense_double_backward),
-    ("embedding_renorm_", _embedding_renorm_),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-
-
 # Shapes without data.
 
 
-@torch.library.register_fake("gpu_embed::embedding", lib=_library)
 def _embedding_fake(
     weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
 ) -> Tensor:
@@ -130,7 +99,6 @@ def _embedding_fake(
     return weight.new_empty((*indices.shape, weight.shape[1]))
 
 
-@torch.library.register_fake("gpu_embed::embedding_dense_backward", lib=_library)
 def _embedding_dense_backward_fake(
     grad_output: Tensor,
     indices: Tensor,
@@ -141,27 +109,49 @@ def _embedding_dense_backward_fake(
     return grad_output.new_empty((num_embeddings, grad_output.shape[-1]))
 
 
-@torch.library.register_fake("gpu_embed::embedding_dense_double_backward", lib=_library)
 def _embedding_dense_double_backward_fake(
     grad: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
 ) -> Tensor:
     return grad.new_empty((*indices.shape, grad.shape[1]))
 
 
-@torch.library.register_fake("gpu_embed::embedding_renorm_", lib=_library)
 def _embedding_renorm_fake(
     weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
 ) -> None:
     return None
 
 
+embedding = define(
+    "embedding(Tensor weight, Tensor indices, SymInt padding_idx, bool scale_grad_by_freq, bool sparse) -> Tensor",
+    _embedding,
+    _embedding_fake,
+)
+embedding_dense_backward = define(
+    "embedding_dense_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, SymInt padding_idx, "
+    "bool scale_grad_by_freq) -> Tensor",
+    _embedding_dense_backward,
+    _embedding_dense_backward_fake,
+)
+embedding_dense_double_backward = define(
+    "embedding_dense_double_backward(Tensor grad, Tensor indices, SymInt padding_idx, "
+    "bool scale_grad_by_freq) -> Tensor",
+    _embedding_dense_double_backward,
+    _embedding_dense_double_backward_fake,
+)
+embedding_renorm_ = define(
+    "embedding_renorm_(Tensor(a!) weight, Tensor indices, float max_norm, float norm_type) -> ()",
+    _embedding_renorm_,
+    _embedding_renorm_fake,
+)
+
+
 # Gradients.
 
 
-def _embedding_adjoint(
+def embedding_adjoint(
     grad: Tensor,
-    indices: Tensor,
     num_embeddings: int,
+    indices: Tensor,
     padding_idx: int,
     scale_grad_by_freq: bool,
     sparse: bool,
@@ -175,13 +165,21 @@ def _embedding_adjoint(
 
 def _embedding_dense_backward_adjoint(
     grad: Tensor,
-    indices: Tensor,
     _: int,
+    indices: Tensor,
     num_embeddings: int,
     padding_idx: int,
     scale_grad_by_freq: bool,
 ) -> Tensor:
     return call_embedding_dense_double_backward(grad, indices, padding_idx, scale_grad_by_freq)
+
+
+def _embedding_dense_double_backward_adjoint(
+    grad: Tensor, num_embeddings: int, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    return call_embedding_dense_backward(
+        grad, indices, num_embeddings, padding_idx, scale_grad_by_freq
+    )
 
 
 def sparse_gradient(
@@ -228,175 +226,15 @@ def _zeroed(ids: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(kept, ids, named), torch.where(kept[:, None], values, 0)
 
 
-def _dispatch_keys(*keys: torch._C.DispatchKey) -> int:
-    """The raw representation of a set of keys."""
-    key_set = torch._C.DispatchKeySet(keys[0])
-    for key in keys[1:]:
-        key_set = key_set.add(key)
-    return key_set.raw_repr()
-
-
-_Key = torch._C.DispatchKey
-# What a tensor with data of its own carries: no wrapper, no lazy conjugate, no fake.
-PLAIN_TENSORS = frozenset(
-    (
-        _dispatch_keys(_Key.CPU, _Key.ADInplaceOrView, _Key.AutogradCPU, _Key.AutocastCPU),
-        _dispatch_keys(_Key.CUDA, _Key.ADInplaceOrView, _Key.AutogradCUDA, _Key.AutocastCUDA),
-    )
-)
-# What eager mode turns on, without and with inference mode: no tracer, no functorch, no dispatch mode.
-PLAIN_MODES = frozenset(
-    (_dispatch_keys(_Key.BackendSelect, _Key.ADInplaceOrView), _dispatch_keys(_Key.BackendSelect))
-)
-
-
-def is_plain_call(x: Tensor, indices: Tensor) -> bool:
-    """Whether the dispatcher would go straight to autograd and from there to the kernel."""
-    return (
-        not torch.compiler.is_compiling()
-        and is_plain_mode()
-        and (torch._C._dispatch_keys(x) | torch._C._dispatch_keys(indices)).raw_repr()
-        in PLAIN_TENSORS
-    )
-
-
-def is_plain_mode() -> bool:
-    """Whether nothing but autograd stands between a call and its kernel, for plain tensors."""
-    return (
-        _included_keys().raw_repr() in PLAIN_MODES
-        and forward_ad._current_level < 0
-        and not _profiler_enabled()
-    )
-
-
-_included_keys = torch._C._dispatch_tls_local_include_set
-_profiler_enabled = torch.autograd._profiler_enabled
-
-
-def _register_linear(
-    op: torch._ops.OpOverload, kernel: Callable[..., Tensor], adjoint: Callable[..., Tensor]
-) -> Callable[..., Tensor]:
-    """Register the gradients of an operator that is linear in its first argument.
-
-    Args:
-        op: op(x, indices, *arguments).
-        kernel: the same, on data.
-        adjoint: adjoint(grad, indices, x.shape[0], *arguments) -> gradient of x.
-
-    Returns:
-        `op` as a function that spares a plain call the dispatcher.
-    """
-    after_autograd = torch._C._after_autograd_keyset
-    num_arguments = len(op._schema.arguments) - 2
-
-    # functorch hands each of its levels to the Autograd key in turn, so one level is what we differentiate.
-    class Linear(_SingleLevelFunction):
-        # torch.autograd.Function has it; compiled autograd asks for it.
-        _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
-
-        @staticmethod
-        def forward(
-            ctx: Any, run: Callable[..., Tensor], x: Tensor, indices: Tensor, *arguments: Any
-        ) -> Tensor:
-            ctx.arguments = arguments
-            ctx.num_rows = x.shape[0]
-            # Saved, so that autograd notices ids that were changed in place.
-            ctx.save_for_backward(indices)
-            if forward_ad._current_level >= 0:
-                ctx.save_for_forward(indices)
-            return run(x, indices, *arguments)
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            (indices,) = ctx.saved_tensors
-            grad_x = adjoint(grad, indices, ctx.num_rows, *ctx.arguments)
-            return (None, grad_x, None, *(None,) * num_arguments)
-
-        @staticmethod
-        def jvp(ctx: Any, _: None, tangent: Tensor | None, *rest: None) -> Tensor | None:
-            if tangent is None:
-                return None
-            (indices,) = ctx.saved_tensors
-            return op(tangent, indices, *ctx.arguments)
-
-    apply: Callable[..., Tensor] = Linear.apply  # type: ignore[attr-defined]
-
-    def below_autograd(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & after_autograd, x, indices, *arguments)
-
-    def below_one_level(keyset: Any, *arguments: Any) -> Tensor:
-        # The levels below differentiate too, and this one has switched their modes off.
-        with torch.enable_grad(), _set_fwd_grad_enabled(True):
-            return below_autograd(keyset, *arguments)
-
-    def autograd(keyset: Any, x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
-        differentiated = torch.is_grad_enabled() and x.requires_grad
-        if not differentiated and forward_ad._current_level < 0:
-            return below_autograd(keyset, x, indices, *arguments)
-        if torch._C._are_functorch_transforms_active():
-            with enable_single_level_autograd_function():
-                return apply(partial(below_one_level, keyset), x, indices, *arguments)
-        return apply(partial(below_autograd, keyset), x, indices, *arguments)
-
-    def call(x: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
-        if not is_plain_call(x, indices):
-            return op(x, indices, *arguments)
-        if x.requires_grad and torch.is_grad_enabled():
-            return apply(kernel, x, indices, *arguments)
-        return kernel(x, indices, *arguments)
-
-    name = op._schema.name.removeprefix("gpu_embed::")
-    _library.impl(name, autograd, "Autograd", with_keyset=True)
-    return call
-
-
-call_embedding = _register_linear(embedding, _embedding, _embedding_adjoint)
-call_embedding_dense_backward = _register_linear(
+call_embedding = register_multilinear(embedding, _embedding, embedding_adjoint)
+call_embedding_dense_backward = register_multilinear(
     embedding_dense_backward, _embedding_dense_backward, _embedding_dense_backward_adjoint
 )
-call_embedding_dense_double_backward = _register_linear(
+call_embedding_dense_double_backward = register_multilinear(
     embedding_dense_double_backward,
     _embedding_dense_double_backward,
-    call_embedding_dense_backward,
+    _embedding_dense_double_backward_adjoint,
 )
-
-
-class KnownEmbedding(_SingleLevelFunction):
-    """`call_embedding` in a known table: the least that autograd lets a Function cost."""
-
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, indices: Tensor, table: KnownTable) -> Tensor:
-        ctx.table = table
-        # Saved, so that autograd notices ids that were changed in place.
-        ctx.save_for_backward(indices)
-        return table.embedding(weight, indices)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (indices,) = ctx.saved_tensors
-        table = ctx.table
-        return _embedding_adjoint(grad, indices, table.num_embeddings, *table.arguments), None, None
-
-
-_apply_known = KnownEmbedding.apply  # type: ignore[attr-defined]
-
-
-def call_known_embedding(table: KnownTable, weight: Tensor, indices: Tensor) -> Tensor:
-    """`call_embedding` for a table and ids that it serves."""
-    # `is_plain_mode`, without the call.
-    if (
-        _included_keys().raw_repr() not in PLAIN_MODES
-        or forward_ad._current_level >= 0
-        or _profiler_enabled()
-    ):
-        return embedding(weight, indices, *table.arguments)
-    if weight.requires_grad and torch.is_grad_enabled():
-        output: Tensor = _apply_known(weight, indices, table)
-        return output
-    return table.embedding(weight, indices)
 
 
 def _renorm_in_place(keyset: Any, weight: Tensor, *arguments: Any) -> None:

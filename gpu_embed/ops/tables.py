@@ -1,4 +1,4 @@
-"""The gpu_embed::table_batched_embedding* operators: `bag_ops` for many tables in one buffer.
+"""The gpu_embed::table_batched_embedding* operators: `ops.bag` for many tables in one buffer.
 
 The output is linear in the buffer W and in the per-sample weights p, so three operators give each other's
 derivatives:
@@ -12,51 +12,27 @@ it is. With these given, the output is linear in W again, so they are an argumen
 gradient.
 """
 
-from collections.abc import Callable
+import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
 
 from .. import backends, bounds
 from ..bags import check_offsets
-from ..row_update import arithmetic_dtype
-from ..tables.gradient import TableEntries, TableGradient, narrow_positions
-from ..tables.layout import MODES, Places, TableBatch, TableField, TableShape
-from . import lookup as ops
-from .bag import below_autograd, inside_function, is_plain_call, register_bilinear
+from ..dtypes import accumulation
+from ..tables.batch import Places, TableBatch
+from ..tables.entries import TableEntries, narrow_positions
+from ..tables.gradient import TableGradient
+from ..tables.layout import MODES, TableColumn, Tables, TableShape
+from .autograd import define, register_argmax, register_multilinear
+from .lookup import sparse_gradient
 
-# What a `TableBatch` holds: the same arguments of every operator here but the one that finds the winner.
-_SHAPE = "SymInt num_rows, SymInt widest, SymInt dim_divisor, bool mean, bool pooled"
+# A `TableBatch` in a schema; the operator that finds the winner has none yet.
 _TABLES = "Tensor indices, Tensor offsets, Tensor fields, Tensor table_of_column"
+_SHAPE = "SymInt num_rows, SymInt widest, SymInt dim_divisor, bool mean, bool pooled"
 _BATCH = f"{_TABLES}, Tensor? winner, {_SHAPE}"
-_library = torch.library.Library("gpu_embed", "FRAGMENT")
-_library.define(
-    f"table_batched_embedding(Tensor weight, Tensor? per_sample_weights, {_BATCH}, bool zero_padding, "
-    "bool sparse) -> Tensor"
-)
-_library.define(
-    "table_batched_embedding_dense_backward(Tensor grad_output, Tensor? per_sample_weights, "
-    f"{_BATCH}, SymInt weight_length) -> Tensor"
-)
-_library.define(
-    "table_batched_embedding_sample_weights_backward(Tensor grad_output, Tensor weight, "
-    f"{_BATCH}) -> Tensor"
-)
-_library.define(
-    f"table_batched_embedding_max(Tensor weight, {_TABLES}, {_SHAPE}, bool with_winner, bool sparse) "
-    "-> (Tensor, Tensor)"
-)
-table_batched_embedding = torch.ops.gpu_embed.table_batched_embedding.default
-table_batched_embedding_dense_backward = (
-    torch.ops.gpu_embed.table_batched_embedding_dense_backward.default
-)
-table_batched_embedding_sample_weights_backward = (
-    torch.ops.gpu_embed.table_batched_embedding_sample_weights_backward.default
-)
-table_batched_embedding_max = torch.ops.gpu_embed.table_batched_embedding_max.default
 
 
 def _batch(
@@ -67,36 +43,53 @@ def _batch(
     winner: Tensor | None,
     *shape: Any,
 ) -> TableBatch:
-    return TableBatch(
-        indices.contiguous(),
-        offsets.contiguous(),
-        fields,
-        table_of_column,
-        TableShape(*shape),
-        None if winner is None else winner.contiguous(),
-    )
+    """The batch that an operator was given."""
+    if winner is not None:
+        winner = winner.contiguous()
+    of_columns = (table_of_column, TableShape(*shape), winner)
+    return TableBatch(indices.contiguous(), offsets.contiguous(), fields, *of_columns)
+
+
+def _with_winner(
+    winner: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor,
+    fields: Tensor,
+    table_of_column: Tensor,
+    *shape: Any,
+) -> tuple[Any, ...]:
+    """A batch as operators take it."""
+    return indices, offsets, fields, table_of_column, winner, *shape
+
+
+def call_table_batched_embedding(
+    weight: Tensor,
+    per_sample_weights: Tensor | None,
+    indices: Tensor,
+    offsets: Tensor,
+    tables: Tables,
+    pooled: bool,
+    sparse: bool,
+) -> Tensor:
+    """Rows, or sums, means and maxima, of a batch in these tables."""
+    shape = tables.layout.shape(pooled)
+    batch = (indices, offsets, tables.fields, tables.table_of_column)
+    if "max" in tables.layout.modes:
+        return _call_max(weight, *batch, *shape, sparse)
+    return _call(weight, per_sample_weights, *batch, None, *shape, False, sparse)
 
 
 # Kernels: what runs below autograd, on every device.
 
 
-def _look_up(
-    weight: Tensor,
-    batch: TableBatch,
-    compute: Callable[[backends.Backend, bounds.BoundsRecord | None], Any],
-) -> Any:
-    """What `compute` makes of the batch, ids out of range reported; None where there is nothing to look up."""
-    device = weight.device
-    bounds.raise_pending(device)
-    if device.type == "cpu":
+def _has_ids(weight: Tensor, batch: TableBatch) -> bool:
+    """Whether there is anything to look up; offsets on the CPU are checked."""
+    if weight.device.type == "cpu":
         check_offsets(batch.offsets, batch.indices)
-    if batch.indices.numel() == 0 or batch.bags_per_table == 0:
-        return None
-    record = bounds.record_for(device)
-    output = compute(backends.select(device), record)
-    if record is not None:
-        record.finish_lookup(batch.indices)
-    return output
+    if batch.indices.numel() and batch.bags_per_table:
+        return True
+    bounds.raise_pending(weight.device)
+    return False
 
 
 def _table_batched_embedding(
@@ -104,37 +97,24 @@ def _table_batched_embedding(
 ) -> Tensor:
     *arguments, zero_padding, _ = batch_and_flags
     batch = _batch(*arguments)
+    if not _has_ids(weight, batch):
+        return _output_like(weight, batch).zero_()
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights.contiguous()
+    embedding = backends.select(weight.device).table_batched_embedding
+    compute = partial(embedding, weight.contiguous(), per_sample_weights, batch, zero_padding)
+    return bounds.looked_up(weight.device, batch.indices, compute)
 
-    def compute(backend: backends.Backend, record: bounds.BoundsRecord | None) -> Tensor:
-        return backend.table_batched_embedding(
-            weight.contiguous(), _adjacent(per_sample_weights), batch, zero_padding, record
-        )
 
-    output = _look_up(weight, batch, compute)
-    return _output_like(weight, batch).zero_() if output is None else output
-
-
-def _table_batched_embedding_max(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    fields: Tensor,
-    table_of_column: Tensor,
-    *shape_and_flags: Any,
-) -> tuple[Tensor, Tensor]:
-    *shape, with_winner, _ = shape_and_flags
-    batch = _batch(indices, offsets, fields, table_of_column, None, *shape)
-
-    def compute(
-        backend: backends.Backend, record: bounds.BoundsRecord | None
-    ) -> tuple[Tensor, Tensor]:
-        return backend.table_batched_embedding_max(weight.contiguous(), batch, with_winner, record)
-
-    found: tuple[Tensor, Tensor] | None = _look_up(weight, batch, compute)
-    if found is None:
+def _table_batched_embedding_max(weight: Tensor, *batch_and_flags: Any) -> tuple[Tensor, Tensor]:
+    *arguments, _, with_winner = batch_and_flags
+    batch = _batch(*_with_winner(None, *arguments))
+    if not _has_ids(weight, batch):
         output = _output_like(weight, batch).zero_()
         return output, _winner_like(output, batch, with_winner).fill_(-1)
-    return found
+    embedding_max = backends.select(weight.device).table_batched_embedding_max
+    compute = partial(embedding_max, weight.contiguous(), batch, with_winner)
+    return bounds.looked_up(weight.device, batch.indices, compute)
 
 
 def _table_batched_embedding_dense_backward(
@@ -146,8 +126,10 @@ def _table_batched_embedding_dense_backward(
     shape = batch.buffer_shape(weight_length)
     if grad_output.numel() == 0 or batch.bags.num_bags == 0 or batch.shape.num_rows == 0:
         return grad_output.new_zeros(shape)
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights.contiguous()
     return backends.select(grad_output.device).table_batched_embedding_dense_backward(
-        grad_output, _adjacent(per_sample_weights), batch, shape
+        grad_output, per_sample_weights, batch, shape
     )
 
 
@@ -161,10 +143,6 @@ def _table_batched_embedding_sample_weights_backward(
     return backends.select(grad_output.device).table_batched_embedding_sample_weights_backward(
         grad_output, weight.contiguous(), batch
     )
-
-
-def _adjacent(per_sample_weights: Tensor | None) -> Tensor | None:
-    return None if per_sample_weights is None else per_sample_weights.contiguous()
 
 
 def _output_like(weight: Tensor, batch: TableBatch) -> Tensor:
@@ -184,16 +162,11 @@ def _winner_like(output: Tensor, batch: TableBatch, with_winner: bool) -> Tensor
 
 
 def _table_batched_embedding_max_fake(
-    weight: Tensor,
-    indices: Tensor,
-    offsets: Tensor,
-    fields: Tensor,
-    table_of_column: Tensor,
-    *shape_and_flags: Any,
+    weight: Tensor, *batch_and_flags: Any
 ) -> tuple[Tensor, Tensor]:
     bounds.prepare(weight.device)
-    *shape, with_winner, _ = shape_and_flags
-    batch = _batch(indices, offsets, fields, table_of_column, None, *shape)
+    *arguments, _, with_winner = batch_and_flags
+    batch = _batch(*_with_winner(None, *arguments))
     output = _output_like(weight, batch)
     return output, _winner_like(output, batch, with_winner)
 
@@ -219,26 +192,30 @@ def _table_batched_embedding_sample_weights_backward_fake(
     return grad_output.new_empty(indices.shape)
 
 
-for _name, _kernel, _fake in (
-    ("table_batched_embedding", _table_batched_embedding, _table_batched_embedding_fake),
-    (
-        "table_batched_embedding_max",
-        _table_batched_embedding_max,
-        _table_batched_embedding_max_fake,
-    ),
-    (
-        "table_batched_embedding_dense_backward",
-        _table_batched_embedding_dense_backward,
-        _table_batched_embedding_dense_backward_fake,
-    ),
-    (
-        "table_batched_embedding_sample_weights_backward",
-        _table_batched_embedding_sample_weights_backward,
-        _table_batched_embedding_sample_weights_backward_fake,
-    ),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gpu_embed::{_name}", _fake, lib=_library)
+table_batched_embedding = define(
+    f"table_batched_embedding(Tensor weight, Tensor? per_sample_weights, {_BATCH}, bool zero_padding, "
+    "bool sparse) -> Tensor",
+    _table_batched_embedding,
+    _table_batched_embedding_fake,
+)
+table_batched_embedding_dense_backward = define(
+    "table_batched_embedding_dense_backward(Tensor grad_output, Tensor? per_sample_weights, "
+    f"{_BATCH}, SymInt weight_length) -> Tensor",
+    _table_batched_embedding_dense_backward,
+    _table_batched_embedding_dense_backward_fake,
+)
+table_batched_embedding_sample_weights_backward = define(
+    "table_batched_embedding_sample_weights_backward(Tensor grad_output, Tensor weight, "
+    f"{_BATCH}) -> Tensor",
+    _table_batched_embedding_sample_weights_backward,
+    _table_batched_embedding_sample_weights_backward_fake,
+)
+table_batched_embedding_max = define(
+    f"table_batched_embedding_max(Tensor weight, {_TABLES}, {_SHAPE}, bool sparse, bool with_winner) "
+    "-> (Tensor, Tensor)",
+    _table_batched_embedding_max,
+    _table_batched_embedding_max_fake,
+)
 
 
 # Gradients.
@@ -248,44 +225,43 @@ def _by_weight(
     grad: Tensor, weight_length: int, per_sample_weights: Tensor | None, *batch_and_flags: Any
 ) -> Tensor:
     *arguments, _zero_padding, sparse = batch_and_flags
-    is_uniform = _batch(*arguments).is_uniform
-    # torch.func differentiates functions of plain tensors.
-    if sparse and (is_uniform or not torch._C._are_functorch_transforms_active()):
-        return _sparse_gradient(grad, per_sample_weights, _batch(*arguments), weight_length)
-    return call_table_batched_embedding_dense_backward(
-        grad, per_sample_weights, *arguments, weight_length
-    )
+    if sparse:
+        batch = _batch(*arguments)
+        # torch.func differentiates functions of plain tensors.
+        if batch.is_uniform or not torch._C._are_functorch_transforms_active():
+            return _sparse_gradient(grad, per_sample_weights, batch, weight_length)
+    return _call_dense_backward(grad, per_sample_weights, *arguments, weight_length)
 
 
 def _by_sample_weights(grad: Tensor, _: int, weight: Tensor, *batch_and_flags: Any) -> Tensor:
     *arguments, _zero_padding, _sparse = batch_and_flags
-    return call_table_batched_embedding_sample_weights_backward(grad, weight, *arguments)
+    return _call_sample_weights_backward(grad, weight, *arguments)
 
 
 def _dense_backward_by_grad(
     grad: Tensor, _: int, per_sample_weights: Tensor | None, *batch_and_length: Any
 ) -> Tensor:
     *arguments, _length = batch_and_length
-    return call_table_batched_embedding(grad, per_sample_weights, *arguments, True, False)
+    return _call(grad, per_sample_weights, *arguments, True, False)
 
 
 def _dense_backward_by_sample_weights(
     grad: Tensor, _: int, grad_output: Tensor, *batch_and_length: Any
 ) -> Tensor:
     *arguments, _length = batch_and_length
-    return call_table_batched_embedding_sample_weights_backward(grad_output, grad, *arguments)
+    return _call_sample_weights_backward(grad_output, grad, *arguments)
 
 
 def _sample_weights_backward_by_grad(
     grad: Tensor, _: int, weight: Tensor, *arguments: Any
 ) -> Tensor:
-    return call_table_batched_embedding(weight, grad, *arguments, True, False)
+    return _call(weight, grad, *arguments, True, False)
 
 
 def _sample_weights_backward_by_weight(
     grad: Tensor, weight_length: int, grad_output: Tensor, *arguments: Any
 ) -> Tensor:
-    return call_table_batched_embedding_dense_backward(grad_output, grad, *arguments, weight_length)
+    return _call_dense_backward(grad_output, grad, *arguments, weight_length)
 
 
 def _sparse_gradient(
@@ -294,7 +270,7 @@ def _sparse_gradient(
     """One entry an id, numbered among the rows of all tables: a COO tensor if they have one D."""
     if batch.bags_per_table == 0:
         # Then no id is in a bag.
-        batch = batch._replace(indices=batch.indices[:0])
+        batch = dataclasses.replace(batch, indices=batch.indices[:0])
         per_sample_weights = None
     places = batch.places()
     if not batch.is_uniform:
@@ -308,16 +284,16 @@ def _sparse_gradient(
         source = batch.sources(places).clamp(min=0)
         values = grad_output.reshape(-1, batch.shape.widest)[source]
         if batch.shape.mean:
-            wide = values.to(torch.promote_types(values.dtype, torch.float32))
+            wide = values.to(accumulation(values.dtype))
             values = (wide / batch.bag_sizes(places)[bag][:, None]).to(values.dtype)
         if batch.winner is not None:
-            is_max = batch.field(TableField.MODE, places.table) == MODES.index("max")
+            is_max = batch.fields[:, TableColumn.MODE][places.table] == MODES.index("max")
             position = torch.arange(len(rows), device=rows.device)
             won = batch.winner.view(-1, batch.shape.widest)[source] == position[:, None]
             values = torch.where(won | ~is_max[:, None], values, 0)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
-    return ops.sparse_gradient(values, rows, batch.shape.num_rows, -1, False)
+    return sparse_gradient(values, rows, batch.shape.num_rows, -1, False)
 
 
 def _table_gradient(
@@ -336,10 +312,10 @@ def _table_gradient(
     bounds.raise_pending(grad_output.device)
     scales = None
     if per_sample_weights is not None:
-        scales = per_sample_weights.to(arithmetic_dtype(grad_output.dtype))
+        scales = per_sample_weights.to(accumulation(grad_output.dtype))
     elif batch.shape.mean:
         sizes = batch.bag_sizes(places)[places.bag.clamp(min=0)]
-        scales = 1 / sizes.to(arithmetic_dtype(grad_output.dtype))
+        scales = 1 / sizes.to(accumulation(grad_output.dtype))
     entries = TableEntries(
         torch.where(places.counted, places.row, -1),
         narrow_positions(batch.sources(places).clamp(min=0), batch.bags.num_bags),
@@ -354,93 +330,36 @@ def _table_gradient(
     return TableGradient(entries, shape)
 
 
-call_table_batched_embedding: Callable[..., Tensor] = register_bilinear(
+def _max_by_weight(
+    grad: Tensor, weight_shape: torch.Size, winner: Tensor, *tables_and_sparse: Any
+) -> Tensor:
+    *tables, sparse = tables_and_sparse
+    batch = _with_winner(winner, *tables)
+    return _by_weight(grad, weight_shape[0], None, *batch, False, sparse)
+
+
+def _at_max(weight: Tensor, winner: Tensor, *tables_and_sparse: Any) -> Tensor:
+    *tables, _ = tables_and_sparse
+    batch = _with_winner(winner, *tables)
+    output: Tensor = table_batched_embedding(weight, None, *batch, False, False)
+    return output
+
+
+_call = register_multilinear(
     table_batched_embedding, _table_batched_embedding, _by_weight, _by_sample_weights
 )
-call_table_batched_embedding_dense_backward: Callable[..., Tensor] = register_bilinear(
+_call_dense_backward = register_multilinear(
     table_batched_embedding_dense_backward,
     _table_batched_embedding_dense_backward,
     _dense_backward_by_grad,
     _dense_backward_by_sample_weights,
 )
-call_table_batched_embedding_sample_weights_backward: Callable[..., Tensor] = register_bilinear(
+_call_sample_weights_backward = register_multilinear(
     table_batched_embedding_sample_weights_backward,
     _table_batched_embedding_sample_weights_backward,
     _sample_weights_backward_by_grad,
     _sample_weights_backward_by_weight,
 )
-
-
-# The positions of maxima.
-
-
-class _Max(_SingleLevelFunction):
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
-
-    @staticmethod
-    def forward(keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        if keyset is None:
-            return _table_batched_embedding_max(*inputs)
-        found: tuple[Tensor, Tensor] = inside_function(keyset, table_batched_embedding_max, *inputs)
-        return found
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, weight, indices, offsets, fields, table_of_column, *shape, _, ctx.sparse = inputs
-        _, winner = output
-        ctx.mark_non_differentiable(winner)
-        ctx.weight_length = weight.shape[0]
-        ctx.tables, ctx.shape = (fields, table_of_column), shape
-        # Saved, so that autograd notices ids that were changed in place.
-        ctx.save_for_backward(indices, offsets, winner)
-        if torch.autograd.forward_ad._current_level >= 0:
-            ctx.save_for_forward(indices, offsets, winner)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        indices, offsets, winner = ctx.saved_tensors
-        batch = (indices, offsets, *ctx.tables, winner, *ctx.shape)
-        grad_weight = _by_weight(grad, ctx.weight_length, None, *batch, False, ctx.sparse)
-        return None, grad_weight, *(None,) * (len(batch) + 1)
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, tangent: Tensor | None, *rest: None) -> tuple[Tensor | None, None]:
-        if tangent is None:
-            return None, None
-        indices, offsets, winner = ctx.saved_tensors
-        batch = (indices, offsets, *ctx.tables, winner, *ctx.shape)
-        return table_batched_embedding(tangent, None, *batch, False, False), None
-
-
-_apply_max: Callable[..., tuple[Tensor, Tensor]] = _Max.apply  # type: ignore[attr-defined]
-
-
-def _max_autograd(keyset: Any, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    differentiated = torch.is_grad_enabled() and weight.requires_grad
-    if not differentiated and torch.autograd.forward_ad._current_level < 0:
-        found: tuple[Tensor, Tensor] = below_autograd(
-            keyset, table_batched_embedding_max, weight, *rest
-        )
-        return found
-    if torch._C._are_functorch_transforms_active():
-        with enable_single_level_autograd_function():
-            return _apply_max(keyset, weight, *rest)
-    return _apply_max(keyset, weight, *rest)
-
-
-_library.impl("table_batched_embedding_max", _max_autograd, "Autograd", with_keyset=True)
-
-
-def call_table_batched_embedding_max(
-    weight: Tensor, indices: Tensor, offsets: Tensor, *tables_and_sparse: Any
-) -> Tensor:
-    """The output alone."""
-    *tables, sparse = tables_and_sparse
-    batch = (indices, offsets, *tables)
-    if not is_plain_call(weight, None, indices, offsets):
-        output, _ = table_batched_embedding_max(weight, *batch, True, sparse)
-    elif weight.requires_grad and torch.is_grad_enabled():
-        output, _ = _apply_max(None, weight, *batch, True, sparse)
-    else:
-        output, _ = _table_batched_embedding_max(weight, *batch, False, sparse)
-    return output
+_call_max = register_argmax(
+    table_batched_embedding_max, _table_batched_embedding_max, _max_by_weight, _at_max
+)

@@ -9,74 +9,64 @@ that is asked for. Two operators are linear in their first argument and adjoint 
 Ids out of range are recorded as in every lookup; see `bounds`.
 """
 
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, bounds
-from ..take import INDEX_DTYPES, QuantizedTable, rows_or_ids
-from . import lookup as ops
-
-FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-NARROW = (torch.float16, torch.bfloat16)
-
-_library = torch.library.Library("gpu_embed", "FRAGMENT")
-_library.define("take_rows(Tensor weight, Tensor indices, ScalarType dtype) -> Tensor")
-_library.define(
-    "take_rows_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, "
-    "ScalarType dtype) -> Tensor"
-)
-_library.define(
-    "dequantize_rows(Tensor values, Tensor scale, Tensor? zero, Tensor indices, SymInt embedding_dim, "
-    "SymInt group_size, SymInt bits, ScalarType dtype) -> Tensor"
-)
-take_rows = torch.ops.gpu_embed.take_rows.default
-take_rows_backward = torch.ops.gpu_embed.take_rows_backward.default
-dequantize_rows = torch.ops.gpu_embed.dequantize_rows.default
+from ..dtypes import FLOATS, KERAS_IDS
+from ..take import QuantizedTable, rows_or_ids
+from .autograd import _library, define
+from .lookup import embedding_dense_backward
 
 
+@cache
 def converts(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether rows of one dtype can be taken as the other: the same, or fp32 and 16 bit."""
-    if source == target:
-        return source in FLOAT_DTYPES
-    return {source, target} in [{torch.float32, narrow} for narrow in NARROW]
+    pair = {source, target}
+    mixes = torch.float32 in pair and torch.float64 not in pair
+    return pair <= set(FLOATS) and (source == target or mixes)
 
 
-def _check_dtypes(name: str, indices: Tensor, source: torch.dtype, target: torch.dtype) -> None:
-    if indices.dtype not in INDEX_DTYPES:
-        raise TypeError(
+def _wrong_dtypes(
+    name: str, indices: Tensor, source: torch.dtype, target: torch.dtype
+) -> TypeError:
+    if indices.dtype not in KERAS_IDS:
+        return TypeError(
             f"{name}: ids are integers, or floats that are cut to them; got {indices.dtype}"
         )
-    if not converts(source, target):
-        raise TypeError(
-            f"{name}: rows of {source} cannot be taken as {target}; it takes float64 as float64, and "
-            "float32, float16 and bfloat16 as themselves, or from and to float32"
-        )
+    return TypeError(
+        f"{name}: rows of {source} cannot be taken as {target}; it takes float64 as float64, and "
+        "float32, float16 and bfloat16 as themselves, or from and to float32"
+    )
 
 
 # Kernels: what runs below autograd, on every device.
 
 
 def _take_rows(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
-    _check_dtypes("take_rows", indices, weight.dtype, dtype)
-    bounds.raise_pending(weight.device)
+    if indices.dtype not in KERAS_IDS or not converts(weight.dtype, dtype):
+        raise _wrong_dtypes("take_rows", indices, weight.dtype, dtype)
     if indices.numel() == 0 or weight.shape[1] == 0:
-        return _take_rows_fake(weight, indices, dtype)
-    record = bounds.record_for(weight.device)
-    output = backends.select(weight.device).take_rows(weight, indices, dtype, record)
-    if record is not None:
-        record.finish_lookup(indices)
-    return output
+        bounds.raise_pending(weight.device)
+        return weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
+    take_rows = backends.select(weight.device).take_rows
+    return bounds.looked_up(weight.device, indices, partial(take_rows, weight, indices, dtype))
 
 
 def _take_rows_backward(
     grad_output: Tensor, indices: Tensor, num_embeddings: int, dtype: torch.dtype
 ) -> Tensor:
-    _check_dtypes("take_rows_backward", indices, grad_output.dtype, dtype)
+    if indices.dtype not in KERAS_IDS or not converts(grad_output.dtype, dtype):
+        raise _wrong_dtypes("take_rows_backward", indices, grad_output.dtype, dtype)
     rows = rows_or_ids(indices, num_embeddings)
     # Summed in the table's dtype, and so rounded once.
-    return ops.embedding_dense_backward(grad_output.to(dtype), rows, num_embeddings, -1, False)
+    grad_weight: Tensor = embedding_dense_backward(
+        grad_output.to(dtype), rows, num_embeddings, -1, False
+    )
+    return grad_weight
 
 
 def _dequantize_rows(
@@ -89,16 +79,14 @@ def _dequantize_rows(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check_dtypes("dequantize_rows", indices, scale.dtype, dtype)
-    bounds.raise_pending(values.device)
+    if indices.dtype not in KERAS_IDS or not converts(scale.dtype, dtype):
+        raise _wrong_dtypes("dequantize_rows", indices, scale.dtype, dtype)
     if indices.numel() == 0:
+        bounds.raise_pending(values.device)
         return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
     table = QuantizedTable(values, scale, zero, embedding_dim, group_size, bits).adjacent()
-    record = bounds.record_for(values.device)
-    output = backends.select(values.device).dequantize_rows(table, indices, dtype, record)
-    if record is not None:
-        record.finish_lookup(indices)
-    return output
+    dequantize_rows = backends.select(values.device).dequantize_rows
+    return bounds.looked_up(values.device, indices, partial(dequantize_rows, table, indices, dtype))
 
 
 # Shapes without data.
@@ -129,13 +117,23 @@ def _dequantize_rows_fake(
     return scale.new_empty((*indices.shape, embedding_dim), dtype=dtype)
 
 
-for _name, _kernel, _fake in (
-    ("take_rows", _take_rows, _take_rows_fake),
-    ("take_rows_backward", _take_rows_backward, _take_rows_backward_fake),
-    ("dequantize_rows", _dequantize_rows, _dequantize_rows_fake),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gpu_embed::{_name}", _fake, lib=_library)
+take_rows = define(
+    "take_rows(Tensor weight, Tensor indices, ScalarType dtype) -> Tensor",
+    _take_rows,
+    _take_rows_fake,
+)
+take_rows_backward = define(
+    "take_rows_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, "
+    "ScalarType dtype) -> Tensor",
+    _take_rows_backward,
+    _take_rows_backward_fake,
+)
+dequantize_rows = define(
+    "dequantize_rows(Tensor values, Tensor scale, Tensor? zero, Tensor indices, SymInt embedding_dim, "
+    "SymInt group_size, SymInt bits, ScalarType dtype) -> Tensor",
+    _dequantize_rows,
+    _dequantize_rows_fake,
+)
 
 
 # Gradients.

@@ -16,10 +16,10 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
+from ..dtypes import accumulation
 from ..nn.tables import BatchedTables
-from ..row_update import arithmetic_dtype
 from ..tables.gradient import TableGradient
-from ..tables.parameter import whole_of
+from ..tables.parameter import parent_of
 from .row_optimizer import Params, RowOptimizer
 
 
@@ -178,14 +178,15 @@ def apply_in_backward(
     parts: dict[Tensor, list[tuple[dict[str, Any], Tensor]]] = {}
     for group in optimizer.param_groups:
         for param in group["params"]:
-            parts.setdefault(whole_of(param), []).append((group, param))
+            parts.setdefault(parent_of(param), []).append((group, param))
     # All are looked at before the first is changed.
-    for whole in parts:
-        _check_table(whole)
+    for parent in parts:
+        _check_table(parent)
     _refuse_ddp(list(parts))
     passes = _Passes(micro_steps)
     tables = [
-        _TableUpdate(optimizer, whole, updated, scaler, passes) for whole, updated in parts.items()
+        _TableUpdate(optimizer, parent, updated, scaler, passes)
+        for parent, updated in parts.items()
     ]
     passes.tables = [weakref.ref(table) for table in tables]
     hooks: list[RemovableHandle] = []
@@ -240,9 +241,7 @@ class _Passes:
         return (table for ref in self.tables if (table := ref()) is not None)
 
     def is_last(self) -> bool:
-        """Whether the pass that is running is the one that updates."""
-        if self.micro_steps == 1:
-            return True
+        """Whether the pass that is running is the one that updates, where there are several."""
         running = torch._C._current_graph_task_id()
         # Each device has a thread of its own in backward.
         with self.lock:
@@ -255,9 +254,8 @@ class _Passes:
 
     def refuse_ddp(self) -> None:
         """Once, in the first backward, as a module may be wrapped after its tables were given."""
-        if not self.knows_ddp:
-            _refuse_ddp([table.whole for table in self.live()])
-            self.knows_ddp = True
+        _refuse_ddp([table.parent for table in self.live()])
+        self.knows_ddp = True
 
     def apply_held(self) -> None:
         """Update the tables that earlier passes reached, and the last one did not, or not yet."""
@@ -284,13 +282,13 @@ class _TableUpdate:
     def __init__(
         self,
         optimizer: RowOptimizer,
-        whole: Tensor,
+        parent: Tensor,
         updated: list[tuple[dict[str, Any], Tensor]],
         scaler: GradScaler | None,
         passes: _Passes,
     ) -> None:
         self.optimizer = optimizer
-        self.whole = whole
+        self.parent = parent
         self.updated = updated
         self.scaler = scaler
         self.passes = passes
@@ -302,19 +300,26 @@ class _TableUpdate:
         # its own second hook holds would never be freed.
         apply = weakref.WeakMethod(self.apply)
         return (
-            self.whole.register_hook(self.refuse),
-            self.whole.register_post_accumulate_grad_hook(lambda _: apply()()),  # type: ignore[misc]
+            self.parent.register_hook(self.refuse),
+            self.parent.register_post_accumulate_grad_hook(lambda _: apply()()),  # type: ignore[misc]
         )
 
     def refuse(self, _: Tensor) -> None:
-        _refuse_gradient(self.whole)
+        if self.parent.grad is not None:
+            _refuse_gradient(self.parent)
 
     @torch.no_grad()
     def apply(self) -> None:
-        grad, self.whole.grad = self.whole.grad, None
+        grad, self.parent.grad = self.parent.grad, None
         assert grad is not None
-        _refuse_nested_backward()
-        self.passes.refuse_ddp()
+        # Only a backward inside of a node's own backward runs hooks under it.
+        if _runs_under(BackwardCFunction.apply.__code__):
+            raise RuntimeError(
+                "apply_in_backward: a backward inside of another backward, as torch.utils.checkpoint with "
+                f"use_reentrant=True makes one, {_ADVICE}"
+            )
+        if not self.passes.knows_ddp:
+            self.passes.refuse_ddp()
         if not grad.is_sparse and not isinstance(grad, TableGradient):
             # Refused, but for zeros that make the state; neither is summed.
             for group, param in self.updated:
@@ -322,15 +327,16 @@ class _TableUpdate:
             return
         held = _Held(grad, None)
         if self.scaler is not None and self.scaler.is_enabled():
-            held = _unscaled(grad, self.whole, self.scaler)
+            held = _unscaled(grad, self.parent, self.scaler)
             _report(held, self.scaler, self.optimizer)
         self.held.append(held)
-        if self.passes.is_last():
+        if self.passes.micro_steps == 1 or self.passes.is_last():
             self.apply_held()
 
     @torch.no_grad()
     def apply_held(self) -> None:
-        self.settle()
+        if self.outcome is not None:
+            self.settle()
         grad, finite = self.take_held()
         for group, param in self.updated:
             self.optimizer._update(group, param, grad, finite)
@@ -344,6 +350,8 @@ class _TableUpdate:
     def take_held(self) -> _Held:
         """What is held, as one gradient."""
         held, self.held = self.held, []
+        if len(held) == 1:
+            return held[0]
         finite = [one.finite for one in held if one.finite is not None]
         return _Held(
             _total([one.grad for one in held]),
@@ -365,8 +373,8 @@ class _TableUpdate:
     def give_back(self) -> None:
         """Put what is held into `.grad`."""
         if self.held:
-            grad = self.take_held().grad.to(self.whole.dtype)
-            self.whole.grad = grad if self.whole.grad is None else self.whole.grad + grad
+            grad = self.take_held().grad.to(self.parent.dtype)
+            self.parent.grad = grad if self.parent.grad is None else self.parent.grad + grad
 
 
 def _refuse_gradient(param: Tensor) -> None:
@@ -379,7 +387,7 @@ def _refuse_gradient(param: Tensor) -> None:
 
 def _total(grads: list[Tensor]) -> Tensor:
     """The sum of gradients of one kind; none of their entries are added up."""
-    if len(grads) == 1 or isinstance(grads[0], TableGradient):
+    if isinstance(grads[0], TableGradient):
         return reduce(add, grads)
     indices = torch.cat([grad._indices() for grad in grads], 1)
     return _sparse(indices, torch.cat([grad._values() for grad in grads]), grads[0].shape)
@@ -395,7 +403,7 @@ def _sparse(indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
 # Automatic mixed precision.
 
 
-def _unscaled(grad: Tensor, whole: Tensor, scaler: GradScaler) -> _Held:
+def _unscaled(grad: Tensor, parent: Tensor, scaler: GradScaler) -> _Held:
     """The gradient divided by the scale, and whether it, and the sums of its rows, are finite."""
     if scaler._scale is None:
         raise RuntimeError(
@@ -407,7 +415,7 @@ def _unscaled(grad: Tensor, whole: Tensor, scaler: GradScaler) -> _Held:
             "apply_in_backward: a CUDA graph cannot tell the scaler that a gradient is not finite; capture without "
             "a scaler, or do not capture the backward"
         )
-    dtype = arithmetic_dtype(whole.dtype)
+    dtype = accumulation(parent.dtype)
     scale = scaler._scale.to(grad.device, non_blocking=True)
     inverse = scale.double().reciprocal().to(dtype)
     if isinstance(grad, TableGradient):
@@ -486,15 +494,6 @@ def _runs_under(code: Any) -> bool:
     return False
 
 
-def _refuse_nested_backward() -> None:
-    # Only a backward inside of a node's own backward runs hooks under it.
-    if _runs_under(BackwardCFunction.apply.__code__):
-        raise RuntimeError(
-            "apply_in_backward: a backward inside of another backward, as torch.utils.checkpoint with "
-            f"use_reentrant=True makes one, {_ADVICE}"
-        )
-
-
 def _refuse_checkpoint(layer: torch.nn.Module, _: Any) -> None:
     """Raise for a lookup under a reentrant checkpoint, which runs its function without gradients first."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -510,7 +509,7 @@ def _refuse_checkpoint(layer: torch.nn.Module, _: Any) -> None:
 # DistributedDataParallel.
 
 
-def _refuse_ddp(wholes: list[Tensor]) -> None:
+def _refuse_ddp(parents: list[Tensor]) -> None:
     """Raise for a table whose gradients a DistributedDataParallel averages."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
@@ -518,7 +517,7 @@ def _refuse_ddp(wholes: list[Tensor]) -> None:
     # torch keeps no list of them.
     for module in [one for one in gc.get_objects() if issubclass(type(one), ddp)]:
         averaged = {id(param) for param in getattr(module, "_module_parameters", ())}
-        if any(id(whole) in averaged for whole in wholes):
+        if any(id(parent) in averaged for parent in parents):
             raise RuntimeError(
                 "apply_in_backward: DistributedDataParallel averages a gradient after the table has been updated, so "
                 "its replicas would move apart; call remove() and, after each backward, step() of an optimizer of "

@@ -11,17 +11,16 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..dtypes import FLOATS, accumulation
 from ..row_update import (
     STATE,
-    UPDATE_DTYPES,
     RowUpdate,
     StateLayout,
     Stream,
-    arithmetic_dtype,
 )
 from ..tables.gradient import TableGradient
 from ..tables.layout import quoted
-from ..tables.parameter import RowParameter, gradient_of, num_rows_of, row_range_of, whole_of
+from ..tables.parameter import TableSlice, gradient_of, num_rows_of, parent_of, row_range_of
 from .saved_state import (
     by_table,
     flattened,
@@ -143,10 +142,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients of all tables; those of `RowParameter`s are their whole's."""
+        """Reset the gradients of all tables; those of `TableSlice`s are their parent's."""
         for group in self.param_groups:
             for param in group["params"]:
-                if isinstance(param, RowParameter):
+                if isinstance(param, TableSlice):
                     param.grad = None
         super().zero_grad(set_to_none)
 
@@ -160,7 +159,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         name = type(self).__name__
         if not grad.is_sparse and not isinstance(grad, TableGradient):
             if _changes_nothing(group["lr"], grad):
-                self._state_of(group, param)
+                self._state_of(group, param, STATE[self._formula(group)])
                 return
             raise RuntimeError(
                 f"{name} does not support dense gradients, please make the table with sparse=True, "
@@ -172,9 +171,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 f"{grad.sparse_dim()} sparse dimensions"
             )
         if (
-            self._depends_on_step(group)
-            and param.is_cuda
+            param.is_cuda
             and torch.cuda.is_current_stream_capturing()
+            and self._depends_on_step(group)
         ):
             raise RuntimeError(
                 f"{name}: a CUDA graph would repeat the step that it captured, but each step "
@@ -189,8 +188,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         layouts = STATE[self._formula(group)]
         kept = self.state.get(param, {})
         # A step that was dropped has made the state too, and has left its number at 0.
-        begins = not kept.get("step") or any(layout.name not in kept for layout in layouts)
-        state = self._state_of(group, param)
+        missing = [layout for layout in layouts if layout.name not in kept]
+        begins = bool(missing) or not kept.get("step")
+        state = self._state_of(group, param, layouts)
         if group["stochastic_rounding"] and "seed" not in state:
             state["seed"] = self._seed_of(group, param)
         state["step"] += 1
@@ -200,7 +200,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         update = self._settings(group, state, param.device)
         if begins:
             update = self._begun(update)
-        tensors = tuple(state[layout.name] for layout in layouts)
+        tensors = tuple([state[layout.name] for layout in layouts])
         rows = group["rows"]
         rows = None if rows is None else rows.to(param.device)
         if isinstance(grad, TableGradient):
@@ -220,26 +220,29 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 ids = torch.where(finite, ids, -1)
             backend.row_update_(update, param, tensors, ids, grad._values(), rows)
         # The kernels write behind autograd's back.
-        torch.autograd.graph.increment_version(whole_of(param))
+        torch.autograd.graph.increment_version(parent_of(param))
 
-    def _state_of(self, group: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    def _state_of(
+        self, group: dict[str, Any], param: Tensor, layouts: tuple[StateLayout, ...]
+    ) -> dict[str, Any]:
         """The table's state, made if there is none, and brought to where the table is now."""
-        if isinstance(param, RowParameter):
-            param.follow()
+        if isinstance(param, TableSlice):
+            param.rebind()
         state: dict[str, Any] = self.state[param]
-        layouts, dtype = STATE[self._formula(group)], arithmetic_dtype(param.dtype)
+        dtype, num_rows = accumulation(param.dtype), num_rows_of(param)
         # Older SGDs of torch saved a state without steps.
         state.setdefault("step", 0)
         for layout in layouts:
+            shape = layout.shape(param, num_rows)
             if layout.name not in state:
                 state[layout.name] = torch.full(
-                    layout.shape(param, num_rows_of(param)),
+                    shape,
                     self._initial_state(group),
                     dtype=dtype,
                     device=param.device,
                 )
             value = state[layout.name]
-            if value.shape != layout.shape(param, num_rows_of(param)):
+            if value.shape != shape:
                 raise RuntimeError(
                     f"{type(self).__name__}: the table is of shape {list(param.shape)} now, but its state "
                     f"{layout.name} was made for another, {list(value.shape)}"
@@ -314,7 +317,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_table(self, param: Tensor) -> None:
         is_table = param.dim() == 2 or row_range_of(param) is not None
-        if not is_table or param.layout is not torch.strided or param.dtype not in UPDATE_DTYPES:
+        if not is_table or param.layout is not torch.strided or param.dtype not in FLOATS:
             raise ValueError(
                 f"{type(self).__name__} updates dense tables [num_embeddings, embedding_dim] of float32, float64, "
                 f"float16 or bfloat16, but {self._described(param)} is {param.dtype}, {param.layout}. Give it the "
@@ -506,14 +509,14 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         # The tables of a layer may have become parameters in another order.
         layers: dict[Tensor, list[Tensor]] = {}
         for param in states:
-            layers.setdefault(whole_of(param), []).append(param)
+            layers.setdefault(parent_of(param), []).append(param)
         loaded: dict[Tensor, dict[str, Any]] = {}
         for params in layers.values():
             tables = of_tables((states[param] for param in params), layouts)
             for param in params:
-                if isinstance(param, RowParameter):
+                if isinstance(param, TableSlice):
                     # The state gets the dtype and device of the table as it is now.
-                    param.follow()
+                    param.rebind()
                 if not states[param] and not any(tables.values()):
                     continue
                 own = shared_state(param, states[param], (states[other] for other in params))
@@ -549,7 +552,7 @@ def _moved(value: Any, param: Tensor) -> Any:
     """A tensor of state where the kernels of a table want it."""
     if not isinstance(value, Tensor):
         return value
-    return value.to(param.device, arithmetic_dtype(param.dtype)).contiguous()
+    return value.to(param.device, accumulation(param.dtype)).contiguous()
 
 
 def _changes_nothing(lr: float | Tensor, grad: Tensor) -> bool:
@@ -612,12 +615,12 @@ def _check_given(name: str, params: Iterable[Any]) -> None:
 
 
 def _check_disjoint(params: Iterable[Tensor]) -> None:
-    """Raise ValueError for a `RowParameter` whose rows another parameter has too."""
+    """Raise ValueError for a `TableSlice` whose rows another parameter has too."""
     ranges: dict[Tensor, list[tuple[int, int]]] = {}
     for param in params:
         row_range = row_range_of(param)
         first = 0 if row_range is None else row_range.first_row
-        ranges.setdefault(whole_of(param), []).append((first, first + num_rows_of(param)))
+        ranges.setdefault(parent_of(param), []).append((first, first + num_rows_of(param)))
     for taken in ranges.values():
         if any(end > begin for (_, end), (begin, _) in pairwise(sorted(taken))):
             raise ValueError("some rows appear in more than one parameter")

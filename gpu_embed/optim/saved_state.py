@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..row_update import StateLayout, arithmetic_dtype
+from ..dtypes import accumulation
+from ..row_update import StateLayout
 from ..tables.layout import RowRange, quoted
 from ..tables.parameter import num_rows_of, row_range_of
 
@@ -73,7 +74,7 @@ def put_together(
     row_range, parts = row_range_of(param), saved.get(layout.name)
     if row_range is None or not parts:
         return None
-    shape, dtype = layout.shape(param, num_rows_of(param)), arithmetic_dtype(param.dtype)
+    shape, dtype = layout.shape(param, num_rows_of(param)), accumulation(param.dtype)
     anywhere = {table for tables in saved.values() for table in tables}
     views = row_range.views(torch.empty(shape, device="meta"), layout.per_row)
     for table, view in views.items():

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..row_update import RowUpdate, StateLayout, arithmetic_dtype
+from ..dtypes import accumulation
+from ..row_update import RowUpdate, StateLayout
 from .row_optimizer import Params, RowOptimizer, check_number
 
 BUFFER = "momentum_buffer"
@@ -117,7 +118,7 @@ class SGD(RowOptimizer):
         for param, state in states.items():
             buffer = state.get(BUFFER)
             if isinstance(buffer, Tensor) and buffer.is_sparse:
-                state[BUFFER] = buffer.to(arithmetic_dtype(param.dtype)).to_dense()
+                state[BUFFER] = buffer.to(accumulation(param.dtype)).to_dense()
         loaded = super()._states_to_load(saved_groups, states, left_out)
         for state in loaded.values():
             if state[BUFFER] is None:

@@ -1,6 +1,6 @@
 """Many tables in one buffer.
 
-`tables` int [T, 8] holds the columns that `gpu_embed.tables.layout.TableField` names.
+`tables` int [T, 8] holds the columns that `gpu_embed.tables.layout.TableColumn` names.
 """
 
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..tables.layout import MODES, TableField
+from ..tables.layout import MODES, TableColumn
 from .bag import (
     embedding_bag,
     embedding_bag_dense_backward,
@@ -36,7 +36,7 @@ def table_batched_embedding(
     num_bags = (len(offsets) - 1) // len(tables)
     parts = list(table_parts(weight, indices, offsets, tables))
     if pooled:
-        output = np.zeros((num_bags, tables[:, TableField.DIM].sum()), weight.dtype)
+        output = np.zeros((num_bags, tables[:, TableColumn.DIM].sum()), weight.dtype)
         for part in parts:
             weights = None if per_sample_weights is None else per_sample_weights[part.positions]
             if part.mode == "max":
@@ -47,7 +47,7 @@ def table_batched_embedding(
                 part.weight, part.indices, part.offsets, part.padding_idx, part.mode, weights
             )
         return output
-    output = np.zeros((len(indices), tables[0, TableField.DIM]), weight.dtype)
+    output = np.zeros((len(indices), tables[0, TableColumn.DIM]), weight.dtype)
     for part in parts:
         zero_idx = part.padding_idx if zero_padding else -1
         output[part.positions] = embedding(part.weight, part.indices, zero_idx)
@@ -59,7 +59,7 @@ def table_batched_embedding_max(
 ) -> tuple[Array, Array]:
     """Bags as of table_batched_embedding, and for tables of mode "max" which position each maximum is; -1: none."""
     num_bags = (len(offsets) - 1) // len(tables)
-    winner = np.full((num_bags, tables[:, TableField.DIM].sum()), -1)
+    winner = np.full((num_bags, tables[:, TableColumn.DIM].sum()), -1)
     for part in table_parts(weight, indices, offsets, tables):
         if part.mode == "max":
             _, position = largest_of_bags(part.weight, part.indices, part.offsets, part.padding_idx)
@@ -151,10 +151,10 @@ def table_parts(
 ) -> Iterator[TablePart]:
     num_bags = (len(offsets) - 1) // len(tables)
     for number, table in enumerate(tables):
-        rows, dim = table[TableField.NUM_ROWS], table[TableField.DIM]
+        rows, dim = table[TableColumn.NUM_ROWS], table[TableColumn.DIM]
         first_element, first_column = (
-            table[TableField.FIRST_ELEMENT],
-            table[TableField.FIRST_COLUMN],
+            table[TableColumn.FIRST_ELEMENT],
+            table[TableColumn.FIRST_COLUMN],
         )
         ends = offsets[number * num_bags : (number + 1) * num_bags + 1]
         positions = slice(ends[0], ends[-1])
@@ -164,6 +164,6 @@ def table_parts(
             ends - ends[0],
             positions,
             slice(first_column, first_column + dim),
-            int(table[TableField.PADDING_IDX]),
-            MODES[table[TableField.MODE]],
+            int(table[TableColumn.PADDING_IDX]),
+            MODES[table[TableColumn.MODE]],
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..dtypes import FLOATS
 from ..ops import lookup as ops
 
 
@@ -143,7 +144,7 @@ def _routed_embedding_dense_backward(original: Any) -> Callable[..., Tensor]:
     ) -> Tensor:
         arguments = (grad_output, indices, num_weights, padding_idx, scale_grad_by_freq)
         if (
-            grad_output.dtype in ops.GRADIENT_DTYPES
+            grad_output.dtype in FLOATS
             and grad_output.shape[:-1] == indices.shape
             and _is_served(grad_output, indices)
         ):

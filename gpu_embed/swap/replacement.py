@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..functional.lookup import PLAIN_TYPES
+from ..functional.checks import PLAIN_TYPES
 from ..nn import Embedding, EmbeddingBag
 from .verification import Verification, is_sharded, verify
 

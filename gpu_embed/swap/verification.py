@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends, bounds
 from ..bounds import in_table
-from ..functional.lookup import PLAIN_TYPES
+from ..dtypes import accumulation
+from ..functional.checks import PLAIN_TYPES
 from ..nn import Embedding, EmbeddingBag
 from ..ops import bag as bag_ops
 from ..ops import lookup as ops
@@ -199,7 +200,7 @@ def _compare_embedding_bag(
     rows = weight.index_select(0, used)
     if mode != "max":
         # Its 16-bit means are rounded more than once.
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = rows.to(accumulation(rows.dtype))
 
     of_bags = partial(embedding_bag, offsets=offsets, include_last_offset=include_last_offset)
     is_padding = used == padding_idx

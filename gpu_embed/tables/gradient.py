@@ -1,155 +1,15 @@
 """The sparse gradient of tables of different widths: which rows, and where in the output's gradient they lie."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..row_update import arithmetic_dtype
-from .entries import sums_of_rows
-from .layout import MODES, RowRange, TableField
-
-
-class TableEntries(NamedTuple):
-    """One entry an id, in the order of the ids. Its values are not its own: columns of a row of `values`, scaled."""
-
-    rows: Tensor  # int64 [N], among the rows of all tables; others take no part
-    sources: Tensor  # int32 or int64 [N]: the columns of table t in row b of values are b * T + t
-    scales: Tensor | None  # [N], in the dtype of the arithmetic: multiplies them; None: 1
-    # int32 or int64 [B, sum D]: the one entry that has them, where a table takes maxima; None: none does.
-    winner: Tensor | None
-    values: Tensor  # [B, sum D], any strides
-    fields: Tensor  # int64 [T, 8], as of `TableBatch`
-    num_rows: int  # of all tables
-    widest: int  # the largest D
-    dim_divisor: int  # the largest number that divides every D
-
-    @property
-    def num_tables(self) -> int:
-        return self.fields.shape[0]
-
-    def field(self, number: int) -> Tensor:
-        """One of `TableField` for each entry's table, int64 [N]."""
-        return self.fields[:, number][self.sources.to(torch.int64) % self.num_tables]
-
-    def fields_by_row(self) -> Tensor:
-        """`fields` with ascending first rows, to search for a row's table."""
-        first_row, num_rows = (
-            self.fields[:, column] for column in (TableField.FIRST_ROW, TableField.NUM_ROWS)
-        )
-        # A table without rows begins where the next one does, and must come before it.
-        return self.fields[(2 * first_row + (num_rows > 0)).argsort(stable=True)]
-
-    def in_table(self) -> Tensor:
-        """Which entries take part -> bool [N]."""
-        return (self.rows >= 0) & (self.rows < self.num_rows)
-
-    def in_row(self) -> Tensor:
-        """Which columns each entry has -> bool [N, widest]."""
-        columns = torch.arange(self.widest, device=self.rows.device)
-        return self.in_table()[:, None] & (columns < self.field(TableField.DIM)[:, None])
-
-    def elements(self, otherwise: int) -> Tensor:
-        """Where in the buffer the columns of each entry's row lie -> int64 [N, widest]; `otherwise` where nowhere."""
-        row = self.rows - self.field(TableField.FIRST_ROW)
-        begin = self.field(TableField.FIRST_ELEMENT) + row * self.field(TableField.DIM)
-        columns = torch.arange(self.widest, device=begin.device)
-        return torch.where(self.in_row(), begin[:, None] + columns, otherwise)
-
-    def row_values(self) -> Tensor:
-        """The values themselves, in the dtype of the arithmetic -> [N, widest], zero behind each D."""
-        dtype = arithmetic_dtype(self.values.dtype)
-        in_row = self.in_row()
-        if self.values.numel() == 0:
-            return self.values.new_zeros(in_row.shape, dtype=dtype)
-        bag = (self.sources.to(torch.int64) // self.num_tables)[:, None]
-        columns = torch.arange(self.widest, device=bag.device)
-        column = torch.where(in_row, self.field(TableField.FIRST_COLUMN)[:, None] + columns, 0)
-        used = in_row
-        if self.winner is not None:
-            place = torch.arange(len(self.rows), device=bag.device)[:, None]
-            is_max = self.field(TableField.MODE)[:, None] == MODES.index("max")
-            used = used & (~is_max | (self.winner[bag, column] == place))
-        values = self.values[bag, column].to(dtype)
-        if self.scales is not None:
-            values = values * self.scales[:, None]
-        return torch.where(used, values, 0)
-
-    def within(self, part: RowRange) -> "TableEntries":
-        """The same with rows and elements counted from a part's first on; rows outside of it take no part."""
-        if part.first_element == 0:
-            return self._replace(num_rows=part.num_rows)
-        shift = torch.zeros_like(self.fields[0])
-        shift[TableField.FIRST_ROW] = part.first_row
-        shift[TableField.FIRST_ELEMENT] = part.first_element
-        return self._replace(
-            rows=self.rows - part.first_row, fields=self.fields - shift, num_rows=part.num_rows
-        )
-
-    def multiplied(self, factor: float | Tensor) -> "TableEntries":
-        """With the values of each entry times a number, or times one of [N]."""
-        scales = self.scales
-        if scales is None:
-            dtype = arithmetic_dtype(self.values.dtype)
-            scales = torch.ones(self.rows.shape, dtype=dtype, device=self.rows.device)
-        return self._replace(scales=(scales * factor).to(scales.dtype))
-
-    def lie_like(self, other: "TableEntries") -> bool:
-        """Whether both are of the same tables; only of a layer that has been moved in between it waits for the GPU."""
-        one, two = self.fields, other.fields
-        if one.device != two.device:
-            return False
-        return one.data_ptr() == two.data_ptr() or torch.equal(one, two)
-
-    def joined(self, other: "TableEntries") -> "TableEntries":
-        """The entries of both, and the rows of `values` of both."""
-        both = self, other
-        if (self.scales is None) != (other.scales is None):
-            both = self.multiplied(1.0), other.multiplied(1.0)
-        one, two = both
-        scales = winner = None
-        if one.scales is not None and two.scales is not None:
-            scales = torch.cat([one.scales, two.scales])
-        if one.winner is not None and two.winner is not None:
-            after = len(one.rows)
-            winner = torch.cat([one.winner.to(torch.int64), two.winner.to(torch.int64) + after])
-        first = len(one.values) * self.num_tables
-        sources = torch.cat([one.sources.to(torch.int64), two.sources.to(torch.int64) + first])
-        return one._replace(
-            rows=torch.cat([one.rows, two.rows]),
-            sources=narrow_positions(sources, first + len(two.values) * self.num_tables),
-            scales=scales,
-            winner=winner,
-            values=torch.cat([one.values, two.values]),
-        )
-
-    def converted(self, convert: Callable[[Tensor], Tensor]) -> "TableEntries":
-        """With other values, which may be of another dtype and on another device."""
-        values = convert(self.values)
-        device, scales, winner = values.device, self.scales, self.winner
-        return self._replace(
-            rows=self.rows.to(device),
-            sources=self.sources.to(device),
-            scales=None if scales is None else scales.to(device, arithmetic_dtype(values.dtype)),
-            winner=None if winner is None else winner.to(device),
-            values=values,
-            fields=self.fields.to(device),
-        )
-
-    def to_dense(self, shape: torch.Size) -> Tensor:
-        """The buffer's gradient, rounded once."""
-        dense = self.values.new_zeros(shape.numel() + 1)
-        total = sums_of_rows(torch.where(self.in_table(), self.rows, -1), self.row_values())
-        # Every entry of a row writes the same sum; what takes no part writes behind the end.
-        dense[self.elements(shape.numel())] = total.to(dense.dtype)
-        return dense[:-1].view(shape)
-
-
-def narrow_positions(positions: Tensor, count: int) -> Tensor:
-    """int32 where so many are no more."""
-    return positions.to(torch.int32) if count < 2**31 else positions
+from ..dtypes import accumulation
+from .entries import TableEntries
+from .layout import RowRange, TableColumn
 
 
 class _Store:
@@ -184,8 +44,8 @@ class _SparseStore(_Store):
         num_rows, dim = grad.shape
         rows, values = grad._indices()[0], grad._values()
         fields = torch.zeros(1, 8, dtype=torch.int64, device=rows.device)
-        fields[0, TableField.NUM_ROWS] = num_rows
-        fields[0, TableField.DIM] = dim
+        fields[0, TableColumn.NUM_ROWS] = num_rows
+        fields[0, TableColumn.DIM] = dim
         sources = torch.arange(len(rows), device=rows.device)
         super().__init__(
             TableEntries(rows, sources, None, None, values, fields, num_rows, dim, dim)
@@ -364,7 +224,7 @@ def _number(self: Any, other: Any) -> Tensor | None:
         return None
     if isinstance(other, complex):
         return None
-    dtype = arithmetic_dtype(self.dtype)
+    dtype = accumulation(self.dtype)
     if isinstance(other, Tensor) and other.device == self.device:
         return other.to(dtype)
     # Made on the device, as a copy to it would wait.
@@ -419,7 +279,7 @@ def _unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None
             # Of the values that are some row's gradient; an empty bag's are none's.
             found = (~grad.entries.row_values().isfinite()).any()
             found_inf.copy_(torch.maximum(found_inf, found.to(found_inf.dtype)))
-            grad.times_(inv_scale.to(arithmetic_dtype(grad.dtype)).reshape(()))
+            grad.times_(inv_scale.to(accumulation(grad.dtype)).reshape(()))
 
 
 _aten = torch.ops.aten

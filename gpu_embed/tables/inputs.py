@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import bounds
 from ..bags import Bags, check_offsets
-from ..ops.known import INDEX_DTYPES
+from ..dtypes import IDS
 from .layout import quoted
 
 
@@ -306,7 +306,7 @@ def _check_tensor(what: str, value: object) -> None:
 
 
 def _check_integers(what: str, value: Tensor) -> None:
-    if value.dtype not in INDEX_DTYPES:
+    if value.dtype not in IDS:
         raise RuntimeError(
             f"{what} must be int64, int32, int16 or uint8, got {value.dtype}: convert with .long()"
         )

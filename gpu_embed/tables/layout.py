@@ -1,8 +1,9 @@
-"""Where the tables of one buffer lie, and what one batched call looks up in them."""
+"""Where the tables of one buffer lie, and which features look up in them."""
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from itertools import accumulate
 from math import gcd
@@ -12,16 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bags import Bags
-from ..bounds import BoundsRecord, table_name_id
+from ..bounds import table_name_id
 
 # Tables of different widths begin at a multiple of so many elements: 16 bytes in every dtype from 16 bits on.
 TABLE_ALIGNMENT = 8
-# By their number in `TableField.MODE`.
+# By their number in `TableColumn.MODE`.
 MODES = ("sum", "mean", "max")
 
 
-class TableField:
+class TableColumn(IntEnum):
     """The columns of `Tables.fields`: what a kernel knows of a feature and its table; as in kernels/tables."""
 
     FIRST_ROW = 0  # the table's first row, counted over the rows of all tables
@@ -71,7 +71,11 @@ class TableLayout:
     features: tuple[str, ...]  # in the order of their ids, and of their columns in the output
     feature_tables: tuple[int, ...]  # the table that each looks up in
 
-    @property
+    def __post_init__(self) -> None:
+        # Not in a call, which may be compiled: torch.compile cannot fill a cached property.
+        _ = self.num_features, self.is_uniform, self._shapes
+
+    @cached_property
     def num_features(self) -> int:
         return len(self.features)
 
@@ -84,7 +88,7 @@ class TableLayout:
     def num_tables(self) -> int:
         return len(self.names)
 
-    @property
+    @cached_property
     def is_uniform(self) -> bool:
         """Whether the buffer is a matrix: all tables have one embedding_dim."""
         return len(set(self.embedding_dims)) == 1
@@ -144,16 +148,20 @@ class TableLayout:
         )
 
     def shape(self, pooled: bool) -> "TableShape":
-        return TableShape(
-            sum(self.num_embeddings),
-            max(self.embedding_dims),
-            gcd(*self.embedding_dims),
-            "mean" in self.modes,
-            pooled,
+        return self._shapes[pooled]
+
+    @cached_property
+    def _shapes(self) -> tuple["TableShape", "TableShape"]:
+        """Of lookups of rows, and of pooled ones."""
+        num_rows, mean = sum(self.num_embeddings), "mean" in self.modes
+        widest, divisor = max(self.embedding_dims), gcd(*self.embedding_dims)
+        return (
+            TableShape(num_rows, widest, divisor, mean, False),
+            TableShape(num_rows, widest, divisor, mean, True),
         )
 
     def fields(self, device: torch.device) -> Tensor:
-        """int64 [F, 8]: `TableField`'s columns of each feature."""
+        """int64 [F, 8]: `TableColumn`'s values of each feature."""
 
         def of_tables(numbers: tuple[int, ...]) -> list[int]:
             return [numbers[table] for table in self.feature_tables]
@@ -197,94 +205,6 @@ class TableShape(NamedTuple):
     dim_divisor: int  # the largest number that divides every D
     mean: bool  # whether any table takes means
     pooled: bool  # one output row a bag; else one an id
-
-
-class TableBatch(NamedTuple):
-    """N ids cut into T * B bags, table-major: bag t * B + b is bag b of table t.
-
-    Where several features look up in one table, each counts as a table here: T is the number of features.
-    """
-
-    indices: Tensor  # [N], adjacent in memory
-    offsets: Tensor  # [T * B + 1]; may be wrong: whoever reads them keeps them within [0, N]
-    fields: Tensor  # int64 [T, 8]
-    table_of_column: Tensor  # int32 [sum D]
-    shape: TableShape
-    # int32 or int64 [B, sum D]: in columns of tables of mode "max" the position that is the maximum, -1: none; where
-    # it is known, what becomes of a table is linear. None: no table has that mode.
-    winner: Tensor | None = None
-
-    @property
-    def num_tables(self) -> int:
-        return self.fields.shape[0]
-
-    @property
-    def bags_per_table(self) -> int:
-        """B."""
-        return (self.offsets.shape[0] - 1) // self.num_tables
-
-    @property
-    def width(self) -> int:
-        """Columns of the pooled output."""
-        return self.table_of_column.shape[0]
-
-    @property
-    def position_dtype(self) -> torch.dtype:
-        """An integer dtype that holds a position."""
-        return torch.int32 if self.indices.shape[0] < 2**31 else torch.int64
-
-    @property
-    def is_uniform(self) -> bool:
-        return self.width == self.num_tables * self.shape.widest
-
-    def buffer_shape(self, length: int) -> tuple[int, ...]:
-        """`TableLayout.buffer_shape`, given the first of it."""
-        return (length, self.shape.widest) if self.is_uniform else (length,)
-
-    @property
-    def bags(self) -> Bags:
-        """The bags of all tables as those of one."""
-        return Bags(self.indices, self.offsets, self.num_tables * self.bags_per_table)
-
-    def field(self, number: int, table: Tensor) -> Tensor:
-        """One of `TableField` for each of these tables, int64."""
-        return self.fields[:, number][table]
-
-    def places(self) -> "Places":
-        """Where each position belongs, with torch's operators, differentiating nothing."""
-        bags = self.bags
-        bag = bags.bag_of()
-        in_bag = bag >= 0
-        table = bag.clamp(min=0) // max(self.bags_per_table, 1)
-        index = self.indices.to(torch.int64)
-        in_table = (index >= 0) & (index < self.field(TableField.NUM_ROWS, table))
-        # -1 is no padding where it stands for there being none.
-        is_padding = (index == self.field(TableField.PADDING_IDX, table)) & (index >= 0)
-        row = torch.where(in_bag & in_table, self.field(TableField.FIRST_ROW, table) + index, -1)
-        return Places(bag, table, row, in_bag & ~is_padding)
-
-    def sources(self, places: "Places") -> Tensor:
-        """Which part of the output each position adds to -> int64 [N]: that of bag b of table t is b * T + t."""
-        return (places.bag - places.table * self.bags_per_table) * self.num_tables + places.table
-
-    def bag_sizes(self, places: "Places") -> Tensor:
-        """What divides each bag's sum -> int64 [T * B]: ids that count for a mean, at least 1; 1 for a sum."""
-        num_bags = self.num_tables * self.bags_per_table
-        sizes = places.bag.new_zeros(num_bags + 1)
-        counted = torch.where(places.counted, places.bag, num_bags)
-        sizes = sizes.index_add_(0, counted, torch.ones_like(counted))[:-1].clamp(min=1)
-        table = torch.arange(num_bags, device=sizes.device) // self.bags_per_table
-        is_mean = self.field(TableField.MODE, table) == MODES.index("mean")
-        return torch.where(is_mean, sizes, 1)
-
-
-class Places(NamedTuple):
-    """What there is to know of each position, [N] each."""
-
-    bag: Tensor  # int64: among the bags of all tables; -1: none
-    table: Tensor  # int64: its bag's; 0 where there is none
-    row: Tensor  # int64: among the rows of all tables; -1: in no bag, or its id is out of its table's range
-    counted: Tensor  # bool: in a bag, and no padding: counts for the mean
 
 
 def make_layout(
@@ -419,17 +339,3 @@ def _wrap_padding_idx(name: str, padding_idx: int | None, num_embeddings: int) -
             f"table {name!r}: padding_idx must be within num_embeddings, {num_embeddings}, got {padding_idx}"
         )
     return padding_idx + num_embeddings if padding_idx < 0 else padding_idx
-
-
-def write_out_of_range(record: BoundsRecord, batch: TableBatch) -> None:
-    """Record the first id that is out of its table's range, with torch's operators."""
-    places = batch.places()
-    begin, _ = batch.bags.ends()
-    words = (
-        batch.field(TableField.NUM_ROWS, places.table),
-        places.bag - places.table * batch.bags_per_table + 1,
-        begin[places.bag.clamp(min=0)],
-        batch.field(TableField.NAME, places.table),
-    )
-    out_of_range = (places.bag >= 0) & (places.row < 0)
-    record.write_places(batch.indices.to(torch.int64), out_of_range, torch.stack(words))

@@ -10,35 +10,35 @@ from .gradient import TableGradient
 from .layout import RowRange
 
 
-class RowParameter(torch.nn.Parameter):
-    """Rows of a layer's parameter, in its memory, for an optimizer of this package.
+class TableSlice(torch.nn.Parameter):
+    """A view of a parent's rows, the parameter of a layer, for an optimizer of this package.
 
-    They are `[rows, embedding_dim]`, or, of several tables of different embedding_dims, `[elements]`. No gradient
-    is computed for them: the whole parameter's is, and an optimizer takes these rows' part of it.
+    It is `[rows, embedding_dim]`, or, of several tables of different embedding_dims, `[elements]`. No gradient
+    is computed for it: the parent's is, and an optimizer takes these rows' part of it.
 
     Attributes:
-        whole: the parameter.
+        parent: the layer's parameter.
         row_range: which of its rows these are.
-        grad: their part of the whole's gradient; of a sparse one a `TableGradient`, which shares its memory.
-            Setting it to None does so to the whole's. Dense zeros can be set, which are these rows' own gradient
-            then, while the whole's stays; other values raise ValueError.
+        grad: their part of the parent's gradient; of a sparse one a `TableGradient`, which shares its memory.
+            `.grad = None` also clears the parent's. Dense zeros can be set, which are these rows' own gradient
+            then, while the parent's stays; other values raise ValueError.
     """
 
-    whole: torch.nn.Parameter
+    parent: torch.nn.Parameter
     row_range: RowRange
     zeros: Tensor | None  # a gradient of their own
 
-    def __new__(cls, whole: torch.nn.Parameter, row_range: RowRange) -> "RowParameter":
-        rows = _rows_of(whole, row_range)
-        self: RowParameter = torch.Tensor._make_subclass(cls, rows, whole.requires_grad)
-        self.whole = whole
+    def __new__(cls, parent: torch.nn.Parameter, row_range: RowRange) -> "TableSlice":
+        rows = _rows_of(parent, row_range)
+        self: TableSlice = torch.Tensor._make_subclass(cls, rows, parent.requires_grad)
+        self.parent = parent
         self.row_range = row_range
         self.zeros = None
         return self
 
-    def follow(self) -> None:
-        """Go where the whole has gone: `layer.to(...)` gives it other memory."""
-        rows = _rows_of(self.whole, self.row_range)
+    def rebind(self) -> None:
+        """View the parent's memory of now: `layer.to(...)` gives it other memory."""
+        rows = _rows_of(self.parent, self.row_range)
         if (rows.data_ptr(), rows.dtype, rows.device) != (self.data_ptr(), self.dtype, self.device):
             self.data = rows
 
@@ -46,7 +46,7 @@ class RowParameter(torch.nn.Parameter):
     def grad(self) -> Tensor | None:
         if self.zeros is not None:
             return self.zeros
-        grad = self.whole.grad
+        grad = self.parent.grad
         if grad is None:
             return None
         if grad.is_sparse:
@@ -58,34 +58,34 @@ class RowParameter(torch.nn.Parameter):
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         if value is None:
-            self.whole.grad = None
+            self.parent.grad = None
         # torch.distributed.checkpoint sets zeros, for a step that makes the state.
         elif value.shape != self.shape or value.layout is not torch.strided or value.any():
             raise ValueError("the gradient of rows is part of the whole parameter's; set that")
         self.zeros = value
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RowParameter":
-        return type(self)(copy.deepcopy(self.whole, memo), self.row_range)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TableSlice":
+        return type(self)(copy.deepcopy(self.parent, memo), self.row_range)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return type(self), (self.whole, self.row_range)
+        return type(self), (self.parent, self.row_range)
 
 
-def _rows_of(whole: Tensor, part: RowRange) -> Tensor:
+def _rows_of(parent: Tensor, part: RowRange) -> Tensor:
     elements = torch.Size(part.shape).numel()
-    return whole.detach().view(-1).narrow(0, part.first_element, elements).view(part.shape)
+    return parent.detach().view(-1).narrow(0, part.first_element, elements).view(part.shape)
 
 
-def whole_of(param: Tensor) -> Tensor:
+def parent_of(param: Tensor) -> Tensor:
     """The parameter that has the gradient."""
-    return param.whole if isinstance(param, RowParameter) else param
+    return param.parent if isinstance(param, TableSlice) else param
 
 
 def gradient_of(param: Tensor) -> Tensor | None:
-    """The gradient that an optimizer applies: the whole's, unless rows have one of their own."""
-    if isinstance(param, RowParameter) and param.zeros is not None:
+    """The gradient that an optimizer applies: the parent's, unless rows have one of their own."""
+    if isinstance(param, TableSlice) and param.zeros is not None:
         return param.zeros
-    return whole_of(param).grad
+    return parent_of(param).grad
 
 
 def row_range_of(param: Tensor) -> RowRange | None:

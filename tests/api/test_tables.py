@@ -24,7 +24,7 @@ from gpu_embed import backends
 from gpu_embed.backends._plan import tables as tables_plan
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.ops import tables as table_ops
-from gpu_embed.tables.layout import TableBatch
+from gpu_embed.tables.batch import TableBatch
 
 pytestmark = where(has_method)
 
@@ -342,8 +342,8 @@ def test_opcheck_of_maxima(target):
     shape = layer.layout.shape(True)
     batch = (ids, offsets, layer.tables.fields, layer.tables.table_of_column)
     op = table_ops.table_batched_embedding_max
-    torch.library.opcheck(op, (layer.weight, *batch, *shape, True, False))
-    _, winner = op(layer.weight, *batch, *shape, True, False)
+    torch.library.opcheck(op, (layer.weight, *batch, *shape, False, True))
+    _, winner = op(layer.weight, *batch, *shape, False, True)
     arguments = (layer.weight, None, *batch, winner, *shape, False, False)
     torch.library.opcheck(table_ops.table_batched_embedding, arguments)
 

@@ -258,7 +258,7 @@ def test_the_version_at_hand_was_checked():
 
 @pytest.fixture
 def asked_anew(monkeypatch):
-    monkeypatch.setattr(KNOWN_LAUNCH, "_value", None)
+    monkeypatch.delitem(vars(KNOWN_LAUNCH), "value", raising=False)
     known_launch.is_used.cache_clear()
     yield
     known_launch.is_used.cache_clear()

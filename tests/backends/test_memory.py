@@ -18,7 +18,8 @@ import gpu_embed
 from gpu_embed.backends._cupy import CupyBackend
 from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.bags import Bags
-from gpu_embed.tables.layout import TableBatch, make_layout
+from gpu_embed.tables.batch import TableBatch
+from gpu_embed.tables.layout import make_layout
 
 MIB = 2**20
 

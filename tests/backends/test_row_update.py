@@ -18,8 +18,9 @@ from targets import takes_mapped_memory
 from tiers import where
 
 from gpu_embed import backends
+from gpu_embed.dtypes import accumulation
 from gpu_embed.reference.rounding import philox, random_words, round_to_bfloat16
-from gpu_embed.row_update import STATE, RowUpdate, Stream, arithmetic_dtype
+from gpu_embed.row_update import STATE, RowUpdate, Stream
 
 # Numbers that no dtype holds exactly, so that an operation left out, added or fused shows.
 UPDATES = {
@@ -50,7 +51,7 @@ def initial_state(update, weight):
     for layout in STATE[update.formula]:
         shape = weight.shape[:1] if layout.per_row else weight.shape
         count = torch.arange(math.prod(shape)).view(shape) % 7 + 1
-        found.append(count.to(weight.device, arithmetic_dtype(weight.dtype)))
+        found.append(count.to(weight.device, accumulation(weight.dtype)))
     return tuple(found)
 
 

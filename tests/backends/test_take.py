@@ -9,16 +9,13 @@ from cases import integer_gradient, same_bits, table
 from torch.autograd import gradcheck, gradgradcheck
 
 import gpu_embed
-from gpu_embed import take as wrapped_ids
+from gpu_embed.dtypes import FLOATS, KERAS_IDS
 from gpu_embed.ops import take as take_ops
 
 FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 # Every pair that `converts` allows.
 CONVERSIONS = [
-    (source, target)
-    for source in take_ops.FLOAT_DTYPES
-    for target in take_ops.FLOAT_DTYPES
-    if take_ops.converts(source, target)
+    (source, target) for source in FLOATS for target in FLOATS if take_ops.converts(source, target)
 ]
 IDS = [[3, -1, 0], [-7, 6, 3]]  # of a table of 7 rows
 ROWS = [[3, 6, 0], [0, 6, 3]]
@@ -45,7 +42,7 @@ def test_there_are_eight_conversions():
     assert len(CONVERSIONS) == 8
 
 
-@pytest.mark.parametrize("dtype", wrapped_ids.INDEX_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", KERAS_IDS, ids=str)
 def test_every_dtype_of_ids(target, dtype):
     """Fractions are cut towards zero, and -0.5 is 0, as in a cast."""
     weight = table(7, 4, FP32, target.device)

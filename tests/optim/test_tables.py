@@ -13,7 +13,7 @@ import gpu_embed
 from gpu_embed import backends, optim
 from gpu_embed.backends._triton import row_update as triton_row_update
 from gpu_embed.backends._triton import tables as triton_tables
-from gpu_embed.tables.parameter import RowParameter
+from gpu_embed.tables.parameter import TableSlice
 
 SIZES = {"user": (7, 4), "item": (3, 4), "shop": (5, 4)}
 # Rows of an odd number of elements, and what lies between tables that are no multiple of 8 of them.
@@ -273,8 +273,8 @@ def test_a_copied_optimizer_updates_its_own_tables():
         copy.deepcopy((layer, item)),
         pickle.loads(pickle.dumps((layer, item))),
     ):
-        assert isinstance(item_copy, RowParameter)
-        assert item_copy.whole is copied.weight
+        assert isinstance(item_copy, TableSlice)
+        assert item_copy.parent is copied.weight
         assert item_copy.data_ptr() == copied["item"].data_ptr()
     batches = batches_of(layer)
     for whole in (True, False):

@@ -229,7 +229,7 @@ def test_an_unknown_setting_is_said(
 ) -> None:
     with gpu_embed.use_backend(backend):
         setting = getattr(gpu_embed.settings, name)
-        monkeypatch.setattr(setting, "_value", None)
+        monkeypatch.delitem(vars(setting), "value", raising=False)
         monkeypatch.setenv(setting.variable, "guess")
         assert env_report.main([]) == 0
         monkeypatch.undo()

@@ -33,11 +33,6 @@ LAYERS = {
         {""},
     ),
 }
-# Edges that go upward until what they import has moved down: into dtypes, into backends.protocol.
-WAITING = {
-    "gpu_embed": {("tables", "ops")},
-    "gpu_embed.backends": {("_plan", ""), ("_torch", ""), ("_reference", "")},
-}
 # They install under gpu_embed and lie beside it: device code, and the benchmark that uses all of it.
 ELSEWHERE = {"gpu_embed.kernels", "gpu_embed.bench"}
 
@@ -90,7 +85,7 @@ def unit_of(name: str, package: str) -> str:
     return name.removeprefix(package).lstrip(".").partition(".")[0]
 
 
-def all_edges(package: str) -> dict[tuple[str, str], list[str]]:
+def edges(package: str) -> dict[tuple[str, str], list[str]]:
     """Which unit of a package imports which, and where."""
     inside = [name for name in MODULES if name == package or name.startswith(f"{package}.")]
     found: dict[tuple[str, str], list[str]] = {}
@@ -100,11 +95,6 @@ def all_edges(package: str) -> dict[tuple[str, str], list[str]]:
             if target in inside and edge[0] != edge[1]:
                 found.setdefault(edge, []).append(f"{MODULES[name].relative_to(ROOT)}:{line}")
     return found
-
-
-def edges(package: str) -> dict[tuple[str, str], list[str]]:
-    found = all_edges(package)
-    return {edge: found[edge] for edge in found.keys() - WAITING[package]}
 
 
 def layer_of(unit: str, package: str) -> int:
@@ -136,11 +126,6 @@ def test_units_import_each_other_in_no_circle(package):
         graph.prepare()
     except CycleError as error:
         raise AssertionError(f"{package}: {' -> '.join(error.args[1][::-1])}") from None
-
-
-@pytest.mark.parametrize("package", LAYERS)
-def test_edges_that_wait_are_still_there(package):
-    assert WAITING[package] <= all_edges(package).keys()
 
 
 @pytest.mark.parametrize("package", LAYERS)

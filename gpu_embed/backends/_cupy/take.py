@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from ...bounds import BoundsRecord, record_arguments
-from ...take import INDEX_DTYPES, QuantizedTable
+from ...dtypes import KERAS_IDS
+from ...take import QuantizedTable
 from .._plan.take import TakePlan, quantized_vector, taken_vector
 from .device import FLOATS, CupyDevice
 from .launch import DEQUANTIZE_ROWS, MAX_SEGMENT_VECTOR, TAKE_ROWS
@@ -32,7 +33,7 @@ class CupyTake(CupyDevice, TakePlan):
             weight.stride(0) // vec,
             weight.stride(1),
             embedding_dim,
-            INDEX_DTYPES.index(ids.dtype),
+            KERAS_IDS.index(ids.dtype),
         )
 
     def _dequantize_rows(
@@ -56,7 +57,7 @@ class CupyTake(CupyDevice, TakePlan):
             table.values.shape[0],
             table.embedding_dim,
             table.group_size,
-            INDEX_DTYPES.index(ids.dtype),
+            KERAS_IDS.index(ids.dtype),
         )
 
 

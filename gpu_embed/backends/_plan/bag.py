@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord
-from ...row_update import arithmetic_dtype
+from ...dtypes import accumulation
 from .access import cdiv
 from .gradient import GradientPlan, OutputBags
 
@@ -47,7 +47,7 @@ class BagPlan(GradientPlan):
         chunk_length = bag_chunk_length(bags)
         if chunk_length:
             num_parts = 2 * cdiv(bags.indices.numel(), chunk_length)
-            acc_dtype = arithmetic_dtype(weight.dtype)
+            acc_dtype = accumulation(weight.dtype)
             parts = BagParts(
                 chunk_length,
                 output.new_empty((num_parts, embedding_dim), dtype=acc_dtype),

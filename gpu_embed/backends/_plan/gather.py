@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...settings import GATHER_METHOD, Restore
-from .. import PreparedEmbedding
+from ..protocol import PreparedEmbedding
 
 # gather(ids, num_indices, output, zero_idx, record) from one table; ids are contiguous, of any shape.
 Gather = Callable[[Tensor, int, Tensor, int, BoundsRecord | None], None]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...row_update import arithmetic_dtype
+from ...dtypes import accumulation
 from .access import RowSteps, flat_ids, row_matrix, row_numbers
 from .gradient_method import choose
 from .levels import CHUNK, Level, Partial, levels
@@ -100,7 +100,7 @@ class GradientPlan(SortPlan):
         grad_weight: Tensor,
         scale_grad_by_freq: bool,
     ) -> None:
-        dim, dtype = grad_weight.shape[1], arithmetic_dtype(grad_weight.dtype)
+        dim, dtype = grad_weight.shape[1], accumulation(grad_weight.dtype)
         for level, partial, chunk in levels(
             grad_output, order, keys, dim, dtype, extra=scale_grad_by_freq
         ):

@@ -5,7 +5,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ...row_update import RowUpdate, arithmetic_dtype
+from ...dtypes import accumulation
+from ...row_update import RowUpdate
 from .access import flat_ids
 from .gradient import GradientPlan
 from .levels import Level, Partial, levels
@@ -30,12 +31,12 @@ class RowUpdatePlan(GradientPlan):
             ids = chosen
         keys, order = self._sorted_keys(ids, weight.shape[0], padding_idx=-1)
         if update.formula == "rowwise_adagrad" and not self._holds_row(
-            weight.shape[1], arithmetic_dtype(weight.dtype)
+            weight.shape[1], accumulation(weight.dtype)
         ):
             total, run_keys = self._sums_of_runs(values, order, keys, weight.shape[0])
             self._rowwise_adagrad(update, total, run_keys, weight, state[0])
             return
-        dim, dtype = weight.shape[1], arithmetic_dtype(weight.dtype)
+        dim, dtype = weight.shape[1], accumulation(weight.dtype)
         # `_sum_runs`, but each complete sum updates its row instead of being stored.
         for level, partial, chunk in levels(values, order, keys, dim, dtype, extra=False):
             self._row_update(update, level, weight, state, partial, chunk)
@@ -53,7 +54,7 @@ class RowUpdatePlan(GradientPlan):
         run_keys.scatter_(0, runs, keys.to(torch.int64))
         total = torch.zeros(
             (keys.numel(), values.shape[1]),
-            dtype=arithmetic_dtype(values.dtype),
+            dtype=accumulation(values.dtype),
             device=values.device,
         )
         self._sum_runs(values, order, runs, None, total, scale_grad_by_freq=False)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ...bounds import BoundsRecord
-from ...row_update import RowUpdate, arithmetic_dtype
-from ...tables.gradient import TableEntries
-from ...tables.layout import TableBatch
+from ...dtypes import accumulation
+from ...row_update import RowUpdate
+from ...tables.batch import TableBatch
+from ...tables.entries import TableEntries
 from .access import cdiv, sort_key_dtype
 from .bag import BagPlan
 from .gradient import OutputBags
@@ -46,7 +47,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
                 weight, per_sample_weights, batch, output, None, batch.winner, False, splits, record
             )
             return output
-        acc_dtype = arithmetic_dtype(weight.dtype)
+        acc_dtype = accumulation(weight.dtype)
         partial = output.new_empty((splits, *output.shape), dtype=acc_dtype)
         sizes = torch.empty_like(partial, dtype=torch.int64) if batch.shape.mean else None
         self._table_bag(
@@ -102,7 +103,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         # Not made before the sort has freed its memory.
         bags = self._output_bags(batch, per_sample_weights)
         if not batch.is_uniform or batch.winner is not None:
-            dtype = arithmetic_dtype(grad_weight.dtype)
+            dtype = accumulation(grad_weight.dtype)
             for level, partial, chunk in levels(
                 grad_output, order, keys, batch.shape.widest, dtype, extra=True
             ):
@@ -164,7 +165,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             self._select_rows(entries.rows, rows.view(torch.uint8), chosen)
             entries = entries._replace(rows=chosen)
         keys, order = self._sorted_keys(entries.rows, entries.num_rows, padding_idx=-1)
-        acc_dtype = arithmetic_dtype(weight.dtype)
+        acc_dtype = accumulation(weight.dtype)
         if update.formula == "rowwise_adagrad" and not self._holds_row(entries.widest, acc_dtype):
             total, run_keys = self._sums_of_runs(
                 entries.row_values(), order, keys, entries.num_rows

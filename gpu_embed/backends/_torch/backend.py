@@ -5,15 +5,14 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord, in_table
+from ...dtypes import TORCH_IDS, accumulation
 from ...row_update import RowUpdate
-from ...tables.gradient import TableEntries
-from ...tables.layout import TableBatch, write_out_of_range
+from ...tables.batch import TableBatch, write_out_of_range
+from ...tables.entries import TableEntries
 from ...take import QuantizedTable, rows_or_ids
-from .. import PreparedEmbedding
+from ..protocol import PreparedEmbedding
 from . import tables
 from .row_update import row_update_, table_row_update_
-
-TORCH_INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 class TorchBackend:
@@ -60,7 +59,7 @@ class TorchBackend:
         def embedding(
             weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
         ) -> Tensor:
-            if zero_idx < 0 and indices.dtype in TORCH_INDEX_DTYPES:
+            if zero_idx < 0 and indices.dtype in TORCH_IDS:
                 # As above: torch's CPU kernel checks the ids itself.
                 try:
                     return torch.embedding(weight, indices)
@@ -104,7 +103,7 @@ class TorchBackend:
         kept = in_table(ids, weight.shape[0])
         ids = torch.where(kept, ids, 0)
         rows = weight[ids]
-        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        wide = rows.to(accumulation(rows.dtype))
         norm = torch.linalg.vector_norm(wide, norm_type, dim=1)
         scaled = (norm > max_norm) & kept.all()
         renormed = (wide * (max_norm / (norm + 1e-7))[:, None]).to(rows.dtype)
@@ -138,7 +137,7 @@ class TorchBackend:
         mode: str,
         record: BoundsRecord | None,
     ) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = accumulation(weight.dtype)
         # torch would round a 16-bit mean twice, and its CUDA kernels trust the ids.
         if not weight.is_cuda and (mode == "sum" or weight.dtype == wide):
             output = _cpu_bags(weight, per_sample_weights, bags, padding_idx, mode)
@@ -186,7 +185,7 @@ class TorchBackend:
         scale_grad_by_freq: bool,
     ) -> Tensor:
         bag = bags.bag_of()
-        wide = torch.promote_types(grad_output.dtype, torch.float32)
+        wide = accumulation(grad_output.dtype)
         grad_output_wide = grad_output.to(wide)
         if mode == "mean":
             grad_output_wide = grad_output_wide / bags.sizes(padding_idx).clamp(min=1)[:, None]
@@ -201,7 +200,7 @@ class TorchBackend:
     def embedding_bag_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
     ) -> Tensor:
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = accumulation(weight.dtype)
         bag = bags.bag_of()
         read = (bag >= 0) & in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)
         rows = self.embedding(weight, bags.indices, -1, None).to(wide)
@@ -216,9 +215,10 @@ class TorchBackend:
         zero_padding: bool,
         record: BoundsRecord | None,
     ) -> Tensor:
+        places = batch.places()
         if record is not None:
-            write_out_of_range(record, batch)
-        return tables.embedding(weight, per_sample_weights, batch, zero_padding)
+            write_out_of_range(record, batch, places)
+        return tables.embedding(weight, per_sample_weights, batch, zero_padding, places)
 
     def table_batched_embedding_max(
         self,
@@ -227,9 +227,10 @@ class TorchBackend:
         with_winner: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
+        places = batch.places()
         if record is not None:
-            write_out_of_range(record, batch)
-        return tables.embedding_max(weight, batch, with_winner)
+            write_out_of_range(record, batch, places)
+        return tables.embedding_max(weight, batch, with_winner, places)
 
     def table_batched_embedding_dense_backward(
         self,
@@ -248,7 +249,7 @@ class TorchBackend:
     def take_rows(
         self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None
     ) -> Tensor:
-        if not weight.is_cuda and indices.dtype in TORCH_INDEX_DTYPES:
+        if not weight.is_cuda and indices.dtype in TORCH_IDS:
             # Negative ids are rare, and torch's CPU kernel finds them.
             try:
                 return torch.embedding(weight, indices).to(dtype)
@@ -277,7 +278,7 @@ class TorchBackend:
             per_column = per_group.repeat_interleave(table.group_size, dim=-1)
             return per_column[..., : table.embedding_dim].to(wide)
 
-        wide = torch.promote_types(table.scale.dtype, torch.float32)
+        wide = accumulation(table.scale.dtype)
         numbers = columns.to(wide)
         if table.zero is None:
             # What an id out of range reads as divides zeros by zeros.
@@ -298,7 +299,7 @@ class TorchBackend:
 
 
 def _torch_ids(indices: Tensor) -> Tensor:
-    return indices if indices.dtype in TORCH_INDEX_DTYPES else indices.to(torch.int32)
+    return indices if indices.dtype in TORCH_IDS else indices.to(torch.int32)
 
 
 def _dense_backward_in_fp32(

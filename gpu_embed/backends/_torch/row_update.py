@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ...bounds import in_table
+from ...dtypes import accumulation
 from ...reference.rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
-from ...row_update import STATE, RowUpdate, Stream, arithmetic_dtype
-from ...tables.gradient import TableEntries
-from ...tables.layout import TableField
+from ...row_update import STATE, RowUpdate, Stream
+from ...tables.entries import TableEntries
+from ...tables.layout import TableColumn
 from .._plan.access import sort_key_dtype
 
 LOW = 0xFFFFFFFF
@@ -26,7 +27,7 @@ def row_update_(
     rows: Tensor | None,
 ) -> None:
     """`Backend.row_update_`; on CUDA it waits to learn how many rows there are."""
-    sums = _row_sums(weight.shape[0], indices, values.to(arithmetic_dtype(weight.dtype)), rows)
+    sums = _row_sums(weight.shape[0], indices, values.to(accumulation(weight.dtype)), rows)
     w = weight.index_select(0, sums.used)
     kept_state = [tensor.index_select(0, sums.used) for tensor in state]
     weight.index_copy_(0, sums.used, _updated(update, w, kept_state, sums, w.shape[1]))
@@ -61,7 +62,7 @@ def table_row_update_(
         tensor[sums.used] if is_row else read(tensor)
         for tensor, is_row in zip(state, per_row, strict=True)
     ]
-    dim = of_rows.field(TableField.DIM)
+    dim = of_rows.field(TableColumn.DIM)
     weight.view(-1)[elements] = _updated(update, read(weight), kept_state, sums, dim)[in_row]
     for tensor, new, is_row in zip(state, kept_state, per_row, strict=True):
         if is_row:

@@ -1,24 +1,31 @@
 """Batched tables in torch's operators, for the torch backend: all tables at once, with no wait for the GPU."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ...dtypes import accumulation
+from ...tables.batch import Places, TableBatch
 from ...tables.entries import sums_of_rows
-from ...tables.layout import MODES, Places, TableBatch, TableField
+from ...tables.layout import MODES, TableColumn
 
 
 def embedding(
-    weight: Tensor, per_sample_weights: Tensor | None, batch: TableBatch, zero_padding: bool
+    weight: Tensor,
+    per_sample_weights: Tensor | None,
+    batch: TableBatch,
+    zero_padding: bool,
+    places: Places,
 ) -> Tensor:
     """`Backend.table_batched_embedding` but for the record."""
-    places = batch.places()
     read = places.row >= 0
     if batch.shape.pooled or zero_padding:
         read &= places.counted
     rows = _rows(weight, batch, places, read)
     if not batch.shape.pooled:
         return rows
-    rows = rows.to(torch.promote_types(weight.dtype, torch.float32))
+    rows = rows.to(accumulation(weight.dtype))
     if per_sample_weights is not None:
         rows = torch.where(read[:, None], rows * per_sample_weights[:, None], 0)
     if batch.winner is not None:
@@ -33,9 +40,10 @@ def embedding(
     return _columns(total, batch).to(weight.dtype)
 
 
-def embedding_max(weight: Tensor, batch: TableBatch, with_winner: bool) -> tuple[Tensor, Tensor]:
+def embedding_max(
+    weight: Tensor, batch: TableBatch, with_winner: bool, places: Places
+) -> tuple[Tensor, Tensor]:
     """`Backend.table_batched_embedding_max` but for the record."""
-    places = batch.places()
     read = places.counted & (places.row >= 0)
     rows = _rows(weight, batch, places, read)
     num_bags, num_indices = batch.bags.num_bags, len(read)
@@ -57,7 +65,7 @@ def embedding_max(weight: Tensor, batch: TableBatch, with_winner: bool) -> tuple
     winner = torch.where(first_position(is_nan) == first, first, winner)[:-1]
     winner = torch.where(winner < num_indices, winner, -1)
     winner = _columns(winner, batch).to(batch.position_dtype)
-    output = embedding(weight, None, batch._replace(winner=winner), False)
+    output = embedding(weight, None, replace(batch, winner=winner), False, places)
     return output, winner if with_winner else winner.new_empty(0)
 
 
@@ -70,7 +78,7 @@ def dense_backward(
     """`Backend.table_batched_embedding_dense_backward`."""
     places = batch.places()
     kept = places.counted & (places.row >= 0)
-    values = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
+    values = grad_output.to(accumulation(grad_output.dtype))
     if batch.shape.pooled:
         values = _bag_rows(values, batch)
         if batch.shape.mean:
@@ -91,7 +99,7 @@ def sample_weights_backward(grad_output: Tensor, weight: Tensor, batch: TableBat
     """`Backend.table_batched_embedding_sample_weights_backward`."""
     places = batch.places()
     read = places.counted & (places.row >= 0)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = accumulation(weight.dtype)
     rows = _rows(weight, batch, places, read).to(wide)
     products = rows * _bag_rows(grad_output, batch)[places.bag.clamp(min=0)].to(wide)
     return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
@@ -102,7 +110,7 @@ def _won(batch: TableBatch, places: Places) -> Tensor:
     assert batch.winner is not None
     position = torch.arange(len(places.bag), device=places.bag.device)
     winner = _bag_rows(batch.winner, batch)[places.bag.clamp(min=0)]
-    is_max = batch.field(TableField.MODE, places.table) == MODES.index("max")
+    is_max = batch.fields[:, TableColumn.MODE][places.table] == MODES.index("max")
     return ~is_max[:, None] | (winner == position[:, None])
 
 
@@ -117,9 +125,9 @@ def _rows(weight: Tensor, batch: TableBatch, places: Places, read: Tensor) -> Te
 
 def _elements(batch: TableBatch, places: Places, used: Tensor, otherwise: int) -> Tensor:
     """Where in the buffer each position's row lies -> int64 [N, widest]; `otherwise` where there is nothing."""
-    local = places.row - batch.field(TableField.FIRST_ROW, places.table)
-    first = batch.field(TableField.FIRST_ELEMENT, places.table)
-    begin = first + local * batch.field(TableField.DIM, places.table)
+    local = places.row - batch.fields[:, TableColumn.FIRST_ROW][places.table]
+    first = batch.fields[:, TableColumn.FIRST_ELEMENT][places.table]
+    begin = first + local * batch.fields[:, TableColumn.DIM][places.table]
     columns = torch.arange(batch.shape.widest, device=begin.device)
     used = used[:, None] & _in_row(batch, places)
     return torch.where(used, begin[:, None] + columns, otherwise)
@@ -128,7 +136,7 @@ def _elements(batch: TableBatch, places: Places, used: Tensor, otherwise: int) -
 def _in_row(batch: TableBatch, places: Places) -> Tensor:
     """Which columns the table of each position has -> bool [N, widest]."""
     columns = torch.arange(batch.shape.widest, device=places.table.device)
-    return columns < batch.field(TableField.DIM, places.table)[:, None]
+    return columns < batch.fields[:, TableColumn.DIM][places.table][:, None]
 
 
 def _columns(bag_rows: Tensor, batch: TableBatch) -> Tensor:
@@ -149,4 +157,4 @@ def _table_and_column(batch: TableBatch) -> tuple[Tensor, Tensor]:
     """Whose each column of the output is, and its place there -> int64 [sum D] each."""
     table = batch.table_of_column.to(torch.int64)
     columns = torch.arange(batch.width, device=table.device)
-    return table, columns - batch.field(TableField.FIRST_COLUMN, table)
+    return table, columns - batch.fields[:, TableColumn.FIRST_COLUMN][table]

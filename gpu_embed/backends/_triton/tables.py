@@ -4,8 +4,8 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord, record_arguments
 from ...row_update import RowUpdate
-from ...tables.gradient import TableEntries
-from ...tables.layout import TableBatch
+from ...tables.batch import TableBatch
+from ...tables.entries import TableEntries
 from .._plan.access import cdiv, table_vector_width
 from .._plan.gradient import NO_BAGS, OutputBags
 from .._plan.levels import Level, Partial

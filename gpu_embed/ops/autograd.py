@@ -1,0 +1,263 @@
+"""What our operators share: their library, their way past the dispatcher, and the gradients of two kinds of them.
+
+An operator is registered with the dispatcher, and has a function `call_*` that goes past the dispatcher where that
+has nothing to do: plain tensors in eager mode, the common case, in a third of the host time.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
+
+_library = torch.library.Library("gpu_embed", "DEF")
+
+
+def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """An operator: its schema, what runs below autograd on every device, and its shapes without data."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gpu_embed::{name}", fake, lib=_library)
+    return getattr(torch.ops.gpu_embed, name).default
+
+
+def _dispatch_keys(*keys: torch._C.DispatchKey) -> int:
+    """The raw representation of a set of keys."""
+    key_set = torch._C.DispatchKeySet(keys[0])
+    for key in keys[1:]:
+        key_set = key_set.add(key)
+    return key_set.raw_repr()
+
+
+_Key = torch._C.DispatchKey
+# What a tensor with data of its own carries: no wrapper, no lazy conjugate, no fake.
+PLAIN_TENSORS = frozenset(
+    (
+        _dispatch_keys(_Key.CPU, _Key.ADInplaceOrView, _Key.AutogradCPU, _Key.AutocastCPU),
+        _dispatch_keys(_Key.CUDA, _Key.ADInplaceOrView, _Key.AutogradCUDA, _Key.AutocastCUDA),
+    )
+)
+# What eager mode turns on, without and with inference mode: no tracer, no functorch, no dispatch mode.
+PLAIN_MODES = frozenset(
+    (_dispatch_keys(_Key.BackendSelect, _Key.ADInplaceOrView), _dispatch_keys(_Key.BackendSelect))
+)
+included_keys = torch._C._dispatch_tls_local_include_set
+profiler_enabled = torch.autograd._profiler_enabled
+
+
+def is_plain_call(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether the dispatcher would go straight to autograd and from there to the kernel."""
+    if (
+        torch.compiler.is_compiling()
+        or included_keys().raw_repr() not in PLAIN_MODES
+        or forward_ad._current_level >= 0
+        or profiler_enabled()
+    ):
+        return False
+    keys = torch._C._dispatch_keys(first)
+    for tensor in others:
+        if tensor is not None:
+            keys = keys | torch._C._dispatch_keys(tensor)
+    return keys.raw_repr() in PLAIN_TENSORS
+
+
+def below_autograd(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+def inside_function(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
+    """`below_autograd` for the forward of an autograd function."""
+    if torch._C._are_functorch_transforms_active():
+        # The levels below differentiate too, and this one has switched their modes off.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True):
+            return below_autograd(keyset, op, *inputs)
+    return below_autograd(keyset, op, *inputs)
+
+
+# functorch hands each of its levels to the Autograd key in turn, so one level is what we differentiate.
+class SingleLevelFunction(_SingleLevelFunction):
+    """The part of torch.autograd.Function that our gradients need."""
+
+    # torch.autograd.Function has it; compiled autograd asks for it.
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def register_multilinear(
+    op: torch._ops.OpOverload, kernel: Callable[..., Tensor], *derivatives: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Register the gradients of an operator that is linear in each of its first arguments.
+
+    Args:
+        op: op(*linear, *tensors, *arguments); those tensors, and all linear ones but the first, may be None.
+        kernel: the same, on data.
+        derivatives: one for each of `linear`: derivative(grad, that one's rows, *the other linear ones, *tensors,
+            *arguments) -> its gradient.
+
+    Returns:
+        `op` as a function that spares a plain call the dispatcher.
+    """
+    count, end, num_inputs = len(derivatives), _num_tensors(op), len(op._schema.arguments)
+
+    class Multilinear(SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+            linear, tensors, ctx.arguments = inputs[:count], inputs[count:end], inputs[end:]
+            ctx.rows = [None if x is None else x.shape[0] for x in linear]
+            needs = ctx.needs_input_grad[1 : count + 1]
+            # Each is needed for the others' gradients. Ids too are saved, so that autograd notices if they change.
+            others = [x if sum(needs) > need else None for x, need in zip(linear, needs)]  # noqa: B905
+            ctx.save_for_backward(*others, *tensors)
+            if forward_ad._current_level >= 0:
+                ctx.save_for_forward(*(linear if count > 1 else others), *tensors)
+            return run(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors  # once: a checkpoint unpacks no tensor twice
+            linear, tensors = saved[:count], saved[count:]
+            grads: list[Tensor | None] = [None] * (num_inputs + 1)
+            for i, derivative in enumerate(derivatives):
+                if ctx.needs_input_grad[i + 1]:
+                    others = (*linear[:i], *linear[i + 1 :])
+                    grads[i + 1] = derivative(grad, ctx.rows[i], *others, *tensors, *ctx.arguments)
+            return tuple(grads)
+
+        @staticmethod
+        def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Tensor | None:
+            saved = ctx.saved_tensors  # once: a checkpoint unpacks no tensor twice
+            linear, tensors = saved[:count], saved[count:]
+            terms = [
+                op(*linear[:i], tangent, *linear[i + 1 :], *tensors, *ctx.arguments)
+                for i, tangent in enumerate(tangents[:count])
+                if tangent is not None
+            ]
+            return sum(terms[1:], terms[0]) if terms else None
+
+    apply: Callable[..., Tensor] = Multilinear.apply  # type: ignore[attr-defined]
+    _register_autograd(op, apply, count)
+
+    def call(*inputs: Any) -> Tensor:
+        if not is_plain_call(*inputs[:end]):
+            output: Tensor = op(*inputs)
+            return output
+        if torch.is_grad_enabled():
+            for x in inputs[:count]:
+                if x is not None and x.requires_grad:
+                    return apply(kernel, *inputs)
+        return kernel(*inputs)
+
+    return call
+
+
+def register_argmax(
+    op: torch._ops.OpOverload,
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    adjoint: Callable[..., Tensor],
+    at_argmax: Callable[..., Tensor],
+) -> Callable[..., Tensor]:
+    """Register the gradients of an operator that takes maxima: with the argmax fixed, it is linear in the weight.
+
+    Args:
+        op: op(weight, *tensors, *arguments, with_argmax) -> (output, argmax); tensors may be None.
+        kernel: the same, on data.
+        adjoint: adjoint(grad, weight's shape, argmax, *tensors, *arguments) -> gradient of the weight.
+        at_argmax: at_argmax(weight, argmax, *tensors, *arguments) -> what the maxima are taken from.
+
+    Returns:
+        `op` but for its last argument, as a function that spares a plain call the dispatcher; the output alone.
+    """
+    end, num_inputs = _num_tensors(op), len(op._schema.arguments)
+
+    class Argmax(SingleLevelFunction):
+        @staticmethod
+        def forward(
+            ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], *inputs: Any
+        ) -> tuple[Tensor, Tensor]:
+            output, argmax = run(*inputs)
+            ctx.mark_non_differentiable(argmax)
+            ctx.weight_shape, ctx.arguments = inputs[0].shape, inputs[end:-1]
+            # Ids too, so that autograd notices those that were changed in place.
+            ctx.save_for_backward(argmax, *inputs[1:end])
+            if forward_ad._current_level >= 0:
+                ctx.save_for_forward(argmax, *inputs[1:end])
+            return output, argmax
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+            grad_weight = adjoint(grad, ctx.weight_shape, *ctx.saved_tensors, *ctx.arguments)
+            return None, grad_weight, *(None,) * (num_inputs - 1)
+
+        @staticmethod
+        def jvp(
+            ctx: Any, _: None, tangent: Tensor | None, *rest: None
+        ) -> tuple[Tensor | None, None]:
+            if tangent is None:
+                return None, None
+            return at_argmax(tangent, *ctx.saved_tensors, *ctx.arguments), None
+
+    apply: Callable[..., tuple[Tensor, Tensor]] = Argmax.apply  # type: ignore[attr-defined]
+    _register_autograd(op, apply, 1)
+
+    def call(*inputs: Any) -> Tensor:
+        if not is_plain_call(*inputs[:end]):
+            output, _ = op(*inputs, True)
+        elif inputs[0].requires_grad and torch.is_grad_enabled():
+            output, _ = apply(kernel, *inputs, True)
+        else:
+            output, _ = kernel(*inputs, False)
+        return output
+
+    return call
+
+
+def _num_tensors(op: torch._ops.OpOverload) -> int:
+    """How many of its first arguments are tensors."""
+    return sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
+
+
+def _register_autograd(
+    op: torch._ops.OpOverload, apply: Callable[..., Any], num_linear: int
+) -> None:
+    """Differentiate an operator with an autograd function whose first argument is what to run."""
+
+    def autograd(keyset: Any, *inputs: Any) -> Any:
+        differentiated = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in inputs[:num_linear]
+        )
+        if not differentiated and forward_ad._current_level < 0:
+            return below_autograd(keyset, op, *inputs)
+        run = partial(inside_function, keyset, op)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return apply(run, *inputs)
+        return apply(run, *inputs)
+
+    name = op._schema.name.removeprefix("gpu_embed::")
+    _library.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def register_loop(op: torch._ops.OpOverload) -> None:
+    """vmap: one example after the other, as torch has it for its bags."""
+
+    def loop(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        examples = [
+            op(
+                *(
+                    arg if dim is None else arg.select(dim, i)
+                    for arg, dim in zip(args, in_dims, strict=True)
+                )
+            )
+            for i in range(info.batch_size)
+        ]
+        if isinstance(examples[0], tuple):
+            return tuple(map(torch.stack, zip(*examples, strict=True))), (0,) * len(examples[0])
+        return torch.stack(examples), 0
+
+    torch.library.register_vmap(op._schema.name, loop, lib=_library)
