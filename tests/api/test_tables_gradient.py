@@ -103,7 +103,9 @@ WRITES = {
 def test_what_cannot_be_written_is_refused(pair, write):
     """And nothing is lost in a dense copy of it."""
     grad, dense = pair
-    with pytest.raises(RuntimeError, match=r"cannot be changed in this way.* call its to_dense\(\) first"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot be changed in this way.* call its to_dense\(\) first"
+    ):
         write(grad)
     assert torch.equal(grad.to_dense(), dense)
 
