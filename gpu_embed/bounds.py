@@ -72,13 +72,13 @@ class BoundsRecord:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._on_cuda = device.type == "cuda"
+        self.on_cuda = device.type == "cuda"
         # Whatever mode the first lookup runs in, every later one must be able to write here.
         with torch.inference_mode(False):
             self.words = torch.zeros(len(Word), dtype=torch.int64, device=device)
-            self.flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self._on_cuda)
-        # A view of bytes reads in 20 ns where Tensor.item() takes microseconds.
-        self._flag_view = self.flag.numpy().data
+            self.flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self.on_cuda)
+        # The same memory: a view of bytes reads in 20 ns where Tensor.item() takes microseconds.
+        self.flag_view = self.flag.numpy().data
         self._lock = threading.Lock()
         # Once a device: the next kernel may run on another stream than the one that zeroed the words.
         self._wait()
@@ -143,16 +143,16 @@ class BoundsRecord:
 
     def finish_lookup(self, indices: Tensor) -> None:
         """Report a lookup's own ids before it returns: always on the CPU, in mode "sync" on CUDA."""
-        if self._on_cuda:
+        if self.on_cuda:
             if BOUNDS_CHECK.value != "sync" or torch.cuda.is_current_stream_capturing():
                 return
             torch.cuda.current_stream(self.device).synchronize()
-        if self._flag_view[0]:
+        if self.flag_view[0]:
             self.raise_if_claimed(indices.shape)
 
     def ready(self) -> "BoundsRecord":
         """This record, once what an earlier call wrote to it has been raised; never waits."""
-        if self._flag_view[0]:
+        if self.flag_view[0]:
             self.raise_if_claimed()
         return self
 
@@ -162,17 +162,17 @@ class BoundsRecord:
         Args:
             shape: the ids' shape where the caller knows which call is at fault.
         """
-        if not self._flag_view[0]:
+        if not self.flag_view[0]:
             return
-        if self._on_cuda and torch.cuda.is_current_stream_capturing():
+        if self.on_cuda and torch.cuda.is_current_stream_capturing():
             return  # The record cannot be read during capture; the next call reports it.
         with self._lock:
-            if not self._flag_view[0]:
+            if not self.flag_view[0]:
                 return
             self._wait()
             words = self.words.tolist()
             # In this order: while the words are claimed, no kernel can raise the flag in between.
-            self._flag_view[0] = 0
+            self.flag_view[0] = 0
             self.words[1:].zero_()
             # Last: a kernel on another stream may claim the record from here on, and write the other words.
             self.words[:1].zero_()
@@ -191,7 +191,7 @@ class BoundsRecord:
         raise out_of_range_error(index, position, num_embeddings, shape)
 
     def _wait(self) -> None:
-        if self._on_cuda:
+        if self.on_cuda:
             torch.cuda.synchronize(self.device)
 
 
@@ -331,13 +331,11 @@ def looked_up(
         return compute(None)
     if device.type == "cuda":
         record = _cuda_record(_cuda_index(device)).ready()
-        output = compute(record)
-        record.finish_lookup(indices)
-        return output
-    record = getattr(_cpu_records, "record", None) or _cpu_record()
+    else:
+        record = getattr(_cpu_records, "record", None) or _cpu_record()
     output = compute(record)
-    if record._flag_view[0]:
-        record.raise_if_claimed(indices.shape)
+    if record.on_cuda or record.flag_view[0]:
+        record.finish_lookup(indices)
     return output
 
 

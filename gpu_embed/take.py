@@ -26,11 +26,8 @@ def integer_ids(indices: Tensor) -> Tensor:
     return indices.to(torch.int64)
 
 
-def rows_or_ids(indices: Tensor, num_embeddings: int) -> Tensor:
-    """The row that each id means -> int64; where there is no such row, the id, which is out of range too.
-
-    So the error names what the caller wrote.
-    """
+def wrap_negative(indices: Tensor, num_embeddings: int) -> Tensor:
+    """Negative ids wrapped -> int64; invalid ids returned unwrapped, for the error message."""
     ids = integer_ids(indices)
     rows = torch.where(ids < 0, ids + num_embeddings, ids)
     return torch.where(in_table(rows, num_embeddings), rows, ids)

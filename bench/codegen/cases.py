@@ -217,7 +217,7 @@ def _row_update(case: Case, backend: TritonBackend) -> None:
 
 
 def _tables(
-    case: Case, *, pooled: bool = True, with_winner: bool = False
+    case: Case, *, pooled: bool = True, with_argmax: bool = False
 ) -> tuple[TableLayout, TableBatch]:
     """Batched tables and their ids, by the shapes of both."""
     mode = "mean" if case.mean else "sum"
@@ -229,10 +229,10 @@ def _tables(
         layout.table_of_column(META),
         layout.shape(pooled),
     )
-    if with_winner:
+    if with_argmax:
         shape = case.num_bags, batch.width
-        winner = case.ids().new_empty(shape, dtype=batch.position_dtype)
-        batch = replace(batch, winner=winner)
+        max_positions = case.ids().new_empty(shape, dtype=batch.position_dtype)
+        batch = replace(batch, max_positions=max_positions)
     return layout, batch
 
 
@@ -251,7 +251,7 @@ def _table_max(case: Case, backend: TritonBackend) -> None:
 
 
 def _table_gradient(case: Case, backend: TritonBackend) -> None:
-    layout, batch = _tables(case, with_winner=case.max)
+    layout, batch = _tables(case, with_argmax=case.max)
     grad_output = torch.empty(case.num_bags, batch.width, dtype=case.dtype, device=META)
     with gpu_embed.use_gradient_method(case.operation.removeprefix("table_")):
         backend.table_batched_embedding_dense_backward(
@@ -292,7 +292,7 @@ def _dequantize(case: Case, backend: TritonBackend) -> None:
 
 
 def _table_update(case: Case, backend: TritonBackend) -> None:
-    layout, batch = _tables(case, with_winner=case.max)
+    layout, batch = _tables(case, with_argmax=case.max)
     weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
     formula = case.operation.removeprefix("table_")
     arithmetic = accumulation(case.dtype)
@@ -306,7 +306,7 @@ def _table_update(case: Case, backend: TritonBackend) -> None:
         case.ids(),
         case.ids().to(torch.int32),
         scales,
-        batch.winner,
+        batch.max_positions,
         torch.empty(case.num_bags, batch.width, dtype=case.dtype, device=META),
         batch.fields,
         num_rows,

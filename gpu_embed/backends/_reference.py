@@ -14,7 +14,7 @@ from ..row_update import STATE, RowUpdate
 from ..tables.batch import TableBatch, write_out_of_range
 from ..tables.entries import TableEntries
 from ..tables.layout import TableColumn
-from ..take import QuantizedTable, rows_or_ids
+from ..take import QuantizedTable, wrap_negative
 from .protocol import PreparedEmbedding
 
 ROUNDINGS = {
@@ -127,16 +127,16 @@ class ReferenceBackend:
         weight: Tensor,
         bags: Bags,
         padding_idx: int,
-        with_winner: bool,
+        with_argmax: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
         if record is not None:
             record.write_bags(bags, weight.shape[0])
-        output, winner = reference.embedding_bag_max(
+        output, max_elements = reference.embedding_bag_max(
             _array(weight), *_bag_arrays(bags), padding_idx
         )
-        winner = winner if with_winner else winner[:0, 0]
-        return torch.from_numpy(output).to(weight), torch.from_numpy(winner).to(weight.device)
+        max_elements = max_elements if with_argmax else max_elements[:0, 0]
+        return torch.from_numpy(output).to(weight), torch.from_numpy(max_elements).to(weight.device)
 
     def embedding_bag_dense_backward(
         self,
@@ -183,7 +183,7 @@ class ReferenceBackend:
             batch.shape.pooled,
             _array(per_sample_weights),
             zero_padding,
-            _winner_array(batch),
+            _max_positions_array(batch),
         )
         return torch.from_numpy(output).to(weight)
 
@@ -191,16 +191,16 @@ class ReferenceBackend:
         self,
         weight: Tensor,
         batch: TableBatch,
-        with_winner: bool,
+        with_argmax: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
         if record is not None:
             write_out_of_range(record, batch, batch.places())
-        output, winner = reference.table_batched_embedding_max(
+        output, max_positions = reference.table_batched_embedding_max(
             _array(weight), *_batch_arrays(batch)
         )
-        winner = winner if with_winner else winner[:0, 0]
-        return torch.from_numpy(output).to(weight), torch.from_numpy(winner).to(
+        max_positions = max_positions if with_argmax else max_positions[:0, 0]
+        return torch.from_numpy(output).to(weight), torch.from_numpy(max_positions).to(
             weight.device, batch.position_dtype
         )
 
@@ -217,7 +217,7 @@ class ReferenceBackend:
             batch.shape.pooled,
             weight_shape,
             _array(per_sample_weights),
-            _winner_array(batch),
+            _max_positions_array(batch),
         )
         return torch.from_numpy(grad_weight).to(grad_output)
 
@@ -233,7 +233,7 @@ class ReferenceBackend:
         self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None
     ) -> Tensor:
         if record is not None:
-            record.write(rows_or_ids(indices, weight.shape[0]), -weight.shape[0])
+            record.write(wrap_negative(indices, weight.shape[0]), -weight.shape[0])
         rows = reference.take_rows(_array(weight), _ids_array(indices))
         return torch.from_numpy(rows).to(weight.device, dtype)
 
@@ -246,7 +246,7 @@ class ReferenceBackend:
     ) -> Tensor:
         num_embeddings = table.values.shape[0]
         if record is not None:
-            record.write(rows_or_ids(indices, num_embeddings), -num_embeddings)
+            record.write(wrap_negative(indices, num_embeddings), -num_embeddings)
         rows = reference.dequantize_rows(
             table.values.cpu().numpy(),
             _array(table.scale),
@@ -317,8 +317,8 @@ def _bag_arrays(bags: Bags) -> tuple[Any, Any]:
     return bags.indices.cpu().numpy(), torch.cat([begin, end[-1:]]).cpu().numpy()
 
 
-def _winner_array(batch: TableBatch) -> Any:
-    return None if batch.winner is None else batch.winner.cpu().numpy()
+def _max_positions_array(batch: TableBatch) -> Any:
+    return None if batch.max_positions is None else batch.max_positions.cpu().numpy()
 
 
 def _batch_arrays(batch: TableBatch) -> tuple[Any, Any, Any]:

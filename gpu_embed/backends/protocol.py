@@ -96,12 +96,12 @@ class Backend(Protocol):
         weight: Tensor,
         bags: Bags,
         padding_idx: int,
-        with_winner: bool,
+        with_argmax: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
         """Largest value of each column in each bag, 0 in an empty one -> [B, D], and where it was found.
 
-        The second: int64 [B, D], id * D + column, -1 for none; an empty tensor unless with_winner. The
+        The second: int64 [B, D], id * D + column, -1 for none; an empty tensor unless with_argmax. The
         first of equals wins; NaN wins where it comes first, and nowhere else.
         """
 
@@ -134,19 +134,19 @@ class Backend(Protocol):
 
         weight is the tables' buffer, contiguous. Each table's padding takes no part in its bags; a row of its
         own is zero if zero_padding says so. Positions in no bag give rows of zeros. Of a table of mode "max"
-        the values at the batch's `winner`.
+        the values at the batch's `max_positions`.
         """
 
     def table_batched_embedding_max(
         self,
         weight: Tensor,
         batch: TableBatch,
-        with_winner: bool,
+        with_argmax: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
-        """The same for a batch of pooled tables, some of mode "max", that has no `winner`; the second is that.
+        """The same for a batch of pooled tables, some of mode "max" -> (output, argmax): its `max_positions`.
 
-        Its values under tables of other modes are of no account; an empty tensor unless with_winner. The first
+        Columns of sum and mean tables are unspecified in the second, which is empty unless with_argmax. The first
         of equals wins; NaN wins where it comes first, and nowhere else.
         """
 

@@ -74,20 +74,20 @@ def _embedding_bag_max(
     offsets: Tensor | None,
     include_last_offset: bool,
     padding_idx: int,
-    with_winner: bool,
+    with_argmax: bool,
 ) -> tuple[Tensor, Tensor]:
     bags = _checked_bags(indices, offsets, include_last_offset)
     shape = (bags.num_bags, weight.shape[1])
     if indices.numel() and bags.num_bags:
         if weight.shape[1]:
             embedding_bag_max = backends.select(weight.device).embedding_bag_max
-            compute = partial(embedding_bag_max, weight, bags, padding_idx, with_winner)
+            compute = partial(embedding_bag_max, weight, bags, padding_idx, with_argmax)
             return bounds.looked_up(weight.device, indices, compute)
         bounds.looked_up(weight.device, indices, partial(_no_columns, weight, bags))
     else:
         bounds.raise_pending(weight.device)
-    winner = weight.new_full(shape if with_winner else (0,), -1, dtype=torch.int64)
-    return weight.new_empty(shape).zero_(), winner
+    max_elements = weight.new_full(shape if with_argmax else (0,), -1, dtype=torch.int64)
+    return weight.new_empty(shape).zero_(), max_elements
 
 
 def _embedding_bag_dense_backward(
@@ -192,12 +192,12 @@ def _embedding_bag_max_fake(
     offsets: Tensor | None,
     include_last_offset: bool,
     padding_idx: int,
-    with_winner: bool,
+    with_argmax: bool,
 ) -> tuple[Tensor, Tensor]:
     bounds.prepare(weight.device)
     shape = (count_bags(indices, offsets, include_last_offset), weight.shape[1])
     output = weight.new_empty(shape)
-    return output, output.new_empty(shape if with_winner else (0,), dtype=torch.int64)
+    return output, output.new_empty(shape if with_argmax else (0,), dtype=torch.int64)
 
 
 def _embedding_counts_fake(indices: Tensor, num_embeddings: int) -> Tensor:
@@ -227,7 +227,7 @@ embedding_bag_sample_weights_backward = define(
 )
 embedding_bag_max = define(
     "embedding_bag_max(Tensor weight, Tensor indices, Tensor? offsets, bool include_last_offset, "
-    "SymInt padding_idx, bool with_winner) -> (Tensor, Tensor)",
+    "SymInt padding_idx, bool with_argmax) -> (Tensor, Tensor)",
     _embedding_bag_max,
     _embedding_bag_max_fake,
 )
@@ -414,17 +414,17 @@ call_embedding_bag_sample_weights_backward = register_multilinear(
 # Gradients of max: with the argmax fixed, a lookup of single elements in a table with one column.
 
 
-def _max_adjoint(grad: Tensor, shape: torch.Size, winner: Tensor, *bags: Any) -> Tensor:
+def _max_adjoint(grad: Tensor, shape: torch.Size, max_elements: Tensor, *bags: Any) -> Tensor:
     grad_elements = call_embedding_dense_backward(
-        grad.reshape(-1, 1), winner.view(-1), shape.numel(), -1, False
+        grad.reshape(-1, 1), max_elements.view(-1), shape.numel(), -1, False
     )
     return grad_elements.view(shape)
 
 
-def _at_max(weight: Tensor, winner: Tensor, *bags: Any) -> Tensor:
+def _at_max(weight: Tensor, max_elements: Tensor, *bags: Any) -> Tensor:
     elements = weight.reshape(-1, 1)
-    rows: Tensor = embedding_dense_double_backward(elements, winner.view(-1), -1, False)
-    return rows.view(winner.shape)
+    rows: Tensor = embedding_dense_double_backward(elements, max_elements.view(-1), -1, False)
+    return rows.view(max_elements.shape)
 
 
 call_embedding_bag_max = register_argmax(

@@ -123,7 +123,7 @@ class KnownTable:
         """`embedding` in this table, on data."""
         record = self._record()
         output = self._prepared(weight, indices, -1, record)
-        if record is not None:
+        if record is not None and (record.on_cuda or record.flag_view[0]):
             record.finish_lookup(indices)
         return output
 

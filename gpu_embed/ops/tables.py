@@ -29,10 +29,10 @@ from ..tables.layout import MODES, TableColumn, Tables, TableShape
 from .autograd import define, register_argmax, register_multilinear
 from .lookup import sparse_gradient
 
-# A `TableBatch` in a schema; the operator that finds the winner has none yet.
+# A `TableBatch` in a schema; the operator that finds the max_positions has none yet.
 _TABLES = "Tensor indices, Tensor offsets, Tensor fields, Tensor table_of_column"
 _SHAPE = "SymInt num_rows, SymInt widest, SymInt dim_divisor, bool mean, bool pooled"
-_BATCH = f"{_TABLES}, Tensor? winner, {_SHAPE}"
+_BATCH = f"{_TABLES}, Tensor? max_positions, {_SHAPE}"
 
 
 def _batch(
@@ -40,18 +40,18 @@ def _batch(
     offsets: Tensor,
     fields: Tensor,
     table_of_column: Tensor,
-    winner: Tensor | None,
+    max_positions: Tensor | None,
     *shape: Any,
 ) -> TableBatch:
     """The batch that an operator was given."""
-    if winner is not None:
-        winner = winner.contiguous()
-    of_columns = (table_of_column, TableShape(*shape), winner)
+    if max_positions is not None:
+        max_positions = max_positions.contiguous()
+    of_columns = (table_of_column, TableShape(*shape), max_positions)
     return TableBatch(indices.contiguous(), offsets.contiguous(), fields, *of_columns)
 
 
-def _with_winner(
-    winner: Tensor | None,
+def _packed(
+    max_positions: Tensor | None,
     indices: Tensor,
     offsets: Tensor,
     fields: Tensor,
@@ -59,7 +59,7 @@ def _with_winner(
     *shape: Any,
 ) -> tuple[Any, ...]:
     """A batch as operators take it."""
-    return indices, offsets, fields, table_of_column, winner, *shape
+    return indices, offsets, fields, table_of_column, max_positions, *shape
 
 
 def call_table_batched_embedding(
@@ -107,13 +107,13 @@ def _table_batched_embedding(
 
 
 def _table_batched_embedding_max(weight: Tensor, *batch_and_flags: Any) -> tuple[Tensor, Tensor]:
-    *arguments, _, with_winner = batch_and_flags
-    batch = _batch(*_with_winner(None, *arguments))
+    *arguments, _, with_argmax = batch_and_flags
+    batch = _batch(*_packed(None, *arguments))
     if not _has_ids(weight, batch):
         output = _output_like(weight, batch).zero_()
-        return output, _winner_like(output, batch, with_winner).fill_(-1)
+        return output, _max_positions_like(output, batch, with_argmax).fill_(-1)
     embedding_max = backends.select(weight.device).table_batched_embedding_max
-    compute = partial(embedding_max, weight.contiguous(), batch, with_winner)
+    compute = partial(embedding_max, weight.contiguous(), batch, with_argmax)
     return bounds.looked_up(weight.device, batch.indices, compute)
 
 
@@ -152,9 +152,9 @@ def _output_like(weight: Tensor, batch: TableBatch) -> Tensor:
     return weight.new_empty((batch.indices.shape[0], batch.shape.widest))
 
 
-def _winner_like(output: Tensor, batch: TableBatch, with_winner: bool) -> Tensor:
+def _max_positions_like(output: Tensor, batch: TableBatch, with_argmax: bool) -> Tensor:
     """The positions of its maxima, with whatever is in memory; nothing where they are not wanted."""
-    shape = output.shape if with_winner else (0,)
+    shape = output.shape if with_argmax else (0,)
     return output.new_empty(shape, dtype=batch.position_dtype)
 
 
@@ -165,10 +165,10 @@ def _table_batched_embedding_max_fake(
     weight: Tensor, *batch_and_flags: Any
 ) -> tuple[Tensor, Tensor]:
     bounds.prepare(weight.device)
-    *arguments, _, with_winner = batch_and_flags
-    batch = _batch(*_with_winner(None, *arguments))
+    *arguments, _, with_argmax = batch_and_flags
+    batch = _batch(*_packed(None, *arguments))
     output = _output_like(weight, batch)
-    return output, _winner_like(output, batch, with_winner)
+    return output, _max_positions_like(output, batch, with_argmax)
 
 
 def _table_batched_embedding_fake(
@@ -211,7 +211,7 @@ table_batched_embedding_sample_weights_backward = define(
     _table_batched_embedding_sample_weights_backward_fake,
 )
 table_batched_embedding_max = define(
-    f"table_batched_embedding_max(Tensor weight, {_TABLES}, {_SHAPE}, bool sparse, bool with_winner) "
+    f"table_batched_embedding_max(Tensor weight, {_TABLES}, {_SHAPE}, bool sparse, bool with_argmax) "
     "-> (Tensor, Tensor)",
     _table_batched_embedding_max,
     _table_batched_embedding_max_fake,
@@ -281,15 +281,15 @@ def _sparse_gradient(
     if batch.shape.pooled:
         bag = places.bag.clamp(min=0)
         # Bag b of table t is row b * T + t of [B * T, D].
-        source = batch.sources(places).clamp(min=0)
-        values = grad_output.reshape(-1, batch.shape.widest)[source]
+        output_bag = batch.output_bag(places).clamp(min=0)
+        values = grad_output.reshape(-1, batch.shape.widest)[output_bag]
         if batch.shape.mean:
             wide = values.to(accumulation(values.dtype))
             values = (wide / batch.bag_sizes(places)[bag][:, None]).to(values.dtype)
-        if batch.winner is not None:
+        if batch.max_positions is not None:
             is_max = batch.fields[:, TableColumn.MODE][places.table] == MODES.index("max")
             position = torch.arange(len(rows), device=rows.device)
-            won = batch.winner.view(-1, batch.shape.widest)[source] == position[:, None]
+            won = batch.max_positions.view(-1, batch.shape.widest)[output_bag] == position[:, None]
             values = torch.where(won | ~is_max[:, None], values, 0)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
@@ -318,9 +318,9 @@ def _table_gradient(
         scales = 1 / sizes.to(accumulation(grad_output.dtype))
     entries = TableEntries(
         torch.where(places.counted, places.row, -1),
-        narrow_positions(batch.sources(places).clamp(min=0), batch.bags.num_bags),
+        narrow_positions(batch.output_bag(places).clamp(min=0), batch.bags.num_bags),
         scales,
-        batch.winner,
+        batch.max_positions,
         grad_output,
         batch.fields,
         batch.shape.num_rows,
@@ -331,16 +331,16 @@ def _table_gradient(
 
 
 def _max_by_weight(
-    grad: Tensor, weight_shape: torch.Size, winner: Tensor, *tables_and_sparse: Any
+    grad: Tensor, weight_shape: torch.Size, max_positions: Tensor, *tables_and_sparse: Any
 ) -> Tensor:
     *tables, sparse = tables_and_sparse
-    batch = _with_winner(winner, *tables)
+    batch = _packed(max_positions, *tables)
     return _by_weight(grad, weight_shape[0], None, *batch, False, sparse)
 
 
-def _at_max(weight: Tensor, winner: Tensor, *tables_and_sparse: Any) -> Tensor:
+def _at_max(weight: Tensor, max_positions: Tensor, *tables_and_sparse: Any) -> Tensor:
     *tables, _ = tables_and_sparse
-    batch = _with_winner(winner, *tables)
+    batch = _packed(max_positions, *tables)
     output: Tensor = table_batched_embedding(weight, None, *batch, False, False)
     return output
 

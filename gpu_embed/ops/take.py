@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import backends, bounds
 from ..dtypes import FLOATS, KERAS_IDS
-from ..take import QuantizedTable, rows_or_ids
+from ..take import QuantizedTable, wrap_negative
 from .autograd import _library, define
 from .lookup import embedding_dense_backward
 
@@ -61,7 +61,7 @@ def _take_rows_backward(
 ) -> Tensor:
     if indices.dtype not in KERAS_IDS or not converts(grad_output.dtype, dtype):
         raise _wrong_dtypes("take_rows_backward", indices, grad_output.dtype, dtype)
-    rows = rows_or_ids(indices, num_embeddings)
+    rows = wrap_negative(indices, num_embeddings)
     # Summed in the table's dtype, and so rounded once.
     grad_weight: Tensor = embedding_dense_backward(
         grad_output.to(dtype), rows, num_embeddings, -1, False

@@ -26,12 +26,12 @@ def table_batched_embedding(
     pooled: bool,
     per_sample_weights: Array | None = None,
     zero_padding: bool = False,
-    winner: Array | None = None,
+    max_positions: Array | None = None,
 ) -> Array:
     """Bags of T tables, table-major (offsets [T * B + 1]) -> [B, sum D]; not pooled: rows of each id -> [N, D].
 
     Where they are not pooled, rows of padding_idx are read as stored unless zero_padding. Of a table of mode
-    "max" the values at the positions winner [B, sum D].
+    "max" the values at the positions max_positions [B, sum D].
     """
     num_bags = (len(offsets) - 1) // len(tables)
     parts = list(table_parts(weight, indices, offsets, tables))
@@ -40,8 +40,10 @@ def table_batched_embedding(
         for part in parts:
             weights = None if per_sample_weights is None else per_sample_weights[part.positions]
             if part.mode == "max":
-                assert winner is not None
-                output[:, part.columns] = values_at(part.weight, indices, winner[:, part.columns])
+                assert max_positions is not None
+                output[:, part.columns] = values_at(
+                    part.weight, indices, max_positions[:, part.columns]
+                )
                 continue
             output[:, part.columns] = embedding_bag(
                 part.weight, part.indices, part.offsets, part.padding_idx, part.mode, weights
@@ -59,13 +61,17 @@ def table_batched_embedding_max(
 ) -> tuple[Array, Array]:
     """Bags as of table_batched_embedding, and for tables of mode "max" which position each maximum is; -1: none."""
     num_bags = (len(offsets) - 1) // len(tables)
-    winner = np.full((num_bags, tables[:, TableColumn.DIM].sum()), -1)
+    max_positions = np.full((num_bags, tables[:, TableColumn.DIM].sum()), -1)
     for part in table_parts(weight, indices, offsets, tables):
         if part.mode == "max":
             _, position = largest_of_bags(part.weight, part.indices, part.offsets, part.padding_idx)
-            winner[:, part.columns] = np.where(position < 0, -1, position + part.positions.start)
-    output = table_batched_embedding(weight, indices, offsets, tables, True, winner=winner)
-    return output, winner
+            max_positions[:, part.columns] = np.where(
+                position < 0, -1, position + part.positions.start
+            )
+    output = table_batched_embedding(
+        weight, indices, offsets, tables, True, max_positions=max_positions
+    )
+    return output, max_positions
 
 
 def values_at(weight: Array, indices: Array, positions: Array) -> Array:
@@ -86,7 +92,7 @@ def table_batched_embedding_dense_backward(
     pooled: bool,
     weight_shape: tuple[int, ...],
     per_sample_weights: Array | None = None,
-    winner: Array | None = None,
+    max_positions: Array | None = None,
 ) -> Array:
     """Gradient of table_batched_embedding's buffer -> weight_shape."""
     grad_weight = np.zeros(weight_shape, grad_output.dtype)
@@ -94,9 +100,9 @@ def table_batched_embedding_dense_backward(
     for part in table_parts(grad_weight, indices, offsets, tables):
         num_embeddings = len(part.weight)
         if part.mode == "max":
-            assert winner is not None
-            bag, column = np.nonzero(winner[:, part.columns] >= 0)
-            rows = indices[winner[:, part.columns][bag, column]]
+            assert max_positions is not None
+            bag, column = np.nonzero(max_positions[:, part.columns] >= 0)
+            rows = indices[max_positions[:, part.columns][bag, column]]
             total = np.zeros(part.weight.shape)
             np.add.at(total, (rows, column), grad_output[:, part.columns][bag, column])
             part.weight[:] += total

@@ -26,7 +26,7 @@ class TableBatch:
     shape: TableShape
     # int32 or int64 [B, sum D]: the argmax of max-pooled columns, a position, -1: none. With it fixed, the lookup is
     # linear in the tables. None: no table has mode "max".
-    winner: Tensor | None = None
+    max_positions: Tensor | None = None
 
     num_tables: int = dataclasses.field(init=False)  # T
     bags_per_table: int = dataclasses.field(init=False)  # B
@@ -63,7 +63,7 @@ class TableBatch:
         row = torch.where(in_bag & in_table, first_row + index, -1)
         return Places(bag, table, row, in_bag & ~is_padding)
 
-    def sources(self, places: "Places") -> Tensor:
+    def output_bag(self, places: "Places") -> Tensor:
         """Which part of the output each position adds to -> int64 [N]: that of bag b of table t is b * T + t."""
         return (places.bag - places.table * self.bags_per_table) * self.num_tables + places.table
 

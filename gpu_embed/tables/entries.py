@@ -17,10 +17,12 @@ class TableEntries(NamedTuple):
     """
 
     rows: Tensor  # int64 [N], among the rows of all tables; others take no part
-    sources: Tensor  # int32 or int64 [N]: the columns of table t in row b of values are b * T + t
+    output_bag: (
+        Tensor  # int32 or int64 [N]: the columns of table t in row b of values are b * T + t
+    )
     scales: Tensor | None  # [N], in the dtype of the arithmetic: multiplies them; None: 1
     # int32 or int64 [B, sum D]: the one entry that has them, where a table takes maxima; None: none does.
-    winner: Tensor | None
+    max_positions: Tensor | None
     values: Tensor  # [B, sum D], any strides
     fields: Tensor  # int64 [T, 8], as of `TableBatch`
     num_rows: int  # of all tables
@@ -33,7 +35,7 @@ class TableEntries(NamedTuple):
 
     def field(self, column: TableColumn) -> Tensor:
         """One of `TableColumn` for each entry's table, int64 [N]."""
-        return self.fields[:, column][self.sources.to(torch.int64) % len(self.fields)]
+        return self.fields[:, column][self.output_bag.to(torch.int64) % len(self.fields)]
 
     def fields_by_row(self) -> Tensor:
         """`fields` with ascending first rows, to search for a row's table."""
@@ -65,14 +67,14 @@ class TableEntries(NamedTuple):
         in_row = self.in_row()
         if self.values.numel() == 0:
             return self.values.new_zeros(in_row.shape, dtype=dtype)
-        bag = (self.sources.to(torch.int64) // self.num_tables)[:, None]
+        bag = (self.output_bag.to(torch.int64) // self.num_tables)[:, None]
         columns = torch.arange(self.widest, device=bag.device)
         column = torch.where(in_row, self.field(TableColumn.FIRST_COLUMN)[:, None] + columns, 0)
         used = in_row
-        if self.winner is not None:
+        if self.max_positions is not None:
             place = torch.arange(len(self.rows), device=bag.device)[:, None]
             is_max = self.field(TableColumn.MODE)[:, None] == MODES.index("max")
-            used = used & (~is_max | (self.winner[bag, column] == place))
+            used = used & (~is_max | (self.max_positions[bag, column] == place))
         values = self.values[bag, column].to(dtype)
         if self.scales is not None:
             values = values * self.scales[:, None]
@@ -110,31 +112,35 @@ class TableEntries(NamedTuple):
         if (self.scales is None) != (other.scales is None):
             both = self.multiplied(1.0), other.multiplied(1.0)
         one, two = both
-        scales = winner = None
+        scales = max_positions = None
         if one.scales is not None and two.scales is not None:
             scales = torch.cat([one.scales, two.scales])
-        if one.winner is not None and two.winner is not None:
+        if one.max_positions is not None and two.max_positions is not None:
             after = len(one.rows)
-            winner = torch.cat([one.winner.to(torch.int64), two.winner.to(torch.int64) + after])
+            max_positions = torch.cat(
+                [one.max_positions.to(torch.int64), two.max_positions.to(torch.int64) + after]
+            )
         first = len(one.values) * self.num_tables
-        sources = torch.cat([one.sources.to(torch.int64), two.sources.to(torch.int64) + first])
+        output_bag = torch.cat(
+            [one.output_bag.to(torch.int64), two.output_bag.to(torch.int64) + first]
+        )
         return one._replace(
             rows=torch.cat([one.rows, two.rows]),
-            sources=narrow_positions(sources, first + len(two.values) * self.num_tables),
+            output_bag=narrow_positions(output_bag, first + len(two.values) * self.num_tables),
             scales=scales,
-            winner=winner,
+            max_positions=max_positions,
             values=torch.cat([one.values, two.values]),
         )
 
     def converted(self, convert: Callable[[Tensor], Tensor]) -> "TableEntries":
         """With other values, which may be of another dtype and on another device."""
         values = convert(self.values)
-        device, scales, winner = values.device, self.scales, self.winner
+        device, scales, max_positions = values.device, self.scales, self.max_positions
         return self._replace(
             rows=self.rows.to(device),
-            sources=self.sources.to(device),
+            output_bag=self.output_bag.to(device),
             scales=None if scales is None else scales.to(device, accumulation(values.dtype)),
-            winner=None if winner is None else winner.to(device),
+            max_positions=None if max_positions is None else max_positions.to(device),
             values=values,
             fields=self.fields.to(device),
         )

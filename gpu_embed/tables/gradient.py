@@ -46,9 +46,9 @@ class _SparseStore(_Store):
         fields = torch.zeros(1, 8, dtype=torch.int64, device=rows.device)
         fields[0, TableColumn.NUM_ROWS] = num_rows
         fields[0, TableColumn.DIM] = dim
-        sources = torch.arange(len(rows), device=rows.device)
+        output_bag = torch.arange(len(rows), device=rows.device)
         super().__init__(
-            TableEntries(rows, sources, None, None, values, fields, num_rows, dim, dim)
+            TableEntries(rows, output_bag, None, None, values, fields, num_rows, dim, dim)
         )
 
     def multiply_(self, factor: Tensor) -> None:
@@ -261,9 +261,9 @@ def _zero_(self: TableGradient) -> Any:
     # As torch's sparse gradients: without entries.
     self._store.entries = entries._replace(
         rows=none,
-        sources=none,
+        output_bag=none,
         scales=None,
-        winner=None if entries.winner is None else entries.winner[:0],
+        max_positions=None if entries.max_positions is None else entries.max_positions[:0],
         values=entries.values[:0],
     )
     return self

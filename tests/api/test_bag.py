@@ -21,7 +21,7 @@ from tiers import where
 
 import gpu_embed
 from gpu_embed.backends._plan import bag as bag_plan
-from gpu_embed.backends._torch import backend as _torch
+from gpu_embed.backends._torch import bag as _torch
 from gpu_embed.functional import embedding_bag
 
 pytestmark = where(has_method)
@@ -502,7 +502,7 @@ def test_maxima_by_scattering_treat_nan_alike():
         ),
     ]
     assert torch.equal(*(output.nan_to_num(7) for output, _ in results))
-    assert torch.equal(*(winner for _, winner in results))
+    assert torch.equal(*(max_elements for _, max_elements in results))
 
 
 def test_wrong_offsets_are_clamped_by_torchs_operators():
@@ -535,9 +535,9 @@ def test_rows_past_2_to_the_31_elements(target, embedding_dim):
     assert weights.grad.tolist() == [embedding_dim * n for n in (1, 2, 4, 1)]
     bags = gpu_embed.bags.make_bags(indices, offsets, False)
     backend = gpu_embed.backends.select(torch.device("cpu"))
-    largest, winner = backend.embedding_bag_max(weight, bags, -1, True, None)
+    largest, max_elements = backend.embedding_bag_max(weight, bags, -1, True, None)
     assert largest.tolist() == [[2] * embedding_dim, [4] * embedding_dim]
-    assert winner[:, 0].tolist() == [3 * embedding_dim, (far - 2) * embedding_dim]
+    assert max_elements[:, 0].tolist() == [3 * embedding_dim, (far - 2) * embedding_dim]
 
 
 # Arguments.

@@ -343,8 +343,8 @@ def test_opcheck_of_maxima(target):
     batch = (ids, offsets, layer.tables.fields, layer.tables.table_of_column)
     op = table_ops.table_batched_embedding_max
     torch.library.opcheck(op, (layer.weight, *batch, *shape, False, True))
-    _, winner = op(layer.weight, *batch, *shape, False, True)
-    arguments = (layer.weight, None, *batch, winner, *shape, False, False)
+    _, max_positions = op(layer.weight, *batch, *shape, False, True)
+    arguments = (layer.weight, None, *batch, max_positions, *shape, False, False)
     torch.library.opcheck(table_ops.table_batched_embedding, arguments)
 
 

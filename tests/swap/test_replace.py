@@ -493,8 +493,8 @@ def test_verify_sees_a_wrong_lookup(mode, monkeypatch):
             return super().embedding_bag(weight, *rest) * (1 + 1e-5)
 
         def embedding_bag_max(self, weight, *rest):
-            output, winner = super().embedding_bag_max(weight, *rest)
-            return output * (1 + 2**-23), winner
+            output, max_elements = super().embedding_bag_max(weight, *rest)
+            return output * (1 + 2**-23), max_elements
 
     model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(1), nn.Linear(12, 1))
     bags = nn.EmbeddingBag(7, 4, mode=mode)
@@ -559,9 +559,9 @@ def test_verify_compares_bags_with_torchs_own(
         return output
 
     def wrong_max(backend, *rest, right=TorchBackend.embedding_bag_max):
-        output, winner = right(backend, *rest)
+        output, max_elements = right(backend, *rest)
         output[-1, 1] += 0.25
-        return output, winner
+        return output, max_elements
 
     monkeypatch.setattr(TorchBackend, "embedding_bag", wrong)
     monkeypatch.setattr(TorchBackend, "embedding_bag_max", wrong_max)

@@ -87,7 +87,7 @@ class CupyBag(CupyDevice, BagPlan):
         weight: Tensor,
         bags: Bags,
         output: Tensor,
-        winner: Tensor | None,
+        max_elements: Tensor | None,
         padding_idx: int,
         record: BoundsRecord | None,
     ) -> None:
@@ -101,7 +101,7 @@ class CupyBag(CupyDevice, BagPlan):
             bags.indices,
             bags.offsets,
             output,
-            winner,
+            max_elements,
             *record_arguments(record),
             *bags.counts(),
             weight.shape[0],

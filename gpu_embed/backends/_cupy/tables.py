@@ -43,15 +43,15 @@ class CupyTables(CupyDevice, TablesPlan):
         batch: TableBatch,
         output: Tensor,
         sizes: Tensor | None,
-        winner: Tensor | None,
-        find_winner: bool,
+        max_positions: Tensor | None,
+        find_max: bool,
         splits: int,
         record: BoundsRecord | None,
     ) -> None:
         vec = table_vector(weight, batch.shape.dim_divisor)
         arguments = (
             f"{FLOATS[weight.dtype]}, {FLOATS[output.dtype]}, {vec}, "
-            f"{cpp_bool(find_winner)}, {cpp_bool(splits > 1)}, {TABLE_BAG.UNROLL}"
+            f"{cpp_bool(find_max)}, {cpp_bool(splits > 1)}, {TABLE_BAG.UNROLL}"
         )
         (blocks, _), threads = TABLE_BAG.grid(batch.bags_per_table * (batch.width // vec))
         self._launch(
@@ -67,7 +67,7 @@ class CupyTables(CupyDevice, TablesPlan):
             batch.table_of_column,
             output,
             sizes,
-            winner,
+            max_positions,
             *record_arguments(record),
             batch.indices.numel(),
             batch.bags_per_table,
@@ -75,7 +75,7 @@ class CupyTables(CupyDevice, TablesPlan):
             batch.width,
             batch.indices.element_size(),
             batch.offsets.element_size(),
-            itemsize(winner),
+            itemsize(max_positions),
         )
 
     def _table_gather(
@@ -161,7 +161,7 @@ class CupyTables(CupyDevice, TablesPlan):
             batch.indices,
             batch.offsets,
             per_sample_weights,
-            batch.winner,
+            batch.max_positions,
             batch.fields,
             batch.table_of_column,
             grad_weight,
@@ -173,7 +173,7 @@ class CupyTables(CupyDevice, TablesPlan):
             batch.width,
             batch.indices.element_size(),
             batch.offsets.element_size(),
-            itemsize(batch.winner),
+            itemsize(batch.max_positions),
         )
 
     def _table_segment_sum(
@@ -192,14 +192,14 @@ class CupyTables(CupyDevice, TablesPlan):
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
         )
         num_chunks = cdiv(keys.numel(), chunk)
-        winner = batch.winner if bags else None
+        max_positions = batch.max_positions if bags else None
         self._launch(
             Kernel("tables", f"table_segment_sum_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (widest // vec)),
             keys.device,
             *level,
             *(bags or NO_BAGS),
-            winner,
+            max_positions,
             batch.fields,
             grad_weight,
             *partial,
@@ -214,7 +214,7 @@ class CupyTables(CupyDevice, TablesPlan):
             itemsize(order),
             keys.element_size(),
             bag_bytes(bags),
-            itemsize(winner),
+            itemsize(max_positions),
         )
 
     def _table_sample_weights(
@@ -268,16 +268,16 @@ class CupyTables(CupyDevice, TablesPlan):
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
         num_chunks = cdiv(keys.numel(), chunk)
         first_level = level.extra is None
-        sources = entries.sources if first_level else None
-        winner = entries.winner if first_level else None
+        output_bag = entries.output_bag if first_level else None
+        max_positions = entries.max_positions if first_level else None
         self._launch(
             Kernel("tables_row_update", f"table_row_update_kernel<{arguments}>"),
             *SEGMENT_SUM.grid(num_chunks * (entries.widest // vec)),
             keys.device,
             *level,
-            sources,
+            output_bag,
             entries.scales if first_level else None,
-            winner,
+            max_positions,
             entries.fields,
             weight,
             *(*state, None, None)[:2],
@@ -296,8 +296,8 @@ class CupyTables(CupyDevice, TablesPlan):
             chunk,
             itemsize(order),
             keys.element_size(),
-            itemsize(sources),
-            itemsize(winner),
+            itemsize(output_bag),
+            itemsize(max_positions),
         )
 
     def _table_rowwise_adagrad(

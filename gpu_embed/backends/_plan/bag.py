@@ -63,13 +63,15 @@ class BagPlan(GradientPlan):
         weight: Tensor,
         bags: Bags,
         padding_idx: int,
-        with_winner: bool,
+        with_argmax: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
         output = weight.new_empty((bags.num_bags, weight.shape[1]))
-        winner = output.new_empty(output.shape if with_winner else (0,), dtype=torch.int64)
-        self._bag_max(weight, bags, output, winner if with_winner else None, padding_idx, record)
-        return output, winner
+        max_elements = output.new_empty(output.shape if with_argmax else (0,), dtype=torch.int64)
+        self._bag_max(
+            weight, bags, output, max_elements if with_argmax else None, padding_idx, record
+        )
+        return output, max_elements
 
     def embedding_bag_dense_backward(
         self,
@@ -138,7 +140,7 @@ class BagPlan(GradientPlan):
         weight: Tensor,
         bags: Bags,
         output: Tensor,
-        winner: Tensor | None,
+        max_elements: Tensor | None,
         padding_idx: int,
         record: BoundsRecord | None,
     ) -> None: ...

@@ -44,14 +44,30 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         splits = self._table_splits(weight, batch)
         if splits == 1:
             self._table_bag(
-                weight, per_sample_weights, batch, output, None, batch.winner, False, splits, record
+                weight,
+                per_sample_weights,
+                batch,
+                output,
+                None,
+                batch.max_positions,
+                False,
+                splits,
+                record,
             )
             return output
         acc_dtype = accumulation(weight.dtype)
         partial = output.new_empty((splits, *output.shape), dtype=acc_dtype)
         sizes = torch.empty_like(partial, dtype=torch.int64) if batch.shape.mean else None
         self._table_bag(
-            weight, per_sample_weights, batch, partial, sizes, batch.winner, False, splits, record
+            weight,
+            per_sample_weights,
+            batch,
+            partial,
+            sizes,
+            batch.max_positions,
+            False,
+            splits,
+            record,
         )
         # Tables differ in how they divide, so each element stands for a bag of one column.
         self._bag_combine(
@@ -65,15 +81,15 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         self,
         weight: Tensor,
         batch: TableBatch,
-        with_winner: bool,
+        with_argmax: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
         output = weight.new_empty((batch.bags_per_table, batch.width))
-        shape = output.shape if with_winner else (0,)
-        winner = output.new_empty(shape, dtype=batch.position_dtype)
-        found = winner if with_winner else None
+        shape = output.shape if with_argmax else (0,)
+        max_positions = output.new_empty(shape, dtype=batch.position_dtype)
+        found = max_positions if with_argmax else None
         self._table_bag(weight, None, batch, output, None, found, True, 1, record)
-        return output, winner
+        return output, max_positions
 
     def table_batched_embedding_dense_backward(
         self,
@@ -102,7 +118,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         keys, order = self._sorted_row_keys(batch)
         # Not made before the sort has freed its memory.
         bags = self._output_bags(batch, per_sample_weights)
-        if not batch.is_uniform or batch.winner is not None:
+        if not batch.is_uniform or batch.max_positions is not None:
             dtype = accumulation(grad_weight.dtype)
             for level, partial, chunk in levels(
                 grad_output, order, keys, batch.shape.widest, dtype, extra=True
@@ -194,8 +210,8 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         batch: TableBatch,
         output: Tensor,
         sizes: Tensor | None,
-        winner: Tensor | None,
-        find_winner: bool,
+        max_positions: Tensor | None,
+        find_max: bool,
         splits: int,
         record: BoundsRecord | None,
     ) -> None: ...

@@ -48,7 +48,7 @@ def table_row_update_(
     """
     sums = _row_sums(entries.num_rows, entries.rows, entries.row_values(), rows)
     # Any entry of a row tells its table.
-    of_rows = entries._replace(rows=sums.used, sources=entries.sources[sums.entry])
+    of_rows = entries._replace(rows=sums.used, output_bag=entries.output_bag[sums.entry])
     in_row = of_rows.in_row()
     elements = of_rows.elements(0)[in_row]
 

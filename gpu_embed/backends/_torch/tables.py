@@ -28,8 +28,8 @@ def embedding(
     rows = rows.to(accumulation(weight.dtype))
     if per_sample_weights is not None:
         rows = torch.where(read[:, None], rows * per_sample_weights[:, None], 0)
-    if batch.winner is not None:
-        rows = torch.where(_won(batch, places), rows, 0)
+    if batch.max_positions is not None:
+        rows = torch.where(_contributes(batch, places), rows, 0)
     # Positions in no bag go to an extra one.
     num_bags = batch.bags.num_bags
     total = rows.new_zeros(num_bags + 1, batch.shape.widest)
@@ -41,7 +41,7 @@ def embedding(
 
 
 def embedding_max(
-    weight: Tensor, batch: TableBatch, with_winner: bool, places: Places
+    weight: Tensor, batch: TableBatch, with_argmax: bool, places: Places
 ) -> tuple[Tensor, Tensor]:
     """`Backend.table_batched_embedding_max` but for the record."""
     read = places.counted & (places.row >= 0)
@@ -60,13 +60,13 @@ def embedding_max(
     is_nan = rows.isnan()
     floor = rows.new_full((num_bags + 1, rows.shape[1]), -torch.inf)
     largest = floor.scatter_reduce(0, bag, torch.where(is_nan, -torch.inf, rows), "amax")
-    winner = first_position((rows == largest.gather(0, bag)) & ~is_nan)
+    max_positions = first_position((rows == largest.gather(0, bag)) & ~is_nan)
     first = first_position(torch.ones_like(is_nan))
-    winner = torch.where(first_position(is_nan) == first, first, winner)[:-1]
-    winner = torch.where(winner < num_indices, winner, -1)
-    winner = _columns(winner, batch).to(batch.position_dtype)
-    output = embedding(weight, None, replace(batch, winner=winner), False, places)
-    return output, winner if with_winner else winner.new_empty(0)
+    max_positions = torch.where(first_position(is_nan) == first, first, max_positions)[:-1]
+    max_positions = torch.where(max_positions < num_indices, max_positions, -1)
+    max_positions = _columns(max_positions, batch).to(batch.position_dtype)
+    output = embedding(weight, None, replace(batch, max_positions=max_positions), False, places)
+    return output, max_positions if with_argmax else max_positions.new_empty(0)
 
 
 def dense_backward(
@@ -84,8 +84,8 @@ def dense_backward(
         if batch.shape.mean:
             values = values / batch.bag_sizes(places)[:, None]
         values = values[places.bag.clamp(min=0)]
-        if batch.winner is not None:
-            values = torch.where(_won(batch, places), values, 0)
+        if batch.max_positions is not None:
+            values = torch.where(_contributes(batch, places), values, 0)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
     total = sums_of_rows(torch.where(kept, places.row, -1), values).to(grad_output.dtype)
@@ -105,13 +105,13 @@ def sample_weights_backward(grad_output: Tensor, weight: Tensor, batch: TableBat
     return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
 
 
-def _won(batch: TableBatch, places: Places) -> Tensor:
+def _contributes(batch: TableBatch, places: Places) -> Tensor:
     """Which elements of each position's row its bag takes -> bool [N, widest]: of a maximum, those that are it."""
-    assert batch.winner is not None
+    assert batch.max_positions is not None
     position = torch.arange(len(places.bag), device=places.bag.device)
-    winner = _bag_rows(batch.winner, batch)[places.bag.clamp(min=0)]
+    max_positions = _bag_rows(batch.max_positions, batch)[places.bag.clamp(min=0)]
     is_max = batch.fields[:, TableColumn.MODE][places.table] == MODES.index("max")
-    return ~is_max[:, None] | (winner == position[:, None])
+    return ~is_max[:, None] | (max_positions == position[:, None])
 
 
 def _rows(weight: Tensor, batch: TableBatch, places: Places, read: Tensor) -> Tensor:

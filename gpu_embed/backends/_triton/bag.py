@@ -91,7 +91,7 @@ class TritonBag(TritonDevice, BagPlan):
         weight: Tensor,
         bags: Bags,
         output: Tensor,
-        winner: Tensor | None,
+        max_elements: Tensor | None,
         padding_idx: int,
         record: BoundsRecord | None,
     ) -> None:
@@ -106,7 +106,7 @@ class TritonBag(TritonDevice, BagPlan):
             bags.indices,
             bags.offsets,
             output,
-            winner,
+            max_elements,
             *record_arguments(record),
             *bags.counts(),
             weight.shape[0],

@@ -95,8 +95,7 @@ COUNTS = FlatLaunch(512)
 SORT_KEYS = FlatLaunch(1024)
 RENORM_ITEMS = 1024
 SELECT_ROWS = FlatLaunch(1024)
-# Bytes of a row's sum that one program holds to see the row as a whole, and bytes a thread; longer rows take
-# two steps.
+# Largest accumulated row kept in registers, in bytes, and register bytes a thread; longer rows take two launches.
 MAX_HELD_ROW = 16384
 HELD_BYTES = 32
 ROWWISE_BLOCK = 1024

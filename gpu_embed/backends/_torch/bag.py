@@ -1,0 +1,175 @@
+"""Bags in torch's operators: its own on the CPU, where they do what ours promise."""
+
+import torch
+from torch import Tensor
+
+from ...bags import Bags
+from ...bounds import BoundsRecord, in_table
+from ...dtypes import accumulation
+from .lookup import TorchLookup, torch_ids
+
+
+class TorchBags(TorchLookup):
+    """Sums, means and maxima of bags of one table's rows."""
+
+    def embedding_bag(
+        self,
+        weight: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        padding_idx: int,
+        mode: str,
+        record: BoundsRecord | None,
+    ) -> Tensor:
+        wide = accumulation(weight.dtype)
+        # torch would round a 16-bit mean twice, and its CUDA kernels trust the ids.
+        if not weight.is_cuda and (mode == "sum" or weight.dtype == wide):
+            output = _cpu_bags(weight, per_sample_weights, bags, padding_idx, mode)
+            if output is not None:
+                return output[0]
+        if record is not None:
+            record.write_bags(bags, weight.shape[0])
+        bag = bags.bag_of()
+        rows = self.embedding(weight, bags.indices, padding_idx, None).to(wide)
+        if per_sample_weights is not None:
+            read = in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)
+            rows = torch.where(read[:, None], rows * per_sample_weights[:, None], 0)
+        # Positions in no bag go to an extra one.
+        total = rows.new_zeros(bags.num_bags + 1, weight.shape[1])
+        total.index_add_(0, torch.where(bag < 0, bags.num_bags, bag), rows)
+        total = total[:-1]
+        if mode == "mean":
+            total /= bags.sizes(padding_idx).clamp(min=1)[:, None]
+        return total.to(weight.dtype)
+
+    def embedding_bag_max(
+        self,
+        weight: Tensor,
+        bags: Bags,
+        padding_idx: int,
+        with_argmax: bool,
+        record: BoundsRecord | None,
+    ) -> tuple[Tensor, Tensor]:
+        if not weight.is_cuda:
+            found = _cpu_bags(weight, None, bags, padding_idx, "max")
+            if found is not None:
+                return found[0], _elements(found[1]) if with_argmax else found[1].new_empty(0)
+        if record is not None:
+            record.write_bags(bags, weight.shape[0])
+        return _max_by_scatter(weight, bags, padding_idx, with_argmax)
+
+    def embedding_bag_dense_backward(
+        self,
+        grad_output: Tensor,
+        per_sample_weights: Tensor | None,
+        bags: Bags,
+        num_embeddings: int,
+        padding_idx: int,
+        mode: str,
+        scale_grad_by_freq: bool,
+    ) -> Tensor:
+        bag = bags.bag_of()
+        wide = accumulation(grad_output.dtype)
+        grad_output_wide = grad_output.to(wide)
+        if mode == "mean":
+            grad_output_wide = grad_output_wide / bags.sizes(padding_idx).clamp(min=1)[:, None]
+        rows = grad_output_wide[bag.clamp(min=0)]
+        if per_sample_weights is not None:
+            rows = rows * per_sample_weights[:, None]
+        ids = torch.where(bag >= 0, bags.indices.to(torch.int64), -1)
+        return self.embedding_dense_backward(
+            rows, ids, num_embeddings, padding_idx, scale_grad_by_freq
+        ).to(grad_output.dtype)
+
+    def embedding_bag_sample_weights_backward(
+        self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
+    ) -> Tensor:
+        wide = accumulation(weight.dtype)
+        bag = bags.bag_of()
+        read = (bag >= 0) & in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)
+        rows = self.embedding(weight, bags.indices, -1, None).to(wide)
+        products = rows * grad_output[bag.clamp(min=0)].to(wide)
+        return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
+
+
+def _cpu_bags(
+    weight: Tensor,
+    per_sample_weights: Tensor | None,
+    bags: Bags,
+    padding_idx: int,
+    mode: str,
+) -> tuple[Tensor, Tensor] | None:
+    """torch's bags on the CPU -> [B, D], and for "max" the ids of the largest, -1 in an empty bag.
+
+    None where torch meets an id out of range, which it looks for itself.
+    """
+    ids, offsets = torch_ids(bags.indices), bags.offsets
+    if offsets is None:
+        offsets = torch.arange(0, ids.numel(), bags.bag_length, dtype=ids.dtype, device=ids.device)
+    elif offsets.numel() > bags.num_bags:
+        # torch takes ids behind the last offset into the last bag in some cases, and not in others.
+        last = int(offsets[-1])
+        ids, offsets = ids[:last], offsets[:-1]
+        if per_sample_weights is not None:
+            per_sample_weights = per_sample_weights[:last]
+    try:
+        output, _, sizes, max_ids = torch.embedding_bag(
+            weight,
+            ids,
+            offsets,
+            False,
+            ("sum", "mean", "max").index(mode),
+            False,
+            per_sample_weights,
+            False,
+            padding_idx if padding_idx >= 0 else None,
+        )
+    except RuntimeError:
+        return None
+    if mode == "max":
+        max_ids = torch.where(sizes[:, None] > 0, max_ids, -1)
+    return output, max_ids
+
+
+def _elements(max_ids: Tensor) -> Tensor:
+    """Where in a table [V, D] the elements of rows `max_ids` [B, D] lie."""
+    embedding_dim = max_ids.shape[1]
+    columns = torch.arange(embedding_dim, device=max_ids.device)
+    return torch.where(max_ids >= 0, max_ids.to(torch.int64) * embedding_dim + columns, -1)
+
+
+def _max_by_scatter(
+    weight: Tensor, bags: Bags, padding_idx: int, with_argmax: bool
+) -> tuple[Tensor, Tensor]:
+    """The maxima with operators that take any ids, and wait for nothing."""
+    num_indices, embedding_dim = bags.indices.numel(), weight.shape[1]
+    bag = bags.bag_of()
+    kept = (bag >= 0) & in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)
+    if weight.shape[0] == 0:
+        output = weight.new_zeros(bags.num_bags, embedding_dim)
+        max_elements = torch.full_like(output, -1, dtype=torch.int64)
+        return output, max_elements if with_argmax else max_elements.new_empty(0)
+    ids = torch.where(kept, bags.indices.to(torch.int64), 0)
+    # What takes no part goes to an extra bag.
+    bag = torch.where(kept, bag, bags.num_bags)[:, None].expand(-1, embedding_dim)
+    rows = torch.embedding(weight, ids)
+    places = torch.arange(num_indices, device=ids.device)[:, None].expand(-1, embedding_dim)
+
+    def lowest_place(candidate: Tensor) -> Tensor:
+        """The first place of each bag where it holds; num_indices: nowhere."""
+        found = places.new_full((bags.num_bags + 1, embedding_dim), num_indices)
+        return found.scatter_reduce_(0, bag, torch.where(candidate, places, num_indices), "amin")
+
+    # NaN is the largest where it comes first; elsewhere nothing is larger than what was there.
+    first = lowest_place(torch.ones_like(rows, dtype=torch.bool))
+    is_nan = rows.isnan()
+    floor = rows.new_full((bags.num_bags + 1, embedding_dim), -torch.inf)
+    largest = floor.scatter_reduce(0, bag, torch.where(is_nan, -torch.inf, rows), "amax")
+    place = lowest_place((rows == largest.gather(0, bag)) & ~is_nan)
+    place = torch.where(lowest_place(is_nan) == first, first, place)[:-1]
+    nowhere = place == num_indices
+    place = place.clamp(max=num_indices - 1)
+    output = torch.where(nowhere, 0, rows.gather(0, place))
+    if not with_argmax:
+        return output, place.new_empty(0)
+    return output, torch.where(nowhere, -1, _elements(ids[place]))
