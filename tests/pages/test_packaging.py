@@ -105,6 +105,7 @@ def wheel(released: Path) -> Path:
     return built
 
 
+@pytest.mark.full
 def test_release_builds_and_tags_and_leaves_the_tree_clean(source: Path, released: Path) -> None:
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     names = {file.name for file in (released / "dist").iterdir()}
