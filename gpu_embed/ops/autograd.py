@@ -4,6 +4,7 @@ An operator is registered with the dispatcher, and has a function `call_*` that 
 has nothing to do: plain tensors in eager mode, the common case, in a third of the host time.
 """
 
+import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -90,7 +91,10 @@ class SingleLevelFunction(_SingleLevelFunction):
 
 
 def register_multilinear(
-    op: torch._ops.OpOverload, kernel: Callable[..., Tensor], *derivatives: Callable[..., Tensor]
+    op: torch._ops.OpOverload,
+    kernel: Callable[..., Tensor],
+    *derivatives: Callable[..., Tensor],
+    constants: int = 0,
 ) -> Callable[..., Tensor]:
     """Register the gradients of an operator that is linear in each of its first arguments.
 
@@ -99,11 +103,13 @@ def register_multilinear(
         kernel: the same, on data.
         derivatives: one for each of `linear`: derivative(grad, that one's rows, *the other linear ones, *tensors,
             *arguments) -> its gradient.
+        constants: how many of the last tensors never change: they are not saved, and hooks do not see them.
 
     Returns:
         `op` as a function that spares a plain call the dispatcher.
     """
-    count, end, num_inputs = len(derivatives), _num_tensors(op), len(op._schema.arguments)
+    count, num_inputs = len(derivatives), len(op._schema.arguments)
+    end = _num_tensors(op) - constants
 
     class Multilinear(SingleLevelFunction):
         @staticmethod
@@ -140,7 +146,7 @@ def register_multilinear(
             ]
             return sum(terms[1:], terms[0]) if terms else None
 
-    apply: Callable[..., Tensor] = Multilinear.apply  # type: ignore[attr-defined]
+    apply: Callable[..., Tensor] = _named(Multilinear, op).apply
     _register_autograd(op, apply, count)
 
     def call(*inputs: Any) -> Tensor:
@@ -161,6 +167,7 @@ def register_argmax(
     kernel: Callable[..., tuple[Tensor, Tensor]],
     adjoint: Callable[..., Tensor],
     at_argmax: Callable[..., Tensor],
+    constants: int = 0,
 ) -> Callable[..., Tensor]:
     """Register the gradients of an operator that takes maxima: with the argmax fixed, it is linear in the weight.
 
@@ -169,11 +176,12 @@ def register_argmax(
         kernel: the same, on data.
         adjoint: adjoint(grad, weight's shape, argmax, *tensors, *arguments) -> gradient of the weight.
         at_argmax: at_argmax(weight, argmax, *tensors, *arguments) -> what the maxima are taken from.
+        constants: how many of the last tensors never change: they are not saved, and hooks do not see them.
 
     Returns:
         `op` but for its last argument, as a function that spares a plain call the dispatcher; the output alone.
     """
-    end, num_inputs = _num_tensors(op), len(op._schema.arguments)
+    end, num_inputs = _num_tensors(op) - constants, len(op._schema.arguments)
 
     class Argmax(SingleLevelFunction):
         @staticmethod
@@ -202,7 +210,7 @@ def register_argmax(
                 return None, None
             return at_argmax(tangent, *ctx.saved_tensors, *ctx.arguments), None
 
-    apply: Callable[..., tuple[Tensor, Tensor]] = Argmax.apply  # type: ignore[attr-defined]
+    apply: Callable[..., tuple[Tensor, Tensor]] = _named(Argmax, op).apply
     _register_autograd(op, apply, 1)
 
     def call(*inputs: Any) -> Tensor:
@@ -215,6 +223,12 @@ def register_argmax(
         return output
 
     return call
+
+
+def _named(function: type[SingleLevelFunction], op: torch._ops.OpOverload) -> Any:
+    """The autograd function under the operator's name, which profiles, traces and `grad_fn` show."""
+    name = op._schema.name.removeprefix("gpu_embed::").title().replace("_", "")
+    return types.new_class(name, (function,))
 
 
 def _num_tensors(op: torch._ops.OpOverload) -> int:

@@ -30,17 +30,22 @@ from .autograd import define, register_argmax, register_multilinear
 from .lookup import sparse_gradient
 
 # A `TableBatch` in a schema; the operator that finds the max_positions has none yet.
-_TABLES = "Tensor indices, Tensor offsets, Tensor fields, Tensor table_of_column"
-_SHAPE = "SymInt num_rows, SymInt widest, SymInt dim_divisor, bool mean, bool pooled"
-_BATCH = f"{_TABLES}, Tensor? max_positions, {_SHAPE}"
+_IDS = "Tensor indices, Tensor offsets"
+_TABLES = (
+    "Tensor fields, Tensor table_of_column, "
+    "SymInt num_rows, SymInt widest, SymInt dim_divisor, bool mean, bool pooled"
+)
+_BATCH = f"{_IDS}, Tensor? max_positions, {_TABLES}"
+# The layer's own tensors: they are kept as arguments are, not saved as what the caller might change.
+_CONSTANTS = 2
 
 
 def _batch(
     indices: Tensor,
     offsets: Tensor,
+    max_positions: Tensor | None,
     fields: Tensor,
     table_of_column: Tensor,
-    max_positions: Tensor | None,
     *shape: Any,
 ) -> TableBatch:
     """The batch that an operator was given."""
@@ -51,15 +56,10 @@ def _batch(
 
 
 def _packed(
-    max_positions: Tensor | None,
-    indices: Tensor,
-    offsets: Tensor,
-    fields: Tensor,
-    table_of_column: Tensor,
-    *shape: Any,
+    max_positions: Tensor | None, indices: Tensor, offsets: Tensor, *tables: Any
 ) -> tuple[Any, ...]:
     """A batch as operators take it."""
-    return indices, offsets, fields, table_of_column, max_positions, *shape
+    return indices, offsets, max_positions, *tables
 
 
 def call_table_batched_embedding(
@@ -72,11 +72,10 @@ def call_table_batched_embedding(
     sparse: bool,
 ) -> Tensor:
     """Rows, or sums, means and maxima, of a batch in these tables."""
-    shape = tables.layout.shape(pooled)
-    batch = (indices, offsets, tables.fields, tables.table_of_column)
+    constants = (tables.fields, tables.table_of_column, *tables.layout.shape(pooled))
     if "max" in tables.layout.modes:
-        return _call_max(weight, *batch, *shape, sparse)
-    return _call(weight, per_sample_weights, *batch, None, *shape, False, sparse)
+        return _call_max(weight, indices, offsets, *constants, sparse)
+    return _call(weight, per_sample_weights, indices, offsets, None, *constants, False, sparse)
 
 
 # Dispatcher kernels (CompositeExplicitAutograd).
@@ -211,7 +210,7 @@ table_batched_embedding_sample_weights_backward = define(
     _table_batched_embedding_sample_weights_backward_fake,
 )
 table_batched_embedding_max = define(
-    f"table_batched_embedding_max(Tensor weight, {_TABLES}, {_SHAPE}, bool sparse, bool with_argmax) "
+    f"table_batched_embedding_max(Tensor weight, {_IDS}, {_TABLES}, bool sparse, bool with_argmax) "
     "-> (Tensor, Tensor)",
     _table_batched_embedding_max,
     _table_batched_embedding_max_fake,
@@ -289,8 +288,10 @@ def _sparse_gradient(
         if batch.max_positions is not None:
             is_max = batch.fields[:, TableColumn.MODE][places.table] == MODES.index("max")
             position = torch.arange(len(rows), device=rows.device)
-            won = batch.max_positions.view(-1, batch.shape.widest)[output_bag] == position[:, None]
-            values = torch.where(won | ~is_max[:, None], values, 0)
+            contributes = (
+                batch.max_positions.view(-1, batch.shape.widest)[output_bag] == position[:, None]
+            )
+            values = torch.where(contributes | ~is_max[:, None], values, 0)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
     return sparse_gradient(values, rows, batch.shape.num_rows, -1, False)
@@ -346,20 +347,30 @@ def _at_max(weight: Tensor, max_positions: Tensor, *tables_and_sparse: Any) -> T
 
 
 _call = register_multilinear(
-    table_batched_embedding, _table_batched_embedding, _by_weight, _by_sample_weights
+    table_batched_embedding,
+    _table_batched_embedding,
+    _by_weight,
+    _by_sample_weights,
+    constants=_CONSTANTS,
 )
 _call_dense_backward = register_multilinear(
     table_batched_embedding_dense_backward,
     _table_batched_embedding_dense_backward,
     _dense_backward_by_grad,
     _dense_backward_by_sample_weights,
+    constants=_CONSTANTS,
 )
 _call_sample_weights_backward = register_multilinear(
     table_batched_embedding_sample_weights_backward,
     _table_batched_embedding_sample_weights_backward,
     _sample_weights_backward_by_grad,
     _sample_weights_backward_by_weight,
+    constants=_CONSTANTS,
 )
 _call_max = register_argmax(
-    table_batched_embedding_max, _table_batched_embedding_max, _max_by_weight, _at_max
+    table_batched_embedding_max,
+    _table_batched_embedding_max,
+    _max_by_weight,
+    _at_max,
+    constants=_CONSTANTS,
 )

@@ -196,29 +196,34 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         state["step"] += 1
         if param.numel() == 0:
             return
-        backend = backends.select(param.device)
-        update = self._settings(group, state, param.device)
-        if begins:
-            update = self._begun(update)
-        tensors = tuple([state[layout.name] for layout in layouts])
-        rows = group["rows"]
-        rows = None if rows is None else rows.to(param.device)
-        if isinstance(grad, TableGradient):
-            assert row_range is not None
-            # Rows of other tables are then out of range, and take no part.
-            entries = grad.entries.within(row_range)
-            if finite is not None:
-                entries = entries._replace(rows=torch.where(finite, entries.rows, -1))
-            if entries.rows.numel():
-                backend.table_row_update_(update, param, tensors, entries, rows)
-        elif grad._nnz():
-            ids = grad._indices()[0]
-            if row_range is not None and row_range.first_row:
-                # As for the tables' entries.
-                ids = ids - row_range.first_row
-            if finite is not None:
-                ids = torch.where(finite, ids, -1)
-            backend.row_update_(update, param, tensors, ids, grad._values(), rows)
+        try:
+            backend = backends.select(param.device)
+            update = self._settings(group, state, param.device)
+            if begins:
+                update = self._begun(update)
+            tensors = tuple([state[layout.name] for layout in layouts])
+            rows = group["rows"]
+            rows = None if rows is None else rows.to(param.device)
+            if isinstance(grad, TableGradient):
+                assert row_range is not None
+                # Rows of other tables are then out of range, and take no part.
+                entries = grad.entries.within(row_range)
+                if finite is not None:
+                    entries = entries._replace(rows=torch.where(finite, entries.rows, -1))
+                if entries.rows.numel():
+                    backend.table_row_update_(update, param, tensors, entries, rows)
+            elif grad._nnz():
+                ids = grad._indices()[0]
+                if row_range is not None and row_range.first_row:
+                    # As for the tables' entries.
+                    ids = ids - row_range.first_row
+                if finite is not None:
+                    ids = torch.where(finite, ids, -1)
+                backend.row_update_(update, param, tensors, ids, grad._values(), rows)
+        except Exception:
+            # A step that a backend refused has not been made.
+            state["step"] -= 1
+            raise
         # The kernels write behind autograd's back.
         torch.autograd.graph.increment_version(parent_of(param))
 

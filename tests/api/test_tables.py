@@ -1,5 +1,6 @@
 """Many tables in one launch: torch's answers, exactly; ids out of range; launches; gradients of every kind."""
 
+import copy
 import re
 
 import pytest
@@ -340,11 +341,11 @@ def test_opcheck_of_maxima(target):
     layer = integer_layer([(3, 1), (2, 2)], target.device, mode=["max", "mean"])
     ids, offsets = random_input(layer, 1)
     shape = layer.layout.shape(True)
-    batch = (ids, offsets, layer.tables.fields, layer.tables.table_of_column)
+    tables = (layer.tables.fields, layer.tables.table_of_column, *shape)
     op = table_ops.table_batched_embedding_max
-    torch.library.opcheck(op, (layer.weight, *batch, *shape, False, True))
-    _, max_positions = op(layer.weight, *batch, *shape, False, True)
-    arguments = (layer.weight, None, *batch, max_positions, *shape, False, False)
+    torch.library.opcheck(op, (layer.weight, ids, offsets, *tables, False, True))
+    _, max_positions = op(layer.weight, ids, offsets, *tables, False, True)
+    arguments = (layer.weight, None, ids, offsets, max_positions, *tables, False, False)
     torch.library.opcheck(table_ops.table_batched_embedding, arguments)
 
 
@@ -738,3 +739,52 @@ def test_ids_changed_in_place_are_noticed(target):
     ids[0] = 0
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["sum", "max"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("way", ["constructed", "copied", "first called"])
+def test_a_layer_of_inference_mode_can_be_trained(way, sparse, mode):
+    """Drop-in: what the layer made there, of its own, is nothing that a backward saves."""
+    sizes = [(5, 4), (6, 2)]
+    layer = integer_layer(sizes, mode=mode, sparse=sparse)
+    ids, offsets = random_input(layer, 2)
+    expected = by_layer(layer, ids, offsets)
+    weight = layer.weight.detach().clone()
+    with torch.inference_mode():
+        if way == "constructed":
+            layer = gpu_embed.TableBatchedEmbeddingBag(sizes, mode=mode, sparse=sparse)
+        elif way == "copied":
+            layer = copy.deepcopy(layer)
+        else:
+            layer = gpu_embed.TableBatchedEmbeddingBag(
+                sizes, mode=mode, sparse=sparse, device="meta"
+            )
+    layer.weight = torch.nn.Parameter(weight)
+    if way == "first called":
+        with torch.inference_mode():
+            layer(ids, offsets)
+    assert_same(by_layer(layer, ids, offsets), expected)
+
+
+def test_hooks_of_saved_tensors_see_what_a_caller_may_change():
+    """No host sync: copies of the layer's own tensors would be compared where gradients are added up."""
+    layer = integer_layer([(5, 4), (6, 2)], sparse=True)
+    ids, offsets = random_input(layer, 2)
+    seen = []
+
+    def pack(tensor):
+        seen.append(tensor.data_ptr())
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(ids, offsets).sum().backward()
+    assert set(seen) == {ids.data_ptr(), offsets.data_ptr()}
+
+
+def test_a_gradients_node_is_named_after_its_operator():
+    """As torch: a profile and an anomaly trace tell a bag from a lookup."""
+    layer = integer_layer([(5, 4), (6, 4)])
+    assert layer(*random_input(layer, 2)).grad_fn.name() == "TableBatchedEmbeddingBackward"
+    bag = gpu_embed.EmbeddingBag(3, 2, mode="max")
+    assert bag(torch.tensor([[1, 2]])).grad_fn.name() == "EmbeddingBagMaxBackward"

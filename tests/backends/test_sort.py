@@ -111,8 +111,14 @@ def test_more_ids_than_can_be_sorted(kernel_target, monkeypatch):
         gradient(indices, torch.bfloat16)
     with pytest.raises(NotImplementedError, match="Split the batch"):
         embedding(indices, weight, max_norm=1.0)
-    optimizer = gpu_embed.optim.SGD([weight], lr=1.0)
+    optimizer = gpu_embed.optim.SGD([weight], lr=1.0, momentum=0.5, dampening=0.5)
     embedding(indices, weight, sparse=True).sum().backward()
     with pytest.raises(NotImplementedError, match="Split the batch"):
         optimizer.step()
     assert weight.eq(3).all()
+    # Nor has the step been counted: the first one begins the momentum.
+    assert optimizer.state[weight]["step"] == 0
+    optimizer.zero_grad()
+    embedding(indices[:1], weight, sparse=True).sum().backward()
+    optimizer.step()
+    assert weight[indices[0]].eq(2).all()

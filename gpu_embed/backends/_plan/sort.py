@@ -41,6 +41,7 @@ def check_sortable(num_ids: int) -> None:
     """Raise NotImplementedError if torch.sort cannot sort this many ids."""
     if num_ids > MAX_SORTED_IDS:
         raise NotImplementedError(
-            "gpu_embed: this gradient, update or max_norm sorts the ids, and torch.sort takes at most "
-            f"{MAX_SORTED_IDS}; got {num_ids}. Split the batch"
+            "gpu_embed: this gradient, update or max_norm sorts its ids (a maximum's gradient its output's "
+            f"elements), and torch.sort takes at most {MAX_SORTED_IDS}; got {num_ids}. Split the batch, or "
+            "update after fewer backwards"
         )
