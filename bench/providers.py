@@ -6,7 +6,6 @@ To add a rival: a function that builds its lookup, and an entry in PROVIDERS.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -22,7 +21,6 @@ from contextlib import (
 )
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,13 +30,13 @@ from torch import Tensor
 import gpu_embed
 from gpu_embed import bounds
 
-from . import many_tables, optimizers
+from . import machine, many_tables, optimizers
 from .candidates import launch as candidates
 from .layer import Layer
-from .optimizers import Update
 from .shapes import DTYPES, MODES, STEPS, Cell
 
 Build = Callable[[Tensor, Cell, str], Layer]  # weight [T * V, D] (a leaf), cell, mode
+Refusal = Callable[[Cell], str | None]  # why a cell cannot be measured; None: it can
 # Whoever brings no optimizer takes a step of SGD.
 WITHOUT_OPTIMIZER = ("forward", "backward", "full", "step")
 
@@ -62,7 +60,7 @@ class Provider:
     # Whether its gradient must be a sum in fp32, rounded once; else sums in the table's dtype are accepted.
     sums_in_fp32: bool = False
     requirement: Callable[[torch.device], str | None] = lambda device: None
-    refusal: Callable[[Cell], str | None] = lambda cell: None
+    refusals: tuple[Refusal, ...] = ()
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext  # active while it runs
     # Whether it is a kernel of ours that the package does not choose, or not always: measured by `run` alone.
     candidate: bool = False
@@ -81,10 +79,7 @@ class Provider:
 
     def version(self) -> str:
         """The installed version, or an empty text."""
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return ""
+        return machine.version(self.package)
 
     def is_planned(self, cell: Cell, mode: str) -> bool:
         """Whether a run in which nobody asks for it by name has a row of it."""
@@ -97,6 +92,9 @@ class Provider:
         if mode in STEPS and mode != "step" and cell.dtype not in ("float32", "float64"):
             return f"optimizers are checked on float32 and float64 tables, not on {cell.dtype}"
         return self.refusal(cell)
+
+    def refusal(self, cell: Cell) -> str | None:
+        return next((reason for refusal in self.refusals if (reason := refusal(cell))), None)
 
 
 @cache
@@ -141,34 +139,10 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _one_table(
-    functional: ModuleType,
-    weight: Tensor,
-    cell: Cell,
-    sparse: bool,
-    update: Callable[[tuple[Tensor, ...]], Update],
-) -> Layer:
-    """By torch.nn.functional or by ours, whose signatures are the same."""
-
-    def lookup(ids: Tensor) -> Tensor:
-        output: Tensor = functional.embedding(ids, weight, cell.padding_idx, sparse=sparse)
-        return output
-
-    def bags(ids: Tensor) -> Tensor:
-        output: Tensor = functional.embedding_bag(ids, weight, mode="sum", sparse=sparse)
-        return output
-
-    return Layer(bags if cell.pooled else lookup, weight, update((weight,)))
-
-
-def _torch(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    build = many_tables.in_turns if cell.tables > 1 else _one_table
-    return build(F, weight, cell, False, partial(optimizers.dense, mode=mode))
-
-
-def _torch_sparse(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    build = many_tables.in_turns if cell.tables > 1 else _one_table
-    return build(F, weight, cell, True, partial(optimizers.sparse, mode=mode))
+def _torch(weight: Tensor, cell: Cell, mode: str, sparse: bool = False) -> Layer:
+    build = many_tables.in_turns if cell.tables > 1 else many_tables.single
+    update = optimizers.sparse if sparse else optimizers.dense
+    return build(F, weight, cell, sparse, partial(update, mode=mode))
 
 
 def _torch_compile(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -201,27 +175,36 @@ def _compiler_missing(device: torch.device) -> str | None:
     return None
 
 
-class IndexAddEmbedding(torch.autograd.Function):
-    """torch's lookup, with zeros(V, D).index_add_(0, ids, grad) for a gradient."""
+class LookupWithGradient(torch.autograd.Function):
+    """lookup(ids, weight), whose gradient is gradient(grad_output, ids)."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        ids: Tensor,
+        lookup: Callable[[Tensor, Tensor], Tensor],
+        gradient: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.shape = weight.shape
-        ctx.padding_idx = padding_idx
-        return F.embedding(ids, weight)
+        ctx.gradient = gradient
+        return lookup(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (ids,) = ctx.saved_tensors
-        grad_weight = grad_outputs[0].new_zeros(ctx.shape).index_add_(0, ids, grad_outputs[0])
-        if ctx.padding_idx is not None:
-            grad_weight[ctx.padding_idx].zero_()
-        return grad_weight, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradient(grad_outputs[0], *ctx.saved_tensors), None, None, None
 
 
 def _index_add(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    return Layer(lambda ids: IndexAddEmbedding.apply(weight, ids, cell.padding_idx), weight)
+    """torch's lookup, with zeros(V, D).index_add_(0, ids, grad) for a gradient."""
+
+    def gradient(grad_output: Tensor, ids: Tensor) -> Tensor:
+        grad_weight = grad_output.new_zeros(weight.shape).index_add_(0, ids, grad_output)
+        if cell.padding_idx is not None:
+            grad_weight[cell.padding_idx].zero_()
+        return grad_weight
+
+    return Layer(lambda ids: LookupWithGradient.apply(weight, ids, F.embedding, gradient), weight)
 
 
 def _liger(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -241,19 +224,15 @@ def _flag_gems(weight: Tensor, cell: Cell, mode: str) -> Layer:
     gems = importlib.import_module(FLAG_GEMS)
     padding = -1 if cell.padding_idx is None else cell.padding_idx
 
-    class GemsEmbedding(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
-            ctx.save_for_backward(ids)
-            output: Tensor = gems.embedding(table, ids, padding)
-            return output
+    def lookup(ids: Tensor, table: Tensor) -> Tensor:
+        output: Tensor = gems.embedding(table, ids, padding)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-            (ids,) = ctx.saved_tensors
-            return gems.embedding_backward(grad_outputs[0], ids, len(weight), padding), None
+    def gradient(grad_output: Tensor, ids: Tensor) -> Tensor:
+        grad_weight: Tensor = gems.embedding_backward(grad_output, ids, len(weight), padding)
+        return grad_weight
 
-    return Layer(lambda ids: GemsEmbedding.apply(weight, ids), weight)
+    return Layer(lambda ids: LookupWithGradient.apply(weight, ids, lookup, gradient), weight)
 
 
 def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -311,53 +290,18 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
     )
 
 
-def _ours(
-    weight: Tensor, cell: Cell, sparse: bool, update: Callable[[tuple[Tensor, ...]], Update]
+def _gpu_embed(
+    weight: Tensor, cell: Cell, mode: str, sparse: bool = False, in_backward: bool = False
 ) -> Layer:
+    update = partial(optimizers.dense, mode=mode)
+    if sparse:
+        update = partial(optimizers.ours, mode=mode, in_backward=in_backward)
+    if in_backward:
+        # A parameter of its own, for the hooks to go away with.
+        weight = torch.nn.Parameter(weight.detach())
     if cell.tables > 1:
         return many_tables.batched(weight, cell, sparse, update)
-    return _one_table(gpu_embed.functional, weight, cell, sparse, update)
-
-
-def _gpu_embed(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    return _ours(weight, cell, False, partial(optimizers.dense, mode=mode))
-
-
-def _gpu_embed_sparse(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    return _ours(weight, cell, True, partial(optimizers.ours, mode=mode, in_backward=False))
-
-
-def _gpu_embed_in_backward(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    # A parameter of its own, for the hooks to go away with.
-    table = torch.nn.Parameter(weight.detach())
-    return _ours(table, cell, True, partial(optimizers.ours, mode=mode, in_backward=True))
-
-
-class CandidateGradient(torch.autograd.Function):
-    """This package's lookup, with a gradient of bench/candidates."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        ids: Tensor,
-        padding_idx: int | None,
-        gradient: CandidateOfGradient,
-    ) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.num_embeddings = len(weight)
-        ctx.padding_idx = -1 if padding_idx is None else padding_idx
-        ctx.gradient = gradient
-        return gpu_embed.functional.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (ids,) = ctx.saved_tensors
-        triton = gpu_embed.backends.load("triton")
-        grad_weight = ctx.gradient(
-            triton, grad_outputs[0], ids, ctx.num_embeddings, ctx.padding_idx
-        )
-        return grad_weight, None, None, None
+    return many_tables.single(gpu_embed.functional, weight, cell, sparse, update)
 
 
 # TritonDevice, grad_output, ids, num_embeddings, padding_idx (-1: none) -> grad_weight [V, D]
@@ -365,10 +309,16 @@ CandidateOfGradient = Callable[[Any, Tensor, Tensor, int, int], Tensor]
 
 
 def _candidate_gradient(
-    gradient: CandidateOfGradient, weight: Tensor, cell: Cell, mode: str
+    candidate: CandidateOfGradient, weight: Tensor, cell: Cell, mode: str
 ) -> Layer:
-    apply = CandidateGradient.apply
-    return Layer(lambda ids: apply(weight, ids, cell.padding_idx, gradient), weight)
+    """This package's lookup, with a gradient of bench/candidates."""
+    triton = gpu_embed.backends.load("triton")
+    lookup, padding = gpu_embed.functional.embedding, cell.padding_idx
+
+    def gradient(grad_output: Tensor, ids: Tensor) -> Tensor:
+        return candidate(triton, grad_output, ids, len(weight), -1 if padding is None else padding)
+
+    return Layer(lambda ids: LookupWithGradient.apply(weight, ids, lookup, gradient), weight)
 
 
 def _candidate_gather(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -387,57 +337,6 @@ def _candidate_gather(weight: Tensor, cell: Cell, mode: str) -> Layer:
     return Layer(lookup, weight)
 
 
-def _small_ids(cell: Cell) -> str | None:
-    """torch and most others look up int64 and int32 alone."""
-    return None if cell.id_dtype in ("int64", "int32") else f"takes no {cell.id_dtype} ids"
-
-
-def _no_bags(cell: Cell) -> str | None:
-    return "it has no bags" if cell.pooled else _single_table(cell)
-
-
-def _single_table(cell: Cell) -> str | None:
-    """Of the layers that know one table, torch's alone stands for a loop over many."""
-    return "one table at a time" if cell.tables > 1 else _small_ids(cell)
-
-
-def _short_addresses(cell: Cell) -> str | None:
-    """Kernels that compute addresses in 32 bits read and write anywhere past 2^31 elements."""
-    if max(cell.rows, cell.num_ids) * cell.dim >= 2**31:
-        return "its addresses are 32 bit"
-    return _no_bags(cell)
-
-
-def _fbgemm_tables(cell: Cell) -> str | None:
-    if cell.dtype not in ("float32", "float16"):
-        return f"its tables are not {cell.dtype}"
-    if cell.dim % 4:
-        return "its rows are a multiple of 4 numbers"
-    if cell.padding:
-        return "it has no padding_idx"
-    return _small_ids(cell)
-
-
-def _atomic_tables(cell: Cell) -> str | None:
-    return None if cell.dtype in ("float32", "float64") else f"no atomics on {cell.dtype} tables"
-
-
-def _descriptor_gradients(cell: Cell) -> str | None:
-    if cell.dtype != "float32":
-        return f"no bulk additions to {cell.dtype} tables"
-    return _descriptor_rows(cell) or _no_bags(cell)
-
-
-def _descriptor_rows(cell: Cell) -> str | None:
-    if cell.dim * DTYPES[cell.dtype].itemsize % 16:
-        return "its rows are a multiple of 16 bytes"
-    return None
-
-
-def _one_hot_tables(cell: Cell) -> str | None:
-    return candidates.one_hot_refusal(DTYPES[cell.dtype], cell.vocab) or _no_bags(cell)
-
-
 def _needs_triton(device: torch.device) -> str | None:
     name = gpu_embed.backends.select(device).name
     return None if name == "triton" else f"needs the triton backend, {name} serves {device}"
@@ -450,56 +349,47 @@ def _needs_descriptors(device: torch.device) -> str | None:
     return _needs_triton(device)
 
 
-def _sorted_atomic_tables(cell: Cell) -> str | None:
-    return _atomic_tables(cell) or _single_table(cell)
+def _refusal(reason: str, refused: Callable[[Cell], object]) -> Refusal:
+    """A refusal of such cells; {0} in the reason is the cell."""
+    return lambda cell: reason.format(cell) if refused(cell) else None
 
 
-def _one_lookup(cell: Cell) -> str | None:
-    if cell.pooled or cell.tables > 1:
-        return "neither bags nor several tables are looked up by it"
-    return None
+# torch and most others look up int64 and int32 alone.
+_SMALL_IDS = _refusal("takes no {0.id_dtype} ids", lambda c: c.id_dtype not in ("int64", "int32"))
+# Of the layers that know one table, torch's alone stands for a loop over many.
+_SINGLE_TABLE = (_refusal("one table at a time", lambda c: c.tables > 1), _SMALL_IDS)
+_NO_BAGS = (_refusal("it has no bags", lambda c: c.pooled), *_SINGLE_TABLE)
+# Kernels that compute addresses in 32 bits read and write anywhere past 2^31 elements.
+_SHORT_ADDRESSES = _refusal(
+    "its addresses are 32 bit", lambda c: max(c.rows, c.num_ids) * c.dim >= 2**31
+)
+_FBGEMM_TABLES = (
+    _refusal("its tables are not {0.dtype}", lambda c: c.dtype not in ("float32", "float16")),
+    _refusal("its rows are a multiple of 4 numbers", lambda c: c.dim % 4),
+    _refusal("it has no padding_idx", lambda c: c.padding),
+    _SMALL_IDS,
+)
+_ATOMIC_TABLES = _refusal(
+    "no atomics on {0.dtype} tables", lambda c: c.dtype not in ("float32", "float64")
+)
+_BULK_ADDITIONS = _refusal("no bulk additions to {0.dtype} tables", lambda c: c.dtype != "float32")
+_DESCRIPTOR_ROWS = _refusal(
+    "its rows are a multiple of 16 bytes", lambda c: c.dim * DTYPES[c.dtype].itemsize % 16
+)
+_ONE_LOOKUP = _refusal(
+    "neither bags nor several tables are looked up by it", lambda c: c.pooled or c.tables > 1
+)
 
 
-def _descriptor_lookups(cell: Cell) -> str | None:
-    return _one_lookup(cell) or _descriptor_rows(cell)
+def _one_hot_tables(cell: Cell) -> str | None:
+    return candidates.one_hot_refusal(DTYPES[cell.dtype], cell.vocab)
 
 
-def _gradient_of(name: str, description: str, **fields: Any) -> Provider:
-    """This package with another gradient kernel, forced or a candidate."""
-    return Provider(
-        f"gpu_embed-{name}",
-        f"this package, gradient by {description}",
-        module="gpu_embed",
-        package="gpu_embed",
-        modes=("backward", "full", "step"),
-        sums_in_fp32=True,
-        candidate=True,
-        **fields,
-    )
-
-
-def _lookup_of(name: str, description: str, **fields: Any) -> Provider:
-    """This package with another lookup kernel, forced or a candidate."""
-    return Provider(
-        f"gpu_embed-gather-{name}",
-        f"this package, lookup by {description}",
-        module="gpu_embed",
-        package="gpu_embed",
-        modes=("forward",),
-        candidate=True,
-        **fields,
-    )
-
-
-def _forced_gather(method: str, description: str) -> Provider:
-    return _lookup_of(
-        method,
-        description,
-        build=_gpu_embed,
-        refusal=_one_lookup,
-        setting=lambda: gpu_embed.use_gather_method(method),
-    )
-
+_own = partial(Provider, module="gpu_embed", package="gpu_embed", sums_in_fp32=True)
+_gradient_by = partial(_own, modes=("backward", "full", "step"))
+# A kernel of ours, forced or not in the package.
+_candidate_gradient_by = partial(_gradient_by, candidate=True)
+_candidate_lookup_by = partial(_own, modes=("forward",), candidate=True)
 
 LIGER = "liger_kernel.ops.experimental.embedding"
 FLAG_GEMS = "flag_gems.ops.embedding"
@@ -509,88 +399,83 @@ FBGEMM = "fbgemm_gpu.split_table_batched_embeddings_ops_training"
 PROVIDERS = {
     provider.name: provider
     for provider in (
-        Provider(
+        _own(
             "gpu_embed",
             "this package, gradient kernel by its table; many tables batched",
             _gpu_embed,
-            "gpu_embed",
-            "gpu_embed",
-            MODES,
+            modes=MODES,
             cpu=True,
-            sums_in_fp32=True,
         ),
-        Provider(
+        _gradient_by(
             "gpu_embed-atomic",
             "this package, gradient by atomics",
             _gpu_embed,
-            "gpu_embed",
-            "gpu_embed",
-            ("backward", "full", "step"),
-            sums_in_fp32=True,
-            refusal=_atomic_tables,
+            refusals=(_ATOMIC_TABLES,),
             setting=lambda: gpu_embed.use_gradient_method("atomic"),
         ),
-        Provider(
+        _gradient_by(
             "gpu_embed-sorted",
             "this package, gradient by sorted segments",
             _gpu_embed,
-            "gpu_embed",
-            "gpu_embed",
-            ("backward", "full", "step"),
-            sums_in_fp32=True,
             setting=lambda: gpu_embed.use_gradient_method("sorted"),
         ),
-        _gradient_of(
-            "sorted-atomic",
-            "sorted segments, atomics at their edges",
-            build=_gpu_embed,
-            refusal=_sorted_atomic_tables,
+        _candidate_gradient_by(
+            "gpu_embed-sorted-atomic",
+            "this package, gradient by sorted segments, atomics at their edges",
+            _gpu_embed,
+            refusals=(_ATOMIC_TABLES, *_SINGLE_TABLE),
             setting=lambda: gpu_embed.use_gradient_method("sorted_atomic"),
         ),
-        _gradient_of(
-            "descriptor",
-            "tensor descriptors",
-            build=partial(_candidate_gradient, candidates.scatter_add),
+        _candidate_gradient_by(
+            "gpu_embed-descriptor",
+            "this package, gradient by tensor descriptors",
+            partial(_candidate_gradient, candidates.scatter_add),
             requirement=_needs_descriptors,
-            refusal=_descriptor_gradients,
+            refusals=(_BULK_ADDITIONS, _DESCRIPTOR_ROWS, *_NO_BAGS),
         ),
-        _gradient_of(
-            "one-hot",
-            "one-hot products",
-            build=partial(_candidate_gradient, candidates.one_hot),
+        _candidate_gradient_by(
+            "gpu_embed-one-hot",
+            "this package, gradient by one-hot products",
+            partial(_candidate_gradient, candidates.one_hot),
             requirement=_needs_triton,
-            refusal=_one_hot_tables,
+            refusals=(_one_hot_tables, *_NO_BAGS),
         ),
-        _forced_gather("rows", "whole rows"),
-        _forced_gather("flat", "equal pieces of the output"),
-        _lookup_of(
-            "descriptor",
-            "tensor descriptors",
-            build=_candidate_gather,
+        _candidate_lookup_by(
+            "gpu_embed-gather-rows",
+            "this package, lookup by whole rows",
+            _gpu_embed,
+            refusals=(_ONE_LOOKUP,),
+            setting=lambda: gpu_embed.use_gather_method("rows"),
+        ),
+        _candidate_lookup_by(
+            "gpu_embed-gather-flat",
+            "this package, lookup by equal pieces of the output",
+            _gpu_embed,
+            refusals=(_ONE_LOOKUP,),
+            setting=lambda: gpu_embed.use_gather_method("flat"),
+        ),
+        _candidate_lookup_by(
+            "gpu_embed-gather-descriptor",
+            "this package, lookup by tensor descriptors",
+            _candidate_gather,
             requirement=_needs_descriptors,
-            refusal=_descriptor_lookups,
+            refusals=(_ONE_LOOKUP, _DESCRIPTOR_ROWS),
         ),
-        Provider(
+        _own(
             "gpu_embed-sparse",
             "this package, sparse=True; a step by gpu_embed.optim",
-            _gpu_embed_sparse,
-            "gpu_embed",
-            "gpu_embed",
-            tuple(STEPS),
+            partial(_gpu_embed, sparse=True),
+            modes=tuple(STEPS),
             cpu=True,
             tables_beside=0,
-            sums_in_fp32=True,
         ),
-        Provider(
+        _own(
             "gpu_embed-in-backward",
             "the same by gpu_embed.optim.apply_in_backward",
-            _gpu_embed_in_backward,
-            "gpu_embed",
-            "gpu_embed",
-            tuple(STEPS),
+            partial(_gpu_embed, sparse=True, in_backward=True),
+            modes=tuple(STEPS),
             cpu=True,
             tables_beside=0,
-            sums_in_fp32=True,
         ),
         Provider(
             "torch",
@@ -598,16 +483,16 @@ PROVIDERS = {
             _torch,
             modes=MODES,
             cpu=True,
-            refusal=_small_ids,
+            refusals=(_SMALL_IDS,),
         ),
         Provider(
             "torch-sparse",
             "the same, sparse=True; Adam is SparseAdam",
-            _torch_sparse,
+            partial(_torch, sparse=True),
             modes=tuple(STEPS),
             cpu=True,
             tables_beside=0,
-            refusal=_small_ids,
+            refusals=(_SMALL_IDS,),
         ),
         Provider(
             "torch.compile",
@@ -615,7 +500,7 @@ PROVIDERS = {
             _torch_compile,
             cpu=True,
             requirement=_compiler_missing,
-            refusal=_single_table,
+            refusals=_SINGLE_TABLE,
             setting=_keep_buffers,
         ),
         Provider(
@@ -624,7 +509,7 @@ PROVIDERS = {
             _index_add,
             modes=("backward", "full", "step"),
             cpu=True,
-            refusal=_no_bags,
+            refusals=_NO_BAGS,
         ),
         Provider(
             "liger-kernel",
@@ -632,7 +517,7 @@ PROVIDERS = {
             _liger,
             LIGER,
             "liger-kernel",
-            refusal=_short_addresses,
+            refusals=(_SHORT_ADDRESSES, *_NO_BAGS),
         ),
         Provider(
             "flag-gems",
@@ -640,7 +525,7 @@ PROVIDERS = {
             _flag_gems,
             FLAG_GEMS,
             "flag-gems",
-            refusal=_short_addresses,
+            refusals=(_SHORT_ADDRESSES, *_NO_BAGS),
         ),
         Provider(
             "fbgemm-gpu",
@@ -650,7 +535,7 @@ PROVIDERS = {
             "fbgemm-gpu",
             MODES,
             copies=True,
-            refusal=_fbgemm_tables,
+            refusals=_FBGEMM_TABLES,
         ),
         Provider(
             "fbgemm-gpu-cpu",
@@ -662,7 +547,7 @@ PROVIDERS = {
             cpu=True,
             cuda=False,
             copies=True,
-            refusal=_fbgemm_tables,
+            refusals=_FBGEMM_TABLES,
         ),
     )
 }
