@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,7 @@ def check_gradient(
     if actual.dtype != grad_output.dtype or actual.dim() != 2:
         return Verdict(False, f"the gradient is {actual.dtype} {list(actual.shape)}")
     rows, sums = _sums(grad_output, ids, padding_idx)
-    if (place := _first_nonzero_row(actual, rows)) is not None:
+    if (place := _first_changed_row(None, actual, rows)) is not None:
         return Verdict(False, f"row {place} has a gradient, though no id asks for it")
     judge = Judge(actual.dtype, fp32)
     for columns, total, magnitude, counts in sums:
@@ -230,24 +230,15 @@ def _row_sums(
     return values.new_zeros(num_rows, values.shape[1]).index_add_(0, places, values)
 
 
-def _first_changed_row(before: Tensor, after: Tensor, rows: Tensor) -> int | None:
-    """The first row that is not in `rows` and not as it was."""
-    return _first_row(lambda part: before[part] != after[part], before.shape, rows)
-
-
-def _first_nonzero_row(gradient: Tensor, rows: Tensor) -> int | None:
-    """The first row that is not in `rows` and not zero."""
-    return _first_row(lambda part: gradient[part] != 0, gradient.shape, rows)
-
-
-def _first_row(differs: Callable[[slice], Tensor], shape: torch.Size, rows: Tensor) -> int | None:
-    """The first row of a table that differs somewhere and is not in `rows`."""
-    unused = torch.ones(shape[0], dtype=torch.bool, device=rows.device)
+def _first_changed_row(before: Tensor | None, after: Tensor, rows: Tensor) -> int | None:
+    """The first row that is not in `rows` and not as it was; before=None: not zero."""
+    unused = torch.ones(len(after), dtype=torch.bool, device=rows.device)
     unused[rows] = False
-    length = max(1, PIECE // shape[1])
-    for start in range(0, shape[0], length):
+    length = max(1, PIECE // after.shape[1])
+    for start in range(0, len(after), length):
         part = slice(start, start + length)
-        bad = differs(part).any(dim=1) & unused[part]
+        changed = after[part] != (0 if before is None else before[part])
+        bad = changed.any(dim=1) & unused[part]
         if bad.any():
             return start + int(bad.int().argmax())
     return None

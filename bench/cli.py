@@ -469,17 +469,20 @@ def read_choice(args: argparse.Namespace) -> Choice:
     sets = list(SETS) if args.set == ["all"] else known("set", args.set, SETS)
     for distribution in args.distribution or ():
         ids_module.parse(distribution)
+    sizes = {"tables": "tables", "vocab": "vocab", "dim": "dim", "ids": "num_ids"}
     return Choice(
         sets=list(dict.fromkeys(sets or ())),
         providers=known("provider", args.providers, PROVIDERS),
         modes=known("mode", args.mode, MODES),
-        dtypes=known("dtype", args.dtype, DTYPES),
-        id_dtypes=known("id dtype", args.id_dtype, ID_DTYPES),
-        tables=whole_numbers("--tables", args.tables),
-        vocabs=whole_numbers("--vocab", args.vocab),
-        dims=whole_numbers("--dim", args.dim),
-        num_ids=whole_numbers("--ids", args.ids),
-        distributions=args.distribution,
+        axes={
+            "dtype": known("dtype", args.dtype, DTYPES),
+            "id_dtype": known("id dtype", args.id_dtype, ID_DTYPES),
+            **{
+                field: whole_numbers(f"--{option}", getattr(args, option))
+                for option, field in sizes.items()
+            },
+            "distribution": args.distribution,
+        },
         limit=args.limit,
     )
 

@@ -12,21 +12,14 @@ import gc
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ids as ids_module
-from .check import (
-    Verdict,
-    check_bags,
-    check_forward,
-    check_gradient,
-    check_step,
-    check_steps,
-)
+from .check import Verdict, check_bags, check_forward, check_gradient, check_step, check_steps
 from .layer import Layer
 from .machine import load, readable_bytes
 from .memory import peak_of_step
@@ -184,29 +177,11 @@ class Bench:
     _host: dict[tuple[str, ...], float] = field(default_factory=dict)
     _parts: dict[tuple[torch.Size, torch.dtype], Parts] = field(default_factory=dict)
 
-    def row(self, set_name: str, cell: Cell, mode: str, provider: str, status: str = "ok") -> Row:
+    def row(self, set_name: str, cell: Cell, mode: str, provider: str) -> Row:
         """The row of a measurement that is still to be made."""
-        return Row(
-            set=set_name,
-            operation=cell.operation,
-            mode=mode,
-            dtype=cell.dtype,
-            id_dtype=cell.id_dtype,
-            tables=cell.tables,
-            vocab=cell.vocab,
-            dim=cell.dim,
-            num_ids=cell.num_ids,
-            hotness=cell.hotness,
-            distribution=cell.distribution,
-            unique_ids=None,
-            padding=cell.padding,
-            provider=provider,
-            status=status,
-            device=self.facts["device"],
-            torch=self.facts["torch"],
-            triton=self.facts["triton"],
-            commit=self.facts["commit"],
-        )
+        shape: dict[str, Any] = asdict(cell)
+        facts: dict[str, Any] = {**self.facts, "status": "ok", "unique_ids": None}
+        return Row(set=set_name, mode=mode, provider=provider, **shape, **facts)
 
     def problem(self, cell: Cell) -> Problem:
         """Make the cell's tensors. Raises IdsError, or the allocator's error."""
@@ -265,9 +240,9 @@ class Bench:
         row = replace(row, match=verdict.match)
         if not verdict.ok:
             return replace(row, status="wrong", zero_fill_ms=None, cast_ms=None), None
-        extra = None if mode in STEPS else _peak_extra_bytes(layer, problem, mode)
-        row = replace(row, peak_extra_bytes=extra, step_peak_bytes=step_peak)
-        return row, _call(layer, problem, mode)
+        call = _call(layer, problem, mode)
+        extra = None if mode in STEPS else _peak_extra_bytes(call, layer, problem, mode)
+        return replace(row, peak_extra_bytes=extra, step_peak_bytes=step_peak), call
 
     def _check(self, layer: Layer, problem: Problem, mode: str, fp32: bool) -> Verdict:
         """The gate of one mode, on the second id set, so that the first is not the only one right."""
@@ -299,21 +274,13 @@ class Bench:
         busy = _load_of_a_core()
         timed = []
         for i, row in enumerate(rows):
-            gbps = moved.dram / warm[i].p50 / 1e6
-            timed.append(
-                replace(
-                    row,
-                    status="ok",
-                    ms_p20=warm[i].p20,
-                    ms_p50=warm[i].p50,
-                    ms_p80=warm[i].p80,
-                    cold_ms_p50=cold[i].p50 if cold else None,
-                    gbps_dram=gbps,
-                    gbps_logical=moved.logical / warm[i].p50 / 1e6,
-                    percent_of_copy=100 * gbps / self.copy_gbps,
-                    load=busy,
-                )
-            )
+            p20, p50, p80 = warm[i]
+            cold_p50 = cold[i].p50 if cold else None
+            row = replace(row, ms_p20=p20, ms_p50=p50, ms_p80=p80, cold_ms_p50=cold_p50, load=busy)
+            dram, logical = (size / p50 / 1e6 for size in (moved.dram, moved.logical))
+            share = 100 * dram / self.copy_gbps
+            row = replace(row, gbps_dram=dram, gbps_logical=logical, percent_of_copy=share)
+            timed.append(row)
         return timed
 
     def _gradient_parts(self, problem: Problem, mode: str) -> Parts | None:
@@ -381,11 +348,12 @@ def _call(layer: Layer, problem: Problem, mode: str) -> Call:
             [torch.autograd.graph.get_gradient_edge(output) for output in layer.outputs(ids)]
             for ids in problem.id_sets
         ]
-        return Call(
-            lambda i: torch.autograd.grad(
-                edges[i % len(edges)], layer.leaves, grads, retain_graph=True
-            )
-        )
+
+        def backward(i: int) -> object:
+            of_output = edges[i % len(edges)]
+            return torch.autograd.grad(of_output, layer.leaves, grads, retain_graph=True)
+
+        return Call(backward)
     if mode == "full":
         return Call(lambda i: _full(layer, problem.ids(i), grads))
     step = _stepper(layer)
@@ -493,30 +461,19 @@ def _graph_call(layer: Layer, problem: Problem) -> Call:
     return Call(lambda i: graph.replay(), before=lambda i: ids.copy_(problem.ids(i)))
 
 
-def _peak_extra_bytes(layer: Layer, problem: Problem, mode: str) -> int | None:
+def _peak_extra_bytes(call: Call, layer: Layer, problem: Problem, mode: str) -> int | None:
     """Device memory at the peak of one call, beyond its inputs, its output and the table's gradient."""
     if problem.device.type != "cuda" or problem.cell.operation == "embedding_graph":
         return None
-    grads = None if mode == "forward" else _handed_out(layer, problem)
-    cell, itemsize = problem.cell, problem.weight.element_size()
-    output, gradient = cell.num_outputs * cell.dim * itemsize, problem.weight.nbytes
+    cell, gradient = problem.cell, problem.weight.nbytes
+    output = cell.num_outputs * cell.dim * problem.weight.itemsize
     results = {"forward": output, "backward": gradient}.get(mode, output + gradient)
     for leaf in layer.leaves:
         leaf.grad = None
-    edges = []
-    if mode == "backward":
-        outputs = layer.outputs(problem.ids(0))
-        edges = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
-        del outputs
     torch.cuda.synchronize(problem.device)
     before = torch.cuda.memory_allocated(problem.device)
     torch.cuda.reset_peak_memory_stats(problem.device)
-    if grads is None:
-        layer.lookup(problem.ids(0))
-    elif edges:
-        torch.autograd.grad(edges, layer.leaves, grads)
-    else:
-        _full(layer, problem.ids(0), grads)
+    call.run(0)
     torch.cuda.synchronize(problem.device)
     peak = torch.cuda.max_memory_allocated(problem.device) - before
     # A full pass may free the output before: never less than nothing.
