@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,7 +23,13 @@ from gpu_embed.demo.running import describe_backend
 from . import ids as ids_module
 from . import machine, results
 from .compare import NOISY_MEANS, noise_of
-from .console import make_console, print_table, progress_bar, replace_what_cannot_be_shown
+from .console import (
+    make_console,
+    make_table,
+    print_table,
+    progress_bar,
+    replace_what_cannot_be_shown,
+)
 from .headline import LAST_START_SECONDS, headline_jobs, results_directory
 from .measure import Bench
 from .occupancy import MULTIPROCESSORS, TARGETS
@@ -41,6 +47,7 @@ if TYPE_CHECKING:
 
 PROG = "python -m gpu_embed.bench"
 OWN = "gpu_embed"
+Options = Callable[[argparse.ArgumentParser], None]
 SAME_RUN = ("device", "torch", "triton", "commit", "dirty", "seed")
 
 
@@ -70,38 +77,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the GPU whose times the CPU summary predicts (default: %(default)s)",
     )
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
-    add_run(commands.add_parser("run", help="measure sets of shapes and write CSV and JSON"))
-    add_headline(
-        commands.add_parser(
-            "headline", help="the headline shapes in five minutes, with pictures and report"
-        )
-    )
-    commands.add_parser("list", help="the sets of shapes, and who can be measured here")
-    compare = commands.add_parser(
-        "compare",
-        help="exit 1 where a row of gpu_embed's in NEW is slower than in OLD, wrong or missing",
-    )
-    compare.add_argument("old", type=Path, metavar="OLD", help="results.csv, or its directory")
-    compare.add_argument("new", type=Path, metavar="NEW")
-    compare.add_argument(
-        "--fail-below",
-        type=float,
-        default=0.95,
-        metavar="RATIO",
-        help="a cell is a regression below this share of its old speed (default: %(default)s)",
-    )
-    add_codegen(
-        commands.add_parser("codegen", help="what the kernels compile to; needs Triton, but no GPU")
-    )
-    add_host_calls(
-        commands.add_parser("host-calls", help="the package's own Python calls in a warm call")
-    )
-    for name, text in (
-        ("plot", "draw the results in DIR"),
-        ("report", "write DIR as one HTML page"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("directory", type=Path, metavar="DIR")
+    for name, (text, add_options, _) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=text))
     return parser.parse_args(argv)
 
 
@@ -181,6 +158,18 @@ def add_codegen(codegen: argparse.ArgumentParser) -> None:
     )
 
 
+def add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("old", type=Path, metavar="OLD", help="results.csv, or its directory")
+    compare.add_argument("new", type=Path, metavar="NEW")
+    compare.add_argument(
+        "--fail-below",
+        type=float,
+        default=0.95,
+        metavar="RATIO",
+        help="a cell is a regression below this share of its old speed (default: %(default)s)",
+    )
+
+
 def add_host_calls(host_calls: argparse.ArgumentParser) -> None:
     host_calls.add_argument(
         "--functions", action="store_true", help="list the called functions in call order"
@@ -190,6 +179,10 @@ def add_host_calls(host_calls: argparse.ArgumentParser) -> None:
         action="store_true",
         help="rewrite bench/host_calls.csv, against which more calls are an error",
     )
+
+
+def add_directory(command: argparse.ArgumentParser) -> None:
+    command.add_argument("directory", type=Path, metavar="DIR")
 
 
 def known(what: str, values: Sequence[str] | None, names: Collection[str]) -> list[str] | None:
@@ -268,12 +261,8 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
     except (RuntimeError, ValueError) as problem:
         raise CannotRunError(str(problem).removeprefix("gpu_embed: ")) from problem
     name, dirty = machine.commit()
-    facts = {
-        "device": machine.device_name(device),
-        "torch": torch.__version__,
-        "triton": machine.version("triton"),
-        "commit": name,
-    }
+    versions = {"torch": torch.__version__, "triton": machine.version("triton"), "commit": name}
+    facts = {"device": machine.device_name(device), **versions}
     memory = machine.usable_memory(device)
     console.print(f"gpu_embed bench on {facts['device']}")
     console.print(
@@ -289,8 +278,7 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
 def summary(args: argparse.Namespace) -> int:
     from . import summary as summaries
 
-    if args.card not in CARDS:
-        raise CannotRunError(f"unknown card {args.card!r}: choose from {', '.join(CARDS)}")
+    known("card", [args.card], CARDS)
     console = make_console()
     bench, _ = start(args, console)
     with progress_bar(console) as progress:
@@ -298,18 +286,18 @@ def summary(args: argparse.Namespace) -> int:
             rows = summaries.summarize_gpu(bench, console, progress)
         else:
             rows = summaries.summarize_cpu(bench, console, progress, CARDS[args.card])
-    missing = {
-        provider.name: reason
+    missing = [
+        f"{provider.name}: {reason}"
         for provider in PROVIDERS.values()
         if (reason := provider.missing_reason(bench.device)) is not None
-    }
+    ]
     if bench.device.type == "cuda" and missing:
-        console.print("not measured: " + "; ".join(f"{n}: {why}" for n, why in missing.items()))
+        console.print(f"not measured: {'; '.join(missing)}")
     console.print(f"More: {PROG} list, {PROG} run --help")
     return own_failures(rows, console)
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     choice = read_choice(args)
     console = make_console()
     memory = None if args.max_memory is None else memory_size(args.max_memory)
@@ -328,17 +316,15 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
         bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
         if memory is not None:
             bench.memory = min(memory, machine.free_memory(bench.device))
-        bench.copy_gbps = write_header(args, argv, bench, speed)
+        bench.copy_gbps = write_header(args, bench, speed)
         try:
             done = measure(bench, jobs, writer, console)
         except (KeyboardInterrupt, results.NotWrittenError) as end:
             kept = sum(job.row(bench).key in writer.done for job in jobs)
             interrupted = isinstance(end, KeyboardInterrupt)
-            print(
-                f"\n{PROG}: {'interrupted' if interrupted else end}; {kept} of {len(jobs)} measurements "
-                f"are in {args.out / results.RESULTS}, the same command with --resume measures the rest",
-                file=sys.stderr,
-            )
+            rest = "the same command with --resume measures the rest"
+            what = "interrupted" if interrupted else end
+            say_stopped(what, kept, len(jobs), args.out, rest)
             return 130 if interrupted else 2
     say_counts(done, args.out, console)
     return own_failures(done, console)
@@ -354,8 +340,9 @@ def check_providers(jobs: Iterable[Job], device: torch.device) -> None:
         )
 
 
-def headline(args: argparse.Namespace, argv: Sequence[str]) -> int:
+def headline(args: argparse.Namespace) -> int:
     """Measure, draw, report; what was measured before an interruption is kept."""
+    check_extra("matplotlib")
     from .plots import plot_directory
     from .report import write_report, write_results_markdown
 
@@ -367,31 +354,31 @@ def headline(args: argparse.Namespace, argv: Sequence[str]) -> int:
     bench, speed = start(args, console)
     bench.effort = Effort(seconds=0.3, max_samples=100, host_seconds=0.1)
     jobs = headline_jobs(bench.device)
-    header = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(argv)])
+    header = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(args.argv)])
     directory = results_directory(args.out, header)
     with results.RowWriter(directory) as writer:
         results.write_header(directory, header)
         try:
             done = measure(bench, jobs, writer, console, end)
         except KeyboardInterrupt:
-            say_interrupted(directory, len(writer.done), len(jobs))
+            shown = f"{PROG} report {directory} shows them"
+            say_stopped("interrupted", len(writer.done), len(jobs), directory, shown)
             return 130
     if len(done) < len(jobs):
         console.print(f"{len(jobs) - len(done)} of {len(jobs)} measurements left out: time is over")
     if done:
         for path in (*plot_directory(directory), write_report(directory)):
             console.print(str(path))
-    if done and args.page is not None:
-        write_results_markdown(directory, args.page)
-        console.print(str(args.page))
+        if args.page is not None:
+            write_results_markdown(directory, args.page)
+            console.print(str(args.page))
     say_counts(done, directory, console)
     return own_failures(done, console)
 
 
-def say_interrupted(directory: Path, kept: int, wanted: int) -> None:
+def say_stopped(what: object, kept: int, wanted: int, directory: Path, then: str) -> None:
     print(
-        f"\n{PROG}: interrupted; {kept} of {wanted} measurements are in {directory / results.RESULTS}, "
-        f"{PROG} report {directory} shows them",
+        f"\n{PROG}: {what}; {kept} of {wanted} measurements are in {directory / results.RESULTS}, {then}",
         file=sys.stderr,
     )
 
@@ -487,11 +474,9 @@ def read_choice(args: argparse.Namespace) -> Choice:
     )
 
 
-def write_header(
-    args: argparse.Namespace, argv: Sequence[str], bench: Bench, speed: float
-) -> float:
+def write_header(args: argparse.Namespace, bench: Bench, speed: float) -> float:
     """Write header.json, or check that a resumed run is the same one; returns its copy bandwidth."""
-    new = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(argv)])
+    new = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(args.argv)])
     if not (args.resume and (args.out / results.HEADER).exists()):
         results.write_header(args.out, new)
         return speed
@@ -522,32 +507,19 @@ def own_failures(rows: Iterable[results.Row], console: Console) -> int:
 
 
 def list_all(args: argparse.Namespace) -> int:
-    from rich.table import Table
-
     console = make_console()
-    sets = Table(title="Sets of shapes", title_justify="left")
-    for name in ("set", "cells", "modes", "what", "from"):
-        sets.add_column(name, justify="right" if name == "cells" else "left")
-    for shape_set in SETS.values():
-        sets.add_row(
-            shape_set.name,
-            str(len(shape_set.cells)),
-            " ".join(shape_set.modes),
-            shape_set.description,
-            shape_set.origin,
-        )
+    sets = make_table("Sets of shapes", "set", ">cells", "modes", "what", "from")
+    for entry in SETS.values():
+        modes, cells = " ".join(entry.modes), str(len(entry.cells))
+        sets.add_row(entry.name, cells, modes, entry.description, entry.origin)
     print_table(console, sets)
     device = choose_device(args.device)
-    providers = Table(title=f"Providers, on {device}", title_justify="left")
-    for name in ("provider", "what", "version", "here"):
-        providers.add_column(name)
+    title = f"Providers, on {device}"
+    providers = make_table(title, "provider", "what", "version", "here")
     for provider in PROVIDERS.values():
-        providers.add_row(
-            provider.name,
-            provider.description,
-            provider.version() or f"none (pip install {provider.package})",
-            provider.missing_reason(device) or "usable",
-        )
+        version = provider.version() or f"none (pip install {provider.package})"
+        here = provider.missing_reason(device) or "usable"
+        providers.add_row(provider.name, provider.description, version, here)
     print_table(console, providers)
     for name in ids_module.WORD_LISTS:
         found = machine.version(name) or f"none (pip install {name})"
@@ -614,17 +586,14 @@ def codegen(args: argparse.Namespace) -> int:
 
 def host_calls(args: argparse.Namespace) -> int:
     """Count, print, and write the table or say what has more calls than it allows."""
-    from rich.table import Table
-
     from . import host_calls as counter
 
     if args.write:
         check_extra("triton", "keras")
     console = make_console()
     rows = counter.measure_host_calls()
-    shown = Table(title="Own Python calls of a warm call", title_justify="left")
-    for name in counter.COLUMNS:
-        shown.add_column(name, justify="right" if name == "calls" else "left")
+    columns = [f">{name}" if name == "calls" else name for name in counter.COLUMNS]
+    shown = make_table("Own Python calls of a warm call", *columns)
     for row in rows:
         shown.add_row(row.operation, row.backend, row.input, str(row.calls))
     print_table(console, shown)
@@ -641,53 +610,72 @@ def host_calls(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Run the command; the ones that draw and compare are imported when they are asked for."""
-    check_extra("rich")
-    if args.command is None:
-        return summary(args)
-    if args.command == "run":
-        return run(args, argv)
-    if args.command == "list":
-        return list_all(args)
-    if args.command == "headline":
-        check_extra("matplotlib")
-        return headline(args, argv)
-    if args.command == "compare":
-        from .compare import main_compare
+def plot(args: argparse.Namespace) -> int:
+    from .plots import plot_directory
 
-        return main_compare(args.old, args.new, args.fail_below)
-    if args.command == "codegen":
-        return codegen(args)
-    if args.command == "host-calls":
-        return host_calls(args)
-    check_extra("matplotlib")
-    if not args.directory.is_dir():
-        raise CannotRunError(f"{args.directory} is no directory of results")
-    results.check_writable(args.directory, "copy the results to a folder of yours")
-    if args.command == "plot":
-        from .plots import plot_directory
+    check_directory(args.directory)
+    for path in plot_directory(args.directory):
+        print(path)
+    return 0
 
-        for path in plot_directory(args.directory):
-            print(path)
-        return 0
+
+def report(args: argparse.Namespace) -> int:
     from .report import write_report
 
+    check_directory(args.directory)
     print(write_report(args.directory))
     return 0
+
+
+def check_directory(directory: Path) -> None:
+    """Raises an error unless pictures can be drawn of what it holds, and written there."""
+    check_extra("matplotlib")
+    if not directory.is_dir():
+        raise CannotRunError(f"{directory} is no directory of results")
+    results.check_writable(directory, "copy the results to a folder of yours")
+
+
+def compare(args: argparse.Namespace) -> int:
+    from .compare import main_compare
+
+    return main_compare(args.old, args.new, args.fail_below)
+
+
+# What --help says of a command, its options, and what runs it.
+COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = {
+    "run": ("measure sets of shapes and write CSV and JSON", add_run, run),
+    "headline": (
+        "the headline shapes in five minutes, with pictures and report",
+        add_headline,
+        headline,
+    ),
+    "list": ("the sets of shapes, and who can be measured here", lambda parser: None, list_all),
+    "compare": (
+        "exit 1 where a row of gpu_embed's in NEW is slower than in OLD, wrong or missing",
+        add_compare,
+        compare,
+    ),
+    "codegen": ("what the kernels compile to; needs Triton, but no GPU", add_codegen, codegen),
+    "host-calls": ("the package's own Python calls in a warm call", add_host_calls, host_calls),
+    "plot": ("draw the results in DIR", add_directory, plot),
+    "report": ("write DIR as one HTML page", add_directory, report),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     replace_what_cannot_be_shown()
     try:
-        return dispatch(parse_args(argv), argv)
-    except (CannotRunError, ids_module.IdsError, results.ResultsError) as problem:
-        print(f"{PROG}: {problem}", file=sys.stderr)
-        return 2
-    except OSError as problem:
-        where = f"{problem.filename}: " if problem.filename else ""
-        print(f"{PROG}: {where}{problem.strerror or problem}", file=sys.stderr)
+        args = parse_args(argv)
+        args.argv = argv
+        check_extra("rich")
+        return summary(args) if args.command is None else COMMANDS[args.command][2](args)
+    except (CannotRunError, ids_module.IdsError, results.ResultsError, OSError) as problem:
+        said = str(problem)
+        if isinstance(problem, OSError):
+            where = f"{problem.filename}: " if problem.filename else ""
+            said = f"{where}{problem.strerror or problem}"
+        print(f"{PROG}: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{PROG}: interrupted", file=sys.stderr)

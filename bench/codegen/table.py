@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..console import make_table
 from ..occupancy import MULTIPROCESSORS, occupancy
 from ..results import ResultsError
 from .compile import Compiled
@@ -243,16 +244,14 @@ def _worse(old: Row, new: Row) -> Iterator[str]:
 def rich_tables(rows: Sequence[Row]) -> Iterator[Table]:
     """One a kernel: for each configuration its name, its settings, and a line an architecture beside them."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
+    numbers = (">sm", ">regs", ">spilled", ">shared", ">warps")
     for kernel, rows_of_kernel in groupby(rows, key=lambda row: row.kernel):
-        table = Table(title=kernel, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
-        table.add_column("configuration", overflow="fold")
-        for name in ("sm", "regs", "spilled", "shared", "warps"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("limit")
-        table.add_column("access", no_wrap=True)
-        table.add_column("loop", justify="right", no_wrap=True)
+        columns = ("configuration", *numbers, "limit", "access", ">loop")
+        table = make_table(kernel, *columns, box=SIMPLE_HEAD, collapse_padding=True)
+        table.columns[0].overflow = "fold"
+        for column in table.columns[1:]:
+            column.no_wrap = column.header != "limit"
         by_config = groupby(rows_of_kernel, key=lambda row: (row.config, row.settings))
         for labels, lines in by_config:
             cells = [_cells(row) for row in lines]
