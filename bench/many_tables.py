@@ -12,13 +12,9 @@ from torch import Tensor
 import gpu_embed
 
 from .layer import APART, ONE_UNDER_ANOTHER, SIDE_BY_SIDE, Layer, Order
-from .optimizers import Update
 from .shapes import Cell
 
 BatchedTables = gpu_embed.TableBatchedEmbedding | gpu_embed.TableBatchedEmbeddingBag
-
-
-Updates = Callable[[tuple[Tensor, ...]], Update]  # of the leaves
 
 
 def _lookup(functional: ModuleType, cell: Cell, sparse: bool) -> Callable[..., Tensor]:
@@ -28,17 +24,13 @@ def _lookup(functional: ModuleType, cell: Cell, sparse: bool) -> Callable[..., T
     return partial(functional.embedding, padding_idx=cell.padding_idx, sparse=sparse)
 
 
-def single(
-    functional: ModuleType, weight: Tensor, cell: Cell, sparse: bool, update: Updates
-) -> Layer:
+def single(functional: ModuleType, weight: Tensor, cell: Cell, sparse: bool) -> Layer:
     """One table, itself the leaf."""
     lookup = _lookup(functional, cell, sparse)
-    return Layer(lambda ids: lookup(ids, weight), weight, update((weight,)))
+    return Layer(lambda ids: lookup(ids, weight), weight)
 
 
-def in_turns(
-    functional: ModuleType, weight: Tensor, cell: Cell, sparse: bool, update: Updates
-) -> Layer:
+def in_turns(functional: ModuleType, weight: Tensor, cell: Cell, sparse: bool) -> Layer:
     """A loop over the tables, each a leaf of its own: what a `ModuleList` of torch's layers does.
 
     The outputs stay apart, so that no time goes into putting them together.
@@ -51,10 +43,10 @@ def in_turns(
     def lookup(ids: Tensor) -> tuple[Tensor, ...]:
         return tuple(look_up(*pair) for pair in zip(ids_of_tables(ids), parts, strict=True))
 
-    return Layer(lookup, weight, update(parts), parts, APART)
+    return Layer(lookup, weight, parts=parts, order=APART)
 
 
-def batched(weight: Tensor, cell: Cell, sparse: bool, update: Updates) -> Layer:
+def batched(weight: Tensor, cell: Cell, sparse: bool) -> Layer:
     """gpu_embed.TableBatchedEmbedding, or for bags TableBatchedEmbeddingBag, on this memory."""
     kind: type[BatchedTables] = (
         gpu_embed.TableBatchedEmbeddingBag if cell.pooled else gpu_embed.TableBatchedEmbedding
@@ -62,12 +54,7 @@ def batched(weight: Tensor, cell: Cell, sparse: bool, update: Updates) -> Layer:
     # On the meta device no table is drawn, only to be replaced.
     tables = kind([(cell.vocab, cell.dim)] * cell.tables, sparse=sparse, device="meta")
     tables._set_buffer(weight.detach())
-    return Layer(
-        offsets_lookup(tables, cell),
-        tables.weight,
-        update((tables.weight,)),
-        order=order_of(cell),
-    )
+    return Layer(offsets_lookup(tables, cell), tables.weight, order=order_of(cell))
 
 
 def order_of(cell: Cell) -> Order:

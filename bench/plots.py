@@ -24,16 +24,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from gpu_embed.plot import PLAIN_TEXT, draw_legend
 
-from .compare import (
-    NOISY_MEANS,
-    by_cell,
-    is_ours,
-    noise_of,
-    our_row,
-    ratio_of,
-    state_of,
-    time_of,
-)
+from .compare import NOISY_MEANS, by_cell, is_ours, noise_of, our_row, ratio_of, state_of, time_of
 from .results import Key, Row, complete_header, header_or_empty, rows_to_show, write_whole
 from .shapes import STEPS
 
@@ -297,11 +288,7 @@ def _heat_map(squares: Mapping[tuple[int, int], Square]) -> Figure:
             values[counts.index(count), vocabs.index(vocab)] = math.log2(mean)
     limit = math.log2(RATIO_LIMIT)
     image = axes.imshow(
-        values,
-        cmap="PuOr",
-        norm=TwoSlopeNorm(0, -limit, limit),
-        aspect="auto",
-        origin="lower",
+        values, cmap="PuOr", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto", origin="lower"
     )
     for (vocab, count), square in squares.items():
         row, column = counts.index(count), vocabs.index(vocab)

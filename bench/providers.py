@@ -106,7 +106,11 @@ def _import_problem(module: str, package: str) -> str | None:
             importlib.import_module(module)
     # A binary built for another torch fails in any way it likes.
     except Exception as error:
-        reason = first_line(_first_cause(error))
+        # torch says which library it could not load, and what it raises from says why.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = first_line(cause)
         if "undefined symbol" in reason:
             library = reason.partition(": undefined symbol")[0].rpartition("/")[2]
             return f"installed, but built for another torch than {torch.__version__} ({library})"
@@ -126,13 +130,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """torch says which library it could not load, and what it raises from says why."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def first_line(error: BaseException) -> str:
     """The error's name and the first line of its message."""
     lines = str(error).strip().splitlines()
@@ -141,8 +138,8 @@ def first_line(error: BaseException) -> str:
 
 def _torch(weight: Tensor, cell: Cell, mode: str, sparse: bool = False) -> Layer:
     build = many_tables.in_turns if cell.tables > 1 else many_tables.single
-    update = optimizers.sparse if sparse else optimizers.dense
-    return build(F, weight, cell, sparse, partial(update, mode=mode))
+    layer = build(F, weight, cell, sparse)
+    return replace(layer, update=optimizers.by_torch(layer.leaves, mode, sparse))
 
 
 def _torch_compile(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -211,11 +208,10 @@ def _liger(weight: Tensor, cell: Cell, mode: str) -> Layer:
     if cell.padding_idx is None:
         apply = importlib.import_module(LIGER).LigerEmbeddingFunction.apply
         return Layer(lambda ids: apply(weight, ids), weight)
+    layers = importlib.import_module("liger_kernel.transformers.experimental.embedding")
     # Its layer draws a table of its own: on the meta device that costs nothing.
     with torch.device("meta"):
-        layer = importlib.import_module(
-            "liger_kernel.transformers.experimental.embedding"
-        ).LigerEmbedding(*weight.shape, cell.padding_idx)
+        layer = layers.LigerEmbedding(*weight.shape, cell.padding_idx)
     layer.weight = weight
     return Layer(layer, weight)
 
@@ -239,10 +235,8 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
     """Its dense tables; for a step those whose backward is the update."""
     training = importlib.import_module(FBGEMM)
     configs = importlib.import_module("fbgemm_gpu.split_embedding_configs")
-    precision = {
-        torch.float32: configs.SparseType.FP32,
-        torch.float16: configs.SparseType.FP16,
-    }[weight.dtype]
+    types = configs.SparseType
+    precision = {torch.float32: types.FP32, torch.float16: types.FP16}[weight.dtype]
     cuda = weight.is_cuda
     common = {
         "pooling_mode": training.PoolingMode.SUM if cell.pooled else training.PoolingMode.NONE,
@@ -262,13 +256,11 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
         places = importlib.import_module("fbgemm_gpu.split_table_batched_embeddings_ops_common")
         location = places.EmbeddingLocation.DEVICE if cuda else places.EmbeddingLocation.HOST
         device = training.ComputeDevice.CUDA if cuda else training.ComputeDevice.CPU
+        kinds = configs.EmbOptimType
         kind, definition = {
-            "step": (configs.EmbOptimType.EXACT_SGD, None),
-            "step_adam": (configs.EmbOptimType.ADAM, optimizers.LAZY_ADAM),
-            "step_rowwise_adagrad": (
-                configs.EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-                optimizers.ROWWISE_ADAGRAD,
-            ),
+            "step": (kinds.EXACT_SGD, None),
+            "step_adam": (kinds.ADAM, optimizers.LAZY_ADAM),
+            "step_rowwise_adagrad": (kinds.EXACT_ROWWISE_ADAGRAD, optimizers.ROWWISE_ADAGRAD),
         }[mode]
         tables = training.SplitTableBatchedEmbeddingBagsCodegen(
             [(cell.vocab, cell.dim, location, device)] * cell.tables,
@@ -282,26 +274,24 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
         )
     own = (tables.weights_dev if cuda else tables.weights_host).detach()
     own.copy_(weight.detach().view(-1))
-    return Layer(
-        many_tables.offsets_lookup(tables, cell),
-        own,
-        optimizers.Update(None, definition),
-        order=many_tables.order_of(cell),
-    )
+    update = optimizers.Update(None, definition)
+    lookup = many_tables.offsets_lookup(tables, cell)
+    return Layer(lookup, own, update, order=many_tables.order_of(cell))
 
 
 def _gpu_embed(
     weight: Tensor, cell: Cell, mode: str, sparse: bool = False, in_backward: bool = False
 ) -> Layer:
-    update = partial(optimizers.dense, mode=mode)
-    if sparse:
-        update = partial(optimizers.ours, mode=mode, in_backward=in_backward)
     if in_backward:
         # A parameter of its own, for the hooks to go away with.
         weight = torch.nn.Parameter(weight.detach())
     if cell.tables > 1:
-        return many_tables.batched(weight, cell, sparse, update)
-    return many_tables.single(gpu_embed.functional, weight, cell, sparse, update)
+        layer = many_tables.batched(weight, cell, sparse)
+    else:
+        layer = many_tables.single(gpu_embed.functional, weight, cell, sparse)
+    if sparse:
+        return replace(layer, update=optimizers.ours(layer.leaves, mode, in_backward))
+    return replace(layer, update=optimizers.by_torch(layer.leaves, mode, sparse=False))
 
 
 # TritonDevice, grad_output, ids, num_embeddings, padding_idx (-1: none) -> grad_weight [V, D]
@@ -327,11 +317,11 @@ def _candidate_gather(weight: Tensor, cell: Cell, mode: str) -> Layer:
 
     def lookup(ids: Tensor) -> Tensor:
         record = bounds.record_for(weight.device)
-        if record is not None:
-            record.ready()
+        if record is None:
+            return candidates.gather(triton, weight, ids, -1, None)
+        record.ready()
         output = candidates.gather(triton, weight, ids, -1, record)
-        if record is not None:
-            record.finish_lookup(ids)
+        record.finish_lookup(ids)
         return output
 
     return Layer(lookup, weight)

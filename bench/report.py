@@ -25,15 +25,7 @@ from .compare import (
     ratio_of,
     time_of,
 )
-from .results import (
-    COLUMNS,
-    Key,
-    Row,
-    complete_header,
-    header_or_empty,
-    rows_to_show,
-    write_whole,
-)
+from .results import COLUMNS, Key, Row, complete_header, header_or_empty, rows_to_show, write_whole
 from .shapes import SETS
 
 REPORT = "report.html"

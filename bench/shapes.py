@@ -22,12 +22,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-ID_DTYPES = {
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "uint8": torch.uint8,
-}
+ID_DTYPES = {"int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from gpu_embed.backends._plan.access import (
-    VECTOR_BYTES,
-    cdiv,
-    flat_ids,
-    vector_width,
-    word_layout,
-)
+from gpu_embed.backends._plan.access import VECTOR_BYTES, cdiv, flat_ids, vector_width, word_layout
 from gpu_embed.backends._triton.device import TritonDevice
 from gpu_embed.backends._triton.launch import FlatLaunch, Launch, next_power_of_2
 from gpu_embed.bounds import BoundsRecord
