@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
@@ -218,29 +219,27 @@ def main_compare(old: Path, new: Path, fail_below: float) -> int:
 
 
 def _conclude(console: Console, comparison: Comparison, fail_below: float) -> int:
+    warn = partial(console.print, style="bold yellow")
     console.print("Rivals are shown for orientation; only gpu_embed's rows decide the exit code.")
     elsewhere = [pair for pair in comparison.pairs if pair.old.device != pair.new.device]
     if elsewhere:
-        console.print(
-            f"WARNING: this compares two machines ({_listed({pair.old.device for pair in elsewhere})} and "
-            f"{_listed({pair.new.device for pair in elsewhere})}), so the ratios say nothing about the "
-            "code: no verdict.",
-            style="bold yellow",
+        old, new = (
+            _listed({getattr(p, side).device for p in elsewhere}) for side in ("old", "new")
+        )
+        warn(
+            f"WARNING: this compares two machines ({old} and {new}), so the ratios say nothing about the "
+            "code: no verdict."
         )
         return UNUSABLE
     judged = [pair for pair in comparison.pairs if pair.judged]
     if not judged:
-        console.print(
-            "No row of gpu_embed has a time in old and stands in new: nothing to judge.",
-            style="bold yellow",
-        )
+        warn("No row of gpu_embed has a time in old and stands in new: nothing to judge.")
         return UNUSABLE
     noisy = sum(pair.noisy for pair in judged)
     if noisy:
-        console.print(
+        warn(
             f"{noisy} of {len(judged)} rows of gpu_embed are noisy ({NOISY_MEANS}): they are neither slower nor "
-            "faster. Measure again on a quiet machine.",
-            style="bold yellow",
+            "faster. Measure again on a quiet machine."
         )
     broke = sum(pair.broke for pair in judged)
     slower = sum(pair.regressed(fail_below) for pair in judged) - broke
@@ -254,25 +253,19 @@ def _conclude(console: Console, comparison: Comparison, fail_below: float) -> in
         return REGRESSION
     if noisy == len(judged):
         return UNUSABLE
-    console.print(
-        f"OK: none of {len(judged) - noisy} rows of gpu_embed is below {fail_below:g}.",
-        style="bold green",
-    )
+    said = f"OK: none of {len(judged) - noisy} rows of gpu_embed is below {fail_below:g}."
+    console.print(said, style="bold green")
     return 0
 
 
 def _print_versions(console: Console, comparison: Comparison) -> None:
-    sides = {
-        "old": [pair.old for pair in comparison.pairs],
-        "new": [pair.new for pair in comparison.pairs],
-    }
-    for name, rows in sides.items():
-        console.print(
-            f"{name}: {_listed({row.device for row in rows})}, "
-            f"torch {_listed({row.torch for row in rows})}, "
-            f"triton {_listed({row.triton for row in rows})}, "
-            f"commit {_listed({row.commit for row in rows})}"
+    for side in ("old", "new"):
+        rows = [getattr(pair, side) for pair in comparison.pairs]
+        device, *versions = (
+            _listed({getattr(row, name) for row in rows})
+            for name in ("device", "torch", "triton", "commit")
         )
+        console.print("{}: {}, torch {}, triton {}, commit {}".format(side, device, *versions))
 
 
 def _pair_table(pairs: Sequence[Pair], fail_below: float) -> Table:
@@ -343,9 +336,7 @@ def _print_unmatched(console: Console, name: str, rows: Sequence[Row]) -> None:
 
 def _badness(pair: Pair) -> tuple[int, float]:
     """Broken rows first, then by ratio, then those with no ratio."""
-    if pair.broke:
-        return 0, 0.0
-    return (1, pair.ratio) if pair.ratio is not None else (2, 0.0)
+    return 0 if pair.broke else 1 if pair.ratio is not None else 2, pair.ratio or 0.0
 
 
 def _style(pair: Pair, fail_below: float) -> str:
