@@ -43,11 +43,8 @@ def measure_host_time(seconds: float = 0.4) -> list[HostTime]:
     for mode in MODES:
         for name, setting in _targets():
             with setting():
-                theirs, ours = host_us(
-                    [_call(F.embedding, mode), _call(gpu_embed.functional.embedding, mode)],
-                    torch.device("cpu"),
-                    seconds,
-                )
+                calls = [_call(of, mode) for of in (F.embedding, gpu_embed.functional.embedding)]
+                theirs, ours = host_us(calls, torch.device("cpu"), seconds)
             times.append(HostTime(f"gpu_embed, {name}", mode, ours, ours / theirs))
             if name == "torch backend":
                 times.insert(-1, HostTime("torch", mode, theirs, 1.0))
@@ -95,9 +92,8 @@ def stub_triton() -> Iterator[None]:
 
 
 def _call(lookup: Callable[[Tensor, Tensor], Tensor], mode: str) -> Call:
-    weight = torch.nn.Parameter(
-        torch.randn(VOCAB, DIM, device="cpu"), requires_grad=mode != "inference"
-    )
+    table = torch.randn(VOCAB, DIM, device="cpu")
+    weight = torch.nn.Parameter(table, requires_grad=mode != "inference")
     ids = torch.randint(VOCAB, (NUM_IDS,), device="cpu")
     grad_output = torch.ones(NUM_IDS, DIM, device="cpu")
 

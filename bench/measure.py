@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,13 +157,6 @@ def needed_bytes(
     return tables + outputs * rows + ids
 
 
-class Parts(NamedTuple):
-    """Milliseconds of what is no sum in a dense gradient."""
-
-    zero_fill: float
-    cast: float | None  # None: no 16-bit table, or too little memory to measure it
-
-
 @dataclass
 class Bench:
     """What all measurements of a run have in common."""
@@ -175,7 +168,7 @@ class Bench:
     seed: int = 0
     effort: Effort = field(default_factory=Effort)
     _host: dict[tuple[str, ...], float] = field(default_factory=dict)
-    _parts: dict[tuple[torch.Size, torch.dtype], Parts] = field(default_factory=dict)
+    _parts: dict[tuple[torch.Size, torch.dtype], dict[str, Any]] = field(default_factory=dict)
 
     def row(self, set_name: str, cell: Cell, mode: str, provider: str) -> Row:
         """The row of a measurement that is still to be made."""
@@ -200,11 +193,10 @@ class Bench:
         """Check and time one provider; whatever it raises ends up in the row's status and note."""
         try:
             with provider.setting():
-                checked, call = self._checked(problem, provider, mode, row)
-                if call is None:
-                    return checked
-                timed = self._timed([call], [checked], problem, mode)[0]
-                return replace(timed, host_us=self._host_us(provider, problem.cell, mode))
+                (done,) = self.measure_together(problem, [provider], mode, [row])
+                if done.status != "ok":
+                    return done
+                return replace(done, host_us=self._host_us(provider, problem.cell, mode))
         except Exception as error:
             return failed(row, error)
         finally:
@@ -218,10 +210,9 @@ class Bench:
             self._checked(problem, provider, mode, row)
             for provider, row in zip(providers, rows, strict=True)
         ]
-        ready = [(row, call) for row, call in checked if call is not None]
-        timed = iter(
-            self._timed([call for _, call in ready], [row for row, _ in ready], problem, mode)
-        )
+        calls = [call for _, call in checked if call is not None]
+        ready = [row for row, call in checked if call is not None]
+        timed = iter(self._timed(calls, ready, problem, mode) if calls else [])
         problem.weight.grad = None
         return [row if call is None else next(timed) for row, call in checked]
 
@@ -233,8 +224,7 @@ class Bench:
         # Both before the layer is there, whose gradient or state would take its place in memory too.
         parts = self._gradient_parts(problem, mode)
         step_peak = _step_peak_bytes(provider, problem, mode) if mode in STEPS else None
-        if parts is not None:
-            row = replace(row, zero_fill_ms=parts.zero_fill, cast_ms=parts.cast)
+        row = replace(row, **parts)
         layer = provider.build(problem.weight, problem.cell, mode)
         verdict = self._check(layer, problem, mode, provider.sums_in_fp32)
         row = replace(row, match=verdict.match)
@@ -283,10 +273,13 @@ class Bench:
             timed.append(row)
         return timed
 
-    def _gradient_parts(self, problem: Problem, mode: str) -> Parts | None:
-        """Of the modes whose gradient is dense with everybody; measured once for each size."""
+    def _gradient_parts(self, problem: Problem, mode: str) -> dict[str, Any]:
+        """Milliseconds of what is no sum in a dense gradient, by columns; measured once for each size.
+
+        Of the modes whose gradient is dense with everybody. None for a cast: no 16-bit table, or too little memory.
+        """
         if mode not in ("backward", "full"):
-            return None
+            return {}
         shape, dtype = problem.weight.shape, problem.weight.dtype
         if (shape, dtype) not in self._parts:
             effort = replace(self.effort, seconds=self.effort.seconds / 4)
@@ -298,7 +291,7 @@ class Bench:
                 wide = torch.ones(shape, device=self.device)
                 (rounded,) = time_calls([Call(lambda i: gradient.copy_(wide))], self.device, effort)
                 cast = rounded.p50
-            self._parts[shape, dtype] = Parts(filled.p50, cast)
+            self._parts[shape, dtype] = {"zero_fill_ms": filled.p50, "cast_ms": cast}
         return self._parts[shape, dtype]
 
     def _host_us(self, provider: Provider, cell: Cell, mode: str) -> float | None:

@@ -1,6 +1,6 @@
 """Who is measured: one entry each. Nothing is imported before it is asked for.
 
-To add a rival: a function that builds its lookup, and an entry in PROVIDERS.
+To add a rival: a function that builds its lookup, and an entry in DESCRIPTIONS and in _BUILT.
 """
 
 from __future__ import annotations
@@ -375,169 +375,104 @@ def _one_hot_tables(cell: Cell) -> str | None:
     return candidates.one_hot_refusal(DTYPES[cell.dtype], cell.vocab)
 
 
-_own = partial(Provider, module="gpu_embed", package="gpu_embed", sums_in_fp32=True)
-_gradient_by = partial(_own, modes=("backward", "full", "step"))
-# A kernel of ours, forced or not in the package.
-_candidate_gradient_by = partial(_gradient_by, candidate=True)
-_candidate_lookup_by = partial(_own, modes=("forward",), candidate=True)
-
+# What `list` says of each; gpu_embed first: where a run is cut short, the others have something to be compared with.
+DESCRIPTIONS = {
+    "gpu_embed": "this package, gradient kernel by its table; many tables batched",
+    "gpu_embed-atomic": "this package, gradient by atomics",
+    "gpu_embed-sorted": "this package, gradient by sorted segments",
+    "gpu_embed-sorted-atomic": "this package, gradient by sorted segments, atomics at their edges",
+    "gpu_embed-descriptor": "this package, gradient by tensor descriptors",
+    "gpu_embed-one-hot": "this package, gradient by one-hot products",
+    "gpu_embed-gather-rows": "this package, lookup by whole rows",
+    "gpu_embed-gather-flat": "this package, lookup by equal pieces of the output",
+    "gpu_embed-gather-descriptor": "this package, lookup by tensor descriptors",
+    "gpu_embed-sparse": "this package, sparse=True; a step by gpu_embed.optim",
+    "gpu_embed-in-backward": "the same by gpu_embed.optim.apply_in_backward",
+    "torch": "torch.nn.functional, table by table; a step by torch.optim on the dense gradient",
+    "torch-sparse": "the same, sparse=True; Adam is SparseAdam",
+    "torch.compile": "torch.compile of the same, for fixed shapes",
+    "index_add_": "gradient by zeros(V, D).index_add_",
+    "liger-kernel": "LigerEmbedding (experimental)",
+    "flag-gems": "flag_gems.ops.embedding",
+    "fbgemm-gpu": "table batched embeddings; their backward pass is the step",
+    "fbgemm-gpu-cpu": "the same on the CPU, where it lacks Adam",
+}
 LIGER = "liger_kernel.ops.experimental.embedding"
 FLAG_GEMS = "flag_gems.ops.embedding"
 FBGEMM = "fbgemm_gpu.split_table_batched_embeddings_ops_training"
+GRADIENT = ("backward", "full", "step")
 
-# gpu_embed first: where a run is cut short, the others have something to be compared with.
+_rival = partial(Provider, "", "")  # the names follow below
+_own = partial(_rival, module="gpu_embed", package="gpu_embed", sums_in_fp32=True)
+_candidate = partial(_own, candidate=True)
+_sparse: dict[str, Any] = {"modes": tuple(STEPS), "cpu": True, "tables_beside": 0}
+
+
+def _forced_gradient(method: str, **fields: Any) -> Provider:
+    setting = partial(gpu_embed.use_gradient_method, method)
+    return _own(_gpu_embed, modes=GRADIENT, setting=setting, **fields)
+
+
+def _forced_lookup(method: str) -> Provider:
+    setting = partial(gpu_embed.use_gather_method, method)
+    return _candidate(_gpu_embed, modes=("forward",), setting=setting, refusals=(_ONE_LOOKUP,))
+
+
+def _candidate_of_gradient(candidate: CandidateOfGradient, **fields: Any) -> Provider:
+    return _candidate(partial(_candidate_gradient, candidate), modes=GRADIENT, **fields)
+
+
+_BUILT: dict[str, Provider] = {
+    "gpu_embed": _own(_gpu_embed, modes=MODES, cpu=True),
+    "gpu_embed-atomic": _forced_gradient("atomic", refusals=(_ATOMIC_TABLES,)),
+    "gpu_embed-sorted": _forced_gradient("sorted"),
+    "gpu_embed-sorted-atomic": _forced_gradient(
+        "sorted_atomic", candidate=True, refusals=(_ATOMIC_TABLES, *_SINGLE_TABLE)
+    ),
+    "gpu_embed-descriptor": _candidate_of_gradient(
+        candidates.scatter_add,
+        requirement=_needs_descriptors,
+        refusals=(_BULK_ADDITIONS, _DESCRIPTOR_ROWS, *_NO_BAGS),
+    ),
+    "gpu_embed-one-hot": _candidate_of_gradient(
+        candidates.one_hot, requirement=_needs_triton, refusals=(_one_hot_tables, *_NO_BAGS)
+    ),
+    "gpu_embed-gather-rows": _forced_lookup("rows"),
+    "gpu_embed-gather-flat": _forced_lookup("flat"),
+    "gpu_embed-gather-descriptor": _candidate(
+        _candidate_gather,
+        modes=("forward",),
+        requirement=_needs_descriptors,
+        refusals=(_ONE_LOOKUP, _DESCRIPTOR_ROWS),
+    ),
+    "gpu_embed-sparse": _own(partial(_gpu_embed, sparse=True), **_sparse),
+    "gpu_embed-in-backward": _own(partial(_gpu_embed, sparse=True, in_backward=True), **_sparse),
+    "torch": _rival(_torch, modes=MODES, cpu=True, refusals=(_SMALL_IDS,)),
+    "torch-sparse": _rival(partial(_torch, sparse=True), **_sparse, refusals=(_SMALL_IDS,)),
+    "torch.compile": _rival(
+        _torch_compile,
+        cpu=True,
+        requirement=_compiler_missing,
+        refusals=_SINGLE_TABLE,
+        setting=_keep_buffers,
+    ),
+    "index_add_": _rival(_index_add, modes=GRADIENT, cpu=True, refusals=_NO_BAGS),
+    "liger-kernel": _rival(_liger, LIGER, "liger-kernel", refusals=(_SHORT_ADDRESSES, *_NO_BAGS)),
+    "flag-gems": _rival(_flag_gems, FLAG_GEMS, "flag-gems", refusals=(_SHORT_ADDRESSES, *_NO_BAGS)),
+    "fbgemm-gpu": _rival(
+        _fbgemm, FBGEMM, "fbgemm-gpu", MODES, copies=True, refusals=_FBGEMM_TABLES
+    ),
+    "fbgemm-gpu-cpu": _rival(
+        _fbgemm,
+        FBGEMM,
+        "fbgemm-gpu-cpu",
+        tuple(mode for mode in MODES if mode != "step_adam"),
+        cpu=True,
+        cuda=False,
+        copies=True,
+        refusals=_FBGEMM_TABLES,
+    ),
+}
 PROVIDERS = {
-    provider.name: provider
-    for provider in (
-        _own(
-            "gpu_embed",
-            "this package, gradient kernel by its table; many tables batched",
-            _gpu_embed,
-            modes=MODES,
-            cpu=True,
-        ),
-        _gradient_by(
-            "gpu_embed-atomic",
-            "this package, gradient by atomics",
-            _gpu_embed,
-            refusals=(_ATOMIC_TABLES,),
-            setting=lambda: gpu_embed.use_gradient_method("atomic"),
-        ),
-        _gradient_by(
-            "gpu_embed-sorted",
-            "this package, gradient by sorted segments",
-            _gpu_embed,
-            setting=lambda: gpu_embed.use_gradient_method("sorted"),
-        ),
-        _candidate_gradient_by(
-            "gpu_embed-sorted-atomic",
-            "this package, gradient by sorted segments, atomics at their edges",
-            _gpu_embed,
-            refusals=(_ATOMIC_TABLES, *_SINGLE_TABLE),
-            setting=lambda: gpu_embed.use_gradient_method("sorted_atomic"),
-        ),
-        _candidate_gradient_by(
-            "gpu_embed-descriptor",
-            "this package, gradient by tensor descriptors",
-            partial(_candidate_gradient, candidates.scatter_add),
-            requirement=_needs_descriptors,
-            refusals=(_BULK_ADDITIONS, _DESCRIPTOR_ROWS, *_NO_BAGS),
-        ),
-        _candidate_gradient_by(
-            "gpu_embed-one-hot",
-            "this package, gradient by one-hot products",
-            partial(_candidate_gradient, candidates.one_hot),
-            requirement=_needs_triton,
-            refusals=(_one_hot_tables, *_NO_BAGS),
-        ),
-        _candidate_lookup_by(
-            "gpu_embed-gather-rows",
-            "this package, lookup by whole rows",
-            _gpu_embed,
-            refusals=(_ONE_LOOKUP,),
-            setting=lambda: gpu_embed.use_gather_method("rows"),
-        ),
-        _candidate_lookup_by(
-            "gpu_embed-gather-flat",
-            "this package, lookup by equal pieces of the output",
-            _gpu_embed,
-            refusals=(_ONE_LOOKUP,),
-            setting=lambda: gpu_embed.use_gather_method("flat"),
-        ),
-        _candidate_lookup_by(
-            "gpu_embed-gather-descriptor",
-            "this package, lookup by tensor descriptors",
-            _candidate_gather,
-            requirement=_needs_descriptors,
-            refusals=(_ONE_LOOKUP, _DESCRIPTOR_ROWS),
-        ),
-        _own(
-            "gpu_embed-sparse",
-            "this package, sparse=True; a step by gpu_embed.optim",
-            partial(_gpu_embed, sparse=True),
-            modes=tuple(STEPS),
-            cpu=True,
-            tables_beside=0,
-        ),
-        _own(
-            "gpu_embed-in-backward",
-            "the same by gpu_embed.optim.apply_in_backward",
-            partial(_gpu_embed, sparse=True, in_backward=True),
-            modes=tuple(STEPS),
-            cpu=True,
-            tables_beside=0,
-        ),
-        Provider(
-            "torch",
-            "torch.nn.functional, table by table; a step by torch.optim on the dense gradient",
-            _torch,
-            modes=MODES,
-            cpu=True,
-            refusals=(_SMALL_IDS,),
-        ),
-        Provider(
-            "torch-sparse",
-            "the same, sparse=True; Adam is SparseAdam",
-            partial(_torch, sparse=True),
-            modes=tuple(STEPS),
-            cpu=True,
-            tables_beside=0,
-            refusals=(_SMALL_IDS,),
-        ),
-        Provider(
-            "torch.compile",
-            "torch.compile of the same, for fixed shapes",
-            _torch_compile,
-            cpu=True,
-            requirement=_compiler_missing,
-            refusals=_SINGLE_TABLE,
-            setting=_keep_buffers,
-        ),
-        Provider(
-            "index_add_",
-            "gradient by zeros(V, D).index_add_",
-            _index_add,
-            modes=("backward", "full", "step"),
-            cpu=True,
-            refusals=_NO_BAGS,
-        ),
-        Provider(
-            "liger-kernel",
-            "LigerEmbedding (experimental)",
-            _liger,
-            LIGER,
-            "liger-kernel",
-            refusals=(_SHORT_ADDRESSES, *_NO_BAGS),
-        ),
-        Provider(
-            "flag-gems",
-            "flag_gems.ops.embedding",
-            _flag_gems,
-            FLAG_GEMS,
-            "flag-gems",
-            refusals=(_SHORT_ADDRESSES, *_NO_BAGS),
-        ),
-        Provider(
-            "fbgemm-gpu",
-            "table batched embeddings; their backward pass is the step",
-            _fbgemm,
-            FBGEMM,
-            "fbgemm-gpu",
-            MODES,
-            copies=True,
-            refusals=_FBGEMM_TABLES,
-        ),
-        Provider(
-            "fbgemm-gpu-cpu",
-            "the same on the CPU, where it lacks Adam",
-            _fbgemm,
-            FBGEMM,
-            "fbgemm-gpu-cpu",
-            tuple(mode for mode in MODES if mode != "step_adam"),
-            cpu=True,
-            cuda=False,
-            copies=True,
-            refusals=_FBGEMM_TABLES,
-        ),
-    )
+    name: replace(_BUILT[name], name=name, description=text) for name, text in DESCRIPTIONS.items()
 }
