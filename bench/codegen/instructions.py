@@ -22,9 +22,8 @@ class Instruction(NamedTuple):
     """One instruction that leaves the thread's registers."""
 
     operation: str  # one of MEMORY, "shuffle" or "barrier"
-    pointer: (
-        str  # an access's address, by its name in the source, as `weight_ptr`; "" in machine code
-    )
+    # An access's address, by its name in the source, as `weight_ptr`; "" in machine code.
+    pointer: str
     num_bytes: int  # that a thread moves with one of ACCESSES; else 0
     in_loop: bool
 
@@ -82,12 +81,9 @@ def read_ptx(ptx: str) -> Iterator[Instruction]:
         if found is None or not (operation := _operation(found[1], PTX)):
             continue
         in_loop = any(number in loop for loop in loops)
-        if operation in ACCESSES:
-            yield Instruction(operation, pointer, _ptx_bytes(found[1], found[2]), in_loop)
-        elif operation in BULK:
-            yield Instruction(operation, pointer, 0, in_loop)
-        else:
-            yield Instruction(operation, "", 0, in_loop)
+        named = pointer if operation in (*ACCESSES, *BULK) else ""
+        num_bytes = _ptx_bytes(found[1], found[2]) if operation in ACCESSES else 0
+        yield Instruction(operation, named, num_bytes, in_loop)
 
 
 def _ptx_bytes(name: str, operands: str) -> int:

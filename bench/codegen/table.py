@@ -82,22 +82,21 @@ def table_rows(launches: Iterable[Compiled], triton: str) -> list[Row]:
         place = (launch.architecture, launch.case, launch.kernel)
         seen[place] += 1
         again = f":{seen[place]}" if seen[place] > 1 else ""
-        rows.setdefault(
-            (launch.architecture, launch.binary), _row(launch, launch.case + again, triton)
-        )
+        row = _row(launch, launch.case + again, triton)
+        rows.setdefault((launch.architecture, launch.binary), row)
     return sorted(rows.values(), key=lambda row: row.key)
 
 
 def _row(launch: Compiled, config: str, triton: str) -> Row:
-    def widest(*operations: str) -> int:
-        return max(
-            (i.num_bytes for i in launch.machine.instructions if i.operation in operations),
-            default=0,
-        )
+    machine = launch.machine
 
-    resident = occupancy(
-        launch.architecture, launch.num_warps, launch.registers, launch.shared_bytes
-    )
+    def widest(*operations: str) -> int:
+        sizes = (i.num_bytes for i in machine.instructions if i.operation in operations)
+        return max(sizes, default=0)
+
+    arguments = (launch.architecture, launch.num_warps, launch.registers, launch.shared_bytes)
+    resident = occupancy(*arguments)
+    used = {i.operation for i in machine.instructions}
     return Row(
         kernel=launch.kernel,
         config=config,
@@ -113,14 +112,10 @@ def _row(launch: Compiled, config: str, triton: str) -> Row:
         load_bytes=widest("load"),
         store_bytes=widest("store"),
         atomic_bytes=widest(*ATOMICS),
-        bulk=" ".join(
-            operation.removeprefix("bulk ")
-            for operation in BULK
-            if any(i.operation == operation for i in launch.machine.instructions)
-        ),
+        bulk=" ".join(name.removeprefix("bulk ") for name in BULK if name in used),
         accesses=", ".join(f"{access} {width}" for access, width in _narrowest(launch).items()),
-        loop_instructions=launch.machine.loop_instructions,
-        loop_accesses=launch.machine.loop_accesses,
+        loop_instructions=machine.loop_instructions,
+        loop_accesses=machine.loop_accesses,
         triton=triton,
     )
 
