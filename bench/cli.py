@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -193,12 +193,8 @@ def known(what: str, values: Sequence[str] | None, names: Collection[str]) -> li
     return list(values) if values else None
 
 
-def whole_numbers(option: str, values: Sequence[str] | None) -> list[int] | None:
-    """65536, 65_536, 2**16, 1e6, 64k, 10M."""
-    return [whole_number(option, value) for value in values] if values else None
-
-
 def whole_number(option: str, text: str) -> int:
+    """65536, 65_536, 2**16, 1e6, 64k, 10M."""
     number = math.nan
     if match := re.fullmatch(r"(\d+)\*\*(\d{1,2})", text):
         number = int(match[1]) ** int(match[2])
@@ -309,7 +305,11 @@ def run(args: argparse.Namespace) -> int:
     jobs = plan(choice, device)
     if not any(job.mode in job.provider.modes for job in jobs):
         raise CannotRunError("nothing to measure: no chosen provider is measured in a chosen mode")
-    check_providers(jobs, device)
+    reasons = {job.provider.name: job.provider.missing_reason(device) for job in jobs}
+    if all(reasons.values()):
+        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        nobody = f"nothing to measure, as no chosen provider can run on {device}"
+        raise CannotRunError(f"{nobody}: {said}")
     results.check_writable(args.out)
     with results.RowWriter(args.out, args.resume) as writer:
         bench, speed = start(args, console)
@@ -323,21 +323,10 @@ def run(args: argparse.Namespace) -> int:
             kept = sum(job.row(bench).key in writer.done for job in jobs)
             interrupted = isinstance(end, KeyboardInterrupt)
             rest = "the same command with --resume measures the rest"
-            what = "interrupted" if interrupted else end
-            say_stopped(what, kept, len(jobs), args.out, rest)
+            say_stopped("interrupted" if interrupted else end, kept, len(jobs), args.out, rest)
             return 130 if interrupted else 2
     say_counts(done, args.out, console)
     return own_failures(done, console)
-
-
-def check_providers(jobs: Iterable[Job], device: torch.device) -> None:
-    """Raises CannotRunError if none of the jobs' providers can run here, with what each needs."""
-    reasons = {job.provider.name: job.provider.missing_reason(device) for job in jobs}
-    if all(reasons.values()):
-        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise CannotRunError(
-            f"nothing to measure, as no chosen provider can run on {device}: {said}"
-        )
 
 
 def headline(args: argparse.Namespace) -> int:
@@ -438,15 +427,16 @@ class Reporter:
     def flush(self) -> None:
         """Say what is known of the last cell."""
         if self._rows and self._place is not None:
-            said = ", ".join(
-                f"{row.provider} {row.ms_p50:.4g} ms ({row.percent_of_copy:.0f} %"
-                f"{', noisy' if noise_of(row) else ''})"
-                if row.ms_p50 is not None and row.percent_of_copy is not None
-                else f"{row.provider} {row.status} ({row.note or row.match})"
-                for row in self._rows
-            )
+            said = ", ".join(map(said_of, self._rows))
             self.console.print(f"{' '.join(self._place)}: {said}")
         self._rows = []
+
+
+def said_of(row: results.Row) -> str:
+    if row.ms_p50 is None or row.percent_of_copy is None:
+        return f"{row.provider} {row.status} ({row.note or row.match})"
+    noisy = ", noisy" if noise_of(row) else ""
+    return f"{row.provider} {row.ms_p50:.4g} ms ({row.percent_of_copy:.0f} %{noisy})"
 
 
 def read_choice(args: argparse.Namespace) -> Choice:
@@ -457,21 +447,16 @@ def read_choice(args: argparse.Namespace) -> Choice:
     for distribution in args.distribution or ():
         ids_module.parse(distribution)
     sizes = {"tables": "tables", "vocab": "vocab", "dim": "dim", "ids": "num_ids"}
-    return Choice(
-        sets=list(dict.fromkeys(sets or ())),
-        providers=known("provider", args.providers, PROVIDERS),
-        modes=known("mode", args.mode, MODES),
-        axes={
-            "dtype": known("dtype", args.dtype, DTYPES),
-            "id_dtype": known("id dtype", args.id_dtype, ID_DTYPES),
-            **{
-                field: whole_numbers(f"--{option}", getattr(args, option))
-                for option, field in sizes.items()
-            },
-            "distribution": args.distribution,
-        },
-        limit=args.limit,
-    )
+    axes: dict[str, list[Any] | None] = {
+        "dtype": known("dtype", args.dtype, DTYPES),
+        "id_dtype": known("id dtype", args.id_dtype, ID_DTYPES),
+    }
+    for option, field in sizes.items():
+        axes[field] = [whole_number(f"--{option}", text) for text in getattr(args, option) or ()]
+    axes["distribution"] = args.distribution
+    providers = known("provider", args.providers, PROVIDERS)
+    modes = known("mode", args.mode, MODES)
+    return Choice(list(dict.fromkeys(sets or ())), providers, modes, axes, args.limit)
 
 
 def write_header(args: argparse.Namespace, bench: Bench, speed: float) -> float:
@@ -488,21 +473,18 @@ def write_header(args: argparse.Namespace, bench: Bench, speed: float) -> float:
                 f"{new[name]!r}: choose another --out"
             )
     former = old.get("copy_gbps")
-    if not isinstance(former, int | float) or not 0 < former < math.inf:
-        raise CannotRunError(
-            f"{args.out / results.HEADER} names no copy bandwidth: choose another --out"
-        )
-    return float(former)
+    if isinstance(former, int | float) and 0 < former < math.inf:
+        return float(former)
+    path = args.out / results.HEADER
+    raise CannotRunError(f"{path} names no copy bandwidth: choose another --out")
 
 
 def own_failures(rows: Iterable[results.Row], console: Console) -> int:
     """1 if a result of ours is wrong or failed, and say which; the rivals' are theirs."""
     bad = [r for r in rows if r.provider.startswith(OWN) and r.status in ("wrong", "error")]
-    for row in bad:
-        console.print(
-            f"{row.status}: {row.provider} {row.mode} {row.vocab} x {row.dim} {row.dtype}: "
-            f"{row.match or row.note}"
-        )
+    for r in bad:
+        shape = f"{r.provider} {r.mode} {r.vocab} x {r.dim} {r.dtype}"
+        console.print(f"{r.status}: {shape}: {r.match or r.note}")
     return 1 if bad else 0
 
 
@@ -533,9 +515,9 @@ def codegen(args: argparse.Namespace) -> int:
         raise CannotRunError("codegen compiles Triton kernels: pip install triton (Linux only)")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise CannotRunError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it")
-    if args.out is not None and (args.kernel or set(args.arch) != set(TARGETS)):
-        raise CannotRunError("--out writes the whole table: leave out --arch and --kernel")
     if args.out is not None:
+        if args.kernel or set(args.arch) != set(TARGETS):
+            raise CannotRunError("--out writes the whole table: leave out --arch and --kernel")
         results.check_writable(args.out.parent)
     from .codegen import table as codegen_table
     from .codegen.cases import CASES
@@ -551,14 +533,15 @@ def codegen(args: argparse.Namespace) -> int:
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(set(args.arch)) * len(launches))
         for architecture in sorted(set(args.arch)):
+            sm = f"sm_{architecture}"
 
-            def advance(launch: Launch, architecture: int = architecture) -> None:
-                progress.update(task, description=f"sm_{architecture} {launch.case}", advance=1)
+            def advance(launch: Launch, sm: str = sm) -> None:
+                progress.update(task, description=f"{sm} {launch.case}", advance=1)
 
             done, failed = compile_launches(architecture, launches, advance)
             compiled += done
             for case, problem in failed.items():
-                failures.setdefault(case, f"sm_{architecture}, {problem}")
+                failures.setdefault(case, f"{sm}, {problem}")
     version = machine.version("triton")
     rows = codegen_table.table_rows(compiled, version)
     if args.json:

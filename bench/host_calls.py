@@ -8,7 +8,6 @@ for the few functions that only tensors on the CPU, or only those on a GPU, reac
 from __future__ import annotations
 
 import csv
-import gc
 import importlib.util
 import os
 import sys
@@ -25,6 +24,7 @@ from torch import Tensor
 import gpu_embed
 
 from .host_time import DIM, NUM_IDS, VOCAB, stub_triton
+from .timing import no_garbage_collection
 
 PATH = Path(__file__).with_name("host_calls.csv")
 PACKAGE = os.path.dirname(gpu_embed.__file__) + os.sep
@@ -61,16 +61,14 @@ def own_calls(call: Callable[[], object]) -> list[str]:
             function = getattr(code, "co_qualname", code.co_name)
             seen.append(f"{name[len(PACKAGE) :]}:{code.co_firstlineno} {function}")
 
-    former, collects = sys.getprofile(), gc.isenabled()
+    former = sys.getprofile()
     # A finalizer would be counted where it happens to run.
-    gc.disable()
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(former)
-        if collects:
-            gc.enable()
+    with no_garbage_collection():
+        sys.setprofile(profile)
+        try:
+            call()
+        finally:
+            sys.setprofile(former)
     return seen
 
 

@@ -108,14 +108,6 @@ def _zipf(generator: torch.Generator, argument: str, num_ids: int, num_embedding
     return x.to(torch.int64).sub_(1).clamp_(0, num_embeddings - 1)
 
 
-def _equal(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
-    return _uniform(generator, "", 1, num_embeddings).expand(num_ids).clone()
-
-
-def _sorted(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
-    return _uniform(generator, "", num_ids, num_embeddings).sort().values
-
-
 def _hot(generator: torch.Generator, argument: str, num_ids: int, num_embeddings: int) -> Tensor:
     """A share of the ids on row 0, at random places; the others anywhere."""
     ids = _uniform(generator, "", num_ids, num_embeddings)
@@ -159,31 +151,25 @@ def _word_list(name: str) -> Draw:
     return draw_words
 
 
-# The packages of English word frequencies, and how to get the frequencies out of them.
 def _wordfreq() -> Iterable[float]:
-    import wordfreq  # type: ignore[import-not-found, unused-ignore]
-
-    values: Iterable[float] = wordfreq.get_frequency_dict("en").values()
+    values: Iterable[float] = importlib.import_module("wordfreq").get_frequency_dict("en").values()
     return values
 
 
 def _wordsegment() -> Iterable[float]:
-    import wordsegment  # type: ignore[import-not-found, unused-ignore]
-
+    wordsegment = importlib.import_module("wordsegment")
     wordsegment.load()
     values: Iterable[float] = wordsegment.UNIGRAMS.values()
     return values
 
 
-WORD_LISTS: dict[str, Callable[[], Iterable[float]]] = {
-    "wordfreq": _wordfreq,
-    "wordsegment": _wordsegment,
-}
+# The packages of English word frequencies, and how to get the frequencies out of them.
+WORD_LISTS = {"wordfreq": _wordfreq, "wordsegment": _wordsegment}
 KINDS: dict[str, Draw] = {
     "uniform": _uniform,
     "zipf": _zipf,
-    "equal": _equal,
-    "sorted": _sorted,
+    "equal": lambda generator, _, num, rows: _uniform(generator, "", 1, rows).expand(num).clone(),
+    "sorted": lambda generator, _, num, rows: _uniform(generator, "", num, rows).sort().values,
     "hot": _hot,
     "spread": _spread,
     "text": _text,

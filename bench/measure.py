@@ -22,7 +22,7 @@ from . import ids as ids_module
 from .check import Verdict, check_bags, check_forward, check_gradient, check_step, check_steps
 from .layer import Layer
 from .machine import load, readable_bytes
-from .memory import peak_of_step
+from .memory import cuda_peak, peak_of_step
 from .optimizers import LEARNING_RATE, by_hand
 from .providers import Provider, first_line
 from .results import Row
@@ -463,11 +463,6 @@ def _peak_extra_bytes(call: Call, layer: Layer, problem: Problem, mode: str) -> 
     results = {"forward": output, "backward": gradient}.get(mode, output + gradient)
     for leaf in layer.leaves:
         leaf.grad = None
-    torch.cuda.synchronize(problem.device)
-    before = torch.cuda.memory_allocated(problem.device)
-    torch.cuda.reset_peak_memory_stats(problem.device)
-    call.run(0)
-    torch.cuda.synchronize(problem.device)
-    peak = torch.cuda.max_memory_allocated(problem.device) - before
+    peak = cuda_peak(lambda: call.run(0), problem.device)
     # A full pass may free the output before: never less than nothing.
     return max(0, peak - results)

@@ -10,9 +10,8 @@ from .codegen.compile import OfflineDriver
 
 # The card does not matter: nothing is compiled for it.
 ARCHITECTURE = 90
-Driver = Callable[
-    ..., object
-]  # grid x, y, z, stream, function, ..., and at the end the kernel's arguments
+# grid x, y, z, stream, function, ..., and at the end the kernel's arguments
+Driver = Callable[..., object]
 
 
 def stub_kernel(function: Callable[..., Any], driver: Driver = lambda *launch: None) -> Any:

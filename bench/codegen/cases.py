@@ -164,14 +164,6 @@ def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
 
 
-def _embedding(case: Case, backend: TritonBackend) -> None:
-    backend.embedding(case.weight(), case.ids(), case.padding_idx, case.bounds())
-
-
-def _candidate_gather(case: Case, backend: TritonBackend) -> None:
-    candidates.gather(backend, case.weight(), case.ids(), case.padding_idx, case.bounds())
-
-
 def _candidate_gradient(case: Case, backend: TritonBackend) -> None:
     candidate = candidates.one_hot if case.operation == "one_hot" else candidates.scatter_add
     grad_output = case.matrix(case.num_indices)
@@ -189,23 +181,11 @@ def _gradient(case: Case, backend: TritonBackend) -> None:
         )
 
 
-def _renorm(case: Case, backend: TritonBackend) -> None:
-    backend.embedding_renorm_(case.weight(), case.ids(), 1.5, case.norm_type)
-
-
-def _counts(case: Case, backend: TritonBackend) -> None:
-    backend.embedding_counts(case.ids(), case.num_embeddings)
-
-
 def _bag(case: Case, backend: TritonBackend) -> None:
     mode = case.operation.removeprefix("bag_")
     backend.embedding_bag(
         case.weight(), case.bag_weights(), case.bags(), case.padding_idx, mode, case.bounds()
     )
-
-
-def _bag_max(case: Case, backend: TritonBackend) -> None:
-    backend.embedding_bag_max(case.weight(), case.bags(), case.padding_idx, True, case.bounds())
 
 
 def _bag_gradient(case: Case, backend: TritonBackend) -> None:
@@ -240,10 +220,6 @@ def _table_lookup(case: Case, backend: TritonBackend) -> None:
     backend.table_batched_embedding(weight, case.bag_weights(), batch, False, case.bounds())
 
 
-def _table_max(case: Case, backend: TritonBackend) -> None:
-    backend.table_batched_embedding_max(*case.tables(), True, case.bounds())
-
-
 def _table_gradient(case: Case, backend: TritonBackend) -> None:
     weight, batch = case.tables(with_argmax=case.max)
     grad_output = weight.new_empty(case.num_bags, batch.width)
@@ -257,11 +233,6 @@ def _table_sample_weights(case: Case, backend: TritonBackend) -> None:
     weight, batch = case.tables()
     grad_output = weight.new_empty(case.num_bags, batch.width)
     backend.table_batched_embedding_sample_weights_backward(grad_output, weight, batch)
-
-
-def _take(case: Case, backend: TritonBackend) -> None:
-    dtype = case.output_dtype or case.dtype
-    backend.take_rows(case.weight(), case.ids(), dtype, case.bounds())
 
 
 def _dequantize(case: Case, backend: TritonBackend) -> None:
@@ -295,22 +266,32 @@ def _table_update(case: Case, backend: TritonBackend) -> None:
     backend.table_row_update_(case.update(formula), weight, state, entries, case.changing(num_rows))
 
 
-OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
-    "embedding": _embedding,
-    "embedding_descriptor": _candidate_gather,
+OPERATIONS: dict[str, Callable[[Case, TritonBackend], object]] = {
+    "embedding": lambda c, backend: backend.embedding(
+        c.weight(), c.ids(), c.padding_idx, c.bounds()
+    ),
+    "embedding_descriptor": lambda c, backend: candidates.gather(
+        backend, c.weight(), c.ids(), c.padding_idx, c.bounds()
+    ),
     **dict.fromkeys(("atomic", "sorted_atomic", "sorted"), _gradient),
     **dict.fromkeys(("descriptor", "one_hot"), _candidate_gradient),
-    "renorm": _renorm,
-    "counts": _counts,
+    "renorm": lambda c, backend: backend.embedding_renorm_(c.weight(), c.ids(), 1.5, c.norm_type),
+    "counts": lambda c, backend: backend.embedding_counts(c.ids(), c.num_embeddings),
     **dict.fromkeys(("bag_sum", "bag_mean"), _bag),
-    "bag_max": _bag_max,
+    "bag_max": lambda c, backend: backend.embedding_bag_max(
+        c.weight(), c.bags(), c.padding_idx, True, c.bounds()
+    ),
     **dict.fromkeys(("bag_atomic", "bag_sorted"), _bag_gradient),
     "bag_sample_weights": _bag_sample_weights,
     **dict.fromkeys(("table_bag", "table_rows"), _table_lookup),
     **dict.fromkeys(("table_atomic", "table_sorted"), _table_gradient),
-    "table_max": _table_max,
+    "table_max": lambda c, backend: backend.table_batched_embedding_max(
+        *c.tables(), True, c.bounds()
+    ),
     "table_sample_weights": _table_sample_weights,
-    "take": _take,
+    "take": lambda c, backend: backend.take_rows(
+        c.weight(), c.ids(), c.output_dtype or c.dtype, c.bounds()
+    ),
     **dict.fromkeys(("dequantize_int8", "dequantize_int4"), _dequantize),
     **{f"table_{formula}": _table_update for formula in STATE},
     **dict.fromkeys(STATE, _row_update),
@@ -367,12 +348,7 @@ CASES = (
     Case("sorted", 33, FP64, scale_grad_by_freq=True),
     Case("sorted", 128, FP32, num_indices=1, num_embeddings=1),
     Case("sorted", 2, BF16, num_embeddings=PAST_INT32),
-    Case("renorm", 128),
-    Case("renorm", 128, norm_type=1.0),
-    Case("renorm", 128, norm_type=0.0),
-    Case("renorm", 128, norm_type=inf),
-    Case("renorm", 128, norm_type=-inf),
-    Case("renorm", 128, norm_type=2.5),
+    *(Case("renorm", 128, norm_type=norm_type) for norm_type in (2.0, 1.0, 0.0, inf, -inf, 2.5)),
     Case("renorm", 300, BF16),
     Case("renorm", 4096, FP16, norm_type=3.0),
     Case("renorm", 33, FP64, norm_type=-1.0),
