@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 PROG = "python -m gpu_embed.bench"
 OWN = "gpu_embed"
-Options = Callable[[argparse.ArgumentParser], None]
 SAME_RUN = ("device", "torch", "triton", "commit", "dirty", "seed")
 
 
@@ -70,119 +69,104 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Exit code: 0 done, 1 a result of gpu_embed's own is wrong or failed (compare: a "
         "regression; codegen: a kernel is worse; host-calls: more calls), 2 it cannot start or go on, 130 interrupted.",
     )
-    machine_options(parser)
-    parser.add_argument(
-        "--card",
-        default="h200",
-        help="the GPU whose times the CPU summary predicts (default: %(default)s)",
-    )
+    add_options(parser, MACHINE)
+    card = "the GPU whose times the CPU summary predicts (default: %(default)s)"
+    parser.add_argument("--card", default="h200", help=card)
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
-    for name, (text, add_options, _) in COMMANDS.items():
-        add_options(commands.add_parser(name, help=text))
+    for name, (text, options, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name in ("run", "headline"):
+            # Defaults of its own would undo what stands before the command.
+            nested = {"default": argparse.SUPPRESS}
+            add_options(
+                command, [(option, said, {**how, **nested}) for option, said, how in MACHINE]
+            )
+        add_options(command, options)
     return parser.parse_args(argv)
 
 
-def machine_options(parser: argparse.ArgumentParser, nested: bool = False) -> None:
-    # A command's own defaults would undo what stands before the command.
-    for option, kind, default, text in (
-        ("--device", str, None, "such as cpu or cuda:1 (default: cuda if there is one)"),
-        (
-            "--threads",
-            int,
-            1,
-            "on the CPU (default: 1; on a busy machine they wait for each other)",
-        ),
-        ("--seed", int, 0, "for ids and tables (default: 0)"),
-    ):
-        shown = argparse.SUPPRESS if nested else default
-        parser.add_argument(option, type=kind, default=shown, help=text)
+def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
+    for option, text, how in options:
+        parser.add_argument(option, help=text, **how)
 
 
-def add_run(run: argparse.ArgumentParser) -> None:
-    machine_options(run, nested=True)
-    run.add_argument("--set", nargs="+", default=[], metavar="SET", help="A B ..., or all")
-    run.add_argument("--mode", nargs="+", help=f"{', '.join(MODES)} (default: the set's)")
-    run.add_argument("--providers", nargs="+", help="names from `list` (default: all that can run)")
-    for name, text in (
-        ("dtype", "of the table"),
-        ("id-dtype", "of the ids"),
-        ("tables", "tables in one call"),
-        ("vocab", "rows of a table: 65536, 2**16, 1e6, 10M"),
-        ("dim", "columns of a table"),
-        ("ids", "ids a call, in all tables"),
-        ("distribution", "uniform, zipf:1.05, text, hot:0.5, spread:8192, ..., or a file of ids"),
-    ):
-        run.add_argument(f"--{name}", nargs="+", help=f"{text}, in place of the set's")
-    run.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR")
-    run.add_argument(
+# Each with its help, and what else argparse has to know.
+Options = Sequence[tuple[str, str | None, dict[str, Any]]]
+MANY: dict[str, Any] = {"nargs": "+"}
+FILE = {"type": Path, "metavar": "FILE"}
+FLAG = {"action": "store_true"}
+MACHINE: Options = (
+    ("--device", "such as cpu or cuda:1 (default: cuda if there is one)", {}),
+    (
+        "--threads",
+        "on the CPU (default: 1; on a busy machine they wait for each other)",
+        {"type": int, "default": 1},
+    ),
+    ("--seed", "for ids and tables (default: 0)", {"type": int, "default": 0}),
+)
+AXES = {
+    "dtype": "of the table",
+    "id-dtype": "of the ids",
+    "tables": "tables in one call",
+    "vocab": "rows of a table: 65536, 2**16, 1e6, 10M",
+    "dim": "columns of a table",
+    "ids": "ids a call, in all tables",
+    "distribution": "uniform, zipf:1.05, text, hot:0.5, spread:8192, ..., or a file of ids",
+}
+RUN: Options = (
+    ("--set", "A B ..., or all", {**MANY, "default": [], "metavar": "SET"}),
+    ("--mode", f"{', '.join(MODES)} (default: the set's)", MANY),
+    ("--providers", "names from `list` (default: all that can run)", MANY),
+    *((f"--{name}", f"{text}, in place of the set's", MANY) for name, text in AXES.items()),
+    ("--out", None, {"type": Path, "default": Path("bench-results"), "metavar": "DIR"}),
+    (
         "--max-memory",
-        metavar="SIZE",
-        help="such as 8G: larger cells are left out (default: half of what is free, on a GPU nine tenths)",
-    )
-    run.add_argument("--limit", type=int, metavar="N", help="the first N cells alone")
-    run.add_argument(
-        "--seconds", type=float, default=0.5, help="for each measurement (default: %(default)s)"
-    )
-    run.add_argument("--resume", action="store_true", help="measure what DIR lacks")
-
-
-def add_headline(headline: argparse.ArgumentParser) -> None:
-    machine_options(headline, nested=True)
-    headline.add_argument(
+        "such as 8G: larger cells are left out (default: half of what is free, on a GPU nine tenths)",
+        {"metavar": "SIZE"},
+    ),
+    ("--limit", "the first N cells alone", {"type": int, "metavar": "N"}),
+    ("--seconds", "for each measurement (default: %(default)s)", {"type": float, "default": 0.5}),
+    ("--resume", "measure what DIR lacks", FLAG),
+)
+HEADLINE: Options = (
+    (
         "--out",
-        type=Path,
-        default=Path("bench/results"),
-        metavar="ROOT",
-        help="where <device>-<date>-<commit> is made (default: %(default)s)",
-    )
-    headline.add_argument(
-        "--page", type=Path, metavar="FILE", help="rewrite this page, such as bench/RESULTS.md"
-    )
-
-
-def add_codegen(codegen: argparse.ArgumentParser) -> None:
-    codegen.add_argument(
-        "--arch",
-        nargs="+",
-        type=int,
-        choices=MULTIPROCESSORS,
-        default=list(TARGETS),
-        metavar="SM",
-        help=f"compute capabilities times ten (default: {' '.join(map(str, TARGETS))})",
-    )
-    codegen.add_argument("--kernel", nargs="+", metavar="NAME", help="such as gather_rows_kernel")
-    codegen.add_argument("--json", action="store_true", help="print every launch and instruction")
-    codegen.add_argument("--out", type=Path, metavar="FILE", help="write the whole table as CSV")
-    codegen.add_argument(
-        "--check", type=Path, metavar="FILE", help="exit 1 where a kernel is worse than in FILE"
-    )
-
-
-def add_compare(compare: argparse.ArgumentParser) -> None:
-    compare.add_argument("old", type=Path, metavar="OLD", help="results.csv, or its directory")
-    compare.add_argument("new", type=Path, metavar="NEW")
-    compare.add_argument(
+        "where <device>-<date>-<commit> is made (default: %(default)s)",
+        {"type": Path, "default": Path("bench/results"), "metavar": "ROOT"},
+    ),
+    ("--page", "rewrite this page, such as bench/RESULTS.md", FILE),
+)
+COMPARE: Options = (
+    ("old", "results.csv, or its directory", {"type": Path, "metavar": "OLD"}),
+    ("new", None, {"type": Path, "metavar": "NEW"}),
+    (
         "--fail-below",
-        type=float,
-        default=0.95,
-        metavar="RATIO",
-        help="a cell is a regression below this share of its old speed (default: %(default)s)",
-    )
-
-
-def add_host_calls(host_calls: argparse.ArgumentParser) -> None:
-    host_calls.add_argument(
-        "--functions", action="store_true", help="list the called functions in call order"
-    )
-    host_calls.add_argument(
-        "--write",
-        action="store_true",
-        help="rewrite bench/host_calls.csv, against which more calls are an error",
-    )
-
-
-def add_directory(command: argparse.ArgumentParser) -> None:
-    command.add_argument("directory", type=Path, metavar="DIR")
+        "a cell is a regression below this share of its old speed (default: %(default)s)",
+        {"type": float, "default": 0.95, "metavar": "RATIO"},
+    ),
+)
+CODEGEN: Options = (
+    (
+        "--arch",
+        f"compute capabilities times ten (default: {' '.join(map(str, TARGETS))})",
+        {
+            **MANY,
+            "type": int,
+            "choices": MULTIPROCESSORS,
+            "default": list(TARGETS),
+            "metavar": "SM",
+        },
+    ),
+    ("--kernel", "such as gather_rows_kernel", {**MANY, "metavar": "NAME"}),
+    ("--json", "print every launch and instruction", FLAG),
+    ("--out", "write the whole table as CSV", FILE),
+    ("--check", "exit 1 where a kernel is worse than in FILE", FILE),
+)
+HOST_CALLS: Options = (
+    ("--functions", "list the called functions in call order", FLAG),
+    ("--write", "rewrite bench/host_calls.csv, against which more calls are an error", FLAG),
+)
+DIRECTORY: Options = (("directory", None, {"type": Path, "metavar": "DIR"}),)
 
 
 def known(what: str, values: Sequence[str] | None, names: Collection[str]) -> list[str] | None:
@@ -626,22 +610,22 @@ def compare(args: argparse.Namespace) -> int:
 
 # What --help says of a command, its options, and what runs it.
 COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = {
-    "run": ("measure sets of shapes and write CSV and JSON", add_run, run),
+    "run": ("measure sets of shapes and write CSV and JSON", RUN, run),
     "headline": (
         "the headline shapes in five minutes, with pictures and report",
-        add_headline,
+        HEADLINE,
         headline,
     ),
-    "list": ("the sets of shapes, and who can be measured here", lambda parser: None, list_all),
+    "list": ("the sets of shapes, and who can be measured here", (), list_all),
     "compare": (
         "exit 1 where a row of gpu_embed's in NEW is slower than in OLD, wrong or missing",
-        add_compare,
+        COMPARE,
         compare,
     ),
-    "codegen": ("what the kernels compile to; needs Triton, but no GPU", add_codegen, codegen),
-    "host-calls": ("the package's own Python calls in a warm call", add_host_calls, host_calls),
-    "plot": ("draw the results in DIR", add_directory, plot),
-    "report": ("write DIR as one HTML page", add_directory, report),
+    "codegen": ("what the kernels compile to; needs Triton, but no GPU", CODEGEN, codegen),
+    "host-calls": ("the package's own Python calls in a warm call", HOST_CALLS, host_calls),
+    "plot": ("draw the results in DIR", DIRECTORY, plot),
+    "report": ("write DIR as one HTML page", DIRECTORY, report),
 }
 
 

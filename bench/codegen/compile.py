@@ -54,16 +54,6 @@ class Compiled:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "machine": self.machine._asdict()}
 
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Compiled:
-        def read(instructions: list[Any]) -> list[Instruction]:
-            return [Instruction(*each) for each in instructions]
-
-        machine = dict(fields["machine"])
-        machine["instructions"] = read(machine["instructions"])
-        known = {"instructions": read(fields["instructions"]), "machine": MachineCode(**machine)}
-        return cls(**{**fields, **known})
-
 
 @dataclass(frozen=True)
 class Launch:
