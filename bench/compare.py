@@ -177,10 +177,11 @@ class Comparison:
 
     def providers(self) -> dict[str, list[Pair]]:
         """The pairs by provider, ours first."""
-        groups: dict[str, list[Pair]] = {}
-        for pair in self.pairs:
-            groups.setdefault(pair.new.provider, []).append(pair)
-        return dict(sorted(groups.items(), key=lambda item: (not is_ours(item[0]), item[0])))
+        names = {pair.new.provider for pair in self.pairs}
+        return {
+            name: [pair for pair in self.pairs if pair.new.provider == name]
+            for name in sorted(names, key=lambda name: (not is_ours(name), name))
+        }
 
 
 def compare(old: Iterable[Row], new: Iterable[Row]) -> Comparison:
@@ -285,15 +286,10 @@ def _pair_table(pairs: Sequence[Pair], fail_below: float) -> Table:
         column.no_wrap = True
     table.add_column("cell", overflow="fold")
     for pair in shown:
-        table.add_row(
-            pair.verdict(fail_below),
-            "" if pair.ratio is None else f"{pair.ratio:.3f}",
-            _milliseconds(pair.old),
-            _milliseconds(pair.new),
-            pair.new.provider,
-            describe(cell_of(pair.new)),
-            style=_style(pair, fail_below),
-        )
+        ratio = "" if pair.ratio is None else f"{pair.ratio:.3f}"
+        figures = (ratio, _milliseconds(pair.old), _milliseconds(pair.new))
+        cells = (pair.verdict(fail_below), *figures, pair.new.provider, describe(cell_of(pair.new)))
+        table.add_row(*cells, style=_style(pair, fail_below))
     return table
 
 
@@ -312,14 +308,11 @@ def _provider_table(comparison: Comparison, fail_below: float) -> Table:
     for provider, pairs in comparison.providers().items():
         ratios = [pair.ratio for pair in pairs if pair.ratio is not None]
         figures = [f"{of(ratios):.3f}" if ratios else "" for of in (geometric_mean, min, max)]
-        table.add_row(
-            provider,
-            str(len(ratios)),
-            *figures,
-            str(sum(ratio < fail_below for ratio in ratios)),
-            str(sum(pair.broke for pair in pairs)),
-            "yes" if is_ours(provider) else "no",
-        )
+        slower = sum(ratio < fail_below for ratio in ratios)
+        broken = sum(pair.broke for pair in pairs)
+        decides = "yes" if is_ours(provider) else "no"
+        counted = (str(slower), str(broken), decides)
+        table.add_row(provider, str(len(ratios)), *figures, *counted)
     return table
 
 

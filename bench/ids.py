@@ -74,19 +74,13 @@ def parse(distribution: str) -> tuple[Draw, str]:
     elif argument:
         raise IdsError(f"the distribution {name!r} takes no argument, got {argument!r}")
     if name in WORD_LISTS and importlib.util.find_spec(name) is None:
-        raise MissingWordsError(
-            f"the distribution {name!r} needs the package {name}: pip install {name}"
-        )
+        raise IdsError(f"the distribution {name!r} needs the package {name}: pip install {name}")
     return KINDS[name], argument
 
 
 def length_of_file(distribution: str) -> int | None:
     """How many ids a file holds; None where the distribution is no file."""
     return len(_read(distribution)) if parse(distribution)[0] is _from_file else None
-
-
-class MissingWordsError(IdsError):
-    """A distribution whose words are not installed."""
 
 
 Draw = Callable[[torch.Generator, str, int, int], Tensor]
@@ -202,7 +196,7 @@ def _text_ranks() -> Tensor:
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError:
-        raise MissingWordsError(
+        raise IdsError(
             "the distribution 'text' needs pydoc_data, which this Python lacks: install the full "
             "standard library"
         ) from None

@@ -54,15 +54,10 @@ def draw_ids(cell: Cell, seed: int) -> Tensor:
         )
     if cell.tables > 1 and cell.padding:
         raise ids_module.IdsError("padding is measured in one table alone")
+    length, seed = cell.num_ids // cell.tables, seed * cell.tables
+    padded = (cell.padding, cell.padding_idx)
     drawn = [
-        ids_module.draw(
-            cell.distribution,
-            cell.num_ids // cell.tables,
-            cell.vocab,
-            seed * cell.tables + table,
-            cell.padding,
-            cell.padding_idx,
-        )
+        ids_module.draw(cell.distribution, length, cell.vocab, seed + table, *padded)
         for table in range(cell.tables)
     ]
     ids = drawn[0] if cell.tables == 1 else torch.stack(drawn)
@@ -104,14 +99,12 @@ class Problem:
     def integer_grad_output(self) -> Tensor:
         """The same of integers so small that every sum of them is exact in fp32."""
         largest = min(LARGEST_INTEGER, 2**24 // self.cell.num_ids)
-        return torch.randint(
-            -largest,
-            largest + 1,
-            self.grad_output.shape,
-            generator=self._generator,
-            dtype=self.weight.dtype,
-            device=self.device,
-        )
+        like: dict[str, Any] = {
+            "dtype": self.weight.dtype,
+            "device": self.device,
+            "generator": self._generator,
+        }
+        return torch.randint(-largest, largest + 1, self.grad_output.shape, **like)
 
     def ids(self, i: int) -> Tensor:
         return self.id_sets[i % len(self.id_sets)]
@@ -120,12 +113,8 @@ class Problem:
         return places(self.cell, self.ids(i))
 
     def _random(self, rows: int) -> Tensor:
-        return torch.randn(
-            (rows, self.cell.dim),
-            generator=self._generator,
-            dtype=DTYPES[self.cell.dtype],
-            device=self.device,
-        )
+        like: dict[str, Any] = {"dtype": DTYPES[self.cell.dtype], "device": self.device}
+        return torch.randn((rows, self.cell.dim), generator=self._generator, **like)
 
 
 def needed_bytes(

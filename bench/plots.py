@@ -253,15 +253,12 @@ def _squares(cells: Mapping[Key, Mapping[str, Row]], rival: str) -> dict[tuple[i
         if ours is None or theirs is None:
             continue
         square = squares.setdefault((key.vocab, key.num_ids), Square([], []))
-        ratio = ratio_of(theirs, ours)
-        if ratio is not None:
+        if (ratio := ratio_of(theirs, ours)) is not None:
             square.ratios.append(ratio)
         elif time_of(ours) is None:
             square.failures.append(f"ours:\n{ours.status}")
-        elif time_of(theirs) is not None:
-            square.failures.append(NOISY)
         else:
-            square.failures.append(theirs.status)
+            square.failures.append(NOISY if time_of(theirs) is not None else theirs.status)
     return squares
 
 
@@ -285,18 +282,12 @@ def _heat_map(squares: Mapping[tuple[int, int], Square]) -> Figure:
         row, column = places[key]
         colour = np.ravel(image.to_rgba(values[row, column]))[:3]
         dark = colour @ (0.2126, 0.7152, 0.0722) < 0.4
-        axes.text(
-            column,
-            row,
-            square.text(),
-            ha="center",
-            va="center",
-            fontsize=8,
-            linespacing=1.3,
-            color=GREY if not square.ratios else "white" if dark else "black",
+        look: dict[str, Any] = {"fontsize": 8, "linespacing": 1.3, "ha": "center", "va": "center"}
+        if square.ratios:
+            look["color"] = "white" if dark else "black"
             # The worst of the square loses, though its mean may win.
-            fontweight="bold" if square.ratios and min(square.ratios) < 1 else "normal",
-        )
+            look["fontweight"] = "bold" if min(square.ratios) < 1 else "normal"
+        axes.text(column, row, square.text(), **{"color": GREY, **look})
     axes.set_xticks(range(len(vocabs)), _short_numbers(vocabs))
     axes.set_yticks(range(len(counts)), _short_numbers(counts))
     axes.set(xlabel=VOCABULARY, ylabel="ids N in a call")

@@ -6,7 +6,8 @@ import ast
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, reduce
+from operator import and_
 from pathlib import Path
 from typing import NamedTuple
 
@@ -244,10 +245,7 @@ def natural_loops(successors: Sequence[Sequence[int]]) -> list[set[int]]:
     while changed:
         changed = False
         for node in order:
-            common = -1
-            for predecessor in predecessors[node]:
-                common &= passed[predecessor]
-            common |= 1 << node
+            common = reduce(and_, (passed[before] for before in predecessors[node])) | 1 << node
             changed |= common != passed[node]
             passed[node] = common
     loops: dict[int, set[int]] = {}

@@ -695,7 +695,7 @@ def test_cells_that_do_not_fit_are_rows(bench, tmp_path):
 
 def test_refusals_missing_words_and_graphs_are_rows(bench, tmp_path, monkeypatch):
     def missing(*arguments):
-        raise measure.ids_module.MissingWordsError("needs the package")
+        raise measure.ids_module.IdsError("needs the package")
 
     monkeypatch.setitem(measure.ids_module.KINDS, "wordfreq", missing)
     monkeypatch.setattr(measure.ids_module.importlib.util, "find_spec", lambda name: True)
