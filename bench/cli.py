@@ -228,7 +228,7 @@ def check_extra(*names: str) -> None:
             )
 
 
-def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
+def start(args: argparse.Namespace, console: Console) -> Bench:
     """The device and its copy bandwidth, measured and said."""
     if not 0 <= args.seed < 2**40:
         raise CannotRunError(f"--seed {args.seed}: choose a number from 0 to 2**40 - 1")
@@ -252,7 +252,7 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
     console.print(describe_backend(device))
     speed = copy_gbps(device, memory)
     console.print(f"measured copy bandwidth, read + write: {speed:,.3g} GB/s")
-    return Bench(device, speed, facts, memory, args.seed), speed
+    return Bench(device, speed, facts, memory, args.seed)
 
 
 def summary(args: argparse.Namespace) -> int:
@@ -260,7 +260,7 @@ def summary(args: argparse.Namespace) -> int:
 
     known("card", [args.card], CARDS)
     console = make_console()
-    bench, _ = start(args, console)
+    bench = start(args, console)
     with progress_bar(console) as progress:
         if bench.device.type == "cuda":
             rows = summaries.summarize_gpu(bench, console, progress)
@@ -296,11 +296,11 @@ def run(args: argparse.Namespace) -> int:
         raise CannotRunError(f"{nobody}: {said}")
     results.check_writable(args.out)
     with results.RowWriter(args.out, args.resume) as writer:
-        bench, speed = start(args, console)
+        bench = start(args, console)
         bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
         if memory is not None:
             bench.memory = min(memory, machine.free_memory(bench.device))
-        bench.copy_gbps = write_header(args, bench, speed)
+        bench.copy_gbps = write_header(args, bench)
         try:
             done = measure(bench, jobs, writer, console)
         except (KeyboardInterrupt, results.NotWrittenError) as end:
@@ -324,10 +324,10 @@ def headline(args: argparse.Namespace) -> int:
         results.check_writable(args.page.parent, "choose another --page")
     console = make_console()
     end = time.monotonic() + LAST_START_SECONDS
-    bench, speed = start(args, console)
+    bench = start(args, console)
     bench.effort = Effort(seconds=0.3, max_samples=100, host_seconds=0.1)
     jobs = headline_jobs(bench.device)
-    header = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(args.argv)])
+    header = new_header(args, bench)
     directory = results_directory(args.out, header)
     with results.RowWriter(directory) as writer:
         results.write_header(directory, header)
@@ -350,10 +350,14 @@ def headline(args: argparse.Namespace) -> int:
 
 
 def say_stopped(what: object, kept: int, wanted: int, directory: Path, then: str) -> None:
-    print(
-        f"\n{PROG}: {what}; {kept} of {wanted} measurements are in {directory / results.RESULTS}, {then}",
-        file=sys.stderr,
-    )
+    path = directory / results.RESULTS
+    # The bar may stand in the line.
+    print(file=sys.stderr)
+    complain(f"{what}; {kept} of {wanted} measurements are in {path}, {then}")
+
+
+def complain(text: object) -> None:
+    print(f"{PROG}: {text}", file=sys.stderr)
 
 
 def measure(
@@ -443,12 +447,17 @@ def read_choice(args: argparse.Namespace) -> Choice:
     return Choice(list(dict.fromkeys(sets or ())), providers, modes, axes, args.limit)
 
 
-def write_header(args: argparse.Namespace, bench: Bench, speed: float) -> float:
+def new_header(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+    command = [PROG, shlex.join(args.argv)]
+    return machine.header(bench.device, bench.copy_gbps, args.seed, command)
+
+
+def write_header(args: argparse.Namespace, bench: Bench) -> float:
     """Write header.json, or check that a resumed run is the same one; returns its copy bandwidth."""
-    new = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(args.argv)])
+    new = new_header(args, bench)
     if not (args.resume and (args.out / results.HEADER).exists()):
         results.write_header(args.out, new)
-        return speed
+        return bench.copy_gbps
     old = results.read_header(args.out)
     for name in SAME_RUN:
         if old.get(name) != new[name]:
@@ -539,7 +548,7 @@ def codegen(args: argparse.Namespace) -> int:
         for table in codegen_table.rich_tables(rows):
             print_table(console, table)
     for case, problem in failures.items():
-        print(f"{PROG}: {case} does not compile: {problem}", file=sys.stderr)
+        complain(f"{case} does not compile: {problem}")
     if args.out is not None and not failures:
         codegen_table.write_table(args.out, rows)
     if old is None:
@@ -547,7 +556,7 @@ def codegen(args: argparse.Namespace) -> int:
     chosen = [row for row in old if row.sm in args.arch and row.kernel in kernels]
     problems = codegen_table.worse(chosen, rows)
     for said in codegen_table.verdict(chosen, rows, problems):
-        print(f"{PROG}: {said}", file=sys.stderr)
+        complain(said)
     return 1 if failures or problems else 0
 
 
@@ -573,7 +582,7 @@ def host_calls(args: argparse.Namespace) -> int:
         return 0
     problems = counter.more_calls(counter.read_table(counter.PATH), rows)
     for said in problems:
-        print(f"{PROG}: {said}", file=sys.stderr)
+        complain(said)
     return 1 if problems else 0
 
 
@@ -638,11 +647,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_extra("rich")
         return summary(args) if args.command is None else COMMANDS[args.command][2](args)
     except (CannotRunError, ids_module.IdsError, results.ResultsError, OSError) as problem:
-        said = str(problem)
-        if isinstance(problem, OSError):
-            where = f"{problem.filename}: " if problem.filename else ""
-            said = f"{where}{problem.strerror or problem}"
-        print(f"{PROG}: {said}", file=sys.stderr)
+        where = getattr(problem, "filename", None)
+        reason = getattr(problem, "strerror", None) or problem
+        complain(f"{where}: {reason}" if where else reason)
         return 2
     except KeyboardInterrupt:
         print(f"\n{PROG}: interrupted", file=sys.stderr)

@@ -85,36 +85,29 @@ class Problem:
         ]
         self.counts: Counts = count(self.places(0), self.padding_idx)
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(str(cell).encode()))
-        self._generator = generator
-        self.weight = torch.nn.Parameter(self._random(cell.rows))
+        self._random: dict[str, Any] = {"dtype": DTYPES[cell.dtype], "device": device}
+        self._random["generator"] = generator
+        self.weight = torch.nn.Parameter(torch.randn((cell.rows, cell.dim), **self._random))
         self._grad_output: Tensor | None = None
 
     @property
     def grad_output(self) -> Tensor:
         """Random gradient of the output, [N or bags, D]."""
         if self._grad_output is None:
-            self._grad_output = self._random(self.cell.num_outputs)
+            shape = (self.cell.num_outputs, self.cell.dim)
+            self._grad_output = torch.randn(shape, **self._random)
         return self._grad_output
 
     def integer_grad_output(self) -> Tensor:
         """The same of integers so small that every sum of them is exact in fp32."""
         largest = min(LARGEST_INTEGER, 2**24 // self.cell.num_ids)
-        like: dict[str, Any] = {
-            "dtype": self.weight.dtype,
-            "device": self.device,
-            "generator": self._generator,
-        }
-        return torch.randint(-largest, largest + 1, self.grad_output.shape, **like)
+        return torch.randint(-largest, largest + 1, self.grad_output.shape, **self._random)
 
     def ids(self, i: int) -> Tensor:
         return self.id_sets[i % len(self.id_sets)]
 
     def places(self, i: int) -> Tensor:
         return places(self.cell, self.ids(i))
-
-    def _random(self, rows: int) -> Tensor:
-        like: dict[str, Any] = {"dtype": DTYPES[self.cell.dtype], "device": self.device}
-        return torch.randn((rows, self.cell.dim), generator=self._generator, **like)
 
 
 def needed_bytes(
