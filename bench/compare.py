@@ -139,8 +139,8 @@ class Pair:
     @property
     def noisy(self) -> bool:
         """Both have a time, and one of them is too noisy for a verdict."""
-        timed = time_of(self.old) is not None and time_of(self.new) is not None
-        return timed and bool(noise_of(self.old) or noise_of(self.new))
+        timed = time_of(self.old) and time_of(self.new)
+        return bool(timed and (noise_of(self.old) or noise_of(self.new)))
 
     @property
     def mended(self) -> bool:

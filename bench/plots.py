@@ -600,7 +600,7 @@ def _noisy_line(*what: str) -> str:
 
 def _wrapped(text: str, room: int, joint: str) -> str:
     """Break lines of more characters than there is room for, between the parts."""
-    lines = []
+    lines: list[str] = []
     for line in text.splitlines():
         first, *parts = line.split(joint)
         lines.append(first)

@@ -71,11 +71,7 @@ class Provider:
             return "needs a CUDA device"
         if device.type == "cuda" and not self.cuda:
             return "runs on the CPU alone"
-        return self.not_installed() or self.requirement(device)
-
-    def not_installed(self) -> str | None:
-        """None where its package can be imported, else the reason."""
-        return _import_problem(self.module, self.package)
+        return _import_problem(self.module, self.package) or self.requirement(device)
 
     def version(self) -> str:
         """The installed version, or an empty text."""

@@ -128,13 +128,13 @@ def execute(
 
 def _refused(bench: Bench, job: Job, row: Row) -> Row | None:
     """The row of a job that needs no measurement to be known; None: measure it."""
-    reason = job.provider.missing_reason(bench.device)
-    reason = reason or job.provider.refuses(job.cell, job.mode)
-    if job.cell.operation == "embedding_graph" and bench.device.type != "cuda":
+    provider, cell = job.provider, job.cell
+    reason = provider.missing_reason(bench.device) or provider.refuses(cell, job.mode)
+    if cell.operation == "embedding_graph" and bench.device.type != "cuda":
         reason = reason or "CUDA graphs need a CUDA device"
     if reason is not None:
         return replace(row, status="missing", note=reason)
-    full = bench.does_not_fit(job.cell, job.mode, job.provider.tables_beside, job.provider.copies)
+    full = bench.does_not_fit(cell, job.mode, provider.tables_beside, provider.copies)
     return None if full is None else replace(row, status="oom", note=full)
 
 

@@ -211,11 +211,9 @@ def flush(device: torch.device) -> None:
 
 @cache
 def _flush_buffer(device: torch.device) -> Tensor:
+    size = 2 * last_cache_bytes()
     if device.type == "cuda":
-        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        size = max(256 * 2**20, 4 * cache_bytes)
-    else:
-        size = 2 * last_cache_bytes()
+        size = max(256 * 2**20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
     return torch.ones(size // 4, dtype=torch.int32, device=device)
 
 

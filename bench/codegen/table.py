@@ -97,15 +97,13 @@ def _row(launch: Compiled, config: str, triton: str) -> Row:
     arguments = (launch.architecture, launch.num_warps, launch.registers, launch.shared_bytes)
     resident = occupancy(*arguments)
     used = {i.operation for i in machine.instructions}
+    same = ("kernel", "num_warps", "registers", "spilled_bytes", "shared_bytes")
+    copied: dict[str, Any] = {name: getattr(launch, name) for name in same}
     return Row(
-        kernel=launch.kernel,
+        **copied,
         config=config,
         sm=launch.architecture,
         settings=" ".join(f"{name}={value}" for name, value in launch.settings.items()),
-        num_warps=launch.num_warps,
-        registers=launch.registers,
-        spilled_bytes=launch.spilled_bytes,
-        shared_bytes=launch.shared_bytes,
         resident_warps=resident.warps,
         max_warps=MULTIPROCESSORS[launch.architecture].warps,
         limit=resident.limit,
