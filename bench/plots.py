@@ -189,7 +189,7 @@ def vocabulary_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pi
         lambda key: _shape_title(key, "vocab", "set", "mode", "dtype"),
         BY_VOCABULARY,
         TIME,
-        Y(lambda row: row.percent_of_copy if time_of(row) else None, share, _percent_axis),
+        Axis(lambda row: row.percent_of_copy if time_of(row) else None, share, _percent_axis),
     )
 
 
@@ -317,7 +317,7 @@ def contention_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pi
     """ms against the share of ids that are one and the same; a picture for each set and mode."""
     hot = [row for row in rows if hot_fraction(row.distribution) is not None]
     label = "ids that are one and the same row\n(0 %: uniform)"
-    x = X("distribution", lambda row: hot_fraction(row.distribution) or 0.0, label, _share_axis)
+    x = Axis(lambda row: hot_fraction(row.distribution) or 0.0, label, _share_axis, "distribution")
     fractions = "two or more hot fractions (distributions hot:F, equal, uniform)"
     yield from _curve_pictures(
         # Two fractions are uniform ids and something hotter, at least.
@@ -381,8 +381,10 @@ def growth_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictur
             *("growth", key.set, *_subtitle(key).split(", ")),
         ),
         attrgetter("mode"),
-        X("vocab", _vocab, f"{VOCABULARY}\ndotted: in proportion to V", _slope_axis),
-        Y(time_of, f"time, as a multiple of\nthe smallest vocabulary's,\n{SPREAD}", _multiple_axis),
+        Axis(_vocab, f"{VOCABULARY}\ndotted: in proportion to V", _slope_axis, "vocab"),
+        Axis(
+            time_of, f"time, as a multiple of\nthe smallest vocabulary's,\n{SPREAD}", _multiple_axis
+        ),
     )
 
 
@@ -427,8 +429,8 @@ def step_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures
         lambda key: STEPS[key.mode],
         BY_VOCABULARY,
         # Optimizers are compared along a line of panels.
-        Y(time_of, f"time of a step (ms),\n{SPREAD}", _short_axis, common=True),
-        Y(
+        Axis(time_of, f"time of a step (ms),\n{SPREAD}", _short_axis, common=True),
+        Axis(
             lambda row: row.step_peak_bytes / 2**20 if row.step_peak_bytes else None,
             "memory at the step's peak (MiB),\ntable and state included",
             _short_axis,
@@ -446,26 +448,17 @@ _vocab = attrgetter("vocab")
 
 
 @dataclass(frozen=True)
-class X:
-    """What the panels of a picture have on their x axis."""
+class Axis:
+    """What the panels of a picture, or a line of them, have on an axis."""
 
-    column: str  # a shape is a cell without it
-    of: Callable[[Row], float]
+    of: Callable[[Row], Any]  # a number; None where a row has none
     label: str
     scale: Callable[[Axes, Sequence[float]], None]  # fits the axis to these values
+    column: str = ""  # of an x axis: a shape is a cell without it
+    common: bool = False  # of a y axis: one scale for the whole line
 
 
-@dataclass(frozen=True)
-class Y:
-    """What a line of panels has on its y axis."""
-
-    of: Callable[[Row], float | None]
-    label: str
-    scale: Callable[[Axes, Sequence[float]], None]
-    common: bool = False  # one scale for the whole line
-
-
-def _curves(rows: Iterable[Row], x: X, fewest: int = FEWEST_POINTS) -> dict[Key, Curves]:
+def _curves(rows: Iterable[Row], x: Axis, fewest: int = FEWEST_POINTS) -> dict[Key, Curves]:
     """For each shape its rows by provider, if it was timed at the fewest number of places."""
     blank: dict[str, Any] = {"provider": "", x.column: None}
     shapes: dict[Key, dict[str, list[Row]]] = {}
@@ -486,8 +479,8 @@ def _curve_pictures(
     skipped: Skipped,
     group_of: Callable[[Key], tuple[str, ...]],
     title_of: Callable[[Key], str],
-    x: X,
-    *ys: Y,
+    x: Axis,
+    *ys: Axis,
 ) -> Pictures:
     """A column of panels for each shape, a line for each y that was measured.
 
@@ -667,8 +660,8 @@ def _log_axis(axes: Axes, values: Sequence[float], name: str, text: Callable[[fl
 _vocabulary_axis = partial(_log_axis, name="x", text=short_number)
 _time_axis = partial(_log_axis, name="y", text="{:g}".format)
 _short_axis = partial(_log_axis, name="y", text=short_number)
-BY_VOCABULARY = X("vocab", _vocab, VOCABULARY, _vocabulary_axis)
-TIME = Y(time_of, f"time (ms), {SPREAD}", _time_axis)
+BY_VOCABULARY = Axis(_vocab, VOCABULARY, _vocabulary_axis, "vocab")
+TIME = Axis(time_of, f"time (ms), {SPREAD}", _time_axis)
 
 
 def _values(curves: Curves, value_of: Callable[[Row], float | None]) -> list[float]:
