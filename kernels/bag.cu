@@ -66,7 +66,7 @@ __device__ inline Part find_part(
 // grid:  cdiv((num_bags + num_chunks) * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: bag i / (D / VEC), or behind the bags the carry-in of a chunk; VEC columns from
 //        i % (D / VEC) * VEC on
-// why:   threads walk alone: no shared memory, no barrier
+// why:   each thread reduces its own part: no shared memory, no __syncthreads
 template <typename Weight, int VEC, bool MEAN, int UNROLL>
 __global__ void bag_sum_kernel(
     const Weight* __restrict__ weight_ptr,              // [num_embeddings, D], any strides; VEC > 1: column stride 1
@@ -213,32 +213,9 @@ __global__ void bag_join_kernel(
       sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[cut.bag * D + d]);
 }
 
-// grid:  cdiv(num_bags * D, blockDim.x); block: 1-D
-// owner: thread i of the grid: element i of the flattened output
-// why:   adds the partial sums of table_bag_kernel's splits in a fixed order: no atomics, deterministic
-template <typename Output>
-__global__ void bag_combine_kernel(
-    const typename Accumulator<Output>::type* __restrict__ partial_ptr,  // [num_splits, num_bags, D]
-    const int64* __restrict__ sizes_ptr,  // mean: [num_splits, num_bags]: each split's share of the divisor; sum: null
-    Output* __restrict__ output_ptr,      // [num_bags, D]
-    int64 num_splits,
-    int64 num_bags,
-    int64 D) {
-  using Acc = typename Accumulator<Output>::type;
-  const int64 element = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (element >= num_bags * D) return;
-  Acc total = 0;
-  int64 size = 0;
-  for (int64 split = 0; split < num_splits; ++split) {
-    total += partial_ptr[split * num_bags * D + element];
-    if (sizes_ptr) size += sizes_ptr[split * num_bags + element / D];
-  }
-  narrow(sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[element]);
-}
-
 // grid:  cdiv(num_bags * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: bag i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
-// why:   as bag_sum_kernel, but never cuts a bag: the Triton twin says why
+// why:   as bag_sum_kernel, but never cuts a bag: both backends share one plan, and Triton cannot cut these well
 template <typename Weight, int VEC, int UNROLL>
 __global__ void bag_max_kernel(
     const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1

@@ -181,9 +181,9 @@ def to_row_layout(x, d):
 
 
 # grid:  (cdiv(num_bags, BLOCK_B) + cdiv(num_chunks, BLOCK_B), cdiv(D, BLOCK_D))
-# block: BLOCK_B bags or carry-ins by BLOCK_D columns
+# tile:  BLOCK_B bags or carry-ins by BLOCK_D columns; num_warps 1: no barrier
 # owner: program (i, j): bags [i * BLOCK_B, ...), or behind those the carry-ins of chunks; columns [j * BLOCK_D, ...)
-# why:   the rows of the tile walk side by side, and share nothing but the longest length
+# why:   each tile row sums one bag; the loop runs to the tile's longest bag, shorter rows are masked
 @triton.jit
 def bag_sum_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
@@ -342,7 +342,7 @@ def find_cut_bag(
 
 
 # grid:  (num_chunks, cdiv(D, BLOCK))
-# block: BLOCK_S parts by BLOCK columns, a loop over the parts
+# tile:  BLOCK_S parts by BLOCK columns, a loop over the parts
 # owner: program (c, j): the cut bag that starts in chunk c, if any; columns [j * BLOCK, ...)
 # why:   adds a bag's partial sums in a fixed order: no atomics, deterministic
 @triton.jit
@@ -387,43 +387,8 @@ def bag_join_kernel(
         tl.store(output_ptr + bag * D + d, output.to(output_ptr.dtype.element_ty), mask=d < D)
 
 
-# grid:  (cdiv(num_bags * D, BLOCK),)
-# block: BLOCK_S splits by BLOCK elements, a loop over the splits
-# owner: program i: elements [i * BLOCK, ...) of the flattened output
-# why:   adds the partial sums of table_bag_kernel's splits in a fixed order: no atomics, deterministic
-@triton.jit
-def bag_combine_kernel(
-    partial_ptr,  # accumulation dtype, [num_splits, num_bags, D]
-    sizes_ptr,  # mean: int64 [num_splits, num_bags]: each split's share of the divisor; sum: None
-    output_ptr,  # [num_bags, D]
-    num_splits,
-    num_bags,
-    D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    num_elements = num_bags * D
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    in_range = (element < num_elements)[None, :]
-    total = tl.zeros([BLOCK_S, BLOCK], partial_ptr.dtype.element_ty)
-    size = tl.zeros([BLOCK_S, BLOCK], tl.int64)
-    for first in range(0, num_splits, BLOCK_S):
-        split = (first + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None]
-        taken = (split < num_splits) & in_range
-        total += tl.load(partial_ptr + split * num_elements + element[None, :], mask=taken, other=0)
-        if sizes_ptr is not None:
-            bag = (element // D)[None, :]
-            size += tl.load(sizes_ptr + split * num_bags + bag, mask=taken, other=0)
-    output = tl.sum(total, 0)
-    if sizes_ptr is not None:
-        output = divide(output, tl.maximum(tl.sum(size, 0), 1).to(output.dtype))
-    tl.store(
-        output_ptr + element, output.to(output_ptr.dtype.element_ty), mask=element < num_elements
-    )
-
-
 # grid:  (cdiv(num_bags, BLOCK_B), cdiv(D, BLOCK_D))
-# block: BLOCK_B bags by BLOCK_D columns
+# tile:  BLOCK_B bags by BLOCK_D columns; num_warps 1: no barrier
 # owner: program (i, j): bags [i * BLOCK_B, ...), columns [j * BLOCK_D, ...)
 # why:   never cuts a bag: with cuts, Triton 3.7 keeps the maxima in two layouts, which triples the instructions of
 #        16-bit tables
@@ -531,7 +496,7 @@ def bag_max_kernel(
 
 
 # grid:  (cdiv(num_indices, BLOCK),)
-# block: BLOCK positions
+# tile:  BLOCK positions
 # owner: program i: positions [i * BLOCK, ...)
 # why:   the gradient kernels read a position's bag instead of searching for it per column
 @triton.jit
@@ -568,7 +533,7 @@ def bag_of_kernel(
 
 
 # grid:  (cdiv(num_indices, BLOCK_N),)
-# block: BLOCK_N positions by BLOCK_D columns, a loop over D
+# tile:  BLOCK_N positions by BLOCK_D columns, a loop over D
 # owner: program i: positions [i * BLOCK_N, ...); each is the inner product of its row and its bag's gradient
 # why:   each result is reduced within its program, in a fixed order
 @triton.jit

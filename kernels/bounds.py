@@ -17,11 +17,11 @@ import triton.language as tl
 
 @triton.jit
 def record_out_of_range(record_ptr, flag_ptr, out_of_range, position, index, num_embeddings):
-    """Record one of the lanes' ids, if any is out of range; otherwise the cost is a predicate.
+    """Record one of the elements' ids, if any is out of range; otherwise the cost is a predicate.
 
-    out_of_range, position, index: one value per lane.
+    out_of_range, position, index: one value per element.
     """
-    # The lane that exchanges the 0 owns the record until the host clears it: its words stem from one id.
+    # The element that exchanges the 0 owns the record until the host clears it: its words stem from one id.
     claimed = tl.atomic_xchg(record_ptr + position * 0, 1, mask=out_of_range, sem="relaxed")
     first = out_of_range & (claimed == 0)
     tl.store(record_ptr + 1 + position * 0, position, mask=first)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 # grid:  (cdiv(num_indices, BLOCK),)
-# block: BLOCK ids
+# tile:  BLOCK ids
 # owner: program i: positions [i * BLOCK, ...) of indices
 # why:   one relaxed atomic per id; nothing in this launch reads the counts
 @triton.jit

@@ -40,7 +40,7 @@ def load_columns(
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# block: BLOCK vectors of VEC elements
+# tile:  BLOCK vectors of VEC elements
 # owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries
 # why:   as take_rows_kernel
 @triton.jit

@@ -74,16 +74,16 @@ __global__ void gather_flat_kernel(
     int64 index_bytes) {
   const int64 start = (int64)blockIdx.x * blockDim.x * UNROLL;
   const int64 first_n = start / D;
-  // One 64-bit division per thread; its UNROLL lanes divide 32-bit numbers.
-  const uint32 first_lane = (uint32)(start - first_n * D) + threadIdx.x;
+  // One 64-bit division per thread; its UNROLL others are in 32 bits.
+  const uint32 first_flat_offset = (uint32)(start - first_n * D) + threadIdx.x;
   int64 n[UNROLL];
   int64 d[UNROLL];
   int64 index[UNROLL];
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
-    const uint32 lane = first_lane + u * blockDim.x;
-    n[u] = first_n + lane / (uint32)D;
-    d[u] = lane % (uint32)D;
+    const uint32 flat_offset = first_flat_offset + u * blockDim.x;
+    n[u] = first_n + flat_offset / (uint32)D;
+    d[u] = flat_offset % (uint32)D;
     index[u] = n[u] < num_indices ? load_integer(indices_ptr, n[u], index_bytes) : -1;
   }
   Word word[UNROLL];

@@ -19,7 +19,7 @@ def load_indices(indices_ptr, n, in_range, num_embeddings, zero_idx):
 
 
 # grid:  (cdiv(num_indices, BLOCK_N), cdiv(D, BLOCK_D))
-# block: BLOCK_N rows by BLOCK_D words
+# tile:  BLOCK_N rows by BLOCK_D words
 # owner: program (i, j): rows [i * BLOCK_N, ...) of the output, words [j * BLOCK_D, ...) of each
 # why:   a row that fills its tiles needs no division to find its id
 @triton.jit
@@ -61,7 +61,7 @@ def gather_rows_kernel(
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# block: BLOCK vectors of VEC words
+# tile:  BLOCK vectors of VEC words
 # owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries
 # why:   no lane idles when a row is shorter than a warp, or its length no power of two
 @triton.jit
@@ -83,10 +83,10 @@ def gather_flat_kernel(
     VECTORS: tl.constexpr = D // VEC
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first_n = start // VECTORS
-    # One 64-bit division per program; lanes divide 32-bit numbers by a constant.
-    lane = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
-    n = first_n + lane // VECTORS
-    vector = lane % VECTORS
+    # One 64-bit division per program; threads divide in 32 bits, by a constant.
+    flat_offset = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
+    n = first_n + flat_offset // VECTORS
+    vector = flat_offset % VECTORS
     in_range = n < num_indices
     index, copied, out_of_range = load_indices(indices_ptr, n, in_range, num_embeddings, zero_idx)
 

@@ -33,7 +33,7 @@ def add_power(total, magnitude, norm_type: tl.constexpr, NORM: tl.constexpr):
 
 
 # grid:  (cdiv(num_indices, BLOCK_N),)
-# block: BLOCK_N keys by BLOCK_D columns, a loop over D
+# tile:  BLOCK_N keys by BLOCK_D columns, a loop over D
 # owner: program i: keys [i * BLOCK_N, ...); the first key of a run of equal ones owns its row
 # why:   one owner per row, so the update in place needs no atomics
 @triton.jit

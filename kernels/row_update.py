@@ -14,7 +14,7 @@ from .stochastic_rounding import random_words, round_at_random
 
 
 # grid:  (cdiv(num_indices, BLOCK),)
-# block: BLOCK ids
+# tile:  BLOCK ids
 # owner: program i: positions [i * BLOCK, ...) of indices
 # why:   one launch instead of a comparison, a gather and a selection
 @triton.jit
@@ -159,7 +159,7 @@ def update_row(row_args, elements, key, total, stored, d, in_row):
 
 
 # grid:  as segment_sum_kernel
-# block: BLOCK_C chunks by BLOCK_D columns; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
+# tile:  BLOCK_C chunks by BLOCK_D columns; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
 # owner: program (i, j): as segment_sum_kernel; of the rows, those whose runs end within its chunks
 # why:   each row has one owner per step, so updates need no atomics
 @triton.jit(do_not_specialize=["seed", "step"])
@@ -254,7 +254,7 @@ def row_update_kernel(
 
 
 # grid:  (num_runs,)
-# block: BLOCK_D columns, two loops over D
+# tile:  BLOCK_D columns, two loops over D
 # owner: program i: run i, whose summed gradient lies in memory
 # why:   "rowwise_adagrad" on rows too long for registers: one pass for the mean square, one for the update
 @triton.jit(do_not_specialize=["seed", "step"])

@@ -26,20 +26,20 @@ __global__ void scatter_add_kernel(
   const int64 vectors = D / VEC;
   const int64 start = (int64)blockIdx.x * blockDim.x * UNROLL;
   const int64 first_n = start / vectors;
-  const uint32 first_lane = (uint32)(start - first_n * vectors) + threadIdx.x;
+  const uint32 first_flat_offset = (uint32)(start - first_n * vectors) + threadIdx.x;
   int64 index[UNROLL];
   Vector<Grad, VEC> grad[UNROLL];
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
-    const int64 n = first_n + (first_lane + u * blockDim.x) / (uint32)vectors;
+    const int64 n = first_n + (first_flat_offset + u * blockDim.x) / (uint32)vectors;
     index[u] = n < num_indices ? load_integer(indices_ptr, n, index_bytes) : -1;
     if (index[u] == padding_idx) index[u] = -1;
   }
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
-    const uint32 lane = first_lane + u * blockDim.x;
-    const int64 n = first_n + lane / (uint32)vectors;
-    const int64 d = (int64)(lane % (uint32)vectors) * VEC;
+    const uint32 flat_offset = first_flat_offset + u * blockDim.x;
+    const int64 n = first_n + flat_offset / (uint32)vectors;
+    const int64 d = (int64)(flat_offset % (uint32)vectors) * VEC;
     if (!names_row(index[u], num_embeddings)) continue;
     const int64 row = BAGS ? load_integer(bag_of_ptr, n, bag_bytes) : n;
     if (BAGS && row < 0) {
@@ -56,7 +56,7 @@ __global__ void scatter_add_kernel(
   }
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
-    const int64 d = (int64)((first_lane + u * blockDim.x) % (uint32)vectors) * VEC;
+    const int64 d = (int64)((first_flat_offset + u * blockDim.x) % (uint32)vectors) * VEC;
     if (names_row(index[u], num_embeddings)) {
       atomic_add_vector(grad_weight_ptr + index[u] * D + d, grad[u]);
     }

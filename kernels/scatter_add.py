@@ -7,7 +7,7 @@ from .rounding import divide
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# block: BLOCK vectors of VEC elements
+# tile:  BLOCK vectors of VEC elements
 # owner: program i: vectors [i * BLOCK, ...) of the flattened [num_indices, D], across row boundaries
 # why:   neighbouring lanes add to neighbouring vectors, so a warp's atomics fall on whole sectors
 @triton.jit
@@ -30,8 +30,8 @@ def scatter_add_kernel(
     VECTORS: tl.constexpr = D // VEC
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first_n = start // VECTORS
-    lane = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
-    n = first_n + lane // VECTORS
+    flat_offset = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
+    n = first_n + flat_offset // VECTORS
     in_range = n < num_indices
     index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
     added = in_range & (index >= 0) & (index < num_embeddings) & (index != padding_idx)
@@ -41,7 +41,7 @@ def scatter_add_kernel(
         row = tl.load(bag_of_ptr + n, mask=added, other=0).to(tl.int64)
         added = added & (row >= 0)
 
-    d = ((lane % VECTORS) * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
+    d = ((flat_offset % VECTORS) * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
     grad = tl.load(
         grad_output_ptr + (row * grad_row_stride * VEC)[:, None] + d.to(tl.int64) * grad_col_stride,
         mask=added[:, None],

@@ -32,7 +32,7 @@ struct StoreGradient {
 
 // grid:  cdiv(num_chunks * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
-// why:   threads walk alone (walk_runs): no shared memory, no barrier
+// why:   each thread reduces its own part (walk_runs): no shared memory, no __syncthreads
 //
 // BAGS: position n reads row bag_of[n] of values, times its per-sample weight or over its bag's size.
 template <

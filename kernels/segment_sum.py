@@ -1,5 +1,6 @@
 """Segment sum of sorted keys: a deterministic gradient; each row of grad_weight is written and rounded once.
 
+As cub::DeviceReduce::ReduceByKey, in a fixed order; a level is a pass.
 The sorted keys (ids) are cut into chunks of CHUNK. A run of equal keys within one chunk is summed in registers and
 stored. A run that crosses a chunk's edge leaves partial sums: slot 2c holds the carry-in of chunk c, the sum of its
 first run if that began earlier; slot 2c + 1 the carry-out, the sum of its last run if that goes on.
@@ -19,9 +20,9 @@ from .rounding import divide
 
 
 # grid:  (cdiv(num_chunks, BLOCK_C), cdiv(D, BLOCK_D))
-# block: BLOCK_C chunks by BLOCK_D columns
+# tile:  BLOCK_C chunks by BLOCK_D columns; num_warps 1
 # owner: program (i, j): chunks [i * BLOCK_C, ...), one per row of its tile; columns [j * BLOCK_D, ...)
-# why:   the rows of the tile walk their chunks side by side and share nothing: no barrier, no shared memory
+# why:   each tile row sums the runs of one chunk and shares nothing: no barrier, no shared memory
 @triton.jit
 def segment_sum_kernel(
     values_ptr,  # [*, D], any strides: grad_output, or the level below's partial sums

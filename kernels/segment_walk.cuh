@@ -1,4 +1,4 @@
-// The walk over sorted keys of segment_sum.cu; the caller says what happens at the end of a run.
+// The walk over sorted keys of segment_sum.cu. EndRun: functor called with each complete run's sum.
 
 #pragma once
 

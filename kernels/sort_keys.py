@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 # grid:  (cdiv(num_indices, BLOCK),)
-# block: BLOCK ids
+# tile:  BLOCK ids
 # owner: program i: keys [i * BLOCK, ...)
 # why:   keys of the narrowest dtype, masked in one launch, for torch.sort
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 def random_words(seed, step, row, d):
     """One random uint32 per element -> [BLOCK_C, BLOCK_D]. d: [1, BLOCK_D]; row: int64 [BLOCK_C, 1] or scalar."""
     zeros = row.to(tl.int32) * 0 + d.to(tl.int32) * 0  # [BLOCK_C, BLOCK_D]
-    # Four adjacent columns share one Philox block. The compiler computes it once if one lane holds all four.
+    # Four adjacent columns share one Philox block. The compiler computes it once if one thread holds all four.
     block = zeros + (d // 4).to(tl.int32)
     row_low = zeros + (row & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     row_high = zeros + (row >> 32).to(tl.int32)

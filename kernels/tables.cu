@@ -30,7 +30,8 @@ __device__ inline Range split_range(Range range) {
 
 // grid:  (cdiv(num_bags * D / VEC, blockDim.x), num_splits); block: 1-D
 // owner: thread (i, s) of the grid: vector i of the flattened output, split s of num_splits of its bag
-// why:   no thread idles, whatever the tables' widths; neighbouring threads walk the same bag, or the next table's
+// why:   no thread idles, whatever the tables' widths; adjacent threads read adjacent columns of the same rows:
+//        coalesced
 //
 // Output: Weight; SPLIT: its accumulation dtype. MAX: some table has mode "max", and its argmax is to be found; not
 // with SPLIT.
@@ -132,8 +133,31 @@ __global__ void table_bag_kernel(
   *(Vector<Output, VEC>*)(output_ptr + out) = output;
 }
 
+// grid:  cdiv(num_bags * D, blockDim.x); block: 1-D
+// owner: thread i of the grid: element i of the flattened output
+// why:   adds the partial sums of table_bag_kernel's splits in a fixed order: no atomics, deterministic
+template <typename Output>
+__global__ void table_combine_kernel(
+    const typename Accumulator<Output>::type* __restrict__ partial_ptr,  // [num_splits, num_bags, D]
+    const int64* __restrict__ sizes_ptr,  // mean: [num_splits, num_bags]: each split's share of the divisor; sum: null
+    Output* __restrict__ output_ptr,      // [num_bags, D]
+    int64 num_splits,
+    int64 num_bags,
+    int64 D) {
+  using Acc = typename Accumulator<Output>::type;
+  const int64 element = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (element >= num_bags * D) return;
+  Acc total = 0;
+  int64 size = 0;
+  for (int64 split = 0; split < num_splits; ++split) {
+    total += partial_ptr[split * num_bags * D + element];
+    if (sizes_ptr) size += sizes_ptr[split * num_bags + element / D];
+  }
+  narrow(sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[element]);
+}
+
 // grid:  cdiv(num_indices * D, blockDim.x); block: 1-D
-// owner: thread i of the grid: word i of the flattened output; offset i and every number of threads further to check
+// owner: thread i of the grid: word i of the flattened output; offsets i, i + all threads, ... to check (grid-stride)
 // why:   no lane idles when a row is shorter than a warp; no thread owns a bag, so the offsets are shared out
 template <typename Word>
 __global__ void table_gather_kernel(
@@ -326,7 +350,8 @@ struct StoreTableGradient {
 
 // grid:  cdiv(num_chunks * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on of each table that has them
-// why:   segment_sum_kernel for tables of different widths, with the same slots and levels
+// why:   segment_sum_kernel for tables of different widths, with the same slots and levels; a row's width comes from
+//        its table, so columns past it are masked
 template <typename Value, typename Grad, int VEC, int UNROLL>
 __global__ void table_segment_sum_kernel(
     // level 0: grad_output, [num_bags, *], any strides (VEC > 1: column stride 1); else [num_keys, D], the level below

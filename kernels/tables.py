@@ -68,9 +68,9 @@ def contributes(tables_ptr, table, argmax, n):
 
 
 # grid:  (cdiv(num_bags * D / VEC, BLOCK), num_splits)
-# block: BLOCK vectors of VEC columns, one per lane
+# tile:  BLOCK vectors of VEC columns, one per lane
 # owner: program (i, s): vectors [i * BLOCK, ...) of the flattened output, split s of num_splits of each one's bag
-# why:   no lane idles, whatever the tables' widths; neighbouring lanes walk the same bag, or the next table's
+# why:   no lane idles, whatever the tables' widths; adjacent threads read adjacent columns of the same rows: coalesced
 @triton.jit
 def table_bag_kernel(
     weight_ptr,  # the tables' buffer
@@ -103,9 +103,9 @@ def table_bag_kernel(
     VECTORS: tl.constexpr = D // VEC
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first_b = start // VECTORS
-    lane = (start - first_b * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
-    b = first_b + lane // VECTORS
-    column = lane % VECTORS * VEC
+    flat_offset = (start - first_b * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
+    b = first_b + flat_offset // VECTORS
+    column = flat_offset % VECTORS * VEC
     in_range = b < num_bags
     table = tl.load(table_of_column_ptr + column, mask=in_range, other=0).to(tl.int64)
     bag = table * num_bags + b
@@ -222,8 +222,43 @@ def table_bag_kernel(
         )
 
 
+# grid:  (cdiv(num_bags * D, BLOCK),)
+# tile:  BLOCK_S splits by BLOCK elements, a loop over the splits
+# owner: program i: elements [i * BLOCK, ...) of the flattened output
+# why:   adds the partial sums of table_bag_kernel's splits in a fixed order: no atomics, deterministic
+@triton.jit
+def table_combine_kernel(
+    partial_ptr,  # accumulation dtype, [num_splits, num_bags, D]
+    sizes_ptr,  # mean: int64 [num_splits, num_bags]: each split's share of the divisor; sum: None
+    output_ptr,  # [num_bags, D]
+    num_splits,
+    num_bags,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    num_elements = num_bags * D
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    in_range = (element < num_elements)[None, :]
+    total = tl.zeros([BLOCK_S, BLOCK], partial_ptr.dtype.element_ty)
+    size = tl.zeros([BLOCK_S, BLOCK], tl.int64)
+    for first in range(0, num_splits, BLOCK_S):
+        split = (first + tl.arange(0, BLOCK_S)).to(tl.int64)[:, None]
+        taken = (split < num_splits) & in_range
+        total += tl.load(partial_ptr + split * num_elements + element[None, :], mask=taken, other=0)
+        if sizes_ptr is not None:
+            bag = (element // D)[None, :]
+            size += tl.load(sizes_ptr + split * num_bags + bag, mask=taken, other=0)
+    output = tl.sum(total, 0)
+    if sizes_ptr is not None:
+        output = divide(output, tl.maximum(tl.sum(size, 0), 1).to(output.dtype))
+    tl.store(
+        output_ptr + element, output.to(output_ptr.dtype.element_ty), mask=element < num_elements
+    )
+
+
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# block: BLOCK vectors of VEC elements
+# tile:  BLOCK vectors of VEC elements
 # owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries; an equal share of the
 #        offsets to check
 # why:   no lane idles when a row is shorter than a warp; no program owns a bag, so the offsets are shared out
@@ -264,9 +299,9 @@ def table_gather_kernel(
     VECTORS: tl.constexpr = D // VEC
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first_n = start // VECTORS
-    lane = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
-    n = first_n + lane // VECTORS
-    vector = lane % VECTORS
+    flat_offset = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
+    n = first_n + flat_offset // VECTORS
+    vector = flat_offset % VECTORS
     in_range = n < num_indices
     index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
     table = find_range(offsets_ptr, n, num_tables, num_bags, search_steps)
@@ -302,7 +337,7 @@ def table_gather_kernel(
 
 
 # grid:  (cdiv(num_indices, BLOCK),)
-# block: BLOCK positions
+# tile:  BLOCK positions
 # owner: program i: positions [i * BLOCK, ...)
 # why:   later kernels read a position's key and output bag instead of searching for them per column
 @triton.jit
@@ -356,7 +391,7 @@ def table_keys_kernel(
 
 
 # grid:  (cdiv(num_bags * D / VEC, BLOCK), num_splits)
-# block: BLOCK vectors of VEC columns, one per lane
+# tile:  BLOCK vectors of VEC columns, one per lane
 # owner: program (i, s): vectors [i * BLOCK, ...) of the flattened grad_output, split s of each one's bag
 # why:   each vector of grad_output is loaded once per split and added to every row of the bag
 @triton.jit
@@ -384,9 +419,9 @@ def table_scatter_add_kernel(
     VECTORS: tl.constexpr = D // VEC
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first_b = start // VECTORS
-    lane = (start - first_b * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
-    b = first_b + lane // VECTORS
-    column = lane % VECTORS * VEC
+    flat_offset = (start - first_b * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
+    b = first_b + flat_offset // VECTORS
+    column = flat_offset % VECTORS * VEC
     in_range = b < num_bags
     table = tl.load(table_of_column_ptr + column, mask=in_range, other=0).to(tl.int64)
     bag = table * num_bags + b
@@ -449,10 +484,11 @@ def table_scatter_add_kernel(
 
 
 # grid:  (cdiv(num_chunks, BLOCK_C), cdiv(D, BLOCK_D))
-# block: BLOCK_C chunks by BLOCK_D columns
+# tile:  BLOCK_C chunks by BLOCK_D columns
 # owner: program (i, j): chunks [i * BLOCK_C, ...), one per row of its tile; columns [j * BLOCK_D, ...) of each table
 #        that has them
-# why:   segment_sum_kernel for tables of different widths, with the same slots and levels
+# why:   segment_sum_kernel for tables of different widths, with the same slots and levels; a row's width comes from
+#        its table, so columns past it are masked
 @triton.jit
 def table_segment_sum_kernel(
     values_ptr,  # level 0: grad_output, [num_bags, *], any strides; else [num_keys, D], the level below's partial sums
@@ -605,7 +641,7 @@ def table_segment_sum_kernel(
 
 
 # grid:  (cdiv(num_indices, BLOCK_N),)
-# block: BLOCK_N positions by BLOCK_D columns, a loop over D
+# tile:  BLOCK_N positions by BLOCK_D columns, a loop over D
 # owner: program i: positions [i * BLOCK_N, ...); each is the inner product of its row and its bag's gradient
 # why:   each result is reduced within its program, in a fixed order
 @triton.jit

@@ -47,7 +47,7 @@ def update_table_row(row_args, elements, key, begin, width, total, mask, stored,
 
 
 # grid:  as table_segment_sum_kernel
-# block: BLOCK_C chunks by BLOCK_D columns; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
+# tile:  BLOCK_C chunks by BLOCK_D columns; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
 # owner: program (i, j): as table_segment_sum_kernel; of the rows, those whose runs end within its chunks
 # why:   each row has one owner per step, so updates need no atomics
 @triton.jit(do_not_specialize=["seed", "step"])
@@ -147,7 +147,7 @@ def table_row_update_kernel(
 
 
 # grid:  (num_runs,)
-# block: BLOCK_D columns, two loops over D
+# tile:  BLOCK_D columns, two loops over D
 # owner: program i: run i, whose summed gradient lies in memory
 # why:   "rowwise_adagrad" on rows too long for registers: one pass for the mean square, one for the update
 @triton.jit(do_not_specialize=["seed", "step"])

@@ -1,4 +1,4 @@
-// The walk of segment_walk.cuh for tables of different widths; the caller says what happens at the end of a run.
+// The walk of segment_walk.cuh for tables of different widths. EndRun: functor called with each complete run's sum.
 
 #pragma once
 

@@ -11,12 +11,12 @@ from .bounds import record_out_of_range
 
 @triton.jit
 def flat_vectors(VECTORS: tl.constexpr, BLOCK: tl.constexpr):
-    """Each lane's row of the output, and its vector in that row of VECTORS; programs ignore row boundaries."""
+    """Each element's row of the output, and its vector in that row of VECTORS; programs ignore row boundaries."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first_n = start // VECTORS
-    # One 64-bit division per program; lanes divide 32-bit numbers by a constant.
-    lane = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
-    return first_n + lane // VECTORS, lane % VECTORS
+    # One 64-bit division per program; threads divide in 32 bits, by a constant.
+    flat_offset = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
+    return first_n + flat_offset // VECTORS, flat_offset % VECTORS
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def load_wrapped_indices(indices_ptr, n, in_range, num_embeddings):
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# block: BLOCK vectors of VEC elements
+# tile:  BLOCK vectors of VEC elements
 # owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries
 # why:   no lane idles when a row is shorter than a warp, or its length no power of two
 @triton.jit

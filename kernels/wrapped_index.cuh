@@ -67,7 +67,7 @@ struct FlatVector {
 __device__ inline FlatVector flat_vector(int64 row_vectors) {
   const int64 start = (int64)blockIdx.x * blockDim.x;
   const int64 first_n = start / row_vectors;
-  // One 64-bit division per thread, the same in a block; lanes divide 32-bit numbers.
-  const uint32 lane = (uint32)(start - first_n * row_vectors) + threadIdx.x;
-  return {first_n + lane / (uint32)row_vectors, lane % (uint32)row_vectors};
+  // One 64-bit division per thread, the same in a block; the others are in 32 bits.
+  const uint32 flat_offset = (uint32)(start - first_n * row_vectors) + threadIdx.x;
+  return {first_n + flat_offset / (uint32)row_vectors, flat_offset % (uint32)row_vectors};
 }

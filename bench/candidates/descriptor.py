@@ -12,7 +12,7 @@ from gpu_embed.kernels.gather import load_indices
 
 
 # grid:  (cdiv(num_indices, ROWS), cdiv(D, BLOCK_D))
-# block: ROWS rows of BLOCK_D words, one after another; one warp
+# tile: ROWS rows of BLOCK_D words, one after another; one warp
 # owner: program (i, j): rows [i * ROWS, ...) of the output, words [j * BLOCK_D, ...) of each
 # why:   the copies pass through shared memory alone; one thread issues them, STAGES - 1 in flight
 @triton.jit
@@ -48,7 +48,7 @@ def gather_descriptor_kernel(
 
 
 # grid:  (cdiv(num_indices, ROWS), cdiv(D, BLOCK_D))
-# block: ROWS rows of BLOCK_D columns, all in flight; one warp
+# tile: ROWS rows of BLOCK_D columns, all in flight; one warp
 # owner: program (i, j): rows [i * ROWS, ...) of grad_output, columns [j * BLOCK_D, ...) of each;
 #        rows of grad_weight are shared
 # why:   one bulk reduction a row takes the place of an atomic for each vector

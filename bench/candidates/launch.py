@@ -57,8 +57,8 @@ class OneHotLaunch(Launch):
     num_warps: int = 4
 
 
-# Words in flight of a program of gather_descriptor_kernel, in no more rows than four. Rows of so many words go
-# alone, from one copy to the next without passing through registers.
+# Words in flight of a program of gather_descriptor_kernel, in no more rows than four. Rows of this many words
+# go alone, from one copy to the next without passing through registers.
 DESCRIPTOR_WORDS = 1024
 DESCRIPTOR_ROWS = 4
 # By the power of two that holds the table's rows: 16 or 32 sums a thread.
@@ -70,7 +70,7 @@ ONE_HOT = {
     256: OneHotLaunch(256, 32, 64, num_warps=16),
 }
 MAX_ONE_HOT_ROWS = max(ONE_HOT)
-# Ids a split of one_hot_kernel at the least, and for each row of the table, so that the splits' sums, which are
+# At least this many ids a split of one_hot_kernel, and for each row of the table, so that the splits' sums, which are
 # written and read again, are few beside the gradients. One tile adds them all up.
 MIN_SPLIT = 512
 MIN_SPLIT_PER_ROW = 8
@@ -246,7 +246,7 @@ def scatter_descriptor_launch(embedding_dim: int) -> ScatterDescriptorLaunch:
 
 @cache
 def one_hot_launch(num_embeddings: int, embedding_dim: int) -> OneHotLaunch:
-    """The table's entry, no wider than the rows are; a tensor core takes 16 columns at the least."""
+    """The table's entry, no wider than the rows are; a tensor core takes at least 16 columns."""
     launch = ONE_HOT[max(next_power_of_2(num_embeddings), min(ONE_HOT))]
     block_d = min(launch.BLOCK_D, max(next_power_of_2(embedding_dim), 16))
     return replace(launch, BLOCK_D=block_d)

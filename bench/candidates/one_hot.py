@@ -14,7 +14,7 @@ from gpu_embed.kernels.gather import load_indices
 
 
 # grid:  (num_splits, cdiv(D, BLOCK_D))
-# block: BLOCK_V rows by BLOCK_D columns of fp32 sums; BLOCK_N ids a step
+# tile: BLOCK_V rows by BLOCK_D columns of fp32 sums; BLOCK_N ids a step
 # owner: program (s, j): partial[s, :, j * BLOCK_D ...], the sums of split s of the ids
 # why:   the whole table fits in registers, so no two programs add to one row, however hot it is
 @triton.jit
@@ -57,7 +57,7 @@ def one_hot_kernel(
 
 
 # grid:  (cdiv(num_items, BLOCK),)
-# block: SPLITS partial sums by BLOCK items, one tile
+# tile: SPLITS partial sums by BLOCK items, one tile
 # owner: program i: items [i * BLOCK, ...) of the flattened grad_weight
 # why:   one tree over all splits, in the same order on every card, rounds once
 @triton.jit

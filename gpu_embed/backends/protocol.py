@@ -115,7 +115,7 @@ class Backend(Protocol):
         mode: str,
         scale_grad_by_freq: bool,
     ) -> Tensor:
-        """Gradient of embedding_bag's weight, given that of its output [B, D] -> [V, D], same dtype."""
+        """Gradient of embedding_bag's weight from grad_output [B, D] -> [V, D], same dtype."""
 
     def embedding_bag_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
@@ -133,8 +133,8 @@ class Backend(Protocol):
         """Sums and means of the batch's bags -> [B, sum D]; where it is not pooled, each id's row -> [N, D].
 
         weight is the tables' buffer, contiguous. Each table's padding takes no part in its bags; a row of its
-        own is zero if zero_padding says so. Positions in no bag give rows of zeros. Of a table of mode "max"
-        the values at the batch's `max_positions`.
+        own is zero if zero_padding says so. Positions in no bag give rows of zeros. Columns of a
+        max table take the values at the batch's `max_positions`.
         """
 
     def table_batched_embedding_max(
@@ -157,7 +157,7 @@ class Backend(Protocol):
         batch: TableBatch,
         weight_shape: tuple[int, ...],
     ) -> Tensor:
-        """Gradient of that buffer, given that of the output; padding gets none."""
+        """Gradient of the tables' buffer from grad_output -> weight_shape; padding gets none."""
 
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch

@@ -55,8 +55,8 @@ def embedding_bag(
         fp32 (fp64 for fp64) and rounded once. The first of equal maxima gets the gradient.
 
     Raises:
-        IndexError, RuntimeError: an id is out of range (an error that is both, as ours is the one and torch's
-            the other); when, is set by `gpu_embed.set_bounds_check`.
+        IndexError, RuntimeError: an id is out of range (one error of both types: ours and torch's);
+            `gpu_embed.set_bounds_check` sets when.
         RuntimeError: padding_idx is outside the table; ids, offsets, weight or per_sample_weights are of the
             wrong dtype, or on different devices; offsets on the CPU do not cut the ids into bags.
         ValueError: shapes that do not fit, an unknown mode, an argument that mode "max" does not have.
@@ -75,7 +75,7 @@ def embedding_bag(
         or weight.is_quantized
         or weight.is_nested
         or input.is_nested
-        # ONNX can say what torch's lookup is, and not what ours is.
+        # The ONNX exporter translates torch's operators, not ours.
         or (is_compiling() and torch.onnx.is_in_onnx_export())
     ):
         return _embedding_bag_by_torch(
@@ -116,7 +116,7 @@ def embedding_bag(
         include_last_offset = False
     if not (type(scale_grad_by_freq) is type(sparse) is type(include_last_offset) is bool):
         raise _wrong_flag(scale_grad_by_freq, sparse, include_last_offset)
-    row = -1 if padding_idx is None else _wrap_bag_padding_idx(padding_idx, weight.size(0))
+    padding_idx = -1 if padding_idx is None else _wrap_bag_padding_idx(padding_idx, weight.size(0))
     if input.dtype not in IDS or not (offsets is None or offsets.dtype in IDS):
         input, offsets = _bag_index_dtypes(input, offsets)
     _check_bag_tensors(input, weight, offsets, per_sample_weights)
@@ -126,14 +126,14 @@ def embedding_bag(
         # Last, so that a call that was refused has not changed the table.
         embedding_renorm_(weight.detach(), input, max_norm, norm_type)
     if mode == "max":
-        return call_embedding_bag_max(weight, input, offsets, include_last_offset, row)
+        return call_embedding_bag_max(weight, input, offsets, include_last_offset, padding_idx)
     return call_embedding_bag(
         weight,
         per_sample_weights,
         input,
         offsets,
         include_last_offset,
-        row,
+        padding_idx,
         mode,
         scale_grad_by_freq,
         sparse,
@@ -227,7 +227,7 @@ def _check_mode(mode: str, scale_grad_by_freq: bool, sparse: bool) -> None:
 
 
 def _wrong_flag(*flags: object) -> TypeError:
-    """The error for the first of these flags that is none."""
+    """The error for the first of these flags that is no bool."""
     named = zip(
         ("scale_grad_by_freq", "sparse", "include_last_offset"), (4, 6, 8), flags, strict=True
     )

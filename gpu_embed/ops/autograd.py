@@ -19,7 +19,7 @@ _library = torch.library.Library("gpu_embed", "DEF")
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operator: its schema, what runs below autograd on every device, and its shapes without data."""
+    """An operator: its schema, its kernel for every device (CompositeExplicitAutograd), and its fake kernel."""
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""The gpu_embed::embedding_bag* operators: schemas, shapes without data, gradients and vmap rules.
+"""The gpu_embed::embedding_bag* operators: schemas, fake kernels, gradients and vmap rules.
 
 With F(W, p) the bags of a table W under per-sample weights p (all ones where there are none), the product of F
 with a gradient g is linear in each of g, W and p. So the derivatives of each of three operators are the
@@ -28,7 +28,7 @@ from .lookup import (
     sparse_gradient,
 )
 
-# Kernels: what runs below autograd, on every device. Ids are [N] with offsets, or [B, L] without.
+# Dispatcher kernels (CompositeExplicitAutograd). Ids are [N] with offsets, or [B, L] without.
 
 
 def _checked_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> Bags:
@@ -56,8 +56,8 @@ def _embedding_bag(
         return bounds.looked_up(weight.device, indices, partial(_no_columns, weight, bags))
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.contiguous().view(-1)
-    embedding_bag = backends.select(weight.device).embedding_bag
-    compute = partial(embedding_bag, weight, per_sample_weights, bags, padding_idx, mode)
+    compute_bag = backends.select(weight.device).embedding_bag
+    compute = partial(compute_bag, weight, per_sample_weights, bags, padding_idx, mode)
     return bounds.looked_up(weight.device, indices, compute)
 
 
@@ -80,8 +80,8 @@ def _embedding_bag_max(
     shape = (bags.num_bags, weight.shape[1])
     if indices.numel() and bags.num_bags:
         if weight.shape[1]:
-            embedding_bag_max = backends.select(weight.device).embedding_bag_max
-            compute = partial(embedding_bag_max, weight, bags, padding_idx, with_argmax)
+            compute_bag_max = backends.select(weight.device).embedding_bag_max
+            compute = partial(compute_bag_max, weight, bags, padding_idx, with_argmax)
             return bounds.looked_up(weight.device, indices, compute)
         bounds.looked_up(weight.device, indices, partial(_no_columns, weight, bags))
     else:
@@ -142,7 +142,7 @@ def _embedding_counts(indices: Tensor, num_embeddings: int) -> Tensor:
     return backends.select(indices.device).embedding_counts(indices, num_embeddings)
 
 
-# Shapes without data.
+# Fake kernels.
 
 
 def _embedding_bag_fake(

@@ -1,4 +1,4 @@
-"""The gpu_embed::embedding* operators: schemas, shapes without data, gradients and vmap rules.
+"""The gpu_embed::embedding* operators: schemas, fake kernels, gradients and vmap rules.
 
 Three of them are linear in their first argument and adjoint to one another, which is all that autograd needs
 to differentiate them any number of times, in both directions:
@@ -18,7 +18,7 @@ from .. import backends, bounds
 from ..dtypes import FLOATS
 from .autograd import _library, define, register_multilinear
 
-# Kernels: what runs below autograd, on every device.
+# Dispatcher kernels (CompositeExplicitAutograd).
 
 
 def _embedding(
@@ -89,7 +89,7 @@ def _embedding_renorm_(weight: Tensor, indices: Tensor, max_norm: float, norm_ty
         backend.embedding_renorm_(weight, indices, max_norm, norm_type)
 
 
-# Shapes without data.
+# Fake kernels.
 
 
 def _embedding_fake(

@@ -79,7 +79,7 @@ def call_table_batched_embedding(
     return _call(weight, per_sample_weights, *batch, None, *shape, False, sparse)
 
 
-# Kernels: what runs below autograd, on every device.
+# Dispatcher kernels (CompositeExplicitAutograd).
 
 
 def _has_ids(weight: Tensor, batch: TableBatch) -> bool:
@@ -158,7 +158,7 @@ def _max_positions_like(output: Tensor, batch: TableBatch, with_argmax: bool) ->
     return output.new_empty(shape, dtype=batch.position_dtype)
 
 
-# Shapes without data.
+# Fake kernels.
 
 
 def _table_batched_embedding_max_fake(

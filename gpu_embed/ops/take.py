@@ -43,7 +43,7 @@ def _wrong_dtypes(
     )
 
 
-# Kernels: what runs below autograd, on every device.
+# Dispatcher kernels (CompositeExplicitAutograd).
 
 
 def _take_rows(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,7 +89,7 @@ def _dequantize_rows(
     return bounds.looked_up(values.device, indices, partial(dequantize_rows, table, indices, dtype))
 
 
-# Shapes without data.
+# Fake kernels.
 
 
 def _take_rows_fake(weight: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:

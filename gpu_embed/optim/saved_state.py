@@ -83,8 +83,8 @@ def put_together(
         fits = table not in anywhere if part is None else _fits(part, needed)
         if not fits:
             raise ValueError(
-                f"table {table!r} needs a state {layout.name} of shape {needed}, or of fewer rows, but the state to "
-                f"be loaded has {'none' if part is None else list(part.shape)}"
+                f"table {table!r} needs a state {layout.name} of shape {needed}, with at most that many rows, but the "
+                f"state to be loaded has {'none' if part is None else list(part.shape)}"
             )
     if isinstance(present, Tensor) and (present.shape, present.dtype) == (shape, dtype):
         views = row_range.views(present, layout.per_row)
@@ -174,7 +174,7 @@ def rows_of_tables(rows: Mapping[str, Tensor], params: Iterable[Tensor]) -> Tens
             continue
         if mask.dtype != torch.bool or mask.dim() != 1 or len(mask) > len(part):
             raise ValueError(
-                f"rows: table {name!r} needs a bool mask of shape [{len(part)}], or of fewer rows, but got "
+                f"rows: table {name!r} needs a bool mask of shape [{len(part)}], with at most that many rows, but got "
                 f"{mask.dtype} of shape {list(mask.shape)}"
             )
         part[: len(mask)].copy_(mask)

@@ -64,7 +64,7 @@ class TableBatch:
         return Places(bag, table, row, in_bag & ~is_padding)
 
     def output_bag(self, places: "Places") -> Tensor:
-        """Which part of the output each position adds to -> int64 [N]: that of bag b of table t is b * T + t."""
+        """The output bag of each position, b * T + t for bag b of table t -> int64 [N]."""
         return (places.bag - places.table * self.bags_per_table) * self.num_tables + places.table
 
     def bag_sizes(self, places: "Places") -> Tensor:

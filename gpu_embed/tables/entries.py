@@ -21,7 +21,7 @@ class TableEntries(NamedTuple):
         Tensor  # int32 or int64 [N]: the columns of table t in row b of values are b * T + t
     )
     scales: Tensor | None  # [N], in the dtype of the arithmetic: multiplies them; None: 1
-    # int32 or int64 [B, sum D]: the one entry that has them, where a table takes maxima; None: none does.
+    # int32 or int64 [B, sum D]: the argmax of max-pooled columns, an entry; None: no table has mode "max".
     max_positions: Tensor | None
     values: Tensor  # [B, sum D], any strides
     fields: Tensor  # int64 [T, 8], as of `TableBatch`
@@ -100,7 +100,7 @@ class TableEntries(NamedTuple):
         return self._replace(scales=(scales * factor).to(scales.dtype))
 
     def lie_like(self, other: "TableEntries") -> bool:
-        """Whether both are of the same tables; only of a layer that has been moved in between it waits for the GPU."""
+        """Whether both have the same tables; waits for the GPU only if the layer has been moved in between."""
         one, two = self.fields, other.fields
         if one.device != two.device:
             return False
@@ -155,7 +155,7 @@ class TableEntries(NamedTuple):
 
 
 def narrow_positions(positions: Tensor, count: int) -> Tensor:
-    """int32 where so many are no more."""
+    """As int32 if count < 2**31."""
     return positions.to(torch.int32) if count < 2**31 else positions
 
 

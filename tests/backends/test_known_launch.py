@@ -273,7 +273,7 @@ def test_launches_go_tritons_way_where_they_must(launched, monkeypatch, asked_an
 
     if how == "another version":
         monkeypatch.setattr(triton, "__version__", "4.0.0")
-        reason = "triton 4.0.0 is none of those checked: 3.6.0"
+        reason = "triton 4.0.0 is not a checked version (3.6.0"
     else:
         monkeypatch.setenv("GPU_EMBED_KNOWN_LAUNCH", "0")
         reason = "GPU_EMBED_KNOWN_LAUNCH=0"

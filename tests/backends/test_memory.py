@@ -154,7 +154,10 @@ def test_memory_of_batched_tables(backend, num_indices, num_rows, dtype, method,
     batch = TableBatch(indices, offsets, fields, table_of_column, layout.shape(pooled))
     shape = (num_bags, sum(dims)) if pooled else (num_indices, dims[0])
     grad_output = meta(*shape, dtype=dtype)
-    with LiveBytes(grad_output, *batch[:4]) as live, gpu_embed.use_gradient_method(method):
+    with (
+        LiveBytes(grad_output, indices, offsets, fields, table_of_column) as live,
+        gpu_embed.use_gradient_method(method),
+    ):
         grad_weight = backend.table_batched_embedding_dense_backward(
             grad_output, None, batch, layout.buffer_shape
         )

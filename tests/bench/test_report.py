@@ -166,6 +166,7 @@ def test_messages_are_escaped(page, source):
     assert "Synthetic Card <2>" in page.text
 
 
+@pytest.mark.full
 def test_a_narrow_screen_can_read_every_table(page, source):
     """At 390 pixels a heading breaks, and a table that is still too wide moves within its own box."""
     narrow = source[source.index("@media (max-width: 1280px)") : source.index("@media print")]

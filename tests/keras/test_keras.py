@@ -90,7 +90,7 @@ import json, pytest
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from keras.src import layers
 import gpu_embed.keras
-from gpu_embed import take_ops
+from gpu_embed.ops import take as take_ops
 
 class Outcomes:
     def __init__(self):

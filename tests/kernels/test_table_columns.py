@@ -14,7 +14,7 @@ def test_the_three_copies_of_the_columns_agree():
     assert {name: int(constants[name]) for name in TableColumn.__members__} == dict(
         TableColumn.__members__
     )
-    assert int(constants["NUM_FIELDS"]) == len(TableColumn)
+    assert int(constants["NUM_TABLE_COLUMNS"]) == len(TableColumn)
     cuda = (KERNELS / "tables_walk.cuh").read_text(encoding="utf-8")
     (struct,) = re.findall(r"struct Table \{(.*?)\};", cuda, re.DOTALL)
     members = re.findall(r"^ *int64 (\w+);", struct, re.MULTILINE)

@@ -484,7 +484,7 @@ def without_state(optimizer_class):
 UNFIT = {
     "a shrunk table": (
         lambda: trained({**MIXED, "shop": (6, 5)}, optim.Adam)[1].state_dict(),
-        r"table 'shop' needs a state exp_avg of shape \[5, 5\], or of fewer rows, but .* has \[6, 5\]",
+        r"table 'shop' needs a state exp_avg of shape \[5, 5\], with at most that many rows, but .* has \[6, 5\]",
     ),
     "another embedding_dim": (
         lambda: trained({**MIXED, "user": (7, 4)}, optim.Adam)[1].state_dict(),
@@ -552,7 +552,7 @@ UNFIT = {
     ),
     "rows of a shrunk table": (
         lambda: trained({**MIXED, "user": (8, 3)}, optim.Adam, rows=[1])[1].state_dict(),
-        r"rows: table 'user' needs a bool mask of shape \[7\], or of fewer rows, but .* \[8\]",
+        r"rows: table 'user' needs a bool mask of shape \[7\], with at most that many rows, but .* \[8\]",
     ),
     "rows that are no mask": (
         lambda: of_group(trained(MIXED, optim.Adam)[1], rows={"user": torch.arange(7)}),

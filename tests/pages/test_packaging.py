@@ -105,6 +105,7 @@ def wheel(released: Path) -> Path:
     return built
 
 
+@pytest.mark.full
 def test_release_builds_and_tags_and_leaves_the_tree_clean(source: Path, released: Path) -> None:
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
     names = {file.name for file in (released / "dist").iterdir()}
@@ -189,13 +190,33 @@ def test_wheel_carries_the_license(wheel: Path) -> None:
 
 
 @pytest.mark.full
-def test_unpacked_wheel_imports(wheel: Path, tmp_path: Path) -> None:
+def test_unpacked_wheel_imports_every_module_and_every_documented_name(
+    wheel: Path, tmp_path: Path
+) -> None:
     """Packaging: the three folders come together as one package away from the repo."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "import gpu_embed.kernels as k, gpu_embed.bench as b; print(k.__file__, b.__file__)"
-    printed = run_python(code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
-    expected = [tmp_path / "gpu_embed" / name / "__init__.py" for name in ("kernels", "bench")]
-    assert printed.split() == [str(path) for path in expected]
+    documented = re.findall(r"^::: (\S+)", (ROOT / "docs/reference.md").read_text("utf-8"), re.M)
+    assert "gpu_embed.functional.embedding" in documented
+    code = f"""
+import importlib, pkgutil
+import gpu_embed
+found = [module.name for module in pkgutil.walk_packages(gpu_embed.__path__, "gpu_embed.")]
+for name in found:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+for name in {documented}:
+    pkgutil.resolve_name(name)
+print(len(found), gpu_embed.kernels.__file__, gpu_embed.bench.__file__)
+"""
+    environment = {"PYTHONPATH": str(tmp_path), "KERAS_BACKEND": "torch", "TRITON_INTERPRET": "1"}
+    number, *files = run_python(code, cwd=tmp_path, **environment).split()
+    modules = [
+        file
+        for file in tmp_path.rglob("*.py")
+        if file.name != "__init__.py" or file.parent.name != "gpu_embed"
+    ]
+    assert int(number) == len(modules)
+    assert files == [str(tmp_path / "gpu_embed" / n / "__init__.py") for n in ("kernels", "bench")]
 
 
 def test_kernels_init_is_a_docstring_alone() -> None:
@@ -277,7 +298,7 @@ print([name for name in gpu_embed.__all__ if not hasattr(gpu_embed, name)])
 
 def make_targets() -> set[str]:
     return set(
-        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     )
 
 
@@ -285,8 +306,8 @@ def make_commands(document: str) -> set[str]:
     """The targets that a page's code names, inline or in a block; its prose may say make sure."""
     text = (ROOT / document).read_text(encoding="utf-8")
     blocks = "\n".join(re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    in_blocks = re.findall(r"^\s*(?:\$ )?make ([a-z]+)", blocks, re.MULTILINE)
-    return {*in_blocks, *re.findall(r"`make ([a-z]+)", text)}
+    in_blocks = re.findall(r"^\s*(?:\$ )?make ([a-z-]+)", blocks, re.MULTILINE)
+    return {*in_blocks, *re.findall(r"`make ([a-z-]+)", text)}
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
@@ -300,7 +321,7 @@ def test_documented_make_commands_exist(document: str) -> None:
 def test_every_make_command_is_described() -> None:
     """Packaging: `make help` lists each command."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert set(re.findall(r"^([a-z]+):.*## \S", text, re.MULTILINE)) == make_targets()
+    assert set(re.findall(r"^([a-z-]+):.*## \S", text, re.MULTILINE)) == make_targets()
 
 
 def canonical_name(requirement: str) -> str:

@@ -122,11 +122,8 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for vec in widths
             for mean in flags
         ),
-        *(
-            ("bag", f"bag_{step}_kernel<{table}>")
-            for step in ("join", "combine")
-            for table, _ in tables
-        ),
+        *(("bag", f"bag_join_kernel<{table}>") for table, _ in tables),
+        *(("tables", f"table_combine_kernel<{table}>") for table, _ in tables),
         *(
             ("bag", kernel)
             for table, widths in tables

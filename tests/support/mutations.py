@@ -120,8 +120,8 @@ MUTATIONS = (
     Mutation(
         "the carry-out lost at the end of CUDA C++'s chunks",
         "kernels/segment_walk.cuh",
-        "  store_end(trail_ptr, key, total);",
-        "  set_zero(total);\n  store_end(trail_ptr, key, total);",
+        "  store_carry(carry_out_ptr, key, total);",
+        "  set_zero(total);\n  store_carry(carry_out_ptr, key, total);",
         GRADIENT,
         "cupy-cpu",
     ),

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-# Not even imported in the default tier: code generation, models, processes, examples, random cases.
+# Not even imported in the default tier: code generation, candidates, models, processes, examples, random cases.
 FULL_FILES = frozenset(
     f"tests/{name}.py"
     for name in (
         "api/test_properties",
         "api/test_tables_properties",
         "api/test_torch_samples",
+        "bench/test_candidates",
         "kernels/test_codegen",
         "kernels/test_cuda_nvrtc",
         "keras/test_examples",

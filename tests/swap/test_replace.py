@@ -412,8 +412,8 @@ def test_verify_says_what_each_module_did():
     assert said == {"words": (1, 1, 0), "bags": (1, 0, 0), "unused": (0, 0, 0), "twice": (2, 2, 0)}
     assert str(verification).splitlines() == [
         "words   1 of 1 calls looked up with gpu_embed (torch), bit-equal to torch's",
-        "bags    0 of 1 calls looked up with gpu_embed; the others ran torch's lookup, or one of "
-        "another forward",
+        "bags    0 of 1 calls looked up with gpu_embed; the others ran torch's lookup or another "
+        "forward",
         "unused  not reached by this input",
         "twice   2 of 2 calls looked up with gpu_embed (torch), bit-equal to torch's",
     ]

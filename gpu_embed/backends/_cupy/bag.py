@@ -7,7 +7,7 @@ from ...bounds import BoundsRecord, record_arguments
 from .._plan.access import vector_width
 from .._plan.bag import BagParts, BagPlan
 from .device import FLOATS, CupyDevice, cpp_bool
-from .launch import BAG, BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS, MAX_SEGMENT_VECTOR
+from .launch import BAG, BAG_JOIN, BAG_OF, BAG_SAMPLE_WEIGHTS, MAX_SEGMENT_VECTOR
 from .nvrtc import Kernel
 
 
@@ -56,7 +56,7 @@ class CupyBag(CupyDevice, BagPlan):
         embedding_dim = output.shape[1]
         self._launch(
             Kernel("bag", f"bag_join_kernel<{FLOATS[output.dtype]}>"),
-            *BAG_COMBINE.grid(len(parts.values) // 2 * embedding_dim),
+            *BAG_JOIN.grid(len(parts.values) // 2 * embedding_dim),
             output.device,
             parts.values,
             parts.sizes,
@@ -66,20 +66,6 @@ class CupyBag(CupyDevice, BagPlan):
             parts.chunk_length,
             embedding_dim,
             offset_bytes(bags),
-        )
-
-    def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:
-        num_bags, embedding_dim = output.shape
-        self._launch(
-            Kernel("bag", f"bag_combine_kernel<{FLOATS[output.dtype]}>"),
-            *BAG_COMBINE.grid(output.numel()),
-            output.device,
-            partial,
-            sizes,
-            output,
-            len(partial),
-            num_bags,
-            embedding_dim,
         )
 
     def _bag_max(

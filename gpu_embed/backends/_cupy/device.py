@@ -10,7 +10,7 @@ from torch import Tensor
 from .._plan.trial_launch import TrialLaunch, no_cuda_device
 from .nvrtc import Kernel, compile_kernels, import_cupy
 
-# 64-bit float atomics begin here.
+# atomicAdd(double) needs sm_60.
 MIN_CAPABILITY = (6, 0)
 
 FLOATS = {

@@ -27,7 +27,7 @@ class CupyGradient(CupyDevice, GradientPlan):
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         vec = 1
-        # Without vector atomics, lanes that lie VEC apart would make more memory transactions of one add.
+        # Without vector atomics VEC > 1 puts adjacent threads VEC elements apart: uncoalesced.
         if (
             grad_output.dtype == torch.float32
             and self._capability(ids.device) >= VECTOR_ATOMICS_CAPABILITY
@@ -63,12 +63,12 @@ class CupyGradient(CupyDevice, GradientPlan):
     ) -> None:
         values, order, keys, _ = level
         num_embeddings, embedding_dim = grad_weight.shape
-        atomic_ends = partial is None
+        atomic_carry = partial is None
         # scale_grad_by_freq is rare: not worth a kernel for each width.
         vec = 1 if scale_grad_by_freq else min(vector_width(values), MAX_SEGMENT_VECTOR)
         arguments = (
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
-            f"{cpp_bool(scale_grad_by_freq)}, {SEGMENT_SUM.UNROLL}, {cpp_bool(atomic_ends)}{with_bags(bags)}"
+            f"{cpp_bool(scale_grad_by_freq)}, {SEGMENT_SUM.UNROLL}, {cpp_bool(atomic_carry)}{with_bags(bags)}"
         )
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(

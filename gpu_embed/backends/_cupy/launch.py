@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .._plan.access import cdiv
 
-# Columns a thread of a kernel that sums: more would cost registers and save nothing.
+# Columns per thread of a kernel that sums: more would cost registers and save nothing.
 MAX_SEGMENT_VECTOR = 4
 MAX_BLOCKS_Y = 65535
 
@@ -21,7 +21,7 @@ class RowsLaunch:
 
     def grid(self, num_rows: int, row_words: int) -> Grid:
         across, down = self.threads
-        # The threads stride over what so many blocks leave.
+        # Threads stride over the columns beyond this many blocks.
         blocks_across = min(cdiv(row_words, across), MAX_BLOCKS_Y)
         return (cdiv(num_rows, down * self.ROWS), blocks_across), self.threads
 
@@ -39,7 +39,10 @@ class FlatLaunch:
 
 @dataclass(frozen=True)
 class WalkLaunch:
-    """A kernel whose threads walk alone: threads a block, each with one chunk or bag, and loads in flight."""
+    """A kernel in which each thread reduces its own chunk or bag, with no shared memory and no __syncthreads.
+
+    threads: per block. UNROLL: loads in flight.
+    """
 
     threads: int = 256
     UNROLL: int = 4
@@ -48,11 +51,11 @@ class WalkLaunch:
         return (cdiv(items, self.threads), 1), (self.threads, 1)
 
 
-# The settings below keep four loads in flight a thread without spills; they are starting points until they
+# The settings below keep four loads per thread in flight without spills; they are starting points until they
 # are measured.
 
-# By the largest power of two that divides the words of a row; rows of other lengths go to GATHER_FLAT, which
-# has no lanes to spare, but a division to pay.
+# By the largest power of two that divides the words of a row; rows of other lengths go to GATHER_FLAT, where no
+# lane idles, but each thread divides.
 GATHER_ROWS = {
     32: RowsLaunch((32, 8)),
     64: RowsLaunch((64, 4)),
@@ -70,10 +73,11 @@ COUNTS = FlatLaunch()
 SELECT_ROWS = FlatLaunch()
 ROWWISE_ADAGRAD = FlatLaunch(threads=64)
 RENORM = FlatLaunch(threads=64)
-BAG_COMBINE = FlatLaunch()
+BAG_JOIN = FlatLaunch()
 BAG_OF = FlatLaunch()
 BAG_SAMPLE_WEIGHTS = FlatLaunch(threads=128)
 TABLE_BAG = WalkLaunch(threads=128)
+TABLE_COMBINE = FlatLaunch()
 TABLE_GATHER = FlatLaunch()
 TABLE_KEYS = FlatLaunch()
 TABLE_SAMPLE_WEIGHTS = FlatLaunch(threads=128)

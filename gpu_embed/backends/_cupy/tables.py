@@ -19,6 +19,7 @@ from .launch import (
     ROWWISE_ADAGRAD,
     SEGMENT_SUM,
     TABLE_BAG,
+    TABLE_COMBINE,
     TABLE_GATHER,
     TABLE_KEYS,
     TABLE_SAMPLE_WEIGHTS,
@@ -78,6 +79,20 @@ class CupyTables(CupyDevice, TablesPlan):
             itemsize(max_positions),
         )
 
+    def _table_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:
+        num_bags, embedding_dim = output.shape
+        self._launch(
+            Kernel("tables", f"table_combine_kernel<{FLOATS[output.dtype]}>"),
+            *TABLE_COMBINE.grid(output.numel()),
+            output.device,
+            partial,
+            sizes,
+            output,
+            len(partial),
+            num_bags,
+            embedding_dim,
+        )
+
     def _table_gather(
         self,
         weight: Tensor,
@@ -112,7 +127,7 @@ class CupyTables(CupyDevice, TablesPlan):
         self,
         batch: TableBatch,
         keys: Tensor | None,
-        bag_of: Tensor | None,
+        output_bag: Tensor | None,
         sizes: Tensor | None,
     ) -> None:
         self._launch(
@@ -123,7 +138,7 @@ class CupyTables(CupyDevice, TablesPlan):
             batch.offsets,
             batch.fields,
             keys,
-            bag_of,
+            output_bag,
             sizes,
             batch.indices.numel(),
             batch.bags_per_table,
@@ -133,7 +148,7 @@ class CupyTables(CupyDevice, TablesPlan):
             batch.indices.element_size(),
             batch.offsets.element_size(),
             itemsize(keys),
-            itemsize(bag_of),
+            itemsize(output_bag),
         )
 
     def _table_scatter_add(
@@ -222,7 +237,7 @@ class CupyTables(CupyDevice, TablesPlan):
         grad_output: Tensor,
         weight: Tensor,
         keys: Tensor,
-        bag_of: Tensor,
+        output_bag: Tensor,
         batch: TableBatch,
         grad: Tensor,
     ) -> None:
@@ -237,7 +252,7 @@ class CupyTables(CupyDevice, TablesPlan):
             grad_output,
             weight,
             keys,
-            bag_of,
+            output_bag,
             batch.fields,
             grad,
             keys.numel(),
@@ -246,7 +261,7 @@ class CupyTables(CupyDevice, TablesPlan):
             grad_output.stride(0) // vec,
             grad_output.stride(1),
             keys.element_size(),
-            bag_of.element_size(),
+            output_bag.element_size(),
         )
 
     def _table_row_update(

@@ -22,7 +22,7 @@ class WordLayout(NamedTuple):
 def word_layout(weight: Tensor) -> WordLayout:
     """The widest words in which rows of weight [V, D] can be copied.
 
-    Raises ValueError for items of 16 bytes whose columns are apart: no word holds one.
+    Raises ValueError for complex128 with column stride != 1: words have at most 8 bytes.
     """
     itemsize = weight.element_size()
     num_columns = weight.shape[1]
@@ -57,18 +57,17 @@ def vector_width(matrix: Tensor) -> int:
 
 
 class RowSteps(NamedTuple):
-    """From one row of a matrix to the next that a dimension before the last leads to."""
+    """One dimension before the last, in rows of `row_matrix`."""
 
     size: int
     step: int  # in rows
 
 
 def row_matrix(grad_output: Tensor) -> tuple[Tensor, list[RowSteps]]:
-    """grad_output [..., D], not empty, as a matrix [R, D] in its own memory: a copy would be as large again.
+    """grad_output [..., D], not empty, viewed as [R, D], without a copy.
 
-    Position n has row n of it where it takes no more than one step from row to row. It takes more where a
-    dimension before the last was transposed, or expanded, as the mean over words expands its gradient: then
-    `row_numbers` tells the rows.
+    One stride: position n is row n. Several: `row_numbers` maps a position to its row. A transposed [B, L, D] has
+    two strides, and so has a mean's gradient that was expanded from [B, 1, D].
     """
     outer: list[tuple[int, int]] = []
     for size, stride in zip(grad_output.shape[:-1], grad_output.stride()[:-1], strict=True):

@@ -14,7 +14,7 @@ from .gradient import GradientPlan, OutputBags
 
 # Bags up to this length are never cut: to join the parts takes a second launch.
 MAX_WHOLE_BAG = 512
-# Ids a chunk of a cut bag, clamped to these limits; about BAG_CHUNKS chunks between them.
+# Chunk length in ids: about BAG_CHUNKS chunks, clamped to [MIN_BAG_CHUNK, MAX_BAG_CHUNK].
 MIN_BAG_CHUNK = 64
 MAX_BAG_CHUNK = 1024
 BAG_CHUNKS = 4096
@@ -29,7 +29,7 @@ class BagParts(NamedTuple):
 
 
 class BagPlan(GradientPlan):
-    """`embedding_bag` and its kin of a `Backend`."""
+    """`Backend`'s `embedding_bag*` methods."""
 
     def embedding_bag(
         self,
@@ -83,7 +83,7 @@ class BagPlan(GradientPlan):
         mode: str,
         scale_grad_by_freq: bool,
     ) -> Tensor:
-        def make_bags() -> OutputBags:
+        def make_output_bags() -> OutputBags:
             sizes = None
             if mode == "mean":
                 sizes = bags.indices.new_zeros(bags.num_bags, dtype=torch.int32)
@@ -94,7 +94,7 @@ class BagPlan(GradientPlan):
             grad_output,
             [],
             bags.indices,
-            make_bags,
+            make_output_bags,
             num_embeddings,
             padding_idx,
             scale_grad_by_freq,
@@ -132,9 +132,6 @@ class BagPlan(GradientPlan):
     def _bag_join(self, parts: BagParts, bags: Bags, output: Tensor) -> None: ...
 
     @abstractmethod
-    def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None: ...
-
-    @abstractmethod
     def _bag_max(
         self,
         weight: Tensor,
@@ -163,7 +160,7 @@ class BagPlan(GradientPlan):
 
 
 def bag_chunk_length(bags: Bags) -> int:
-    """How many ids one program walks where a bag may be too long for it, a power of two; 0: no bag may be.
+    """Chunk length, a power of two; 0: no bag can exceed MAX_WHOLE_BAG, so none is cut.
 
     Shapes alone decide, so that nothing waits for the offsets. With offsets any bag may hold all ids.
     """

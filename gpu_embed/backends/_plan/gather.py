@@ -44,7 +44,7 @@ class GatherPlan(ABC):
     def _embedding_of_copy(
         self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
     ) -> Tensor:
-        """For items of 16 bytes whose columns are apart: no word holds one, so its two must be adjacent."""
+        """For complex128 with column stride != 1: words have at most 8 bytes, so an item's two must be adjacent."""
         return self.embedding(weight.contiguous(), indices, zero_idx, record)
 
     @abstractmethod

@@ -47,7 +47,7 @@ class GradientPlan(SortPlan):
         grad_output: Tensor,
         steps: list[RowSteps],
         indices: Tensor,
-        make_bags: Callable[[], OutputBags] | None,
+        make_output_bags: Callable[[], OutputBags] | None,
         num_embeddings: int,
         padding_idx: int,
         scale_grad_by_freq: bool,
@@ -66,7 +66,7 @@ class GradientPlan(SortPlan):
         )
         if method == "atomic":
             ids = flat_ids(indices)
-            bags = make_bags() if make_bags else None
+            bags = make_output_bags() if make_output_bags else None
             rows = row_numbers(steps, indices.device)
             if rows is not None:
                 bags = OutputBags(rows, None, None)
@@ -74,7 +74,7 @@ class GradientPlan(SortPlan):
             return grad_weight
         keys, order = self._sorted_keys(indices, num_embeddings, padding_idx)
         # Not made before the sort has freed its memory.
-        bags = make_bags() if make_bags else None
+        bags = make_output_bags() if make_output_bags else None
         rows = row_numbers(steps, indices.device)
         if rows is not None:
             order = rows.index_select(0, order)

@@ -28,13 +28,13 @@ class GradientRule:
     dtypes: tuple[torch.dtype, ...] = ()  # empty: any
     deterministic: bool = True  # whether the method may serve deterministic calls
     scale_grad_by_freq: bool = True  # whether the method can divide by the counts
-    # Chosen up to so many ids a row of the table, num_indices / num_embeddings; None: never, only forced.
+    # Chosen while num_indices / num_embeddings <= this; None: never, only forced.
     max_indices_per_row: float | None = None
 
     def refusal(
         self, dtype: torch.dtype, deterministic: bool, scale_grad_by_freq: bool
     ) -> str | None:
-        """What of such a call the method cannot serve; None: it gives the right answer, be it fast or not."""
+        """Why the method cannot serve the call; None: it can."""
         if self.dtypes and dtype not in self.dtypes:
             return f"a table of {dtype}"
         if deterministic and not self.deterministic:

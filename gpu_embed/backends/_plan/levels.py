@@ -10,7 +10,7 @@ from .access import cdiv
 
 # Keys a chunk: few, for parallelism.
 CHUNK = 32
-# What the partial sums of one level may take.
+# Limit on one level's partial sums.
 MAX_PARTIAL_BYTES = 48 * 2**20
 
 
@@ -20,7 +20,8 @@ class Level(NamedTuple):
     values: Tensor  # [*, D]
     order: Tensor | None  # [N]: the row of values of each key; None: its own
     keys: Tensor  # [N], ascending
-    extra: Tensor | None  # int32 [N]: the count or the table of each key; None: on the first level
+    # int32 [N]: counts_ptr of segment_sum, or key_tables_ptr of tables; None: on the first level
+    extra: Tensor | None
 
 
 class Partial(NamedTuple):
@@ -38,7 +39,7 @@ NO_PARTIAL = (None, None, None)
 def levels(
     values: Tensor, order: Tensor, keys: Tensor, dim: int, dtype: torch.dtype, extra: bool
 ) -> Iterator[tuple[Level, Partial, int]]:
-    """What each launch reads, where its partial sums go, and its keys a chunk; the next launch reads those sums.
+    """Yields (level, partial, chunk) per launch; each level reads the partial sums of the one before.
 
     Args:
         dim: columns of a partial sum.
@@ -63,7 +64,7 @@ def levels(
 def chunk_size(num_keys: int, embedding_dim: int, acc_bytes: int) -> int:
     """Keys a chunk: short for parallelism, longer where the partial sums would take too much memory.
 
-    Those of all levels above the first together take a fifteenth of the first's.
+    With CHUNK 32, all later levels together need 1/15 of the first's memory.
     """
     partial_bytes = embedding_dim * acc_bytes + 8 + 4  # sum, key, count
     chunk = CHUNK

@@ -85,7 +85,7 @@ class RowUpdatePlan(GradientPlan):
 
 
 def update_numbers(update: RowUpdate) -> tuple[float | int, ...]:
-    """What every kernel of a row update is passed, from its step size on."""
+    """Scalar arguments of the row-update kernels, from step_size on."""
     return (
         float(update.step_size),
         float(update.decay),
@@ -100,7 +100,7 @@ def update_numbers(update: RowUpdate) -> tuple[float | int, ...]:
 
 
 def rowwise_numbers(update: RowUpdate) -> tuple[float | int, ...]:
-    """What the second step of row-wise Adagrad is passed, from its step size on."""
+    """Scalar arguments of the rowwise_adagrad kernels, from step_size on."""
     return (
         float(update.step_size),
         float(update.eps),

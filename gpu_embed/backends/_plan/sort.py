@@ -38,9 +38,9 @@ class SortPlan(ABC):
 
 
 def check_sortable(num_ids: int) -> None:
-    """Raise NotImplementedError where torch.sort cannot sort so many ids."""
+    """Raise NotImplementedError if torch.sort cannot sort this many ids."""
     if num_ids > MAX_SORTED_IDS:
         raise NotImplementedError(
-            f"gpu_embed: {num_ids} ids in one call cannot be sorted, which this gradient, update or max_norm needs; "
-            f"at most {MAX_SORTED_IDS} can. Split the batch"
+            "gpu_embed: this gradient, update or max_norm sorts the ids, and torch.sort takes at most "
+            f"{MAX_SORTED_IDS}; got {num_ids}. Split the batch"
         )

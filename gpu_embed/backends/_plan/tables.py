@@ -18,7 +18,7 @@ from .levels import Level, Partial, levels
 from .row_update import RowUpdatePlan
 from .sort import check_sortable
 
-# Programs that keep a large card busy: long bags are split until there are so many.
+# Programs that keep a large card busy: long bags are split until at least this many programs run.
 MIN_BAG_PROGRAMS = 2048
 # Mean ids a split, at least.
 MIN_SPLIT_LENGTH = 64
@@ -26,7 +26,7 @@ MAX_BAG_SPLITS = 512
 
 
 class TablesPlan(BagPlan, RowUpdatePlan):
-    """`table_batched_embedding` and its kin of a `Backend`."""
+    """`Backend`'s `table_batched_embedding*` methods, and `table_row_update_`."""
 
     def table_batched_embedding(
         self,
@@ -69,8 +69,8 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             splits,
             record,
         )
-        # Tables differ in how they divide, so each element stands for a bag of one column.
-        self._bag_combine(
+        # Divisors differ by table, so combine sees each output element as a bag with D = 1.
+        self._table_combine(
             partial.view(splits, -1, 1),
             None if sizes is None else sizes.view(splits, -1),
             output.view(-1, 1),
@@ -157,10 +157,10 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             return None
         num_bags = batch.bags.num_bags
         dtype = torch.int32 if num_bags < 2**31 else torch.int64
-        bag_of = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
-        sizes = bag_of.new_zeros(num_bags, dtype=torch.int32) if batch.shape.mean else None
-        self._table_keys(batch, None, bag_of, sizes)
-        return OutputBags(bag_of, per_sample_weights, sizes)
+        output_bag = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
+        sizes = output_bag.new_zeros(num_bags, dtype=torch.int32) if batch.shape.mean else None
+        self._table_keys(batch, None, output_bag, sizes)
+        return OutputBags(output_bag, per_sample_weights, sizes)
 
     def _sorted_row_keys(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
         """The rows of all positions in ascending order, and the position that each came from."""
@@ -217,6 +217,9 @@ class TablesPlan(BagPlan, RowUpdatePlan):
     ) -> None: ...
 
     @abstractmethod
+    def _table_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None: ...
+
+    @abstractmethod
     def _table_gather(
         self,
         weight: Tensor,
@@ -231,7 +234,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         self,
         batch: TableBatch,
         keys: Tensor | None,
-        bag_of: Tensor | None,
+        output_bag: Tensor | None,
         sizes: Tensor | None,
     ) -> None: ...
 
@@ -262,7 +265,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         grad_output: Tensor,
         weight: Tensor,
         keys: Tensor,
-        bag_of: Tensor,
+        output_bag: Tensor,
         batch: TableBatch,
         grad: Tensor,
     ) -> None: ...

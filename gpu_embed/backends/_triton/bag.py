@@ -7,7 +7,7 @@ from ...bounds import BoundsRecord, record_arguments
 from .._plan.access import cdiv, vector_width
 from .._plan.bag import BagParts, BagPlan
 from .device import TritonDevice
-from .launch import BAG_COMBINE, BAG_OF, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
+from .launch import BAG_JOIN, BAG_OF, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
 
 
 class TritonBag(TritonDevice, BagPlan):
@@ -58,7 +58,7 @@ class TritonBag(TritonDevice, BagPlan):
         embedding_dim = output.shape[1]
         self._launch(
             self._kernels.bag_join,
-            (len(parts.values) // 2, cdiv(embedding_dim, BAG_COMBINE.BLOCK)),
+            (len(parts.values) // 2, cdiv(embedding_dim, BAG_JOIN.BLOCK)),
             output.device,
             parts.values,
             parts.sizes,
@@ -68,22 +68,7 @@ class TritonBag(TritonDevice, BagPlan):
             parts.chunk_length,
             bags.num_bags.bit_length(),
             D=embedding_dim,
-            **BAG_COMBINE.settings,
-        )
-
-    def _bag_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:
-        num_bags, embedding_dim = output.shape
-        self._launch(
-            self._kernels.bag_combine,
-            (cdiv(output.numel(), BAG_COMBINE.BLOCK),),
-            output.device,
-            partial,
-            sizes,
-            output,
-            len(partial),
-            num_bags,
-            D=embedding_dim,
-            **BAG_COMBINE.settings,
+            **BAG_JOIN.settings,
         )
 
     def _bag_max(

@@ -15,7 +15,7 @@ from .known_launch import launch
 
 # Triton compiles for these and newer cards only.
 MIN_CAPABILITY = (8, 0)
-# Said in every launch, as Triton's default is about to change; it is what the kernels were checked with.
+# Passed explicitly, because Triton's default is about to change; the kernels were checked with this.
 ENABLE_FP_FUSION = True
 
 
@@ -94,7 +94,7 @@ class TritonDevice:
 
     @cached_property
     def _words(self) -> dict[int, Any]:
-        """Triton's integer of so many bytes."""
+        """tl.int* by size in bytes."""
         from triton import language as tl
 
         return {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
@@ -133,11 +133,11 @@ class TritonDevice:
             rowwise_adagrad=row_update.rowwise_adagrad_kernel,
             bag_sum=bag.bag_sum_kernel,
             bag_join=bag.bag_join_kernel,
-            bag_combine=bag.bag_combine_kernel,
             bag_max=bag.bag_max_kernel,
             bag_of=bag.bag_of_kernel,
             bag_sample_weights=bag.bag_sample_weights_kernel,
             table_bag=tables.table_bag_kernel,
+            table_combine=tables.table_combine_kernel,
             table_gather=tables.table_gather_kernel,
             table_keys=tables.table_keys_kernel,
             table_scatter_add=tables.table_scatter_add_kernel,

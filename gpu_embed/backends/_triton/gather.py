@@ -58,7 +58,7 @@ class TritonGather(TritonDevice, GatherPlan):
     ) -> tuple[Any, Callable[[int], tuple[int, ...]], dict[str, int]]:
         """Kernel, grid for a number of ids, and settings.
 
-        Whole rows where a power of two of words makes full tiles of them, else a flat range.
+        gather_rows if row_words is a multiple of BLOCK_D (no masked tail), else gather_flat.
         """
         method = GATHER_METHOD.value
         widest = max(GATHER_ROWS)

@@ -1,4 +1,4 @@
-"""What Triton's interpreter lacks, in Triton 3.4 to 3.9, of what a GPU does.
+"""Patches where Triton's interpreter (3.4 to 3.9) differs from a GPU.
 
 It truncates where the hardware rounds to the nearest even bf16, takes integers for the bits of bf16, and gives a
 comparison the type of what it compares. Below Triton 3.7 it reads a loop's bounds in a way that NumPy 2.5 refuses.

@@ -1,9 +1,8 @@
-"""A cache of compiled binaries, whose launches skip Triton's own launch path.
+"""Cache of compiled binaries, keyed by Triton's own specialization (dtype, == 1, % 16); skips `JITFunction.run`.
 
-`kernel[grid](...)` asks in every call, anew, for the type of each argument, the options and the environment, and
-takes the host longer than all the rest of a lookup. All that may differ between two of our calls of one
-kernel is in the key below, which is as fine as Triton's own or finer; the binary is the one that Triton chose. The
-same holds for what the process tells Triton meanwhile: a profiler that instruments kernels, or `knobs.runtime.debug`.
+`kernel[grid](...)` derives the type of each argument, the options and the environment anew in every call, which takes
+the host longer than the rest of a lookup. The key below is as fine as Triton's or finer, and the binary is the one
+that Triton chose. Settings of the process are in the key too: profilers that instrument, `knobs.runtime.debug`.
 """
 
 import threading
@@ -12,13 +11,13 @@ from typing import Any
 
 from ...settings import KNOWN_LAUNCH
 
-# Those whose launch path was compared with this one; any other version launches by its own.
+# Versions whose launch path was compared with this one; with any other, Triton launches.
 CHECKED_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
-# What else changes a binary, where the version has it.
+# Knobs that change a binary, where the version has them.
 KNOBS = ("instrumentation_mode", "fpsan_homomorphic_casts")
 INT32 = 2**31
 INT64 = 2**63
-# Triton knows of addresses, and of whole numbers, whether they are multiples of this.
+# Triton specializes on addresses and integers that are multiples of 16.
 ALIGNMENT_MASK = 15
 
 Key = tuple[Any, ...]
@@ -67,7 +66,7 @@ def unused_reason() -> str | None:
         return f"{KNOWN_LAUNCH.variable}=0"
     if triton.__version__ not in CHECKED_VERSIONS:
         return (
-            f"triton {triton.__version__} is none of those checked: {', '.join(CHECKED_VERSIONS)}"
+            f"triton {triton.__version__} is not a checked version ({', '.join(CHECKED_VERSIONS)})"
         )
     return None
 

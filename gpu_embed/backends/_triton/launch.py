@@ -57,7 +57,7 @@ class BagLaunch(Launch):
 
 @dataclass(frozen=True)
 class TableLaunch(Launch):
-    """table_bag_sum_kernel and table_scatter_add_kernel: BLOCK vectors of their tables' columns, one a lane."""
+    """table_bag_kernel and table_scatter_add_kernel: BLOCK vectors of their tables' columns, one a lane."""
 
     BLOCK: int = 32
     UNROLL: int = 4
@@ -66,7 +66,7 @@ class TableLaunch(Launch):
 
 @dataclass(frozen=True)
 class CombineLaunch(Launch):
-    """bag_join_kernel and bag_combine_kernel: BLOCK_S parts by BLOCK elements."""
+    """bag_join_kernel and table_combine_kernel: BLOCK_S parts or splits by BLOCK elements."""
 
     BLOCK_S: int
     BLOCK: int
@@ -95,15 +95,15 @@ COUNTS = FlatLaunch(512)
 SORT_KEYS = FlatLaunch(1024)
 RENORM_ITEMS = 1024
 SELECT_ROWS = FlatLaunch(1024)
-# Bytes of a row's sum that one program holds to see the row as a whole, and bytes a thread; longer rows take
-# two steps.
+# Largest accumulated row kept in registers, in bytes, and register bytes a thread; longer rows take two launches.
 MAX_HELD_ROW = 16384
 HELD_BYTES = 32
 ROWWISE_BLOCK = 1024
 BAG_OF = FlatLaunch(1024)
-BAG_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
+BAG_JOIN = CombineLaunch(BLOCK_S=32, BLOCK=32)
 BAG_SAMPLE_WEIGHTS_VECTORS = 512
-TABLE_BAGS = TableLaunch()
+TABLE_BAG = TableLaunch()
+TABLE_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
 TABLE_GATHER = FlatLaunch(128, num_warps=1)
 TABLE_KEYS = FlatLaunch(512)
 TAKE_ROWS = FlatLaunch(256)

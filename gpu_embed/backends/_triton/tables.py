@@ -15,7 +15,8 @@ from .device import TritonDevice
 from .launch import (
     BAG_SAMPLE_WEIGHTS_VECTORS,
     ROWWISE_BLOCK,
-    TABLE_BAGS,
+    TABLE_BAG,
+    TABLE_COMBINE,
     TABLE_GATHER,
     TABLE_KEYS,
     next_power_of_2,
@@ -30,7 +31,7 @@ class TritonTables(TritonDevice, TablesPlan):
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
         num_elements = batch.bags_per_table * batch.width
         return cdiv(
-            num_elements // table_vector_width(matrix, batch.shape.dim_divisor), TABLE_BAGS.BLOCK
+            num_elements // table_vector_width(matrix, batch.shape.dim_divisor), TABLE_BAG.BLOCK
         )
 
     def _table_bag(
@@ -67,7 +68,22 @@ class TritonTables(TritonDevice, TablesPlan):
             MEAN=batch.shape.mean,
             MAX=find_max,
             SPLIT=splits > 1,
-            **TABLE_BAGS.settings,
+            **TABLE_BAG.settings,
+        )
+
+    def _table_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:
+        num_bags, embedding_dim = output.shape
+        self._launch(
+            self._kernels.table_combine,
+            (cdiv(output.numel(), TABLE_COMBINE.BLOCK),),
+            output.device,
+            partial,
+            sizes,
+            output,
+            len(partial),
+            num_bags,
+            D=embedding_dim,
+            **TABLE_COMBINE.settings,
         )
 
     def _table_gather(
@@ -105,10 +121,10 @@ class TritonTables(TritonDevice, TablesPlan):
         self,
         batch: TableBatch,
         keys: Tensor | None,
-        bag_of: Tensor | None,
+        output_bag: Tensor | None,
         sizes: Tensor | None,
     ) -> None:
-        num_ranges = batch.num_tables if bag_of is None else batch.bags.num_bags
+        num_ranges = batch.num_tables if output_bag is None else batch.bags.num_bags
         self._launch(
             self._kernels.table_keys,
             (cdiv(batch.indices.numel(), TABLE_KEYS.BLOCK),),
@@ -117,7 +133,7 @@ class TritonTables(TritonDevice, TablesPlan):
             batch.offsets,
             batch.fields,
             keys,
-            bag_of,
+            output_bag,
             sizes,
             batch.indices.numel(),
             batch.bags_per_table,
@@ -158,7 +174,7 @@ class TritonTables(TritonDevice, TablesPlan):
             VEC=vec,
             MEAN=batch.shape.mean,
             SPLIT=splits > 1,
-            **TABLE_BAGS.settings,
+            **TABLE_BAG.settings,
         )
 
     def _table_segment_sum(
@@ -202,7 +218,7 @@ class TritonTables(TritonDevice, TablesPlan):
         grad_output: Tensor,
         weight: Tensor,
         keys: Tensor,
-        bag_of: Tensor,
+        output_bag: Tensor,
         batch: TableBatch,
         grad: Tensor,
     ) -> None:
@@ -220,7 +236,7 @@ class TritonTables(TritonDevice, TablesPlan):
             grad_output,
             weight,
             keys,
-            bag_of,
+            output_bag,
             batch.fields,
             grad,
             keys.numel(),
