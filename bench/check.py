@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,28 +34,30 @@ class Verdict:
 
 def check_forward(output: Tensor, weight: Tensor, ids: Tensor) -> Verdict:
     """Output [N, D] must be weight[ids], bit for bit."""
-    if output.shape != (*ids.shape, weight.shape[1]) or output.dtype != weight.dtype:
-        return Verdict(False, f"the output is {output.dtype} {list(output.shape)}")
-    length = max(1, PIECE // weight.shape[1])
-    for start in range(0, ids.numel(), length):
-        part = slice(start, start + length)
+    if wrong := _wrong_form(output, weight, len(ids)):
+        return wrong
+    for part in _pieces(ids.numel(), weight.shape[1]):
         actual, expected = output[part].contiguous(), weight.index_select(0, ids[part])
         differs = (actual.view(torch.uint8) != expected.view(torch.uint8)).any(dim=1)
         if differs.any():
-            position = start + int(differs.int().argmax())
+            position = part.start + int(differs.int().argmax())
             return Verdict(False, f"the row at position {position} is not weight[ids]")
     return Verdict(True, "exact")
+
+
+def _wrong_form(output: Tensor, weight: Tensor, num_rows: int) -> Verdict | None:
+    if output.shape == (num_rows, weight.shape[1]) and output.dtype == weight.dtype:
+        return None
+    return Verdict(False, f"the output is {output.dtype} {list(output.shape)}")
 
 
 def check_bags(output: Tensor, weight: Tensor, ids: Tensor, fp32: bool) -> Verdict:
     """Output [B, D] must be the sums of weight[ids], ids [B, L]; bounds as of `check_gradient`."""
     num_bags, hotness = ids.shape
-    if output.shape != (num_bags, weight.shape[1]) or output.dtype != weight.dtype:
-        return Verdict(False, f"the output is {output.dtype} {list(output.shape)}")
+    if wrong := _wrong_form(output, weight, num_bags):
+        return wrong
     judge = Judge(output.dtype, fp32)
-    length = max(1, PIECE // (hotness * weight.shape[1]))
-    for start in range(0, num_bags, length):
-        part = slice(start, start + length)
+    for part in _pieces(num_bags, hotness * weight.shape[1]):
         rows = weight.index_select(0, ids[part].flatten()).view(-1, hotness, weight.shape[1])
         rows = rows.double()
         judge(output[part], rows.sum(1), rows.abs_().sum(1), hotness)
@@ -73,7 +75,7 @@ def check_gradient(
     if actual.dtype != grad_output.dtype or actual.dim() != 2:
         return Verdict(False, f"the gradient is {actual.dtype} {list(actual.shape)}")
     rows, sums = _sums(grad_output, ids, padding_idx)
-    if (place := _first_nonzero_row(actual, rows)) is not None:
+    if (place := _first_changed_row(None, actual, rows)) is not None:
         return Verdict(False, f"row {place} has a gradient, though no id asks for it")
     judge = Judge(actual.dtype, fp32)
     for columns, total, magnitude, counts in sums:
@@ -170,8 +172,7 @@ def check_steps(
             for ids, (_, positions), place_of in zip(id_sets, kept, places, strict=True)
         ]
 
-    width = max(1, PIECE // max(1, len(rows), *(ids.numel() for ids in id_sets)))
-    pieces = [slice(start, start + width) for start in range(0, embedding_dim, width)]
+    pieces = list(_pieces(embedding_dim, max(len(rows), *(ids.numel() for ids in id_sets))))
     mean_squares = [grad_output.new_zeros(len(rows), 1, dtype=torch.float64) for _ in id_sets]
     for columns in pieces:
         for mean_square, grad in zip(mean_squares, grads(columns), strict=True):
@@ -198,9 +199,7 @@ def _sums(grad_output: Tensor, ids: Tensor, padding_idx: int | None) -> tuple[Te
     rows, places, counts = torch.unique(ids, return_inverse=True, return_counts=True)
 
     def by_columns() -> Sums:
-        width = max(1, PIECE // max(1, num_ids))
-        for start in range(0, grad_output.shape[1], width):
-            columns = slice(start, start + width)
+        for columns in _pieces(grad_output.shape[1], num_ids):
             values = grad_output[:, columns]
             total = _row_sums(values, num_ids, positions, places, len(rows))
             magnitude = _row_sums(values.abs(), num_ids, positions, places, len(rows))
@@ -230,27 +229,22 @@ def _row_sums(
     return values.new_zeros(num_rows, values.shape[1]).index_add_(0, places, values)
 
 
-def _first_changed_row(before: Tensor, after: Tensor, rows: Tensor) -> int | None:
-    """The first row that is not in `rows` and not as it was."""
-    return _first_row(lambda part: before[part] != after[part], before.shape, rows)
-
-
-def _first_nonzero_row(gradient: Tensor, rows: Tensor) -> int | None:
-    """The first row that is not in `rows` and not zero."""
-    return _first_row(lambda part: gradient[part] != 0, gradient.shape, rows)
-
-
-def _first_row(differs: Callable[[slice], Tensor], shape: torch.Size, rows: Tensor) -> int | None:
-    """The first row of a table that differs somewhere and is not in `rows`."""
-    unused = torch.ones(shape[0], dtype=torch.bool, device=rows.device)
+def _first_changed_row(before: Tensor | None, after: Tensor, rows: Tensor) -> int | None:
+    """The first row that is not in `rows` and not as it was; before=None: not zero."""
+    unused = torch.ones(len(after), dtype=torch.bool, device=rows.device)
     unused[rows] = False
-    length = max(1, PIECE // shape[1])
-    for start in range(0, shape[0], length):
-        part = slice(start, start + length)
-        bad = differs(part).any(dim=1) & unused[part]
+    for part in _pieces(len(after), after.shape[1]):
+        changed = after[part] != (0 if before is None else before[part])
+        bad = changed.any(dim=1) & unused[part]
         if bad.any():
-            return start + int(bad.int().argmax())
+            return part.start + int(bad.int().argmax())
     return None
+
+
+def _pieces(length: int, size: int) -> Iterator[slice]:
+    """All of `length` items of so many elements, in pieces of about PIECE elements."""
+    step = max(1, PIECE // max(1, size))
+    return (slice(start, start + step) for start in range(0, length, step))
 
 
 def _largest(values: Tensor) -> float:

@@ -11,9 +11,9 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -23,7 +23,13 @@ from gpu_embed.demo.running import describe_backend
 from . import ids as ids_module
 from . import machine, results
 from .compare import NOISY_MEANS, noise_of
-from .console import make_console, print_table, progress_bar, replace_what_cannot_be_shown
+from .console import (
+    make_console,
+    make_table,
+    print_table,
+    progress_bar,
+    replace_what_cannot_be_shown,
+)
 from .headline import LAST_START_SECONDS, headline_jobs, results_directory
 from .measure import Bench
 from .occupancy import MULTIPROCESSORS, TARGETS
@@ -63,133 +69,104 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Exit code: 0 done, 1 a result of gpu_embed's own is wrong or failed (compare: a "
         "regression; codegen: a kernel is worse; host-calls: more calls), 2 it cannot start or go on, 130 interrupted.",
     )
-    machine_options(parser)
-    parser.add_argument(
-        "--card",
-        default="h200",
-        help="the GPU whose times the CPU summary predicts (default: %(default)s)",
-    )
+    add_options(parser, MACHINE)
+    card = "the GPU whose times the CPU summary predicts (default: %(default)s)"
+    parser.add_argument("--card", default="h200", help=card)
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
-    add_run(commands.add_parser("run", help="measure sets of shapes and write CSV and JSON"))
-    add_headline(
-        commands.add_parser(
-            "headline", help="the headline shapes in five minutes, with pictures and report"
-        )
-    )
-    commands.add_parser("list", help="the sets of shapes, and who can be measured here")
-    compare = commands.add_parser(
-        "compare",
-        help="exit 1 where a row of gpu_embed's in NEW is slower than in OLD, wrong or missing",
-    )
-    compare.add_argument("old", type=Path, metavar="OLD", help="results.csv, or its directory")
-    compare.add_argument("new", type=Path, metavar="NEW")
-    compare.add_argument(
-        "--fail-below",
-        type=float,
-        default=0.95,
-        metavar="RATIO",
-        help="a cell is a regression below this share of its old speed (default: %(default)s)",
-    )
-    add_codegen(
-        commands.add_parser("codegen", help="what the kernels compile to; needs Triton, but no GPU")
-    )
-    add_host_calls(
-        commands.add_parser("host-calls", help="the package's own Python calls in a warm call")
-    )
-    for name, text in (
-        ("plot", "draw the results in DIR"),
-        ("report", "write DIR as one HTML page"),
-    ):
+    for name, (text, options, _) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
-        command.add_argument("directory", type=Path, metavar="DIR")
+        if name in ("run", "headline"):
+            # Defaults of its own would undo what stands before the command.
+            nested = {"default": argparse.SUPPRESS}
+            add_options(
+                command, [(option, said, {**how, **nested}) for option, said, how in MACHINE]
+            )
+        add_options(command, options)
     return parser.parse_args(argv)
 
 
-def machine_options(parser: argparse.ArgumentParser, nested: bool = False) -> None:
-    # A command's own defaults would undo what stands before the command.
-    for option, kind, default, text in (
-        ("--device", str, None, "such as cpu or cuda:1 (default: cuda if there is one)"),
-        (
-            "--threads",
-            int,
-            1,
-            "on the CPU (default: 1; on a busy machine they wait for each other)",
-        ),
-        ("--seed", int, 0, "for ids and tables (default: 0)"),
-    ):
-        shown = argparse.SUPPRESS if nested else default
-        parser.add_argument(option, type=kind, default=shown, help=text)
+def add_options(parser: argparse.ArgumentParser, options: Options) -> None:
+    for option, text, how in options:
+        parser.add_argument(option, help=text, **how)
 
 
-def add_run(run: argparse.ArgumentParser) -> None:
-    machine_options(run, nested=True)
-    run.add_argument("--set", nargs="+", default=[], metavar="SET", help="A B ..., or all")
-    run.add_argument("--mode", nargs="+", help=f"{', '.join(MODES)} (default: the set's)")
-    run.add_argument("--providers", nargs="+", help="names from `list` (default: all that can run)")
-    for name, text in (
-        ("dtype", "of the table"),
-        ("id-dtype", "of the ids"),
-        ("tables", "tables in one call"),
-        ("vocab", "rows of a table: 65536, 2**16, 1e6, 10M"),
-        ("dim", "columns of a table"),
-        ("ids", "ids a call, in all tables"),
-        ("distribution", "uniform, zipf:1.05, text, hot:0.5, spread:8192, ..., or a file of ids"),
-    ):
-        run.add_argument(f"--{name}", nargs="+", help=f"{text}, in place of the set's")
-    run.add_argument("--out", type=Path, default=Path("bench-results"), metavar="DIR")
-    run.add_argument(
+# Each with its help, and what else argparse has to know.
+Options = Sequence[tuple[str, str | None, dict[str, Any]]]
+MANY: dict[str, Any] = {"nargs": "+"}
+FILE = {"type": Path, "metavar": "FILE"}
+FLAG = {"action": "store_true"}
+MACHINE: Options = (
+    ("--device", "such as cpu or cuda:1 (default: cuda if there is one)", {}),
+    (
+        "--threads",
+        "on the CPU (default: 1; on a busy machine they wait for each other)",
+        {"type": int, "default": 1},
+    ),
+    ("--seed", "for ids and tables (default: 0)", {"type": int, "default": 0}),
+)
+AXES = {
+    "dtype": "of the table",
+    "id-dtype": "of the ids",
+    "tables": "tables in one call",
+    "vocab": "rows of a table: 65536, 2**16, 1e6, 10M",
+    "dim": "columns of a table",
+    "ids": "ids a call, in all tables",
+    "distribution": "uniform, zipf:1.05, text, hot:0.5, spread:8192, ..., or a file of ids",
+}
+RUN: Options = (
+    ("--set", "A B ..., or all", {**MANY, "default": [], "metavar": "SET"}),
+    ("--mode", f"{', '.join(MODES)} (default: the set's)", MANY),
+    ("--providers", "names from `list` (default: all that can run)", MANY),
+    *((f"--{name}", f"{text}, in place of the set's", MANY) for name, text in AXES.items()),
+    ("--out", None, {"type": Path, "default": Path("bench-results"), "metavar": "DIR"}),
+    (
         "--max-memory",
-        metavar="SIZE",
-        help="such as 8G: larger cells are left out (default: half of what is free, on a GPU nine tenths)",
-    )
-    run.add_argument("--limit", type=int, metavar="N", help="the first N cells alone")
-    run.add_argument(
-        "--seconds", type=float, default=0.5, help="for each measurement (default: %(default)s)"
-    )
-    run.add_argument("--resume", action="store_true", help="measure what DIR lacks")
-
-
-def add_headline(headline: argparse.ArgumentParser) -> None:
-    machine_options(headline, nested=True)
-    headline.add_argument(
+        "such as 8G: larger cells are left out (default: half of what is free, on a GPU nine tenths)",
+        {"metavar": "SIZE"},
+    ),
+    ("--limit", "the first N cells alone", {"type": int, "metavar": "N"}),
+    ("--seconds", "for each measurement (default: %(default)s)", {"type": float, "default": 0.5}),
+    ("--resume", "measure what DIR lacks", FLAG),
+)
+HEADLINE: Options = (
+    (
         "--out",
-        type=Path,
-        default=Path("bench/results"),
-        metavar="ROOT",
-        help="where <device>-<date>-<commit> is made (default: %(default)s)",
-    )
-    headline.add_argument(
-        "--page", type=Path, metavar="FILE", help="rewrite this page, such as bench/RESULTS.md"
-    )
-
-
-def add_codegen(codegen: argparse.ArgumentParser) -> None:
-    codegen.add_argument(
+        "where <device>-<date>-<commit> is made (default: %(default)s)",
+        {"type": Path, "default": Path("bench/results"), "metavar": "ROOT"},
+    ),
+    ("--page", "rewrite this page, such as bench/RESULTS.md", FILE),
+)
+COMPARE: Options = (
+    ("old", "results.csv, or its directory", {"type": Path, "metavar": "OLD"}),
+    ("new", None, {"type": Path, "metavar": "NEW"}),
+    (
+        "--fail-below",
+        "a cell is a regression below this share of its old speed (default: %(default)s)",
+        {"type": float, "default": 0.95, "metavar": "RATIO"},
+    ),
+)
+CODEGEN: Options = (
+    (
         "--arch",
-        nargs="+",
-        type=int,
-        choices=MULTIPROCESSORS,
-        default=list(TARGETS),
-        metavar="SM",
-        help=f"compute capabilities times ten (default: {' '.join(map(str, TARGETS))})",
-    )
-    codegen.add_argument("--kernel", nargs="+", metavar="NAME", help="such as gather_rows_kernel")
-    codegen.add_argument("--json", action="store_true", help="print every launch and instruction")
-    codegen.add_argument("--out", type=Path, metavar="FILE", help="write the whole table as CSV")
-    codegen.add_argument(
-        "--check", type=Path, metavar="FILE", help="exit 1 where a kernel is worse than in FILE"
-    )
-
-
-def add_host_calls(host_calls: argparse.ArgumentParser) -> None:
-    host_calls.add_argument(
-        "--functions", action="store_true", help="list the called functions in call order"
-    )
-    host_calls.add_argument(
-        "--write",
-        action="store_true",
-        help="rewrite bench/host_calls.csv, against which more calls are an error",
-    )
+        f"compute capabilities times ten (default: {' '.join(map(str, TARGETS))})",
+        {
+            **MANY,
+            "type": int,
+            "choices": MULTIPROCESSORS,
+            "default": list(TARGETS),
+            "metavar": "SM",
+        },
+    ),
+    ("--kernel", "such as gather_rows_kernel", {**MANY, "metavar": "NAME"}),
+    ("--json", "print every launch and instruction", FLAG),
+    ("--out", "write the whole table as CSV", FILE),
+    ("--check", "exit 1 where a kernel is worse than in FILE", FILE),
+)
+HOST_CALLS: Options = (
+    ("--functions", "list the called functions in call order", FLAG),
+    ("--write", "rewrite bench/host_calls.csv, against which more calls are an error", FLAG),
+)
+DIRECTORY: Options = (("directory", None, {"type": Path, "metavar": "DIR"}),)
 
 
 def known(what: str, values: Sequence[str] | None, names: Collection[str]) -> list[str] | None:
@@ -200,12 +177,8 @@ def known(what: str, values: Sequence[str] | None, names: Collection[str]) -> li
     return list(values) if values else None
 
 
-def whole_numbers(option: str, values: Sequence[str] | None) -> list[int] | None:
-    """65536, 65_536, 2**16, 1e6, 64k, 10M."""
-    return [whole_number(option, value) for value in values] if values else None
-
-
 def whole_number(option: str, text: str) -> int:
+    """65536, 65_536, 2**16, 1e6, 64k, 10M."""
     number = math.nan
     if match := re.fullmatch(r"(\d+)\*\*(\d{1,2})", text):
         number = int(match[1]) ** int(match[2])
@@ -255,7 +228,7 @@ def check_extra(*names: str) -> None:
             )
 
 
-def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
+def start(args: argparse.Namespace, console: Console) -> Bench:
     """The device and its copy bandwidth, measured and said."""
     if not 0 <= args.seed < 2**40:
         raise CannotRunError(f"--seed {args.seed}: choose a number from 0 to 2**40 - 1")
@@ -268,12 +241,8 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
     except (RuntimeError, ValueError) as problem:
         raise CannotRunError(str(problem).removeprefix("gpu_embed: ")) from problem
     name, dirty = machine.commit()
-    facts = {
-        "device": machine.device_name(device),
-        "torch": torch.__version__,
-        "triton": machine.version("triton"),
-        "commit": name,
-    }
+    versions = {"torch": torch.__version__, "triton": machine.version("triton"), "commit": name}
+    facts = {"device": machine.device_name(device), **versions}
     memory = machine.usable_memory(device)
     console.print(f"gpu_embed bench on {facts['device']}")
     console.print(
@@ -283,33 +252,32 @@ def start(args: argparse.Namespace, console: Console) -> tuple[Bench, float]:
     console.print(describe_backend(device))
     speed = copy_gbps(device, memory)
     console.print(f"measured copy bandwidth, read + write: {speed:,.3g} GB/s")
-    return Bench(device, speed, facts, memory, args.seed), speed
+    return Bench(device, speed, facts, memory, args.seed)
 
 
 def summary(args: argparse.Namespace) -> int:
     from . import summary as summaries
 
-    if args.card not in CARDS:
-        raise CannotRunError(f"unknown card {args.card!r}: choose from {', '.join(CARDS)}")
+    known("card", [args.card], CARDS)
     console = make_console()
-    bench, _ = start(args, console)
+    bench = start(args, console)
     with progress_bar(console) as progress:
         if bench.device.type == "cuda":
             rows = summaries.summarize_gpu(bench, console, progress)
         else:
             rows = summaries.summarize_cpu(bench, console, progress, CARDS[args.card])
-    missing = {
-        provider.name: reason
+    missing = [
+        f"{provider.name}: {reason}"
         for provider in PROVIDERS.values()
         if (reason := provider.missing_reason(bench.device)) is not None
-    }
+    ]
     if bench.device.type == "cuda" and missing:
-        console.print("not measured: " + "; ".join(f"{n}: {why}" for n, why in missing.items()))
+        console.print(f"not measured: {'; '.join(missing)}")
     console.print(f"More: {PROG} list, {PROG} run --help")
     return own_failures(rows, console)
 
 
-def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     choice = read_choice(args)
     console = make_console()
     memory = None if args.max_memory is None else memory_size(args.max_memory)
@@ -321,41 +289,33 @@ def run(args: argparse.Namespace, argv: Sequence[str]) -> int:
     jobs = plan(choice, device)
     if not any(job.mode in job.provider.modes for job in jobs):
         raise CannotRunError("nothing to measure: no chosen provider is measured in a chosen mode")
-    check_providers(jobs, device)
+    reasons = {job.provider.name: job.provider.missing_reason(device) for job in jobs}
+    if all(reasons.values()):
+        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        nobody = f"nothing to measure, as no chosen provider can run on {device}"
+        raise CannotRunError(f"{nobody}: {said}")
     results.check_writable(args.out)
     with results.RowWriter(args.out, args.resume) as writer:
-        bench, speed = start(args, console)
+        bench = start(args, console)
         bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
         if memory is not None:
             bench.memory = min(memory, machine.free_memory(bench.device))
-        bench.copy_gbps = write_header(args, argv, bench, speed)
+        bench.copy_gbps = write_header(args, bench)
         try:
             done = measure(bench, jobs, writer, console)
         except (KeyboardInterrupt, results.NotWrittenError) as end:
             kept = sum(job.row(bench).key in writer.done for job in jobs)
             interrupted = isinstance(end, KeyboardInterrupt)
-            print(
-                f"\n{PROG}: {'interrupted' if interrupted else end}; {kept} of {len(jobs)} measurements "
-                f"are in {args.out / results.RESULTS}, the same command with --resume measures the rest",
-                file=sys.stderr,
-            )
+            rest = "the same command with --resume measures the rest"
+            say_stopped("interrupted" if interrupted else end, kept, len(jobs), args.out, rest)
             return 130 if interrupted else 2
     say_counts(done, args.out, console)
     return own_failures(done, console)
 
 
-def check_providers(jobs: Iterable[Job], device: torch.device) -> None:
-    """Raises CannotRunError if none of the jobs' providers can run here, with what each needs."""
-    reasons = {job.provider.name: job.provider.missing_reason(device) for job in jobs}
-    if all(reasons.values()):
-        said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise CannotRunError(
-            f"nothing to measure, as no chosen provider can run on {device}: {said}"
-        )
-
-
-def headline(args: argparse.Namespace, argv: Sequence[str]) -> int:
+def headline(args: argparse.Namespace) -> int:
     """Measure, draw, report; what was measured before an interruption is kept."""
+    check_extra("matplotlib")
     from .plots import plot_directory
     from .report import write_report, write_results_markdown
 
@@ -364,36 +324,40 @@ def headline(args: argparse.Namespace, argv: Sequence[str]) -> int:
         results.check_writable(args.page.parent, "choose another --page")
     console = make_console()
     end = time.monotonic() + LAST_START_SECONDS
-    bench, speed = start(args, console)
+    bench = start(args, console)
     bench.effort = Effort(seconds=0.3, max_samples=100, host_seconds=0.1)
     jobs = headline_jobs(bench.device)
-    header = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(argv)])
+    header = new_header(args, bench)
     directory = results_directory(args.out, header)
     with results.RowWriter(directory) as writer:
         results.write_header(directory, header)
         try:
             done = measure(bench, jobs, writer, console, end)
         except KeyboardInterrupt:
-            say_interrupted(directory, len(writer.done), len(jobs))
+            shown = f"{PROG} report {directory} shows them"
+            say_stopped("interrupted", len(writer.done), len(jobs), directory, shown)
             return 130
     if len(done) < len(jobs):
         console.print(f"{len(jobs) - len(done)} of {len(jobs)} measurements left out: time is over")
     if done:
         for path in (*plot_directory(directory), write_report(directory)):
             console.print(str(path))
-    if done and args.page is not None:
-        write_results_markdown(directory, args.page)
-        console.print(str(args.page))
+        if args.page is not None:
+            write_results_markdown(directory, args.page)
+            console.print(str(args.page))
     say_counts(done, directory, console)
     return own_failures(done, console)
 
 
-def say_interrupted(directory: Path, kept: int, wanted: int) -> None:
-    print(
-        f"\n{PROG}: interrupted; {kept} of {wanted} measurements are in {directory / results.RESULTS}, "
-        f"{PROG} report {directory} shows them",
-        file=sys.stderr,
-    )
+def say_stopped(what: object, kept: int, wanted: int, directory: Path, then: str) -> None:
+    path = directory / results.RESULTS
+    # The bar may stand in the line.
+    print(file=sys.stderr)
+    complain(f"{what}; {kept} of {wanted} measurements are in {path}, {then}")
+
+
+def complain(text: object) -> None:
+    print(f"{PROG}: {text}", file=sys.stderr)
 
 
 def measure(
@@ -451,15 +415,16 @@ class Reporter:
     def flush(self) -> None:
         """Say what is known of the last cell."""
         if self._rows and self._place is not None:
-            said = ", ".join(
-                f"{row.provider} {row.ms_p50:.4g} ms ({row.percent_of_copy:.0f} %"
-                f"{', noisy' if noise_of(row) else ''})"
-                if row.ms_p50 is not None and row.percent_of_copy is not None
-                else f"{row.provider} {row.status} ({row.note or row.match})"
-                for row in self._rows
-            )
+            said = ", ".join(map(said_of, self._rows))
             self.console.print(f"{' '.join(self._place)}: {said}")
         self._rows = []
+
+
+def said_of(row: results.Row) -> str:
+    if row.ms_p50 is None or row.percent_of_copy is None:
+        return f"{row.provider} {row.status} ({row.note or row.match})"
+    noisy = ", noisy" if noise_of(row) else ""
+    return f"{row.provider} {row.ms_p50:.4g} ms ({row.percent_of_copy:.0f} %{noisy})"
 
 
 def read_choice(args: argparse.Namespace) -> Choice:
@@ -469,29 +434,30 @@ def read_choice(args: argparse.Namespace) -> Choice:
     sets = list(SETS) if args.set == ["all"] else known("set", args.set, SETS)
     for distribution in args.distribution or ():
         ids_module.parse(distribution)
-    return Choice(
-        sets=list(dict.fromkeys(sets or ())),
-        providers=known("provider", args.providers, PROVIDERS),
-        modes=known("mode", args.mode, MODES),
-        dtypes=known("dtype", args.dtype, DTYPES),
-        id_dtypes=known("id dtype", args.id_dtype, ID_DTYPES),
-        tables=whole_numbers("--tables", args.tables),
-        vocabs=whole_numbers("--vocab", args.vocab),
-        dims=whole_numbers("--dim", args.dim),
-        num_ids=whole_numbers("--ids", args.ids),
-        distributions=args.distribution,
-        limit=args.limit,
-    )
+    sizes = {"tables": "tables", "vocab": "vocab", "dim": "dim", "ids": "num_ids"}
+    axes: dict[str, list[Any] | None] = {
+        "dtype": known("dtype", args.dtype, DTYPES),
+        "id_dtype": known("id dtype", args.id_dtype, ID_DTYPES),
+    }
+    for option, field in sizes.items():
+        axes[field] = [whole_number(f"--{option}", text) for text in getattr(args, option) or ()]
+    axes["distribution"] = args.distribution
+    providers = known("provider", args.providers, PROVIDERS)
+    modes = known("mode", args.mode, MODES)
+    return Choice(list(dict.fromkeys(sets or ())), providers, modes, axes, args.limit)
 
 
-def write_header(
-    args: argparse.Namespace, argv: Sequence[str], bench: Bench, speed: float
-) -> float:
+def new_header(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+    command = [PROG, shlex.join(args.argv)]
+    return machine.header(bench.device, bench.copy_gbps, args.seed, command)
+
+
+def write_header(args: argparse.Namespace, bench: Bench) -> float:
     """Write header.json, or check that a resumed run is the same one; returns its copy bandwidth."""
-    new = machine.header(bench.device, speed, args.seed, [PROG, shlex.join(argv)])
+    new = new_header(args, bench)
     if not (args.resume and (args.out / results.HEADER).exists()):
         results.write_header(args.out, new)
-        return speed
+        return bench.copy_gbps
     old = results.read_header(args.out)
     for name in SAME_RUN:
         if old.get(name) != new[name]:
@@ -500,51 +466,35 @@ def write_header(
                 f"{new[name]!r}: choose another --out"
             )
     former = old.get("copy_gbps")
-    if not isinstance(former, int | float) or not 0 < former < math.inf:
-        raise CannotRunError(
-            f"{args.out / results.HEADER} names no copy bandwidth: choose another --out"
-        )
-    return float(former)
+    if isinstance(former, int | float) and 0 < former < math.inf:
+        return float(former)
+    path = args.out / results.HEADER
+    raise CannotRunError(f"{path} names no copy bandwidth: choose another --out")
 
 
 def own_failures(rows: Iterable[results.Row], console: Console) -> int:
     """1 if a result of ours is wrong or failed, and say which; the rivals' are theirs."""
     bad = [r for r in rows if r.provider.startswith(OWN) and r.status in ("wrong", "error")]
-    for row in bad:
-        console.print(
-            f"{row.status}: {row.provider} {row.mode} {row.vocab} x {row.dim} {row.dtype}: "
-            f"{row.match or row.note}"
-        )
+    for r in bad:
+        shape = f"{r.provider} {r.mode} {r.vocab} x {r.dim} {r.dtype}"
+        console.print(f"{r.status}: {shape}: {r.match or r.note}")
     return 1 if bad else 0
 
 
 def list_all(args: argparse.Namespace) -> int:
-    from rich.table import Table
-
     console = make_console()
-    sets = Table(title="Sets of shapes", title_justify="left")
-    for name in ("set", "cells", "modes", "what", "from"):
-        sets.add_column(name, justify="right" if name == "cells" else "left")
-    for shape_set in SETS.values():
-        sets.add_row(
-            shape_set.name,
-            str(len(shape_set.cells)),
-            " ".join(shape_set.modes),
-            shape_set.description,
-            shape_set.origin,
-        )
+    sets = make_table("Sets of shapes", "set", ">cells", "modes", "what", "from")
+    for entry in SETS.values():
+        modes, cells = " ".join(entry.modes), str(len(entry.cells))
+        sets.add_row(entry.name, cells, modes, entry.description, entry.origin)
     print_table(console, sets)
     device = choose_device(args.device)
-    providers = Table(title=f"Providers, on {device}", title_justify="left")
-    for name in ("provider", "what", "version", "here"):
-        providers.add_column(name)
+    title = f"Providers, on {device}"
+    providers = make_table(title, "provider", "what", "version", "here")
     for provider in PROVIDERS.values():
-        providers.add_row(
-            provider.name,
-            provider.description,
-            provider.version() or f"none (pip install {provider.package})",
-            provider.missing_reason(device) or "usable",
-        )
+        version = provider.version() or f"none (pip install {provider.package})"
+        here = provider.missing_reason(device) or "usable"
+        providers.add_row(provider.name, provider.description, version, here)
     print_table(console, providers)
     for name in ids_module.WORD_LISTS:
         found = machine.version(name) or f"none (pip install {name})"
@@ -558,9 +508,9 @@ def codegen(args: argparse.Namespace) -> int:
         raise CannotRunError("codegen compiles Triton kernels: pip install triton (Linux only)")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise CannotRunError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it")
-    if args.out is not None and (args.kernel or set(args.arch) != set(TARGETS)):
-        raise CannotRunError("--out writes the whole table: leave out --arch and --kernel")
     if args.out is not None:
+        if args.kernel or set(args.arch) != set(TARGETS):
+            raise CannotRunError("--out writes the whole table: leave out --arch and --kernel")
         results.check_writable(args.out.parent)
     from .codegen import table as codegen_table
     from .codegen.cases import CASES
@@ -576,14 +526,15 @@ def codegen(args: argparse.Namespace) -> int:
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(set(args.arch)) * len(launches))
         for architecture in sorted(set(args.arch)):
+            sm = f"sm_{architecture}"
 
-            def advance(launch: Launch, architecture: int = architecture) -> None:
-                progress.update(task, description=f"sm_{architecture} {launch.case}", advance=1)
+            def advance(launch: Launch, sm: str = sm) -> None:
+                progress.update(task, description=f"{sm} {launch.case}", advance=1)
 
             done, failed = compile_launches(architecture, launches, advance)
             compiled += done
             for case, problem in failed.items():
-                failures.setdefault(case, f"sm_{architecture}, {problem}")
+                failures.setdefault(case, f"{sm}, {problem}")
     version = machine.version("triton")
     rows = codegen_table.table_rows(compiled, version)
     if args.json:
@@ -597,7 +548,7 @@ def codegen(args: argparse.Namespace) -> int:
         for table in codegen_table.rich_tables(rows):
             print_table(console, table)
     for case, problem in failures.items():
-        print(f"{PROG}: {case} does not compile: {problem}", file=sys.stderr)
+        complain(f"{case} does not compile: {problem}")
     if args.out is not None and not failures:
         codegen_table.write_table(args.out, rows)
     if old is None:
@@ -605,23 +556,20 @@ def codegen(args: argparse.Namespace) -> int:
     chosen = [row for row in old if row.sm in args.arch and row.kernel in kernels]
     problems = codegen_table.worse(chosen, rows)
     for said in codegen_table.verdict(chosen, rows, problems):
-        print(f"{PROG}: {said}", file=sys.stderr)
+        complain(said)
     return 1 if failures or problems else 0
 
 
 def host_calls(args: argparse.Namespace) -> int:
     """Count, print, and write the table or say what has more calls than it allows."""
-    from rich.table import Table
-
     from . import host_calls as counter
 
     if args.write:
         check_extra("triton", "keras")
     console = make_console()
     rows = counter.measure_host_calls()
-    shown = Table(title="Own Python calls of a warm call", title_justify="left")
-    for name in counter.COLUMNS:
-        shown.add_column(name, justify="right" if name == "calls" else "left")
+    columns = [f">{name}" if name == "calls" else name for name in counter.COLUMNS]
+    shown = make_table("Own Python calls of a warm call", *columns)
     for row in rows:
         shown.add_row(row.operation, row.backend, row.input, str(row.calls))
     print_table(console, shown)
@@ -634,57 +582,74 @@ def host_calls(args: argparse.Namespace) -> int:
         return 0
     problems = counter.more_calls(counter.read_table(counter.PATH), rows)
     for said in problems:
-        print(f"{PROG}: {said}", file=sys.stderr)
+        complain(said)
     return 1 if problems else 0
 
 
-def dispatch(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Run the command; the ones that draw and compare are imported when they are asked for."""
-    check_extra("rich")
-    if args.command is None:
-        return summary(args)
-    if args.command == "run":
-        return run(args, argv)
-    if args.command == "list":
-        return list_all(args)
-    if args.command == "headline":
-        check_extra("matplotlib")
-        return headline(args, argv)
-    if args.command == "compare":
-        from .compare import main_compare
+def plot(args: argparse.Namespace) -> int:
+    from .plots import plot_directory
 
-        return main_compare(args.old, args.new, args.fail_below)
-    if args.command == "codegen":
-        return codegen(args)
-    if args.command == "host-calls":
-        return host_calls(args)
-    check_extra("matplotlib")
-    if not args.directory.is_dir():
-        raise CannotRunError(f"{args.directory} is no directory of results")
-    results.check_writable(args.directory, "copy the results to a folder of yours")
-    if args.command == "plot":
-        from .plots import plot_directory
+    check_directory(args.directory)
+    for path in plot_directory(args.directory):
+        print(path)
+    return 0
 
-        for path in plot_directory(args.directory):
-            print(path)
-        return 0
+
+def report(args: argparse.Namespace) -> int:
     from .report import write_report
 
+    check_directory(args.directory)
     print(write_report(args.directory))
     return 0
+
+
+def check_directory(directory: Path) -> None:
+    """Raises an error unless pictures can be drawn of what it holds, and written there."""
+    check_extra("matplotlib")
+    if not directory.is_dir():
+        raise CannotRunError(f"{directory} is no directory of results")
+    results.check_writable(directory, "copy the results to a folder of yours")
+
+
+def compare(args: argparse.Namespace) -> int:
+    from .compare import main_compare
+
+    return main_compare(args.old, args.new, args.fail_below)
+
+
+# What --help says of a command, its options, and what runs it.
+COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = {
+    "run": ("measure sets of shapes and write CSV and JSON", RUN, run),
+    "headline": (
+        "the headline shapes in five minutes, with pictures and report",
+        HEADLINE,
+        headline,
+    ),
+    "list": ("the sets of shapes, and who can be measured here", (), list_all),
+    "compare": (
+        "exit 1 where a row of gpu_embed's in NEW is slower than in OLD, wrong or missing",
+        COMPARE,
+        compare,
+    ),
+    "codegen": ("what the kernels compile to; needs Triton, but no GPU", CODEGEN, codegen),
+    "host-calls": ("the package's own Python calls in a warm call", HOST_CALLS, host_calls),
+    "plot": ("draw the results in DIR", DIRECTORY, plot),
+    "report": ("write DIR as one HTML page", DIRECTORY, report),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     replace_what_cannot_be_shown()
     try:
-        return dispatch(parse_args(argv), argv)
-    except (CannotRunError, ids_module.IdsError, results.ResultsError) as problem:
-        print(f"{PROG}: {problem}", file=sys.stderr)
-        return 2
-    except OSError as problem:
-        where = f"{problem.filename}: " if problem.filename else ""
-        print(f"{PROG}: {where}{problem.strerror or problem}", file=sys.stderr)
+        args = parse_args(argv)
+        args.argv = argv
+        check_extra("rich")
+        return summary(args) if args.command is None else COMMANDS[args.command][2](args)
+    except (CannotRunError, ids_module.IdsError, results.ResultsError, OSError) as problem:
+        where = getattr(problem, "filename", None)
+        reason = getattr(problem, "strerror", None) or problem
+        complain(f"{where}: {reason}" if where else reason)
         return 2
     except KeyboardInterrupt:
         print(f"\n{PROG}: interrupted", file=sys.stderr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
@@ -138,8 +139,8 @@ class Pair:
     @property
     def noisy(self) -> bool:
         """Both have a time, and one of them is too noisy for a verdict."""
-        timed = time_of(self.old) is not None and time_of(self.new) is not None
-        return timed and bool(noise_of(self.old) or noise_of(self.new))
+        timed = time_of(self.old) and time_of(self.new)
+        return bool(timed and (noise_of(self.old) or noise_of(self.new)))
 
     @property
     def mended(self) -> bool:
@@ -176,10 +177,11 @@ class Comparison:
 
     def providers(self) -> dict[str, list[Pair]]:
         """The pairs by provider, ours first."""
-        groups: dict[str, list[Pair]] = {}
-        for pair in self.pairs:
-            groups.setdefault(pair.new.provider, []).append(pair)
-        return dict(sorted(groups.items(), key=lambda item: (not is_ours(item[0]), item[0])))
+        names = {pair.new.provider for pair in self.pairs}
+        return {
+            name: [pair for pair in self.pairs if pair.new.provider == name]
+            for name in sorted(names, key=lambda name: (not is_ours(name), name))
+        }
 
 
 def compare(old: Iterable[Row], new: Iterable[Row]) -> Comparison:
@@ -218,29 +220,27 @@ def main_compare(old: Path, new: Path, fail_below: float) -> int:
 
 
 def _conclude(console: Console, comparison: Comparison, fail_below: float) -> int:
+    warn = partial(console.print, style="bold yellow")
     console.print("Rivals are shown for orientation; only gpu_embed's rows decide the exit code.")
     elsewhere = [pair for pair in comparison.pairs if pair.old.device != pair.new.device]
     if elsewhere:
-        console.print(
-            f"WARNING: this compares two machines ({_listed({pair.old.device for pair in elsewhere})} and "
-            f"{_listed({pair.new.device for pair in elsewhere})}), so the ratios say nothing about the "
-            "code: no verdict.",
-            style="bold yellow",
+        old, new = (
+            _listed({getattr(p, side).device for p in elsewhere}) for side in ("old", "new")
+        )
+        warn(
+            f"WARNING: this compares two machines ({old} and {new}), so the ratios say nothing about the "
+            "code: no verdict."
         )
         return UNUSABLE
     judged = [pair for pair in comparison.pairs if pair.judged]
     if not judged:
-        console.print(
-            "No row of gpu_embed has a time in old and stands in new: nothing to judge.",
-            style="bold yellow",
-        )
+        warn("No row of gpu_embed has a time in old and stands in new: nothing to judge.")
         return UNUSABLE
     noisy = sum(pair.noisy for pair in judged)
     if noisy:
-        console.print(
+        warn(
             f"{noisy} of {len(judged)} rows of gpu_embed are noisy ({NOISY_MEANS}): they are neither slower nor "
-            "faster. Measure again on a quiet machine.",
-            style="bold yellow",
+            "faster. Measure again on a quiet machine."
         )
     broke = sum(pair.broke for pair in judged)
     slower = sum(pair.regressed(fail_below) for pair in judged) - broke
@@ -254,25 +254,19 @@ def _conclude(console: Console, comparison: Comparison, fail_below: float) -> in
         return REGRESSION
     if noisy == len(judged):
         return UNUSABLE
-    console.print(
-        f"OK: none of {len(judged) - noisy} rows of gpu_embed is below {fail_below:g}.",
-        style="bold green",
-    )
+    said = f"OK: none of {len(judged) - noisy} rows of gpu_embed is below {fail_below:g}."
+    console.print(said, style="bold green")
     return 0
 
 
 def _print_versions(console: Console, comparison: Comparison) -> None:
-    sides = {
-        "old": [pair.old for pair in comparison.pairs],
-        "new": [pair.new for pair in comparison.pairs],
-    }
-    for name, rows in sides.items():
-        console.print(
-            f"{name}: {_listed({row.device for row in rows})}, "
-            f"torch {_listed({row.torch for row in rows})}, "
-            f"triton {_listed({row.triton for row in rows})}, "
-            f"commit {_listed({row.commit for row in rows})}"
+    for side in ("old", "new"):
+        rows = [getattr(pair, side) for pair in comparison.pairs]
+        device, *versions = (
+            _listed({getattr(row, name) for row in rows})
+            for name in ("device", "torch", "triton", "commit")
         )
+        console.print("{}: {}, torch {}, triton {}, commit {}".format(side, device, *versions))
 
 
 def _pair_table(pairs: Sequence[Pair], fail_below: float) -> Table:
@@ -292,15 +286,10 @@ def _pair_table(pairs: Sequence[Pair], fail_below: float) -> Table:
         column.no_wrap = True
     table.add_column("cell", overflow="fold")
     for pair in shown:
-        table.add_row(
-            pair.verdict(fail_below),
-            "" if pair.ratio is None else f"{pair.ratio:.3f}",
-            _milliseconds(pair.old),
-            _milliseconds(pair.new),
-            pair.new.provider,
-            describe(cell_of(pair.new)),
-            style=_style(pair, fail_below),
-        )
+        ratio = "" if pair.ratio is None else f"{pair.ratio:.3f}"
+        figures = (ratio, _milliseconds(pair.old), _milliseconds(pair.new))
+        cells = (pair.verdict(fail_below), *figures, pair.new.provider, describe(cell_of(pair.new)))
+        table.add_row(*cells, style=_style(pair, fail_below))
     return table
 
 
@@ -319,14 +308,11 @@ def _provider_table(comparison: Comparison, fail_below: float) -> Table:
     for provider, pairs in comparison.providers().items():
         ratios = [pair.ratio for pair in pairs if pair.ratio is not None]
         figures = [f"{of(ratios):.3f}" if ratios else "" for of in (geometric_mean, min, max)]
-        table.add_row(
-            provider,
-            str(len(ratios)),
-            *figures,
-            str(sum(ratio < fail_below for ratio in ratios)),
-            str(sum(pair.broke for pair in pairs)),
-            "yes" if is_ours(provider) else "no",
-        )
+        slower = sum(ratio < fail_below for ratio in ratios)
+        broken = sum(pair.broke for pair in pairs)
+        decides = "yes" if is_ours(provider) else "no"
+        counted = (str(slower), str(broken), decides)
+        table.add_row(provider, str(len(ratios)), *figures, *counted)
     return table
 
 
@@ -343,9 +329,7 @@ def _print_unmatched(console: Console, name: str, rows: Sequence[Row]) -> None:
 
 def _badness(pair: Pair) -> tuple[int, float]:
     """Broken rows first, then by ratio, then those with no ratio."""
-    if pair.broke:
-        return 0, 0.0
-    return (1, pair.ratio) if pair.ratio is not None else (2, 0.0)
+    return 0 if pair.broke else 1 if pair.ratio is not None else 2, pair.ratio or 0.0
 
 
 def _style(pair: Pair, fail_below: float) -> str:

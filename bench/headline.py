@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,12 +42,9 @@ def results_directory(root: Path, header: Mapping[str, Any]) -> Path:
     """
     device, commit = (_slug(str(header[name])) for name in ("device", "commit"))
     name = f"{device}-{str(header['date'])[:10]}-{commit}"
-    directory = root / name
-    number = 2
-    while directory.exists():
-        directory = root / f"{name}-{number}"
-        number += 1
-    return directory
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    directories = (root / each for each in itertools.chain([name], numbered))
+    return next(directory for directory in directories if not directory.exists())
 
 
 def _slug(text: str) -> str:

@@ -8,7 +8,6 @@ for the few functions that only tensors on the CPU, or only those on a GPU, reac
 from __future__ import annotations
 
 import csv
-import gc
 import importlib.util
 import os
 import sys
@@ -25,6 +24,7 @@ from torch import Tensor
 import gpu_embed
 
 from .host_time import DIM, NUM_IDS, VOCAB, stub_triton
+from .timing import no_garbage_collection
 
 PATH = Path(__file__).with_name("host_calls.csv")
 PACKAGE = os.path.dirname(gpu_embed.__file__) + os.sep
@@ -61,16 +61,14 @@ def own_calls(call: Callable[[], object]) -> list[str]:
             function = getattr(code, "co_qualname", code.co_name)
             seen.append(f"{name[len(PACKAGE) :]}:{code.co_firstlineno} {function}")
 
-    former, collects = sys.getprofile(), gc.isenabled()
+    former = sys.getprofile()
     # A finalizer would be counted where it happens to run.
-    gc.disable()
-    sys.setprofile(profile)
-    try:
-        call()
-    finally:
-        sys.setprofile(former)
-        if collects:
-            gc.enable()
+    with no_garbage_collection():
+        sys.setprofile(profile)
+        try:
+            call()
+        finally:
+            sys.setprofile(former)
     return seen
 
 
@@ -106,19 +104,15 @@ def _operations() -> Iterator[Counted]:
 
     sizes = f"{FEATURES} tables {VOCAB} x {DIM} float32"
     many = f"{FEATURES * NUM_IDS} int64 ids, {FEATURES * BAGS} bags by offsets"
+    tables = [(VOCAB, DIM)] * FEATURES
     for sparse in (False, True):
-        layer = gpu_embed.TableBatchedEmbedding(
-            [(VOCAB, DIM)] * FEATURES, sparse=sparse, device="cpu"
-        )
-        yield from _trained("batched rows", f"{many}, {sizes}", layer, *batch, sparse=sparse)
-        pooled = gpu_embed.TableBatchedEmbeddingBag(
-            [(VOCAB, DIM)] * FEATURES, sparse=sparse, device="cpu"
-        )
+        rows = gpu_embed.TableBatchedEmbedding(tables, sparse=sparse, device="cpu")
+        yield from _trained("batched rows", f"{many}, {sizes}", rows, *batch, sparse=sparse)
+        pooled = gpu_embed.TableBatchedEmbeddingBag(tables, sparse=sparse, device="cpu")
         yield from _trained("batched bags", f"{many}, {sizes}, sum", pooled, *batch, sparse=sparse)
     mixed = f"{many}, {FEATURES} tables {VOCAB} x {DIM} and {2 * DIM} float32, sum"
-    pooled = gpu_embed.TableBatchedEmbeddingBag(
-        [(VOCAB, DIM), (VOCAB, 2 * DIM)] * (FEATURES // 2), sparse=True, device="cpu"
-    )
+    tables = [(VOCAB, DIM), (VOCAB, 2 * DIM)] * (FEATURES // 2)
+    pooled = gpu_embed.TableBatchedEmbeddingBag(tables, sparse=True, device="cpu")
     yield from _trained("batched bags", mixed, pooled, *batch, sparse=True)
     call = _keras_call(ids)
     if call is not None:
@@ -173,9 +167,8 @@ COLUMNS = [field.name for field in fields(HostCalls)][:-1]
 
 def write_table(path: Path, rows: list[HostCalls]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows(
-            [COLUMNS, *(astuple(row)[:-1] for row in rows)]
-        )
+        table = [COLUMNS, *(astuple(row)[:-1] for row in rows)]
+        csv.writer(file, lineterminator="\n").writerows(table)
 
 
 def read_table(path: Path) -> list[HostCalls]:

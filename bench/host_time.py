@@ -20,11 +20,15 @@ from torch import Tensor
 import gpu_embed
 from gpu_embed import backends
 
-from .stub_launch import stub_driver, stub_kernel
+from .codegen.compile import OfflineDriver
 from .timing import Call, host_us
 
 MODES = ("inference", "forward", "forward + backward")
 VOCAB, DIM, NUM_IDS = 128, 16, 8
+# The card does not matter: nothing is compiled for it.
+ARCHITECTURE = 90
+# grid x, y, z, stream, function, ..., and at the end the kernel's arguments
+Driver = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,8 @@ def measure_host_time(seconds: float = 0.4) -> list[HostTime]:
     for mode in MODES:
         for name, setting in _targets():
             with setting():
-                theirs, ours = host_us(
-                    [_call(F.embedding, mode), _call(gpu_embed.functional.embedding, mode)],
-                    torch.device("cpu"),
-                    seconds,
-                )
+                calls = [_call(of, mode) for of in (F.embedding, gpu_embed.functional.embedding)]
+                theirs, ours = host_us(calls, torch.device("cpu"), seconds)
             times.append(HostTime(f"gpu_embed, {name}", mode, ours, ours / theirs))
             if name == "torch backend":
                 times.insert(-1, HostTime("torch", mode, theirs, 1.0))
@@ -95,9 +96,8 @@ def stub_triton() -> Iterator[None]:
 
 
 def _call(lookup: Callable[[Tensor, Tensor], Tensor], mode: str) -> Call:
-    weight = torch.nn.Parameter(
-        torch.randn(VOCAB, DIM, device="cpu"), requires_grad=mode != "inference"
-    )
+    table = torch.randn(VOCAB, DIM, device="cpu")
+    weight = torch.nn.Parameter(table, requires_grad=mode != "inference")
     ids = torch.randint(VOCAB, (NUM_IDS,), device="cpu")
     grad_output = torch.ones(NUM_IDS, DIM, device="cpu")
 
@@ -109,3 +109,41 @@ def _call(lookup: Callable[[Tensor, Tensor], Tensor], mode: str) -> Call:
         lookup(ids, weight).backward(grad_output)
 
     return Call(forward_backward if mode == "forward + backward" else forward)
+
+
+def stub_kernel(function: Callable[..., Any], driver: Driver = lambda *launch: None) -> Any:
+    """A kernel that Triton launches as any other, but for what it compiles to: a call of `driver`."""
+    from triton.compiler.compiler import CompiledKernel
+    from triton.runtime.jit import JITFunction
+
+    class StubBinary(CompiledKernel):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            self.module = self.function = self.name = "stub"
+            self.packed_metadata = self.src = None
+            self._run = driver
+
+        def __del__(self) -> None:
+            """Newer versions of Triton unload a binary here, and nothing was loaded."""
+
+    class StubFunction(JITFunction):  # type: ignore[misc, unused-ignore]
+        def create_binder(self) -> Any:
+            binder = super().create_binder()
+            # Set by the above, once for each device.
+            self.compile = lambda *source, **options: StubBinary()
+            return binder
+
+    return StubFunction(function)
+
+
+@contextmanager
+def stub_driver() -> Iterator[None]:
+    """Triton finds a card, so that such kernels can be launched."""
+    from triton.runtime import driver
+
+    former = dict(vars(driver))
+    driver.set_active(OfflineDriver(ARCHITECTURE))
+    try:
+        yield
+    finally:
+        vars(driver).clear()
+        vars(driver).update(former)

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import collections
 import importlib.util
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 FILE_SUFFIXES = (".npy", ".txt", ".pt")
+# What reading a file that is none raises.
+BROKEN = (OSError, ValueError, TypeError, EOFError, RuntimeError, UnpicklingError, BadZipFile)
 
 
 class IdsError(ValueError):
@@ -48,10 +50,7 @@ def draw(
     generator = torch.Generator("cpu").manual_seed(seed)
     ids = kind(generator, argument, num_ids, num_embeddings)
     if padding and padding_idx is not None:
-        places = torch.randperm(num_ids, generator=generator, device="cpu")[
-            : round(padding * num_ids)
-        ]
-        ids[places] = padding_idx
+        ids[_some(generator, num_ids, padding)] = padding_idx
     return ids
 
 
@@ -66,28 +65,22 @@ def parse(distribution: str) -> tuple[Draw, str]:
         names = ", ".join(
             f"{name}:{ARGUMENTS[name]}" if name in ARGUMENTS else name for name in KINDS
         )
+        files = ", ".join(FILE_SUFFIXES)
         raise IdsError(
-            f"unknown distribution {distribution!r}: choose one of {names}, or a file "
-            f"({', '.join(FILE_SUFFIXES)})"
+            f"unknown distribution {distribution!r}: choose one of {names}, or a file ({files})"
         )
     if name in LIMITS:
         _number(name, argument)
     elif argument:
         raise IdsError(f"the distribution {name!r} takes no argument, got {argument!r}")
     if name in WORD_LISTS and importlib.util.find_spec(name) is None:
-        raise MissingWordsError(
-            f"the distribution {name!r} needs the package {name}: pip install {name}"
-        )
+        raise IdsError(f"the distribution {name!r} needs the package {name}: pip install {name}")
     return KINDS[name], argument
 
 
 def length_of_file(distribution: str) -> int | None:
     """How many ids a file holds; None where the distribution is no file."""
     return len(_read(distribution)) if parse(distribution)[0] is _from_file else None
-
-
-class MissingWordsError(IdsError):
-    """A distribution whose words are not installed."""
 
 
 Draw = Callable[[torch.Generator, str, int, int], Tensor]
@@ -102,55 +95,42 @@ def _zipf(generator: torch.Generator, argument: str, num_ids: int, num_embedding
 
     The integral can be inverted, so the cost does not grow with the table.
     """
-    alpha = _number("zipf", argument)
+    power = 1 - _number("zipf", argument)
     share = torch.rand(num_ids, generator=generator, dtype=torch.float64, device="cpu")
     end = float(num_embeddings + 1)
-    if alpha == 1:
-        x = end**share
-    else:
-        power = 1 - alpha
-        x = (1 + share * (end**power - 1)) ** (1 / power)
+    x = (1 + share * (end**power - 1)) ** (1 / power) if power else end**share
     return x.to(torch.int64).sub_(1).clamp_(0, num_embeddings - 1)
-
-
-def _equal(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
-    row = torch.randint(num_embeddings, (1,), generator=generator, device="cpu")
-    return row.expand(num_ids).clone()
-
-
-def _sorted(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
-    return _uniform(generator, "", num_ids, num_embeddings).sort().values
 
 
 def _hot(generator: torch.Generator, argument: str, num_ids: int, num_embeddings: int) -> Tensor:
     """A share of the ids on row 0, at random places; the others anywhere."""
     ids = _uniform(generator, "", num_ids, num_embeddings)
-    hot = round(_number("hot", argument) * num_ids)
-    ids[torch.randperm(num_ids, generator=generator, device="cpu")[:hot]] = 0
+    ids[_some(generator, num_ids, _number("hot", argument))] = 0
     return ids
+
+
+def _some(generator: torch.Generator, num_ids: int, share: float) -> Tensor:
+    """Random places, as many as the share of the ids."""
+    return torch.randperm(num_ids, generator=generator, device="cpu")[: round(share * num_ids)]
 
 
 def _spread(generator: torch.Generator, argument: str, num_ids: int, num_embeddings: int) -> Tensor:
     """As many rows, evenly spaced over the table: what a call touches does not grow with the table."""
     rows = round(_number("spread", argument))
-    return (
-        torch.randint(rows, (num_ids,), generator=generator, device="cpu") * num_embeddings // rows
-    )
+    return _uniform(generator, "", num_ids, rows) * num_embeddings // rows
 
 
 def _text(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
     """Python's documentation in reading order; words too rare for the table share its last row."""
-    ids = _excerpt(_text_ranks(), generator, num_ids)
-    return ids.clamp_(max=num_embeddings - 1)
+    return _excerpt(_text_ranks(), generator, num_ids).clamp_(max=num_embeddings - 1)
 
 
 def _from_file(generator: torch.Generator, path: str, num_ids: int, num_embeddings: int) -> Tensor:
     ids = _read(path)
-    largest = int(ids.max())
-    if int(ids.min()) < 0 or largest >= num_embeddings:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= num_embeddings:
         raise IdsError(
-            f"{path}: the ids go from {int(ids.min())} to {largest}, the table has "
-            f"{num_embeddings} rows"
+            f"{path}: the ids go from {low} to {high}, the table has {num_embeddings} rows"
         )
     return _excerpt(ids, generator, num_ids)
 
@@ -158,39 +138,32 @@ def _from_file(generator: torch.Generator, path: str, num_ids: int, num_embeddin
 def _word_list(name: str) -> Draw:
     def draw_words(generator: torch.Generator, _: str, num_ids: int, num_embeddings: int) -> Tensor:
         total = _frequencies(name)[:num_embeddings].cumsum(0)
-        share = (
-            torch.rand(num_ids, generator=generator, dtype=torch.float64, device="cpu") * total[-1]
-        )
+        share = torch.rand(num_ids, generator=generator, dtype=torch.float64, device="cpu")
+        share *= total[-1]
         return torch.searchsorted(total, share, right=True).clamp_(max=len(total) - 1)
 
     return draw_words
 
 
-# The packages of English word frequencies, and how to get the frequencies out of them.
 def _wordfreq() -> Iterable[float]:
-    import wordfreq  # type: ignore[import-not-found, unused-ignore]
-
-    values: Iterable[float] = wordfreq.get_frequency_dict("en").values()
+    values: Iterable[float] = importlib.import_module("wordfreq").get_frequency_dict("en").values()
     return values
 
 
 def _wordsegment() -> Iterable[float]:
-    import wordsegment  # type: ignore[import-not-found, unused-ignore]
-
+    wordsegment = importlib.import_module("wordsegment")
     wordsegment.load()
     values: Iterable[float] = wordsegment.UNIGRAMS.values()
     return values
 
 
-WORD_LISTS: dict[str, Callable[[], Iterable[float]]] = {
-    "wordfreq": _wordfreq,
-    "wordsegment": _wordsegment,
-}
+# The packages of English word frequencies, and how to get the frequencies out of them.
+WORD_LISTS = {"wordfreq": _wordfreq, "wordsegment": _wordsegment}
 KINDS: dict[str, Draw] = {
     "uniform": _uniform,
     "zipf": _zipf,
-    "equal": _equal,
-    "sorted": _sorted,
+    "equal": lambda generator, _, num, rows: _uniform(generator, "", 1, rows).expand(num).clone(),
+    "sorted": lambda generator, _, num, rows: _uniform(generator, "", num, rows).sort().values,
     "hot": _hot,
     "spread": _spread,
     "text": _text,
@@ -223,7 +196,7 @@ def _text_ranks() -> Tensor:
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError:
-        raise MissingWordsError(
+        raise IdsError(
             "the distribution 'text' needs pydoc_data, which this Python lacks: install the full "
             "standard library"
         ) from None
@@ -251,15 +224,7 @@ def _read(path: str) -> Tensor:
             ids = torch.tensor([int(word) for word in Path(path).read_text().split()], device="cpu")
         else:
             ids = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        EOFError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
+    except BROKEN as error:
         # What NumPy and torch say of a broken file is about pickles and how to trust them.
         reason = str(error).splitlines()[0] if path.endswith(".txt") else "the file is damaged"
         raise IdsError(f"{path}: cannot be read as ids ({reason})") from None

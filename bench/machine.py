@@ -6,8 +6,10 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,8 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with its cores."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
+    model = _in_proc("cpuinfo", r"^model name\s*:\s*(.*\S)")
+    model = model or platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{model}, {threads} thread{'s' * (threads > 1)}"
 
@@ -47,9 +43,10 @@ def commit() -> tuple[str, bool]:
     """The checkout's commit, and whether its files differ from it; without one the version."""
     source = Path(gpu_embed.__file__).resolve()
     # An installed copy may lie inside another project's checkout: only a tracked file counts.
-    if _output("git", "-C", str(source.parent), "ls-files", "--error-unmatch", source.name):
-        name = _output("git", "-C", str(source.parent), "rev-parse", "--short=12", "HEAD")
-        changes = _output("git", "-C", str(source.parent), "status", "--porcelain")
+    git = partial(_output, "git", "-C", str(source.parent))
+    if git("ls-files", "--error-unmatch", source.name):
+        name = git("rev-parse", "--short=12", "HEAD")
+        changes = git("status", "--porcelain")
         if name:
             return name, bool(changes)
     return f"version {gpu_embed.__version__}", False
@@ -59,24 +56,13 @@ def clocks(device: torch.device) -> dict[str, str]:
     """What nvidia-smi says of the GPU's driver and clocks at this moment; empty where there is none."""
     if device.type != "cuda":
         return {}
-    fields = (
-        "driver_version",
-        "clocks.sm",
-        "clocks.mem",
-        "clocks.max.sm",
-        "clocks.max.mem",
-        "power.limit",
-        "temperature.gpu",
-    )
+    clock_fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+    fields = ("driver_version", *clock_fields, "power.limit", "temperature.gpu")
     # nvidia-smi counts all GPUs, torch those it may see.
     properties = torch.cuda.get_device_properties(device)
     gpu = f"GPU-{getattr(properties, 'uuid', '')}".removesuffix("GPU-")
-    line = _output(
-        "nvidia-smi",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader",
-        *(["-i", gpu] if gpu else []),
-    )
+    query = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    line = _output(*query, *(["-i", gpu] if gpu else []))
     values = [value.strip() for value in line.splitlines()[0].split(",")] if line else []
     return dict(zip(fields, values, strict=False))
 
@@ -133,12 +119,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def _free_host_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) * 1024, _container_limit())
-    except OSError:
-        pass
+    if available := _in_proc("meminfo", r"^MemAvailable:\s*(\d+)"):
+        return min(int(available) * 1024, _container_limit())
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, ValueError, OSError):
@@ -163,6 +145,15 @@ def readable_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
+
+
+def _in_proc(name: str, pattern: str) -> str | None:
+    """What a line of a file of /proc says; None where there is none."""
+    try:
+        found = re.search(pattern, Path("/proc", name).read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def _output(*command: str) -> str:

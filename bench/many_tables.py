@@ -1,9 +1,9 @@
-"""Lookups in many tables: one after another, or by this package's batched layers in one launch."""
+"""Lookups in one table, and in many: one after another, or by this package's batched layers in one launch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -12,19 +12,25 @@ from torch import Tensor
 import gpu_embed
 
 from .layer import APART, ONE_UNDER_ANOTHER, SIDE_BY_SIDE, Layer, Order
-from .optimizers import Update
 from .shapes import Cell
 
 BatchedTables = gpu_embed.TableBatchedEmbedding | gpu_embed.TableBatchedEmbeddingBag
 
 
-def in_turns(
-    functional: ModuleType,
-    weight: Tensor,
-    cell: Cell,
-    sparse: bool,
-    update: Callable[[tuple[Tensor, ...]], Update],
-) -> Layer:
+def _lookup(functional: ModuleType, cell: Cell, sparse: bool) -> Callable[..., Tensor]:
+    """Of ids and a table, by torch.nn.functional or by ours, whose signatures are the same."""
+    if cell.pooled:
+        return partial(functional.embedding_bag, mode="sum", sparse=sparse)
+    return partial(functional.embedding, padding_idx=cell.padding_idx, sparse=sparse)
+
+
+def single(functional: ModuleType, weight: Tensor, cell: Cell, sparse: bool) -> Layer:
+    """One table, itself the leaf."""
+    lookup = _lookup(functional, cell, sparse)
+    return Layer(lambda ids: lookup(ids, weight), weight)
+
+
+def in_turns(functional: ModuleType, weight: Tensor, cell: Cell, sparse: bool) -> Layer:
     """A loop over the tables, each a leaf of its own: what a `ModuleList` of torch's layers does.
 
     The outputs stay apart, so that no time goes into putting them together.
@@ -32,22 +38,15 @@ def in_turns(
     parts = tuple(torch.nn.Parameter(rows) for rows in weight.detach().split(cell.vocab))
     # A model has the ids of each table in a tensor of their own.
     ids_of_tables = cache(torch.unbind)
+    look_up = _lookup(functional, cell, sparse)
 
     def lookup(ids: Tensor) -> tuple[Tensor, ...]:
-        tables = zip(ids_of_tables(ids), parts, strict=True)
-        if cell.pooled:
-            return tuple(
-                functional.embedding_bag(own, table, mode="sum", sparse=sparse)
-                for own, table in tables
-            )
-        return tuple(functional.embedding(own, table, sparse=sparse) for own, table in tables)
+        return tuple(look_up(*pair) for pair in zip(ids_of_tables(ids), parts, strict=True))
 
-    return Layer(lookup, weight, update(parts), parts, APART)
+    return Layer(lookup, weight, parts=parts, order=APART)
 
 
-def batched(
-    weight: Tensor, cell: Cell, sparse: bool, update: Callable[[tuple[Tensor, ...]], Update]
-) -> Layer:
+def batched(weight: Tensor, cell: Cell, sparse: bool) -> Layer:
     """gpu_embed.TableBatchedEmbedding, or for bags TableBatchedEmbeddingBag, on this memory."""
     kind: type[BatchedTables] = (
         gpu_embed.TableBatchedEmbeddingBag if cell.pooled else gpu_embed.TableBatchedEmbedding
@@ -55,12 +54,7 @@ def batched(
     # On the meta device no table is drawn, only to be replaced.
     tables = kind([(cell.vocab, cell.dim)] * cell.tables, sparse=sparse, device="meta")
     tables._set_buffer(weight.detach())
-    return Layer(
-        offsets_lookup(tables, cell),
-        tables.weight,
-        update((tables.weight,)),
-        order=order_of(cell),
-    )
+    return Layer(offsets_lookup(tables, cell), tables.weight, order=order_of(cell))
 
 
 def order_of(cell: Cell) -> Order:

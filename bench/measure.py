@@ -12,24 +12,17 @@ import gc
 import os
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ids as ids_module
-from .check import (
-    Verdict,
-    check_bags,
-    check_forward,
-    check_gradient,
-    check_step,
-    check_steps,
-)
+from .check import Verdict, check_bags, check_forward, check_gradient, check_step, check_steps
 from .layer import Layer
 from .machine import load, readable_bytes
-from .memory import peak_of_step
+from .memory import cuda_peak, peak_of_step
 from .optimizers import LEARNING_RATE, by_hand
 from .providers import Provider, first_line
 from .results import Row
@@ -61,15 +54,10 @@ def draw_ids(cell: Cell, seed: int) -> Tensor:
         )
     if cell.tables > 1 and cell.padding:
         raise ids_module.IdsError("padding is measured in one table alone")
+    length, seed = cell.num_ids // cell.tables, seed * cell.tables
+    padded = (cell.padding, cell.padding_idx)
     drawn = [
-        ids_module.draw(
-            cell.distribution,
-            cell.num_ids // cell.tables,
-            cell.vocab,
-            seed * cell.tables + table,
-            cell.padding,
-            cell.padding_idx,
-        )
+        ids_module.draw(cell.distribution, length, cell.vocab, seed + table, *padded)
         for table in range(cell.tables)
     ]
     ids = drawn[0] if cell.tables == 1 else torch.stack(drawn)
@@ -97,42 +85,29 @@ class Problem:
         ]
         self.counts: Counts = count(self.places(0), self.padding_idx)
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(str(cell).encode()))
-        self._generator = generator
-        self.weight = torch.nn.Parameter(self._random(cell.rows))
+        self._random: dict[str, Any] = {"dtype": DTYPES[cell.dtype], "device": device}
+        self._random["generator"] = generator
+        self.weight = torch.nn.Parameter(torch.randn((cell.rows, cell.dim), **self._random))
         self._grad_output: Tensor | None = None
 
     @property
     def grad_output(self) -> Tensor:
         """Random gradient of the output, [N or bags, D]."""
         if self._grad_output is None:
-            self._grad_output = self._random(self.cell.num_outputs)
+            shape = (self.cell.num_outputs, self.cell.dim)
+            self._grad_output = torch.randn(shape, **self._random)
         return self._grad_output
 
     def integer_grad_output(self) -> Tensor:
         """The same of integers so small that every sum of them is exact in fp32."""
         largest = min(LARGEST_INTEGER, 2**24 // self.cell.num_ids)
-        return torch.randint(
-            -largest,
-            largest + 1,
-            self.grad_output.shape,
-            generator=self._generator,
-            dtype=self.weight.dtype,
-            device=self.device,
-        )
+        return torch.randint(-largest, largest + 1, self.grad_output.shape, **self._random)
 
     def ids(self, i: int) -> Tensor:
         return self.id_sets[i % len(self.id_sets)]
 
     def places(self, i: int) -> Tensor:
         return places(self.cell, self.ids(i))
-
-    def _random(self, rows: int) -> Tensor:
-        return torch.randn(
-            (rows, self.cell.dim),
-            generator=self._generator,
-            dtype=DTYPES[self.cell.dtype],
-            device=self.device,
-        )
 
 
 def needed_bytes(
@@ -164,13 +139,6 @@ def needed_bytes(
     return tables + outputs * rows + ids
 
 
-class Parts(NamedTuple):
-    """Milliseconds of what is no sum in a dense gradient."""
-
-    zero_fill: float
-    cast: float | None  # None: no 16-bit table, or too little memory to measure it
-
-
 @dataclass
 class Bench:
     """What all measurements of a run have in common."""
@@ -182,31 +150,13 @@ class Bench:
     seed: int = 0
     effort: Effort = field(default_factory=Effort)
     _host: dict[tuple[str, ...], float] = field(default_factory=dict)
-    _parts: dict[tuple[torch.Size, torch.dtype], Parts] = field(default_factory=dict)
+    _parts: dict[tuple[torch.Size, torch.dtype], dict[str, Any]] = field(default_factory=dict)
 
-    def row(self, set_name: str, cell: Cell, mode: str, provider: str, status: str = "ok") -> Row:
+    def row(self, set_name: str, cell: Cell, mode: str, provider: str) -> Row:
         """The row of a measurement that is still to be made."""
-        return Row(
-            set=set_name,
-            operation=cell.operation,
-            mode=mode,
-            dtype=cell.dtype,
-            id_dtype=cell.id_dtype,
-            tables=cell.tables,
-            vocab=cell.vocab,
-            dim=cell.dim,
-            num_ids=cell.num_ids,
-            hotness=cell.hotness,
-            distribution=cell.distribution,
-            unique_ids=None,
-            padding=cell.padding,
-            provider=provider,
-            status=status,
-            device=self.facts["device"],
-            torch=self.facts["torch"],
-            triton=self.facts["triton"],
-            commit=self.facts["commit"],
-        )
+        shape: dict[str, Any] = asdict(cell)
+        facts: dict[str, Any] = {**self.facts, "status": "ok", "unique_ids": None}
+        return Row(set=set_name, mode=mode, provider=provider, **shape, **facts)
 
     def problem(self, cell: Cell) -> Problem:
         """Make the cell's tensors. Raises IdsError, or the allocator's error."""
@@ -225,11 +175,10 @@ class Bench:
         """Check and time one provider; whatever it raises ends up in the row's status and note."""
         try:
             with provider.setting():
-                checked, call = self._checked(problem, provider, mode, row)
-                if call is None:
-                    return checked
-                timed = self._timed([call], [checked], problem, mode)[0]
-                return replace(timed, host_us=self._host_us(provider, problem.cell, mode))
+                (done,) = self.measure_together(problem, [provider], mode, [row])
+                if done.status != "ok":
+                    return done
+                return replace(done, host_us=self._host_us(provider, problem.cell, mode))
         except Exception as error:
             return failed(row, error)
         finally:
@@ -243,10 +192,9 @@ class Bench:
             self._checked(problem, provider, mode, row)
             for provider, row in zip(providers, rows, strict=True)
         ]
-        ready = [(row, call) for row, call in checked if call is not None]
-        timed = iter(
-            self._timed([call for _, call in ready], [row for row, _ in ready], problem, mode)
-        )
+        calls = [call for _, call in checked if call is not None]
+        ready = [row for row, call in checked if call is not None]
+        timed = iter(self._timed(calls, ready, problem, mode) if calls else [])
         problem.weight.grad = None
         return [row if call is None else next(timed) for row, call in checked]
 
@@ -258,16 +206,15 @@ class Bench:
         # Both before the layer is there, whose gradient or state would take its place in memory too.
         parts = self._gradient_parts(problem, mode)
         step_peak = _step_peak_bytes(provider, problem, mode) if mode in STEPS else None
-        if parts is not None:
-            row = replace(row, zero_fill_ms=parts.zero_fill, cast_ms=parts.cast)
+        row = replace(row, **parts)
         layer = provider.build(problem.weight, problem.cell, mode)
         verdict = self._check(layer, problem, mode, provider.sums_in_fp32)
         row = replace(row, match=verdict.match)
         if not verdict.ok:
             return replace(row, status="wrong", zero_fill_ms=None, cast_ms=None), None
-        extra = None if mode in STEPS else _peak_extra_bytes(layer, problem, mode)
-        row = replace(row, peak_extra_bytes=extra, step_peak_bytes=step_peak)
-        return row, _call(layer, problem, mode)
+        call = _call(layer, problem, mode)
+        extra = None if mode in STEPS else _peak_extra_bytes(call, layer, problem, mode)
+        return replace(row, peak_extra_bytes=extra, step_peak_bytes=step_peak), call
 
     def _check(self, layer: Layer, problem: Problem, mode: str, fp32: bool) -> Verdict:
         """The gate of one mode, on the second id set, so that the first is not the only one right."""
@@ -299,27 +246,22 @@ class Bench:
         busy = _load_of_a_core()
         timed = []
         for i, row in enumerate(rows):
-            gbps = moved.dram / warm[i].p50 / 1e6
-            timed.append(
-                replace(
-                    row,
-                    status="ok",
-                    ms_p20=warm[i].p20,
-                    ms_p50=warm[i].p50,
-                    ms_p80=warm[i].p80,
-                    cold_ms_p50=cold[i].p50 if cold else None,
-                    gbps_dram=gbps,
-                    gbps_logical=moved.logical / warm[i].p50 / 1e6,
-                    percent_of_copy=100 * gbps / self.copy_gbps,
-                    load=busy,
-                )
-            )
+            p20, p50, p80 = warm[i]
+            cold_p50 = cold[i].p50 if cold else None
+            row = replace(row, ms_p20=p20, ms_p50=p50, ms_p80=p80, cold_ms_p50=cold_p50, load=busy)
+            dram, logical = (size / p50 / 1e6 for size in (moved.dram, moved.logical))
+            share = 100 * dram / self.copy_gbps
+            row = replace(row, gbps_dram=dram, gbps_logical=logical, percent_of_copy=share)
+            timed.append(row)
         return timed
 
-    def _gradient_parts(self, problem: Problem, mode: str) -> Parts | None:
-        """Of the modes whose gradient is dense with everybody; measured once for each size."""
+    def _gradient_parts(self, problem: Problem, mode: str) -> dict[str, Any]:
+        """Milliseconds of what is no sum in a dense gradient, by columns; measured once for each size.
+
+        Of the modes whose gradient is dense with everybody. None for a cast: no 16-bit table, or too little memory.
+        """
         if mode not in ("backward", "full"):
-            return None
+            return {}
         shape, dtype = problem.weight.shape, problem.weight.dtype
         if (shape, dtype) not in self._parts:
             effort = replace(self.effort, seconds=self.effort.seconds / 4)
@@ -331,7 +273,7 @@ class Bench:
                 wide = torch.ones(shape, device=self.device)
                 (rounded,) = time_calls([Call(lambda i: gradient.copy_(wide))], self.device, effort)
                 cast = rounded.p50
-            self._parts[shape, dtype] = Parts(filled.p50, cast)
+            self._parts[shape, dtype] = {"zero_fill_ms": filled.p50, "cast_ms": cast}
         return self._parts[shape, dtype]
 
     def _host_us(self, provider: Provider, cell: Cell, mode: str) -> float | None:
@@ -381,11 +323,12 @@ def _call(layer: Layer, problem: Problem, mode: str) -> Call:
             [torch.autograd.graph.get_gradient_edge(output) for output in layer.outputs(ids)]
             for ids in problem.id_sets
         ]
-        return Call(
-            lambda i: torch.autograd.grad(
-                edges[i % len(edges)], layer.leaves, grads, retain_graph=True
-            )
-        )
+
+        def backward(i: int) -> object:
+            of_output = edges[i % len(edges)]
+            return torch.autograd.grad(of_output, layer.leaves, grads, retain_graph=True)
+
+        return Call(backward)
     if mode == "full":
         return Call(lambda i: _full(layer, problem.ids(i), grads))
     step = _stepper(layer)
@@ -493,31 +436,15 @@ def _graph_call(layer: Layer, problem: Problem) -> Call:
     return Call(lambda i: graph.replay(), before=lambda i: ids.copy_(problem.ids(i)))
 
 
-def _peak_extra_bytes(layer: Layer, problem: Problem, mode: str) -> int | None:
+def _peak_extra_bytes(call: Call, layer: Layer, problem: Problem, mode: str) -> int | None:
     """Device memory at the peak of one call, beyond its inputs, its output and the table's gradient."""
     if problem.device.type != "cuda" or problem.cell.operation == "embedding_graph":
         return None
-    grads = None if mode == "forward" else _handed_out(layer, problem)
-    cell, itemsize = problem.cell, problem.weight.element_size()
-    output, gradient = cell.num_outputs * cell.dim * itemsize, problem.weight.nbytes
+    cell, gradient = problem.cell, problem.weight.nbytes
+    output = cell.num_outputs * cell.dim * problem.weight.itemsize
     results = {"forward": output, "backward": gradient}.get(mode, output + gradient)
     for leaf in layer.leaves:
         leaf.grad = None
-    edges = []
-    if mode == "backward":
-        outputs = layer.outputs(problem.ids(0))
-        edges = [torch.autograd.graph.get_gradient_edge(output) for output in outputs]
-        del outputs
-    torch.cuda.synchronize(problem.device)
-    before = torch.cuda.memory_allocated(problem.device)
-    torch.cuda.reset_peak_memory_stats(problem.device)
-    if grads is None:
-        layer.lookup(problem.ids(0))
-    elif edges:
-        torch.autograd.grad(edges, layer.leaves, grads)
-    else:
-        _full(layer, problem.ids(0), grads)
-    torch.cuda.synchronize(problem.device)
-    peak = torch.cuda.max_memory_allocated(problem.device) - before
+    peak = cuda_peak(lambda: call.run(0), problem.device)
     # A full pass may free the output before: never less than nothing.
     return max(0, peak - results)

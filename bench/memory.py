@@ -28,9 +28,15 @@ def _cuda_peak(build: Callable[[], Callable[[], object]], device: torch.device) 
     before = torch.cuda.memory_allocated(device)
     step = build()
     step()
+    return torch.cuda.memory_allocated(device) - before + cuda_peak(step, device)
+
+
+def cuda_peak(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes at the peak of a call that are not there before."""
     torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step()
+    call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 

@@ -102,23 +102,16 @@ def by_hand(leaves: Sequence[Tensor]) -> Update:
     return Update(run)
 
 
-def dense(leaves: Sequence[Tensor], mode: str) -> Update:
-    """torch's optimizers on a dense gradient; row-wise Adagrad, which torch lacks, in its operators."""
-    if mode == "step_adam":
-        adam = torch.optim.Adam(leaves, LEARNING_RATE, BETAS, EPS, fused=True)
-        return Update(adam.step, ADAM)
-    if mode == "step_rowwise_adagrad":
-        return _rowwise_adagrad_of(leaves, _add_dense_rows)
-    return by_hand(leaves)
-
-
-def sparse(leaves: Sequence[Tensor], mode: str) -> Update:
-    """The same on a sparse gradient."""
-    if mode == "step_adam":
+def by_torch(leaves: Sequence[Tensor], mode: str, sparse: bool) -> Update:
+    """torch's optimizers on such a gradient; row-wise Adagrad, which torch lacks, in its operators."""
+    if mode == "step_adam" and sparse:
         adam = torch.optim.SparseAdam(list(leaves), LEARNING_RATE, BETAS, EPS)
         return Update(adam.step, SPARSE_ADAM)
+    if mode == "step_adam":
+        fused = torch.optim.Adam(leaves, LEARNING_RATE, BETAS, EPS, fused=True)
+        return Update(fused.step, ADAM)
     if mode == "step_rowwise_adagrad":
-        return _rowwise_adagrad_of(leaves, _add_sparse_rows)
+        return _rowwise_adagrad_of(leaves, _add_sparse_rows if sparse else _add_dense_rows)
     return by_hand(leaves)
 
 

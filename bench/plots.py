@@ -24,16 +24,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from gpu_embed.plot import PLAIN_TEXT, draw_legend
 
-from .compare import (
-    NOISY_MEANS,
-    by_cell,
-    is_ours,
-    noise_of,
-    our_row,
-    ratio_of,
-    state_of,
-    time_of,
-)
+from .compare import NOISY_MEANS, by_cell, is_ours, noise_of, our_row, ratio_of, state_of, time_of
 from .results import Key, Row, complete_header, header_or_empty, rows_to_show, write_whole
 from .shapes import STEPS
 
@@ -53,7 +44,6 @@ STEP_CAPTION = (
     "A step is forward, backward and the optimizer's update. -sparse: a sparse gradient · "
     "in-backward, fbgemm-gpu: updated inside the backward pass · the others: a gradient as large as the table"
 )
-PEAK_LABEL = "memory at the step's peak (MiB),\ntable and state included"
 # In place of the ratio of two times of which one is too noisy.
 NOISY = "noisy"
 # Ratios beyond this factor share the darkest colours of the heat map.
@@ -129,13 +119,14 @@ def pictures(rows: Sequence[Row], header: Mapping[str, Any]) -> Pictures:
     """Every picture that the rows allow, one at a time, and why the others are missing."""
     styles = choose_styles(row.provider for row in rows)
     caption = describe_run(rows, header)
-    for draw in (
+    kinds = (
         vocabulary_pictures,
         ratio_pictures,
         contention_pictures,
         growth_pictures,
         step_pictures,
-    ):
+    )
+    for draw in kinds:
         yield from draw(rows, styles, caption)
 
 
@@ -184,26 +175,22 @@ def vocabulary_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pi
 
     Steps have a picture of their own.
     """
+    reason = f"no shape was timed at {FEWEST_POINTS} or more vocabularies"
+    share = "DRAM byte floor / time\n(% of measured copy bandwidth)"
     yield from _curve_pictures(
         _curves([row for row in rows if row.mode not in STEPS], BY_VOCABULARY),
         styles,
         caption,
-        Skipped(
-            "time against vocabulary", f"no shape was timed at {FEWEST_POINTS} or more vocabularies"
-        ),
+        Skipped("time against vocabulary", reason),
         lambda key: (
             f"Set {key.set}, {key.mode}, {key.dtype}: time against vocabulary",
             *("vocabulary", key.set, key.mode, key.dtype),
         ),
         lambda key: _shape_title(key, "vocab", "set", "mode", "dtype"),
         BY_VOCABULARY,
-        Y(time_of, "time (ms), median and p20 to p80", _time_axis),
-        Y(_percent, "DRAM byte floor / time\n(% of measured copy bandwidth)", _percent_axis),
+        TIME,
+        Axis(lambda row: row.percent_of_copy if time_of(row) else None, share, _percent_axis),
     )
-
-
-def _percent(row: Row) -> float | None:
-    return row.percent_of_copy if time_of(row) else None
 
 
 def _percent_axis(axes: Axes, values: Sequence[float]) -> None:
@@ -228,12 +215,10 @@ def ratio_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Picture
             if not (compared or noisy):
                 continue
             drawn = True
-            title = (
-                f"How many times faster gpu_embed is than {rival}\n{mode}"
-                if compared
-                else f"gpu_embed and {rival}: too noisy to compare\n{mode}"
-            )
-            title += "" if operation == "embedding" else f", {operation}"
+            title = f"How many times faster gpu_embed is than {rival}"
+            if not compared:
+                title = f"gpu_embed and {rival}: too noisy to compare"
+            title += f"\n{mode}" + ("" if operation == "embedding" else f", {operation}")
             said = f"{_noisy_line(f'{noisy} cells')}\n{caption}" if noisy else caption
             yield _finish(_heat_map(squares), {}, title, said, "ratio", what, rival)
     if not drawn:
@@ -268,15 +253,12 @@ def _squares(cells: Mapping[Key, Mapping[str, Row]], rival: str) -> dict[tuple[i
         if ours is None or theirs is None:
             continue
         square = squares.setdefault((key.vocab, key.num_ids), Square([], []))
-        ratio = ratio_of(theirs, ours)
-        if ratio is not None:
+        if (ratio := ratio_of(theirs, ours)) is not None:
             square.ratios.append(ratio)
         elif time_of(ours) is None:
             square.failures.append(f"ours:\n{ours.status}")
-        elif time_of(theirs) is not None:
-            square.failures.append(NOISY)
         else:
-            square.failures.append(theirs.status)
+            square.failures.append(NOISY if time_of(theirs) is not None else theirs.status)
     return squares
 
 
@@ -284,41 +266,28 @@ def _heat_map(squares: Mapping[tuple[int, int], Square]) -> Figure:
     vocabs = sorted({vocab for vocab, _ in squares})
     counts = sorted({count for _, count in squares})
     # A square has to hold its text.
-    figure = Figure(
-        figsize=(max(7.5, 2.4 + 0.72 * len(vocabs)), 2.6 + 0.52 * len(counts)),
-        dpi=DPI,
-        layout="constrained",
-    )
+    size = (max(7.5, 2.4 + 0.72 * len(vocabs)), 2.6 + 0.52 * len(counts))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.subplots()
     values = np.full((len(counts), len(vocabs)), np.nan)  # [N, V]
-    for (vocab, count), square in squares.items():
+    places = {key: (counts.index(key[1]), vocabs.index(key[0])) for key in squares}
+    for key, square in squares.items():
         if square.ratios:
-            mean = geometric_mean(square.ratios)
-            values[counts.index(count), vocabs.index(vocab)] = math.log2(mean)
+            values[places[key]] = math.log2(geometric_mean(square.ratios))
     limit = math.log2(RATIO_LIMIT)
     image = axes.imshow(
-        values,
-        cmap="PuOr",
-        norm=TwoSlopeNorm(0, -limit, limit),
-        aspect="auto",
-        origin="lower",
+        values, cmap="PuOr", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto", origin="lower"
     )
-    for (vocab, count), square in squares.items():
-        row, column = counts.index(count), vocabs.index(vocab)
+    for key, square in squares.items():
+        row, column = places[key]
         colour = np.ravel(image.to_rgba(values[row, column]))[:3]
         dark = colour @ (0.2126, 0.7152, 0.0722) < 0.4
-        axes.text(
-            column,
-            row,
-            square.text(),
-            ha="center",
-            va="center",
-            fontsize=8,
-            linespacing=1.3,
-            color=GREY if not square.ratios else "white" if dark else "black",
+        look: dict[str, Any] = {"fontsize": 8, "linespacing": 1.3, "ha": "center", "va": "center"}
+        if square.ratios:
+            look["color"] = "white" if dark else "black"
             # The worst of the square loses, though its mean may win.
-            fontweight="bold" if square.ratios and min(square.ratios) < 1 else "normal",
-        )
+            look["fontweight"] = "bold" if min(square.ratios) < 1 else "normal"
+        axes.text(column, row, square.text(), **{"color": GREY, **look})
     axes.set_xticks(range(len(vocabs)), _short_numbers(vocabs))
     axes.set_yticks(range(len(counts)), _short_numbers(counts))
     axes.set(xlabel=VOCABULARY, ylabel="ids N in a call")
@@ -347,23 +316,22 @@ def _heat_map(squares: Mapping[tuple[int, int], Square]) -> Figure:
 def contention_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
     """ms against the share of ids that are one and the same; a picture for each set and mode."""
     hot = [row for row in rows if hot_fraction(row.distribution) is not None]
-    x = X("distribution", _hot, "ids that are one and the same row\n(0 %: uniform)", _share_axis)
+    label = "ids that are one and the same row\n(0 %: uniform)"
+    x = Axis(lambda row: hot_fraction(row.distribution) or 0.0, label, _share_axis, "distribution")
+    fractions = "two or more hot fractions (distributions hot:F, equal, uniform)"
     yield from _curve_pictures(
         # Two fractions are uniform ids and something hotter, at least.
         _curves(hot, x, fewest=2),
         styles,
         caption,
-        Skipped(
-            "contention",
-            "no shape was timed at two or more hot fractions (distributions hot:F, equal, uniform)",
-        ),
+        Skipped("contention", f"no shape was timed at {fractions}"),
         lambda key: (
             f"Set {key.set}, {key.mode}: contention on a hot row",
             *("contention", key.set, key.mode),
         ),
         lambda key: _shape_title(key, "distribution", "set", "mode"),
         x,
-        Y(time_of, "time (ms), median and p20 to p80", _time_axis),
+        TIME,
     )
 
 
@@ -378,19 +346,13 @@ def _share_axis(axes: Axes, places: Sequence[float]) -> None:
 
 def hot_fraction(distribution: str) -> float | None:
     """The share of ids on one row; None where the distribution does not say."""
-    known = {"equal": 1.0, "uniform": 0.0}
-    if distribution in known:
-        return known[distribution]
-    name, _, share = distribution.partition(":")
+    usual = {"equal": "hot:1", "uniform": "hot:0"}
+    name, _, share = usual.get(distribution, distribution).partition(":")
     try:
         fraction = float(share) if name == "hot" else math.nan
     except ValueError:
         return None
     return fraction if 0 <= fraction <= 1 else None
-
-
-def _hot(row: Row) -> float:
-    return hot_fraction(row.distribution) or 0.0
 
 
 # 4. How the cost grows with the vocabulary
@@ -419,11 +381,9 @@ def growth_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictur
             *("growth", key.set, *_subtitle(key).split(", ")),
         ),
         attrgetter("mode"),
-        X("vocab", _vocab, f"{VOCABULARY}\ndotted: in proportion to V", _slope_axis),
-        Y(
-            time_of,
-            "time, as a multiple of\nthe smallest vocabulary's,\nmedian and p20 to p80",
-            _multiple_axis,
+        Axis(_vocab, f"{VOCABULARY}\ndotted: in proportion to V", _slope_axis, "vocab"),
+        Axis(
+            time_of, f"time, as a multiple of\nthe smallest vocabulary's,\n{SPREAD}", _multiple_axis
         ),
     )
 
@@ -442,14 +402,8 @@ def _slope_axis(axes: Axes, vocabs: Sequence[float]) -> None:
     _vocabulary_axis(axes, vocabs)
     low, high = min(vocabs), max(vocabs)
     # Clipped by the frame: it shows the slope.
-    axes.plot(
-        *([low, high], [1, high / low]),
-        color=GREY,
-        linestyle=":",
-        linewidth=1.5,
-        scalex=False,
-        scaley=False,
-    )
+    look: dict[str, Any] = {"color": GREY, "linestyle": ":", "linewidth": 1.5}
+    axes.plot([low, high], [1, high / low], scalex=False, scaley=False, **look)
 
 
 def _multiple_axis(axes: Axes, multiples: Sequence[float]) -> None:
@@ -461,15 +415,13 @@ def _multiple_axis(axes: Axes, multiples: Sequence[float]) -> None:
 
 def step_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
     """ms above, peak memory below, against the vocabulary; a column for each optimizer."""
-    order = [*STEPS]
-    steps = [row for row in rows if row.mode in STEPS]
+    steps = sorted((row for row in rows if row.mode in STEPS), key=lambda r: [*STEPS].index(r.mode))
+    reason = f"no step was timed at {FEWEST_POINTS} or more vocabularies"
     yield from _curve_pictures(
-        _curves(sorted(steps, key=lambda row: order.index(row.mode)), BY_VOCABULARY),
+        _curves(steps, BY_VOCABULARY),
         styles,
         f"{STEP_CAPTION}\n{caption}",
-        Skipped(
-            "cost of a training step", f"no step was timed at {FEWEST_POINTS} or more vocabularies"
-        ),
+        Skipped("cost of a training step", reason),
         lambda key: (
             f"Set {key.set}: what a training step costs as the table grows\n{_subtitle(key)}",
             *("step", key.set, *_subtitle(key).split(", ")),
@@ -477,43 +429,36 @@ def step_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures
         lambda key: STEPS[key.mode],
         BY_VOCABULARY,
         # Optimizers are compared along a line of panels.
-        Y(time_of, "time of a step (ms),\nmedian and p20 to p80", _short_axis, common=True),
-        Y(_peak_mebibytes, PEAK_LABEL, _short_axis, common=True),
+        Axis(time_of, f"time of a step (ms),\n{SPREAD}", _short_axis, common=True),
+        Axis(
+            lambda row: row.step_peak_bytes / 2**20 if row.step_peak_bytes else None,
+            "memory at the step's peak (MiB),\ntable and state included",
+            _short_axis,
+            common=True,
+        ),
     )
-
-
-def _peak_mebibytes(row: Row) -> float | None:
-    return row.step_peak_bytes / 2**20 if row.step_peak_bytes else None
 
 
 # What the pictures share
 
 
 VOCABULARY = "vocabulary V (rows of the table)"
+SPREAD = "median and p20 to p80"
 _vocab = attrgetter("vocab")
 
 
 @dataclass(frozen=True)
-class X:
-    """What the panels of a picture have on their x axis."""
+class Axis:
+    """What the panels of a picture, or a line of them, have on an axis."""
 
-    column: str  # a shape is a cell without it
-    of: Callable[[Row], float]
+    of: Callable[[Row], Any]  # a number; None where a row has none
     label: str
     scale: Callable[[Axes, Sequence[float]], None]  # fits the axis to these values
+    column: str = ""  # of an x axis: a shape is a cell without it
+    common: bool = False  # of a y axis: one scale for the whole line
 
 
-@dataclass(frozen=True)
-class Y:
-    """What a line of panels has on its y axis."""
-
-    of: Callable[[Row], float | None]
-    label: str
-    scale: Callable[[Axes, Sequence[float]], None]
-    common: bool = False  # one scale for the whole line
-
-
-def _curves(rows: Iterable[Row], x: X, fewest: int = FEWEST_POINTS) -> dict[Key, Curves]:
+def _curves(rows: Iterable[Row], x: Axis, fewest: int = FEWEST_POINTS) -> dict[Key, Curves]:
     """For each shape its rows by provider, if it was timed at the fewest number of places."""
     blank: dict[str, Any] = {"provider": "", x.column: None}
     shapes: dict[Key, dict[str, list[Row]]] = {}
@@ -534,8 +479,8 @@ def _curve_pictures(
     skipped: Skipped,
     group_of: Callable[[Key], tuple[str, ...]],
     title_of: Callable[[Key], str],
-    x: X,
-    *ys: Y,
+    x: Axis,
+    *ys: Axis,
 ) -> Pictures:
     """A column of panels for each shape, a line for each y that was measured.
 
@@ -634,12 +579,12 @@ def _with_failures(caption: str, rows: Iterable[Row]) -> str:
             failed[f"{row.provider} {state_of(row)}"] += 1
         elif noise_of(row):
             noisy[row.provider] += 1
-    lines = [caption]
-    if noisy:
-        lines.insert(0, _noisy_line(*(f"{name} at {n} hollow points" for name, n in noisy.items())))
+    lines = []
     if failed:
-        lines.insert(0, "No point: " + " · ".join(f"{what} at {n}" for what, n in failed.items()))
-    return "\n".join(lines)
+        lines.append("No point: " + " · ".join(f"{what} at {n}" for what, n in failed.items()))
+    if noisy:
+        lines.append(_noisy_line(*(f"{name} at {n} hollow points" for name, n in noisy.items())))
+    return "\n".join([*lines, caption])
 
 
 def _noisy_line(*what: str) -> str:
@@ -648,16 +593,13 @@ def _noisy_line(*what: str) -> str:
 
 def _wrapped(text: str, room: int, joint: str) -> str:
     """Break lines of more characters than there is room for, between the parts."""
-    lines = []
+    lines: list[str] = []
     for line in text.splitlines():
         first, *parts = line.split(joint)
         lines.append(first)
         for part in parts:
             longer = f"{lines[-1]}{joint}{part}"
-            if len(longer) <= room:
-                lines[-1] = longer
-            else:
-                lines.append(part)
+            lines[-1:] = [longer] if len(longer) <= room else [lines[-1], part]
     return "\n".join(lines)
 
 
@@ -718,7 +660,8 @@ def _log_axis(axes: Axes, values: Sequence[float], name: str, text: Callable[[fl
 _vocabulary_axis = partial(_log_axis, name="x", text=short_number)
 _time_axis = partial(_log_axis, name="y", text="{:g}".format)
 _short_axis = partial(_log_axis, name="y", text=short_number)
-BY_VOCABULARY = X("vocab", _vocab, VOCABULARY, _vocabulary_axis)
+BY_VOCABULARY = Axis(_vocab, VOCABULARY, _vocabulary_axis, "vocab")
+TIME = Axis(time_of, f"time (ms), {SPREAD}", _time_axis)
 
 
 def _values(curves: Curves, value_of: Callable[[Row], float | None]) -> list[float]:

@@ -1,12 +1,11 @@
 """Who is measured: one entry each. Nothing is imported before it is asked for.
 
-To add a rival: a function that builds its lookup, and an entry in PROVIDERS.
+To add a rival: a function that builds its lookup, and an entry in DESCRIPTIONS and in _BUILT.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -22,7 +21,6 @@ from contextlib import (
 )
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,13 +30,13 @@ from torch import Tensor
 import gpu_embed
 from gpu_embed import bounds
 
-from . import many_tables, optimizers
+from . import machine, many_tables, optimizers
 from .candidates import launch as candidates
 from .layer import Layer
-from .optimizers import Update
 from .shapes import DTYPES, MODES, STEPS, Cell
 
 Build = Callable[[Tensor, Cell, str], Layer]  # weight [T * V, D] (a leaf), cell, mode
+Refusal = Callable[[Cell], str | None]  # why a cell cannot be measured; None: it can
 # Whoever brings no optimizer takes a step of SGD.
 WITHOUT_OPTIMIZER = ("forward", "backward", "full", "step")
 
@@ -62,7 +60,7 @@ class Provider:
     # Whether its gradient must be a sum in fp32, rounded once; else sums in the table's dtype are accepted.
     sums_in_fp32: bool = False
     requirement: Callable[[torch.device], str | None] = lambda device: None
-    refusal: Callable[[Cell], str | None] = lambda cell: None
+    refusals: tuple[Refusal, ...] = ()
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext  # active while it runs
     # Whether it is a kernel of ours that the package does not choose, or not always: measured by `run` alone.
     candidate: bool = False
@@ -73,18 +71,11 @@ class Provider:
             return "needs a CUDA device"
         if device.type == "cuda" and not self.cuda:
             return "runs on the CPU alone"
-        return self.not_installed() or self.requirement(device)
-
-    def not_installed(self) -> str | None:
-        """None where its package can be imported, else the reason."""
-        return _import_problem(self.module, self.package)
+        return _import_problem(self.module, self.package) or self.requirement(device)
 
     def version(self) -> str:
         """The installed version, or an empty text."""
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return ""
+        return machine.version(self.package)
 
     def is_planned(self, cell: Cell, mode: str) -> bool:
         """Whether a run in which nobody asks for it by name has a row of it."""
@@ -98,6 +89,9 @@ class Provider:
             return f"optimizers are checked on float32 and float64 tables, not on {cell.dtype}"
         return self.refusal(cell)
 
+    def refusal(self, cell: Cell) -> str | None:
+        return next((reason for refusal in self.refusals if (reason := refusal(cell))), None)
+
 
 @cache
 def _import_problem(module: str, package: str) -> str | None:
@@ -108,7 +102,11 @@ def _import_problem(module: str, package: str) -> str | None:
             importlib.import_module(module)
     # A binary built for another torch fails in any way it likes.
     except Exception as error:
-        reason = first_line(_first_cause(error))
+        # torch says which library it could not load, and what it raises from says why.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = first_line(cause)
         if "undefined symbol" in reason:
             library = reason.partition(": undefined symbol")[0].rpartition("/")[2]
             return f"installed, but built for another torch than {torch.__version__} ({library})"
@@ -128,47 +126,16 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """torch says which library it could not load, and what it raises from says why."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def first_line(error: BaseException) -> str:
     """The error's name and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _one_table(
-    functional: ModuleType,
-    weight: Tensor,
-    cell: Cell,
-    sparse: bool,
-    update: Callable[[tuple[Tensor, ...]], Update],
-) -> Layer:
-    """By torch.nn.functional or by ours, whose signatures are the same."""
-
-    def lookup(ids: Tensor) -> Tensor:
-        output: Tensor = functional.embedding(ids, weight, cell.padding_idx, sparse=sparse)
-        return output
-
-    def bags(ids: Tensor) -> Tensor:
-        output: Tensor = functional.embedding_bag(ids, weight, mode="sum", sparse=sparse)
-        return output
-
-    return Layer(bags if cell.pooled else lookup, weight, update((weight,)))
-
-
-def _torch(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    build = many_tables.in_turns if cell.tables > 1 else _one_table
-    return build(F, weight, cell, False, partial(optimizers.dense, mode=mode))
-
-
-def _torch_sparse(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    build = many_tables.in_turns if cell.tables > 1 else _one_table
-    return build(F, weight, cell, True, partial(optimizers.sparse, mode=mode))
+def _torch(weight: Tensor, cell: Cell, mode: str, sparse: bool = False) -> Layer:
+    build = many_tables.in_turns if cell.tables > 1 else many_tables.single
+    layer = build(F, weight, cell, sparse)
+    return replace(layer, update=optimizers.by_torch(layer.leaves, mode, sparse))
 
 
 def _torch_compile(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -201,38 +168,46 @@ def _compiler_missing(device: torch.device) -> str | None:
     return None
 
 
-class IndexAddEmbedding(torch.autograd.Function):
-    """torch's lookup, with zeros(V, D).index_add_(0, ids, grad) for a gradient."""
+class LookupWithGradient(torch.autograd.Function):
+    """lookup(ids, weight), whose gradient is gradient(grad_output, ids)."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        ids: Tensor,
+        lookup: Callable[[Tensor, Tensor], Tensor],
+        gradient: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.shape = weight.shape
-        ctx.padding_idx = padding_idx
-        return F.embedding(ids, weight)
+        ctx.gradient = gradient
+        return lookup(ids, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (ids,) = ctx.saved_tensors
-        grad_weight = grad_outputs[0].new_zeros(ctx.shape).index_add_(0, ids, grad_outputs[0])
-        if ctx.padding_idx is not None:
-            grad_weight[ctx.padding_idx].zero_()
-        return grad_weight, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradient(grad_outputs[0], *ctx.saved_tensors), None, None, None
 
 
 def _index_add(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    return Layer(lambda ids: IndexAddEmbedding.apply(weight, ids, cell.padding_idx), weight)
+    """torch's lookup, with zeros(V, D).index_add_(0, ids, grad) for a gradient."""
+
+    def gradient(grad_output: Tensor, ids: Tensor) -> Tensor:
+        grad_weight = grad_output.new_zeros(weight.shape).index_add_(0, ids, grad_output)
+        if cell.padding_idx is not None:
+            grad_weight[cell.padding_idx].zero_()
+        return grad_weight
+
+    return Layer(lambda ids: LookupWithGradient.apply(weight, ids, F.embedding, gradient), weight)
 
 
 def _liger(weight: Tensor, cell: Cell, mode: str) -> Layer:
     if cell.padding_idx is None:
         apply = importlib.import_module(LIGER).LigerEmbeddingFunction.apply
         return Layer(lambda ids: apply(weight, ids), weight)
+    layers = importlib.import_module("liger_kernel.transformers.experimental.embedding")
     # Its layer draws a table of its own: on the meta device that costs nothing.
     with torch.device("meta"):
-        layer = importlib.import_module(
-            "liger_kernel.transformers.experimental.embedding"
-        ).LigerEmbedding(*weight.shape, cell.padding_idx)
+        layer = layers.LigerEmbedding(*weight.shape, cell.padding_idx)
     layer.weight = weight
     return Layer(layer, weight)
 
@@ -241,29 +216,23 @@ def _flag_gems(weight: Tensor, cell: Cell, mode: str) -> Layer:
     gems = importlib.import_module(FLAG_GEMS)
     padding = -1 if cell.padding_idx is None else cell.padding_idx
 
-    class GemsEmbedding(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
-            ctx.save_for_backward(ids)
-            output: Tensor = gems.embedding(table, ids, padding)
-            return output
+    def lookup(ids: Tensor, table: Tensor) -> Tensor:
+        output: Tensor = gems.embedding(table, ids, padding)
+        return output
 
-        @staticmethod
-        def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-            (ids,) = ctx.saved_tensors
-            return gems.embedding_backward(grad_outputs[0], ids, len(weight), padding), None
+    def gradient(grad_output: Tensor, ids: Tensor) -> Tensor:
+        grad_weight: Tensor = gems.embedding_backward(grad_output, ids, len(weight), padding)
+        return grad_weight
 
-    return Layer(lambda ids: GemsEmbedding.apply(weight, ids), weight)
+    return Layer(lambda ids: LookupWithGradient.apply(weight, ids, lookup, gradient), weight)
 
 
 def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
     """Its dense tables; for a step those whose backward is the update."""
     training = importlib.import_module(FBGEMM)
     configs = importlib.import_module("fbgemm_gpu.split_embedding_configs")
-    precision = {
-        torch.float32: configs.SparseType.FP32,
-        torch.float16: configs.SparseType.FP16,
-    }[weight.dtype]
+    types = configs.SparseType
+    precision = {torch.float32: types.FP32, torch.float16: types.FP16}[weight.dtype]
     cuda = weight.is_cuda
     common = {
         "pooling_mode": training.PoolingMode.SUM if cell.pooled else training.PoolingMode.NONE,
@@ -283,13 +252,11 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
         places = importlib.import_module("fbgemm_gpu.split_table_batched_embeddings_ops_common")
         location = places.EmbeddingLocation.DEVICE if cuda else places.EmbeddingLocation.HOST
         device = training.ComputeDevice.CUDA if cuda else training.ComputeDevice.CPU
+        kinds = configs.EmbOptimType
         kind, definition = {
-            "step": (configs.EmbOptimType.EXACT_SGD, None),
-            "step_adam": (configs.EmbOptimType.ADAM, optimizers.LAZY_ADAM),
-            "step_rowwise_adagrad": (
-                configs.EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-                optimizers.ROWWISE_ADAGRAD,
-            ),
+            "step": (kinds.EXACT_SGD, None),
+            "step_adam": (kinds.ADAM, optimizers.LAZY_ADAM),
+            "step_rowwise_adagrad": (kinds.EXACT_ROWWISE_ADAGRAD, optimizers.ROWWISE_ADAGRAD),
         }[mode]
         tables = training.SplitTableBatchedEmbeddingBagsCodegen(
             [(cell.vocab, cell.dim, location, device)] * cell.tables,
@@ -303,61 +270,24 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
         )
     own = (tables.weights_dev if cuda else tables.weights_host).detach()
     own.copy_(weight.detach().view(-1))
-    return Layer(
-        many_tables.offsets_lookup(tables, cell),
-        own,
-        optimizers.Update(None, definition),
-        order=many_tables.order_of(cell),
-    )
+    update = optimizers.Update(None, definition)
+    lookup = many_tables.offsets_lookup(tables, cell)
+    return Layer(lookup, own, update, order=many_tables.order_of(cell))
 
 
-def _ours(
-    weight: Tensor, cell: Cell, sparse: bool, update: Callable[[tuple[Tensor, ...]], Update]
+def _gpu_embed(
+    weight: Tensor, cell: Cell, mode: str, sparse: bool = False, in_backward: bool = False
 ) -> Layer:
+    if in_backward:
+        # A parameter of its own, for the hooks to go away with.
+        weight = torch.nn.Parameter(weight.detach())
     if cell.tables > 1:
-        return many_tables.batched(weight, cell, sparse, update)
-    return _one_table(gpu_embed.functional, weight, cell, sparse, update)
-
-
-def _gpu_embed(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    return _ours(weight, cell, False, partial(optimizers.dense, mode=mode))
-
-
-def _gpu_embed_sparse(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    return _ours(weight, cell, True, partial(optimizers.ours, mode=mode, in_backward=False))
-
-
-def _gpu_embed_in_backward(weight: Tensor, cell: Cell, mode: str) -> Layer:
-    # A parameter of its own, for the hooks to go away with.
-    table = torch.nn.Parameter(weight.detach())
-    return _ours(table, cell, True, partial(optimizers.ours, mode=mode, in_backward=True))
-
-
-class CandidateGradient(torch.autograd.Function):
-    """This package's lookup, with a gradient of bench/candidates."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        ids: Tensor,
-        padding_idx: int | None,
-        gradient: CandidateOfGradient,
-    ) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.num_embeddings = len(weight)
-        ctx.padding_idx = -1 if padding_idx is None else padding_idx
-        ctx.gradient = gradient
-        return gpu_embed.functional.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        (ids,) = ctx.saved_tensors
-        triton = gpu_embed.backends.load("triton")
-        grad_weight = ctx.gradient(
-            triton, grad_outputs[0], ids, ctx.num_embeddings, ctx.padding_idx
-        )
-        return grad_weight, None, None, None
+        layer = many_tables.batched(weight, cell, sparse)
+    else:
+        layer = many_tables.single(gpu_embed.functional, weight, cell, sparse)
+    if sparse:
+        return replace(layer, update=optimizers.ours(layer.leaves, mode, in_backward))
+    return replace(layer, update=optimizers.by_torch(layer.leaves, mode, sparse=False))
 
 
 # TritonDevice, grad_output, ids, num_embeddings, padding_idx (-1: none) -> grad_weight [V, D]
@@ -365,10 +295,16 @@ CandidateOfGradient = Callable[[Any, Tensor, Tensor, int, int], Tensor]
 
 
 def _candidate_gradient(
-    gradient: CandidateOfGradient, weight: Tensor, cell: Cell, mode: str
+    candidate: CandidateOfGradient, weight: Tensor, cell: Cell, mode: str
 ) -> Layer:
-    apply = CandidateGradient.apply
-    return Layer(lambda ids: apply(weight, ids, cell.padding_idx, gradient), weight)
+    """This package's lookup, with a gradient of bench/candidates."""
+    triton = gpu_embed.backends.load("triton")
+    lookup, padding = gpu_embed.functional.embedding, cell.padding_idx
+
+    def gradient(grad_output: Tensor, ids: Tensor) -> Tensor:
+        return candidate(triton, grad_output, ids, len(weight), -1 if padding is None else padding)
+
+    return Layer(lambda ids: LookupWithGradient.apply(weight, ids, lookup, gradient), weight)
 
 
 def _candidate_gather(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -377,65 +313,14 @@ def _candidate_gather(weight: Tensor, cell: Cell, mode: str) -> Layer:
 
     def lookup(ids: Tensor) -> Tensor:
         record = bounds.record_for(weight.device)
-        if record is not None:
-            record.ready()
+        if record is None:
+            return candidates.gather(triton, weight, ids, -1, None)
+        record.ready()
         output = candidates.gather(triton, weight, ids, -1, record)
-        if record is not None:
-            record.finish_lookup(ids)
+        record.finish_lookup(ids)
         return output
 
     return Layer(lookup, weight)
-
-
-def _small_ids(cell: Cell) -> str | None:
-    """torch and most others look up int64 and int32 alone."""
-    return None if cell.id_dtype in ("int64", "int32") else f"takes no {cell.id_dtype} ids"
-
-
-def _no_bags(cell: Cell) -> str | None:
-    return "it has no bags" if cell.pooled else _single_table(cell)
-
-
-def _single_table(cell: Cell) -> str | None:
-    """Of the layers that know one table, torch's alone stands for a loop over many."""
-    return "one table at a time" if cell.tables > 1 else _small_ids(cell)
-
-
-def _short_addresses(cell: Cell) -> str | None:
-    """Kernels that compute addresses in 32 bits read and write anywhere past 2^31 elements."""
-    if max(cell.rows, cell.num_ids) * cell.dim >= 2**31:
-        return "its addresses are 32 bit"
-    return _no_bags(cell)
-
-
-def _fbgemm_tables(cell: Cell) -> str | None:
-    if cell.dtype not in ("float32", "float16"):
-        return f"its tables are not {cell.dtype}"
-    if cell.dim % 4:
-        return "its rows are a multiple of 4 numbers"
-    if cell.padding:
-        return "it has no padding_idx"
-    return _small_ids(cell)
-
-
-def _atomic_tables(cell: Cell) -> str | None:
-    return None if cell.dtype in ("float32", "float64") else f"no atomics on {cell.dtype} tables"
-
-
-def _descriptor_gradients(cell: Cell) -> str | None:
-    if cell.dtype != "float32":
-        return f"no bulk additions to {cell.dtype} tables"
-    return _descriptor_rows(cell) or _no_bags(cell)
-
-
-def _descriptor_rows(cell: Cell) -> str | None:
-    if cell.dim * DTYPES[cell.dtype].itemsize % 16:
-        return "its rows are a multiple of 16 bytes"
-    return None
-
-
-def _one_hot_tables(cell: Cell) -> str | None:
-    return candidates.one_hot_refusal(DTYPES[cell.dtype], cell.vocab) or _no_bags(cell)
 
 
 def _needs_triton(device: torch.device) -> str | None:
@@ -450,219 +335,140 @@ def _needs_descriptors(device: torch.device) -> str | None:
     return _needs_triton(device)
 
 
-def _sorted_atomic_tables(cell: Cell) -> str | None:
-    return _atomic_tables(cell) or _single_table(cell)
+def _refusal(reason: str, refused: Callable[[Cell], object]) -> Refusal:
+    """A refusal of such cells; {0} in the reason is the cell."""
+    return lambda cell: reason.format(cell) if refused(cell) else None
 
 
-def _one_lookup(cell: Cell) -> str | None:
-    if cell.pooled or cell.tables > 1:
-        return "neither bags nor several tables are looked up by it"
-    return None
+# torch and most others look up int64 and int32 alone.
+_SMALL_IDS = _refusal("takes no {0.id_dtype} ids", lambda c: c.id_dtype not in ("int64", "int32"))
+# Of the layers that know one table, torch's alone stands for a loop over many.
+_SINGLE_TABLE = (_refusal("one table at a time", lambda c: c.tables > 1), _SMALL_IDS)
+_NO_BAGS = (_refusal("it has no bags", lambda c: c.pooled), *_SINGLE_TABLE)
+# Kernels that compute addresses in 32 bits read and write anywhere past 2^31 elements.
+_SHORT_ADDRESSES = _refusal(
+    "its addresses are 32 bit", lambda c: max(c.rows, c.num_ids) * c.dim >= 2**31
+)
+_FBGEMM_TABLES = (
+    _refusal("its tables are not {0.dtype}", lambda c: c.dtype not in ("float32", "float16")),
+    _refusal("its rows are a multiple of 4 numbers", lambda c: c.dim % 4),
+    _refusal("it has no padding_idx", lambda c: c.padding),
+    _SMALL_IDS,
+)
+_ATOMIC_TABLES = _refusal(
+    "no atomics on {0.dtype} tables", lambda c: c.dtype not in ("float32", "float64")
+)
+_BULK_ADDITIONS = _refusal("no bulk additions to {0.dtype} tables", lambda c: c.dtype != "float32")
+_DESCRIPTOR_ROWS = _refusal(
+    "its rows are a multiple of 16 bytes", lambda c: c.dim * DTYPES[c.dtype].itemsize % 16
+)
+_ONE_LOOKUP = _refusal(
+    "neither bags nor several tables are looked up by it", lambda c: c.pooled or c.tables > 1
+)
 
 
-def _descriptor_lookups(cell: Cell) -> str | None:
-    return _one_lookup(cell) or _descriptor_rows(cell)
+def _one_hot_tables(cell: Cell) -> str | None:
+    return candidates.one_hot_refusal(DTYPES[cell.dtype], cell.vocab)
 
 
-def _gradient_of(name: str, description: str, **fields: Any) -> Provider:
-    """This package with another gradient kernel, forced or a candidate."""
-    return Provider(
-        f"gpu_embed-{name}",
-        f"this package, gradient by {description}",
-        module="gpu_embed",
-        package="gpu_embed",
-        modes=("backward", "full", "step"),
-        sums_in_fp32=True,
-        candidate=True,
-        **fields,
-    )
-
-
-def _lookup_of(name: str, description: str, **fields: Any) -> Provider:
-    """This package with another lookup kernel, forced or a candidate."""
-    return Provider(
-        f"gpu_embed-gather-{name}",
-        f"this package, lookup by {description}",
-        module="gpu_embed",
-        package="gpu_embed",
-        modes=("forward",),
-        candidate=True,
-        **fields,
-    )
-
-
-def _forced_gather(method: str, description: str) -> Provider:
-    return _lookup_of(
-        method,
-        description,
-        build=_gpu_embed,
-        refusal=_one_lookup,
-        setting=lambda: gpu_embed.use_gather_method(method),
-    )
-
-
+# What `list` says of each; gpu_embed first: where a run is cut short, the others have something to be compared with.
+DESCRIPTIONS = {
+    "gpu_embed": "this package, gradient kernel by its table; many tables batched",
+    "gpu_embed-atomic": "this package, gradient by atomics",
+    "gpu_embed-sorted": "this package, gradient by sorted segments",
+    "gpu_embed-sorted-atomic": "this package, gradient by sorted segments, atomics at their edges",
+    "gpu_embed-descriptor": "this package, gradient by tensor descriptors",
+    "gpu_embed-one-hot": "this package, gradient by one-hot products",
+    "gpu_embed-gather-rows": "this package, lookup by whole rows",
+    "gpu_embed-gather-flat": "this package, lookup by equal pieces of the output",
+    "gpu_embed-gather-descriptor": "this package, lookup by tensor descriptors",
+    "gpu_embed-sparse": "this package, sparse=True; a step by gpu_embed.optim",
+    "gpu_embed-in-backward": "the same by gpu_embed.optim.apply_in_backward",
+    "torch": "torch.nn.functional, table by table; a step by torch.optim on the dense gradient",
+    "torch-sparse": "the same, sparse=True; Adam is SparseAdam",
+    "torch.compile": "torch.compile of the same, for fixed shapes",
+    "index_add_": "gradient by zeros(V, D).index_add_",
+    "liger-kernel": "LigerEmbedding (experimental)",
+    "flag-gems": "flag_gems.ops.embedding",
+    "fbgemm-gpu": "table batched embeddings; their backward pass is the step",
+    "fbgemm-gpu-cpu": "the same on the CPU, where it lacks Adam",
+}
 LIGER = "liger_kernel.ops.experimental.embedding"
 FLAG_GEMS = "flag_gems.ops.embedding"
 FBGEMM = "fbgemm_gpu.split_table_batched_embeddings_ops_training"
+GRADIENT = ("backward", "full", "step")
 
-# gpu_embed first: where a run is cut short, the others have something to be compared with.
+_rival = partial(Provider, "", "")  # the names follow below
+_own = partial(_rival, module="gpu_embed", package="gpu_embed", sums_in_fp32=True)
+_candidate = partial(_own, candidate=True)
+_sparse: dict[str, Any] = {"modes": tuple(STEPS), "cpu": True, "tables_beside": 0}
+
+
+def _forced_gradient(method: str, **fields: Any) -> Provider:
+    setting = partial(gpu_embed.use_gradient_method, method)
+    return _own(_gpu_embed, modes=GRADIENT, setting=setting, **fields)
+
+
+def _forced_lookup(method: str) -> Provider:
+    setting = partial(gpu_embed.use_gather_method, method)
+    return _candidate(_gpu_embed, modes=("forward",), setting=setting, refusals=(_ONE_LOOKUP,))
+
+
+def _candidate_of_gradient(candidate: CandidateOfGradient, **fields: Any) -> Provider:
+    return _candidate(partial(_candidate_gradient, candidate), modes=GRADIENT, **fields)
+
+
+_BUILT: dict[str, Provider] = {
+    "gpu_embed": _own(_gpu_embed, modes=MODES, cpu=True),
+    "gpu_embed-atomic": _forced_gradient("atomic", refusals=(_ATOMIC_TABLES,)),
+    "gpu_embed-sorted": _forced_gradient("sorted"),
+    "gpu_embed-sorted-atomic": _forced_gradient(
+        "sorted_atomic", candidate=True, refusals=(_ATOMIC_TABLES, *_SINGLE_TABLE)
+    ),
+    "gpu_embed-descriptor": _candidate_of_gradient(
+        candidates.scatter_add,
+        requirement=_needs_descriptors,
+        refusals=(_BULK_ADDITIONS, _DESCRIPTOR_ROWS, *_NO_BAGS),
+    ),
+    "gpu_embed-one-hot": _candidate_of_gradient(
+        candidates.one_hot, requirement=_needs_triton, refusals=(_one_hot_tables, *_NO_BAGS)
+    ),
+    "gpu_embed-gather-rows": _forced_lookup("rows"),
+    "gpu_embed-gather-flat": _forced_lookup("flat"),
+    "gpu_embed-gather-descriptor": _candidate(
+        _candidate_gather,
+        modes=("forward",),
+        requirement=_needs_descriptors,
+        refusals=(_ONE_LOOKUP, _DESCRIPTOR_ROWS),
+    ),
+    "gpu_embed-sparse": _own(partial(_gpu_embed, sparse=True), **_sparse),
+    "gpu_embed-in-backward": _own(partial(_gpu_embed, sparse=True, in_backward=True), **_sparse),
+    "torch": _rival(_torch, modes=MODES, cpu=True, refusals=(_SMALL_IDS,)),
+    "torch-sparse": _rival(partial(_torch, sparse=True), **_sparse, refusals=(_SMALL_IDS,)),
+    "torch.compile": _rival(
+        _torch_compile,
+        cpu=True,
+        requirement=_compiler_missing,
+        refusals=_SINGLE_TABLE,
+        setting=_keep_buffers,
+    ),
+    "index_add_": _rival(_index_add, modes=GRADIENT, cpu=True, refusals=_NO_BAGS),
+    "liger-kernel": _rival(_liger, LIGER, "liger-kernel", refusals=(_SHORT_ADDRESSES, *_NO_BAGS)),
+    "flag-gems": _rival(_flag_gems, FLAG_GEMS, "flag-gems", refusals=(_SHORT_ADDRESSES, *_NO_BAGS)),
+    "fbgemm-gpu": _rival(
+        _fbgemm, FBGEMM, "fbgemm-gpu", MODES, copies=True, refusals=_FBGEMM_TABLES
+    ),
+    "fbgemm-gpu-cpu": _rival(
+        _fbgemm,
+        FBGEMM,
+        "fbgemm-gpu-cpu",
+        tuple(mode for mode in MODES if mode != "step_adam"),
+        cpu=True,
+        cuda=False,
+        copies=True,
+        refusals=_FBGEMM_TABLES,
+    ),
+}
 PROVIDERS = {
-    provider.name: provider
-    for provider in (
-        Provider(
-            "gpu_embed",
-            "this package, gradient kernel by its table; many tables batched",
-            _gpu_embed,
-            "gpu_embed",
-            "gpu_embed",
-            MODES,
-            cpu=True,
-            sums_in_fp32=True,
-        ),
-        Provider(
-            "gpu_embed-atomic",
-            "this package, gradient by atomics",
-            _gpu_embed,
-            "gpu_embed",
-            "gpu_embed",
-            ("backward", "full", "step"),
-            sums_in_fp32=True,
-            refusal=_atomic_tables,
-            setting=lambda: gpu_embed.use_gradient_method("atomic"),
-        ),
-        Provider(
-            "gpu_embed-sorted",
-            "this package, gradient by sorted segments",
-            _gpu_embed,
-            "gpu_embed",
-            "gpu_embed",
-            ("backward", "full", "step"),
-            sums_in_fp32=True,
-            setting=lambda: gpu_embed.use_gradient_method("sorted"),
-        ),
-        _gradient_of(
-            "sorted-atomic",
-            "sorted segments, atomics at their edges",
-            build=_gpu_embed,
-            refusal=_sorted_atomic_tables,
-            setting=lambda: gpu_embed.use_gradient_method("sorted_atomic"),
-        ),
-        _gradient_of(
-            "descriptor",
-            "tensor descriptors",
-            build=partial(_candidate_gradient, candidates.scatter_add),
-            requirement=_needs_descriptors,
-            refusal=_descriptor_gradients,
-        ),
-        _gradient_of(
-            "one-hot",
-            "one-hot products",
-            build=partial(_candidate_gradient, candidates.one_hot),
-            requirement=_needs_triton,
-            refusal=_one_hot_tables,
-        ),
-        _forced_gather("rows", "whole rows"),
-        _forced_gather("flat", "equal pieces of the output"),
-        _lookup_of(
-            "descriptor",
-            "tensor descriptors",
-            build=_candidate_gather,
-            requirement=_needs_descriptors,
-            refusal=_descriptor_lookups,
-        ),
-        Provider(
-            "gpu_embed-sparse",
-            "this package, sparse=True; a step by gpu_embed.optim",
-            _gpu_embed_sparse,
-            "gpu_embed",
-            "gpu_embed",
-            tuple(STEPS),
-            cpu=True,
-            tables_beside=0,
-            sums_in_fp32=True,
-        ),
-        Provider(
-            "gpu_embed-in-backward",
-            "the same by gpu_embed.optim.apply_in_backward",
-            _gpu_embed_in_backward,
-            "gpu_embed",
-            "gpu_embed",
-            tuple(STEPS),
-            cpu=True,
-            tables_beside=0,
-            sums_in_fp32=True,
-        ),
-        Provider(
-            "torch",
-            "torch.nn.functional, table by table; a step by torch.optim on the dense gradient",
-            _torch,
-            modes=MODES,
-            cpu=True,
-            refusal=_small_ids,
-        ),
-        Provider(
-            "torch-sparse",
-            "the same, sparse=True; Adam is SparseAdam",
-            _torch_sparse,
-            modes=tuple(STEPS),
-            cpu=True,
-            tables_beside=0,
-            refusal=_small_ids,
-        ),
-        Provider(
-            "torch.compile",
-            "torch.compile of the same, for fixed shapes",
-            _torch_compile,
-            cpu=True,
-            requirement=_compiler_missing,
-            refusal=_single_table,
-            setting=_keep_buffers,
-        ),
-        Provider(
-            "index_add_",
-            "gradient by zeros(V, D).index_add_",
-            _index_add,
-            modes=("backward", "full", "step"),
-            cpu=True,
-            refusal=_no_bags,
-        ),
-        Provider(
-            "liger-kernel",
-            "LigerEmbedding (experimental)",
-            _liger,
-            LIGER,
-            "liger-kernel",
-            refusal=_short_addresses,
-        ),
-        Provider(
-            "flag-gems",
-            "flag_gems.ops.embedding",
-            _flag_gems,
-            FLAG_GEMS,
-            "flag-gems",
-            refusal=_short_addresses,
-        ),
-        Provider(
-            "fbgemm-gpu",
-            "table batched embeddings; their backward pass is the step",
-            _fbgemm,
-            FBGEMM,
-            "fbgemm-gpu",
-            MODES,
-            copies=True,
-            refusal=_fbgemm_tables,
-        ),
-        Provider(
-            "fbgemm-gpu-cpu",
-            "the same on the CPU, where it lacks Adam",
-            _fbgemm,
-            FBGEMM,
-            "fbgemm-gpu-cpu",
-            tuple(mode for mode in MODES if mode != "step_adam"),
-            cpu=True,
-            cuda=False,
-            copies=True,
-            refusal=_fbgemm_tables,
-        ),
-    )
+    name: replace(_BUILT[name], name=name, description=text) for name, text in DESCRIPTIONS.items()
 }

@@ -25,15 +25,7 @@ from .compare import (
     ratio_of,
     time_of,
 )
-from .results import (
-    COLUMNS,
-    Key,
-    Row,
-    complete_header,
-    header_or_empty,
-    rows_to_show,
-    write_whole,
-)
+from .results import COLUMNS, Key, Row, complete_header, header_or_empty, rows_to_show, write_whole
 from .shapes import SETS
 
 REPORT = "report.html"
@@ -210,10 +202,9 @@ def _columns(row: Row, rival: Row | None) -> Columns:
         versus = "noisy" if ratio is None else f"{ratio:.2f} ({rival.provider})"
     if row.ms_p20 is not None and row.ms_p80 is not None:
         times = f"{row.ms_p20:.4g} to {row.ms_p80:.4g}"
-    extra, peak = (
-        None if size is None else size / 2**20
-        for size in (row.peak_extra_bytes, row.step_peak_bytes)
-    )
+    sizes = (row.peak_extra_bytes, row.step_peak_bytes)
+    extra, peak = (None if size is None else size / 2**20 for size in sizes)
+    said = "; ".join(text for text in (row.match, row.note, noise) if text)
     return {
         "provider": (row.provider, "text"),
         "status": (STATUS_TEXTS[row.status], "text" if row.status == "ok" else "text bad"),
@@ -227,10 +218,7 @@ def _columns(row: Row, rival: Row | None) -> Columns:
         "host us": (_number(row.host_us, ".1f"), ""),
         "extra MiB": (_number(extra, ",.1f"), ""),
         "step's peak MiB": (_number(peak, ",.1f"), ""),
-        "check and notes": (
-            "; ".join(text for text in (row.match, row.note, noise) if text),
-            "text wrap",
-        ),
+        "check and notes": (said, "text wrap"),
     }
 
 
@@ -254,17 +242,13 @@ def set_title(name: str) -> str:
 def _summary(rows: Sequence[Row]) -> str:
     """How many rows there are in which state."""
     counts = Counter(row.status for row in rows)
-    states = ", ".join(
-        f"{counts[status]:,} {text}" for status, text in STATUS_TEXTS.items() if counts[status]
-    )
+    states = ", ".join(f"{counts[s]:,} {text}" for s, text in STATUS_TEXTS.items() if counts[s])
     noisy = sum(bool(noise_of(row)) for row in rows)
     return f"{len(rows):,} rows, {states}" + (f" ({noisy:,} noisy)" if noisy else "")
 
 
 def _ratio_class(ratio: float | None) -> str:
-    if ratio is None:
-        return ""
-    return "ahead" if ratio >= 1 else "behind"
+    return "" if ratio is None else "ahead" if ratio >= 1 else "behind"
 
 
 def _number(value: float | None, form: str = ".4g") -> str:
@@ -305,7 +289,7 @@ def _code(text: str) -> str:
 def _link(directory: Path, target: Path) -> str:
     """A link, where the results lie beneath the page; else their folder's name."""
     try:
-        inside = directory.resolve().relative_to(target.resolve().parent)
+        inside = directory.resolve().relative_to(target.resolve().parent).as_posix()
     except ValueError:
         return f"`results.csv` in {_code(directory.resolve().name)}"
-    return f"[`{inside.as_posix()}/results.csv`]({inside.as_posix()}/results.csv)"
+    return f"[`{inside}/results.csv`]({inside}/results.csv)"

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ class NotWrittenError(ResultsError):
     """A row could not be written, as when the disk is full; the rows before it are whole."""
 
 
-class RowWriter:
+class RowWriter(AbstractContextManager["RowWriter"]):
     """Appends rows to DIR/results.csv; each is on disk before the next is measured.
 
     Use it in a `with` block.
@@ -120,7 +121,8 @@ class RowWriter:
             raise ResultsError(
                 f"{path} exists already; use --resume to add what it lacks, or another --out"
             )
-        if self.done and _columns(lines) != COLUMNS:
+        columns = next(csv.reader([lines.decode("utf-8-sig").partition("\n")[0]]))
+        if self.done and tuple(columns) != COLUMNS:
             raise ResultsError(f"{path} has the columns of another version; choose another --out")
         directory.mkdir(parents=True, exist_ok=True)
         # A run that ended before its first row left nothing to keep.
@@ -149,9 +151,6 @@ class RowWriter:
             self._file.truncate()
             raise NotWrittenError(f"{self._path}: {error.strerror or error}") from None
         self._end = self._file.tell()
-
-    def __enter__(self) -> RowWriter:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -278,10 +277,6 @@ def _parsed(data: bytes, file: Path) -> list[Row]:
         ]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ResultsError(f"{file}: no CSV file ({error})") from None
-
-
-def _columns(data: bytes) -> tuple[str, ...]:
-    return tuple(next(csv.reader([data.decode("utf-8-sig").partition("\n")[0]])))
 
 
 def _check_columns(columns: Sequence[str], file: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,13 +38,7 @@ class Choice:
     sets: Sequence[str]
     providers: Sequence[str] | None = None
     modes: Sequence[str] | None = None
-    dtypes: Sequence[str] | None = None
-    id_dtypes: Sequence[str] | None = None
-    tables: Sequence[int] | None = None
-    vocabs: Sequence[int] | None = None
-    dims: Sequence[int] | None = None
-    num_ids: Sequence[int] | None = None
-    distributions: Sequence[str] | None = None
+    axes: Mapping[str, Sequence[Any] | None] = field(default_factory=dict)  # by Cell's fields
     limit: int | None = None  # cells
 
 
@@ -75,23 +69,14 @@ def plan(choice: Choice, device: torch.device) -> list[Job]:
 
 def _cells(choice: Choice) -> Iterable[tuple[str, Cell]]:
     for name in choice.sets:
-        for distribution in choice.distributions or (None,):
-            # A file is read once through, unless the number of ids is given.
-            length = None if distribution is None else ids_module.length_of_file(distribution)
-            num_ids = choice.num_ids or ([length] if length else None)
-            yield from (
-                (name, cell)
-                for cell in varied(
-                    SETS[name].cells,
-                    dtype=choice.dtypes,
-                    id_dtype=choice.id_dtypes,
-                    tables=choice.tables,
-                    vocab=choice.vocabs,
-                    dim=choice.dims,
-                    num_ids=num_ids,
-                    distribution=None if distribution is None else [distribution],
-                )
-            )
+        for distribution in choice.axes.get("distribution") or (None,):
+            axes = dict(choice.axes)
+            if distribution is not None:
+                # A file is read once through, unless the number of ids is given.
+                length = ids_module.length_of_file(distribution)
+                axes["distribution"] = [distribution]
+                axes["num_ids"] = axes.get("num_ids") or ([length] if length else None)
+            yield from ((name, cell) for cell in varied(SETS[name].cells, **axes))
 
 
 def execute(
@@ -110,8 +95,7 @@ def execute(
     """
     rows = []
     for cell, group in itertools.groupby(jobs, key=lambda job: job.cell):
-        problem: Problem | None = None
-        broken: Exception | None = None
+        problem: Problem | Exception | None = None
         for job in group:
             row = job.row(bench)
             if row.key in writer.done or time.monotonic() > last_start:
@@ -119,21 +103,21 @@ def execute(
                 continue
             on_start(job)
             refused = _refused(bench, job, row)
-            if refused is None and problem is None and broken is None:
+            if refused is None and problem is None:
                 try:
                     problem = bench.problem(cell)
                 except Exception as error:
-                    broken = error
+                    problem = error
             if refused is not None:
                 row = refused
-            elif problem is not None:
+            elif isinstance(problem, Problem):
                 row = bench.measure(problem, job.provider, job.mode, row)
                 collect_cycles(problem)
                 _free(bench.device)
-            elif isinstance(broken, ids_module.IdsError):
-                row = replace(row, status="missing", note=str(broken))
-            elif broken is not None:
-                row = failed(row, broken)
+            elif isinstance(problem, ids_module.IdsError):
+                row = replace(row, status="missing", note=str(problem))
+            elif problem is not None:
+                row = failed(row, problem)
             writer.write(row)
             rows.append(row)
             on_row(row)
@@ -144,13 +128,13 @@ def execute(
 
 def _refused(bench: Bench, job: Job, row: Row) -> Row | None:
     """The row of a job that needs no measurement to be known; None: measure it."""
-    reason = job.provider.missing_reason(bench.device)
-    reason = reason or job.provider.refuses(job.cell, job.mode)
-    if job.cell.operation == "embedding_graph" and bench.device.type != "cuda":
+    provider, cell = job.provider, job.cell
+    reason = provider.missing_reason(bench.device) or provider.refuses(cell, job.mode)
+    if cell.operation == "embedding_graph" and bench.device.type != "cuda":
         reason = reason or "CUDA graphs need a CUDA device"
     if reason is not None:
         return replace(row, status="missing", note=reason)
-    full = bench.does_not_fit(job.cell, job.mode, job.provider.tables_beside, job.provider.copies)
+    full = bench.does_not_fit(cell, job.mode, provider.tables_beside, provider.copies)
     return None if full is None else replace(row, status="oom", note=full)
 
 

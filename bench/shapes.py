@@ -22,12 +22,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-ID_DTYPES = {
-    "int64": torch.int64,
-    "int32": torch.int32,
-    "int16": torch.int16,
-    "uint8": torch.uint8,
-}
+ID_DTYPES = {"int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -93,6 +88,7 @@ def grid(**axes: Sequence[Any]) -> tuple[Cell, ...]:
     )
 
 
+BAGS_OF_20: dict[str, Any] = {"operation": "embedding_bag", "hotness": 20}
 SETS = {
     shape_set.name: shape_set
     for shape_set in (
@@ -101,11 +97,11 @@ SETS = {
             "language model, small: 16,384 tokens, vocabulary 2^10 to 2^17",
             "Liger-Kernel, tritonbench",
             ("forward", "backward", "full"),
-            grid(
-                dtype=("float32", "bfloat16"),
-                dim=(768, 4096),
-                vocab=[2**k for k in range(10, 18)],
-                num_ids=(16384,),
+            tuple(
+                Cell(2**k, dim, 16384, dtype)
+                for dtype in ("float32", "bfloat16")
+                for dim in (768, 4096)
+                for k in range(10, 18)
             ),
         ),
         ShapeSet(
@@ -136,17 +132,9 @@ SETS = {
             "FBGEMM's default, batch 512 x 20 ids",
             ("forward", "backward", *STEPS),
             tuple(
-                Cell(
-                    100_000,
-                    128,
-                    32 * 512 * 20,
-                    distribution=distribution,
-                    operation=operation,
-                    hotness=hotness,
-                    tables=32,
-                )
+                Cell(100_000, 128, 32 * 512 * 20, distribution=distribution, tables=32, **bags)
                 for distribution in ("uniform", "zipf:1.05")
-                for operation, hotness in (("embedding", 1), ("embedding_bag", 20))
+                for bags in ({}, BAGS_OF_20)
             ),
         ),
         ShapeSet(
@@ -208,10 +196,7 @@ SETS = {
             "forward and backward as one CUDA graph",
             "pytorch#82886",
             ("full",),
-            (
-                Cell(100_000, 128, 3073, operation="embedding_graph"),
-                Cell(100_000, 128, 1_048_576, operation="embedding_graph"),
-            ),
+            tuple(Cell(100_000, 128, n, operation="embedding_graph") for n in (3073, 1_048_576)),
         ),
         ShapeSet(
             "I",
@@ -220,11 +205,10 @@ SETS = {
             ("forward", "backward"),
             (
                 *grid(distribution=("text",), vocab=(8192,), dim=(128, 768), num_ids=(65_536,)),
-                *grid(
-                    distribution=("wordfreq", "wordsegment"),
-                    vocab=(262_144,),
-                    dim=(128, 768),
-                    num_ids=(65_536,),
+                *(
+                    Cell(262_144, dim, 65_536, distribution=words)
+                    for words in ("wordfreq", "wordsegment")
+                    for dim in (128, 768)
                 ),
             ),
         ),

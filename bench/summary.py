@@ -63,14 +63,8 @@ def rows_table(title: str, rows: Iterable[Row]) -> Table:
     """Providers by mode: time, bandwidth, verdict."""
     table = make_table(title, "mode", "provider", ">ms", ">GB/s", ">% of copy", "result")
     for row in rows:
-        table.add_row(
-            row.mode,
-            row.provider,
-            number(row.ms_p50),
-            number(row.gbps_dram),
-            number(row.percent_of_copy),
-            verdict(row),
-        )
+        figures = map(number, (row.ms_p50, row.gbps_dram, row.percent_of_copy))
+        table.add_row(row.mode, row.provider, *figures, verdict(row))
     return table
 
 
@@ -105,15 +99,10 @@ def cpu_table(rows: Sequence[Row]) -> Table:
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
         ratio = ratio_of(theirs, ours)
         shape = f"{ours.vocab:,} x {ours.dim} {ours.dtype}, {ours.num_ids:,} ids"
-        table.add_row(
-            shape,
-            ours.mode,
-            number(ours.ms_p50),
-            number(theirs.ms_p50),
-            "" if ratio is None else f"{ratio:.2f}x",
-            number(ours.percent_of_copy),
-            verdict(ours, theirs),
-        )
+        times = (number(ours.ms_p50), number(theirs.ms_p50))
+        faster = "" if ratio is None else f"{ratio:.2f}x"
+        share = number(ours.percent_of_copy)
+        table.add_row(shape, ours.mode, *times, faster, share, verdict(ours, theirs))
     return table
 
 

@@ -117,8 +117,7 @@ def _cuda_samples(
                 before(i)
             if cold:
                 flush(device)
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(spin)
             start.record()
             calls[k].run(i)
@@ -134,24 +133,25 @@ def _seconds_of(call: Call, device: torch.device | None = None) -> float:
     for i in range(2):
         if call.before is not None:
             call.before(i)
-        _wait(device)
-        start = time.perf_counter()
-        call.run(i)
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_clocked(call, i, device, whole=True))
     return max(min(seconds), 1e-7)
 
 
 def _launch_seconds(call: Call, device: torch.device) -> float:
     """What the host needs for one call, without the wait."""
-    seconds = []
-    for i in range(3):
-        _wait(device)
-        start = time.perf_counter()
-        call.run(i)
-        seconds.append(time.perf_counter() - start)
+    seconds = min(_clocked(call, i, device, whole=False) for i in range(3))
     _wait(device)
-    return min(seconds)
+    return seconds
+
+
+def _clocked(call: Call, i: int, device: torch.device | None, whole: bool) -> float:
+    """Seconds of a call on a device that waits for it; with the device's own if it is the whole."""
+    _wait(device)
+    start = time.perf_counter()
+    call.run(i)
+    if whole:
+        _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device | None) -> None:
@@ -211,11 +211,9 @@ def flush(device: torch.device) -> None:
 
 @cache
 def _flush_buffer(device: torch.device) -> Tensor:
+    size = 2 * last_cache_bytes()
     if device.type == "cuda":
-        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        size = max(256 * 2**20, 4 * cache_bytes)
-    else:
-        size = 2 * last_cache_bytes()
+        size = max(256 * 2**20, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
     return torch.ones(size // 4, dtype=torch.int32, device=device)
 
 
@@ -234,8 +232,7 @@ def last_cache_bytes() -> int:
 def copy_gbps(device: torch.device, max_bytes: int | None = None) -> float:
     """Measured bandwidth of a large copy, bytes read plus bytes written, in GB/s."""
     size = 2**30 if device.type == "cuda" else 2**27
-    if max_bytes is not None:
-        size = min(size, max_bytes // 4)
+    size = size if max_bytes is None else min(size, max_bytes // 4)
     source = torch.ones(max(size // 4, 2**16), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     effort = Effort(seconds=0.5, min_samples=8, max_samples=50)

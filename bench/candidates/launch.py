@@ -9,17 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpu_embed.backends._plan.access import (
-    VECTOR_BYTES,
-    cdiv,
-    flat_ids,
-    vector_width,
-    word_layout,
-)
+from gpu_embed.backends._plan.access import VECTOR_BYTES, cdiv, flat_ids, vector_width, word_layout
 from gpu_embed.backends._triton.device import TritonDevice
 from gpu_embed.backends._triton.launch import FlatLaunch, Launch, next_power_of_2
 from gpu_embed.bounds import BoundsRecord
@@ -100,20 +95,19 @@ def gather(
     per_word = layout.word_bytes // 4
     row_words = layout.row_words * per_word
     launch = gather_descriptor_launch(row_words)
-    block = [1, launch.BLOCK_D]
     code = _device_code(triton._interpreted)
-    table_strides = [layout.row_stride * per_word, 1]
+
+    def described(tensor: Tensor, num_rows: int, row_stride: int) -> Any:
+        words, shape = triton._view(tensor, word), [num_rows, row_words]
+        return code.TensorDescriptor(words, shape, [row_stride, 1], [1, launch.BLOCK_D])
+
     triton._launch(
         code.gather_descriptor,
         (cdiv(num_indices, launch.ROWS), cdiv(row_words, launch.BLOCK_D)),
         weight.device,
-        code.TensorDescriptor(
-            triton._view(weight, word), [num_embeddings, row_words], table_strides, block
-        ),
+        described(weight, num_embeddings, layout.row_stride * per_word),
         ids.contiguous(),
-        code.TensorDescriptor(
-            triton._view(output, word), [num_indices, row_words], [row_words, 1], block
-        ),
+        described(output, num_indices, row_words),
         None if record is None else record.words,
         None if record is None else record.flag,
         num_indices,
@@ -139,15 +133,14 @@ def scatter_add(
     vec = vector_width(matrix)
     launch = scatter_descriptor_launch(embedding_dim)
     code = _device_code(triton._interpreted)
+    block, shape = [1, launch.BLOCK_D], list(grad_weight.shape)
     triton._launch(
         code.scatter_add_descriptor,
         (cdiv(ids.numel(), launch.ROWS), cdiv(embedding_dim, launch.BLOCK_D)),
         ids.device,
         matrix,
         flat_ids(ids),
-        code.TensorDescriptor(
-            grad_weight, list(grad_weight.shape), [embedding_dim, 1], [1, launch.BLOCK_D]
-        ),
+        code.TensorDescriptor(grad_weight, shape, [embedding_dim, 1], block),
         ids.numel(),
         num_embeddings,
         padding_idx,
@@ -211,10 +204,8 @@ def descriptor_refusal(table: Tensor, num_indices: int) -> str | None:
     """What keeps TMA from a table's rows; None: nothing."""
     if table.is_cuda:
         capability = torch.cuda.get_device_capability(table.device)
-        if capability < DESCRIPTOR_CAPABILITY:
-            return "compute capability {}.{}; it needs {}.{}".format(
-                *capability, *DESCRIPTOR_CAPABILITY
-            )
+        if capability < (needed := DESCRIPTOR_CAPABILITY):
+            return "compute capability {}.{}; it needs {}.{}".format(*capability, *needed)
     layout = word_layout(table)
     if layout.word_bytes * layout.vec < VECTOR_BYTES or layout.row_stride < layout.row_words:
         return (

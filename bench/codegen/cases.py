@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import gcd, inf
 
 import torch
@@ -19,12 +20,13 @@ from gpu_embed.dtypes import accumulation
 from gpu_embed.row_update import STATE, RowUpdate, Stream
 from gpu_embed.tables.batch import TableBatch
 from gpu_embed.tables.entries import TableEntries
-from gpu_embed.tables.layout import TableLayout, make_layout
+from gpu_embed.tables.layout import make_layout
 from gpu_embed.take import QuantizedTable
 
 from ..candidates import launch as candidates
 
 META = torch.device("meta")
+_empty = partial(torch.empty, device=META)
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,8 @@ class Case:
     weight_decay: bool = False  # of the rows used
     dims: tuple[int, ...] = ()  # of batched tables, the widest's first
     output_dtype: torch.dtype | None = None  # None: the table's
-    group_size: int = (
-        0  # columns of a quantized row that share a scale and a zero; 0: all, with no zero
-    )
+    # Columns of a quantized row that share a scale and a zero; 0: all, with no zero.
+    group_size: int = 0
 
     def __str__(self) -> str:
         """The operation, D, the dtype, and what differs from the defaults."""
@@ -76,20 +77,70 @@ class Case:
         OPERATIONS[self.operation](self, backend)
 
     def ids(self) -> Tensor:
-        return torch.empty(self.num_indices, dtype=self.index_dtype, device=META)
+        return _empty(self.num_indices, dtype=self.index_dtype)
 
     def matrix(self, rows: int) -> Tensor:
         """[rows, D]: the table, or its rows' gradients."""
         if self.transposed:
-            return torch.empty(self.embedding_dim, rows, dtype=self.dtype, device=META).T
-        return torch.empty(rows, self.embedding_dim, dtype=self.dtype, device=META)
+            return _empty(self.embedding_dim, rows, dtype=self.dtype).T
+        return _empty(rows, self.embedding_dim, dtype=self.dtype)
+
+    def weight(self) -> Tensor:
+        return self.matrix(self.num_embeddings)
+
+    def bounds(self) -> BoundsRecord | None:
+        return BoundsRecord(META) if self.record else None
+
+    def bags(self) -> Bags:
+        offsets = None if self.equal_lengths else self.ids().new_empty(self.num_bags)
+        return Bags(self.ids(), offsets, self.num_bags)
+
+    def bag_weights(self) -> Tensor | None:
+        return _empty(self.num_indices, dtype=self.dtype) if self.per_sample_weights else None
+
+    def update(self, formula: str) -> RowUpdate:
+        return RowUpdate(
+            formula,
+            step_size=0.1,
+            weight_decay=float(self.weight_decay),
+            lr=_empty(1, dtype=torch.float64) if self.lr_on_device else None,
+            stream=Stream(1, 1) if self.stochastic_rounding else None,
+        )
+
+    def state(self, formula: str, num_rows: int, weight: Tensor) -> tuple[Tensor, ...]:
+        """What the optimizer keeps for the rows or the numbers of the weight."""
+        dtype = accumulation(self.dtype)
+        return tuple(
+            _empty(num_rows if state.per_row else weight.shape, dtype=dtype)
+            for state in STATE[formula]
+        )
+
+    def changing(self, num_rows: int) -> Tensor | None:
+        """Which rows may change."""
+        return _empty(num_rows, dtype=torch.bool) if self.rows else None
+
+    def tables(
+        self, *, pooled: bool = True, with_argmax: bool = False
+    ) -> tuple[Tensor, TableBatch]:
+        """The buffer of batched tables, and their ids, by the shapes of both."""
+        mode = "mean" if self.mean else "sum"
+        layout = make_layout([(self.num_embeddings, dim) for dim in self.dims], mode, None)
+        batch = TableBatch(
+            self.ids(),
+            self.ids().new_empty(layout.num_tables * self.num_bags + 1),
+            layout.fields(META),
+            layout.table_of_column(META),
+            layout.shape(pooled),
+        )
+        if with_argmax:
+            positions = _empty(self.num_bags, batch.width, dtype=batch.position_dtype)
+            batch = replace(batch, max_positions=positions)
+        return _empty(layout.buffer_shape, dtype=self.dtype), batch
 
     def access_bytes(self, itemsize: int) -> int:
         """The widest access that rows of this case allow, their items being of that size."""
-        return itemsize if self.transposed else gcd(16, *self._widths(itemsize))
-
-    def _widths(self, itemsize: int) -> list[int]:
-        return [dim * itemsize for dim in self.dims or (self.embedding_dim,)]
+        widths = [dim * itemsize for dim in self.dims or (self.embedding_dim,)]
+        return itemsize if self.transposed else gcd(16, *widths)
 
 
 # Before the value of a field in the name of a case; other fields are flags.
@@ -113,17 +164,6 @@ def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).removeprefix("torch.")
 
 
-def _embedding(case: Case, backend: TritonBackend) -> None:
-    record = BoundsRecord(META) if case.record else None
-    backend.embedding(case.matrix(case.num_embeddings), case.ids(), case.padding_idx, record)
-
-
-def _candidate_gather(case: Case, backend: TritonBackend) -> None:
-    record = BoundsRecord(META) if case.record else None
-    weight = case.matrix(case.num_embeddings)
-    candidates.gather(backend, weight, case.ids(), case.padding_idx, record)
-
-
 def _candidate_gradient(case: Case, backend: TritonBackend) -> None:
     candidate = candidates.one_hot if case.operation == "one_hot" else candidates.scatter_add
     grad_output = case.matrix(case.num_indices)
@@ -141,46 +181,19 @@ def _gradient(case: Case, backend: TritonBackend) -> None:
         )
 
 
-def _renorm(case: Case, backend: TritonBackend) -> None:
-    backend.embedding_renorm_(case.matrix(case.num_embeddings), case.ids(), 1.5, case.norm_type)
-
-
-def _counts(case: Case, backend: TritonBackend) -> None:
-    backend.embedding_counts(case.ids(), case.num_embeddings)
-
-
-def _bags(case: Case) -> Bags:
-    offsets = None if case.equal_lengths else case.ids().new_empty(case.num_bags)
-    return Bags(case.ids(), offsets, case.num_bags)
-
-
-def _bag_weights(case: Case) -> Tensor | None:
-    return (
-        case.ids().new_empty(case.num_indices, dtype=case.dtype)
-        if case.per_sample_weights
-        else None
-    )
-
-
 def _bag(case: Case, backend: TritonBackend) -> None:
-    record = BoundsRecord(META) if case.record else None
     mode = case.operation.removeprefix("bag_")
-    weight = case.matrix(case.num_embeddings)
-    backend.embedding_bag(weight, _bag_weights(case), _bags(case), case.padding_idx, mode, record)
-
-
-def _bag_max(case: Case, backend: TritonBackend) -> None:
-    record = BoundsRecord(META) if case.record else None
-    weight = case.matrix(case.num_embeddings)
-    backend.embedding_bag_max(weight, _bags(case), case.padding_idx, True, record)
+    backend.embedding_bag(
+        case.weight(), case.bag_weights(), case.bags(), case.padding_idx, mode, case.bounds()
+    )
 
 
 def _bag_gradient(case: Case, backend: TritonBackend) -> None:
     with gpu_embed.use_gradient_method(case.operation.removeprefix("bag_")):
         backend.embedding_bag_dense_backward(
             case.matrix(case.num_bags),
-            _bag_weights(case),
-            _bags(case),
+            case.bag_weights(),
+            case.bags(),
             case.num_embeddings,
             case.padding_idx,
             "mean" if case.mean else "sum",
@@ -189,165 +202,97 @@ def _bag_gradient(case: Case, backend: TritonBackend) -> None:
 
 
 def _bag_sample_weights(case: Case, backend: TritonBackend) -> None:
+    grad_output = case.matrix(case.num_bags)
     backend.embedding_bag_sample_weights_backward(
-        case.matrix(case.num_bags), case.matrix(case.num_embeddings), _bags(case), case.padding_idx
+        grad_output, case.weight(), case.bags(), case.padding_idx
     )
 
 
 def _row_update(case: Case, backend: TritonBackend) -> None:
-    weight = case.matrix(case.num_embeddings)
-    state = tuple(
-        torch.empty(
-            weight.shape[:1] if layout.per_row else weight.shape,
-            dtype=accumulation(case.dtype),
-            device=META,
-        )
-        for layout in STATE[case.operation]
-    )
-    update = RowUpdate(
-        case.operation,
-        step_size=0.1,
-        weight_decay=float(case.weight_decay),
-        lr=torch.empty(1, dtype=torch.float64, device=META) if case.lr_on_device else None,
-        stream=Stream(1, 1) if case.stochastic_rounding else None,
-    )
-    rows = torch.empty(len(weight), dtype=torch.bool, device=META) if case.rows else None
+    weight, num_rows = case.weight(), case.num_embeddings
+    update, state = case.update(case.operation), case.state(case.operation, num_rows, weight)
     values = case.matrix(case.num_indices)
-    backend.row_update_(update, weight, state, case.ids(), values, rows)
-
-
-def _tables(
-    case: Case, *, pooled: bool = True, with_argmax: bool = False
-) -> tuple[TableLayout, TableBatch]:
-    """Batched tables and their ids, by the shapes of both."""
-    mode = "mean" if case.mean else "sum"
-    layout = make_layout([(case.num_embeddings, dim) for dim in case.dims], mode, None)
-    batch = TableBatch(
-        case.ids(),
-        case.ids().new_empty(layout.num_tables * case.num_bags + 1),
-        layout.fields(META),
-        layout.table_of_column(META),
-        layout.shape(pooled),
-    )
-    if with_argmax:
-        shape = case.num_bags, batch.width
-        max_positions = case.ids().new_empty(shape, dtype=batch.position_dtype)
-        batch = replace(batch, max_positions=max_positions)
-    return layout, batch
+    backend.row_update_(update, weight, state, case.ids(), values, case.changing(num_rows))
 
 
 def _table_lookup(case: Case, backend: TritonBackend) -> None:
-    layout, batch = _tables(case, pooled=case.operation == "table_bag")
-    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
-    record = BoundsRecord(META) if case.record else None
-    backend.table_batched_embedding(weight, _bag_weights(case), batch, False, record)
-
-
-def _table_max(case: Case, backend: TritonBackend) -> None:
-    layout, batch = _tables(case)
-    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
-    record = BoundsRecord(META) if case.record else None
-    backend.table_batched_embedding_max(weight, batch, True, record)
+    weight, batch = case.tables(pooled=case.operation == "table_bag")
+    backend.table_batched_embedding(weight, case.bag_weights(), batch, False, case.bounds())
 
 
 def _table_gradient(case: Case, backend: TritonBackend) -> None:
-    layout, batch = _tables(case, with_argmax=case.max)
-    grad_output = torch.empty(case.num_bags, batch.width, dtype=case.dtype, device=META)
+    weight, batch = case.tables(with_argmax=case.max)
+    grad_output = weight.new_empty(case.num_bags, batch.width)
     with gpu_embed.use_gradient_method(case.operation.removeprefix("table_")):
         backend.table_batched_embedding_dense_backward(
-            grad_output, _bag_weights(case), batch, layout.buffer_shape
+            grad_output, case.bag_weights(), batch, weight.shape
         )
 
 
 def _table_sample_weights(case: Case, backend: TritonBackend) -> None:
-    layout, batch = _tables(case)
-    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
+    weight, batch = case.tables()
     grad_output = weight.new_empty(case.num_bags, batch.width)
     backend.table_batched_embedding_sample_weights_backward(grad_output, weight, batch)
-
-
-def _take(case: Case, backend: TritonBackend) -> None:
-    record = BoundsRecord(META) if case.record else None
-    weight = case.matrix(case.num_embeddings)
-    backend.take_rows(weight, case.ids(), case.output_dtype or case.dtype, record)
 
 
 def _dequantize(case: Case, backend: TritonBackend) -> None:
     """dtype is the scale's."""
     bits = int(case.operation.removeprefix("dequantize_int"))
-    group_size = case.group_size or case.embedding_dim
-    values = torch.empty(
-        case.num_embeddings, cdiv(case.embedding_dim * bits, 8), dtype=torch.int8, device=META
-    )
-    scale = torch.empty(
-        case.num_embeddings,
-        cdiv(case.embedding_dim, group_size),
-        dtype=case.dtype,
-        device=META,
-    )
+    rows, dim = case.num_embeddings, case.embedding_dim
+    group_size = case.group_size or dim
+    values = _empty(rows, cdiv(dim * bits, 8), dtype=torch.int8)
+    scale = _empty(rows, cdiv(dim, group_size), dtype=case.dtype)
     zero = torch.empty_like(scale, dtype=torch.int8) if case.group_size else None
-    table = QuantizedTable(values, scale, zero, case.embedding_dim, group_size, bits)
-    record = BoundsRecord(META) if case.record else None
-    backend.dequantize_rows(table, case.ids(), case.output_dtype or case.dtype, record)
+    table = QuantizedTable(values, scale, zero, dim, group_size, bits)
+    dtype = case.output_dtype or case.dtype
+    backend.dequantize_rows(table, case.ids(), dtype, case.bounds())
 
 
 def _table_update(case: Case, backend: TritonBackend) -> None:
-    layout, batch = _tables(case, with_argmax=case.max)
-    weight = torch.empty(layout.buffer_shape, dtype=case.dtype, device=META)
-    formula = case.operation.removeprefix("table_")
-    arithmetic = accumulation(case.dtype)
-    num_rows = batch.shape.num_rows
-    state = tuple(
-        torch.empty(num_rows if state.per_row else weight.shape, dtype=arithmetic, device=META)
-        for state in STATE[formula]
-    )
-    scales = case.ids().new_empty(case.num_indices, dtype=arithmetic) if case.mean else None
+    weight, batch = case.tables(with_argmax=case.max)
+    formula, num_rows = case.operation.removeprefix("table_"), batch.shape.num_rows
     entries = TableEntries(
         case.ids(),
         case.ids().to(torch.int32),
-        scales,
+        _empty(case.num_indices, dtype=accumulation(case.dtype)) if case.mean else None,
         batch.max_positions,
-        torch.empty(case.num_bags, batch.width, dtype=case.dtype, device=META),
+        weight.new_empty(case.num_bags, batch.width),
         batch.fields,
         num_rows,
         batch.shape.widest,
         batch.shape.dim_divisor,
     )
-    rows = torch.empty(num_rows, dtype=torch.bool, device=META) if case.rows else None
-    update = RowUpdate(
-        formula,
-        step_size=0.1,
-        weight_decay=float(case.weight_decay),
-        stream=Stream(1, 1) if case.stochastic_rounding else None,
-    )
-    backend.table_row_update_(update, weight, state, entries, rows)
+    state = case.state(formula, num_rows, weight)
+    backend.table_row_update_(case.update(formula), weight, state, entries, case.changing(num_rows))
 
 
-OPERATIONS: dict[str, Callable[[Case, TritonBackend], None]] = {
-    "embedding": _embedding,
-    "embedding_descriptor": _candidate_gather,
-    "atomic": _gradient,
-    "descriptor": _candidate_gradient,
-    "sorted_atomic": _gradient,
-    "one_hot": _candidate_gradient,
-    "sorted": _gradient,
-    "renorm": _renorm,
-    "counts": _counts,
-    "bag_sum": _bag,
-    "bag_mean": _bag,
-    "bag_max": _bag_max,
-    "bag_atomic": _bag_gradient,
-    "bag_sorted": _bag_gradient,
+OPERATIONS: dict[str, Callable[[Case, TritonBackend], object]] = {
+    "embedding": lambda c, backend: backend.embedding(
+        c.weight(), c.ids(), c.padding_idx, c.bounds()
+    ),
+    "embedding_descriptor": lambda c, backend: candidates.gather(
+        backend, c.weight(), c.ids(), c.padding_idx, c.bounds()
+    ),
+    **dict.fromkeys(("atomic", "sorted_atomic", "sorted"), _gradient),
+    **dict.fromkeys(("descriptor", "one_hot"), _candidate_gradient),
+    "renorm": lambda c, backend: backend.embedding_renorm_(c.weight(), c.ids(), 1.5, c.norm_type),
+    "counts": lambda c, backend: backend.embedding_counts(c.ids(), c.num_embeddings),
+    **dict.fromkeys(("bag_sum", "bag_mean"), _bag),
+    "bag_max": lambda c, backend: backend.embedding_bag_max(
+        c.weight(), c.bags(), c.padding_idx, True, c.bounds()
+    ),
+    **dict.fromkeys(("bag_atomic", "bag_sorted"), _bag_gradient),
     "bag_sample_weights": _bag_sample_weights,
-    "table_bag": _table_lookup,
-    "table_rows": _table_lookup,
-    "table_atomic": _table_gradient,
-    "table_sorted": _table_gradient,
-    "table_max": _table_max,
+    **dict.fromkeys(("table_bag", "table_rows"), _table_lookup),
+    **dict.fromkeys(("table_atomic", "table_sorted"), _table_gradient),
+    "table_max": lambda c, backend: backend.table_batched_embedding_max(
+        *c.tables(), True, c.bounds()
+    ),
     "table_sample_weights": _table_sample_weights,
-    "take": _take,
-    "dequantize_int8": _dequantize,
-    "dequantize_int4": _dequantize,
+    "take": lambda c, backend: backend.take_rows(
+        c.weight(), c.ids(), c.output_dtype or c.dtype, c.bounds()
+    ),
+    **dict.fromkeys(("dequantize_int8", "dequantize_int4"), _dequantize),
     **{f"table_{formula}": _table_update for formula in STATE},
     **dict.fromkeys(STATE, _row_update),
 }
@@ -403,12 +348,7 @@ CASES = (
     Case("sorted", 33, FP64, scale_grad_by_freq=True),
     Case("sorted", 128, FP32, num_indices=1, num_embeddings=1),
     Case("sorted", 2, BF16, num_embeddings=PAST_INT32),
-    Case("renorm", 128),
-    Case("renorm", 128, norm_type=1.0),
-    Case("renorm", 128, norm_type=0.0),
-    Case("renorm", 128, norm_type=inf),
-    Case("renorm", 128, norm_type=-inf),
-    Case("renorm", 128, norm_type=2.5),
+    *(Case("renorm", 128, norm_type=norm_type) for norm_type in (2.0, 1.0, 0.0, inf, -inf, 2.5)),
     Case("renorm", 300, BF16),
     Case("renorm", 4096, FP16, norm_type=3.0),
     Case("renorm", 33, FP64, norm_type=-1.0),

@@ -48,27 +48,11 @@ class Compiled:
 
     def widths(self, operation: str, pointer: str) -> set[int]:
         """Bytes that a thread moves with each such instruction."""
-        return {
-            i.num_bytes
-            for i in self.instructions
-            if (i.operation, i.pointer) == (operation, pointer)
-        }
+        wanted = (operation, pointer)
+        return {i.num_bytes for i in self.instructions if (i.operation, i.pointer) == wanted}
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "machine": self.machine._asdict()}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Compiled:
-        machine = MachineCode(**fields["machine"])
-        return cls(
-            **{
-                **fields,
-                "instructions": [Instruction(*each) for each in fields["instructions"]],
-                "machine": machine._replace(
-                    instructions=[Instruction(*each) for each in machine.instructions]
-                ),
-            }
-        )
 
 
 @dataclass(frozen=True)
@@ -202,14 +186,14 @@ def _read_cubins(architecture: int, binaries: Iterable[Any]) -> list[MachineCode
         options = ("--no-dataflow", "--binary", target)
         printed = _output(knobs.nvidia.nvdisasm.path, *options, file.name)
     lines = re.findall(r"^\s*/\*\w+\*/\s+(.*?)\s*;", printed, re.MULTILINE)
+    count = sum(map(len, codes)) // INSTRUCTION_BYTES
+    if count != len(lines):
+        raise RuntimeError(f"nvdisasm printed {len(lines)} instructions of {count}")
     read, first = [], 0
     for code in codes:
-        count = len(code) // INSTRUCTION_BYTES
-        address = first * INSTRUCTION_BYTES
-        read.append(read_machine_code(lines[first : first + count], address))
-        first += count
-    if first != len(lines):
-        raise RuntimeError(f"nvdisasm printed {len(lines)} instructions of {first}")
+        end = first + len(code) // INSTRUCTION_BYTES
+        read.append(read_machine_code(lines[first:end], first * INSTRUCTION_BYTES))
+        first = end
     return read
 
 

@@ -6,7 +6,8 @@ import ast
 import re
 import struct
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, reduce
+from operator import and_
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +23,8 @@ class Instruction(NamedTuple):
     """One instruction that leaves the thread's registers."""
 
     operation: str  # one of MEMORY, "shuffle" or "barrier"
-    pointer: (
-        str  # an access's address, by its name in the source, as `weight_ptr`; "" in machine code
-    )
+    # An access's address, by its name in the source, as `weight_ptr`; "" in machine code.
+    pointer: str
     num_bytes: int  # that a thread moves with one of ACCESSES; else 0
     in_loop: bool
 
@@ -82,12 +82,9 @@ def read_ptx(ptx: str) -> Iterator[Instruction]:
         if found is None or not (operation := _operation(found[1], PTX)):
             continue
         in_loop = any(number in loop for loop in loops)
-        if operation in ACCESSES:
-            yield Instruction(operation, pointer, _ptx_bytes(found[1], found[2]), in_loop)
-        elif operation in BULK:
-            yield Instruction(operation, pointer, 0, in_loop)
-        else:
-            yield Instruction(operation, "", 0, in_loop)
+        named = pointer if operation in (*ACCESSES, *BULK) else ""
+        num_bytes = _ptx_bytes(found[1], found[2]) if operation in ACCESSES else 0
+        yield Instruction(operation, named, num_bytes, in_loop)
 
 
 def _ptx_bytes(name: str, operands: str) -> int:
@@ -248,10 +245,7 @@ def natural_loops(successors: Sequence[Sequence[int]]) -> list[set[int]]:
     while changed:
         changed = False
         for node in order:
-            common = -1
-            for predecessor in predecessors[node]:
-                common &= passed[predecessor]
-            common |= 1 << node
+            common = reduce(and_, (passed[before] for before in predecessors[node])) | 1 << node
             changed |= common != passed[node]
             passed[node] = common
     loops: dict[int, set[int]] = {}

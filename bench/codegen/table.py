@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..console import make_table
 from ..occupancy import MULTIPROCESSORS, occupancy
 from ..results import ResultsError
 from .compile import Compiled
@@ -81,45 +82,38 @@ def table_rows(launches: Iterable[Compiled], triton: str) -> list[Row]:
         place = (launch.architecture, launch.case, launch.kernel)
         seen[place] += 1
         again = f":{seen[place]}" if seen[place] > 1 else ""
-        rows.setdefault(
-            (launch.architecture, launch.binary), _row(launch, launch.case + again, triton)
-        )
+        row = _row(launch, launch.case + again, triton)
+        rows.setdefault((launch.architecture, launch.binary), row)
     return sorted(rows.values(), key=lambda row: row.key)
 
 
 def _row(launch: Compiled, config: str, triton: str) -> Row:
-    def widest(*operations: str) -> int:
-        return max(
-            (i.num_bytes for i in launch.machine.instructions if i.operation in operations),
-            default=0,
-        )
+    machine = launch.machine
 
-    resident = occupancy(
-        launch.architecture, launch.num_warps, launch.registers, launch.shared_bytes
-    )
+    def widest(*operations: str) -> int:
+        sizes = (i.num_bytes for i in machine.instructions if i.operation in operations)
+        return max(sizes, default=0)
+
+    arguments = (launch.architecture, launch.num_warps, launch.registers, launch.shared_bytes)
+    resident = occupancy(*arguments)
+    used = {i.operation for i in machine.instructions}
+    same = ("kernel", "num_warps", "registers", "spilled_bytes", "shared_bytes")
+    copied: dict[str, Any] = {name: getattr(launch, name) for name in same}
     return Row(
-        kernel=launch.kernel,
+        **copied,
         config=config,
         sm=launch.architecture,
         settings=" ".join(f"{name}={value}" for name, value in launch.settings.items()),
-        num_warps=launch.num_warps,
-        registers=launch.registers,
-        spilled_bytes=launch.spilled_bytes,
-        shared_bytes=launch.shared_bytes,
         resident_warps=resident.warps,
         max_warps=MULTIPROCESSORS[launch.architecture].warps,
         limit=resident.limit,
         load_bytes=widest("load"),
         store_bytes=widest("store"),
         atomic_bytes=widest(*ATOMICS),
-        bulk=" ".join(
-            operation.removeprefix("bulk ")
-            for operation in BULK
-            if any(i.operation == operation for i in launch.machine.instructions)
-        ),
+        bulk=" ".join(name.removeprefix("bulk ") for name in BULK if name in used),
         accesses=", ".join(f"{access} {width}" for access, width in _narrowest(launch).items()),
-        loop_instructions=launch.machine.loop_instructions,
-        loop_accesses=launch.machine.loop_accesses,
+        loop_instructions=machine.loop_instructions,
+        loop_accesses=machine.loop_accesses,
         triton=triton,
     )
 
@@ -243,16 +237,14 @@ def _worse(old: Row, new: Row) -> Iterator[str]:
 def rich_tables(rows: Sequence[Row]) -> Iterator[Table]:
     """One a kernel: for each configuration its name, its settings, and a line an architecture beside them."""
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
+    numbers = (">sm", ">regs", ">spilled", ">shared", ">warps")
     for kernel, rows_of_kernel in groupby(rows, key=lambda row: row.kernel):
-        table = Table(title=kernel, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True)
-        table.add_column("configuration", overflow="fold")
-        for name in ("sm", "regs", "spilled", "shared", "warps"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("limit")
-        table.add_column("access", no_wrap=True)
-        table.add_column("loop", justify="right", no_wrap=True)
+        columns = ("configuration", *numbers, "limit", "access", ">loop")
+        table = make_table(kernel, *columns, box=SIMPLE_HEAD, collapse_padding=True)
+        table.columns[0].overflow = "fold"
+        for column in table.columns[1:]:
+            column.no_wrap = column.header != "limit"
         by_config = groupby(rows_of_kernel, key=lambda row: (row.config, row.settings))
         for labels, lines in by_config:
             cells = [_cells(row) for row in lines]

@@ -19,7 +19,7 @@ from gpu_embed.backends._triton import TritonBackend, known_launch
 from gpu_embed.backends._triton.device import WordsOf
 from gpu_embed.bench.codegen.cases import CASES
 from gpu_embed.bench.codegen.compile import record_launches
-from gpu_embed.bench.stub_launch import stub_driver, stub_kernel
+from gpu_embed.bench.host_time import stub_driver, stub_kernel
 from gpu_embed.settings import KNOWN_LAUNCH
 
 

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("rich", reason="the benchmark's extra is not installed")
 
+from compiled import compiled_from_json
+
 from gpu_embed.bench import cli, occupancy
 from gpu_embed.bench.codegen import cases as codegen_cases
 from gpu_embed.bench.codegen import compile as codegen
@@ -390,7 +392,7 @@ def test_a_binary_has_one_row_named_by_the_first_case():
 def test_launches_survive_json():
     text = codegen_table.to_json("3.7.1", [BASE], [COMPILED], {"x": "y"})
     read = json.loads(text)
-    assert [Compiled.from_json(launch) for launch in read["launches"]] == [COMPILED]
+    assert [compiled_from_json(launch) for launch in read["launches"]] == [COMPILED]
     assert (Row(**read["rows"][0]), read["failures"]) == (BASE, {"x": "y"})
 
 

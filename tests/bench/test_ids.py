@@ -143,7 +143,7 @@ def test_an_unknown_distribution_is_said_in_one_sentence(distribution, message):
 @pytest.mark.parametrize("name", ids.WORD_LISTS)
 def test_word_lists_are_optional(name):
     if importlib.util.find_spec(name) is None:
-        with pytest.raises(ids.MissingWordsError, match=f"pip install {name}"):
+        with pytest.raises(ids.IdsError, match=f"pip install {name}"):
             ids.draw(name, 10, 10)
     else:
         drawn = ids.draw(name, 10_000, 1000)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from compiled import compiled_from_json
 from filelock import FileLock
 
 from gpu_embed.backends._plan.access import cdiv
@@ -65,7 +66,7 @@ def launches(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Lau
     read = json.loads(printed)
     return Launches(
         read["triton"],
-        [Compiled.from_json(launch) for launch in read["launches"]],
+        [compiled_from_json(launch) for launch in read["launches"]],
         read["failures"],
     )
 
