@@ -85,9 +85,9 @@ class Problem:
         ]
         self.counts: Counts = count(self.places(0), self.padding_idx)
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(str(cell).encode()))
-        self._random: dict[str, Any] = {"dtype": DTYPES[cell.dtype], "device": device}
-        self._random["generator"] = generator
-        self.weight = torch.nn.Parameter(torch.randn((cell.rows, cell.dim), **self._random))
+        self._random: dict[str, Any] = {"dtype": DTYPES[cell.dtype], "generator": generator}
+        rows = torch.randn((cell.rows, cell.dim), device=device, **self._random)
+        self.weight = torch.nn.Parameter(rows)
         self._grad_output: Tensor | None = None
 
     @property
@@ -95,13 +95,15 @@ class Problem:
         """Random gradient of the output, [N or bags, D]."""
         if self._grad_output is None:
             shape = (self.cell.num_outputs, self.cell.dim)
-            self._grad_output = torch.randn(shape, **self._random)
+            device = self.weight.device
+            self._grad_output = torch.randn(shape, device=device, **self._random)
         return self._grad_output
 
     def integer_grad_output(self) -> Tensor:
         """The same of integers so small that every sum of them is exact in fp32."""
         largest = min(LARGEST_INTEGER, 2**24 // self.cell.num_ids)
-        return torch.randint(-largest, largest + 1, self.grad_output.shape, **self._random)
+        shape, device = self.grad_output.shape, self.weight.device
+        return torch.randint(-largest, largest + 1, shape, device=device, **self._random)
 
     def ids(self, i: int) -> Tensor:
         return self.id_sets[i % len(self.id_sets)]
