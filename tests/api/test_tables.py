@@ -663,9 +663,9 @@ def op_arguments(target, sizes, pooled):
     return layer, (
         ids,
         offsets,
+        None,
         layer.tables.fields,
         layer.tables.table_of_column,
-        None,
         *layer.layout.shape(pooled),
     )
 

@@ -25,6 +25,12 @@ ROWS = torch.tensor([[1, 2, 2], [3, 1, 1]])
 GRAD_OUTPUT = 6.0 * torch.arange(1, 25)
 
 
+@pytest.fixture(autouse=True)
+def settable_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opacus sets cudnn's flags; torch's own test helpers, where another file has imported them, freeze them."""
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+
+
 def made(layer: str, arguments: dict[str, object], attach: Callable) -> tuple:
     module = getattr(gpu_embed, layer)(6, 4, **arguments)
     return module, attach(module)
