@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,9 +26,10 @@ GRAD_OUTPUT = 6.0 * torch.arange(1, 25)
 
 
 @pytest.fixture(autouse=True)
-def settable_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+def settable_flags() -> Iterator[None]:
     """Opacus sets cudnn's flags; torch's own test helpers, where another file has imported them, freeze them."""
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
 
 
 def made(layer: str, arguments: dict[str, object], attach: Callable) -> tuple:
