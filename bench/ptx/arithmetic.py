@@ -320,7 +320,7 @@ def _compare(instruction: Instruction) -> Meaning:
     base = (
         name[:2] if unordered else {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(name, name)
     )
-    compare: Callable[..., Any] | None = {
+    compares: dict[str, Callable[..., Any]] = {
         "eq": np.equal,
         "ne": np.not_equal,
         "lt": np.less,
@@ -329,7 +329,8 @@ def _compare(instruction: Instruction) -> Meaning:
         "ge": np.greater_equal,
         "num": lambda a, b: a == a,
         "nan": lambda a, b: a != a,
-    }.get(base)
+    }
+    compare = compares.get(base)
     if compare is None or kind in ("bf16x2", "f16x2") or "ftz" in instruction.parts:
         raise UnsupportedError(f"`{instruction.text}`")
 

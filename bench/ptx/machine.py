@@ -300,8 +300,10 @@ def _number(text: str, dtype: np.dtype[Any]) -> Array:
     if text[:2] in ("0f", "0F", "0d", "0D"):
         bits = int(text[2:], 16)
         single = text[1] in "fF"
-        value = np.array(bits, np.uint32 if single else np.uint64)
-        return value.view(np.float32 if single else np.float64).astype(dtype)
+        number = np.array(bits, np.uint32 if single else np.uint64)
+        if dtype.kind != "f":
+            return number.astype(dtype)
+        return number.view(np.float32 if single else np.float64).astype(dtype)
     if dtype == np.bool_:
         return np.array(int(text, 0) != 0)
     value = int(text.rstrip("U"), 0) & (1 << 8 * dtype.itemsize) - 1
