@@ -187,7 +187,8 @@ class Machine:
             return (self.thread % WARP).astype(np.uint32)
         if name == "%warpid":
             return (self.thread // WARP).astype(np.uint32)
-        dtype = dtype_of(self.kernel.register_type(name))
+        kind = self.kernel.register_type(name)
+        dtype = dtype_of(kind) if kind == "pred" else unsigned(dtype_of(kind).itemsize)
         return np.full(self.num_lanes, 0xDEADBEEFDEADBEEF & (1 << 8 * dtype.itemsize) - 1, dtype)
 
     def _all(self, value: Array, lanes: Lanes) -> Array:
