@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ class PtxBackend(TritonBackend):
         self.launches: Counter[str] = Counter()  # by kernel
 
     def unusable_reason(self, device: torch.device) -> str | None:
-        return None if device.type == "cpu" else "the PTX runs on CPU tensors"
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        return None if device.type == "cpu" else "PTX runs on CPU tensors alone"
 
     def _capability(self, device: torch.device) -> tuple[int, int]:
         return divmod(ARCHITECTURE, 10)
