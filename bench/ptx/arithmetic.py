@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,9 @@ def make_step(instruction: Instruction) -> Step | None:
     maker = MEANINGS.get(instruction.operation)
     if maker is None:
         return None
+    flushes = "ftz" in instruction.parts
+    if flushes:
+        instruction = replace(instruction, name=instruction.name.replace(".ftz", ""))
     function, kinds, result = maker(instruction)
     target, *sources = instruction.operands
     dtype = dtype_of(result)
@@ -50,13 +54,23 @@ def make_step(instruction: Instruction) -> Step | None:
         values = [
             machine.read(source, kind, lanes) for source, kind in zip(sources, kinds, strict=False)
         ]
-        computed = np.asarray(function(*values))
+        if flushes:
+            computed = _flush(np.asarray(function(*map(_flush, values))))
+        else:
+            computed = np.asarray(function(*values))
         first, _, second = target.partition("|")
         machine.write(first, computed.astype(dtype, copy=False), lanes)
         if second:
             machine.write(second, ~computed, lanes)
 
     return step
+
+
+def _flush(numbers: Array) -> Array:
+    """Subnormal fp32 become zeros of their sign."""
+    if numbers.dtype != np.float32:
+        return numbers
+    return np.where(np.abs(numbers) < np.finfo(np.float32).tiny, numbers * np.float32(0), numbers)
 
 
 def _pack(instruction: Instruction) -> Step:
@@ -148,9 +162,12 @@ def _fma(instruction: Instruction) -> Meaning:
 
 
 def _extreme(which: str) -> Callable[[Instruction], Meaning]:
-    """A NaN loses against a number, unless .NaN is in the name."""
+    """A NaN loses against a number, unless .NaN is in the name; .relu is never below zero."""
 
     def make(instruction: Instruction) -> Meaning:
+        if instruction.parts[1] == "relu" and instruction.type == "s32":
+            larger = getattr(np, f"{which}imum")
+            return Meaning(lambda a, b: np.maximum(larger(a, b), 0), ["s32", "s32"], "s32")
         integers = instruction.type[0] in "su"
         propagates = integers or "NaN" in instruction.parts
         function = getattr(np, f"{which}imum" if propagates else f"f{which}")
@@ -331,7 +348,7 @@ def _compare(instruction: Instruction) -> Meaning:
         "nan": lambda a, b: a != a,
     }
     compare = compares.get(base)
-    if compare is None or kind in ("bf16x2", "f16x2") or "ftz" in instruction.parts:
+    if compare is None or kind in ("bf16x2", "f16x2"):
         raise UnsupportedError(f"`{instruction.text}`")
 
     def function(a: Array, b: Array, *other: Array) -> Array:

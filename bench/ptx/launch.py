@@ -59,7 +59,10 @@ class PtxBackend(TritonBackend):
         self.launches[kernel.__name__] += 1
         with offline():
             binary = compiled_kernel(kernel).warmup(*args, grid=grid, **settings)
-        launch(binary, grid, dict(zip(kernel.arg_names, args, strict=False)))
+        self._run(binary, grid, dict(zip(kernel.arg_names, args, strict=False)))
+
+    def _run(self, binary: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
+        launch(binary, grid, arguments)
 
 
 def launch(binary: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -117,29 +120,45 @@ def _twin(function: Any) -> Any:
 @contextmanager
 def offline() -> Iterator[None]:
     """Triton compiles for a card that is not here, and what its interpreter would run is compiled too."""
+    from triton import language
     from triton.runtime import driver
     from triton.runtime.interpreter import InterpretedFunction
 
     with _one_at_a_time:
         former = dict(vars(driver))
         # A kernel calls functions of its module and of Triton's library by their names there.
-        swapped = [
-            (vars(module), name, value)
+        swaps = [
+            (vars(module), name, value, _twin(value.fn))
             for module in list(sys.modules.values())
             if module.__name__.startswith(("gpu_embed.kernels", "triton.language"))
             for name, value in vars(module).items()
             if isinstance(value, InterpretedFunction)
         ]
+        core = vars(language.core)
+        swaps += [
+            (core, name, value, original)
+            for name, value in core.items()
+            if (original := _original(name, value)) is not value
+        ]
         driver.set_active(OfflineDriver(ARCHITECTURE))
-        for names, name, value in swapped:
-            names[name] = _twin(value.fn)
+        for names, name, _, compiled in swaps:
+            names[name] = compiled
         try:
             yield
         finally:
-            for names, name, value in swapped:
+            for names, name, value, _ in swaps:
                 names[name] = value
             vars(driver).clear()
             vars(driver).update(former)
+
+
+def _original(name: str, value: Any) -> Any:
+    """What triton.language.core had under a name, before the interpreter left a function of its own behind."""
+    from triton import language
+
+    if getattr(value, "__kwdefaults__", None) and "member" in value.__kwdefaults__:
+        return value.__kwdefaults__["member"]
+    return getattr(language, name, value) if callable(value) else value
 
 
 _one_at_a_time = threading.RLock()

@@ -143,6 +143,9 @@ CASES_32 = [
     ("lg2.approx.f32", [f(8)], bits32(3)),
     ("min.f32", [f(NAN), f(2)], bits32(2)),
     ("max.f32", [f(NAN), f(2)], bits32(2)),
+    ("max.relu.s32", ["-4", "-2"], 0),
+    ("mul.ftz.f32", [f(-1), "0f00400000"], bits32(-0.0)),
+    ("add.f32", [f(0), "0f00400000"], 0x00400000),
     ("max.NaN.f32", [f(NAN), f(2)], bits32(NAN)),
     # Rounded once: the product's last bits decide.
     ("fma.rn.f32", [f(1 + 2**-23), f(1 + 2**-23), f(-1 - 2**-22)], bits32(2**-46)),
