@@ -119,7 +119,10 @@ def _twin(function: Any) -> Any:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Triton compiles for a card that is not here, and what its interpreter would run is compiled too."""
+    """Triton compiles for a card that is not here, and what its interpreter would run is compiled too.
+
+    No other thread may run Triton's interpreter meanwhile.
+    """
     from triton import language
     from triton.runtime import driver
     from triton.runtime.interpreter import InterpretedFunction
@@ -129,8 +132,8 @@ def offline() -> Iterator[None]:
         # A kernel calls functions of its module and of Triton's library by their names there.
         swaps = [
             (vars(module), name, value, _twin(value.fn))
-            for module in list(sys.modules.values())
-            if module.__name__.startswith(("gpu_embed.kernels", "triton.language"))
+            for path, module in list(sys.modules.items())
+            if path.startswith(("gpu_embed.kernels", "triton.language"))
             for name, value in vars(module).items()
             if isinstance(value, InterpretedFunction)
         ]
