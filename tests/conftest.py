@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import targets
@@ -13,13 +14,13 @@ import gpu_embed
 from gpu_embed import backends
 
 
-@pytest.fixture(params=targets.params(*targets.COLLECTED))
+@pytest.fixture(params=targets.params(*targets.COLLECTED, targets.PTX))
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     """Forces one backend for the test; `target.device` is where its tensors go."""
     yield from _forced(request.param, monkeypatch)
 
 
-@pytest.fixture(params=targets.params(*targets.KERNELS))
+@pytest.fixture(params=targets.params(*targets.KERNELS, targets.PTX))
 def kernel_target(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Target]:
@@ -29,12 +30,10 @@ def kernel_target(
 
 def _forced(chosen: Target, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     targets.require(chosen)
-    if chosen == Target("cupy", "cpu"):
-        import cuda_host_backend
-
-        load, host_build = backends.load, cuda_host_backend.build()
+    stand_in, load = targets.stand_in(chosen), backends.load
+    if stand_in is not None:
         monkeypatch.setattr(
-            backends, "load", lambda name: host_build if name == "cupy" else load(name)
+            backends, "load", lambda name: stand_in if name == chosen.backend else load(name)
         )
     with gpu_embed.use_backend(chosen.backend):
         yield chosen
@@ -62,6 +61,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
     yield
     wheres = [mark.args[0] for mark in metafunc.definition.iter_markers("where")]
     calls = [call for call in metafunc._calls if tiers.exists(call.params, wheres)]
+    ptx = [call for call in calls if _runs_ptx(call)]
+    calls = [call for call in calls if not _runs_ptx(call)]
+    if tiers.runs_as_ptx(Path(metafunc.module.__file__), metafunc.config.rootpath):
+        calls += [ptx[index] for index in tiers.pairwise([call.indices for call in ptx])]
     assert calls or not metafunc._calls, f"{metafunc.definition.nodeid}: no case is left"
     default = [call for call in calls if all(mark.name != "full" for mark in call.marks)]
     default = [default[index] for index in tiers.pairwise([call.indices for call in default])]
@@ -74,14 +77,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
     metafunc._calls = calls if metafunc.config.option.full else default or calls[:1]
 
 
+def _runs_ptx(call: Any) -> bool:
+    return any(call.params.get(name) == targets.PTX for name in ("target", "kernel_target"))
+
+
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """The tier, and one line a target: runs, or why not."""
     lines = ["tier: " + ("full" if config.option.full else "default (--full runs everything)")]
-    for one in targets.ALL:
+    ways = {"ptx-cpu": " (compiled)", "triton-cpu": " (interpreter)", "cupy-cpu": " (host build)"}
+    for one in (*targets.ALL, targets.PTX):
         reason = targets.unusable_reason(one)
-        how = ""
-        if reason is None and one.device == "cpu":
-            how = {"triton": " (interpreter)", "cupy": " (host build)"}.get(one.backend, "")
+        how = ways.get(str(one), "") if reason is None else ""
         lines.append(f"{one}: {reason or 'runs' + how}")
     return lines
 

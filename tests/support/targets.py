@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ if not CUDA:
 import cuda_host_backend  # noqa: E402
 
 from gpu_embed import backends  # noqa: E402
+from gpu_embed.backends.protocol import Backend  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -23,21 +25,28 @@ class Target:
 
     backend: str
     device: str
+    # Whether the kernels run as the PTX that Triton compiles for a card.
+    ptx: bool = False
 
     def __str__(self) -> str:
-        return f"{self.backend}-{self.device}"
+        return f"{'ptx' if self.ptx else self.backend}-{self.device}"
 
 
 ALL = tuple(Target(name, device) for device in ("cpu", "cuda") for name in backends.BACKENDS)
+PTX = Target("triton", "cpu", ptx=True)
 # Those on CUDA are collected where there is a card, and where one is required: there they fail without it.
 COLLECTED = tuple(one for one in ALL if one.device == "cpu" or CUDA or REQUIRE_GPU)
 KERNELS = tuple(one for one in COLLECTED if one.backend in ("triton", "cupy"))
 
 
 def params(*targets: Target) -> list[object]:
-    """Targets as a fixture's parameters; those on CUDA carry the mark gpu."""
+    """Targets as a fixture's parameters: those on CUDA carry the mark gpu, compiled PTX is of the full tier."""
     return [
-        pytest.param(one, id=str(one), marks=[pytest.mark.gpu] * (one.device == "cuda"))
+        pytest.param(
+            one,
+            id=str(one),
+            marks=[pytest.mark.gpu] * (one.device == "cuda") + [pytest.mark.full] * one.ptx,
+        )
         for one in targets
     ]
 
@@ -48,7 +57,22 @@ def unusable_reason(target: Target) -> str | None:
         return "no CUDA device"
     if target == Target("cupy", "cpu"):
         return cuda_host_backend.unusable_reason()
-    return backends.load(target.backend).unusable_reason(torch.device(target.device))
+    backend = stand_in(target) or backends.load(target.backend)
+    return backend.unusable_reason(torch.device(target.device))
+
+
+def stand_in(target: Target) -> Backend | None:
+    """What takes the backend's place; None: nothing does."""
+    if target == Target("cupy", "cpu"):
+        return cuda_host_backend.build()
+    return ptx_backend() if target.ptx else None
+
+
+@cache
+def ptx_backend() -> Backend:
+    from gpu_embed.bench.ptx.launch import PtxBackend
+
+    return PtxBackend()
 
 
 def require(target: Target) -> None:

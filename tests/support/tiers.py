@@ -34,10 +34,30 @@ FULL_FILES = frozenset(
     )
 )
 
+# Operations whose tests run on the target ptx-cpu too: in the full tier, and there as many as show every pair.
+PTX_FILES = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "api/test_bag",
+        "api/test_bounds",
+        "api/test_forward",
+        "api/test_gradient",
+        "api/test_renorm",
+        "api/test_tables",
+        "api/test_tables_gradient",
+        "backends/test_row_update",
+        "backends/test_take",
+    )
+)
+
 
 def is_full(path: Path, root: Path) -> bool:
     """Whether the file is in the full tier as a whole."""
     return path.relative_to(root).as_posix() in FULL_FILES
+
+
+def runs_as_ptx(path: Path, root: Path) -> bool:
+    return path.relative_to(root).as_posix() in PTX_FILES
 
 
 def where(condition: Callable[..., bool]) -> pytest.MarkDecorator:
