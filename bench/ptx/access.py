@@ -77,22 +77,17 @@ def _load_parameter(instruction: Instruction) -> Step:
 
 
 def _load(instruction: Instruction) -> Step:
-    dtype, space, vector = (
-        dtype_of(instruction.type),
-        _space_name(instruction),
-        _vector(instruction),
-    )
+    dtype, space = dtype_of(instruction.type), _space_name(instruction)
     targets = inner(instruction.operands[0])
 
     def step(machine: Machine, lanes: Lanes) -> None:
         memory = _space(machine, space)
         addresses = _addresses(machine, instruction.operands[1], lanes)
         blocks = machine.local_block[lanes]
-        offsets = memory.offsets(addresses, blocks, vector * dtype.itemsize, reads=True)
+        offsets = memory.offsets(addresses, blocks, len(targets) * dtype.itemsize, reads=True)
         words = memory.words(dtype.itemsize)
         first = offsets // dtype.itemsize
-        # All of it before the first write: the target may be the address.
-        values = [words[first + part].view(dtype) for part in range(vector)]
+        values = [words[first + part].view(dtype) for part in range(len(targets))]
         for target, value in zip(targets, values, strict=True):
             machine.write(target, value, lanes)
 
@@ -100,18 +95,14 @@ def _load(instruction: Instruction) -> Step:
 
 
 def _store(instruction: Instruction) -> Step:
-    dtype, space, vector = (
-        dtype_of(instruction.type),
-        _space_name(instruction),
-        _vector(instruction),
-    )
+    dtype, space = dtype_of(instruction.type), _space_name(instruction)
     sources = inner(instruction.operands[1])
 
     def step(machine: Machine, lanes: Lanes) -> None:
         memory = _space(machine, space)
         addresses = _addresses(machine, instruction.operands[0], lanes)
         blocks = machine.local_block[lanes]
-        offsets = memory.offsets(addresses, blocks, vector * dtype.itemsize, reads=False)
+        offsets = memory.offsets(addresses, blocks, len(sources) * dtype.itemsize, reads=False)
         words = memory.words(dtype.itemsize)
         for part, source in enumerate(sources):
             values = machine.read(source, instruction.type, lanes)

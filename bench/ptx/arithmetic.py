@@ -385,7 +385,6 @@ def _convert(instruction: Instruction) -> Meaning:
         if a.dtype.kind == "f" and round_whole is not None:
             a = round_whole(a)
         if result == "bf16":
-            # An fp64 of every integer up to 2**53; from there on to_bf16's odd rounding would be the second.
             return to_bf16(a if a.dtype.kind == "f" and a.itemsize > 2 else a.astype(np.float64))
         dtype = dtype_of(result)
         if dtype.kind == "f":

@@ -83,6 +83,8 @@ def test_gradients_sum_exactly(compiled, method, dtype):
     assert torch.equal(weight.grad, expected.to(dtype))
 
 
+# Where a card is, Triton is imported without its interpreter.
+@pytest.mark.skipif(targets.CUDA, reason="Triton compiles here")
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_bags_have_the_bits_of_the_interpreter(run_on, mode):
     ids, offsets = torch.arange(60) * 7 % 13, torch.tensor([0, 3, 3, 40])
