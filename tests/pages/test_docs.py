@@ -187,7 +187,7 @@ def test_first_lines_say_which_card_goes_which_way(page):
 
 def test_first_lines_name_what_the_suite_compiles_for():
     said = re.search(
-        r"Triton kernels for compute capability (.*?), and the CUDA C\+\+\s+kernels for (.*?)\. No",
+        r"Triton\s+kernels\s+for\s+compute\s+capability\s+(.*?),\s+and\s+the\s+CUDA\s+C\+\+\s+kernels\s+for\s+(.*?)\.\s+No",
         (ROOT / "README.md").read_text(),
         re.DOTALL,
     )
