@@ -49,9 +49,6 @@ class PtxBackend(TritonBackend):
             return "triton is not installed"
         return None if device.type == "cpu" else "PTX runs on CPU tensors alone"
 
-    def _capability(self, device: torch.device) -> tuple[int, int]:
-        return divmod(ARCHITECTURE, 10)
-
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
     ) -> None:

@@ -36,6 +36,8 @@ ALL = tuple(Target(name, device) for device in ("cpu", "cuda") for name in backe
 PTX = Target("triton", "cpu", ptx=True)
 # Those on CUDA are collected where there is a card, and where one is required: there they fail without it.
 COLLECTED = tuple(one for one in ALL if one.device == "cpu" or CUDA or REQUIRE_GPU)
+# What a whole model runs on.
+MODELS = tuple(one for one in COLLECTED if str(one) in ("torch-cpu", "triton-cpu", "triton-cuda"))
 KERNELS = tuple(one for one in COLLECTED if one.backend in ("triton", "cupy"))
 
 

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import targets
 import torch
 from model_runs import assert_same, gradient_bounds, run
-from targets import Target, unusable_reason
 from torch import nn
 
 import gpu_embed
@@ -55,18 +55,10 @@ def inputs(folder):
     return AutoTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt")
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(Target("torch", "cpu"), id="torch-cpu"),
-        pytest.param(Target("triton", "cpu"), id="triton-cpu"),
-        pytest.param(Target("triton", "cuda"), id="triton-cuda", marks=pytest.mark.gpu),
-    ]
-)
+@pytest.fixture(params=targets.params(*targets.MODELS))
 def device(request):
     """Where the model lies; the backend is forced."""
-    reason = unusable_reason(request.param)
-    if reason is not None:
-        pytest.skip(reason)
+    targets.require(request.param)
     with gpu_embed.use_backend(request.param.backend):
         yield request.param.device
 
