@@ -91,21 +91,21 @@ GATHER_ROWS = {
 }
 GATHER_FLAT = FlatLaunch(512)
 SCATTER_ADD = FlatLaunch(256)
-COUNTS = FlatLaunch(512)
-SORT_KEYS = FlatLaunch(1024)
+COUNTS = FlatLaunch(256)
+SORT_KEYS = FlatLaunch(256)
 RENORM_ITEMS = 1024
-SELECT_ROWS = FlatLaunch(1024)
+SELECT_ROWS = FlatLaunch(256)
 # Largest accumulated row kept in registers, in bytes, and register bytes a thread; longer rows take two launches.
 MAX_HELD_ROW = 16384
 HELD_BYTES = 32
 ROWWISE_BLOCK = 1024
-BAG_OF = FlatLaunch(1024)
+BAG_OF = FlatLaunch(512)
 BAG_JOIN = CombineLaunch(BLOCK_S=32, BLOCK=32)
 BAG_SAMPLE_WEIGHTS_VECTORS = 512
 TABLE_BAG = TableLaunch()
 TABLE_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
 TABLE_GATHER = FlatLaunch(128, num_warps=1)
-TABLE_KEYS = FlatLaunch(512)
+TABLE_KEYS = FlatLaunch(256)
 TAKE_ROWS = FlatLaunch(256)
 DEQUANTIZE_ROWS = FlatLaunch(256)
 
