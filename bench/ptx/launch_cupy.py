@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from gpu_embed.backends._cupy import CupyBackend
-from gpu_embed.backends._cupy.device import as_argument
 from gpu_embed.backends._cupy.nvrtc import Kernel, compile_kernels, import_cupy
 from gpu_embed.backends._plan.gather import Gather
 
+from .fresh import watches_memory
 from .launch import ARCHITECTURE, region
 from .machine import Program
 from .memory import GlobalMemory, Region
 
 
+@watches_memory
 class PtxCupyBackend(CupyBackend):
     """`CupyBackend` with its launches run by `Program`."""
 
@@ -74,7 +75,7 @@ class PtxCupyBackend(CupyBackend):
             if isinstance(arg, Tensor)
         ]
         regions += self._tables.values()
-        values = [as_argument(arg) for arg in args]
+        values = [arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args]
         _program(kernel).run(blocks, threads, values, GlobalMemory(regions))
 
     def _capability(self, device: torch.device) -> tuple[int, int]:
