@@ -150,6 +150,11 @@ __device__ inline void store_integer(void* ptr, int64 i, int64 value, int64 byte
   }
 }
 
+// The row of sort key i.
+__device__ inline int64 load_key(const void* ptr, int64 i, int64 bytes) {
+  return load_integer(ptr, i, bytes);
+}
+
 __device__ inline bool names_row(int64 index, int64 num_embeddings) {
   return index >= 0 && index < num_embeddings;
 }

@@ -6,6 +6,12 @@ import triton.language as tl
 from .lanes import block_positions
 
 
+@triton.jit
+def load_key(keys_ptr, n, mask):
+    """The row number of each key, int64; where masked, that of no row."""
+    return tl.load(keys_ptr + n, mask=mask, other=-1).to(tl.int64)
+
+
 # grid:  (cdiv(num_indices, BLOCK),)
 # tile:  BLOCK ids
 # owner: program i: keys [i * BLOCK, ...)
