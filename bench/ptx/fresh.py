@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -96,19 +95,21 @@ def written(tensor: Tensor) -> Array | None:
 
 def watches_memory(backend: BackendClass) -> BackendClass:
     """A `Backend` whose operations watch over what they allocate, and check what they return."""
-    for name, method in inspect.getmembers(Backend, inspect.isfunction):
-        if name == "prepare_embedding":
-            setattr(backend, name, _prepares(getattr(backend, name)))
-        elif method.__doc__ and name not in ("unusable_reason",):
-            setattr(backend, name, _watched(getattr(backend, name)))
+    for name in vars(Backend):
+        if not name.startswith("_") and name != "unusable_reason":
+            method = getattr(backend, name)
+            made = _prepares(method) if name == "prepare_embedding" else watched(method)
+            setattr(backend, name, made)
     return backend
 
 
 def _prepares(method: Callable[..., Any]) -> Callable[..., Any]:
-    return wraps(method)(lambda *args: _watched(method(*args)))
+    return wraps(method)(lambda *args: watched(method(*args)))
 
 
-def _watched(operation: Callable[..., Any]) -> Callable[..., Any]:
+def watched(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation, in memory that is watched; one within another belongs to that one."""
+
     @wraps(operation)
     def run(*args: Any, **kwargs: Any) -> Any:
         if getattr(_here, "memory", None) is not None:
