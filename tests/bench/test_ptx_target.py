@@ -177,6 +177,26 @@ def test_ids_are_counted_without_shared_memory():
     assert counts.shared_requests == counts.barriers == 0
 
 
+@pytest.mark.parametrize("embedding_dim", [1, 64, 128, 300])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_to_find_nothing_to_join_takes_little(embedding_dim, mode):
+    """Bags short enough, though their offsets do not tell before the launch."""
+    bags = Bags(torch.zeros(2048, dtype=torch.int64), torch.arange(0, 2048, 64), 32)
+    with counting() as launches:
+        PtxBackend().embedding_bag(torch.ones(3, embedding_dim), None, bags, -1, mode, None)
+    sums, join = launches
+    assert join.kernel == "bag_join_kernel"
+    assert join.instructions <= 0.1 * sums.instructions
+
+
+def test_bags_that_are_short_on_average_take_one_launch():
+    bags = Bags(torch.zeros(2048, dtype=torch.int64), torch.arange(0, 2048, 32), 64)
+    with counting() as launches:
+        output = PtxBackend().embedding_bag(torch.ones(3, 8), None, bags, -1, "sum", None)
+    assert [launch.kernel for launch in launches] == ["bag_sum_kernel"]
+    assert output.eq(32).all()
+
+
 # A wrong launch of the gather.
 
 

@@ -31,8 +31,8 @@ class Limit:
 
 # What no limit admits is sorted.
 LIMITS: Mapping[str, Mapping[torch.dtype, Limit]] = {
-    # Though all ids name one row, 1024 additions end before a sort would; and beside up to half an id a row the zeros of
-    # the gradient take most of the time.
+    # 1024 additions to one row end before a sort would. Up to half an id a row the gradient's zeros take most of the
+    # time.
     "atomic": dict.fromkeys(ATOMIC_DTYPES, Limit(max_indices=1024, max_indices_per_row=0.5)),
     "sorted_atomic": dict.fromkeys(ATOMIC_DTYPES, Limit()),
 }
