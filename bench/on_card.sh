@@ -4,7 +4,7 @@
 #   bench/on_card.sh OUT           at most 540 s (BUDGET=), for a card that is rented by the minute
 #   bench/on_card.sh --whole OUT   the same without limits: every test, the sanitizers, the headline; `make gpu`
 #
-# It installs and downloads nothing: PYTHON (python3) must hold torch, triton, pytest, pytest-xdist, hypothesis, rich and
+# Compiling is much of the first run: bench/prepare_card.sh does part of it beforehand. It installs and downloads nothing: PYTHON (python3) must hold torch, triton, pytest, pytest-xdist, hypothesis, rich and
 # matplotlib; cupy is used where it is there. OUT gets a few small files: summary.txt, results.tar.gz with a log of each
 # step and what was measured, and kernels.tar.gz.*, Triton's cache. It may be stopped at any time: OUT holds every step
 # that has ended, and SIGINT, SIGTERM and SIGHUP pack the one that runs too. Exit code: 0 where every step went well,
@@ -36,6 +36,8 @@ export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 OMP_NUM_THREADS=1
 export GPU_EMBED_REQUIRE_GPU=1
 # Triton's cache holds its own path, so it is the same here and where `prepare_card.sh` filled it.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/gpu_embed-triton-$UID} TRITON_STORE_BINARY_ONLY=1
+mkdir -p "$TRITON_CACHE_DIR"
+if [ -f .kernels.tar.gz ]; then tar -C "$TRITON_CACHE_DIR" -xzf .kernels.tar.gz; fi
 
 started=0 running=
 failed=() reasons=() skipped=()
@@ -98,13 +100,11 @@ pack() {
 
 # In files of 15 MiB, as what carries them back may limit their size; read with `cat kernels.tar.gz.* | tar xz`.
 pack_kernels() {
-  if [ -d "$TRITON_CACHE_DIR" ]; then
-    tar -C "$TRITON_CACHE_DIR" -czf - . | split -b 15M -a 1 -d - "$work/kernels.tar.gz."
-    if [ "$(find "$work" -name 'kernels.tar.gz.*' | wc -l)" -le 4 ]; then
-      mv "$work"/kernels.tar.gz.* "$out"
-    else
-      say "the compiled kernels take more than 60 MiB: left out"
-    fi
+  tar -C "$TRITON_CACHE_DIR" -czf - . | split -b 15M -a 1 -d - "$work/kernels.tar.gz."
+  if [ "$(find "$work" -name 'kernels.tar.gz.*' | wc -l)" -le 4 ]; then
+    mv "$work"/kernels.tar.gz.* "$out"
+  else
+    say "the compiled kernels take more than 60 MiB: left out"
   fi
 }
 
@@ -124,7 +124,7 @@ finish() {
     say "FAILED $name: ${reasons[index]}"
     # pytest's list; of what has none, the last words.
     { grep -aE '^(FAILED|ERROR) ' "$results/$name.log" || tail -n 3 "$results/$name.log"; } \
-      | head -n 20 | cut -c 1-240 | while IFS= read -r line; do say "  $line"; done
+      | head -n 8 | cut -c 1-240 | while IFS= read -r line; do say "  $line"; done
   done
   pack results
   rm -rf "$work"
