@@ -22,6 +22,7 @@ from gpu_embed.demo.running import describe_backend
 
 from . import ids as ids_module
 from . import machine, results
+from .byte_floor import CARDS
 from .compare import NOISY_MEANS, noise_of
 from .console import (
     make_console,
@@ -37,7 +38,6 @@ from .providers import PROVIDERS
 from .run import Choice, Job, execute, plan
 from .shapes import DTYPES, ID_DTYPES, MODES, SETS
 from .timing import Effort, copy_gbps
-from .traffic import CARDS
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -3,7 +3,7 @@
 Protocol: the table and the gradients are random, never zeros. Several id sets take turns. The table's gradient
 is cleared before each call that makes one; its zero-fill and cast are part of the call. A step is the whole of
 forward, backward and optimizer. warm: call after call; cold: the last cache is flushed before each. The byte
-formulas stand in traffic.py, the clocks in timing.py, the bounds in check.py, the optimizers in optimizers.py.
+formulas stand in byte_floor.py, the clocks in timing.py, the bounds in check.py, the optimizers in optimizers.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ids as ids_module
+from .byte_floor import Counts, bytes_moved, count, state_bytes
 from .check import Verdict, check_bags, check_forward, check_gradient, check_step, check_steps
 from .layer import Layer
 from .machine import load, readable_bytes
@@ -28,7 +29,6 @@ from .providers import Provider, first_line
 from .results import Row
 from .shapes import DTYPES, ID_DTYPES, STEPS, Cell
 from .timing import Call, Effort, host_us, time_calls
-from .traffic import Counts, count, state_bytes, traffic
 
 NUM_ID_SETS = 4
 # Of the integers that steps are checked with; fewer where their sums would not be exact.
@@ -244,7 +244,7 @@ class Bench:
     def _timed(self, calls: list[Call], rows: list[Row], problem: Problem, mode: str) -> list[Row]:
         warm = time_calls(calls, self.device, self.effort)
         cold = time_calls(calls, self.device, self.effort, cold=True) if self.effort.cold else None
-        moved = traffic(problem.cell, mode, problem.counts)
+        moved = bytes_moved(problem.cell, mode, problem.counts)
         busy = _load_of_a_core()
         timed = []
         for i, row in enumerate(rows):

@@ -47,7 +47,7 @@ class Row:
     # The times above hold what a provider does of it.
     zero_fill_ms: float | None = None
     cast_ms: float | None = None
-    # Both from ms_p50; see traffic.py for the byte formulas.
+    # Both from ms_p50; see byte_floor.py for the byte formulas.
     gbps_dram: float | None = None
     gbps_logical: float | None = None
     percent_of_copy: float | None = None  # gbps_dram in % of the copy bandwidth of the same run

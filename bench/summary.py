@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import host_time
+from .byte_floor import COPY_SHARE, LAUNCH_MS, PREDICTION, Card, bytes_moved, count, predicted_ms
 from .compare import noise_of, ratio_of
 from .console import make_table, print_table
 from .measure import Bench, draw_ids, places
@@ -18,7 +19,6 @@ from .providers import PROVIDERS
 from .results import Row
 from .shapes import CPU_CELLS, HEADLINE, SETS, Cell
 from .timing import Effort
-from .traffic import COPY_SHARE, LAUNCH_MS, PREDICTION, Card, count, predicted_ms, traffic
 
 # No cell is begun later than this, so that all ends within a minute.
 LAST_START_SECONDS = 45.0
@@ -137,7 +137,7 @@ def prediction_table(card: Card) -> Table:
     for name, cell in (*HEADLINE, *steps):
         counts = count(places(cell, draw_ids(cell, seed=0)), cell.padding_idx)
         for mode in ("step",) if (name, cell) in steps else ("forward", "backward"):
-            moved = traffic(cell, mode, counts).dram
+            moved = bytes_moved(cell, mode, counts).dram
             ms = predicted_ms(card, moved)
             shown = number(ms) if ms >= LAUNCH_MS else f"< {LAUNCH_MS:g}, the launch counts"
             table.add_row(name, str(cell), mode, number(moved / 1e6), shown)

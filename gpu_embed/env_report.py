@@ -15,9 +15,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
-from math import inf
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ import gpu_embed
 
 from . import backends, settings
 from ._self_check import SAMPLES, check_device
-from .backends._plan.gradient_method import RULES, GradientRule, choose
+from .backends._plan.gradient_method import LIMITS, RULES, GradientRule, Limit, choose
 
 PACKAGES = ("torch", "numpy", "triton")
 CUPY_WHEELS = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
@@ -49,7 +48,7 @@ def collect() -> dict[str, Any]:
         "serves": {str(device): _serves(device) for device in devices},
         "settings": _settings(),
         "known_launch": _known_launch(),
-        "gradient_methods": [_rule(rule) for rule in RULES.values()],
+        "gradient_methods": [_rule(rule, LIMITS.get(rule.method)) for rule in RULES.values()],
         "checks": [asdict(check) for device in devices for check in check_device(device)],
     }
 
@@ -119,7 +118,7 @@ def _serves(device: torch.device) -> dict[str, Any]:
             for name, reason in backends.available_backends(device).items()
             if name != chosen
         },
-        "launches": _launches(chosen),
+        "launches": _launches(chosen, device),
     }
 
 
@@ -172,18 +171,16 @@ def _why_unchosen(name: str, device: torch.device, chosen: str | None) -> str:
     return f"usable, but {chosen} comes first"
 
 
-def _launches(name: str | None) -> dict[str, str]:
-    """The launch settings of a backend's kernels; they are the same for every architecture."""
+def _launches(name: str | None, device: torch.device) -> dict[str, str]:
+    """The launch settings of a backend's kernels that are in force on a device."""
     if name not in KERNEL_BACKENDS:
         return {}
-    module = importlib.import_module(f"gpu_embed.backends._{name}.launch")
+    backend: Any = backends.load(name)
     found = {}
-    for table, value in vars(module).items():
-        rows = value.items() if isinstance(value, dict) else [(None, value)]
-        for key, launch in rows:
-            if is_dataclass(launch) and not isinstance(launch, type):
-                numbers = " ".join(f"{k}={v}" for k, v in asdict(launch).items())
-                found[table if key is None else f"{table}[{key}]"] = numbers
+    for kernel, value in vars(backend._launches[device]).items():
+        for key, launch in value.items() if isinstance(value, Mapping) else [(None, value)]:
+            numbers = " ".join(f"{k}={v}" for k, v in asdict(launch).items())
+            found[kernel if key is None else f"{kernel}[{key}]"] = numbers
     return found
 
 
@@ -217,17 +214,28 @@ def _settings() -> dict[str, str]:
     return found
 
 
-def _rule(rule: GradientRule) -> str:
-    """One line of the table that chooses the gradient's kernel."""
-    chosen = rule.max_indices_per_row
-    limits = [
-        "only where forced" if chosen is None else "",
-        " or ".join(map(_name, rule.dtypes)),
-        f"up to {chosen:g} ids a row" if chosen is not None and chosen < inf else "",
+def _rule(rule: GradientRule, limits: Mapping[torch.dtype, Limit] | None) -> str:
+    """What a method of the gradient is chosen for; without limits, everything."""
+    said = {dtype: _limit(limit) for dtype, limit in (limits or {}).items()}
+    admitted = {dtype: words for dtype, words in said.items() if words}
+    same = len(admitted) == len(rule.dtypes) and len(set(admitted.values())) == 1
+    words = [
+        "only where forced" if limits is not None and not admitted else "",
+        " or ".join(map(_name, rule.dtypes)) if same or not admitted else "",
+        *(admitted.values() if same else [f"{_name(d)} {text}" for d, text in admitted.items()]),
         "" if rule.deterministic else "not deterministic",
         "" if rule.scale_grad_by_freq else "without scale_grad_by_freq",
     ]
-    return f"{rule.method}: {', '.join(filter(None, limits)) or 'everything'}"
+    return f"{rule.method}: {', '.join(dict.fromkeys(filter(None, words))) or 'everything'}"
+
+
+def _limit(limit: Limit) -> str:
+    """Up to where a method is chosen; empty: it is not."""
+    words = [
+        f"up to {limit.max_indices_per_row:g} ids a row" if limit.max_indices_per_row else "",
+        f"up to {limit.max_indices} ids" if limit.max_indices else "",
+    ]
+    return " or ".join(filter(None, words))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -262,7 +270,7 @@ def text(report: dict[str, Any]) -> str:
         lines += ["  why not the others"]
         lines += [f"    {name:<10} {reason}" for name, reason in serves["others"].items()]
         if serves["launches"]:
-            lines += ["  launch settings, on every architecture"]
+            lines += ["  launch settings"]
             lines += [f"    {name:<27} {numbers}" for name, numbers in serves["launches"].items()]
     lines += ["", "checked against the reference"]
     lines += [

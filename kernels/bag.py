@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .bounds import record_bag_out_of_range
+from .lanes import block_positions
 from .rounding import divide
 
 
@@ -513,7 +514,7 @@ def bag_of_kernel(
     search_steps,  # bits of num_bags
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    n = block_positions(BLOCK)  # [BLOCK]
     in_range = n < num_indices
     bag = find_bag(offsets_ptr, n, num_bags, bag_length, search_steps)
     if offsets_ptr is not None:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .lanes import block_positions
+
 
 # grid:  (cdiv(num_indices, BLOCK),)
 # tile:  BLOCK ids
@@ -16,7 +18,7 @@ def counts_kernel(
     num_embeddings,
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    n = block_positions(BLOCK)  # [BLOCK]
     index = tl.load(indices_ptr + n, mask=n < num_indices, other=-1).to(tl.int64)
     counted = (n < num_indices) & (index >= 0) & (index < num_embeddings)
     tl.atomic_add(counts_ptr + index, 1, mask=counted, sem="relaxed")

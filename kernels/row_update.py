@@ -8,6 +8,7 @@ formulas are those of gpu_embed/row_update.py, operation by operation.
 import triton
 import triton.language as tl
 
+from .lanes import block_positions
 from .rounding import divide, square_root
 from .segment_sum import segment_sum_kernel
 from .stochastic_rounding import random_words, round_at_random
@@ -26,7 +27,7 @@ def select_rows_kernel(
     num_embeddings,
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    n = block_positions(BLOCK)  # [BLOCK]
     index = tl.load(indices_ptr + n, mask=n < num_indices, other=-1)
     in_table = (index >= 0) & (index < num_embeddings)
     chosen = tl.load(rows_ptr + index, mask=in_table, other=0)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .lanes import block_positions
+
 
 # grid:  (cdiv(num_indices, BLOCK),)
 # tile:  BLOCK ids
@@ -17,7 +19,7 @@ def sort_keys_kernel(
     padding_idx,  # -1: none
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    n = block_positions(BLOCK)  # [BLOCK]
     index = tl.load(indices_ptr + n, mask=n < num_indices, other=0).to(tl.int64)
     kept = (index >= 0) & (index < num_embeddings) & (index != padding_idx)
     key = tl.where(kept, index, num_embeddings)

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .bag import clamp_range, is_padding, load_range, record_offsets
 from .bounds import record_bag_out_of_range
+from .lanes import block_positions
 from .rounding import divide
 
 # Columns of tables_ptr; the copies in gpu_embed/tables/layout.py and tables_walk.cuh must agree.
@@ -356,7 +357,7 @@ def table_keys_kernel(
     search_steps,  # bits of num_all_bags; if output_bag_ptr is None, of num_tables
     BLOCK: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    n = block_positions(BLOCK)  # [BLOCK]
     in_range = n < num_indices
     in_bag = in_range & (n < tl.load(offsets_ptr + num_all_bags).to(tl.int64))
     if output_bag_ptr is None:

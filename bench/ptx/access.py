@@ -58,6 +58,22 @@ def _space(machine: Machine, name: str) -> Space:
     return machine.shared if name == "shared" else machine.memory
 
 
+def _offsets(
+    machine: Machine, space: str, kind: str, lanes: Lanes, addresses: Array, num_bytes: int
+) -> Array:
+    """Where each lane's access begins in the space's data, checked and counted.
+
+    Args:
+        kind: "load", "store" or "atomic".
+    """
+    blocks, reads = machine.local_block[lanes], kind != "store"
+    offsets = _space(machine, space).offsets(addresses, blocks, num_bytes, reads)
+    if machine.counter is not None:
+        numbers = machine.launch_numbers(lanes)
+        machine.counter.access(space, kind, numbers, addresses, num_bytes)
+    return offsets
+
+
 def _vector(instruction: Instruction) -> int:
     """Numbers that a lane moves."""
     return next((int(p[1]) for p in instruction.parts if re.fullmatch(r"v\d", p)), 1)
@@ -83,8 +99,8 @@ def _load(instruction: Instruction) -> Step:
     def step(machine: Machine, lanes: Lanes) -> None:
         memory = _space(machine, space)
         addresses = _addresses(machine, instruction.operands[1], lanes)
-        blocks = machine.local_block[lanes]
-        offsets = memory.offsets(addresses, blocks, len(targets) * dtype.itemsize, reads=True)
+        num_bytes = len(targets) * dtype.itemsize
+        offsets = _offsets(machine, space, "load", lanes, addresses, num_bytes)
         words = memory.words(dtype.itemsize)
         first = offsets // dtype.itemsize
         values = [words[first + part].view(dtype) for part in range(len(targets))]
@@ -101,8 +117,8 @@ def _store(instruction: Instruction) -> Step:
     def step(machine: Machine, lanes: Lanes) -> None:
         memory = _space(machine, space)
         addresses = _addresses(machine, instruction.operands[0], lanes)
-        blocks = machine.local_block[lanes]
-        offsets = memory.offsets(addresses, blocks, len(sources) * dtype.itemsize, reads=False)
+        num_bytes = len(sources) * dtype.itemsize
+        offsets = _offsets(machine, space, "store", lanes, addresses, num_bytes)
         words = memory.words(dtype.itemsize)
         for part, source in enumerate(sources):
             values = machine.read(source, instruction.type, lanes)
@@ -127,8 +143,8 @@ def _atomic(instruction: Instruction) -> Step:
     def step(machine: Machine, lanes: Lanes) -> None:
         memory = _space(machine, space)
         addresses = _addresses(machine, address, lanes)
-        blocks = machine.local_block[lanes]
-        offsets = memory.offsets(addresses, blocks, vector * dtype.itemsize, reads=True)
+        num_bytes = vector * dtype.itemsize
+        offsets = _offsets(machine, space, "atomic", lanes, addresses, num_bytes)
         turns = _turns(offsets)
         words = memory.words(dtype.itemsize)
         for part, target in enumerate(targets):
@@ -195,12 +211,12 @@ def _copy(instruction: Instruction) -> Step:
         to = _addresses(machine, target, lanes)
         start = _addresses(machine, source, lanes)
         num_read = machine.read(read, "u32", lanes)
-        blocks = machine.local_block[lanes]
-        to = machine.shared.offsets(to, blocks, size, reads=False)
+        to = _offsets(machine, "shared", "store", lanes, to, size)
         some = num_read > 0
         copied = np.zeros((len(to), size), np.uint8)
         if some.any():
-            begin = machine.memory.offsets(start[some], blocks[some], size, reads=True)
+            reading = machine.numbers(lanes)[some]
+            begin = _offsets(machine, "global", "load", reading, start[some], size)
             copied[some] = machine.memory.data[begin[:, None] + np.arange(size)]
         copied[np.arange(size) >= num_read[:, None]] = 0
         machine.shared.data[to[:, None] + np.arange(size)] = copied
@@ -222,9 +238,8 @@ def _matrices(instruction: Instruction) -> Step:
         rows = _addresses(machine, address, lanes)
         naming = lane < 8 * len(names)
         begins = np.zeros(len(numbers), np.int64)
-        begins[naming] = machine.shared.offsets(
-            rows[naming], machine.local_block[lanes][naming], 16, reads=not stores
-        )
+        kind = "store" if stores else "load"
+        begins[naming] = _offsets(machine, "shared", kind, numbers[naming], rows[naming], 16)
         warp_first = np.arange(len(numbers)) - lane
         words = machine.shared.words(2)
         for matrix, name in enumerate(names):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import access, arithmetic, warp
+from . import access, arithmetic, counts, warp
 from .formats import Array, dtype_of, unsigned
 from .memory import FaultError, GlobalMemory, SharedMemory
 from .parse import Instruction, Parameter, PtxError, UnsupportedError, parse
@@ -77,6 +77,7 @@ class Program:
         Raises:
             PtxError: an access or a barrier is wrong: kernel, line, instruction and address.
         """
+        counter = counts.start(self.kernel, tuple(grid), prod(block))
         grid, block = ((*shape, 1, 1)[:3] for shape in (grid, block))
         wanted = self.kernel.parameters
         if len(arguments) != len(wanted):
@@ -88,7 +89,9 @@ class Program:
         for first in range(0, prod(grid), at_once):
             blocks = np.arange(first, min(first + at_once, prod(grid)))
             with np.errstate(all="ignore"):
-                Machine(self, grid, block, blocks, packed, memory, shared_bytes).run()
+                Machine(self, grid, block, blocks, packed, memory, shared_bytes, counter).run()
+        if counter is not None:
+            counts.finish(counter)
 
 
 class Machine:
@@ -103,7 +106,9 @@ class Machine:
         parameters: dict[str, bytes],
         memory: GlobalMemory,
         shared_bytes: int,
+        counter: counts.Counter | None,
     ) -> None:
+        self.counter = counter
         self.program, self.kernel = program, program.kernel
         self.grid, self.block = grid, block
         self.parameters, self.memory = parameters, memory
@@ -128,6 +133,10 @@ class Machine:
     def numbers(self, lanes: Lanes) -> Array:
         """The lanes by number, where an instruction needs to know them."""
         return np.arange(self.num_lanes)[lanes]
+
+    def launch_numbers(self, lanes: Lanes) -> Array:
+        """The lanes by number among those of the whole launch."""
+        return (self.block_numbers * self.lanes_of_block + self.thread)[lanes]
 
     def read(self, operand: str, kind: str, lanes: Lanes) -> Array:
         """An operand's values as this PTX type: [lanes].
@@ -224,7 +233,13 @@ class Machine:
         lanes: Lanes = slice(None) if len(running) == self.num_lanes else running
         following = block + 1 if block + 1 < len(program.starts) else DONE
         self.at[lanes] = following
-        for number in range(program.starts[block], program.ends[block]):
+        first, end = program.starts[block], program.ends[block]
+        if self.counter is not None:
+            instructions = self.kernel.instructions[first:end]
+            self.counter.basic_block(
+                self.launch_numbers(lanes) // WARP, instructions, is_barrier(instructions[-1])
+            )
+        for number in range(first, end):
             instruction = self.kernel.instructions[number]
             chosen = self._chosen(instruction, lanes)
             if not self.count(chosen):

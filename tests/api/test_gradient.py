@@ -11,7 +11,7 @@ from tiers import where
 import gpu_embed
 from gpu_embed import backends
 from gpu_embed.backends._plan.access import row_matrix, row_numbers
-from gpu_embed.backends._plan.gradient_method import RULES, choose
+from gpu_embed.backends._plan.gradient_method import LIMITS, RULES, Limit, choose
 from gpu_embed.functional import embedding
 from gpu_embed.settings import GRADIENT_METHOD
 
@@ -290,7 +290,7 @@ def test_the_choice_of_method(num_indices, num_embeddings, dtype, deterministic,
 
 
 def test_only_methods_that_are_known_to_pay_are_chosen():
-    forced_only = {rule.method for rule in RULES.values() if rule.max_indices_per_row is None}
+    forced_only = {name for name, limits in LIMITS.items() if {*limits.values()} == {Limit()}}
     assert forced_only == {"sorted_atomic"}
     assert GRADIENT_METHOD.choices == ("auto", *RULES)
 

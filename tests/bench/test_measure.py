@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import gpu_embed
-from gpu_embed.bench import check, host_time, measure, providers, run, timing, traffic
+from gpu_embed.bench import byte_floor, check, host_time, measure, providers, run, timing
 from gpu_embed.bench.providers import PROVIDERS, Layer, Provider
 from gpu_embed.bench.results import (
     COLUMNS,
@@ -268,9 +268,9 @@ def test_percentiles():
 
 def test_counts():
     ids = torch.tensor([4, 4, 2, 7, 7, 7])
-    assert traffic.count(ids, None) == traffic.Counts(unique=3, kept=6, unique_kept=3)
-    assert traffic.count(ids, 7) == traffic.Counts(unique=3, kept=3, unique_kept=2)
-    assert traffic.count(ids, 9) == traffic.Counts(unique=3, kept=6, unique_kept=3)
+    assert byte_floor.count(ids, None) == byte_floor.Counts(unique=3, kept=6, unique_kept=3)
+    assert byte_floor.count(ids, 7) == byte_floor.Counts(unique=3, kept=3, unique_kept=2)
+    assert byte_floor.count(ids, 9) == byte_floor.Counts(unique=3, kept=6, unique_kept=3)
 
 
 @pytest.mark.parametrize(
@@ -286,21 +286,21 @@ def test_counts():
     ],
 )
 def test_bytes_by_hand(mode, dram, logical):
-    moved = traffic.traffic(Cell(100, 10, 6), mode, traffic.Counts(3, 6, 3))
+    moved = byte_floor.bytes_moved(Cell(100, 10, 6), mode, byte_floor.Counts(3, 6, 3))
     assert (moved.dram, moved.logical) == (dram, logical)
 
 
 def test_bytes_of_padding_and_narrow_types():
     cell = Cell(100, 10, 6, "bfloat16", "int32", padding=0.5)
-    counts = traffic.Counts(unique=3, kept=3, unique_kept=2)
-    assert traffic.traffic(cell, "forward", counts).dram == (3 + 6) * 20 + 24
-    assert traffic.traffic(cell, "backward", counts).dram == (3 + 100) * 20 + 24
-    assert traffic.traffic(cell, "step", counts).dram == (3 + 6 + 3 + 2 * 2) * 20 + 48
+    counts = byte_floor.Counts(unique=3, kept=3, unique_kept=2)
+    assert byte_floor.bytes_moved(cell, "forward", counts).dram == (3 + 6) * 20 + 24
+    assert byte_floor.bytes_moved(cell, "backward", counts).dram == (3 + 100) * 20 + 24
+    assert byte_floor.bytes_moved(cell, "step", counts).dram == (3 + 6 + 3 + 2 * 2) * 20 + 48
 
 
 def test_a_prediction_is_the_floor_over_the_bandwidth():
-    card = traffic.Card("card", 1000)
-    assert traffic.predicted_ms(card, 9 * 10**8) == pytest.approx(1.0)
+    card = byte_floor.Card("card", 1000)
+    assert byte_floor.predicted_ms(card, 9 * 10**8) == pytest.approx(1.0)
 
 
 def test_memory_is_estimated_before_it_is_taken(bench):

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 
+from gpu_embed.bench.ptx.counts import counting, longest_path
 from gpu_embed.bench.ptx.machine import Program
 from gpu_embed.bench.ptx.memory import GlobalMemory, Region
 from gpu_embed.bench.ptx.parse import PtxError, UnsupportedError, parse
@@ -553,3 +554,154 @@ def test_the_text_is_read():
     assert parse(text, "second").name == "second"
     with pytest.raises(PtxError, match="no entry third"):
         parse(text, "third")
+
+
+def aligned(num_words):
+    """Zeros that begin with a sector."""
+    words = np.zeros(num_words + 8, np.uint32)
+    first = -words.ctypes.data % 32 // 4
+    return words[first : first + num_words]
+
+
+def counted(body, *arrays, **launched):
+    with counting() as launches:
+        launch(body, *arrays, **launched)
+    (counts,) = launches
+    return counts
+
+
+def accesses(found):
+    return found.requests, found.sectors, found.distinct_sectors
+
+
+# Word a * thread + b of p0 in %rd1.
+STRIDED = """
+ld.param.u64 %rd1, [p0];
+mov.u32 %r8, %tid.x;
+mad.lo.u32 %r1, %r8, {a}, {b};
+mul.wide.u32 %rd2, %r1, 4;
+add.s64 %rd1, %rd1, %rd2;
+"""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words", "sectors"),
+    [
+        (1, 0, 1, 4),
+        (1, 4, 1, 5),
+        (2, 0, 1, 8),
+        (8, 0, 1, 32),
+        (100, 0, 1, 32),
+        (0, 3, 1, 1),
+        (4, 0, 4, 16),
+        (4, 4, 4, 17),
+        (8, 4, 4, 32),
+    ],
+)
+def test_sectors_of_one_request(a, b, words, sectors):
+    body, array = STRIDED.format(a=a, b=b), aligned(3200)
+    of = {1: (".b32", "%r1"), 4: (".v4.b32", "{%r1, %r2, %r3, %r4}")}
+    kind, registers = of[words]
+    found = counted(f"{body}ld.global{kind} {registers}, [%rd1];", array)
+    assert accesses(found.loads) == (1, sectors, sectors)
+    assert accesses(found.stores) == accesses(found.atomics) == (0, 0, 0)
+    found = counted(f"{body}st.global{kind} [%rd1], {registers};", array)
+    assert accesses(found.stores) == (1, sectors, sectors)
+    assert found.loads.requests == 0
+
+
+def test_sectors_of_several_warps_are_summed_and_counted_once():
+    body = STRIDED.format(a=1, b=0)
+    found = counted(f"{body}ld.global.b32 %r1, [%rd1];", aligned(64), block=(64,), grid=(3,))
+    assert (found.kernel, found.grid, found.num_warps) == ("try", (3,), 6)
+    assert accesses(found.loads) == (6, 24, 8)
+
+
+def test_a_request_has_a_lane_at_least():
+    body = f"{STRIDED.format(a=1, b=0)}setp.lt.u32 %p1, %r8, 40;\n"
+    found = counted(f"{body}@%p1 ld.global.b32 %r1, [%rd1];", aligned(96), block=(96,))
+    assert accesses(found.loads) == (2, 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "sectors", "hottest"), [(1, 0, 4, 2), (0, 3, 1, 64), (8, 0, 32, 2)]
+)
+def test_atomics_meet_in_a_sector(a, b, sectors, hottest):
+    body = f"{STRIDED.format(a=a, b=b)}red.global.add.u32 [%rd1], 1;"
+    found = counted(body, aligned(256), grid=(2,))
+    assert accesses(found.atomics) == (2, 2 * sectors, sectors)
+    assert found.hottest_sector == hottest
+    assert found.loads.requests == found.stores.requests == 0
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "step", "wavefronts"),
+    [(4, 4, 1), (4, 0, 1), (4, 8, 2), (4, 128, 32), (4, 132, 1), (2, 2, 1), (8, 8, 2), (16, 16, 4)],
+)
+def test_wavefronts_of_shared_memory(num_bytes, step, wavefronts):
+    kind, registers = {
+        2: (".b16", "%rs1"),
+        4: (".b32", "%r1"),
+        8: (".v2.b32", "{%r1, %r2}"),
+        16: (".v4.b32", "{%r1, %r2, %r3, %r4}"),
+    }[num_bytes]
+    body = f"""
+    mov.u32 %r8, %tid.x;
+    mov.b32 %r3, tile;
+    mad.lo.u32 %r4, %r8, {step}, %r3;
+    st.shared{kind} [%r4], {registers};
+    """
+    found = counted(body, shared=".shared .align 16 .b8 tile[8192];", grid=(2,))
+    assert (found.shared_requests, found.shared_wavefronts) == (2, 2 * wavefronts)
+    assert found.stores.requests == 0
+
+
+def test_copies_to_shared_memory_load_what_they_read():
+    body = f"""{STRIDED.format(a=4, b=0)}
+    shl.b32 %r2, %r8, 4;
+    setp.lt.u32 %p1, %r8, 4;
+    selp.b32 %r3, 16, 0, %p1;
+    cp.async.cg.shared.global [%r2], [%rd1], 16, %r3;
+    """
+    found = counted(body, aligned(128), shared=".shared .align 16 .b8 tile[512];")
+    assert accesses(found.loads) == (1, 2, 2)
+    assert (found.shared_requests, found.shared_wavefronts) == (1, 4)
+
+
+def test_instructions_barriers_and_divergence_are_counted():
+    body = """
+    ld.param.u64 %rd1, [p0];
+    mov.u32 %r8, %warpid;
+    mov.b32 %r2, 0;
+    $again:
+    add.s32 %r2, %r2, 1;
+    setp.le.u32 %p1, %r2, %r8;
+    @%p1 bra $again;
+    bar.sync 0;
+    mov.u32 %r8, %laneid;
+    setp.lt.u32 %p2, %r8, 7;
+    @%p2 bra $end;
+    add.s32 %r2, %r2, 1;
+    $end:
+    """
+    found = counted(body, aligned(8), block=(70,))
+    # The move of %warpid, three in each turn, the barrier, three, the add, the return.
+    warps = [1 + 3 * (number + 1) + 1 + 3 + 1 + 1 for number in range(3)]
+    # All of the last warp's six lanes jump over the add.
+    warps[2] -= 1
+    assert (found.instructions, found.longest_warp) == (sum(warps), warps[2])
+    assert found.barriers == 3
+    # The head, the turns, the barrier, the branch, the add, the return.
+    assert found.basic_blocks == 3 + 6 + 3 + 3 + 2 + 3
+    assert found.divergent_blocks == 2
+    assert longest_path([found, found]) == 2 * warps[2]
+
+
+def test_nobody_counts_behind_the_block():
+    with counting() as outer:
+        launch("", aligned(8))
+        with counting() as within:
+            launch("", aligned(8))
+    launch("", aligned(8))
+    assert (len(outer), len(within)) == (2, 1)
+    assert outer[0].instructions == outer[0].longest_warp == 1

@@ -10,6 +10,7 @@ from cases import integer_gradient, same_bits, table
 
 import gpu_embed
 from gpu_embed import backends
+from gpu_embed.bench.ptx.counts import counting
 from gpu_embed.bench.ptx.launch import PtxBackend
 from gpu_embed.bench.ptx.parse import PtxError
 from gpu_embed.functional import embedding, embedding_bag
@@ -119,6 +120,17 @@ def test_many_tables_are_looked_up_at_once(compiled):
 def test_rows_are_taken_and_converted(compiled):
     weight, ids = table(7, 6, FP32, "cpu"), torch.tensor([-1, 0, 3])
     assert same_bits(take_rows(weight, ids, BF16), weight[[6, 0, 3]].to(BF16))
+
+
+def test_what_a_lookup_moves_is_counted(compiled):
+    weight, ids = table(64, 64, FP32, "cpu"), torch.arange(64)
+    with counting() as launches:
+        embedding(ids, weight)
+    (counts,) = launches
+    assert counts.kernel.startswith("gather")
+    assert counts.loads.distinct_sectors == (weight.nbytes + ids.nbytes) // 32
+    assert counts.stores.distinct_sectors == counts.stores.sectors == weight.nbytes // 32
+    assert 0 < counts.longest_warp <= counts.instructions // counts.num_warps
 
 
 # A wrong launch of the gather.

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpu_embed.bench import check, ids, measure, memory, optimizers, timing, traffic
+from gpu_embed.bench import byte_floor, check, ids, measure, memory, optimizers, timing
 from gpu_embed.bench.optimizers import (
     ADAM,
     LAZY_ADAM,
@@ -271,7 +271,7 @@ def test_ids_make_whole_bags(bench):
 )
 def test_bytes_of_bags_by_hand(mode, dram, logical):
     cell = Cell(100, 10, 6, operation="embedding_bag", hotness=3)
-    moved = traffic.traffic(cell, mode, traffic.Counts(3, 6, 3))
+    moved = byte_floor.bytes_moved(cell, mode, byte_floor.Counts(3, 6, 3))
     assert (moved.dram, moved.logical) == (dram, logical)
 
 

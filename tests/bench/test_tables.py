@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 
 import gpu_embed
-from gpu_embed.bench import cli, compare, ids, many_tables, measure, plots, shapes, timing, traffic
+from gpu_embed.bench import (
+    byte_floor,
+    cli,
+    compare,
+    ids,
+    many_tables,
+    measure,
+    plots,
+    shapes,
+    timing,
+)
 from gpu_embed.bench.layer import APART, ONE_UNDER_ANOTHER, SIDE_BY_SIDE, Layer
 from gpu_embed.bench.providers import PROVIDERS, Provider
 from gpu_embed.bench.results import read_rows
@@ -185,16 +195,16 @@ def test_ids_that_fit_no_tables(cell, said):
 
 def test_bytes_by_hand():
     # 3 rows read and 6 written of 10 x 4 bytes, 6 ids of 8; a gradient of 2 x 100 rows.
-    cell, counts = Cell(100, 10, 6, tables=2), traffic.Counts(3, 6, 3)
-    assert traffic.traffic(cell, "forward", counts).dram == (3 + 6) * 40 + 48
-    assert traffic.traffic(cell, "backward", counts).dram == (6 + 200) * 40 + 48
-    assert traffic.traffic(cell, "backward", counts).logical == (12 + 200) * 40 + 48
-    assert traffic.traffic(cell, "step", counts).dram == (3 + 6 + 6 + 2 * 3) * 40 + 96
+    cell, counts = Cell(100, 10, 6, tables=2), byte_floor.Counts(3, 6, 3)
+    assert byte_floor.bytes_moved(cell, "forward", counts).dram == (3 + 6) * 40 + 48
+    assert byte_floor.bytes_moved(cell, "backward", counts).dram == (6 + 200) * 40 + 48
+    assert byte_floor.bytes_moved(cell, "backward", counts).logical == (12 + 200) * 40 + 48
+    assert byte_floor.bytes_moved(cell, "step", counts).dram == (3 + 6 + 6 + 2 * 3) * 40 + 96
 
 
 def test_different_rows_are_counted_over_all_tables(bench):
     equal = dataclasses.replace(ROWS, distribution="equal")
-    assert bench.problem(equal).counts == traffic.Counts(3, 60, 3)
+    assert bench.problem(equal).counts == byte_floor.Counts(3, 60, 3)
 
 
 def test_needed_memory_counts_every_table_and_every_copy():

@@ -1,6 +1,5 @@
 """The environment report: complete, true, and of exit code 1 when a backend computes wrong."""
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -16,6 +15,7 @@ from targets import Target
 import gpu_embed
 from gpu_embed import _self_check, backends, env_report
 from gpu_embed.backends._plan import gradient_method
+from gpu_embed.backends._plan.gradient_method import Limit
 from gpu_embed.backends._torch.backend import TorchBackend
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def test_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         backends.explain(CPU),
         "settings: backend auto, bounds_check raise, gather_method auto, gradient_method auto",
         "sorted: everything",
-        env_report._rule(gradient_method.RULES["atomic"]),
+        env_report._rule(gradient_method.RULES["atomic"], gradient_method.LIMITS["atomic"]),
     ):
         assert fact in said
     assert re.search(r"^  cpu +torch +right +[\d.]+ ms$", said, re.M)
@@ -81,10 +81,10 @@ def test_the_choice_in_force_of_a_kernel_backend(capsys: pytest.CaptureFixture[s
     assert kernels["gradient"] == "float32 atomic or sorted, bfloat16 sorted"
     assert kernels["deterministic gradient"] == "float32 sorted, bfloat16 sorted"
     assert serves["others"]["torch"] == "usable, but triton is forced"
-    assert serves["launches"]["GATHER_ROWS[32]"] == "BLOCK_N=32 BLOCK_D=32 num_warps=4"
+    assert serves["launches"]["gather_rows[32]"] == "BLOCK_N=32 BLOCK_D=32 num_warps=4"
     for name, numbers in serves["launches"].items():
         assert re.search(rf"^    {re.escape(name)} +{numbers}$", said, re.M)
-    assert env_report._launches("cupy")["BAG"] == "threads=128 UNROLL=4"
+    assert env_report._launches("cupy", CPU)["bag_sum"] == "threads=128 UNROLL=4"
 
 
 @pytest.mark.usefixtures("torch_alone")
@@ -102,13 +102,16 @@ def test_forced_methods_are_said() -> None:
 
 def test_a_rule_in_words() -> None:
     rules = gradient_method.RULES
-    rule = dataclasses.replace(rules["atomic"], max_indices_per_row=2.5)
-    assert env_report._rule(rule) == (
-        "atomic: float32 or float64, up to 2.5 ids a row, not deterministic, "
-        "without scale_grad_by_freq"
-    )
-    forced = dataclasses.replace(rules["sorted"], max_indices_per_row=None)
-    assert env_report._rule(forced) == "sorted: only where forced"
+    rest = "not deterministic, without scale_grad_by_freq"
+    for limits, said in (
+        ((Limit(0, 2.5), Limit(0, 2.5)), "float32 or float64, up to 2.5 ids a row"),
+        ((Limit(64), Limit(0, 8)), "float32 up to 64 ids, float64 up to 8 ids a row"),
+        ((Limit(64, 0.5), Limit()), "float32 up to 0.5 ids a row or up to 64 ids"),
+        ((Limit(), Limit()), "only where forced, float32 or float64"),
+    ):
+        by_dtype = dict(zip(gradient_method.ATOMIC_DTYPES, limits, strict=True))
+        assert env_report._rule(rules["atomic"], by_dtype) == f"atomic: {said}, {rest}"
+    assert env_report._rule(rules["sorted"], None) == "sorted: everything"
 
 
 def test_versions_of_whatever_cupy_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from gpu_embed.backends._cupy import CupyBackend, launch
+from gpu_embed.backends._cupy import CupyBackend
 from gpu_embed.backends._cupy.device import FLOATS, as_argument
+from gpu_embed.backends._cupy.launch import CupyLaunches
 from gpu_embed.backends._cupy.nvrtc import Kernel
 
 KERNELS_DIR = Path(__file__).parents[2] / "kernels"
@@ -37,15 +38,16 @@ FLAGS = (
 
 def _all_kernels() -> tuple[Kernel, ...]:
     """Every kernel that CupyBackend can ask for."""
-    rows = {rows.ROWS for rows in (*launch.GATHER_ROWS.values(), launch.LONG_ROW)}
+    launches = CupyLaunches()
+    rows = {rows.ROWS for rows in (*launches.gather_rows.values(), launches.gather_long_rows)}
     flat, scatter, unroll, bag, tables_bag = (
         settings.UNROLL
         for settings in (
-            launch.GATHER_FLAT,
-            launch.SCATTER_ADD,
-            launch.SEGMENT_SUM,
-            launch.BAG,
-            launch.TABLE_BAG,
+            launches.gather_flat,
+            launches.scatter_add,
+            launches.segment_sum,
+            launches.bag_sum,
+            launches.table_bag,
         )
     )
     # values, grad_weight, widths; the last two read the partial sums of a 16-bit table.

@@ -72,8 +72,8 @@ MUTATIONS = (
     Mutation(
         "the grid of Triton's atomic gradient one short",
         "gpu_embed/backends/_triton/gradient.py",
-        "(cdiv(num_vectors, SCATTER_ADD.BLOCK),)",
-        "(max(cdiv(num_vectors, SCATTER_ADD.BLOCK) - 1, 1),)",
+        "(cdiv(num_vectors, launch.BLOCK),)",
+        "(max(cdiv(num_vectors, launch.BLOCK) - 1, 1),)",
         GRADIENT,
         "triton-cpu",
     ),

@@ -7,7 +7,7 @@ from ...bounds import BoundsRecord, record_arguments
 from .._plan.access import vector_width
 from .._plan.bag import BagParts, BagPlan
 from .device import FLOATS, CupyDevice, cpp_bool
-from .launch import BAG, BAG_JOIN, BAG_OF, BAG_SAMPLE_WEIGHTS, MAX_SEGMENT_VECTOR
+from .launch import BAG_JOIN, BAG_SAMPLE_WEIGHTS, MAX_SEGMENT_VECTOR
 from .nvrtc import Kernel
 
 
@@ -27,11 +27,12 @@ class CupyBag(CupyDevice, BagPlan):
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = bag_vector(weight)
-        arguments = f"{FLOATS[weight.dtype]}, {vec}, {cpp_bool(mean)}, {BAG.UNROLL}"
+        launch = self._launches[weight.device].bag_sum
+        arguments = f"{FLOATS[weight.dtype]}, {vec}, {cpp_bool(mean)}, {launch.UNROLL}"
         num_chunks = 0 if parts is None else len(parts.values) // 2
         self._launch(
             Kernel("bag", f"bag_sum_kernel<{arguments}>"),
-            *BAG.grid((bags.num_bags + num_chunks) * (embedding_dim // vec)),
+            *launch.grid((bags.num_bags + num_chunks) * (embedding_dim // vec)),
             weight.device,
             weight,
             bags.indices,
@@ -79,9 +80,10 @@ class CupyBag(CupyDevice, BagPlan):
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = bag_vector(weight)
+        launch = self._launches[weight.device].bag_max
         self._launch(
-            Kernel("bag", f"bag_max_kernel<{FLOATS[weight.dtype]}, {vec}, {BAG.UNROLL}>"),
-            *BAG.grid(bags.num_bags * (embedding_dim // vec)),
+            Kernel("bag", f"bag_max_kernel<{FLOATS[weight.dtype]}, {vec}, {launch.UNROLL}>"),
+            *launch.grid(bags.num_bags * (embedding_dim // vec)),
             weight.device,
             weight,
             bags.indices,
@@ -102,7 +104,7 @@ class CupyBag(CupyDevice, BagPlan):
     def _bag_of(self, bags: Bags, bag_of: Tensor, sizes: Tensor | None, padding_idx: int) -> None:
         self._launch(
             Kernel("bag", "bag_of_kernel"),
-            *BAG_OF.grid(bag_of.numel()),
+            *self._launches[bag_of.device].bag_of.grid(bag_of.numel()),
             bag_of.device,
             bags.indices,
             bags.offsets,

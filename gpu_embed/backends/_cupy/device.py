@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._plan.in_force import InForce
 from .._plan.trial_launch import TrialLaunch, no_cuda_device
+from .launch import CupyLaunches, CupyMethods
 from .nvrtc import Kernel, compile_kernels, import_cupy
 
 # atomicAdd(double) needs sm_60.
@@ -25,6 +27,8 @@ class CupyDevice:
     """The part of the CuPy backend that launches, whatever the kernel."""
 
     name = "cupy"
+    _launches = InForce(CupyLaunches())
+    _methods: InForce[Any] = InForce(CupyMethods())
 
     def __init__(self) -> None:
         self._functions: dict[tuple[int, Kernel], Any] = {}

@@ -9,7 +9,7 @@ from ...settings import GATHER_METHOD
 from .._plan.access import word_layout
 from .._plan.gather import Gather, GatherPlan
 from .device import CupyDevice
-from .launch import GATHER_FLAT, GATHER_ROWS, LONG_ROW, LONG_ROW_WORDS
+from .launch import WIDEST_ROWS, RowsLaunch
 from .nvrtc import Kernel
 
 
@@ -21,21 +21,23 @@ class CupyGather(CupyDevice, GatherPlan):
         # Two words of 8 bytes that one access moves are a word of 16 here.
         word = f"word{layout.word_bytes * layout.vec}"
         row_words = layout.row_words // layout.vec
-        rows = GATHER_ROWS.get(gcd(row_words, max(GATHER_ROWS)))
-        if rows is None and row_words >= LONG_ROW_WORDS:
-            rows = LONG_ROW
+        device = weight.device
+        launches = self._launches[device]
+        flat, long_rows = launches.gather_flat, launches.gather_long_rows
+        rows: RowsLaunch | None = launches.gather_rows.get(gcd(row_words, WIDEST_ROWS))
+        if rows is None and row_words >= self._methods[device].long_row_words:
+            rows = long_rows
         method = GATHER_METHOD.value
         if method == "rows":
-            rows = rows or LONG_ROW
+            rows = rows or long_rows
         elif method == "flat":
             rows = None
         if rows is not None:
             kernel = Kernel("gather", f"gather_rows_kernel<{word}, {rows.ROWS}>")
         else:
-            kernel = Kernel("gather", f"gather_flat_kernel<{word}, {GATHER_FLAT.UNROLL}>")
+            kernel = Kernel("gather", f"gather_flat_kernel<{word}, {flat.UNROLL}>")
         # Not the table itself: what is prepared must not keep it alive.
         address = weight.data_ptr()
-        device = weight.device
         num_embeddings = weight.shape[0]
 
         def gather(
@@ -48,7 +50,7 @@ class CupyGather(CupyDevice, GatherPlan):
             self._launch(
                 kernel,
                 *(
-                    GATHER_FLAT.grid(num_indices * row_words)
+                    flat.grid(num_indices * row_words)
                     if rows is None
                     else rows.grid(num_indices, row_words)
                 ),

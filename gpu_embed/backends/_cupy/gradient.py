@@ -7,7 +7,7 @@ from .._plan.access import cdiv, vector_width
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
 from .._plan.levels import NO_PARTIAL, Level, Partial
 from .device import FLOATS, CupyDevice, cpp_bool, itemsize
-from .launch import COUNTS, MAX_SEGMENT_VECTOR, SCATTER_ADD, SEGMENT_SUM
+from .launch import MAX_SEGMENT_VECTOR
 from .nvrtc import Kernel
 
 # One atomic instruction adds two or four neighbouring floats from here on.
@@ -26,6 +26,7 @@ class CupyGradient(CupyDevice, GradientPlan):
         padding_idx: int,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
+        launch = self._launches[ids.device].scatter_add
         vec = 1
         # Without vector atomics VEC > 1 puts adjacent threads VEC elements apart: uncoalesced.
         if (
@@ -33,10 +34,10 @@ class CupyGradient(CupyDevice, GradientPlan):
             and self._capability(ids.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
             vec = vector_width(grad_output)
-        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {SCATTER_ADD.UNROLL}{with_bags(bags)}"
+        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {launch.UNROLL}{with_bags(bags)}"
         self._launch(
             Kernel("scatter_add", f"scatter_add_kernel<{arguments}>"),
-            *SCATTER_ADD.grid(ids.numel() * (embedding_dim // vec)),
+            *launch.grid(ids.numel() * (embedding_dim // vec)),
             ids.device,
             grad_output,
             ids,
@@ -63,17 +64,18 @@ class CupyGradient(CupyDevice, GradientPlan):
     ) -> None:
         values, order, keys, _ = level
         num_embeddings, embedding_dim = grad_weight.shape
+        launch = self._launches[keys.device].segment_sum
         atomic_carry = partial is None
         # scale_grad_by_freq is rare: not worth a kernel for each width.
         vec = 1 if scale_grad_by_freq else min(vector_width(values), MAX_SEGMENT_VECTOR)
         arguments = (
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
-            f"{cpp_bool(scale_grad_by_freq)}, {SEGMENT_SUM.UNROLL}, {cpp_bool(atomic_carry)}{with_bags(bags)}"
+            f"{cpp_bool(scale_grad_by_freq)}, {launch.UNROLL}, {cpp_bool(atomic_carry)}{with_bags(bags)}"
         )
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
             Kernel("segment_sum", f"segment_sum_kernel<{arguments}>"),
-            *SEGMENT_SUM.grid(num_chunks * (embedding_dim // vec)),
+            *launch.grid(num_chunks * (embedding_dim // vec)),
             keys.device,
             *level,
             *(bags or NO_BAGS),
@@ -93,7 +95,7 @@ class CupyGradient(CupyDevice, GradientPlan):
     def _counts(self, ids: Tensor, counts: Tensor) -> None:
         self._launch(
             Kernel("counts", "counts_kernel"),
-            *COUNTS.grid(ids.numel()),
+            *self._launches[ids.device].counts.grid(ids.numel()),
             ids.device,
             ids,
             counts,

@@ -1,8 +1,10 @@
-"""Launch settings of the CUDA C++ kernels: one dataclass a kind of kernel, one table a kernel."""
+"""Launch settings of the CUDA C++ kernels: one dataclass a kind of kernel, and one with all of them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .._plan.access import cdiv
+from .._plan.gradient_method import Methods
 
 # Columns per thread of a kernel that sums: more would cost registers and save nothing.
 MAX_SEGMENT_VECTOR = 4
@@ -54,32 +56,54 @@ class WalkLaunch:
 # The settings below keep four loads per thread in flight without spills; they are starting points until they
 # are measured.
 
-# By the largest power of two that divides the words of a row; rows of other lengths go to GATHER_FLAT, where no
+# By the largest power of two that divides the words of a row; rows of other lengths go to gather_flat, where no
 # lane idles, but each thread divides.
-GATHER_ROWS = {
+GATHER_ROWS: Mapping[int, RowsLaunch] = {
     32: RowsLaunch((32, 8)),
     64: RowsLaunch((64, 4)),
     128: RowsLaunch((128, 2)),
 }
-GATHER_FLAT = FlatLaunch(UNROLL=4)
-# Rows so long that the idle lanes at their end do not matter.
-LONG_ROW_WORDS = 1024
-LONG_ROW = RowsLaunch((128, 2))
-SCATTER_ADD = FlatLaunch(UNROLL=4)
-SEGMENT_SUM = WalkLaunch()
-BAG = WalkLaunch(threads=128)
-SORT_KEYS = FlatLaunch()
-COUNTS = FlatLaunch()
-SELECT_ROWS = FlatLaunch()
+WIDEST_ROWS = max(GATHER_ROWS)
+
+
+@dataclass(frozen=True)
+class CupyLaunches:
+    """What a device may have of its own: no field changes a result's bits."""
+
+    gather_rows: Mapping[int, RowsLaunch] = field(default_factory=lambda: GATHER_ROWS)
+    gather_long_rows: RowsLaunch = RowsLaunch((128, 2))
+    gather_flat: FlatLaunch = FlatLaunch(UNROLL=4)
+    scatter_add: FlatLaunch = FlatLaunch(UNROLL=4)
+    counts: FlatLaunch = FlatLaunch()
+    sort_keys: FlatLaunch = FlatLaunch()
+    segment_sum: WalkLaunch = WalkLaunch()
+    select_rows: FlatLaunch = FlatLaunch()
+    row_update: WalkLaunch = WalkLaunch()
+    bag_sum: WalkLaunch = WalkLaunch(threads=128)
+    bag_max: WalkLaunch = WalkLaunch(threads=128)
+    bag_of: FlatLaunch = FlatLaunch()
+    table_bag: WalkLaunch = WalkLaunch(threads=128)
+    table_gather: FlatLaunch = FlatLaunch()
+    table_keys: FlatLaunch = FlatLaunch()
+    table_scatter_add: WalkLaunch = WalkLaunch(threads=128)
+    table_segment_sum: WalkLaunch = WalkLaunch()
+    table_row_update: WalkLaunch = WalkLaunch()
+    take_rows: FlatLaunch = FlatLaunch()
+    dequantize_rows: FlatLaunch = FlatLaunch()
+
+
+@dataclass(frozen=True)
+class CupyMethods(Methods):
+    """Rules of method of this backend."""
+
+    # Rows so long that the idle lanes at their end do not matter.
+    long_row_words: int = 1024
+
+
+# The same on every device.
 ROWWISE_ADAGRAD = FlatLaunch(threads=64)
 RENORM = FlatLaunch(threads=64)
 BAG_JOIN = FlatLaunch()
-BAG_OF = FlatLaunch()
 BAG_SAMPLE_WEIGHTS = FlatLaunch(threads=128)
-TABLE_BAG = WalkLaunch(threads=128)
 TABLE_COMBINE = FlatLaunch()
-TABLE_GATHER = FlatLaunch()
-TABLE_KEYS = FlatLaunch()
 TABLE_SAMPLE_WEIGHTS = FlatLaunch(threads=128)
-TAKE_ROWS = FlatLaunch()
-DEQUANTIZE_ROWS = FlatLaunch()

@@ -8,7 +8,7 @@ from .._plan.access import cdiv, vector_width
 from .._plan.levels import Level, Partial
 from .._plan.row_update import RowUpdatePlan, rowwise_numbers, update_numbers
 from .device import FLOATS, CupyDevice, itemsize
-from .launch import MAX_SEGMENT_VECTOR, ROWWISE_ADAGRAD, SEGMENT_SUM, SELECT_ROWS
+from .launch import MAX_SEGMENT_VECTOR, ROWWISE_ADAGRAD
 from .nvrtc import Kernel
 
 # In the order of the enum in update.cuh.
@@ -21,7 +21,7 @@ class CupyRowUpdate(CupyDevice, RowUpdatePlan):
     def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None:
         self._launch(
             Kernel("row_update", "select_rows_kernel"),
-            *SELECT_ROWS.grid(ids.numel()),
+            *self._launches[ids.device].select_rows.grid(ids.numel()),
             ids.device,
             ids,
             rows,
@@ -44,13 +44,14 @@ class CupyRowUpdate(CupyDevice, RowUpdatePlan):
     ) -> None:
         values, order, keys, _ = level
         num_embeddings, embedding_dim = weight.shape
+        launch = self._launches[keys.device].row_update
         widths = (vector_width(matrix) for matrix in (values, weight, partial.values, *state))
         vec = min(*widths, MAX_SEGMENT_VECTOR)
-        arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
+        arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {launch.UNROLL}"
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
             Kernel("row_update", f"row_update_kernel<{arguments}>"),
-            *SEGMENT_SUM.grid(num_chunks * (embedding_dim // vec)),
+            *launch.grid(num_chunks * (embedding_dim // vec)),
             keys.device,
             *level[:3],
             weight,

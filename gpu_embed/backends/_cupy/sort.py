@@ -4,7 +4,6 @@ from torch import Tensor
 
 from .._plan.sort import SortPlan
 from .device import CupyDevice
-from .launch import SORT_KEYS
 from .nvrtc import Kernel
 
 
@@ -20,7 +19,7 @@ class CupySort(CupyDevice, SortPlan):
     ) -> None:
         self._launch(
             Kernel("sort_keys", "sort_keys_kernel"),
-            *SORT_KEYS.grid(ids.numel()),
+            *self._launches[ids.device].sort_keys.grid(ids.numel()),
             ids.device,
             ids,
             keys,

@@ -17,11 +17,7 @@ from .gradient import VECTOR_ATOMICS_CAPABILITY, bag_bytes
 from .launch import (
     MAX_SEGMENT_VECTOR,
     ROWWISE_ADAGRAD,
-    SEGMENT_SUM,
-    TABLE_BAG,
     TABLE_COMBINE,
-    TABLE_GATHER,
-    TABLE_KEYS,
     TABLE_SAMPLE_WEIGHTS,
 )
 from .nvrtc import Kernel
@@ -50,11 +46,12 @@ class CupyTables(CupyDevice, TablesPlan):
         record: BoundsRecord | None,
     ) -> None:
         vec = table_vector(weight, batch.shape.dim_divisor)
+        launch = self._launches[weight.device].table_bag
         arguments = (
             f"{FLOATS[weight.dtype]}, {FLOATS[output.dtype]}, {vec}, "
-            f"{cpp_bool(find_max)}, {cpp_bool(splits > 1)}, {TABLE_BAG.UNROLL}"
+            f"{cpp_bool(find_max)}, {cpp_bool(splits > 1)}, {launch.UNROLL}"
         )
-        (blocks, _), threads = TABLE_BAG.grid(batch.bags_per_table * (batch.width // vec))
+        (blocks, _), threads = launch.grid(batch.bags_per_table * (batch.width // vec))
         self._launch(
             Kernel("tables", f"table_bag_kernel<{arguments}>"),
             (blocks, splits),
@@ -105,7 +102,7 @@ class CupyTables(CupyDevice, TablesPlan):
         row_words = weight.shape[1] * weight.element_size() // word_bytes
         self._launch(
             Kernel("tables", f"table_gather_kernel<word{word_bytes}>"),
-            *TABLE_GATHER.grid(batch.indices.numel() * row_words),
+            *self._launches[weight.device].table_gather.grid(batch.indices.numel() * row_words),
             weight.device,
             weight,
             batch.indices,
@@ -132,7 +129,7 @@ class CupyTables(CupyDevice, TablesPlan):
     ) -> None:
         self._launch(
             Kernel("tables", "table_keys_kernel"),
-            *TABLE_KEYS.grid(batch.indices.numel()),
+            *self._launches[batch.indices.device].table_keys.grid(batch.indices.numel()),
             batch.indices.device,
             batch.indices,
             batch.offsets,
@@ -159,14 +156,15 @@ class CupyTables(CupyDevice, TablesPlan):
         grad_weight: Tensor,
         splits: int,
     ) -> None:
+        launch = self._launches[grad_output.device].table_scatter_add
         vec = 1
         if (
             grad_output.dtype == torch.float32
             and self._capability(grad_output.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
             vec = table_vector_width(grad_output, batch.shape.dim_divisor)
-        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {TABLE_BAG.UNROLL}"
-        (blocks, _), threads = TABLE_BAG.grid(batch.bags_per_table * (batch.width // vec))
+        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {launch.UNROLL}"
+        (blocks, _), threads = launch.grid(batch.bags_per_table * (batch.width // vec))
         self._launch(
             Kernel("tables", f"table_scatter_add_kernel<{arguments}>"),
             (blocks, splits),
@@ -203,14 +201,13 @@ class CupyTables(CupyDevice, TablesPlan):
         values, order, keys, _ = level
         widest = batch.shape.widest
         vec = table_vector(values, batch.shape.dim_divisor)
-        arguments = (
-            f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
-        )
+        launch = self._launches[keys.device].table_segment_sum
+        arguments = f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {launch.UNROLL}"
         num_chunks = cdiv(keys.numel(), chunk)
         max_positions = batch.max_positions if bags else None
         self._launch(
             Kernel("tables", f"table_segment_sum_kernel<{arguments}>"),
-            *SEGMENT_SUM.grid(num_chunks * (widest // vec)),
+            *launch.grid(num_chunks * (widest // vec)),
             keys.device,
             *level,
             *(bags or NO_BAGS),
@@ -275,19 +272,20 @@ class CupyTables(CupyDevice, TablesPlan):
         chunk: int,
     ) -> None:
         values, order, keys, _ = level
+        launch = self._launches[keys.device].table_row_update
         widths = (
             table_vector(tensor, entries.dim_divisor)
             for tensor in (values, weight, partial.values, *state)
         )
         vec = min(widths)
-        arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {SEGMENT_SUM.UNROLL}"
+        arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {launch.UNROLL}"
         num_chunks = cdiv(keys.numel(), chunk)
         first_level = level.extra is None
         output_bag = entries.output_bag if first_level else None
         max_positions = entries.max_positions if first_level else None
         self._launch(
             Kernel("tables_row_update", f"table_row_update_kernel<{arguments}>"),
-            *SEGMENT_SUM.grid(num_chunks * (entries.widest // vec)),
+            *launch.grid(num_chunks * (entries.widest // vec)),
             keys.device,
             *level,
             output_bag,

@@ -7,7 +7,7 @@ from ...dtypes import KERAS_IDS
 from ...take import QuantizedTable
 from .._plan.take import TakePlan, quantized_vector, taken_vector
 from .device import FLOATS, CupyDevice
-from .launch import DEQUANTIZE_ROWS, MAX_SEGMENT_VECTOR, TAKE_ROWS
+from .launch import MAX_SEGMENT_VECTOR
 from .nvrtc import Kernel
 
 
@@ -22,7 +22,7 @@ class CupyTake(CupyDevice, TakePlan):
         arguments = f"{FLOATS[weight.dtype]}, {FLOATS[output.dtype]}, {vec}"
         self._launch(
             Kernel("take", f"take_rows_kernel<{arguments}>"),
-            *TAKE_ROWS.grid(ids.numel() * (embedding_dim // vec)),
+            *self._launches[weight.device].take_rows.grid(ids.numel() * (embedding_dim // vec)),
             weight.device,
             weight,
             ids,
@@ -45,7 +45,9 @@ class CupyTake(CupyDevice, TakePlan):
         arguments = f"{FLOATS[table.scale.dtype]}, {FLOATS[output.dtype]}, {vec}, {table.bits}"
         self._launch(
             Kernel("dequantize", f"dequantize_rows_kernel<{arguments}>"),
-            *DEQUANTIZE_ROWS.grid(ids.numel() * (table.embedding_dim // vec)),
+            *self._launches[output.device].dequantize_rows.grid(
+                ids.numel() * (table.embedding_dim // vec)
+            ),
             output.device,
             table.values,
             table.scale,

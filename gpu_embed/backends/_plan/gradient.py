@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ...dtypes import accumulation
 from .access import RowSteps, flat_ids, row_matrix, row_numbers
 from .gradient_method import choose
+from .in_force import InForce
 from .levels import CHUNK, Level, Partial, levels
 from .sort import SortPlan
 
@@ -28,6 +29,8 @@ NO_BAGS = (None, None, None)
 
 class GradientPlan(SortPlan):
     """`embedding_dense_backward` and `embedding_counts` of a `Backend`."""
+
+    _methods: InForce[Any]  # of the backend's own `Methods`
 
     def embedding_dense_backward(
         self,
@@ -63,6 +66,7 @@ class GradientPlan(SortPlan):
             grad_output.dtype,
             torch.are_deterministic_algorithms_enabled(),
             scale_grad_by_freq,
+            self._methods[indices.device].gradient,
         )
         if method == "atomic":
             ids = flat_ids(indices)

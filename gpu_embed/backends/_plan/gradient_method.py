@@ -3,13 +3,13 @@
 "atomic" adds every row of grad_output to the table's with fp32 atomics. "sorted" sorts the ids and sums each run
 of equal ones; "sorted_atomic" does so in one launch: atomics add the carry-ins and carry-outs of its chunks.
 
-The rules are read from the top; the first that fits decides. They look at shapes and dtype alone, so choosing
-never waits for the GPU. The limits come from counting bytes and launches, not from measurements: atomics need
+The limits are read from the top; the first that admits the call decides. They look at shapes and dtype alone, so
+choosing never waits for the GPU. They come from counting bytes and launches, not from measurements: atomics need
 one launch and no sort, and lose where many ids meet on few rows. "sorted_atomic" is not chosen until it is measured.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,15 +21,35 @@ ATOMIC_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A method is chosen up to so many ids, and up to so many ids a row of the table."""
+
+    max_indices: int = 0
+    max_indices_per_row: float = 0.0
+
+
+# What no limit admits is sorted.
+LIMITS: Mapping[str, Mapping[torch.dtype, Limit]] = {
+    "atomic": dict.fromkeys(ATOMIC_DTYPES, Limit(max_indices_per_row=8.0)),
+    "sorted_atomic": dict.fromkeys(ATOMIC_DTYPES, Limit()),
+}
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Rules of method, as data; each backend adds that of its gather."""
+
+    gradient: Mapping[str, Mapping[torch.dtype, Limit]] = field(default_factory=lambda: LIMITS)
+
+
+@dataclass(frozen=True)
 class GradientRule:
-    """What a method can serve, and the calls for which it is chosen."""
+    """What a method can serve."""
 
     method: str
     dtypes: tuple[torch.dtype, ...] = ()  # empty: any
     deterministic: bool = True  # whether the method may serve deterministic calls
     scale_grad_by_freq: bool = True  # whether the method can divide by the counts
-    # Chosen while num_indices / num_embeddings <= this; None: never, only forced.
-    max_indices_per_row: float | None = None
 
     def refusal(
         self, dtype: torch.dtype, deterministic: bool, scale_grad_by_freq: bool
@@ -47,17 +67,11 @@ class GradientRule:
 RULES = {
     rule.method: rule
     for rule in (
-        GradientRule(
-            "atomic",
-            dtypes=ATOMIC_DTYPES,
-            deterministic=False,
-            scale_grad_by_freq=False,
-            max_indices_per_row=8,
-        ),
+        GradientRule("atomic", dtypes=ATOMIC_DTYPES, deterministic=False, scale_grad_by_freq=False),
         GradientRule(
             "sorted_atomic", dtypes=ATOMIC_DTYPES, deterministic=False, scale_grad_by_freq=False
         ),
-        GradientRule("sorted", max_indices_per_row=float("inf")),
+        GradientRule("sorted"),
     )
 }
 
@@ -68,11 +82,13 @@ def choose(
     dtype: torch.dtype,
     deterministic: bool,
     scale_grad_by_freq: bool,
+    limits: Mapping[str, Mapping[torch.dtype, Limit]] = LIMITS,
     served: Collection[str] = tuple(RULES),
 ) -> str:
     """The name of the method for one backward.
 
     Args:
+        limits: those in force on the device, by method and dtype.
         served: the methods that the operation has.
 
     Raises:
@@ -89,14 +105,19 @@ def choose(
     if num_indices > sort.MAX_SORTED_IDS and RULES["atomic"].refusal(*call) is None:
         return "atomic"
     sort.check_sortable(num_indices)
-    for rule in RULES.values():
+    for method in limits:
+        limit = limits[method].get(dtype)
         if (
-            rule.max_indices_per_row is not None
-            and num_indices <= rule.max_indices_per_row * max(num_embeddings, 1)
-            and rule.refusal(*call) is None
+            limit is not None
+            and method in served
+            and (
+                num_indices <= limit.max_indices
+                or num_indices <= limit.max_indices_per_row * max(num_embeddings, 1)
+            )
+            and RULES[method].refusal(*call) is None
         ):
-            return rule.method
-    raise AssertionError("the last rule serves every call")
+            return method
+    return "sorted"
 
 
 def use_gradient_method(name: str) -> Restore:

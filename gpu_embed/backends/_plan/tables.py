@@ -105,6 +105,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             grad_output.dtype,
             torch.are_deterministic_algorithms_enabled(),
             False,
+            self._methods[batch.indices.device].gradient,
             served=("atomic", "sorted"),
         )
         if method == "atomic" and batch.shape.pooled:

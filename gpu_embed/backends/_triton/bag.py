@@ -7,7 +7,7 @@ from ...bounds import BoundsRecord, record_arguments
 from .._plan.access import cdiv, vector_width
 from .._plan.bag import BagParts, BagPlan
 from .device import TritonDevice
-from .launch import BAG_JOIN, BAG_OF, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
+from .launch import BAG_JOIN, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
 
 
 class TritonBag(TritonDevice, BagPlan):
@@ -26,7 +26,7 @@ class TritonBag(TritonDevice, BagPlan):
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = vector_width(weight)
-        launch = bag_launch(embedding_dim, vec)
+        launch = bag_launch(self._launches[weight.device].bag_sum, embedding_dim, vec)
         num_chunks = 0 if parts is None else len(parts.values) // 2
         programs = cdiv(bags.num_bags, launch.BLOCK_B) + cdiv(num_chunks, launch.BLOCK_B)
         self._launch(
@@ -82,7 +82,7 @@ class TritonBag(TritonDevice, BagPlan):
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = vector_width(weight)
-        launch = bag_launch(embedding_dim, vec)
+        launch = bag_launch(self._launches[weight.device].bag_max, embedding_dim, vec)
         self._launch(
             self._kernels.bag_max,
             (cdiv(bags.num_bags, launch.BLOCK_B), cdiv(embedding_dim, launch.BLOCK_D)),
@@ -104,9 +104,10 @@ class TritonBag(TritonDevice, BagPlan):
         )
 
     def _bag_of(self, bags: Bags, bag_of: Tensor, sizes: Tensor | None, padding_idx: int) -> None:
+        launch = self._launches[bag_of.device].bag_of
         self._launch(
             self._kernels.bag_of,
-            (cdiv(bag_of.numel(), BAG_OF.BLOCK),),
+            (cdiv(bag_of.numel(), launch.BLOCK),),
             bag_of.device,
             bags.indices,
             bags.offsets,
@@ -115,7 +116,7 @@ class TritonBag(TritonDevice, BagPlan):
             *bags.counts(),
             padding_idx,
             bags.num_bags.bit_length(),
-            **BAG_OF.settings,
+            **launch.settings,
         )
 
     def _bag_sample_weights(

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._plan.in_force import InForce
 from .._plan.trial_launch import TrialLaunch, no_cuda_device
 from .known_launch import launch
+from .launch import TritonLaunches, TritonMethods
 
 # Triton compiles for these and newer cards only.
 MIN_CAPABILITY = (8, 0)
@@ -23,6 +25,8 @@ class TritonDevice:
     """The part of the Triton backend that launches, whatever the kernel."""
 
     name = "triton"
+    _launches = InForce(TritonLaunches())
+    _methods: InForce[Any] = InForce(TritonMethods())
 
     def __init__(self) -> None:
         self._trial = TrialLaunch(self)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...bounds import BoundsRecord
@@ -10,7 +11,7 @@ from ...settings import GATHER_METHOD
 from .._plan.access import WordLayout, cdiv, word_layout
 from .._plan.gather import Gather, GatherPlan
 from .device import TritonDevice
-from .launch import GATHER_FLAT, GATHER_ROWS, next_power_of_2
+from .launch import WIDEST_ROWS, next_power_of_2
 
 
 class TritonGather(TritonDevice, GatherPlan):
@@ -23,7 +24,7 @@ class TritonGather(TritonDevice, GatherPlan):
         device = weight.device
         num_embeddings = weight.shape[0]
         row_stride = layout.row_stride // layout.vec
-        kernel, grid, settings = self._gather_launch(layout)
+        kernel, grid, settings = self._gather_launch(layout, device)
         settings = {"D": layout.row_words, "VEC": layout.vec, **settings}
 
         def gather(
@@ -54,17 +55,19 @@ class TritonGather(TritonDevice, GatherPlan):
         return gather
 
     def _gather_launch(
-        self, layout: WordLayout
+        self, layout: WordLayout, device: torch.device
     ) -> tuple[Any, Callable[[int], tuple[int, ...]], dict[str, int]]:
         """Kernel, grid for a number of ids, and settings.
 
-        gather_rows if row_words is a multiple of BLOCK_D (no masked tail), else gather_flat.
+        gather_rows if row_words is a multiple of BLOCK_D (no masked tail), or nearly so, else gather_flat.
         """
         method = GATHER_METHOD.value
-        widest = max(GATHER_ROWS)
-        rows = GATHER_ROWS[min(next_power_of_2(layout.row_words), widest)]
-        if method == "rows" or (method == "auto" and layout.row_words % rows.BLOCK_D == 0):
-            blocks_d = cdiv(layout.row_words, rows.BLOCK_D)
+        launches = self._launches[device]
+        rows = launches.gather_rows[min(next_power_of_2(layout.row_words), WIDEST_ROWS)]
+        blocks_d = cdiv(layout.row_words, rows.BLOCK_D)
+        lanes = blocks_d * rows.BLOCK_D
+        max_idle = self._methods[device].max_idle_share * lanes
+        if method == "rows" or (method == "auto" and lanes - layout.row_words <= max_idle):
             block_n = rows.BLOCK_N
             return (
                 self._kernels.gather_rows,
@@ -72,8 +75,9 @@ class TritonGather(TritonDevice, GatherPlan):
                 rows.settings,
             )
         row_vectors = layout.row_words // layout.vec
+        flat = launches.gather_flat
         return (
             self._kernels.gather_flat,
-            lambda num_indices: (cdiv(num_indices * row_vectors, GATHER_FLAT.BLOCK),),
-            GATHER_FLAT.settings,
+            lambda num_indices: (cdiv(num_indices * row_vectors, flat.BLOCK),),
+            flat.settings,
         )

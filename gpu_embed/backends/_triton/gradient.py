@@ -6,7 +6,7 @@ from .._plan.access import cdiv, vector_width
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
 from .._plan.levels import NO_PARTIAL, Level, Partial
 from .device import TritonDevice
-from .launch import COUNTS, SCATTER_ADD, segment_launch
+from .launch import segment_launch
 
 
 class TritonGradient(TritonDevice, GradientPlan):
@@ -22,10 +22,11 @@ class TritonGradient(TritonDevice, GradientPlan):
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(grad_output)
+        launch = self._launches[ids.device].scatter_add
         num_vectors = ids.numel() * embedding_dim // vec
         self._launch(
             self._kernels.scatter_add,
-            (cdiv(num_vectors, SCATTER_ADD.BLOCK),),
+            (cdiv(num_vectors, launch.BLOCK),),
             ids.device,
             grad_output,
             ids,
@@ -38,7 +39,7 @@ class TritonGradient(TritonDevice, GradientPlan):
             grad_output.stride(1),
             D=embedding_dim,
             VEC=vec,
-            **SCATTER_ADD.settings,
+            **launch.settings,
         )
 
     def _segment_sum(
@@ -53,7 +54,7 @@ class TritonGradient(TritonDevice, GradientPlan):
         values, _, keys, _ = level
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(values)
-        launch = segment_launch(embedding_dim, vec)
+        launch = segment_launch(self._launches[keys.device].segment_sum, embedding_dim, vec)
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
             self._kernels.segment_sum,
@@ -75,13 +76,14 @@ class TritonGradient(TritonDevice, GradientPlan):
         )
 
     def _counts(self, ids: Tensor, counts: Tensor) -> None:
+        launch = self._launches[ids.device].counts
         self._launch(
             self._kernels.counts,
-            (cdiv(ids.numel(), COUNTS.BLOCK),),
+            (cdiv(ids.numel(), launch.BLOCK),),
             ids.device,
             ids,
             counts,
             ids.numel(),
             counts.numel(),
-            **COUNTS.settings,
+            **launch.settings,
         )

@@ -1,7 +1,10 @@
-"""Launch settings of the Triton kernels: one dataclass a kind of kernel, one table a kernel."""
+"""Launch settings of the Triton kernels: one dataclass a kind of kernel, and one with all of them."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
+
+from .._plan.gradient_method import Methods
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,21 @@ class FlatLaunch(Launch):
     num_warps: int = 4
 
 
+@dataclass(frozen=True, eq=False)  # Compared by identity, so that it is a key that costs no call.
+class Walk:
+    """A kernel whose tile rows each walk a chunk or a bag; `segment_launch` and `bag_launch` cut the tile.
+
+    One warp a program needs no barrier, and every lane loads 16 bytes of a row.
+    """
+
+    rows: int = 1  # tile rows where one is as wide as a warp; narrow ones have more
+    UNROLL: int = 4
+    num_warps: int = 1
+
+
 @dataclass(frozen=True)
 class SegmentLaunch(Launch):
-    """segment_sum_kernel: BLOCK_C chunks by BLOCK_D columns.
-
-    One warp a program: it needs no barrier, and every lane loads 16 bytes of a row.
-    """
+    """segment_sum_kernel: BLOCK_C chunks by BLOCK_D columns."""
 
     BLOCK_C: int
     BLOCK_D: int
@@ -46,7 +58,7 @@ class SegmentLaunch(Launch):
 
 @dataclass(frozen=True)
 class BagLaunch(Launch):
-    """bag_sum_kernel and bag_max_kernel: BLOCK_B bags by BLOCK_D columns; one warp, as for segment_sum_kernel."""
+    """bag_sum_kernel and bag_max_kernel: BLOCK_B bags by BLOCK_D columns, BLOCK_L ids of each counted at once."""
 
     BLOCK_B: int
     BLOCK_D: int
@@ -77,7 +89,7 @@ class CombineLaunch(Launch):
 # flight a thread); they are starting points until they are measured.
 
 # Rows of a power of two of words, by words a row: 8 KiB a program.
-GATHER_ROWS = {
+GATHER_ROWS: Mapping[int, RowsLaunch] = {
     1: RowsLaunch(512, 1),  # 1024 spills
     2: RowsLaunch(512, 2),
     4: RowsLaunch(256, 4),
@@ -89,40 +101,70 @@ GATHER_ROWS = {
     256: RowsLaunch(4, 256),
     512: RowsLaunch(2, 512),
 }
-GATHER_FLAT = FlatLaunch(512)
-SCATTER_ADD = FlatLaunch(256)
-COUNTS = FlatLaunch(512)
-SORT_KEYS = FlatLaunch(1024)
+WIDEST_ROWS = max(GATHER_ROWS)
+
+
+@dataclass(frozen=True)
+class TritonLaunches:
+    """What a device may have of its own: no field changes a result's bits."""
+
+    gather_rows: Mapping[int, RowsLaunch] = field(default_factory=lambda: GATHER_ROWS)
+    gather_flat: FlatLaunch = FlatLaunch(512)
+    scatter_add: FlatLaunch = FlatLaunch(256)
+    counts: FlatLaunch = FlatLaunch(256)
+    sort_keys: FlatLaunch = FlatLaunch(256)
+    segment_sum: Walk = Walk()
+    select_rows: FlatLaunch = FlatLaunch(256)
+    row_update: Walk = Walk()
+    bag_sum: Walk = Walk()
+    bag_max: Walk = Walk()
+    bag_of: FlatLaunch = FlatLaunch(512)
+    table_bag: TableLaunch = TableLaunch()
+    table_gather: FlatLaunch = FlatLaunch(128, num_warps=1)
+    table_keys: FlatLaunch = FlatLaunch(256)
+    table_scatter_add: TableLaunch = TableLaunch()
+    table_segment_sum: Walk = Walk()
+    table_row_update: Walk = Walk()
+    take_rows: FlatLaunch = FlatLaunch(256)
+    dequantize_rows: FlatLaunch = FlatLaunch(256)
+
+
+@dataclass(frozen=True)
+class TritonMethods(Methods):
+    """Rules of method of this backend."""
+
+    # Rows are copied by gather_rows_kernel where no larger share of its lanes idles at their end.
+    max_idle_share: float = 0.0
+
+
+# The same on every device: these fix the order of additions, and so the bits.
 RENORM_ITEMS = 1024
-SELECT_ROWS = FlatLaunch(1024)
 # Largest accumulated row kept in registers, in bytes, and register bytes a thread; longer rows take two launches.
 MAX_HELD_ROW = 16384
 HELD_BYTES = 32
 ROWWISE_BLOCK = 1024
-BAG_OF = FlatLaunch(1024)
+HELD_WALK = Walk()
 BAG_JOIN = CombineLaunch(BLOCK_S=32, BLOCK=32)
 BAG_SAMPLE_WEIGHTS_VECTORS = 512
-TABLE_BAG = TableLaunch()
 TABLE_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
-TABLE_GATHER = FlatLaunch(128, num_warps=1)
-TABLE_KEYS = FlatLaunch(512)
-TAKE_ROWS = FlatLaunch(256)
-DEQUANTIZE_ROWS = FlatLaunch(256)
+# Vectors a program, where bags are counted to decide into how many splits they are cut.
+SPLIT_VECTORS = 32
 
 
 @cache
-def segment_launch(embedding_dim: int, vec: int) -> SegmentLaunch:
+def segment_launch(walk: Walk, embedding_dim: int, vec: int) -> SegmentLaunch:
     """One warp wide, `vec` columns a lane; narrow rows put several chunks side by side."""
-    columns = 32 * vec
-    block_d = min(next_power_of_2(embedding_dim), columns)
-    return SegmentLaunch(BLOCK_C=columns // block_d, BLOCK_D=block_d)
+    block_d = min(next_power_of_2(embedding_dim), 32 * vec)
+    return SegmentLaunch(walk.rows * 32 * vec // block_d, block_d, walk.UNROLL, walk.num_warps)
 
 
 @cache
-def update_launch(embedding_dim: int, vec: int, held_bytes: int) -> SegmentLaunch:
+def update_launch(walk: Walk, embedding_dim: int, vec: int, held_bytes: int) -> SegmentLaunch:
     """`segment_launch`; wide enough for a whole row of that many bytes a column, unless they are 0."""
-    launch = segment_launch(embedding_dim, vec)
-    if held_bytes == 0 or embedding_dim <= launch.BLOCK_D:
+    if held_bytes == 0:
+        return segment_launch(walk, embedding_dim, vec)
+    launch = segment_launch(HELD_WALK, embedding_dim, vec)
+    if embedding_dim <= launch.BLOCK_D:
         return launch
     block_d = next_power_of_2(embedding_dim)
     num_warps = max(block_d * held_bytes // (32 * HELD_BYTES), 1)
@@ -130,12 +172,11 @@ def update_launch(embedding_dim: int, vec: int, held_bytes: int) -> SegmentLaunc
 
 
 @cache
-def bag_launch(embedding_dim: int, vec: int) -> BagLaunch:
+def bag_launch(walk: Walk, embedding_dim: int, vec: int) -> BagLaunch:
     """One warp wide, `vec` columns a lane; narrow rows put several bags side by side."""
-    columns = 32 * vec
-    block_d = min(next_power_of_2(embedding_dim), columns)
-    block_b = columns // block_d
-    return BagLaunch(BLOCK_B=block_b, BLOCK_D=block_d, BLOCK_L=32 // block_b)
+    block_d = min(next_power_of_2(embedding_dim), 32 * vec)
+    block_b = walk.rows * 32 * vec // block_d
+    return BagLaunch(block_b, block_d, max(32 // block_b, 1), walk.UNROLL, walk.num_warps)
 
 
 def next_power_of_2(n: int) -> int:

@@ -8,23 +8,24 @@ from .._plan.access import cdiv, vector_width
 from .._plan.levels import Level, Partial
 from .._plan.row_update import RowUpdatePlan, rowwise_numbers, update_numbers
 from .device import TritonDevice
-from .launch import MAX_HELD_ROW, ROWWISE_BLOCK, SELECT_ROWS, next_power_of_2, update_launch
+from .launch import MAX_HELD_ROW, ROWWISE_BLOCK, next_power_of_2, update_launch
 
 
 class TritonRowUpdate(TritonDevice, RowUpdatePlan):
     """One optimizer step of the rows that a batch touched."""
 
     def _select_rows(self, ids: Tensor, rows: Tensor, chosen: Tensor) -> None:
+        launch = self._launches[ids.device].select_rows
         self._launch(
             self._kernels.select_rows,
-            (cdiv(ids.numel(), SELECT_ROWS.BLOCK),),
+            (cdiv(ids.numel(), launch.BLOCK),),
             ids.device,
             ids,
             rows,
             chosen,
             ids.numel(),
             rows.numel(),
-            **SELECT_ROWS.settings,
+            **launch.settings,
         )
 
     def _holds_row(self, embedding_dim: int, acc_dtype: torch.dtype) -> bool:
@@ -45,7 +46,8 @@ class TritonRowUpdate(TritonDevice, RowUpdatePlan):
         widths = (vector_width(matrix) for matrix in (values, weight, partial.values))
         vec = min(widths)
         held_bytes = partial.values.element_size() if update.formula == "rowwise_adagrad" else 0
-        launch = update_launch(embedding_dim, vec, held_bytes)
+        walk = self._launches[keys.device].row_update
+        launch = update_launch(walk, embedding_dim, vec, held_bytes)
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
             self._kernels.row_update,

@@ -5,7 +5,6 @@ from torch import Tensor
 from .._plan.access import cdiv
 from .._plan.sort import SortPlan
 from .device import TritonDevice
-from .launch import SORT_KEYS
 
 
 class TritonSort(TritonDevice, SortPlan):
@@ -18,14 +17,15 @@ class TritonSort(TritonDevice, SortPlan):
         num_embeddings: int,
         padding_idx: int,
     ) -> None:
+        launch = self._launches[ids.device].sort_keys
         self._launch(
             self._kernels.sort_keys,
-            (cdiv(ids.numel(), SORT_KEYS.BLOCK),),
+            (cdiv(ids.numel(), launch.BLOCK),),
             ids.device,
             ids,
             keys,
             ids.numel(),
             num_embeddings,
             padding_idx,
-            **SORT_KEYS.settings,
+            **launch.settings,
         )

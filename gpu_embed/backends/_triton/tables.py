@@ -15,10 +15,8 @@ from .device import TritonDevice
 from .launch import (
     BAG_SAMPLE_WEIGHTS_VECTORS,
     ROWWISE_BLOCK,
-    TABLE_BAG,
+    SPLIT_VECTORS,
     TABLE_COMBINE,
-    TABLE_GATHER,
-    TABLE_KEYS,
     next_power_of_2,
     segment_launch,
     update_launch,
@@ -30,9 +28,8 @@ class TritonTables(TritonDevice, TablesPlan):
 
     def _table_programs(self, matrix: Tensor, batch: TableBatch) -> int:
         num_elements = batch.bags_per_table * batch.width
-        return cdiv(
-            num_elements // table_vector_width(matrix, batch.shape.dim_divisor), TABLE_BAG.BLOCK
-        )
+        vec = table_vector_width(matrix, batch.shape.dim_divisor)
+        return cdiv(num_elements // vec, SPLIT_VECTORS)
 
     def _table_bag(
         self,
@@ -46,9 +43,11 @@ class TritonTables(TritonDevice, TablesPlan):
         splits: int,
         record: BoundsRecord | None,
     ) -> None:
+        vec = table_vector_width(weight, batch.shape.dim_divisor)
+        launch = self._launches[weight.device].table_bag
         self._launch(
             self._kernels.table_bag,
-            (self._table_programs(weight, batch), splits),
+            (cdiv(batch.bags_per_table * batch.width // vec, launch.BLOCK), splits),
             weight.device,
             weight,
             batch.indices,
@@ -64,11 +63,11 @@ class TritonTables(TritonDevice, TablesPlan):
             batch.bags_per_table,
             batch.bags.num_bags,
             D=batch.width,
-            VEC=table_vector_width(weight, batch.shape.dim_divisor),
+            VEC=vec,
             MEAN=batch.shape.mean,
             MAX=find_max,
             SPLIT=splits > 1,
-            **TABLE_BAG.settings,
+            **launch.settings,
         )
 
     def _table_combine(self, partial: Tensor, sizes: Tensor | None, output: Tensor) -> None:
@@ -95,9 +94,10 @@ class TritonTables(TritonDevice, TablesPlan):
         record: BoundsRecord | None,
     ) -> None:
         vec = table_vector_width(weight, batch.shape.dim_divisor)
+        launch = self._launches[weight.device].table_gather
         self._launch(
             self._kernels.table_gather,
-            (cdiv(output.numel() // vec, TABLE_GATHER.BLOCK),),
+            (cdiv(output.numel() // vec, launch.BLOCK),),
             weight.device,
             weight,
             batch.indices,
@@ -114,7 +114,7 @@ class TritonTables(TritonDevice, TablesPlan):
             D=batch.shape.widest,
             VEC=vec,
             ZERO_PADDING=zero_padding,
-            **TABLE_GATHER.settings,
+            **launch.settings,
         )
 
     def _table_keys(
@@ -124,10 +124,11 @@ class TritonTables(TritonDevice, TablesPlan):
         output_bag: Tensor | None,
         sizes: Tensor | None,
     ) -> None:
+        launch = self._launches[batch.indices.device].table_keys
         num_ranges = batch.num_tables if output_bag is None else batch.bags.num_bags
         self._launch(
             self._kernels.table_keys,
-            (cdiv(batch.indices.numel(), TABLE_KEYS.BLOCK),),
+            (cdiv(batch.indices.numel(), launch.BLOCK),),
             batch.indices.device,
             batch.indices,
             batch.offsets,
@@ -141,7 +142,7 @@ class TritonTables(TritonDevice, TablesPlan):
             batch.num_tables,
             batch.shape.num_rows,
             num_ranges.bit_length(),
-            **TABLE_KEYS.settings,
+            **launch.settings,
         )
 
     def _table_scatter_add(
@@ -153,9 +154,10 @@ class TritonTables(TritonDevice, TablesPlan):
         splits: int,
     ) -> None:
         vec = table_vector_width(grad_output, batch.shape.dim_divisor)
+        launch = self._launches[grad_output.device].table_scatter_add
         self._launch(
             self._kernels.table_scatter_add,
-            (self._table_programs(grad_output, batch), splits),
+            (cdiv(batch.bags_per_table * batch.width // vec, launch.BLOCK), splits),
             grad_output.device,
             grad_output,
             batch.indices,
@@ -174,7 +176,7 @@ class TritonTables(TritonDevice, TablesPlan):
             VEC=vec,
             MEAN=batch.shape.mean,
             SPLIT=splits > 1,
-            **TABLE_BAG.settings,
+            **launch.settings,
         )
 
     def _table_segment_sum(
@@ -189,7 +191,7 @@ class TritonTables(TritonDevice, TablesPlan):
         values, _, keys, _ = level
         widest = batch.shape.widest
         vec = table_vector_width(values, batch.shape.dim_divisor)
-        launch = segment_launch(widest, vec)
+        launch = segment_launch(self._launches[keys.device].table_segment_sum, widest, vec)
         num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
             self._kernels.table_segment_sum,
@@ -268,7 +270,8 @@ class TritonTables(TritonDevice, TablesPlan):
         )
         vec = min(widths)
         held_bytes = partial.values.element_size() if update.formula == "rowwise_adagrad" else 0
-        launch = update_launch(entries.widest, vec, held_bytes)
+        walk = self._launches[keys.device].table_row_update
+        launch = update_launch(walk, entries.widest, vec, held_bytes)
         num_chunks = cdiv(keys.numel(), chunk)
         first_level = level.extra is None
         self._launch(

@@ -7,7 +7,6 @@ from ...take import QuantizedTable
 from .._plan.access import cdiv
 from .._plan.take import TakePlan, quantized_vector, taken_vector
 from .device import TritonDevice
-from .launch import DEQUANTIZE_ROWS, TAKE_ROWS
 
 
 class TritonTake(TritonDevice, TakePlan):
@@ -18,9 +17,10 @@ class TritonTake(TritonDevice, TakePlan):
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
         vec = taken_vector(weight, output.element_size())
+        launch = self._launches[weight.device].take_rows
         self._launch(
             self._kernels.take_rows,
-            (cdiv(ids.numel() * (embedding_dim // vec), TAKE_ROWS.BLOCK),),
+            (cdiv(ids.numel() * (embedding_dim // vec), launch.BLOCK),),
             weight.device,
             weight,
             ids,
@@ -32,16 +32,17 @@ class TritonTake(TritonDevice, TakePlan):
             weight.stride(1),
             D=embedding_dim,
             VEC=vec,
-            **TAKE_ROWS.settings,
+            **launch.settings,
         )
 
     def _dequantize_rows(
         self, table: QuantizedTable, ids: Tensor, output: Tensor, record: BoundsRecord | None
     ) -> None:
         vec = quantized_vector(table, output.element_size())
+        launch = self._launches[output.device].dequantize_rows
         self._launch(
             self._kernels.dequantize_rows,
-            (cdiv(ids.numel() * (table.embedding_dim // vec), DEQUANTIZE_ROWS.BLOCK),),
+            (cdiv(ids.numel() * (table.embedding_dim // vec), launch.BLOCK),),
             output.device,
             table.values,
             table.scale,
@@ -55,5 +56,5 @@ class TritonTake(TritonDevice, TakePlan):
             GROUP=table.group_size,
             BITS=table.bits,
             VEC=vec,
-            **DEQUANTIZE_ROWS.settings,
+            **launch.settings,
         )

@@ -70,7 +70,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class BytesMoved:
     """Bytes of one call."""
 
     dram: int
@@ -86,11 +86,11 @@ def count(ids: Tensor, padding_idx: int | None) -> Counts:
     return Counts(len(unique), ids.numel() - padding, len(unique) - (padding > 0))
 
 
-def traffic(cell: Cell, mode: str, counts: Counts) -> Traffic:
+def bytes_moved(cell: Cell, mode: str, counts: Counts) -> BytesMoved:
     """The bytes of one call in a mode, by the formulas above."""
     row = cell.dim * DTYPES[cell.dtype].itemsize
     ids = cell.num_ids * ID_DTYPES[cell.id_dtype].itemsize
-    forward = Traffic(
+    forward = BytesMoved(
         (counts.unique + cell.num_outputs) * row + ids,
         (cell.num_ids + cell.num_outputs) * row + ids,
     )
@@ -100,16 +100,16 @@ def traffic(cell: Cell, mode: str, counts: Counts) -> Traffic:
     kept_outputs = cell.num_outputs if cell.pooled else counts.kept
     if mode in STEPS:
         updated = row + state_bytes(cell, mode)
-        return Traffic(
+        return BytesMoved(
             forward.dram + kept_outputs * row + 2 * counts.unique_kept * updated + ids,
             forward.logical + counts.kept * (row + 2 * updated) + ids,
         )
-    backward = Traffic(
+    backward = BytesMoved(
         (kept_outputs + cell.rows) * row + ids, (2 * counts.kept + cell.rows) * row + ids
     )
     if mode == "backward":
         return backward
-    return Traffic(forward.dram + backward.dram, forward.logical + backward.logical)
+    return BytesMoved(forward.dram + backward.dram, forward.logical + backward.logical)
 
 
 def state_bytes(cell: Cell, mode: str) -> int:
