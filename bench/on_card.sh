@@ -4,11 +4,13 @@
 #   bench/on_card.sh OUT           at most 540 s (BUDGET=), for a card that is rented by the minute
 #   bench/on_card.sh --whole OUT   the same without limits: every test, the sanitizers, the headline; `make gpu`
 #
-# Compiling is much of the first run: bench/prepare_card.sh does part of it beforehand. It installs and downloads nothing: PYTHON (python3) must hold torch, triton, pytest, pytest-xdist, hypothesis, rich and
-# matplotlib; cupy is used where it is there. OUT gets a few small files: summary.txt, results.tar.gz with a log of each
+# Compiling is much of a first run: bench/prepare_card.sh does a part of it beforehand.
+#
+# It installs and downloads nothing: PYTHON (python3) must hold torch, triton, pytest, pytest-xdist, hypothesis, rich and
+# matplotlib; cupy is used where it is there. OUT gets a few small files: summary.txt, results.tar.gz with the log of each
 # step and what was measured, and kernels.tar.gz.*, Triton's cache. It may be stopped at any time: OUT holds every step
-# that has ended, and SIGINT, SIGTERM and SIGHUP pack the one that runs too. Exit code: 0 where every step went well,
-# 1 where one failed or found no time, 128 + the signal where it was stopped.
+# that has ended, and on SIGINT, SIGTERM and SIGHUP the one that runs too. Exit code: 0 where every step went well, 1
+# where one failed or found no time, 128 + the signal where it was stopped.
 #
 # Where there is no .git, GPU_EMBED_COMMIT names the commit in what is measured.
 
