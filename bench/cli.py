@@ -137,7 +137,11 @@ HEADLINE: Options = (
     ("--page", "rewrite this page, such as bench/RESULTS.md", FILE),
 )
 COMPARE: Options = (
-    ("old", "results.csv, or its directory", {"type": Path, "metavar": "OLD"}),
+    (
+        "old",
+        "results.csv, or its directory (default: the newest committed of the same device)",
+        {"type": Path, "metavar": "OLD", "nargs": "?"},
+    ),
     ("new", None, {"type": Path, "metavar": "NEW"}),
     (
         "--fail-below",

@@ -55,6 +55,11 @@ def commit() -> tuple[str, bool]:
     return os.environ.get("GPU_EMBED_COMMIT") or f"version {gpu_embed.__version__}", False
 
 
+def tracked_files(folder: Path, pattern: str) -> list[str]:
+    """What git has committed or staged of the folder, by names within it; empty where there is no checkout."""
+    return _output("git", "-C", str(folder), "ls-files", "--", pattern).splitlines()
+
+
 def power_state(device: torch.device) -> tuple[dict[str, str] | None, str]:
     """The GPU's clocks, power, state and heat at this moment, by nvidia-smi's names; or None and why not."""
     if device.type != "cuda":
