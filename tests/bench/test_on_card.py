@@ -122,6 +122,7 @@ def test_every_step_starts(start, mode):
     assert sorted(path.name for path in run.folder.iterdir()) == ["bin", "calls", "out", "triton"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", [[], ["--whole"]], ids=["short", "whole"])
 def test_files_are_few_and_hold_the_compiled_kernels(start, mode):
     run = start(*mode, TALK="probes launches").end()
@@ -144,6 +145,7 @@ def test_limits_fit_into_the_budget(start):
     assert max(limits) <= 120
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("on_sigint", ["exit 1", ""], ids=["ends", "goes on"])
 def test_a_step_that_hangs_is_stopped_at_its_limit(start, on_sigint):
     begin = time.monotonic()
@@ -156,6 +158,7 @@ def test_a_step_that_hangs_is_stopped_at_its_limit(start, on_sigint):
     assert "FAILED no-compiler: stopped after" in run.said.splitlines()[-2]
 
 
+@pytest.mark.full
 def test_a_spent_budget_skips_the_rest_in_words(start):
     begin = time.monotonic()
     run = start(HANG="--providers", BUDGET="5").end()
@@ -175,6 +178,7 @@ def test_a_failed_self_check_stops_everything(start):
     assert run.said.splitlines()[-2] == "FAILED self-check: exit code 1"
 
 
+@pytest.mark.full
 def test_failures_come_last_and_stop_nothing(start):
     run = start(FAIL="-m pytest").end()
     assert run.process.returncode == 1
@@ -185,6 +189,7 @@ def test_failures_come_last_and_stop_nothing(start):
     assert last == [line for name in failed for line in (f"FAILED {name}: exit code 1", shown)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=str)
 def test_an_interrupted_run_packs_what_there_is(start, sent):
     run = start(HANG="gpu-tests")
@@ -203,6 +208,7 @@ def test_an_interrupted_run_packs_what_there_is(start, sent):
     assert sorted(path.name for path in run.folder.iterdir()) == ["bin", "calls", "out", "triton"]
 
 
+@pytest.mark.full
 def test_without_tools_of_the_card_their_steps_are_left_out(start, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "TOOLS", ("python3",))
     run = start("--whole").end()

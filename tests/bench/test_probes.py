@@ -25,6 +25,7 @@ def test_right_answers_pass(on_cpu, capsys, probe):
     assert capsys.readouterr().out.endswith("as it should be\n")
 
 
+@pytest.mark.full
 def test_the_self_check_asks_for_triton(on_cpu, capsys):
     """A backend that nobody needs may be absent, Triton's may not."""
     right = backends.load("triton").unusable_reason(torch.device("cpu")) is None
@@ -40,7 +41,7 @@ def test_the_self_check_asks_for_triton(on_cpu, capsys):
     [
         ("no-compiler", lambda layer, ids: layer.weight.detach()[ids] + 1),
         ("bad-ids", lambda layer, ids: layer.weight.detach()[ids % 10]),
-        ("self-check", None),
+        pytest.param("self-check", None, marks=pytest.mark.full),
     ],
 )
 def test_wrong_answers_do_not_pass(on_cpu, capsys, monkeypatch, probe, lookup):
