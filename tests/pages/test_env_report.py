@@ -43,7 +43,7 @@ def test_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         f"gpu_embed {gpu_embed.__version__}",
         f"torch {torch.__version__}",
         backends.explain(CPU),
-        "settings: backend auto, bounds_check raise, gather_method auto, gradient_method auto",
+        "settings: backend auto, bounds_check raise, gather_method auto, gradient_method auto, tuned auto",
         "sorted: everything",
         env_report._rule(gradient_method.RULES["atomic"], gradient_method.LIMITS["atomic"]),
     ):
@@ -84,7 +84,7 @@ def test_the_choice_in_force_of_a_kernel_backend(capsys: pytest.CaptureFixture[s
     assert serves["launches"]["gather_rows[32]"] == "BLOCK_N=32 BLOCK_D=32 num_warps=4"
     for name, numbers in serves["launches"].items():
         assert re.search(rf"^    {re.escape(name)} +{numbers}$", said, re.M)
-    assert env_report._launches("cupy", CPU)["bag_sum"] == "threads=128 UNROLL=4"
+    assert env_report._in_force("cupy", CPU)["bag_sum"] == "threads=128 UNROLL=4"
 
 
 @pytest.mark.usefixtures("torch_alone")

@@ -93,11 +93,17 @@ class CupyLaunches:
 
 
 @dataclass(frozen=True)
+class GatherRule:
+    """gather_rows_kernel copies rows that fill its blocks, and those so long that idle lanes do not matter."""
+
+    long_row_words: int = 1024
+
+
+@dataclass(frozen=True)
 class CupyMethods(Methods):
     """Rules of method of this backend."""
 
-    # Rows so long that the idle lanes at their end do not matter.
-    long_row_words: int = 1024
+    gather: GatherRule = GatherRule()
 
 
 # The same on every device.

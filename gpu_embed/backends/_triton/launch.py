@@ -130,11 +130,17 @@ class TritonLaunches:
 
 
 @dataclass(frozen=True)
+class GatherRule:
+    """gather_rows_kernel copies rows where no larger share of its lanes idles at their end."""
+
+    max_idle_share: float = 0.0
+
+
+@dataclass(frozen=True)
 class TritonMethods(Methods):
     """Rules of method of this backend."""
 
-    # Rows are copied by gather_rows_kernel where no larger share of its lanes idles at their end.
-    max_idle_share: float = 0.0
+    gather: GatherRule = GatherRule()
 
 
 # The same on every device: these fix the order of additions, and so the bits.
