@@ -147,14 +147,14 @@ def settings_for(device: torch.device, backend: str, part: str, defaults: Any) -
         part == "launches" and not is_current(choice.content, backend)
     ):
         return defaults
-    changes, ignored = _decoded(defaults, given.get(part, {}), part == "launches")
+    changes, ignored = _decoded(defaults, given.get(part, {}))
     if ignored:
         names = ", ".join(ignored)
         logger.warning("gpu_embed: %s: ignored in %s.%s: %s", choice.path, backend, part, names)
     return with_leaves(defaults, changes)
 
 
-def _decoded(defaults: Any, given: Any, launches: bool) -> tuple[dict[str, Any], list[str]]:
+def _decoded(defaults: Any, given: Any) -> tuple[dict[str, Any], list[str]]:
     """The leaves that a part of a file sets, by path, and what of it cannot be used."""
     if not isinstance(given, Mapping):
         return {}, ["all of it"]
@@ -168,7 +168,7 @@ def _decoded(defaults: Any, given: Any, launches: bool) -> tuple[dict[str, Any],
         names = {field.name for field in fields(default)}
         usable = {}
         for name, value in values.items():
-            value = _converted(value, getattr(default, name), launches) if name in names else None
+            value = _converted(default, name, value) if name in names else None
             if value is None:
                 ignored.append(f"{path}.{name}")
             else:
@@ -179,16 +179,15 @@ def _decoded(defaults: Any, given: Any, launches: bool) -> tuple[dict[str, Any],
     return changes, ignored
 
 
-def _converted(value: Any, default: Any, launches: bool) -> Any:
-    """A value as its default's type; None: it cannot be. Numbers of a launch are powers of two."""
-    if isinstance(default, tuple):
-        if not isinstance(value, list) or len(value) != len(default):
-            return None
-        items = [_converted(*pair, launches) for pair in zip(value, default, strict=True)]
-        return None if None in items else tuple(items)
+def _converted(leaf: Any, name: str, value: Any) -> Any:
+    """A value as that field of a leaf; None: it cannot be one."""
+    default = getattr(leaf, name)
+    choices = getattr(leaf, "CHOICES", None)
+    if choices is not None:
+        value = tuple(value) if isinstance(value, list) else value
+        is_legal = value in choices.get(name, (default,)) and not isinstance(value, (bool, float))
+        return value if is_legal else None
     if isinstance(value, bool) or not isinstance(value, (int, type(default))) or value < 0:
-        return None
-    if (launches and value & (value - 1)) or (launches and value == 0):
         return None
     return type(default)(value)
 
