@@ -43,8 +43,8 @@ def collect() -> dict[str, Any]:
         "gpu_embed": gpu_embed.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": _packages(),
-        "cuda": _cuda(),
+        "packages": packages(),
+        "cuda": cuda_versions(),
         "gpus": [_gpu(device) for device in devices if device.type == "cuda"],
         "serves": {str(device): _serves(device) for device in devices},
         "settings": _settings(),
@@ -54,7 +54,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _packages() -> dict[str, str | None]:
+def packages() -> dict[str, str | None]:
     found = {name: _version(name) for name in PACKAGES}
     found["cupy"] = next((v for v in map(_version, CUPY_WHEELS) if v is not None), None)
     return found
@@ -67,7 +67,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cuda() -> dict[str, str | None]:
+def cuda_versions() -> dict[str, str | None]:
     return {
         "torch was built for": torch.version.cuda,
         "driver": _first_line(

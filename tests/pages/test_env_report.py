@@ -118,7 +118,7 @@ def test_versions_of_whatever_cupy_is_installed(monkeypatch: pytest.MonkeyPatch)
     for wheel in ("cupy-cuda12x", "cupy-cuda13x", "cupy"):
         monkeypatch.setattr(env_report, "_version", {wheel: "14.2", "torch": "2.8"}.get)
         expected = {"torch": "2.8", "numpy": None, "triton": None, "cupy": "14.2"}
-        assert env_report._packages() == expected
+        assert env_report.packages() == expected
 
 
 def test_driver_and_toolkit_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,13 +130,13 @@ def test_driver_and_toolkit_are_asked(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = env_report._cuda()
+    found = env_report.cuda_versions()
     assert found["driver"] == "570.86.15"
     assert found["toolkit (nvcc)"] == "12.8"
     (tmp_path / "nvcc").unlink()
     # A driver that does not run has this command too.
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    assert set(list(env_report._cuda().values())[1:]) == {None}
+    assert set(list(env_report.cuda_versions().values())[1:]) == {None}
 
 
 @pytest.mark.usefixtures("torch_alone")

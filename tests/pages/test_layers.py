@@ -24,7 +24,7 @@ LAYERS = {
         {"optim", "swap", "keras"},
         {"text", "plot", "_self_check"},
         {""},
-        {"demo", "env_report"},
+        {"demo", "env_report", "tune"},
     ),
     "gpu_embed.backends": (
         {"protocol"},
