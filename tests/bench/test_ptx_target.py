@@ -10,12 +10,15 @@ from cases import integer_gradient, same_bits, table
 
 import gpu_embed
 from gpu_embed import backends
+from gpu_embed.bags import Bags
 from gpu_embed.bench.ptx.counts import counting
 from gpu_embed.bench.ptx.launch import PtxBackend
 from gpu_embed.bench.ptx.launch_cupy import PtxCupyBackend
 from gpu_embed.bench.ptx.parse import PtxError
 from gpu_embed.functional import embedding, embedding_bag
 from gpu_embed.ops.take import take_rows
+from gpu_embed.tables.batch import TableBatch
+from gpu_embed.tables.layout import make_layout
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CLASSES = {"triton": PtxBackend, "cupy": PtxCupyBackend}
@@ -140,7 +143,68 @@ def test_what_a_lookup_moves_is_counted(compiled):
     assert 0 < counts.longest_warp <= counts.instructions // counts.num_warps
 
 
-# A wrong launch.
+def ids_of_tables(indices):
+    layout = make_layout([(4096, 8), (5, 8)], "sum", None)
+    offsets = torch.arange(0, len(indices) + 1, len(indices) // 2)[[0, 1, -1]]
+    fields, columns = layout.fields("cpu"), layout.table_of_column("cpu")
+    return TableBatch(indices, offsets, fields, columns, layout.shape(True))
+
+
+# Each makes something of every id.
+OF_EACH_ID = {
+    "sort_keys": lambda backend, ids: backend._sorted_keys(ids, 4096, -1),
+    "bag_of": lambda backend, ids: backend._bag_of_positions(Bags(ids, ids[:9], 9), None, -1),
+    "bag_of, equal lengths": lambda backend, ids: backend._bag_of_positions(
+        Bags(ids, None, 7), None, -1
+    ),
+    "select_rows": lambda backend, ids: backend._select_rows(
+        ids, torch.ones(4096, dtype=torch.uint8), torch.empty_like(ids)
+    ),
+    "keys of tables": lambda backend, ids: backend._sorted_row_keys(ids_of_tables(ids)),
+    "bags of tables": lambda backend, ids: backend._output_bags(ids_of_tables(ids), None),
+}
+
+
+@pytest.mark.parametrize("call", OF_EACH_ID.values(), ids=OF_EACH_ID)
+@pytest.mark.parametrize("num_ids", [3072, 3073, 3080])
+def test_what_is_made_of_each_id_is_stored_together(call, num_ids):
+    """Also where no vectors fit: adjacent lanes store adjacent numbers, and read adjacent ids."""
+    ids = torch.zeros(num_ids, dtype=torch.int64)
+    with counting() as launches:
+        call(PtxBackend(), ids)
+    (counts,) = launches
+    assert counts.stores.sectors == counts.stores.distinct_sectors > 0
+
+
+def test_ids_are_counted_without_shared_memory():
+    with counting() as launches:
+        PtxBackend().embedding_counts(torch.arange(3073), 4096)
+    (counts,) = launches
+    assert counts.loads.sectors == counts.loads.distinct_sectors
+    assert counts.shared_requests == counts.barriers == 0
+
+
+@pytest.mark.parametrize("embedding_dim", [1, 64, 128, 300])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_to_find_nothing_to_join_takes_little(embedding_dim, mode):
+    """Bags short enough, though their offsets do not tell before the launch."""
+    bags = Bags(torch.zeros(2048, dtype=torch.int64), torch.arange(0, 2048, 64), 32)
+    with counting() as launches:
+        PtxBackend().embedding_bag(torch.ones(3, embedding_dim), None, bags, -1, mode, None)
+    sums, join = launches
+    assert join.kernel == "bag_join_kernel"
+    assert join.instructions <= 0.1 * sums.instructions
+
+
+def test_bags_that_are_short_on_average_take_one_launch():
+    bags = Bags(torch.zeros(2048, dtype=torch.int64), torch.arange(0, 2048, 32), 64)
+    with counting() as launches:
+        output = PtxBackend().embedding_bag(torch.ones(3, 8), None, bags, -1, "sum", None)
+    assert [launch.kernel for launch in launches] == ["bag_sum_kernel"]
+    assert output.eq(32).all()
+
+
+# A wrong launch of the gather.
 
 
 def changed(ptx_target, change, kernel=""):
