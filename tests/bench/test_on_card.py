@@ -32,7 +32,7 @@ esac
 """
 TOOLS = ("python3", "ncu", "compute-sanitizer")
 # So short a budget makes seconds of all limits.
-SHORT = {"BUDGET": "12"}
+SHORT = {"BUDGET": "54"}
 
 
 @dataclass
@@ -150,21 +150,22 @@ def test_limits_fit_into_the_budget(start):
 def test_a_step_that_hangs_is_stopped_at_its_limit(start, on_sigint):
     begin = time.monotonic()
     run = start(HANG="probes no-compiler", ON_SIGINT=on_sigint, **SHORT).end()
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - begin < 30
     assert run.process.returncode == 1
-    assert re.search(r"no-compiler: stopped after [12] s", run.said)
+    assert re.search(r"no-compiler: stopped at its limit after [2-5] s", run.said)
     assert run.logs()["no-compiler"].startswith("begun")
     assert steps_of(run.said)[-1] == "memcheck"
-    assert "FAILED no-compiler: stopped after" in run.said.splitlines()[-2]
+    assert "FAILED no-compiler: stopped at its limit" in run.said.splitlines()[-2]
 
 
 @pytest.mark.full
 def test_a_spent_budget_skips_the_rest_in_words(start):
     begin = time.monotonic()
-    run = start(HANG="--providers", BUDGET="5").end()
-    assert time.monotonic() - begin < 6
+    # Each measurement is stopped after a second, and killed after another.
+    run = start(HANG="--providers", ON_SIGINT="", BUDGET="10").end()
+    assert time.monotonic() - begin < 11.5
     assert run.process.returncode == 1
-    skipped = re.findall(r"^-- ([\w-]+): skipped, the budget of 5 s is spent$", run.said, re.M)
+    skipped = re.findall(r"^-- ([\w-]+): skipped, the budget of 10 s is spent$", run.said, re.M)
     assert len(skipped) > 3
     assert skipped[-1] == "memcheck"
     assert f"{len(skipped)} skipped: {' '.join(skipped)}\n" in run.said
@@ -241,22 +242,26 @@ def test_what_it_runs_exists(start, mode):
                 for provider in {job.provider for job in jobs}:
                     assert {job.mode for job in jobs} & set(provider.modes), words
         else:
-            assert module in ("pytest", "gpu_embed.tune"), call
+            assert module == "pytest", call
     assert sorted(asked) == sorted(probes.PROBES)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("mode", [[], ["--whole"]], ids=["short", "whole"])
 def test_each_selection_of_tests_selects_some(start, mode):
-    for call in start(*mode).end().calls:
-        if "pytest" not in call:
-            continue
-        words = call[call.index("pytest") + 1 :]
+    calls = [
+        call[call.index("pytest") + 1 :] for call in start(*mode).end().calls if "pytest" in call
+    ]
+    selections = []
+    for words in calls:
         files = [word for word in words if word.startswith("tests/")]
         assert all((ROOT / file).exists() for file in files)
         for option in ("-n", "--dist", "--junitxml"):
             if option in words:
                 del words[words.index(option) : words.index(option) + 2]
+        # What selects from one folder selects from all, and it takes minutes to collect these.
+        selections.append(words if files else [*words, "tests/gpu"])
+    for words in (words for i, words in enumerate(selections) if words not in selections[:i]):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "--collect-only", "-n0", *words],
             cwd=ROOT,
