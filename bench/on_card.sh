@@ -71,7 +71,7 @@ step() {
   timeout -s INT -k "$(scaled 5)" "$limit" "$@" >"$results/$name.log" 2>&1 </dev/null &
   running=$!
   wait "$running" || rc=$?
-  running=
+  end_group
   cut_log "$results/$name.log"
   tail -n 4 "$results/$name.log" | cut -c 1-200 | tee -a "$work/summary.txt"
   case $rc in
@@ -84,6 +84,12 @@ step() {
   say "   $name: ${said:-well} after $((SECONDS - begin)) s"
   pack results
   return "$rc"
+}
+
+# A worker that outlived its step would disturb the next one.
+end_group() {
+  kill -KILL -- "-$running" 2>/dev/null
+  running=
 }
 
 # A log with more than 1 MiB keeps its beginning and its end.
@@ -117,6 +123,7 @@ finish() {
   if [ -n "$running" ]; then
     kill -INT "$running"
     wait "$running"
+    end_group
     say "   stopped"
   fi
   pack_kernels
