@@ -33,6 +33,12 @@ TABLE = Path(__file__).resolve().parents[2] / "bench" / "traffic.csv"
 SLICE = ("counts-D64-float32", "embedding-D64-float32", "atomic-D50-float32")
 needs_nvrtc = pytest.mark.skipif(count.no_nvrtc() is not None, reason="no NVRTC")
 
+# What the kernels keep to in every row of the table, by what their names begin with.
+# Sectors of all kinds against the ideal, in Triton; and never more than a rival in the same case.
+MOST_OF_IDEAL = {"gather": 1.06, "scatter_add": 1.06}
+IDEAL_STORES = ("gather", "take", "sort_keys", "bag_of", "table_gather", "table_bag", "table_keys")
+# Instructions of a join with no bag to join, against the sum before it, in Triton.
+MOST_OF_SUM = 0.1
 
 
 def test_sectors_of_rows_and_arrays():
@@ -256,6 +262,54 @@ def test_the_committed_table_is_whole_and_of_the_pinned_compilers():
         assert {row.config for row in rows if row.provider == provider} == {str(c) for c in CASES}
     rivals = {row.config for row in rows if row.provider not in traffic_table.OWN}
     assert rivals == {str(c) for c in CASES if c.operation in count.LIGER_OPERATIONS}
+
+
+def of_kernel(stem, *providers):
+    return [row for row in committed() if row.kernel.startswith(stem) and row.provider in providers]
+
+
+def total(row):
+    return sum(getattr(row, name) for name in traffic_table.SECTORS)
+
+
+@pytest.mark.parametrize(("stem", "most"), MOST_OF_IDEAL.items())
+def test_rows_move_hardly_more_than_the_ideal_and_no_more_than_a_rivals(stem, most):
+    rivals = {row.config: row for row in committed() if row.provider not in traffic_table.OWN}
+    rows = of_kernel(stem, traffic_table.TRITON)
+    problems = []
+    for row in rows:
+        ideal = sum(getattr(row, f"ideal_{name}") for name in traffic_table.SECTORS)
+        if total(row) > most * ideal:
+            problems.append(f"{row.key}: {total(row) / ideal:.3f} of the ideal")
+        rival = rivals.get(row.config)
+        if rival is not None and total(row) > total(rival):
+            problems.append(f"{row.key}: {total(row)} sectors, {rival.provider} {total(rival)}")
+    assert rows
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("stem", IDEAL_STORES)
+def test_each_sector_is_stored_once(stem):
+    rows = of_kernel(stem, *traffic_table.OWN)
+    problems = [
+        f"{row.key}: {row.store_sectors} sectors stored, ideal {row.ideal_store_sectors}"
+        for row in rows
+        if row.store_sectors != row.ideal_store_sectors
+    ]
+    assert rows
+    assert not problems, "\n".join(problems)
+
+
+def test_a_join_with_nothing_to_join_is_short():
+    sums = {row.config: row.instructions for row in of_kernel("bag_sum", traffic_table.TRITON)}
+    joins = of_kernel("bag_join", traffic_table.TRITON)
+    problems = [
+        f"{row.key}: {row.instructions / sums[row.config]:.2f} of the sum's instructions"
+        for row in joins
+        if not row.store_sectors and row.instructions > MOST_OF_SUM * sums[row.config]
+    ]
+    assert any(row.store_sectors for row in joins)
+    assert not problems, "\n".join(problems)
 
 
 @needs_nvrtc
