@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_embed.backends._plan.access import cdiv, number_dtype, sort_key_dtype
+from gpu_embed.backends._plan.access import cdiv, sort_key_dtype
 from gpu_embed.bags import Bags
 from gpu_embed.dtypes import accumulation
 from gpu_embed.row_update import STATE
@@ -22,6 +22,8 @@ from ..ptx.counts import SECTOR_BYTES
 CPU = torch.device("cpu")
 # Whole programs for every width; and ids of which no grid, vector or sector is full.
 N, UNEVEN = 1024, 1001
+# Of the bag of each position.
+BAG_NUMBER_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _scatter_add(case: Case) -> dict[str, Ideal]:
 def _bag_scatter_add(case: Case) -> dict[str, Ideal]:
     ids, dim, itemsize = case.ids(), case.embedding_dim, case.dtype.itemsize
     bag_of = case.bags().bag_of()
-    numbers = array_sectors(len(ids), 4)
+    numbers = array_sectors(len(ids), BAG_NUMBER_BYTES)
     scatter_add = Ideal(
         loads=_ids_sectors(case) + numbers + row_sectors(bag_of, dim, itemsize),
         atomics=row_sectors(ids, dim, itemsize),
@@ -265,11 +267,10 @@ def _table_sorted(case: Case) -> dict[str, Ideal]:
     refer = _table_references(case)
     batch, order = refer.batch, refer.first_byte.sort(stable=True)[1]
     keys = array_sectors(case.num_indices, sort_key_dtype(batch.shape.num_rows).itemsize)
-    bag_bytes = number_dtype(batch.bags.num_bags).itemsize
     # One launch makes the keys, one the bags.
     table_keys = Ideal(
         loads=_ids_sectors(case) + refer.table_begins + refer.fields + _offsets_sectors(batch),
-        stores=keys + array_sectors(case.num_indices, bag_bytes),
+        stores=keys + array_sectors(case.num_indices, BAG_NUMBER_BYTES),
         moved_bytes=_ids_bytes(case),
     )
     rows, first = refer.first_byte.unique(return_inverse=True)
@@ -277,7 +278,7 @@ def _table_sorted(case: Case) -> dict[str, Ideal]:
     sums = Ideal(
         loads=keys
         + array_sectors(case.num_indices, 8)
-        + row_sectors(order, 1, bag_bytes)
+        + row_sectors(order, 1, BAG_NUMBER_BYTES)
         + span_sectors(refer.first_grad_byte, refer.num_bytes)
         + (0 if batch.is_uniform else refer.fields),
         stores=span_sectors(rows, num_bytes),
@@ -351,12 +352,13 @@ CASES = (
     *(_case("sorted", dim, BF16) for dim in HALF_WIDTHS),
     *(_case(operation, num_indices=UNEVEN) for operation in ("sorted", "counts", "bag_atomic")),
     *(_case(operation) for operation in ("counts", "bag_atomic")),
-    # Bags of 32 ids, which no chunk's edge cuts; long ones, which many cut; and bags of equal lengths.
+    # Bags that are never cut, by their mean length; that may be, but none is; long ones, cut many times; equal lengths.
     *(
         _case("bag_sum", dim, num_indices=4 * N, num_bags=128)
         for dim in (1, 8, 33, 50, 64, 128, 300)
     ),
     *(_case("bag_sum", dim, BF16, num_indices=4 * N, num_bags=128) for dim in (50, 64)),
+    *(_case("bag_sum", dim, num_indices=4 * N, num_bags=120) for dim in (1, 50, 64, 300)),
     *(_case("bag_sum", dim, num_indices=4 * N, num_bags=3) for dim in (50, 64)),
     *(_case("bag_sum", dim, num_bags=32, equal_lengths=True) for dim in (50, 64)),
     _case("bag_sum", num_indices=UNEVEN, num_bags=31),
