@@ -143,9 +143,6 @@ def test_what_a_lookup_moves_is_counted(compiled):
     assert 0 < counts.longest_warp <= counts.instructions // counts.num_warps
 
 
-<<<<<<< HEAD
-# A wrong launch.
-=======
 def ids_of_tables(indices):
     layout = make_layout([(4096, 8), (5, 8)], "sum", None)
     offsets = torch.arange(0, len(indices) + 1, len(indices) // 2)[[0, 1, -1]]
@@ -208,7 +205,6 @@ def test_bags_that_are_short_on_average_take_one_launch():
 
 
 # A wrong launch of the gather.
->>>>>>> wt-ids
 
 
 def changed(ptx_target, change, kernel=""):
