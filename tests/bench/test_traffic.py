@@ -385,6 +385,12 @@ def test_what_the_command_cannot_do_is_said_in_a_sentence(
     assert printed.count("\n") == 1
 
 
+def test_without_nvrtc_the_command_says_so(one_case, capsys, monkeypatch):
+    monkeypatch.setattr(count, "no_nvrtc", lambda: "cupy is not installed")
+    assert cli.main(["traffic"]) == 2
+    assert "traffic compiles CUDA C++ kernels: cupy is not installed" in capsys.readouterr().err
+
+
 @triton.jit
 def copy_kernel(weight_ptr, indices_ptr, output_ptr, D: tl.constexpr):
     n = tl.program_id(0)
