@@ -37,7 +37,7 @@ needs_nvrtc = pytest.mark.skipif(count.no_nvrtc() is not None, reason="no NVRTC"
 # Sectors of all kinds against the ideal, in Triton; and never more than a rival in the same case.
 MOST_OF_IDEAL = {"gather": 1.06, "scatter_add": 1.06}
 IDEAL_STORES = ("gather", "take", "sort_keys", "bag_of", "table_gather", "table_bag", "table_keys")
-# Instructions of a join with no bag to join, against the sum before it, in Triton.
+# Instructions of a join with no bag to join, against the sum before it.
 MOST_OF_SUM = 0.1
 
 
@@ -301,14 +301,15 @@ def test_each_sector_is_stored_once(stem):
 
 
 def test_a_join_with_nothing_to_join_is_short():
-    sums = {row.config: row.instructions for row in of_kernel("bag_sum", traffic_table.TRITON)}
-    joins = of_kernel("bag_join", traffic_table.TRITON)
+    sums = of_kernel("bag_sum", *traffic_table.OWN)
+    most = {(row.config, row.provider): MOST_OF_SUM * row.instructions for row in sums}
+    joins = of_kernel("bag_join", *traffic_table.OWN)
     problems = [
-        f"{row.key}: {row.instructions / sums[row.config]:.2f} of the sum's instructions"
+        f"{row.key}: {row.instructions} instructions"
         for row in joins
-        if not row.store_sectors and row.instructions > MOST_OF_SUM * sums[row.config]
+        if not row.store_sectors and row.instructions > most[row.config, row.provider]
     ]
-    assert any(row.store_sectors for row in joins)
+    assert {bool(row.store_sectors) for row in joins} == {True, False}
     assert not problems, "\n".join(problems)
 
 
