@@ -200,7 +200,7 @@ def test_a_known_table_notices_another_method(target, monkeypatch):
 
 
 @where(has_kernels)
-@pytest.mark.parametrize(("embedding_dim", "chosen"), [(12, "flat"), (128, "rows")])
+@pytest.mark.parametrize(("embedding_dim", "chosen"), [(12, "flat"), (512, "rows")])
 def test_a_forced_method_launches_its_own_kernel(
     target, method, embedding_dim, chosen, monkeypatch
 ):

@@ -24,6 +24,7 @@ class TritonGradient(TritonDevice, GradientPlan):
         vec = vector_width(grad_output)
         launch = self._launches[ids.device].scatter_add
         num_vectors = ids.numel() * embedding_dim // vec
+        adjacent = grad_output.stride(0) == embedding_dim
         self._launch(
             self._kernels.scatter_add,
             (cdiv(num_vectors, launch.BLOCK),),
@@ -35,7 +36,7 @@ class TritonGradient(TritonDevice, GradientPlan):
             ids.numel(),
             num_embeddings,
             padding_idx,
-            grad_output.stride(0) // vec,
+            None if adjacent else grad_output.stride(0) // vec,
             grad_output.stride(1),
             D=embedding_dim,
             VEC=vec,

@@ -19,11 +19,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class RowsLaunch(Launch):
-    """gather_rows_kernel: a tile of BLOCK_N rows by BLOCK_D words."""
+    """gather_rows_kernel: BLOCK_N rows of BLOCK_D words."""
 
     BLOCK_N: int
     BLOCK_D: int
-    num_warps: int = 4
+    num_warps: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,12 @@ class CombineLaunch(Launch):
 # The settings below follow from the code that they compile to (16-byte accesses, no spills, four loads in
 # flight a thread); they are starting points until they are measured.
 
-# Rows of a power of two of words, by words a row: 8 KiB a program.
+# Rows whose words are a multiple of these: 4 KiB a warp, so that it loads an id once.
 GATHER_ROWS: Mapping[int, RowsLaunch] = {
-    1: RowsLaunch(512, 1),  # 1024 spills
-    2: RowsLaunch(512, 2),
-    4: RowsLaunch(256, 4),
-    8: RowsLaunch(128, 8),
-    16: RowsLaunch(64, 16),
-    32: RowsLaunch(32, 32),
-    64: RowsLaunch(16, 64),
-    128: RowsLaunch(8, 128),
-    256: RowsLaunch(4, 256),
-    512: RowsLaunch(2, 512),
+    256: RowsLaunch(2, 256),
+    512: RowsLaunch(1, 512),
 }
-WIDEST_ROWS = max(GATHER_ROWS)
+NARROWEST_ROWS, WIDEST_ROWS = min(GATHER_ROWS), max(GATHER_ROWS)
 
 
 @dataclass(frozen=True)
@@ -109,8 +101,8 @@ class TritonLaunches:
     """What a device may have of its own: no field changes a result's bits."""
 
     gather_rows: Mapping[int, RowsLaunch] = field(default_factory=lambda: GATHER_ROWS)
-    gather_flat: FlatLaunch = FlatLaunch(512)
-    scatter_add: FlatLaunch = FlatLaunch(256)
+    gather_flat: FlatLaunch = FlatLaunch(512, num_warps=2)
+    scatter_add: FlatLaunch = FlatLaunch(256, num_warps=1)
     counts: FlatLaunch = FlatLaunch(256)
     sort_keys: FlatLaunch = FlatLaunch(256)
     segment_sum: Walk = Walk()
