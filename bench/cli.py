@@ -67,7 +67,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Measure embedding lookups and their gradients against everybody else's. Without a "
         "command: a summary of this machine in one minute.",
         epilog="Exit code: 0 done, 1 a result of gpu_embed's own is wrong or failed (compare: a "
-        "regression; codegen: a kernel is worse; host-calls: more calls), 2 it cannot start or go on, 130 interrupted.",
+        "regression; codegen, traffic: a kernel is worse; host-calls: more calls), 2 it cannot start or go on, "
+        "130 interrupted.",
     )
     add_options(parser, MACHINE)
     card = "the GPU whose times the CPU summary predicts (default: %(default)s)"
@@ -161,6 +162,12 @@ CODEGEN: Options = (
     ("--json", "print every launch and instruction", FLAG),
     ("--out", "write the whole table as CSV", FILE),
     ("--check", "exit 1 where a kernel is worse than in FILE", FILE),
+)
+TRAFFIC: Options = (
+    ("--config", "cases whose names begin so, such as embedding-D50", {**MANY, "metavar": "CASE"}),
+    ("--rivals", "Liger's kernels too, where they are installed", FLAG),
+    ("--out", "write the whole table as CSV; rivals' rows stay in it without --rivals", FILE),
+    ("--check", "exit 1 where a kernel moves or executes more than in FILE", FILE),
 )
 HOST_CALLS: Options = (
     ("--functions", "list the called functions in call order", FLAG),
@@ -560,6 +567,53 @@ def codegen(args: argparse.Namespace) -> int:
     return 1 if failures or problems else 0
 
 
+def traffic(args: argparse.Namespace) -> int:
+    """Run the compiled kernels in the interpreter of PTX, and say what they move and what got worse."""
+    if importlib.util.find_spec("triton") is None:
+        raise CannotRunError("traffic compiles Triton kernels: pip install triton (Linux only)")
+    if args.out is not None:
+        if args.config:
+            raise CannotRunError("--out writes the whole table: leave out --config")
+        results.check_writable(args.out.parent)
+    from .traffic import count, table
+    from .traffic.cases import CASES
+
+    cases = [case for case in CASES if str(case).startswith(tuple(args.config or [""]))]
+    if not cases:
+        raise CannotRunError(f"no case begins with {' or '.join(args.config)}, as {CASES[0]} does")
+    if args.rivals and not count.has_liger():
+        raise CannotRunError(f"{count.LIGER_PACKAGE} is not installed: leave out --rivals")
+    old = None if args.check is None else table.read_table(args.check)
+    console = make_console()
+    rows: list[table.Row] = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=str(case))
+            rows += count.own_rows(case)
+            if args.rivals:
+                rows += count.liger_rows(case)
+            progress.advance(task)
+    console.print(
+        "A simulator's figures, of the code for sm_90. Loads, stores and atomics: sectors of 32 bytes, and how many "
+        "times the ideal that is; requests;\natomic operations on the hottest sector; wavefronts of shared memory; "
+        "warps' waits at barriers; warps' instructions, those for 512 bytes moved,\nand those of the longest warps of "
+        "the launches; basic blocks for which a warp had parted."
+    )
+    for shown in table.rich_tables(rows):
+        print_table(console, shown)
+    if args.out is not None:
+        # A rival's rows stay true while our kernels change.
+        table.write_table(args.out, rows if args.rivals else rows + table.rivals_of(args.out))
+    if old is None:
+        return 0
+    configs = {str(case) for case in cases}
+    problems = table.worse([row for row in old if row.config in configs], rows)
+    for said in table.verdict(rows, problems):
+        complain(said)
+    return 1 if problems else 0
+
+
 def host_calls(args: argparse.Namespace) -> int:
     """Count, print, and write the table or say what has more calls than it allows."""
     from . import host_calls as counter
@@ -632,6 +686,11 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         compare,
     ),
     "codegen": ("what the kernels compile to; needs Triton, but no GPU", CODEGEN, codegen),
+    "traffic": (
+        "what the compiled kernels move, in an interpreter; needs Triton, but no GPU",
+        TRAFFIC,
+        traffic,
+    ),
     "host-calls": ("the package's own Python calls in a warm call", HOST_CALLS, host_calls),
     "plot": ("draw the results in DIR", DIRECTORY, plot),
     "report": ("write DIR as one HTML page", DIRECTORY, report),

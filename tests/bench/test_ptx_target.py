@@ -16,7 +16,7 @@ from gpu_embed.bench.ptx.parse import PtxError
 from gpu_embed.functional import embedding, embedding_bag
 from gpu_embed.ops.take import take_rows
 
-if reason := targets.unusable_reason(targets.PTX):
+if reason := targets.unusable_reason(targets.PTX[0]):
     pytest.skip(reason, allow_module_level=True)
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

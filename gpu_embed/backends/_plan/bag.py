@@ -9,7 +9,7 @@ from torch import Tensor
 from ...bags import Bags
 from ...bounds import BoundsRecord
 from ...dtypes import accumulation
-from .access import cdiv
+from .access import cdiv, number_dtype
 from .gradient import GradientPlan, OutputBags
 
 # Bags up to this length are never cut: to join the parts takes a second launch.
@@ -110,7 +110,7 @@ class BagPlan(GradientPlan):
 
     def _bag_of_positions(self, bags: Bags, sizes: Tensor | None, padding_idx: int) -> Tensor:
         """The bag of each position -> [N], -1: none; counts ids other than padding into sizes, zero on entry."""
-        dtype = torch.int32 if bags.num_bags < 2**31 else torch.int64
+        dtype = number_dtype(bags.num_bags)
         bag_of = bags.indices.new_empty(bags.indices.numel(), dtype=dtype)
         self._bag_of(bags, bag_of, sizes, padding_idx)
         return bag_of

@@ -13,7 +13,7 @@ from ...reference.rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
 from ...row_update import STATE, RowUpdate, Stream
 from ...tables.entries import TableEntries
 from ...tables.layout import TableColumn
-from .._plan.access import sort_key_dtype
+from .._plan.access import rows_of_keys, sort_keys
 
 LOW = 0xFFFFFFFF
 
@@ -87,13 +87,13 @@ def _row_sums(num_rows: int, indices: Tensor, values: Tensor, rows: Tensor | Non
     ids = indices if positions is None else indices[positions]
     if ids.numel() == 0:
         return RowSums(ids, ids, values.new_zeros(0, values.shape[1]))
-    ids, order = torch.sort(ids.to(sort_key_dtype(num_rows)), stable=True)
+    keys, order = torch.sort(sort_keys(ids, num_rows), stable=True)
     order = order if positions is None else positions[order]
-    used, counts = torch.unique_consecutive(ids, return_counts=True)
+    used, counts = torch.unique_consecutive(keys, return_counts=True)
     begin = counts.cumsum(0) - counts
     # The runs are bags of values, which are read in place: a tenth of the time of sorting or scattering them.
     total, *_ = torch.embedding_bag(values, order, begin)
-    return RowSums(used.to(torch.int64), order[begin], total)
+    return RowSums(rows_of_keys(used), order[begin], total)
 
 
 def _updated(
