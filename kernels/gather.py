@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .bounds import record_out_of_range
-from .warp_chunk import chunk_start, chunk_vectors, of_rows, window_rows
+from .flat_chunk import chunk_start, of_rows, step_vectors, window_rows
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def load_indices(indices_ptr, n, in_range, num_embeddings, zero_idx):
 @triton.jit
 def copy_rows(
     weight_ptr,
-    rows,  # windows of row numbers, negative: the row is zeroed; see warp_chunk.py
+    rows,  # windows of row numbers, negative: the row is zeroed; see flat_chunk.py
     row_stride,  # in units of VEC words
     col_stride,
     output_ptr,
@@ -32,31 +32,28 @@ def copy_rows(
     D: tl.constexpr,
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
-    num_warps: tl.constexpr,
 ):
     """Copy rows to the program's vectors of the flattened output; all loads are issued before the first store."""
     VECTORS: tl.constexpr = D // VEC
-    CHUNK: tl.constexpr = BLOCK // num_warps
-    j = tl.arange(0, VEC)[None, None, :]
+    j = tl.arange(0, VEC)[None, :]
     words = ()
-    for step in tl.static_range(CHUNK // 32):
-        k, vector = chunk_vectors(first_vector, step, VECTORS, CHUNK)
-        row = of_rows(rows, k, step, VECTORS)  # [num_warps, 32]
-        d = (vector * VEC)[:, :, None] + j  # [num_warps, 32, VEC]
+    for step in tl.static_range(BLOCK // 32):
+        k, vector = step_vectors(first_vector, step, VECTORS, BLOCK)
+        row = of_rows(rows, k, step, VECTORS)  # [32]
+        d = (vector * VEC)[:, None] + j  # [32, VEC]
         word = tl.load(
             weight_ptr
-            + (row.to(tl.int64) * row_stride * VEC)[:, :, None]
+            + (row.to(tl.int64) * row_stride * VEC)[:, None]
             + d.to(tl.int64) * col_stride,
-            mask=(row >= 0)[:, :, None],
+            mask=(row >= 0)[:, None],
             other=0,
         )
         words += (word,)
-    place = tl.arange(0, num_warps)[:, None] * CHUNK + tl.arange(0, 32)[None, :]
-    program_ptr = output_ptr + tl.program_id(0).to(tl.int64) * (BLOCK * VEC)
-    out_ptr = program_ptr + (place * VEC)[:, :, None] + j
-    for step in tl.static_range(CHUNK // 32):
-        k, _ = chunk_vectors(first_vector, step, VECTORS, CHUNK)
-        tl.store(out_ptr + 32 * step * VEC, words[step], mask=(k < num_rows)[:, :, None])
+    chunk_ptr = output_ptr + tl.program_id(0).to(tl.int64) * (BLOCK * VEC)
+    out_ptr = chunk_ptr + (tl.arange(0, 32) * VEC)[:, None] + j
+    for step in tl.static_range(BLOCK // 32):
+        k, _ = step_vectors(first_vector, step, VECTORS, BLOCK)
+        tl.store(out_ptr + 32 * step * VEC, words[step], mask=(k < num_rows)[:, None])
 
 
 # grid:  (cdiv(num_indices, BLOCK_N), cdiv(D, BLOCK_D))
@@ -118,8 +115,8 @@ def gather_rows_kernel(
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# tile:  num_warps chunks by 32 vectors of VEC words, BLOCK / num_warps / 32 times
-# owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries, in a chunk for each warp
+# tile:  32 vectors of VEC words, BLOCK / 32 times; one warp
+# owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries
 # why:   no lane idles when a row is shorter than a warp, or its length no power of two; loads and stores have the same
 #        lanes, so nothing is exchanged but ids
 @triton.jit
@@ -137,12 +134,10 @@ def gather_flat_kernel(
     D: tl.constexpr,  # words per row
     VEC: tl.constexpr,
     BLOCK: tl.constexpr,
-    num_warps: tl.constexpr,
 ):
     VECTORS: tl.constexpr = D // VEC
-    CHUNK: tl.constexpr = BLOCK // num_warps
-    WINDOWS: tl.constexpr = (VECTORS - (VECTORS & -VECTORS) + CHUNK - 1) // VECTORS // 32 + 1
-    group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK, num_warps)
+    WINDOWS: tl.constexpr = (VECTORS - (VECTORS & -VECTORS) + BLOCK - 1) // VECTORS // 32 + 1
+    group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
     first_n = group.to((group * 0 + num_indices).dtype) * BLOCK
     num_rows = num_indices - first_n
     # A row number takes one shuffle, or two from 2**31 rows on.
@@ -150,7 +145,7 @@ def gather_flat_kernel(
 
     rows = ()
     for window in tl.static_range(WINDOWS):
-        k, touched = window_rows(first_vector, window, VECTORS, CHUNK)
+        k, touched = window_rows(first_vector, window, VECTORS, BLOCK)
         n = chunk_n + k
         index, copied, out_of_range = load_indices(
             indices_ptr + first_n, n, touched & (n < num_rows), num_embeddings, zero_idx
@@ -176,7 +171,9 @@ def gather_flat_kernel(
         D,
         VEC,
         BLOCK,
-        num_warps,
     )
     if record_ptr is not None:
-        record_out_of_range(record_ptr, flag_ptr, bad, first_n + bad_n, bad_index, num_embeddings)
+        if tl.max(bad.to(tl.int32), 0) > 0:
+            record_out_of_range(
+                record_ptr, flag_ptr, bad, first_n + bad_n, bad_index, num_embeddings
+            )

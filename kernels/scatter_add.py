@@ -3,14 +3,13 @@
 import triton
 import triton.language as tl
 
+from .flat_chunk import chunk_start, of_rows, step_vectors, window_rows
 from .rounding import divide
-from .warp_chunk import chunk_start, chunk_vectors, of_rows, window_rows
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# tile:  num_warps chunks by 32 vectors of VEC elements, BLOCK / num_warps / 32 times
-# owner: program i: vectors [i * BLOCK, ...) of the flattened [num_indices, D], across row boundaries, in a chunk for
-#        each warp
+# tile:  32 vectors of VEC elements, BLOCK / 32 times; one warp
+# owner: program i: vectors [i * BLOCK, ...) of the flattened [num_indices, D], across row boundaries
 # why:   neighbouring lanes add to neighbouring vectors, so a warp's atomics fall on whole sectors
 @triton.jit
 def scatter_add_kernel(
@@ -28,12 +27,10 @@ def scatter_add_kernel(
     D: tl.constexpr,
     VEC: tl.constexpr,  # elements a thread adds with one instruction; divides D
     BLOCK: tl.constexpr,
-    num_warps: tl.constexpr,
 ):
     VECTORS: tl.constexpr = D // VEC
-    CHUNK: tl.constexpr = BLOCK // num_warps
-    WINDOWS: tl.constexpr = (VECTORS - (VECTORS & -VECTORS) + CHUNK - 1) // VECTORS // 32 + 1
-    group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK, num_warps)
+    WINDOWS: tl.constexpr = (VECTORS - (VECTORS & -VECTORS) + BLOCK - 1) // VECTORS // 32 + 1
+    group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
     first_n = group.to((group * 0 + num_indices).dtype) * BLOCK
     # A row number takes one shuffle, or two from 2**31 rows on.
     row_dtype: tl.constexpr = (group * 0 + num_embeddings).dtype
@@ -42,7 +39,7 @@ def scatter_add_kernel(
     bags = ()
     scales = ()
     for window in tl.static_range(WINDOWS):
-        k, touched = window_rows(first_vector, window, VECTORS, CHUNK)
+        k, touched = window_rows(first_vector, window, VECTORS, BLOCK)
         n = chunk_n + k
         in_range = touched & (n < num_indices - first_n)
         index = tl.load(indices_ptr + first_n + n, mask=in_range, other=0).to(tl.int64)
@@ -62,34 +59,34 @@ def scatter_add_kernel(
         rows += (tl.where(added, index, -1).to(row_dtype),)
 
     row_stride = D // VEC if grad_row_stride is None else grad_row_stride
-    j = tl.arange(0, VEC)[None, None, :]
+    j = tl.arange(0, VEC)[None, :]
     targets = ()
     grads = ()
-    for step in tl.static_range(CHUNK // 32):
-        k, vector = chunk_vectors(first_vector, step, VECTORS, CHUNK)
-        row = of_rows(rows, k, step, VECTORS)  # [num_warps, 32]
+    for step in tl.static_range(BLOCK // 32):
+        k, vector = step_vectors(first_vector, step, VECTORS, BLOCK)
+        row = of_rows(rows, k, step, VECTORS)  # [32]
         grad_row = first_n.to(tl.int64) + chunk_n + k
         if bag_of_ptr is not None:
             grad_row = of_rows(bags, k, step, VECTORS).to(tl.int64)
-        d = (vector * VEC)[:, :, None] + j  # [num_warps, 32, VEC]
+        d = (vector * VEC)[:, None] + j  # [32, VEC]
         grad = tl.load(
             grad_output_ptr
-            + (grad_row * row_stride * VEC)[:, :, None]
+            + (grad_row * row_stride * VEC)[:, None]
             + d.to(tl.int64) * grad_col_stride,
-            mask=(row >= 0)[:, :, None],
+            mask=(row >= 0)[:, None],
             other=0,
         )
         if per_sample_weights_ptr is not None or sizes_ptr is not None:
-            grad *= of_rows(scales, k, step, VECTORS)[:, :, None]
+            grad *= of_rows(scales, k, step, VECTORS)[:, None]
         targets += (row,)
         grads += (grad,)
-    for step in tl.static_range(CHUNK // 32):
-        _, vector = chunk_vectors(first_vector, step, VECTORS, CHUNK)
+    for step in tl.static_range(BLOCK // 32):
+        _, vector = step_vectors(first_vector, step, VECTORS, BLOCK)
         row = targets[step]
         # Relaxed: nothing in this launch reads the sums.
         tl.atomic_add(
-            grad_weight_ptr + (row.to(tl.int64) * D)[:, :, None] + (vector * VEC)[:, :, None] + j,
+            grad_weight_ptr + (row.to(tl.int64) * D)[:, None] + (vector * VEC)[:, None] + j,
             grads[step].to(grad_weight_ptr.dtype.element_ty),
-            mask=(row >= 0)[:, :, None],
+            mask=(row >= 0)[:, None],
             sem="relaxed",
         )

@@ -10,11 +10,11 @@ import triton.language as tl
 
 from .bag import clamp_range, is_padding, load_range, record_offsets
 from .bounds import record_bag_out_of_range
+from .flat_chunk import chunk_start, window_rows
 from .gather import copy_rows
 from .lanes import block_positions
 from .rounding import divide
 from .sort_keys import load_key, store_key
-from .warp_chunk import chunk_start, window_rows
 
 # Columns of tables_ptr; the copies in gpu_embed/tables/layout.py and tables_walk.cuh must agree.
 FIRST_ROW = tl.constexpr(0)  # number of the first row
@@ -262,9 +262,9 @@ def table_combine_kernel(
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# tile:  num_warps chunks by 32 vectors of VEC elements, BLOCK / num_warps / 32 times
-# owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries, in a chunk for each warp; an
-#        equal share of the offsets to check
+# tile:  32 vectors of VEC elements, BLOCK / 32 times; one warp
+# owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries; an equal share of the
+#        offsets to check
 # why:   as gather_flat_kernel, and one lane searches for a position's table; no program owns a bag, so the offsets are
 #        shared out
 @triton.jit
@@ -286,7 +286,6 @@ def table_gather_kernel(
     VEC: tl.constexpr,  # elements a thread copies with one instruction; divides D
     ZERO_PADDING: tl.constexpr,  # rows of each table's padding_idx are zeroed
     BLOCK: tl.constexpr,
-    num_warps: tl.constexpr,
 ):
     if record_ptr is not None:
         share = num_all_bags // tl.num_programs(0) + 1
@@ -303,14 +302,13 @@ def table_gather_kernel(
             )
 
     VECTORS: tl.constexpr = D // VEC
-    CHUNK: tl.constexpr = BLOCK // num_warps
-    WINDOWS: tl.constexpr = (VECTORS - (VECTORS & -VECTORS) + CHUNK - 1) // VECTORS // 32 + 1
-    group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK, num_warps)
+    WINDOWS: tl.constexpr = (VECTORS - (VECTORS & -VECTORS) + BLOCK - 1) // VECTORS // 32 + 1
+    group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
     first_n = group.to(tl.int64) * BLOCK + chunk_n
     end = tl.load(offsets_ptr + num_all_bags).to(tl.int64)
     rows = ()
     for window in tl.static_range(WINDOWS):
-        k, touched = window_rows(first_vector, window, VECTORS, CHUNK)
+        k, touched = window_rows(first_vector, window, VECTORS, BLOCK)
         # Lanes without a row search where another does.
         n = first_n + tl.where(touched, k, 0)
         in_range = touched & (n < num_indices)
@@ -326,7 +324,7 @@ def table_gather_kernel(
         rows += (tl.where(copied, row, -1),)
         if record_ptr is not None:
             bad = in_bag & ~in_table
-            if tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0:
+            if tl.max(bad.to(tl.int32), 0) > 0:
                 bag = find_range(offsets_ptr, n, num_all_bags, 1, bag_search_steps)
                 begin = tl.load(offsets_ptr + bag).to(tl.int64)
                 record_bag_out_of_range(
@@ -351,7 +349,6 @@ def table_gather_kernel(
         D,
         VEC,
         BLOCK,
-        num_warps,
     )
 
 

@@ -84,7 +84,11 @@ def _runs_ptx(call: Any) -> bool:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """The tier, and one line a target: runs, or why not."""
     lines = ["tier: " + ("full" if config.option.full else "default (--full runs everything)")]
-    ways = {**{str(one): " (compiled)" for one in targets.PTX}, "triton-cpu": " (interpreter)", "cupy-cpu": " (host build)"}
+    ways = {
+        **{str(one): " (compiled)" for one in targets.PTX},
+        "triton-cpu": " (interpreter)",
+        "cupy-cpu": " (host build)",
+    }
     for one in (*targets.ALL, *targets.PTX):
         reason = targets.unusable_reason(one)
         how = ways.get(str(one), "") if reason is None else ""

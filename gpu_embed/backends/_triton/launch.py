@@ -101,7 +101,7 @@ class TritonLaunches:
     """What a device may have of its own: no field changes a result's bits."""
 
     gather_rows: Mapping[int, RowsLaunch] = field(default_factory=lambda: GATHER_ROWS)
-    gather_flat: FlatLaunch = FlatLaunch(512, num_warps=2)
+    gather_flat: FlatLaunch = FlatLaunch(256, num_warps=1)
     scatter_add: FlatLaunch = FlatLaunch(256, num_warps=1)
     counts: FlatLaunch = FlatLaunch(256)
     sort_keys: FlatLaunch = FlatLaunch(256)
