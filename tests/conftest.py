@@ -84,14 +84,10 @@ def _runs_ptx(call: Any) -> bool:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """The tier, and one line a target: runs, or why not."""
     lines = ["tier: " + ("full" if config.option.full else "default (--full runs everything)")]
-    ways = {
-        **{str(one): " (compiled)" for one in targets.PTX},
-        "triton-cpu": " (interpreter)",
-        "cupy-cpu": " (host build)",
-    }
+    ways = {"triton-cpu": " (interpreter)", "cupy-cpu": " (host build)"}
     for one in (*targets.ALL, *targets.PTX):
         reason = targets.unusable_reason(one)
-        how = ways.get(str(one), "") if reason is None else ""
+        how = " (compiled)" if one.ptx else ways.get(str(one), "")
         lines.append(f"{one}: {reason or 'runs' + how}")
     return lines
 
