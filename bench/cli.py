@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -138,7 +139,11 @@ HEADLINE: Options = (
     ("--page", "rewrite this page, such as bench/RESULTS.md", FILE),
 )
 COMPARE: Options = (
-    ("old", "results.csv, or its directory", {"type": Path, "metavar": "OLD"}),
+    (
+        "old",
+        "results.csv, or its directory (default: the newest committed of the same device)",
+        {"type": Path, "metavar": "OLD", "nargs": "?"},
+    ),
     ("new", None, {"type": Path, "metavar": "NEW"}),
     (
         "--fail-below",
@@ -172,6 +177,9 @@ TRAFFIC: Options = (
 HOST_CALLS: Options = (
     ("--functions", "list the called functions in call order", FLAG),
     ("--write", "rewrite bench/host_calls.csv, against which more calls are an error", FLAG),
+)
+COLD_START: Options = (
+    ("--starts", "processes for each row (default: %(default)s)", {"type": int, "default": 5}),
 )
 DIRECTORY: Options = (("directory", None, {"type": Path, "metavar": "DIR"}),)
 
@@ -640,6 +648,30 @@ def host_calls(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
+def cold_start(args: argparse.Namespace) -> int:
+    """Start processes, and print what each phase of their first lookup took."""
+    from . import cold_start as starts
+
+    if args.starts < 1:
+        raise CannotRunError(f"--starts {args.starts}: at least 1 is needed")
+    device = choose_device(args.device)
+    console = make_console()
+    with progress_bar(console) as progress:
+        total = (args.starts + 1) * len(starts.ways(device))
+        task = progress.add_task("processes", total=total)
+        try:
+            found = starts.measure_cold_start(device, args.starts, partial(progress.advance, task))
+        except starts.StartError as problem:
+            raise CannotRunError(str(problem)) from None
+    title = f"A process's first lookup on {machine.device_name(device)}: seconds, median of {args.starts} starts"
+    table = make_table(title, "lookup", *(f">{phase}" for phase in starts.PHASES), ">in all")
+    for one in found:
+        times = (*one.seconds.values(), sum(one.seconds.values()))
+        table.add_row(one.way.name, *(f"{seconds:.3f}" for seconds in times))
+    print_table(console, table)
+    return 0
+
+
 def plot(args: argparse.Namespace) -> int:
     from .plots import plot_directory
 
@@ -692,6 +724,11 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         traffic,
     ),
     "host-calls": ("the package's own Python calls in a warm call", HOST_CALLS, host_calls),
+    "cold-start": (
+        "what the first lookup of a process costs: imports, compilation, up to the launch",
+        COLD_START,
+        cold_start,
+    ),
     "plot": ("draw the results in DIR", DIRECTORY, plot),
     "report": ("write DIR as one HTML page", DIRECTORY, report),
 }

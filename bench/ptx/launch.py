@@ -16,8 +16,9 @@ from torch import Tensor
 
 from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.backends._triton.device import ENABLE_FP_FUSION, WordsOf
+from gpu_embed.tune.offline import OfflineDriver
 
-from ..codegen.compile import OfflineDriver
+from .fresh import watches_memory, written
 from .machine import WARP, Program
 from .memory import GlobalMemory, Region
 
@@ -34,6 +35,7 @@ class KeptWords(WordsOf):
         self.tensor = tensor
 
 
+@watches_memory
 class PtxBackend(TritonBackend):
     """`TritonBackend` with its launches run by `Program`."""
 
@@ -118,7 +120,7 @@ def region(name: str, value: Tensor | KeptWords) -> Region:
     tensor = value.tensor if isinstance(value, KeptWords) else value
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     num_bytes = (last + 1) * tensor.itemsize if tensor.numel() else 0
-    return Region(name, tensor.data_ptr(), num_bytes)
+    return Region(name, tensor.data_ptr(), num_bytes, written(tensor))
 
 
 @cache

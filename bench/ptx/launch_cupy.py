@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_embed.backends._cupy import CupyBackend
-from gpu_embed.backends._cupy.device import as_argument
-from gpu_embed.backends._cupy.nvrtc import Kernel, compile_kernels, import_cupy
+from gpu_embed.backends._cupy.nvrtc import Kernel, compile_kernels, import_cupy, source
 from gpu_embed.backends._plan.gather import Gather
 
+from .fresh import watches_memory
 from .launch import ARCHITECTURE, region
 from .machine import Program
-from .memory import GlobalMemory, Region
+from .memory import GlobalMemory
 
 
+@watches_memory
 class PtxCupyBackend(CupyBackend):
     """`CupyBackend` with its launches run by `Program`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.launches: Counter[str] = Counter()  # by kernel, without its template arguments
-        # Of which table an address among the arguments is.
-        self._tables: dict[int, Region] = {}
+        # The table that a lookup has the address of.
+        self._table: Tensor | None = None
 
     def unusable_reason(self, device: torch.device) -> str | None:
         if find_spec("cupy") is None:
@@ -39,12 +42,13 @@ class PtxCupyBackend(CupyBackend):
 
     def _prepare_gather(self, weight: Tensor) -> Gather:
         gather = super()._prepare_gather(weight)
-        table = region("the table", weight)
 
-        def gather_from_table(*args: object) -> None:
-            self._tables = {table.address: table}
-            gather(*args)  # type: ignore[arg-type]
-            self._tables = {}
+        def gather_from_table(*args: Any) -> None:
+            self._table = weight
+            try:
+                gather(*args)
+            finally:
+                self._table = None
 
         return gather_from_table
 
@@ -58,27 +62,43 @@ class PtxCupyBackend(CupyBackend):
     ) -> None:
         if 0 in blocks:
             return
-        self.launches[kernel.expression.partition("<")[0]] += 1
-        self._run(kernel, blocks, threads, args)
+        names = parameter_names(kernel)
+        self.launches[function_name(kernel)] += 1
+        arguments: dict[str, Any] = dict(zip(names, args, strict=True))
+        if self._table is not None:
+            arguments["weight_ptr"] = self._table
+        self._run(kernel, blocks, arguments, threads)
 
     def _run(
         self,
         kernel: Kernel,
-        blocks: tuple[int, int],
-        threads: tuple[int, int],
-        args: tuple[Tensor | int | float | None, ...],
+        grid: tuple[int, ...],
+        arguments: dict[str, Any],
+        threads: tuple[int, ...],
     ) -> None:
-        regions = [
-            region(f"argument {place}", arg)
-            for place, arg in enumerate(args)
-            if isinstance(arg, Tensor)
-        ]
-        regions += self._tables.values()
-        values = [as_argument(arg) for arg in args]
-        _program(kernel).run(blocks, threads, values, GlobalMemory(regions))
+        regions, values = [], []
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                regions.append(region(name, value))
+                value = value.data_ptr()
+            values.append(value or 0)
+        _program(kernel).run(grid, threads, values, GlobalMemory(regions))
 
     def _capability(self, device: torch.device) -> tuple[int, int]:
         return divmod(ARCHITECTURE, 10)
+
+
+def function_name(kernel: Kernel) -> str:
+    return kernel.expression.partition("<")[0]
+
+
+@cache
+def parameter_names(kernel: Kernel) -> tuple[str, ...]:
+    """As the source has them: PTX numbers them."""
+    code = re.sub(r"//[^\n]*", "", source(kernel.stem))
+    head = re.search(rf"__global__ void {function_name(kernel)}\(([^)]*)\)", code)
+    assert head is not None, kernel
+    return tuple(re.findall(r"(\w+)\s*(?:,|$)", head[1]))
 
 
 @cache

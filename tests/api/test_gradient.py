@@ -300,7 +300,10 @@ def test_deterministic_gradients_repeat_bit_for_bit(target, method, dtype):
         (4096, 50_000, torch.float16, False, False, "sorted"),
         (4096, 50_000, torch.float32, True, False, "sorted"),
         (4096, 50_000, torch.float32, False, True, "sorted"),
-        (4096, 2, torch.float32, False, False, "sorted"),
+        (1024, 2, torch.float32, False, False, "atomic"),
+        (1025, 2, torch.float32, False, False, "sorted"),
+        (4096, 8192, torch.float64, False, False, "atomic"),
+        (4096, 8191, torch.float64, False, False, "sorted"),
     ],
 )
 def test_the_choice_of_method(num_indices, num_embeddings, dtype, deterministic, scale, expected):

@@ -26,11 +26,11 @@ def entry(body, parameters=".param .u64 out", shared=""):
     )
 
 
-def launch(body, *arrays, grid=(1,), block=(WARP,), shared="", unwritten=False):
-    """Run a kernel whose parameters p0, p1, ... point to the arrays; the last one may be unwritten."""
+def launch(body, *arrays, grid=(1,), block=(WARP,), shared="", written=None):
+    """Run a kernel whose parameters p0, p1, ... point to the arrays; of the last, these bytes are written."""
     parameters = ", ".join(f".param .u64 p{number}" for number in range(len(arrays)))
     regions = [
-        Region(f"p{n}", a.ctypes.data, a.nbytes, unwritten and n == len(arrays) - 1)
+        Region(f"p{n}", a.ctypes.data, a.nbytes, written if n == len(arrays) - 1 else None)
         for n, a in enumerate(arrays)
     ]
     arguments = [array.ctypes.data for array in arrays]
@@ -616,15 +616,20 @@ def test_an_error_says_where(body, message):
     assert str(caught.value).startswith("try, 1:42, `")
 
 
-def test_unwritten_memory_is_garbage_that_may_not_be_read():
-    out, fresh = np.zeros(WARP, np.uint32), np.zeros(WARP, np.uint32)
+def test_unwritten_memory_may_not_be_read():
+    out, fresh = np.zeros(WARP, np.uint32), np.full(WARP, 7, np.uint32)
+    written = np.zeros(fresh.nbytes, bool)
     body = f"{own_word()}\nld.param.u64 %rd3, [p1];\nadd.s64 %rd3, %rd3, %rd2;\n"
-    load = "ld.global.b32 %r1, [%rd3];\n"
-    launch(body + "st.global.b32 [%rd3], 5;\n" + load, out, fresh, unwritten=True)
-    assert fresh.tolist() == [5] * WARP
+    load = "ld.global.b32 %r1, [%rd3];\nst.global.b32 [%rd1], %r1;\n"
     with pytest.raises(PtxError, match=r"p1 of .* was read before it was written, in 32 lanes"):
-        launch(body + load, out, fresh, unwritten=True)
-    assert hex(fresh[0]) == "0xa5a5a5a5"
+        launch(body + load, out, fresh, written=written)
+    launch(body + "st.global.b16 [%rd3], 5;", out, fresh, written=written)
+    assert written.reshape(-1, 4).tolist() == [[True, True, False, False]] * WARP
+    with pytest.raises(PtxError, match=r"was read before it was written, in 32 lanes"):
+        launch(body + load, out, fresh, written=written)
+    launch(body + "st.global.b16 [%rd3+2], 0;", out, fresh, written=written)
+    launch(body + load, out, fresh, written=written)
+    assert out.tolist() == [5] * WARP
 
 
 def test_an_unwritten_register_is_garbage():

@@ -88,7 +88,7 @@ def row_numbers(steps: list[RowSteps], device: torch.device) -> Tensor | None:
     """The row of each position, int32 or int64 [N], for what `row_matrix` returned; None: its own."""
     if not steps:
         return None
-    dtype = number_dtype(_num_rows(steps))
+    dtype = torch.int32 if _num_rows(steps) < 2**31 else torch.int64
     rows = torch.zeros((), dtype=dtype, device=device)
     for size, step in steps:
         rows = rows[..., None] + step * torch.arange(size, dtype=dtype, device=device)
@@ -123,11 +123,6 @@ def flat_ids(indices: Tensor) -> Tensor:
     return indices.contiguous().view(-1)
 
 
-def number_dtype(count: int) -> torch.dtype:
-    """int32 if it holds every number up to `count`, else int64."""
-    return torch.int32 if count < 2**31 else torch.int64
-
-
 def sort_key_dtype(num_embeddings: int) -> torch.dtype:
     """The narrowest dtype that holds every row number and `num_embeddings` itself, as keys.
 
@@ -138,13 +133,6 @@ def sort_key_dtype(num_embeddings: int) -> torch.dtype:
         if num_embeddings < most:
             return dtype
     return torch.int64
-
-
-def sort_keys(rows: Tensor, num_embeddings: int) -> Tensor:
-    """The keys of row numbers."""
-    keys = rows.to(sort_key_dtype(num_embeddings))
-    # The upper half has wrapped around; the other sign puts it behind the lower one.
-    return keys ^ -(2**15) if keys.dtype == torch.int16 else keys
 
 
 def rows_of_keys(keys: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from ...dtypes import accumulation
 from ...row_update import RowUpdate
 from ...tables.batch import TableBatch
 from ...tables.entries import TableEntries
-from .access import cdiv, number_dtype, sort_key_dtype
+from .access import cdiv, sort_key_dtype
 from .bag import BagPlan
 from .gradient import OutputBags
 from .gradient_method import choose
@@ -113,7 +113,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             self._table_scatter_add(grad_output, per_sample_weights, batch, grad_weight, splits)
             return grad_weight
         if method == "atomic":
-            keys = self._table_row_keys(batch, number_dtype(batch.shape.num_rows))
+            keys = self._table_row_keys(batch, torch.int64)
             self._scatter_add(grad_output, keys, None, grad_weight, padding_idx=-1)
             return grad_weight
         keys, order = self._sorted_row_keys(batch)
@@ -136,7 +136,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
-        keys = self._table_row_keys(batch, number_dtype(batch.shape.num_rows))
+        keys = self._table_row_keys(batch, torch.int64)
         bags = self._output_bags(batch, None)
         assert bags is not None
         grad = grad_output.new_empty(batch.indices.shape)
@@ -146,7 +146,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
     def _table_row_keys(self, batch: TableBatch, dtype: torch.dtype) -> Tensor:
         """The row of each position among the rows of all tables [N]; `num_rows` for those without a gradient.
 
-        int16: as sort keys.
+        Of dtype int16 they are sort keys, as `sort_key_dtype` has them.
         """
         keys = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
         self._table_keys(batch, keys, None, None)
@@ -159,7 +159,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         if not batch.shape.pooled:
             return None
         num_bags = batch.bags.num_bags
-        dtype = number_dtype(num_bags)
+        dtype = torch.int32 if num_bags < 2**31 else torch.int64
         output_bag = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
         sizes = output_bag.new_zeros(num_bags, dtype=torch.int32) if batch.shape.mean else None
         self._table_keys(batch, None, output_bag, sizes)
