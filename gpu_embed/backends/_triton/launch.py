@@ -28,12 +28,22 @@ class RowsLaunch(Launch):
     """gather_rows_kernel: BLOCK_N rows of BLOCK_D words."""
 
     CHOICES: ClassVar[Choices] = {
-        "BLOCK_N": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        "BLOCK_N": (1, 2, 4, 8),
         "num_warps": (1, 2, 4, 8),
     }
 
     BLOCK_N: int
     BLOCK_D: int
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
+class ChunkLaunch(Launch):
+    """A kernel over a flattened [N, D]: BLOCK vectors a program, and one warp, whose lanes share out the ids."""
+
+    CHOICES: ClassVar[Choices] = {"BLOCK": (64, 128, 256, 512, 1024, 2048)}
+
+    BLOCK: int
     num_warps: int = 1
 
 
@@ -129,8 +139,8 @@ class TritonLaunches:
     """What a device may have of its own: no field changes a result's bits."""
 
     gather_rows: Mapping[int, RowsLaunch] = field(default_factory=lambda: GATHER_ROWS)
-    gather_flat: FlatLaunch = FlatLaunch(256, num_warps=1)
-    scatter_add: FlatLaunch = FlatLaunch(256, num_warps=1)
+    gather_flat: ChunkLaunch = ChunkLaunch(256)
+    scatter_add: ChunkLaunch = ChunkLaunch(256)
     counts: FlatLaunch = FlatLaunch(256)
     sort_keys: FlatLaunch = FlatLaunch(256)
     segment_sum: Walk = Walk()
@@ -140,7 +150,7 @@ class TritonLaunches:
     bag_max: Walk = Walk()
     bag_of: FlatLaunch = FlatLaunch(512)
     table_bag: TableLaunch = TableLaunch()
-    table_gather: FlatLaunch = FlatLaunch(128, num_warps=1)
+    table_gather: ChunkLaunch = ChunkLaunch(128)
     table_keys: FlatLaunch = FlatLaunch(256)
     table_scatter_add: TableLaunch = TableLaunch()
     table_segment_sum: Walk = Walk()
