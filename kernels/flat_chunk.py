@@ -31,7 +31,11 @@ def chunk_start(VECTORS: tl.constexpr, BLOCK: tl.constexpr):
     if VECTORS * BLOCK >= 2**31:
         part = part.to(tl.int64)
     n = quotient(part * BLOCK, VECTORS, VECTORS * BLOCK)
-    return group, n, part * BLOCK - n * VECTORS
+    vector = part * BLOCK - n * VECTORS
+    if BLOCK % VECTORS == 0:
+        n = part * (BLOCK // VECTORS)
+        vector = part * 0
+    return group, n, vector
 
 
 @triton.jit
@@ -50,10 +54,10 @@ def step_vectors(vector, step: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def of_rows(windows, k, step: tl.constexpr, VECTORS: tl.constexpr):
+def of_rows(windows, k, step: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr):
     """What the windows have for each of the rows k of this step."""
-    # A chunk begins at a multiple of the largest power of two in VECTORS: so far into its row at most.
-    LATEST: tl.constexpr = VECTORS - (VECTORS & -VECTORS)
+    # So far into its row a chunk begins at most: at a multiple of the largest power of two in VECTORS.
+    LATEST: tl.constexpr = 0 if BLOCK % VECTORS == 0 else VECTORS - (VECTORS & -VECTORS)
     FIRST: tl.constexpr = 32 * step // VECTORS // 32
     LAST: tl.constexpr = (LATEST + 32 * step + 31) // VECTORS // 32
     value = tl.gather(windows[FIRST], k % 32, 0)

@@ -39,7 +39,7 @@ def copy_rows(
     words = ()
     for step in tl.static_range(BLOCK // 32):
         k, vector = step_vectors(first_vector, step, VECTORS, BLOCK)
-        row = of_rows(rows, k, step, VECTORS)  # [32]
+        row = of_rows(rows, k, step, VECTORS, BLOCK)  # [32]
         d = (vector * VEC)[:, None] + j  # [32, VEC]
         word = tl.load(
             weight_ptr
@@ -136,7 +136,9 @@ def gather_flat_kernel(
     BLOCK: tl.constexpr,
 ):
     VECTORS: tl.constexpr = D // VEC
-    WINDOWS: tl.constexpr = (VECTORS - (VECTORS & -VECTORS) + BLOCK - 1) // VECTORS // 32 + 1
+    # As in of_rows.
+    LATEST: tl.constexpr = 0 if BLOCK % VECTORS == 0 else VECTORS - (VECTORS & -VECTORS)
+    WINDOWS: tl.constexpr = (LATEST + BLOCK - 1) // VECTORS // 32 + 1
     group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
     first_n = group.to((group * 0 + num_indices).dtype) * BLOCK
     num_rows = num_indices - first_n

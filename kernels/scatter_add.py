@@ -29,7 +29,9 @@ def scatter_add_kernel(
     BLOCK: tl.constexpr,
 ):
     VECTORS: tl.constexpr = D // VEC
-    WINDOWS: tl.constexpr = (VECTORS - (VECTORS & -VECTORS) + BLOCK - 1) // VECTORS // 32 + 1
+    # As in of_rows.
+    LATEST: tl.constexpr = 0 if BLOCK % VECTORS == 0 else VECTORS - (VECTORS & -VECTORS)
+    WINDOWS: tl.constexpr = (LATEST + BLOCK - 1) // VECTORS // 32 + 1
     group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
     first_n = group.to((group * 0 + num_indices).dtype) * BLOCK
     # A row number takes one shuffle, or two from 2**31 rows on.
@@ -64,10 +66,10 @@ def scatter_add_kernel(
     grads = ()
     for step in tl.static_range(BLOCK // 32):
         k, vector = step_vectors(first_vector, step, VECTORS, BLOCK)
-        row = of_rows(rows, k, step, VECTORS)  # [32]
+        row = of_rows(rows, k, step, VECTORS, BLOCK)  # [32]
         grad_row = first_n.to(tl.int64) + chunk_n + k
         if bag_of_ptr is not None:
-            grad_row = of_rows(bags, k, step, VECTORS).to(tl.int64)
+            grad_row = of_rows(bags, k, step, VECTORS, BLOCK).to(tl.int64)
         d = (vector * VEC)[:, None] + j  # [32, VEC]
         grad = tl.load(
             grad_output_ptr
@@ -77,7 +79,7 @@ def scatter_add_kernel(
             other=0,
         )
         if per_sample_weights_ptr is not None or sizes_ptr is not None:
-            grad *= of_rows(scales, k, step, VECTORS)[:, None]
+            grad *= of_rows(scales, k, step, VECTORS, BLOCK)[:, None]
         targets += (row,)
         grads += (grad,)
     for step in tl.static_range(BLOCK // 32):

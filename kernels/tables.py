@@ -302,7 +302,9 @@ def table_gather_kernel(
             )
 
     VECTORS: tl.constexpr = D // VEC
-    WINDOWS: tl.constexpr = (VECTORS - (VECTORS & -VECTORS) + BLOCK - 1) // VECTORS // 32 + 1
+    # As in of_rows.
+    LATEST: tl.constexpr = 0 if BLOCK % VECTORS == 0 else VECTORS - (VECTORS & -VECTORS)
+    WINDOWS: tl.constexpr = (LATEST + BLOCK - 1) // VECTORS // 32 + 1
     group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
     first_n = group.to(tl.int64) * BLOCK + chunk_n
     end = tl.load(offsets_ptr + num_all_bags).to(tl.int64)

@@ -11,7 +11,7 @@ from ...settings import GATHER_METHOD
 from .._plan.access import WordLayout, cdiv, word_layout
 from .._plan.gather import Gather, GatherPlan
 from .device import TritonDevice
-from .launch import NARROWEST_ROWS, WIDEST_ROWS, next_power_of_2
+from .launch import NARROWEST_ROWS, WIDEST_ROWS, chunk_launch, next_power_of_2
 
 
 class TritonGather(TritonDevice, GatherPlan):
@@ -77,7 +77,7 @@ class TritonGather(TritonDevice, GatherPlan):
                 rows.settings,
             )
         row_vectors = layout.row_words // layout.vec
-        flat = launches.gather_flat
+        flat = chunk_launch(launches.gather_flat, row_vectors)
         return (
             self._kernels.gather_flat,
             lambda num_indices: (cdiv(num_indices * row_vectors, flat.BLOCK),),

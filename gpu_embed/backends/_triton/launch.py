@@ -1,8 +1,9 @@
 """Launch settings of the Triton kernels: one dataclass a kind of kernel, and one with all of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
+from math import lcm
 from typing import Any, ClassVar
 
 from .._plan.gradient_method import Methods
@@ -39,7 +40,10 @@ class RowsLaunch(Launch):
 
 @dataclass(frozen=True)
 class ChunkLaunch(Launch):
-    """A kernel over a flattened [N, D]: BLOCK vectors a program, and one warp, whose lanes share out the ids."""
+    """A kernel over a flattened [N, D]: BLOCK vectors a program, and one warp, whose lanes share out the ids.
+
+    `chunk_launch` takes some off, so that a program has whole rows.
+    """
 
     CHOICES: ClassVar[Choices] = {"BLOCK": (64, 128, 256, 512, 1024, 2048)}
 
@@ -185,6 +189,13 @@ BAG_SAMPLE_WEIGHTS_VECTORS = 512
 TABLE_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
 # Vectors a program, where bags are counted to decide into how many splits they are cut.
 SPLIT_VECTORS = 32
+
+
+@cache
+def chunk_launch(launch: ChunkLaunch, row_vectors: int) -> ChunkLaunch:
+    """Whole rows a program, where they fill its steps of 32 vectors: no other program loads their ids."""
+    unit = lcm(32, row_vectors)
+    return replace(launch, BLOCK=launch.BLOCK // unit * unit or launch.BLOCK)
 
 
 @cache
