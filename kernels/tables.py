@@ -10,6 +10,8 @@ import triton.language as tl
 
 from .bag import clamp_range, is_padding, load_range, record_offsets
 from .bounds import record_bag_out_of_range
+from .flat_chunk import chunk_start, window_rows
+from .gather import copy_rows
 from .lanes import block_positions
 from .rounding import divide
 from .sort_keys import load_key, store_key
@@ -260,10 +262,11 @@ def table_combine_kernel(
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# tile:  BLOCK vectors of VEC elements
+# tile:  32 vectors of VEC elements, BLOCK / 32 times; one warp
 # owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries; an equal share of the
 #        offsets to check
-# why:   no lane idles when a row is shorter than a warp; no program owns a bag, so the offsets are shared out
+# why:   as gather_flat_kernel, and one lane searches for a position's table; no program owns a bag, so the offsets are
+#        shared out
 @triton.jit
 def table_gather_kernel(
     weight_ptr,  # [rows of all tables, D], contiguous
@@ -299,43 +302,56 @@ def table_gather_kernel(
             )
 
     VECTORS: tl.constexpr = D // VEC
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    first_n = start // VECTORS
-    flat_offset = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
-    n = first_n + flat_offset // VECTORS
-    vector = flat_offset % VECTORS
-    in_range = n < num_indices
-    index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
-    table = find_range(offsets_ptr, n, num_tables, num_bags, search_steps)
+    # As in of_rows.
+    LATEST: tl.constexpr = 0 if BLOCK % VECTORS == 0 else VECTORS - (VECTORS & -VECTORS)
+    WINDOWS: tl.constexpr = (LATEST + BLOCK - 1) // VECTORS // 32 + 1
+    group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
+    first_n = group.to(tl.int64) * BLOCK + chunk_n
     end = tl.load(offsets_ptr + num_all_bags).to(tl.int64)
-    num_rows = table_column(tables_ptr, table, NUM_ROWS)
-    row = table_column(tables_ptr, table, FIRST_ROW) + index
-    in_bag = in_range & (n < end)
-    in_table = (index >= 0) & (index < num_rows)
-    copied = in_bag & in_table
-    if ZERO_PADDING:
-        copied = copied & (index != table_column(tables_ptr, table, PADDING_IDX))
-
-    d = (vector * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
-    values = tl.load(weight_ptr + (row * D)[:, None] + d, mask=copied[:, None], other=0)
-    out = ((start + tl.arange(0, BLOCK)) * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-    tl.store(output_ptr + out, values, mask=in_range[:, None])
-    if record_ptr is not None:
-        bad = in_bag & ~in_table & (vector == 0)
-        if tl.max(bad.to(tl.int32), 0) > 0:
-            bag = find_range(offsets_ptr, n, num_all_bags, 1, bag_search_steps)
-            begin = tl.load(offsets_ptr + bag).to(tl.int64)
-            record_bag_out_of_range(
-                record_ptr,
-                flag_ptr,
-                bad,
-                n,
-                index,
-                num_rows,
-                bag - table * num_bags + 1,
-                tl.where(bag == 0, 0, begin),
-                table_column(tables_ptr, table, NAME),
-            )
+    rows = ()
+    for window in tl.static_range(WINDOWS):
+        k, touched = window_rows(first_vector, window, VECTORS, BLOCK)
+        # Lanes without a row search where another does.
+        n = first_n + tl.where(touched, k, 0)
+        in_range = touched & (n < num_indices)
+        index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
+        table = find_range(offsets_ptr, n, num_tables, num_bags, search_steps)
+        num_rows = table_column(tables_ptr, table, NUM_ROWS)
+        row = table_column(tables_ptr, table, FIRST_ROW) + index
+        in_bag = in_range & (n < end)
+        in_table = (index >= 0) & (index < num_rows)
+        copied = in_bag & in_table
+        if ZERO_PADDING:
+            copied = copied & (index != table_column(tables_ptr, table, PADDING_IDX))
+        rows += (tl.where(copied, row, -1),)
+        if record_ptr is not None:
+            bad = in_bag & ~in_table
+            if tl.max(bad.to(tl.int32), 0) > 0:
+                bag = find_range(offsets_ptr, n, num_all_bags, 1, bag_search_steps)
+                begin = tl.load(offsets_ptr + bag).to(tl.int64)
+                record_bag_out_of_range(
+                    record_ptr,
+                    flag_ptr,
+                    bad,
+                    n,
+                    index,
+                    num_rows,
+                    bag - table * num_bags + 1,
+                    tl.where(bag == 0, 0, begin),
+                    table_column(tables_ptr, table, NAME),
+                )
+    copy_rows(
+        weight_ptr,
+        rows,
+        VECTORS,
+        1,
+        output_ptr,
+        first_vector,
+        num_indices - first_n,
+        D,
+        VEC,
+        BLOCK,
+    )
 
 
 # grid:  (cdiv(num_indices, BLOCK),)

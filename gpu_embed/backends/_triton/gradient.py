@@ -6,7 +6,7 @@ from .._plan.access import cdiv, vector_width
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
 from .._plan.levels import NO_PARTIAL, Level, Partial
 from .device import TritonDevice
-from .launch import segment_launch
+from .launch import chunk_launch, segment_launch
 
 
 class TritonGradient(TritonDevice, GradientPlan):
@@ -22,8 +22,9 @@ class TritonGradient(TritonDevice, GradientPlan):
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(grad_output)
-        launch = self._launches[ids.device].scatter_add
+        launch = chunk_launch(self._launches[ids.device].scatter_add, embedding_dim // vec)
         num_vectors = ids.numel() * embedding_dim // vec
+        adjacent = grad_output.stride(0) == embedding_dim
         self._launch(
             self._kernels.scatter_add,
             (cdiv(num_vectors, launch.BLOCK),),
@@ -35,7 +36,7 @@ class TritonGradient(TritonDevice, GradientPlan):
             ids.numel(),
             num_embeddings,
             padding_idx,
-            grad_output.stride(0) // vec,
+            None if adjacent else grad_output.stride(0) // vec,
             grad_output.stride(1),
             D=embedding_dim,
             VEC=vec,

@@ -17,6 +17,7 @@ from .launch import (
     ROWWISE_BLOCK,
     SPLIT_VECTORS,
     TABLE_COMBINE,
+    chunk_launch,
     next_power_of_2,
     segment_launch,
     update_launch,
@@ -94,7 +95,7 @@ class TritonTables(TritonDevice, TablesPlan):
         record: BoundsRecord | None,
     ) -> None:
         vec = table_vector_width(weight, batch.shape.dim_divisor)
-        launch = self._launches[weight.device].table_gather
+        launch = chunk_launch(self._launches[weight.device].table_gather, batch.shape.widest // vec)
         self._launch(
             self._kernels.table_gather,
             (cdiv(output.numel() // vec, launch.BLOCK),),
