@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 TRIED = {name: paths(Subject(load(name), CPU)) for name in ("triton", "cupy")}
 ALL = [(name, path) for name, tried in TRIED.items() for path in tried]
 # A few of them are in the default tier: a copy, an atomic, and a walk.
-SLICE = ("gather_rows[32]", "scatter_add", "bag_sum")
+SLICE = ("gather_rows[256]", "scatter_add", "bag_sum")
 
 
 @pytest.mark.parametrize(("backend", "path"), ALL)
