@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from typing import Any, ClassVar
 
+from .._plan.access import VECTOR_BYTES
 from .._plan.gradient_method import Methods
 
 # The values that the fields of a launch may have on some device; what is not named is the same on all.
@@ -141,7 +142,7 @@ class TritonLaunches:
     scatter_add: FlatLaunch = FlatLaunch(256)
     counts: FlatLaunch = FlatLaunch(256)
     sort_keys: FlatLaunch = FlatLaunch(256)
-    segment_sum: Walk = Walk()
+    segment_sum: Walk = Walk(UNROLL=8)
     select_rows: FlatLaunch = FlatLaunch(256)
     row_update: Walk = Walk()
     bag_sum: Walk = Walk()
@@ -185,6 +186,11 @@ TABLE_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
 SPLIT_VECTORS = 32
 
 
+def carry_vector(vec: int, acc_bytes: int) -> int:
+    """Columns a lane of the join has: as many as make each lane have all rows of its columns, or those of the walk."""
+    return max(vec, VECTOR_BYTES // acc_bytes)
+
+
 @cache
 def segment_launch(walk: Walk, embedding_dim: int, vec: int) -> SegmentLaunch:
     """One warp wide, `vec` columns a lane; narrow rows put several chunks side by side."""
@@ -202,7 +208,7 @@ def update_launch(walk: Walk, embedding_dim: int, vec: int, held_bytes: int) -> 
         return launch
     block_d = next_power_of_2(embedding_dim)
     num_warps = max(block_d * held_bytes // (32 * HELD_BYTES), 1)
-    return SegmentLaunch(BLOCK_C=1, BLOCK_D=block_d, UNROLL=2, num_warps=num_warps)
+    return SegmentLaunch(BLOCK_C=1, BLOCK_D=block_d, UNROLL=1, num_warps=num_warps)
 
 
 @cache
