@@ -157,7 +157,8 @@ def test_machine_code_accesses_memory_as_ptx_says(launches: Launches):
         kinds = {i for i in launch.machine.instructions if i.operation != "local"}
         written = {i._replace(pointer="") for i in launch.instructions}
         # The assembler joins neighbouring accesses, reads the half of a number that is needed, takes steps out of a
-        # loop, and drops a barrier of one warp, a shuffle of what all threads hold alike, or the key behind a single one.
+        # loop, and drops a barrier of one warp, a shuffle of what all threads hold alike, or the key behind a single
+        # one.
         changed = {access.operation for access in kinds - written}
         assert changed <= {access.operation for access in written}, launch
         dropped = {"shuffle", "barrier", *(["load"] if "-N1-" in launch.case else [])}
