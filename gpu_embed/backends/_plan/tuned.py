@@ -4,7 +4,7 @@ A file is JSON. It holds only what differs from the defaults, for each backend:
 
     {"format": 1, "card": "NVIDIA H100 80GB HBM3", "capability": "9.0", "multiprocessors": 132, ...,
      "triton": {"kernels": "<hash of their sources>",
-                "launches": {"gather_rows[32]": {"set": {"BLOCK_N": 16, "BLOCK_D": 32, "num_warps": 2}, "gain": 1.07}},
+                "launches": {"gather_rows[256]": {"set": {"BLOCK_N": 4, "BLOCK_D": 256, "num_warps": 2}, "gain": 1.07}},
                 "methods": {"gather": {"set": {"max_idle_share": 0.25}, "gain": 1.2}}}}
 """
 
@@ -28,6 +28,11 @@ logger = logging.getLogger("gpu_embed")
 FORMAT = 1
 # Of the kernels of each backend, in gpu_embed/kernels.
 SOURCES = {"triton": (".py",), "cupy": (".cu", ".cuh")}
+FIELDS = {
+    *("format", "card", "capability", "multiprocessors", "versions", "commit", "measured"),
+    *("copy_gb_per_s", "done"),
+    *SOURCES,
+}
 
 
 class Card(NamedTuple):
@@ -86,15 +91,22 @@ def _choose(card: Card, value: str) -> Choice:
             raise ValueError(f"{TUNED.variable}={value}: no tuned file: {error}") from error
     for path, content in found.items():
         if content["card"] == card.name:
-            return Choice(path, "measured on this card", content)
+            return _chosen(path, "measured on this card", content)
     for path, content in found.items():
         if _kind(content) == card[1:]:
-            return Choice(path, f"measured on {content['card']}, of the same kind", content)
+            return _chosen(path, f"measured on {content['card']}, of the same kind", content)
     reason = f"no file for {card.name} ({card.capability}, {card.multiprocessors} multiprocessors)"
     if value != "auto":
         reason = f"{value} is for {found[Path(value)]['card']}, this is {card.name}"
         logger.warning("gpu_embed: %s", reason)
     return Choice(None, reason, {})
+
+
+def _chosen(path: Path, reason: str, content: dict[str, Any]) -> Choice:
+    unknown = sorted(content.keys() - FIELDS)
+    if unknown:
+        logger.warning("gpu_embed: %s: ignored: %s", path, ", ".join(unknown))
+    return Choice(path, reason, content)
 
 
 def _kind(content: Mapping[str, Any]) -> tuple[object, object]:
@@ -193,7 +205,7 @@ def _converted(leaf: Any, name: str, value: Any) -> Any:
 
 
 def leaves(node: Any, path: str = "") -> dict[str, Any]:
-    """The innermost dataclasses of settings by their path, as gather_rows[32]."""
+    """The innermost dataclasses of settings by their path, as gather_rows[256]."""
     return {
         inner: leaf
         for name, child in _children(node, path).items()
