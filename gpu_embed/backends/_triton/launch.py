@@ -234,7 +234,7 @@ def bag_launch(walk: Walk, embedding_dim: int, vec: int) -> BagLaunch:
 
 def join_chunks(embedding_dim: int) -> int:
     """Chunks that a program of bag_join_kernel looks at: more where rows are narrow, as few programs sum these."""
-    return max(min(512 // next_power_of_2(embedding_dim), 32), 1)
+    return max(min(64 // next_power_of_2(embedding_dim), 32), 1)
 
 
 def next_power_of_2(n: int) -> int:
