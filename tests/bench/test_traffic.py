@@ -1,8 +1,10 @@
 """What the kernels move: the ideal, the table and the command; and today's kernels against the committed table."""
 
 import importlib.metadata
+import re
 import sys
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -34,8 +36,10 @@ SLICE = ("counts-D64-float32", "embedding-D64-float32", "atomic-D50-float32")
 needs_nvrtc = pytest.mark.skipif(count.no_nvrtc() is not None, reason="no NVRTC")
 
 # What the kernels keep to in every row of the table, by what their names begin with.
-# Sectors of all kinds against the ideal, in Triton; and never more than a rival in the same case.
+# Sectors of all kinds against the ideal, in Triton; and never more than a rival in the same case. A request of 32 words
+# of 2 or 4 bytes ends within a row and a sector, which the next request touches again, so there it may have one more.
 MOST_OF_IDEAL = {"gather": 1.06, "scatter_add": 1.06}
+CUT_WORDS = (2, 4)
 IDEAL_STORES = ("gather", "take", "sort_keys", "bag_of", "table_gather", "table_bag", "table_keys")
 # Instructions of a join with no bag to join, against the sum before it.
 MOST_OF_SUM = 0.1
@@ -272,6 +276,15 @@ def total(row):
     return sum(getattr(row, name) for name in traffic_table.SECTORS)
 
 
+def cut_sectors(row):
+    """What the cuts of rows between requests add at most."""
+    dim, dtype = re.search(r"-D(\d+)-(\w+)", row.config).groups()
+    word = gcd(16, int(dim) * getattr(torch, dtype).itemsize)
+    # A request of 32 words writes `word` sectors.
+    written = row.ideal_store_sectors + row.ideal_atomic_sectors
+    return written // word if word in CUT_WORDS else 0
+
+
 @pytest.mark.parametrize(("stem", "most"), MOST_OF_IDEAL.items())
 def test_rows_move_hardly_more_than_the_ideal_and_no_more_than_a_rivals(stem, most):
     rivals = {row.config: row for row in committed() if row.provider not in traffic_table.OWN}
@@ -279,7 +292,7 @@ def test_rows_move_hardly_more_than_the_ideal_and_no_more_than_a_rivals(stem, mo
     problems = []
     for row in rows:
         ideal = sum(getattr(row, f"ideal_{name}") for name in traffic_table.SECTORS)
-        if total(row) > most * ideal:
+        if total(row) > most * ideal + cut_sectors(row):
             problems.append(f"{row.key}: {total(row) / ideal:.3f} of the ideal")
         rival = rivals.get(row.config)
         if rival is not None and total(row) > total(rival):
