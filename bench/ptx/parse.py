@@ -83,7 +83,7 @@ def parse(text: str, entry: str = r"[\w$]+") -> Kernel:
     _read_shared(kernel, text)
     files = {
         number: PurePosixPath(name).name
-        for number, name in re.findall(r'\.file\s+(\d+) .*"([^"]+)"', text)
+        for number, name in re.findall(r'\.file\s+(\d+) .*"([^"\n]+)"', text)
     }
     place = ""
     for line in _body(text[head.end() :]).splitlines():

@@ -7,11 +7,11 @@ import pytest
 import targets
 import torch
 from cases import integer_gradient, same_bits, table
+from ptx_backend import CheckedPtxBackend
 
 import gpu_embed
 from gpu_embed import backends
 from gpu_embed.bench.ptx.counts import counting
-from gpu_embed.bench.ptx.launch import PtxBackend
 from gpu_embed.bench.ptx.parse import PtxError
 from gpu_embed.functional import embedding, embedding_bag
 from gpu_embed.ops.take import take_rows
@@ -40,7 +40,7 @@ def run_on(monkeypatch):
 
 @pytest.fixture
 def compiled(run_on):
-    backend = run_on(PtxBackend())
+    backend = run_on(CheckedPtxBackend())
     yield backend
     assert backend.launches
 
@@ -91,7 +91,7 @@ def test_bags_have_the_bits_of_the_interpreter(run_on, mode):
     ids, offsets = torch.arange(60) * 7 % 13, torch.tensor([0, 3, 3, 40])
     grad_output = integer_gradient((4, 24), FP32, "cpu")
     results = []
-    for backend in (PtxBackend(), backends.load("triton")):
+    for backend in (CheckedPtxBackend(), backends.load("triton")):
         run_on(backend)
         gpu_embed.use_backend("triton")
         weight = table(13, 24, FP32, "cpu").round().requires_grad_()
@@ -136,7 +136,7 @@ def test_what_a_lookup_moves_is_counted(compiled):
 # A wrong launch of the gather.
 
 
-class Changed(PtxBackend):
+class Changed(CheckedPtxBackend):
     """Compiles for what is asked, and launches something else."""
 
     def __init__(self, change):

@@ -72,9 +72,9 @@ def stand_in(target: Target) -> Backend | None:
 
 @cache
 def ptx_backend() -> Backend:
-    from gpu_embed.bench.ptx.launch import PtxBackend
+    from ptx_backend import CheckedPtxBackend
 
-    return PtxBackend()
+    return CheckedPtxBackend()
 
 
 def require(target: Target) -> None:
