@@ -97,25 +97,13 @@ format: $(dev_env) ## rewrite the code in the project's format
 docs: $(dev_env) ## build docs/ into build/docs, strictly: a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(env_python) -m mkdocs build --strict
 
-# Every part runs, so that one failure hides no other.
-# Without torch's caching allocator memcheck sees where each tensor ends.
+# The script says which steps there are, and goes on after one that fails.
+gpu: export PYTHON := $(PYTHON)
+gpu: export PYTEST_ARGS := $(PYTEST_ARGS)
+gpu: export RESULTS := $(RESULTS)
 gpu: ## in the current python3, no download: GPU tests that must not skip, compute-sanitizer, headline benchmark
 	$(PYTHON) -m pip install --no-deps --no-build-isolation -e .
-	@failed=; \
-	export GPU_EMBED_REQUIRE_GPU=1; \
-	run() { echo "$$*"; "$$@" || failed="$$failed $$part"; }; \
-	part=pytest; run $(PYTHON) -m pytest --full -m gpu $(PYTEST_ARGS); \
-	if command -v compute-sanitizer >/dev/null; then \
-		export PYTORCH_NO_CUDA_MEMORY_CACHING=1; \
-		for part in memcheck racecheck; do \
-			run compute-sanitizer --tool $$part --error-exitcode 1 $(PYTHON) -m pytest --full -m gpu -k sanitizer; \
-		done; \
-	else \
-		echo "compute-sanitizer is not on the PATH: memcheck and racecheck did not run"; \
-	fi; \
-	unset PYTORCH_NO_CUDA_MEMORY_CACHING; \
-	part=benchmark; run $(PYTHON) -m gpu_embed.bench headline --device cuda --out $(RESULTS) --page bench/RESULTS.md; \
-	if [ -n "$$failed" ]; then echo "make gpu: failed:$$failed" >&2; exit 1; fi
+	bench/on_card.sh --whole build/on_card
 
 versions: ## try another torch, Triton and NumPy in an environment of its own: ROW=newest PYTHON=python3.13
 	$(PYTHON) tests/support/versions.py $(ROW)
@@ -124,5 +112,5 @@ release: $(demo_env) ## check the version, build sdist and wheel into dist/ and 
 	.ci/release $(env_python)
 
 clean: ## remove .venv and everything that was built or cached
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist .kernels.tar.gz *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find gpu_embed kernels bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

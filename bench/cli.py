@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -67,7 +68,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Measure embedding lookups and their gradients against everybody else's. Without a "
         "command: a summary of this machine in one minute.",
         epilog="Exit code: 0 done, 1 a result of gpu_embed's own is wrong or failed (compare: a "
-        "regression; codegen: a kernel is worse; host-calls: more calls), 2 it cannot start or go on, 130 interrupted.",
+        "regression; codegen, traffic: a kernel is worse; host-calls: more calls), 2 it cannot start or go on, "
+        "130 interrupted.",
     )
     add_options(parser, MACHINE)
     card = "the GPU whose times the CPU summary predicts (default: %(default)s)"
@@ -137,7 +139,11 @@ HEADLINE: Options = (
     ("--page", "rewrite this page, such as bench/RESULTS.md", FILE),
 )
 COMPARE: Options = (
-    ("old", "results.csv, or its directory", {"type": Path, "metavar": "OLD"}),
+    (
+        "old",
+        "results.csv, or its directory (default: the newest committed of the same device)",
+        {"type": Path, "metavar": "OLD", "nargs": "?"},
+    ),
     ("new", None, {"type": Path, "metavar": "NEW"}),
     (
         "--fail-below",
@@ -162,9 +168,18 @@ CODEGEN: Options = (
     ("--out", "write the whole table as CSV", FILE),
     ("--check", "exit 1 where a kernel is worse than in FILE", FILE),
 )
+TRAFFIC: Options = (
+    ("--config", "cases whose names begin so, such as embedding-D50", {**MANY, "metavar": "CASE"}),
+    ("--rivals", "Liger's kernels too, where they are installed", FLAG),
+    ("--out", "write the whole table as CSV; rivals' rows stay in it without --rivals", FILE),
+    ("--check", "exit 1 where a kernel moves or executes more than in FILE", FILE),
+)
 HOST_CALLS: Options = (
     ("--functions", "list the called functions in call order", FLAG),
     ("--write", "rewrite bench/host_calls.csv, against which more calls are an error", FLAG),
+)
+COLD_START: Options = (
+    ("--starts", "processes for each row (default: %(default)s)", {"type": int, "default": 5}),
 )
 DIRECTORY: Options = (("directory", None, {"type": Path, "metavar": "DIR"}),)
 
@@ -560,6 +575,53 @@ def codegen(args: argparse.Namespace) -> int:
     return 1 if failures or problems else 0
 
 
+def traffic(args: argparse.Namespace) -> int:
+    """Run the compiled kernels in the interpreter of PTX, and say what they move and what got worse."""
+    if importlib.util.find_spec("triton") is None:
+        raise CannotRunError("traffic compiles Triton kernels: pip install triton (Linux only)")
+    if args.out is not None:
+        if args.config:
+            raise CannotRunError("--out writes the whole table: leave out --config")
+        results.check_writable(args.out.parent)
+    from .traffic import count, table
+    from .traffic.cases import CASES
+
+    cases = [case for case in CASES if str(case).startswith(tuple(args.config or [""]))]
+    if not cases:
+        raise CannotRunError(f"no case begins with {' or '.join(args.config)}, as {CASES[0]} does")
+    if args.rivals and not count.has_liger():
+        raise CannotRunError(f"{count.LIGER_PACKAGE} is not installed: leave out --rivals")
+    old = None if args.check is None else table.read_table(args.check)
+    console = make_console()
+    rows: list[table.Row] = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=str(case))
+            rows += count.own_rows(case)
+            if args.rivals:
+                rows += count.liger_rows(case)
+            progress.advance(task)
+    console.print(
+        "A simulator's figures, of the code for sm_90. Loads, stores and atomics: sectors of 32 bytes, and how many "
+        "times the ideal that is; requests;\natomic operations on the hottest sector; wavefronts of shared memory; "
+        "warps' waits at barriers; warps' instructions, those for 512 bytes moved,\nand those of the longest warps of "
+        "the launches; basic blocks for which a warp had parted."
+    )
+    for shown in table.rich_tables(rows):
+        print_table(console, shown)
+    if args.out is not None:
+        # A rival's rows stay true while our kernels change.
+        table.write_table(args.out, rows if args.rivals else rows + table.rivals_of(args.out))
+    if old is None:
+        return 0
+    configs = {str(case) for case in cases}
+    problems = table.worse([row for row in old if row.config in configs], rows)
+    for said in table.verdict(rows, problems):
+        complain(said)
+    return 1 if problems else 0
+
+
 def host_calls(args: argparse.Namespace) -> int:
     """Count, print, and write the table or say what has more calls than it allows."""
     from . import host_calls as counter
@@ -584,6 +646,30 @@ def host_calls(args: argparse.Namespace) -> int:
     for said in problems:
         complain(said)
     return 1 if problems else 0
+
+
+def cold_start(args: argparse.Namespace) -> int:
+    """Start processes, and print what each phase of their first lookup took."""
+    from . import cold_start as starts
+
+    if args.starts < 1:
+        raise CannotRunError(f"--starts {args.starts}: at least 1 is needed")
+    device = choose_device(args.device)
+    console = make_console()
+    with progress_bar(console) as progress:
+        total = (args.starts + 1) * len(starts.ways(device))
+        task = progress.add_task("processes", total=total)
+        try:
+            found = starts.measure_cold_start(device, args.starts, partial(progress.advance, task))
+        except starts.StartError as problem:
+            raise CannotRunError(str(problem)) from None
+    title = f"A process's first lookup on {machine.device_name(device)}: seconds, median of {args.starts} starts"
+    table = make_table(title, "lookup", *(f">{phase}" for phase in starts.PHASES), ">in all")
+    for one in found:
+        times = (*one.seconds.values(), sum(one.seconds.values()))
+        table.add_row(one.way.name, *(f"{seconds:.3f}" for seconds in times))
+    print_table(console, table)
+    return 0
 
 
 def plot(args: argparse.Namespace) -> int:
@@ -632,7 +718,17 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         compare,
     ),
     "codegen": ("what the kernels compile to; needs Triton, but no GPU", CODEGEN, codegen),
+    "traffic": (
+        "what the compiled kernels move, in an interpreter; needs Triton, but no GPU",
+        TRAFFIC,
+        traffic,
+    ),
     "host-calls": ("the package's own Python calls in a warm call", HOST_CALLS, host_calls),
+    "cold-start": (
+        "what the first lookup of a process costs: imports, compilation, up to the launch",
+        COLD_START,
+        cold_start,
+    ),
     "plot": ("draw the results in DIR", DIRECTORY, plot),
     "report": ("write DIR as one HTML page", DIRECTORY, report),
 }

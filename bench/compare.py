@@ -1,6 +1,6 @@
 """Two results side by side: did anything get slower, or stop being right?
 
-A CI runner calls it through ``python -m gpu_embed.bench compare OLD.csv NEW.csv --fail-below 0.95``.
+A CI runner calls it through ``python -m gpu_embed.bench compare NEW.csv --fail-below 0.95``.
 The first half, what a cell is and which rows are ours, serves the plots and the report too.
 """
 
@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
+from . import machine
 from .console import make_console, make_table, print_table
-from .results import Key, ResultsError, Row, read_rows
+from .results import RESULTS, Key, ResultsError, Row, read_header, read_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +30,8 @@ SHOWN = 40
 # p80 / p20 of a time: beyond it the median is no measure.
 LARGEST_SPREAD = 2.0
 NOISY_MEANS = f"p80 above {LARGEST_SPREAD:g} times p20, or more processes than cores"
+# Where results are committed, in a checkout.
+ROOT = Path(__file__).resolve().parent / "results"
 REGRESSION = 1
 UNUSABLE = 2
 
@@ -196,8 +199,34 @@ def compare(old: Iterable[Row], new: Iterable[Row]) -> Comparison:
     )
 
 
-def main_compare(old: Path, new: Path, fail_below: float) -> int:
+def reference_of(new: Path) -> Path:
+    """The newest committed results of the same device and with a row in common: what CI holds a run against.
+
+    Raises ResultsError if there are none.
+    """
+    measured = {(row.device, row.key) for row in read_rows(new)}
+    file = (new / RESULTS if new.is_dir() else new).resolve()
+    # What lies there and is not committed may be the new results themselves, or an earlier try.
+    committed = [ROOT / name for name in machine.tracked_files(ROOT, f"*/{RESULTS}")]
+    comparable = [
+        path
+        for path in committed
+        if path.resolve() != file
+        and any((row.device, row.key) in measured for row in read_rows(path))
+    ]
+    if not comparable:
+        device = _listed({device for device, _ in measured})
+        raise ResultsError(
+            f"{ROOT} holds no committed results of {device} with these rows: name OLD before NEW, or commit the "
+            "directory of NEW there, and the next run is compared with it"
+        )
+    return max(comparable, key=lambda path: str(read_header(path).get("date", "")))
+
+
+def main_compare(old: Path | None, new: Path, fail_below: float) -> int:
     """Print the comparison; return 0, REGRESSION or UNUSABLE, for a shell.
+
+    Without old results the committed ones of the same device stand for them.
 
     Only gpu_embed's own rows decide: a rival that got slower is no fault of ours. A row of ours that had a time
     and is not there any more counts too: a run that ended early must not pass. A noisy row gets no verdict; where
@@ -207,10 +236,13 @@ def main_compare(old: Path, new: Path, fail_below: float) -> int:
     """
     if not 0 < fail_below < math.inf:
         raise ResultsError(f"--fail-below {fail_below}: expected a ratio above 0, such as 0.95")
+    console = make_console()
+    if old is None:
+        old = reference_of(new)
+        console.print(f"compared with {old}, the newest committed results of this device")
     comparison = compare(read_rows(old), read_rows(new))
     if not comparison.pairs:
         raise ResultsError(f"{old} and {new} have no row in common")
-    console = make_console()
     _print_versions(console, comparison)
     print_table(console, _pair_table(comparison.pairs, fail_below))
     print_table(console, _provider_table(comparison, fail_below))

@@ -40,7 +40,10 @@ def version(package: str) -> str:
 
 
 def commit() -> tuple[str, bool]:
-    """The checkout's commit, and whether its files differ from it; without one the version."""
+    """The checkout's commit, and whether its files differ from it.
+
+    Without a checkout, what GPU_EMBED_COMMIT says, else the version.
+    """
     source = Path(gpu_embed.__file__).resolve()
     # An installed copy may lie inside another project's checkout: only a tracked file counts.
     git = partial(_output, "git", "-C", str(source.parent))
@@ -49,37 +52,79 @@ def commit() -> tuple[str, bool]:
         changes = git("status", "--porcelain")
         if name:
             return name, bool(changes)
-    return f"version {gpu_embed.__version__}", False
+    return os.environ.get("GPU_EMBED_COMMIT") or f"version {gpu_embed.__version__}", False
 
 
-def clocks(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi says of the GPU's driver and clocks at this moment; empty where there is none."""
+def tracked_files(folder: Path, pattern: str) -> list[str]:
+    """What git has committed or staged of the folder, by names within it; empty where there is no checkout."""
+    return _output("git", "-C", str(folder), "ls-files", "--", pattern).splitlines()
+
+
+def power_state(device: torch.device) -> tuple[dict[str, str] | None, str]:
+    """The GPU's clocks, power, state and heat at this moment, by nvidia-smi's names; or None and why not."""
     if device.type != "cuda":
-        return {}
-    clock_fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
-    fields = ("driver_version", *clock_fields, "power.limit", "temperature.gpu")
-    # nvidia-smi counts all GPUs, torch those it may see.
+        return None, "not a GPU"
+    # The driver counts all GPUs, torch those it may see.
     properties = torch.cuda.get_device_properties(device)
     gpu = f"GPU-{getattr(properties, 'uuid', '')}".removesuffix("GPU-")
+    try:
+        return _power_state_by_library(gpu), ""
+    # Whatever it is, nvidia-smi asks the same driver in another way.
+    except Exception as error:
+        reason = f"pynvml: {error or type(error).__name__}"
+    fields = (*POWER_STATE, "driver_version")
     query = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
     line = _output(*query, *(["-i", gpu] if gpu else []))
     values = [value.strip() for value in line.splitlines()[0].split(",")] if line else []
-    return dict(zip(fields, values, strict=False))
+    if len(values) != len(fields):
+        return None, f"{reason}; nvidia-smi answers nothing that can be read"
+    return dict(zip(fields, values, strict=True)), ""
+
+
+POWER_STATE = (
+    *("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
+    *("pstate", "power.draw", "power.limit", "temperature.gpu"),
+)
+
+
+def _power_state_by_library(gpu: str) -> dict[str, str]:
+    """The same by the driver's own library; raises whatever it raises."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
+        kinds = (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM)
+        values = (
+            *(f"{pynvml.nvmlDeviceGetClockInfo(handle, kind)} MHz" for kind in kinds),
+            *(f"{pynvml.nvmlDeviceGetMaxClockInfo(handle, kind)} MHz" for kind in kinds),
+            f"P{pynvml.nvmlDeviceGetPerformanceState(handle)}",
+            # In milliwatts.
+            f"{pynvml.nvmlDeviceGetPowerUsage(handle) / 1000:.2f} W",
+            f"{pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000:.2f} W",
+            str(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+            str(pynvml.nvmlSystemGetDriverVersion()),
+        )
+    finally:
+        pynvml.nvmlShutdown()
+    return dict(zip((*POWER_STATE, "driver_version"), values, strict=True))
 
 
 def header(
     device: torch.device, copy_gbps: float, seed: int, command: Sequence[str]
 ) -> dict[str, Any]:
     """header.json's content."""
-    seen = clocks(device)
+    seen, unseen = power_state(device)
     name, dirty = commit()
     cuda = device.type == "cuda"
     return {
         "device": device_name(device),
-        "driver": seen.pop("driver_version", ""),
+        "driver": seen.pop("driver_version") if seen else "",
         "capability": list(torch.cuda.get_device_capability(device)) if cuda else None,
         "copy_gbps": copy_gbps,
+        # Of a card that has just copied, so that they are those of work.
         "clocks": seen,
+        "no_clocks": unseen,
         # Whoever else works on the machine slows what is measured there.
         "load": load(),
         "torch": torch.__version__,

@@ -34,6 +34,7 @@ REPORT = "report.html"
 HEADER_LABELS = {
     "capability": "compute capability",
     "copy_gbps": "measured copy bandwidth (GB/s, read plus written)",
+    "no_clocks": "no clocks, since",
     "load": "load of the CPU before, 1 and 5 minutes",
     "cuda": "CUDA",
     "python": "Python",

@@ -29,7 +29,8 @@ struct Part {
   int64 begin;  // the bag's
   int64 first;
   int64 last;
-  int64 slot;  // -1: a whole bag
+  int64 slot;         // -1: a whole bag
+  bool follows_head;  // a carry-in, and the bag's head lies in the chunk before
 };
 
 // Row i < num_bags is bag i, or its head if it is cut; further rows are the carry-ins of chunks.
@@ -50,12 +51,14 @@ __device__ inline Part find_part(
       is_carry_in ? find_bag(offsets_ptr, start, num_bags, bag_length, offset_bytes) : row;
   const Range range = load_range(
       offsets_ptr, bag, record_ptr, flag_ptr, num_indices, num_offsets, bag_length, offset_bytes);
-  Part part = {bag, range.begin, range.begin, range.end, -1};
+  Part part = {bag, range.begin, range.begin, range.end, -1, false};
   if (chunk_length == 0) return part;
   if (is_carry_in) {
     part.first = start > range.begin + chunk_length ? start : range.begin + chunk_length;
     part.last = clamp(start + chunk_length, part.first, range.end);
     part.slot = 2 * (start / chunk_length) + 1;
+    part.follows_head = range.end - range.begin > chunk_length &&
+                        range.begin / chunk_length == start / chunk_length - 1;
   } else if (range.end - range.begin > chunk_length) {
     part.last = range.begin + chunk_length;
     part.slot = 2 * (range.begin / chunk_length);
@@ -75,9 +78,10 @@ __global__ void bag_sum_kernel(
     const Weight* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
     Weight* __restrict__ output_ptr,                    // [num_bags, D]
     typename Accumulator<Weight>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D], by slot; null: no bag is cut
-    int64* __restrict__ sizes_ptr,  // MEAN: [2 * num_chunks]: each slot's ids but padding
-    int64* record_ptr,              // [7]; null: do not record
-    int32* flag_ptr,                // [1], pinned host memory; null: do not record
+    int64* __restrict__ sizes_ptr,     // MEAN: [2 * num_chunks]: each slot's ids but padding
+    int64* __restrict__ cut_bags_ptr,  // [num_chunks]: the cut bag whose head lies in the chunk before, -1: none
+    int64* record_ptr,                 // [7]; null: do not record
+    int32* flag_ptr,                   // [1], pinned host memory; null: do not record
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
@@ -102,6 +106,7 @@ __global__ void bag_sum_kernel(
       partial_ptr ? chunk_length : 0, offset_bytes);
   const int64 first = part.first;
   const int64 last = part.last;
+  if (row >= num_bags && d == 0) cut_bags_ptr[row - num_bags] = part.follows_head ? part.bag : -1;
 
   Vector<Acc, VEC> total;
   set_zero(total);
@@ -151,66 +156,43 @@ __global__ void bag_sum_kernel(
   *(Vector<Weight, VEC>*)(output_ptr + part.bag * D + d) = output;
 }
 
-// The cut bag that starts in a chunk, and its number of parts; 0: none starts there.
-struct CutBag {
-  int64 bag;
-  int64 num_parts;
-};
-
-__device__ inline CutBag find_cut_bag(
-    const void* offsets_ptr,
-    int64 chunk,
-    int64 num_indices,
-    int64 num_bags,
-    int64 num_offsets,
-    int64 bag_length,
-    int64 chunk_length,
-    int64 offset_bytes) {
-  // A cut bag reaches into the next chunk, so it is the bag of that chunk's first position.
-  const int64 next_start = (chunk + 1) * chunk_length;
-  if (next_start >= num_indices) return {0, 0};
-  const int64 bag = find_bag(offsets_ptr, next_start, num_bags, bag_length, offset_bytes);
-  const Range range = load_range(
-      offsets_ptr, bag, nullptr, nullptr, num_indices, num_offsets, bag_length, offset_bytes);
-  const bool is_cut =
-      range.begin / chunk_length == chunk && range.end - range.begin > chunk_length;
-  return {bag, is_cut ? (range.end - 1) / chunk_length - chunk + 1 : 0};
-}
-
 // grid:  cdiv(num_chunks * D, blockDim.x); block: 1-D
-// owner: thread i of the grid: the cut bag that starts in chunk i / D, if any; column i % D
-// why:   adds a bag's partial sums in a fixed order: no atomics, deterministic
+// owner: thread i of the grid: the cut bag whose head lies in the chunk before i / D, if any; column i % D
+// why:   adds a bag's partial sums in a fixed order: no atomics, deterministic; as a rule there is nothing to add
 template <typename Output>
 __global__ void bag_join_kernel(
     const typename Accumulator<Output>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D], by slot
-    const int64* __restrict__ sizes_ptr,   // mean: [2 * num_chunks]: each slot's ids but padding; sum: null
-    const void* __restrict__ offsets_ptr,  // any integer dtype, [num_offsets]; null: equal lengths
-    Output* __restrict__ output_ptr,       // [num_bags, D]
+    const int64* __restrict__ sizes_ptr,     // mean: [2 * num_chunks]: each slot's ids but padding; sum: null
+    const int64* __restrict__ cut_bags_ptr,  // [num_chunks]: the cut bag whose head lies in the chunk before, -1: none
+    const void* __restrict__ offsets_ptr,    // any integer dtype, [num_offsets]; null: equal lengths
+    Output* __restrict__ output_ptr,         // [num_bags, D]
     int64 num_indices,
     int64 num_bags,
     int64 num_offsets,
     int64 bag_length,  // without offsets: ids per bag
     int64 chunk_length,
+    int64 num_chunks,
     int64 D,
     int64 offset_bytes) {
   using Acc = typename Accumulator<Output>::type;
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   const int64 chunk = thread / D;
   const int64 d = thread % D;
-  const CutBag cut = find_cut_bag(
-      offsets_ptr, chunk, num_indices, num_bags, num_offsets, bag_length, chunk_length, offset_bytes);
-  if (cut.num_parts == 0) return;
+  if (chunk >= num_chunks || cut_bags_ptr[chunk] < 0) return;
+  const int64 bag = cut_bags_ptr[chunk];
+  const Range range = load_range(
+      offsets_ptr, bag, nullptr, nullptr, num_indices, num_offsets, bag_length, offset_bytes);
+  const int64 num_parts = (range.end - 1) / chunk_length - (chunk - 1) + 1;
   Acc total = 0;
   int64 size = 0;
 #pragma unroll 4
-  for (int64 part = 0; part < cut.num_parts; ++part) {
+  for (int64 part = 0; part < num_parts; ++part) {
     // Part 0 is the head, each later one the carry-in of a chunk.
-    const int64 slot = 2 * (chunk + part) + (part > 0);
+    const int64 slot = 2 * (chunk - 1 + part) + (part > 0);
     total += partial_ptr[slot * D + d];
     if (sizes_ptr) size += sizes_ptr[slot];
   }
-  narrow(
-      sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[cut.bag * D + d]);
+  narrow(sizes_ptr ? total / (Acc)(size > 0 ? size : 1) : total, output_ptr[bag * D + d]);
 }
 
 // grid:  cdiv(num_bags * D / VEC, blockDim.x); block: 1-D

@@ -11,8 +11,10 @@ bag that starts in chunk c, slot 2c + 1 the carry-in: ids of chunk c that a bag 
     bags     A   A   B   B   B   B   B   B   B   B   C   C
     sums     [ A ]   [   slot 0    ] [slot 3][slot 5][ C ]     A and C are short: stored directly
 
-A cut bag reaches into the next chunk, so at most one starts in each chunk, and at most one is carried in. The cuts
-depend on offsets and shapes alone, so the order of the additions is the same from run to run.
+A cut bag reaches into the next chunk, so at most one starts in each chunk, and at most one is carried in. Who walks the
+carry-in of a chunk sees whether the bag's head lies in the chunk before, and notes the bag there: bag_join_kernel finds
+at once what there is to join. The cuts depend on offsets and shapes alone, so the order of the additions is the same
+from run to run.
 """
 
 import triton
@@ -142,7 +144,8 @@ def find_part(
     The first cdiv(num_bags, BLOCK_B) programs own bags, or the heads of cut bags. With CUT, further programs own the
     carry-ins of chunks.
 
-    Returns bag, in_range, begin, end, offset, next_offset, first, last, slot: each [BLOCK_B]; slot -1: a whole bag.
+    Returns bag, in_range, begin, end, offset, next_offset, first, last, slot, chunk: each [BLOCK_B]; slot -1: a whole
+    bag; chunk -1: no carry-in.
     """
     bag = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     in_range = bag < num_bags
@@ -168,7 +171,7 @@ def find_part(
         last = tl.maximum(tl.minimum(last, end), first)
         head = tl.where(end - begin > chunk_length, 2 * (begin // chunk_length), -1)
         slot = tl.where(is_carry_in, 2 * chunk + 1, head)
-    return bag, in_range, begin, end, offset, next_offset, first, last, slot
+    return bag, in_range, begin, end, offset, next_offset, first, last, slot, chunk
 
 
 @triton.jit
@@ -194,6 +197,7 @@ def bag_sum_kernel(
     output_ptr,  # [num_bags, D]
     partial_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot; None: no bag is cut
     sizes_ptr,  # MEAN: int64 [2 * num_chunks]: each slot's ids but padding; else None
+    cut_bags_ptr,  # int64 [num_chunks]: the cut bag whose head lies in the chunk before, -1: none; None: no bag is cut
     record_ptr,  # int64 [7]; None: do not record
     flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
@@ -219,7 +223,7 @@ def bag_sum_kernel(
     )
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
     in_row = d < D
-    bag, in_range, begin, end, offset, next_offset, first, last, slot = find_part(
+    bag, in_range, begin, end, offset, next_offset, first, last, slot, chunk = find_part(
         offsets_ptr,
         num_indices,
         num_bags,
@@ -230,11 +234,17 @@ def bag_sum_kernel(
         partial_ptr is not None,
         BLOCK_B,
     )
+    first_columns = tl.program_id(1) == 0
     if partial_ptr is not None:
+        follows_head = (end - begin > chunk_length) & (begin // chunk_length == chunk - 1)
+        tl.store(
+            cut_bags_ptr + chunk,
+            tl.where(follows_head, bag, -1),
+            mask=in_range & (chunk >= 0) & first_columns,
+        )
         first = to_row_layout(first, d)
         last = to_row_layout(last, d)
 
-    first_columns = tl.program_id(1) == 0
     size = last - first
     if record_ptr is not None:
         if offsets_ptr is not None:
@@ -325,31 +335,50 @@ def bag_sum_kernel(
 
 
 @triton.jit
-def find_cut_bag(
-    offsets_ptr, num_indices, num_bags, num_offsets, bag_length, chunk_length, search_steps
+def join_parts(
+    partial_ptr,
+    sizes_ptr,
+    output_ptr,
+    bag,
+    chunk,
+    num_parts,
+    d,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The cut bag that starts in the program's chunk, and its number of parts; 0: none starts there."""
-    chunk = tl.program_id(0).to(tl.int64)
-    # A cut bag reaches into the next chunk, so it is the bag of that chunk's first position.
-    next_start = (chunk + 1) * chunk_length + tl.zeros([1], tl.int64)
-    in_range = next_start < num_indices
-    next_start = tl.where(in_range, next_start, 0)
-    bag = find_bag(offsets_ptr, next_start, num_bags, bag_length, search_steps)
-    begin, end = load_range(offsets_ptr, bag, in_range, num_indices, num_offsets, bag_length)
-    begin, end = clamp_range(begin, end, bag, in_range, num_indices)
-    is_cut = (begin // chunk_length == chunk) & (end - begin > chunk_length)
-    num_parts = tl.where(is_cut, (end - 1) // chunk_length - chunk + 1, 0)
-    return tl.sum(bag, 0), tl.sum(num_parts, 0)
+    """Add the partial sums of a bag whose head lies in `chunk`; d: columns."""
+    total = tl.zeros([BLOCK_S, BLOCK], partial_ptr.dtype.element_ty)
+    size = tl.zeros([BLOCK_S], tl.int64)
+    for first in range(0, num_parts, BLOCK_S):
+        part = (first + tl.arange(0, BLOCK_S)).to(tl.int64)
+        # Part 0 is the head, each later one the carry-in of a chunk.
+        slot = 2 * (chunk + part) + (part > 0).to(tl.int64)
+        taken = part < num_parts
+        total += tl.load(
+            partial_ptr + (slot * D)[:, None] + d[None, :],
+            mask=taken[:, None] & (d < D)[None, :],
+            other=0,
+        )
+        if sizes_ptr is not None:
+            size += tl.load(sizes_ptr + slot, mask=taken, other=0)
+    output = tl.sum(total, 0)
+    if sizes_ptr is not None:
+        divisor = tl.maximum(tl.sum(size, 0), 1).to(output.dtype)
+        output = divide(output, tl.full([BLOCK], divisor, output.dtype))
+    tl.store(output_ptr + bag * D + d, output.to(output_ptr.dtype.element_ty), mask=d < D)
 
 
-# grid:  (num_chunks, cdiv(D, BLOCK))
+# grid:  (cdiv(num_chunks, BLOCK_C), cdiv(D, BLOCK))
 # tile:  BLOCK_S parts by BLOCK columns, a loop over the parts
-# owner: program (c, j): the cut bag that starts in chunk c, if any; columns [j * BLOCK, ...)
-# why:   adds a bag's partial sums in a fixed order: no atomics, deterministic
+# owner: program (i, j): chunks [i * BLOCK_C, ...), and of each the cut bag whose head lies in the chunk before, if any;
+#        columns [j * BLOCK, ...)
+# why:   adds a bag's partial sums in a fixed order: no atomics, deterministic; as a rule there is nothing to add
 @triton.jit
 def bag_join_kernel(
     partial_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
     sizes_ptr,  # mean: int64 [2 * num_chunks]: each slot's ids but padding; sum: None
+    cut_bags_ptr,  # int64 [num_chunks]: the cut bag whose head lies in the chunk before, -1: none
     offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
     output_ptr,  # [num_bags, D]
     num_indices,
@@ -357,35 +386,37 @@ def bag_join_kernel(
     num_offsets,
     bag_length,  # without offsets: ids per bag
     chunk_length,
-    search_steps,  # bits of num_bags
+    num_chunks,
     D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # [BLOCK]
-    bag, num_parts = find_cut_bag(
-        offsets_ptr, num_indices, num_bags, num_offsets, bag_length, chunk_length, search_steps
-    )
-    if num_parts > 0:
-        total = tl.zeros([BLOCK_S, BLOCK], partial_ptr.dtype.element_ty)
-        size = tl.zeros([BLOCK_S], tl.int64)
-        for first in range(0, num_parts, BLOCK_S):
-            part = (first + tl.arange(0, BLOCK_S)).to(tl.int64)
-            # Part 0 is the head, each later one the carry-in of a chunk.
-            slot = 2 * (tl.program_id(0) + part) + (part > 0).to(tl.int64)
-            taken = part < num_parts
-            total += tl.load(
-                partial_ptr + (slot * D)[:, None] + d[None, :],
-                mask=taken[:, None] & (d < D)[None, :],
-                other=0,
-            )
-            if sizes_ptr is not None:
-                size += tl.load(sizes_ptr + slot, mask=taken, other=0)
-        output = tl.sum(total, 0)
-        if sizes_ptr is not None:
-            divisor = tl.maximum(tl.sum(size, 0), 1).to(output.dtype)
-            output = divide(output, tl.full([BLOCK], divisor, output.dtype))
-        tl.store(output_ptr + bag * D + d, output.to(output_ptr.dtype.element_ty), mask=d < D)
+    first_chunk = tl.program_id(0).to(tl.int64) * BLOCK_C
+    chunks = first_chunk + tl.arange(0, BLOCK_C)
+    cut_bags = tl.load(cut_bags_ptr + chunks, mask=chunks < num_chunks, other=-1)
+    if tl.max((cut_bags >= 0).to(tl.int32), 0) > 0:
+        d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # [BLOCK]
+        for chunk in range(first_chunk, tl.minimum(first_chunk + BLOCK_C, num_chunks)):
+            bag = tl.load(cut_bags_ptr + chunk)
+            if bag >= 0:
+                begin, end = load_range(
+                    offsets_ptr, bag, bag >= 0, num_indices, num_offsets, bag_length
+                )
+                begin, end = clamp_range(begin, end, bag, bag >= 0, num_indices)
+                num_parts = (end - 1) // chunk_length - (chunk - 1) + 1
+                join_parts(
+                    partial_ptr,
+                    sizes_ptr,
+                    output_ptr,
+                    bag,
+                    chunk - 1,
+                    num_parts,
+                    d,
+                    D,
+                    BLOCK_S,
+                    BLOCK,
+                )
 
 
 # grid:  (cdiv(num_bags, BLOCK_B), cdiv(D, BLOCK_D))

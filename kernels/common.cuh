@@ -150,6 +150,15 @@ __device__ inline void store_integer(void* ptr, int64 i, int64 value, int64 byte
   }
 }
 
+// The row of sort key i. torch.sort takes no uint16 on CUDA, so a key of 2 bytes is the row less 32,768.
+__device__ inline int64 load_key(const void* ptr, int64 i, int64 bytes) {
+  return load_integer(ptr, i, bytes) + (bytes == 2 ? 32768 : 0);
+}
+
+__device__ inline void store_key(void* ptr, int64 i, int64 row, int64 bytes) {
+  store_integer(ptr, i, bytes == 2 ? row - 32768 : row, bytes);
+}
+
 __device__ inline bool names_row(int64 index, int64 num_embeddings) {
   return index >= 0 && index < num_embeddings;
 }

@@ -44,9 +44,9 @@ __global__ void renorm_kernel(
   const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (n >= num_indices) return;
   // Sentinels sort last. If there is one, the call leaves the whole table unchanged.
-  if (load_integer(keys_ptr, num_indices - 1, key_bytes) >= num_embeddings) return;
-  const int64 key = load_integer(keys_ptr, n, key_bytes);
-  if (n > 0 && key == load_integer(keys_ptr, n - 1, key_bytes)) return;
+  if (load_key(keys_ptr, num_indices - 1, key_bytes) >= num_embeddings) return;
+  const int64 key = load_key(keys_ptr, n, key_bytes);
+  if (n > 0 && key == load_key(keys_ptr, n - 1, key_bytes)) return;
   Weight* const row_ptr = weight_ptr + key * weight_row_stride;
 
   const bool is_sum = NORM != NORM_INF && NORM != NORM_MINUS_INF;

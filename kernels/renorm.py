@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .rounding import divide, square_root
+from .sort_keys import load_key
 
 
 @triton.jit
@@ -55,10 +56,10 @@ def renorm_kernel(
         tl.float64 if weight_ptr.dtype.element_ty == tl.float64 else tl.float32
     )
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    key = tl.load(keys_ptr + n, mask=n < num_indices, other=0).to(tl.int64)
-    before = tl.load(keys_ptr + n - 1, mask=(n > 0) & (n < num_indices), other=0).to(tl.int64)
+    key = load_key(keys_ptr, n, n < num_indices)
+    before = load_key(keys_ptr, n - 1, (n > 0) & (n < num_indices))
     # Sentinels sort last. If there is one, the call leaves the whole table unchanged.
-    all_valid = tl.load(keys_ptr + num_indices - 1).to(tl.int64) < num_embeddings
+    all_valid = load_key(keys_ptr, num_indices - 1, True) < num_embeddings
     owns = (n < num_indices) & ((n == 0) | (key != before)) & all_valid
     row_ptr = weight_ptr + (key * weight_row_stride)[:, None]
 

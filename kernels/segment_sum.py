@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .rounding import divide
+from .sort_keys import load_key
 
 
 # grid:  (cdiv(num_chunks, BLOCK_C), cdiv(D, BLOCK_D))
@@ -61,11 +62,11 @@ def segment_sum_kernel(
     in_row = d < D
     start = chunk * CHUNK
 
-    key_before = tl.load(keys_ptr + start - 1, mask=(start > 0) & (start <= num_keys), other=-1)
-    key = tl.load(keys_ptr + start, mask=start < num_keys, other=-1).to(tl.int64)
+    key_before = load_key(keys_ptr, start - 1, (start > 0) & (start <= num_keys))
+    key = load_key(keys_ptr, start, start < num_keys)
     first_columns = (start < num_keys) & (tl.program_id(1) == 0)
     # True while the current run began in an earlier chunk.
-    carried = (start > 0) & (key == key_before.to(tl.int64)) & (key >= 0) & (key < num_embeddings)
+    carried = (start > 0) & (key == key_before) & (key >= 0) & (key < num_embeddings)
     first_key = key
 
     total = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)
@@ -85,9 +86,7 @@ def segment_sum_kernel(
         scales = ()
         for u in tl.static_range(UNROLL):
             position = start + step + u
-            next_key = tl.load(keys_ptr + position + 1, mask=position + 1 < num_keys, other=-1).to(
-                tl.int64
-            )
+            next_key = load_key(keys_ptr, position + 1, position + 1 < num_keys)
             keys += (next_key,)
             here = key if u == 0 else keys[u - 1]
             taken = (position < num_keys) & (here >= 0) & (here < num_embeddings)

@@ -58,10 +58,10 @@ __device__ inline void walk_runs(
     }
   };
 
-  int64 key = load_integer(keys_ptr, start, key_bytes);
+  int64 key = load_key(keys_ptr, start, key_bytes);
   // True while the current run began in an earlier chunk.
   bool carried = start > 0 && names_row(key, num_embeddings) &&
-                 key == load_integer(keys_ptr, start - 1, key_bytes);
+                 key == load_key(keys_ptr, start - 1, key_bytes);
   if (!EndRun::ATOMIC_CARRY && first_columns) {
     partial_keys_ptr[2 * chunk] = carried ? key : -1;
     partial_keys_ptr[2 * chunk + 1] = -1;
@@ -78,7 +78,7 @@ __device__ inline void walk_runs(
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const int64 position = first + u;
-      next_key[u] = position + 1 < num_keys ? load_integer(keys_ptr, position + 1, key_bytes) : -1;
+      next_key[u] = position + 1 < num_keys ? load_key(keys_ptr, position + 1, key_bytes) : -1;
       value_row[u] =
           order_ptr && position < end ? load_position(order_ptr, position, order_bytes) : position;
     }

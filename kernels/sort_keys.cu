@@ -7,7 +7,7 @@
 // why:   keys of the narrowest dtype, masked in one launch, for torch.sort
 extern "C" __global__ void sort_keys_kernel(
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
-    void* __restrict__ keys_ptr,           // the narrowest integer dtype that holds num_embeddings
+    void* __restrict__ keys_ptr,           // [num_indices], of `sort_key_dtype`
     int64 num_indices,
     int64 num_embeddings,
     int64 padding_idx,  // -1: none
@@ -17,5 +17,5 @@ extern "C" __global__ void sort_keys_kernel(
   if (n >= num_indices) return;
   const int64 index = load_integer(indices_ptr, n, index_bytes);
   const bool kept = names_row(index, num_embeddings) && index != padding_idx;
-  store_integer(keys_ptr, n, kept ? index : num_embeddings, key_bytes);
+  store_key(keys_ptr, n, kept ? index : num_embeddings, key_bytes);
 }

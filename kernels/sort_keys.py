@@ -6,6 +6,24 @@ import triton.language as tl
 from .lanes import block_positions
 
 
+@triton.jit
+def store_key(keys_ptr, n, row, mask):
+    """Store the keys of row numbers. torch.sort takes no uint16 on CUDA, so an int16 key is the row less 32,768."""
+    if keys_ptr.dtype.element_ty == tl.int16:
+        row -= 32768
+    tl.store(keys_ptr + n, row.to(keys_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_key(keys_ptr, n, mask):
+    """The row number of each key, int64; where masked, that of no row."""
+    if keys_ptr.dtype.element_ty == tl.int16:
+        row = tl.load(keys_ptr + n, mask=mask, other=32767).to(tl.int64) + 32768
+    else:
+        row = tl.load(keys_ptr + n, mask=mask, other=-1).to(tl.int64)
+    return row
+
+
 # grid:  (cdiv(num_indices, BLOCK),)
 # tile:  BLOCK ids
 # owner: program i: keys [i * BLOCK, ...)
@@ -13,7 +31,7 @@ from .lanes import block_positions
 @triton.jit
 def sort_keys_kernel(
     indices_ptr,  # any integer dtype, [num_indices], contiguous
-    keys_ptr,  # the narrowest integer dtype that holds num_embeddings, [num_indices]
+    keys_ptr,  # [num_indices], of `sort_key_dtype`
     num_indices,
     num_embeddings,
     padding_idx,  # -1: none
@@ -23,4 +41,4 @@ def sort_keys_kernel(
     index = tl.load(indices_ptr + n, mask=n < num_indices, other=0).to(tl.int64)
     kept = (index >= 0) & (index < num_embeddings) & (index != padding_idx)
     key = tl.where(kept, index, num_embeddings)
-    tl.store(keys_ptr + n, key.to(keys_ptr.dtype.element_ty), mask=n < num_indices)
+    store_key(keys_ptr, n, key, n < num_indices)

@@ -242,7 +242,7 @@ extern "C" __global__ void table_keys_kernel(
   if (keys_ptr) {
     const bool kept = counted && names_row(index, table.num_rows);
     // num_rows is the sentinel of an id without a gradient: it sorts last.
-    store_integer(keys_ptr, n, kept ? table.first_row + index : num_rows, key_bytes);
+    store_key(keys_ptr, n, kept ? table.first_row + index : num_rows, key_bytes);
   }
   if (!output_bag_ptr) return;
   const int64 output_bag = bag % num_bags * num_tables + t;

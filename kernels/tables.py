@@ -12,6 +12,7 @@ from .bag import clamp_range, is_padding, load_range, record_offsets
 from .bounds import record_bag_out_of_range
 from .lanes import block_positions
 from .rounding import divide
+from .sort_keys import load_key, store_key
 
 # Columns of tables_ptr; the copies in gpu_embed/tables/layout.py and tables_walk.cuh must agree.
 FIRST_ROW = tl.constexpr(0)  # number of the first row
@@ -346,7 +347,7 @@ def table_keys_kernel(
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_all_bags + 1]
     tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
-    keys_ptr,  # the narrowest integer dtype that holds num_rows, [num_indices]: each id's row, num_rows: none; or None
+    keys_ptr,  # [num_indices], as sort_keys_kernel's: each id's row, num_rows: none; or None
     output_bag_ptr,  # [num_indices]: b * num_tables + t, -1: in no bag; or None
     sizes_ptr,  # int32 [num_all_bags], zero on entry: each output bag's divisor, 1 but for means; or None
     num_indices,
@@ -378,7 +379,7 @@ def table_keys_kernel(
         kept = counted & (index >= 0) & (index < table_column(tables_ptr, table, NUM_ROWS))
         # num_rows is the sentinel of an id without a gradient: it sorts last.
         key = tl.where(kept, table_column(tables_ptr, table, FIRST_ROW) + index, num_rows)
-        tl.store(keys_ptr + n, key.to(keys_ptr.dtype.element_ty), mask=in_range)
+        store_key(keys_ptr, n, key, in_range)
     if sizes_ptr is not None:
         is_mean = table_column(tables_ptr, table, MODE) == MEAN_MODE
         begin = tl.where(bag == 0, 0, tl.load(offsets_ptr + bag).to(tl.int64))
@@ -528,11 +529,11 @@ def table_segment_sum_kernel(
     d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
     start = chunk * CHUNK
 
-    key_before = tl.load(keys_ptr + start - 1, mask=(start > 0) & (start <= num_keys), other=-1)
-    key = tl.load(keys_ptr + start, mask=start < num_keys, other=-1).to(tl.int64)
+    key_before = load_key(keys_ptr, start - 1, (start > 0) & (start <= num_keys))
+    key = load_key(keys_ptr, start, start < num_keys)
     first_columns = (start < num_keys) & (tl.program_id(1) == 0)
     # True while the current run began in an earlier chunk.
-    carried = (start > 0) & (key == key_before.to(tl.int64)) & (key >= 0) & (key < num_rows)
+    carried = (start > 0) & (key == key_before) & (key >= 0) & (key < num_rows)
     first_key = key
 
     total = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)
@@ -551,9 +552,7 @@ def table_segment_sum_kernel(
         rows = ()
         for u in tl.static_range(UNROLL):
             position = start + step + u
-            next_key = tl.load(keys_ptr + position + 1, mask=position + 1 < num_keys, other=-1).to(
-                tl.int64
-            )
+            next_key = load_key(keys_ptr, position + 1, position + 1 < num_keys)
             keys += (next_key,)
             here = key if u == 0 else keys[u - 1]
             taken = (position < num_keys) & (here >= 0) & (here < num_rows)

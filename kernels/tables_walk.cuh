@@ -59,10 +59,10 @@ __device__ inline void walk_table_runs(
   Acc* const carry_in_ptr = partial_values_ptr + 2 * chunk * D + d;
   Acc* const carry_out_ptr = carry_in_ptr + D;
 
-  int64 key = load_integer(keys_ptr, start, key_bytes);
+  int64 key = load_key(keys_ptr, start, key_bytes);
   // True while the current run began in an earlier chunk.
   bool carried = start > 0 && names_row(key, num_rows) &&
-                 key == load_integer(keys_ptr, start - 1, key_bytes);
+                 key == load_key(keys_ptr, start - 1, key_bytes);
   if (first_columns) {
     partial_keys_ptr[2 * chunk] = carried ? key : -1;
     partial_keys_ptr[2 * chunk + 1] = -1;
@@ -79,7 +79,7 @@ __device__ inline void walk_table_runs(
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       const int64 position = first + u;
-      next_key[u] = position + 1 < num_keys ? load_integer(keys_ptr, position + 1, key_bytes) : -1;
+      next_key[u] = position + 1 < num_keys ? load_key(keys_ptr, position + 1, key_bytes) : -1;
       n[u] =
           order_ptr && position < end ? load_integer(order_ptr, position, order_bytes) : position;
     }

@@ -14,13 +14,13 @@ import gpu_embed
 from gpu_embed import backends
 
 
-@pytest.fixture(params=targets.params(*targets.COLLECTED, targets.PTX))
+@pytest.fixture(params=targets.params(*targets.COLLECTED, *targets.PTX))
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Target]:
     """Forces one backend for the test; `target.device` is where its tensors go."""
     yield from _forced(request.param, monkeypatch)
 
 
-@pytest.fixture(params=targets.params(*targets.KERNELS, targets.PTX))
+@pytest.fixture(params=targets.params(*targets.KERNELS, *targets.PTX))
 def kernel_target(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Target]:
@@ -78,16 +78,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> Iterator[None]:
 
 
 def _runs_ptx(call: Any) -> bool:
-    return any(call.params.get(name) == targets.PTX for name in ("target", "kernel_target"))
+    return any(call.params.get(name) in targets.PTX for name in ("target", "kernel_target"))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """The tier, and one line a target: runs, or why not."""
     lines = ["tier: " + ("full" if config.option.full else "default (--full runs everything)")]
-    ways = {"ptx-cpu": " (compiled)", "triton-cpu": " (interpreter)", "cupy-cpu": " (host build)"}
-    for one in (*targets.ALL, targets.PTX):
+    ways = {"triton-cpu": " (interpreter)", "cupy-cpu": " (host build)"}
+    for one in (*targets.ALL, *targets.PTX):
         reason = targets.unusable_reason(one)
-        how = ways.get(str(one), "") if reason is None else ""
+        how = " (compiled)" if one.ptx else ways.get(str(one), "")
         lines.append(f"{one}: {reason or 'runs' + how}")
     return lines
 

@@ -19,8 +19,8 @@ FUNCTIONS = ("add", "exch", "cas", "min", "max", "and", "or", "xor")
 
 def make_step(instruction: Instruction) -> Step | None:
     operation, parts = instruction.operation, instruction.parts
-    if operation == "ld" and "param" in parts:
-        return _load_parameter(instruction)
+    if operation in ("ld", "st") and "param" in parts:
+        return (_load_parameter if operation == "ld" else _pass)(instruction)
     if operation in ("ld", "st", "atom", "red"):
         return {"ld": _load, "st": _store}.get(operation, _atomic)(instruction)
     if operation in ("stmatrix", "ldmatrix"):
@@ -82,12 +82,27 @@ def _vector(instruction: Instruction) -> int:
 def _load_parameter(instruction: Instruction) -> Step:
     name, offset = _address(instruction.operands[1])
     dtype = dtype_of(instruction.type)
+    targets = inner(instruction.operands[0])
 
     def step(machine: Machine, lanes: Lanes) -> None:
-        targets = inner(instruction.operands[0])
+        if name in machine.kernel.register_types:  # of a call
+            machine.write(targets[0], machine.read(name, instruction.type, lanes), lanes)
+            return
         values = np.frombuffer(machine.parameters[name], dtype, len(targets), offset)
         for target, value in zip(targets, values, strict=True):
             machine.write(target, np.full(machine.count(lanes), value), lanes)
+
+    return step
+
+
+def _pass(instruction: Instruction) -> Step:
+    """A number to or from a function, through a register."""
+    name, offset = _address(instruction.operands[0])
+    if offset:
+        raise UnsupportedError(f"`{instruction.text}`")
+
+    def step(machine: Machine, lanes: Lanes) -> None:
+        machine.write(name, machine.read(instruction.operands[1], instruction.type, lanes), lanes)
 
     return step
 

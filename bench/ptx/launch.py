@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.backends._triton.device import ENABLE_FP_FUSION, WordsOf
 
 from ..codegen.compile import OfflineDriver
+from .fresh import watches_memory, written
 from .machine import WARP, Program
 from .memory import GlobalMemory, Region
 
@@ -34,6 +35,7 @@ class KeptWords(WordsOf):
         self.tensor = tensor
 
 
+@watches_memory
 class PtxBackend(TritonBackend):
     """`TritonBackend` with its launches run by `Program`."""
 
@@ -54,12 +56,38 @@ class PtxBackend(TritonBackend):
     ) -> None:
         settings.setdefault("enable_fp_fusion", ENABLE_FP_FUSION)
         self.launches[kernel.__name__] += 1
-        with offline():
-            binary = compiled_kernel(kernel).warmup(*args, grid=grid, **settings)
+        binary = _compile(kernel, grid, args, settings)
         self._run(binary, grid, dict(zip(kernel.arg_names, args, strict=False)))
 
     def _run(self, binary: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         launch(binary, grid, arguments)
+
+
+@contextmanager
+def running_ptx() -> Iterator[None]:
+    """Whatever Triton kernel code launches by itself, as `kernel[grid](...)`, is compiled and runs here."""
+    from triton.runtime.jit import KernelInterface
+
+    def prepare(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **settings: Any) -> None:
+            binary = _compile(kernel, grid, args, settings)
+            launch(binary, grid, {**dict(zip(kernel.arg_names, args, strict=False)), **settings})
+
+        return run
+
+    former = KernelInterface.__getitem__
+    KernelInterface.__getitem__ = prepare
+    try:
+        yield
+    finally:
+        KernelInterface.__getitem__ = former
+
+
+def _compile(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], settings: dict[str, Any]
+) -> Any:
+    with offline():
+        return compiled_kernel(kernel).warmup(*args, grid=grid, **settings)
 
 
 def launch(binary: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
@@ -92,7 +120,7 @@ def region(name: str, value: Tensor | KeptWords) -> Region:
     tensor = value.tensor if isinstance(value, KeptWords) else value
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     num_bytes = (last + 1) * tensor.itemsize if tensor.numel() else 0
-    return Region(name, tensor.data_ptr(), num_bytes)
+    return Region(name, tensor.data_ptr(), num_bytes, written(tensor))
 
 
 @cache

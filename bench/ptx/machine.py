@@ -34,14 +34,14 @@ Step = Callable[["Machine", Lanes], None]
 
 
 class Program:
-    """A kernel, ready to be launched.
+    """A kernel, ready to be launched: the entry of this name, or the first one.
 
     Raises:
         UnsupportedError: it has an instruction that is not known here.
     """
 
-    def __init__(self, text: str) -> None:
-        self.kernel = parse(text)
+    def __init__(self, text: str, entry: str = "") -> None:
+        self.kernel = parse(text, entry)
         self.steps = [make_step(instruction) for instruction in self.kernel.instructions]
         starts = {0, *self.kernel.labels.values()}
         for number, instruction in enumerate(self.kernel.instructions):

@@ -29,8 +29,8 @@ class Region:
     name: str
     address: int
     num_bytes: int
-    # Nothing in it may be read before it is written. It is filled with garbage.
-    unwritten: bool = False
+    # bool, a byte each: what may be read, for it was written; it is kept up to date. None: all of it.
+    written: Array | None = None
 
 
 class Space(ABC):
@@ -78,12 +78,6 @@ class GlobalMemory(Space):
         self.data = np.frombuffer(
             memoryview((ctypes.c_uint8 * size).from_address(self._base)), np.uint8
         )
-        self._written: list[tuple[Region, Array]] = []
-        for region in self.regions:
-            if region.unwritten:
-                begin = region.address - self._base
-                self.data[begin : begin + region.num_bytes] = GARBAGE
-                self._written.append((region, np.zeros(region.num_bytes, bool)))
 
     def offsets(self, addresses: Array, blocks: Array, num_bytes: int, reads: bool) -> Array:
         if not len(self._starts):
@@ -95,14 +89,16 @@ class GlobalMemory(Space):
         misaligned = addresses % num_bytes != 0
         if misaligned.any():
             self._fail(addresses[misaligned], num_bytes, "is misaligned")
-        for region, written in self._written:
+        for region in self.regions:
+            if region.written is None:
+                continue
             within = addresses - region.address
             within = within[(within >= 0) & (within < region.num_bytes)]
-            for byte in range(num_bytes):
-                if reads and not written[within + byte].all():
-                    bad = within[~written[within + byte]] + region.address
-                    self._fail(bad, num_bytes, "was read before it was written")
-                written[within + byte] = True
+            bytes_of = within[:, None] + np.arange(num_bytes)  # [lanes, bytes]
+            if reads and not (known := region.written[bytes_of].all(1)).all():
+                bad = within[~known] + region.address
+                self._fail(bad, num_bytes, "was read before it was written")
+            region.written[bytes_of] = True
         return addresses - self._base
 
     def _fail(self, addresses: Array, num_bytes: int, what: str) -> None:

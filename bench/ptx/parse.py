@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -68,14 +69,16 @@ class Kernel:
         return found
 
 
-def parse(text: str, entry: str = r"[\w$]+") -> Kernel:
-    """The kernel of this name, or the first one.
+def parse(text: str, entry: str = "") -> Kernel:
+    """The kernel of this name, or the first one; functions that it calls become a part of it.
 
     Raises:
         PtxError: there is no such kernel, or a line is no instruction.
     """
-    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
-    head = re.search(rf"\.entry\s+({entry})\s*\((.*?)\)[^{{]*\{{", text, re.DOTALL)
+    text = re.sub(r"/\*.*?\*/|//[^\n\"]*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = _with_calls_in_place(text)
+    name = re.escape(entry) or r"[\w$]+"
+    head = re.search(rf"\.entry\s+({name})\s*\((.*?)\)[^{{]*\{{", text, re.DOTALL)
     if head is None:
         raise PtxError(f"no entry {entry}")
     parameters = [_parameter(words) for words in head[2].split(",") if words.strip()]
@@ -86,8 +89,9 @@ def parse(text: str, entry: str = r"[\w$]+") -> Kernel:
         for number, name in re.findall(r'\.file\s+(\d+) .*"([^"\n]+)"', text)
     }
     place = ""
+    # A scope's braces stand alone: within an instruction they come in pairs, on one line.
     for line in _body(text[head.end() :]).splitlines():
-        line = line.split("//")[0].strip()
+        line = line.strip()
         if location := re.match(r"\.loc\s+(\d+) (\d+)", line):
             place = f"{files.get(location[1], location[1])}:{location[2]}"
             continue
@@ -95,13 +99,61 @@ def parse(text: str, entry: str = r"[\w$]+") -> Kernel:
             kernel.labels[label[1]] = len(kernel.instructions)
             line = line[label.end() :]
         for statement in line.split(";"):
-            # A scope's braces stand alone or at its ends: within an instruction they come in pairs.
             statement = statement.strip().removeprefix("{").strip()
-            if statement.startswith(".reg"):
+            if statement.startswith((".reg", ".param")):
                 _read_registers(kernel, statement)
             elif statement and statement[0] not in ".}":
                 kernel.instructions.append(_instruction(statement, place))
     return kernel
+
+
+CALL = re.compile(
+    r"(@\S+\s+)?call(?:\.uni)?\s*(?:\(([^)]*)\),)?\s*([\w$]+)\s*(?:,\s*\(([^)]*)\))?\s*;"
+)
+FUNCTION = re.compile(r"\.func\s+(?:\(([^)]*)\)\s*)?([\w$]+)\s*\(([^)]*)\)\s*\{")
+
+
+def _with_calls_in_place(text: str) -> str:
+    """The body of each function in place of each call, with names of its own.
+
+    A parameter of a call is a register, which the body knows by the caller's name.
+    """
+    functions = {
+        head[2]: (_last_words(head[1]) + _last_words(head[3]), _body(text[head.end() :]))
+        for head in FUNCTION.finditer(text)
+    }
+    numbers = itertools.count()
+
+    def in_place(call: re.Match[str]) -> str:
+        predicate, results, function, arguments = call.groups()
+        if predicate or function not in functions:
+            return " ".join(call[0].split())
+        names, body = functions[function]
+        passed = dict(zip(names, _last_words(results) + _last_words(arguments), strict=True))
+        # `%r<9>` declares %r1.
+        declared = re.findall(r"\.(?:reg|param)\s+\.\w+\s+([^;]*);", body)
+        own = {name.split("<")[0] for names in declared for name in _last_words(names)}
+        own.update(re.findall(r"^\s*([\w$]+):", body, re.MULTILINE))
+        mark = f"_call{next(numbers)}_"
+
+        def renamed(word: re.Match[str]) -> str:
+            stem = word[0].rstrip("0123456789")
+            if word[0] in own:
+                return word[0] + mark
+            if stem in own:
+                return stem + mark + word[0][len(stem) :]
+            return passed.get(word[0], word[0])
+
+        body = re.sub(r"[%$\w]+", renamed, CALL.sub(in_place, body))
+        body = re.sub(r"\bret\b", f"bra $end{mark}", body)
+        return f"{body}\n$end{mark}:\n"
+
+    return CALL.sub(in_place, text)
+
+
+def _last_words(text: str | None) -> list[str]:
+    """The names in `.param .b64 first, .param .b64 second`."""
+    return [part.split()[-1] for part in (text or "").split(",") if part.strip()]
 
 
 def _body(text: str) -> str:
@@ -131,7 +183,7 @@ def _read_shared(kernel: Kernel, text: str) -> None:
 
 
 def _read_registers(kernel: Kernel, statement: str) -> None:
-    """`.reg .b32 %r<9>`, or `.reg .b16 low, high`."""
+    """`.reg .b32 %r<9>`, or `.reg .b16 low, high`, or a call's `.param .b64 param0`."""
     _, kind, names = statement.split(None, 2)
     for name in names.split(","):
         kernel.register_types[name.strip().split("<")[0]] = kind[1:]

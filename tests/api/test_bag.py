@@ -344,6 +344,7 @@ def test_random_sums_stay_within_the_bound_of_fp32(target, method, dtype, mode):
 def cut(monkeypatch):
     """Bags of more than 8 ids are cut."""
     monkeypatch.setattr(bag_plan, "MAX_WHOLE_BAG", 8)
+    monkeypatch.setattr(bag_plan, "MAX_WHOLE_MEAN", 1)
     monkeypatch.setattr(bag_plan, "MIN_BAG_CHUNK", 8)
     monkeypatch.setattr(bag_plan, "MAX_BAG_CHUNK", 8)
 
@@ -414,19 +415,21 @@ def test_cut_bags_without_ids_that_count_are_zero(target):
 
 def test_cuts_follow_shapes():
     """Where a bag may be long, and never by what the offsets say."""
-    offsets = torch.empty(5, dtype=torch.int64, device="meta")
-    for shape, has_offsets, expected in (
-        ((512,), True, 0),
-        ((513,), True, 64),
-        ((1, 512), False, 0),
-        ((1, 513), False, 64),
-        ((2**12, 512), False, 0),
-        ((2**20,), True, 512),
-        ((1, 2**20), False, 512),
-        ((2**31 + 1,), True, 1024),
+    for shape, num_offsets, expected in (
+        ((512,), 5, 0),
+        ((513,), 5, 64),
+        ((16_000,), 500, 0),
+        ((16_001,), 500, 64),
+        ((1, 512), None, 0),
+        ((1, 513), None, 64),
+        ((2**12, 512), None, 0),
+        ((2**20,), 5, 512),
+        ((1, 2**20), None, 512),
+        ((2**31 + 1,), 5, 1024),
     ):
         indices = torch.empty(shape, dtype=torch.int64, device="meta")
-        bags = gpu_embed.bags.make_bags(indices, offsets if has_offsets else None, False)
+        offsets = None if num_offsets is None else indices.new_empty(num_offsets)
+        bags = gpu_embed.bags.make_bags(indices, offsets, False)
         assert bag_plan.bag_chunk_length(bags) == expected, shape
 
 
@@ -718,6 +721,7 @@ def test_kernels_clamp_and_record_wrong_offsets(
     """Bounds: nothing outside of the ids is read; what is read is recorded as wrong."""
     for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
         monkeypatch.setattr(bag_plan, name, longest)
+    monkeypatch.setattr(bag_plan, "MAX_WHOLE_MEAN", 0)
     device = torch.device(target.device)
     backend = gpu_embed.backends.select(device)
     # The ids lie between ids of a row that would be seen.

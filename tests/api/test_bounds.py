@@ -254,6 +254,7 @@ def test_the_error_names_a_bag_that_is_cut(target, reduction, position, monkeypa
     """Bounds: an id in the head of the last bag, at the head's end, and behind it."""
     for name in ("MAX_WHOLE_BAG", "MIN_BAG_CHUNK", "MAX_BAG_CHUNK"):
         monkeypatch.setattr(bag_plan, name, 8)
+    monkeypatch.setattr(bag_plan, "MAX_WHOLE_MEAN", 1)
     weight = table(5, 3, torch.float32, target.device)
     indices = torch.ones(30, dtype=torch.int64, device=target.device)
     indices[position] = 9

@@ -4,7 +4,16 @@ from math import gcd
 
 import pytest
 import torch
-from cases import GRADIENT_DTYPES, ID_DTYPES, ids, integer_gradient, same_bits, table
+from cases import (
+    GRADIENT_DTYPES,
+    ID_DTYPES,
+    INT16_KEYS,
+    ids,
+    ids_around_the_middle,
+    integer_gradient,
+    same_bits,
+    table,
+)
 from targets import has_kernels, has_method
 from tiers import where
 
@@ -124,6 +133,17 @@ def test_every_dtype_of_ids_and_of_sort_keys(target, method, dtype, num_embeddin
     indices = torch.tensor([0, 99, 5, 99, 0, 7], device=target.device).to(dtype)
     grad_output = integer_gradient((6, 4), torch.float32, target.device)
     actual, expected = gradient(indices, num_embeddings, grad_output)
+    assert torch.equal(actual, expected)
+
+
+@INT16_KEYS
+def test_rows_that_int16_holds_as_negative_keys(target, method, num_embeddings):
+    """And the sentinel of padding and of ids out of range, which comes last."""
+    indices = ids_around_the_middle(num_embeddings, target.device)
+    indices[7], indices[50] = -1, num_embeddings
+    grad_output = integer_gradient((100, 4), torch.float32, target.device)
+    with gpu_embed.set_bounds_check("off"):
+        actual, expected = gradient(indices, num_embeddings, grad_output, padding_idx=1)
     assert torch.equal(actual, expected)
 
 
@@ -280,7 +300,10 @@ def test_deterministic_gradients_repeat_bit_for_bit(target, method, dtype):
         (4096, 50_000, torch.float16, False, False, "sorted"),
         (4096, 50_000, torch.float32, True, False, "sorted"),
         (4096, 50_000, torch.float32, False, True, "sorted"),
-        (4096, 2, torch.float32, False, False, "sorted"),
+        (1024, 2, torch.float32, False, False, "atomic"),
+        (1025, 2, torch.float32, False, False, "sorted"),
+        (4096, 8192, torch.float64, False, False, "atomic"),
+        (4096, 8191, torch.float64, False, False, "sorted"),
     ],
 )
 def test_the_choice_of_method(num_indices, num_embeddings, dtype, deterministic, scale, expected):

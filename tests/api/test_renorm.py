@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from cases import GRADIENT_DTYPES, table
+from cases import GRADIENT_DTYPES, INT16_KEYS, ids_around_the_middle, table
 
+import gpu_embed
 from gpu_embed.functional import embedding
 
 NORM_TYPES = [2.0, 1.0, 0.0, float("inf"), float("-inf"), 0.5, 3.0, -1.0, -2.5, 2, float("nan")]
@@ -53,6 +54,19 @@ def test_a_row_looked_up_often_is_scaled_once(target):
     assert weight[1].eq(8).all()
 
 
+@INT16_KEYS
+@pytest.mark.parametrize("bad", [False, True])
+def test_rows_that_int16_holds_as_negative_keys(target, num_embeddings, bad):
+    """Of the narrow keys too one that is none comes last, and stops the call."""
+    weight = torch.full((num_embeddings, 1), 8.0, device=target.device)
+    indices = ids_around_the_middle(num_embeddings, target.device)
+    indices[3] = num_embeddings if bad else 0
+    with gpu_embed.set_bounds_check("off"):
+        embedding(indices, weight, max_norm=4.0)
+    changed = weight.lt(5).flatten().nonzero().flatten()
+    assert torch.equal(changed, indices.new_empty(0) if bad else indices.unique())
+
+
 @pytest.mark.parametrize("view", [lambda w: w.t(), lambda w: w[::2], lambda w: w[:, 1::2]])
 def test_strided_tables_are_scaled_in_place(target, view):
     whole = table(8, 8, torch.float32, target.device)
@@ -100,8 +114,6 @@ def test_an_id_out_of_range_leaves_the_table_untouched(target):
         with pytest.raises(IndexError, match="id 4 at flat position 1"):
             embedding(indices, weight, max_norm=0.5)
     else:
-        import gpu_embed
-
         embedding(indices, weight, max_norm=0.5)
         with pytest.raises(IndexError, match="id 4"):
             gpu_embed.check_bounds()

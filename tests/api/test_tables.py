@@ -153,6 +153,35 @@ def test_hot_rows_across_levels_of_partial_sums(target, method):
     )
 
 
+@pytest.mark.parametrize("dims", [(4, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize("mode", ["sum", "max"])
+def test_rows_that_int16_holds_as_negative_keys(target, method, dims, mode):
+    """As many rows as int16 keys serve, in both tables on both sides of 2**15."""
+    sizes = [(40_000, dims[0]), (25_535, dims[1])]
+    layer = integer_layer(sizes, target.device, mode=mode, padding_idx=[1, None])
+    ids = torch.tensor([39_999, 2**15, 2**15 - 1, 0, 1] * 14 + [25_534, 0, 1] * 10)
+    offsets = torch.tensor([0, 4, 70, 90, 100], device=target.device)
+    weights = integers(100).float().to(target.device) if mode == "sum" else None
+    ids = ids.to(target.device)
+    assert_same(
+        by_layer(layer, ids, offsets, per_sample_weights=weights),
+        by_torch(layer, ids, offsets, per_sample_weights=weights),
+    )
+
+
+def test_many_rows_without_pooling(target, method):
+    """As many rows as int16 keys serve."""
+    layer = embedding_layer([(40_000, 2), (25_535, 2)], target.device)
+    ids = torch.tensor([39_999, 2**15, 2**15 - 1, 0] * 20 + [25_534, 0] * 10, device=target.device)
+    output = layer(ids, torch.tensor([0, 80, 100], device=target.device))
+    grad_output = gradient_like(output)
+    output.backward(grad_output)
+    rows = torch.cat([ids[:80], ids[80:] + 40_000])
+    assert torch.equal(
+        layer.weight.grad, torch.zeros_like(layer.weight).index_add_(0, rows, grad_output)
+    )
+
+
 def test_rows_without_pooling_are_copied_bit_for_bit(target, method):
     """Exact copy; and a gradient for each row but the padding's, which is read as stored."""
     layer = embedding_layer(TABLES["uniform"], target.device, padding_idx=[None, -1, 0])

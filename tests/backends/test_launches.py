@@ -513,7 +513,7 @@ real = nvrtc.import_cupy().cuda.nvrtc
 count = []
 compile = real.compileProgram
 real.compileProgram = lambda *a: (count.append(1), compile(*a))[1]
-made = nvrtc.compile_kernels("counts", ("counts_kernel",), 80)
+made = nvrtc.compile_kernels("counts", ("counts_kernel",), "sm_80")
 print(len(count), len(made.image), made.image[:4] == b"\\x7fELF", sorted(made.symbols))
 """
     said = [

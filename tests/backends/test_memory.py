@@ -101,7 +101,7 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
 SIZES = [
     (num_indices, num_embeddings)
     for num_indices in (1, 100_000, 3_000_000, 100_000_000)
-    for num_embeddings in (100, 30_000, 1_000_000, 3_000_000_000)
+    for num_embeddings in (100, 65_535, 1_000_000, 3_000_000_000)
 ]
 # More than can be sorted.
 FAR = (2**31 + 16, 1_000_000)
@@ -109,7 +109,7 @@ FAR = (2**31 + 16, 1_000_000)
 
 def limit(num_indices: int, num_rows: int) -> int:
     """torch.sort's, which follow from the width of the keys, and the partial sums'."""
-    per_id = 32 if num_rows < 2**15 else 40 if num_rows < 2**31 else 52
+    per_id = 32 if num_rows < 2**16 else 40 if num_rows < 2**31 else 52
     return per_id * num_indices + 64 * MIB
 
 

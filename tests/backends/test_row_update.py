@@ -7,7 +7,9 @@ import pytest
 import torch
 from cases import (
     FAR_ROWS,
+    INT16_KEYS,
     ids,
+    ids_around_the_middle,
     integer_gradient,
     mapped,
     needs_mapping,
@@ -94,6 +96,22 @@ def test_rows_are_updated_as_the_reference_says(
     indices = ids(kind, num_indices, num_embeddings, target.device)
     values = integer_gradient((num_indices, embedding_dim), torch.float32, target.device)
     check(update, weight, indices, values)
+
+
+@INT16_KEYS
+@pytest.mark.parametrize("update", ["sgd", "rowwise_adagrad"])
+@pytest.mark.parametrize("long", [False, True], ids=["in a program", "too long"])
+def test_rows_that_int16_holds_as_negative_keys(target, num_embeddings, update, long, monkeypatch):
+    """And the sentinel of ids out of range, which comes last."""
+    if long and target.backend == "triton":
+        from gpu_embed.backends._triton import row_update
+
+        monkeypatch.setattr(row_update, "MAX_HELD_ROW", 4)
+    weight = table(num_embeddings, 2, torch.float32, target.device)
+    indices = ids_around_the_middle(num_embeddings, target.device)
+    indices[7], indices[50] = -1, num_embeddings
+    values = integer_gradient((100, 2), torch.float32, target.device)
+    check(UPDATES[update], weight, indices, values)
 
 
 @every_update

@@ -220,7 +220,7 @@ BAD = {
     "--threads 0": "--threads 0: at least 1",
     "dance": "invalid choice: 'dance'",
     "run --set A --bogus": "unrecognized arguments: --bogus",
-    "compare OLD": "required: NEW",
+    "compare": "required: NEW",
 }
 
 

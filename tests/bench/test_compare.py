@@ -1,5 +1,7 @@
 """Comparing two results: the exit code that a CI runner sees, and what is printed. All rows are synthetic."""
 
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 pytest.importorskip("rich", reason="the benchmark's extra is not installed")
 
 from gpu_embed.bench import cli, compare
-from gpu_embed.bench.results import Row, RowWriter
+from gpu_embed.bench.results import Row, RowWriter, write_header
 
 BASE = Row(
     set="A",
@@ -280,3 +282,66 @@ def test_the_best_rival_is_right_and_not_ours():
     }
     assert compare.best_rival(rows).provider == "torch.compile"
     assert compare.best_rival({"gpu_embed": row()}) is None
+
+
+DAYS = ("2026-01-05", "2026-02-01", "2026-03-01")
+
+
+@pytest.fixture
+def committed(tmp_path, monkeypatch):
+    """Results of two devices, committed in a repository; returns what makes more, and compares them."""
+    root = tmp_path / "results"
+    monkeypatch.setattr(compare, "ROOT", root)
+
+    def write(name: str, *rows: Row, date: str = "2026-04-01") -> Path:
+        with RowWriter(root / name) as writer:
+            for one in rows:
+                writer.write(one)
+        write_header(root / name, {"date": date})
+        return root / name
+
+    for day in DAYS:
+        write(f"h100-{day}", row(ms=1.0), date=day)
+    write("h100-step", row(mode="step"), date="2026-03-20")
+    write("h200", row(ms=5.0, device="another synthetic device"), date="2026-03-21")
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test", "-C", tmp_path]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "old"]):
+        subprocess.run([*git, *arguments], check=True)
+    # Measured here and not committed: no reference.
+    write("h100-again", row(ms=3.0), date="2026-03-22")
+    return write
+
+
+@pytest.mark.parametrize(("ms", "code"), [(1.0, 0), (2.0, 1)], ids=["same speed", "slower"])
+def test_without_old_results_the_newest_committed_of_the_device_are_taken(
+    committed, capsys, ms, code
+):
+    new = committed("new", row(ms=ms))
+    assert cli.main(["compare", str(new)]) == code
+    old = new.parent / f"h100-{DAYS[-1]}" / "results.csv"
+    said = capsys.readouterr().out
+    assert f"compared with {old}, the newest committed results of this device" in said
+
+
+def test_committed_results_are_compared_with_others(committed, capsys):
+    """Else those just committed would be their own reference."""
+    root = committed("new", row()).parent
+    assert cli.main(["compare", str(root / f"h100-{DAYS[-1]}/results.csv")]) == 0
+    assert f"compared with {root}/h100-{DAYS[-2]}/results.csv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"device": "a new card"}, {"vocab": 9}], ids=str)
+def test_where_nothing_is_committed_it_says_what_to_do(committed, capsys, changes):
+    new = committed("new", row(**changes))
+    assert cli.main(["compare", str(new)]) == 2
+    said = capsys.readouterr().err
+    assert f"holds no committed results of {changes.get('device', BASE.device)} with these" in said
+    assert "name OLD before NEW, or commit the directory of NEW there" in said
+    assert said.count("\n") == 1
+
+
+def test_outside_of_a_checkout_nothing_is_committed(committed, capsys, monkeypatch, tmp_path):
+    new = committed("new", row())
+    shutil.rmtree(tmp_path / ".git")
+    assert cli.main(["compare", str(new)]) == 2
+    assert "holds no committed results" in capsys.readouterr().err

@@ -26,11 +26,11 @@ def entry(body, parameters=".param .u64 out", shared=""):
     )
 
 
-def launch(body, *arrays, grid=(1,), block=(WARP,), shared="", unwritten=False):
-    """Run a kernel whose parameters p0, p1, ... point to the arrays; the last one may be unwritten."""
+def launch(body, *arrays, grid=(1,), block=(WARP,), shared="", written=None):
+    """Run a kernel whose parameters p0, p1, ... point to the arrays; of the last, these bytes are written."""
     parameters = ", ".join(f".param .u64 p{number}" for number in range(len(arrays)))
     regions = [
-        Region(f"p{n}", a.ctypes.data, a.nbytes, unwritten and n == len(arrays) - 1)
+        Region(f"p{n}", a.ctypes.data, a.nbytes, written if n == len(arrays) - 1 else None)
         for n, a in enumerate(arrays)
     ]
     arguments = [array.ctypes.data for array in arrays]
@@ -139,6 +139,11 @@ CASES_32 = [
     ("abs.f32", [f(-2)], bits32(2)),
     ("sqrt.rn.f32", [f(2)], bits32(np.sqrt(np.float32(2)))),
     ("rcp.rn.f32", [f(3)], bits32(np.float32(1) / np.float32(3))),
+    ("rcp.approx.ftz.f32", [f(-4)], bits32(-0.25)),
+    ("rcp.approx.ftz.f32", ["0x80400000"], bits32(-INF)),
+    ("rem.u32", ["0xFFFFFFF9", "16"], 9),
+    ("and.b16", ["0xFF0F", "0x8888"], 0x8808),
+    ("or.b16", ["12", "3"], 15),
     ("rsqrt.approx.f32", [f(4)], bits32(0.5)),
     ("ex2.approx.f32", [f(3)], bits32(8)),
     ("lg2.approx.f32", [f(8)], bits32(3)),
@@ -171,6 +176,9 @@ CASES_32 = [
     ("cvt.rn.f32.u64", ["0xFFFFFFFFFFFFFFFF"], bits32(2.0**64)),
     ("cvt.rn.f32.f64", [d(1 + 2**-24)], bits32(1)),
     ("cvt.rmi.f32.f32", [f(-2.5)], bits32(-3)),
+    ("cvt.rni.f32.f32", [f(2.5)], bits32(2)),
+    ("cvt.rzi.f32.f32", [f(-2.7)], bits32(-2)),
+    ("cvt.rzi.u32.f32", [f(3e9)], 3_000_000_000),
     ("cvt.f32.f16", ["0x3C00"], bits32(1)),
     ("cvt.f32.bf16", ["0x3FC0"], bits32(1.5)),
     ("cvt.rn.bf16x2.f32", [f(1.5), f(2)], 0x3FC04000),
@@ -190,6 +198,23 @@ CASES_64 = [
     ("mad.wide.s32", ["-3", "5", "16"], 1),
     ("mad.lo.s64", ["-3", "5", "16"], 1),
     ("div.s64", ["-7", "2"], unsigned(-3, 64)),
+    ("rem.s64", ["-7", "2"], unsigned(-1, 64)),
+    ("neg.s64", ["5"], unsigned(-5, 64)),
+    ("not.b64", ["5"], unsigned(-6, 64)),
+    ("max.s64", ["-1", "1"], 1),
+    ("max.u64", ["-1", "1"], unsigned(-1, 64)),
+    ("min.s64", ["-1", "1"], unsigned(-1, 64)),
+    ("bfi.b64", ["0xF", "0", "36", "2"], 0x3000000000),
+    ("shr.u64", ["-8", "60"], 15),
+    ("cvt.s64.s16", ["0x18000"], unsigned(-32768, 64)),
+    ("cvt.u64.u16", ["0x18000"], 0x8000),
+    ("cvt.rzi.s64.f32", [f(-3e9)], unsigned(-3_000_000_000, 64)),
+    ("cvt.rzi.f64.f64", [d(-2.7)], bits64(-2)),
+    ("div.rn.f64", [d(1), d(3)], bits64(1 / 3)),
+    ("sqrt.rn.f64", [d(2)], bits64(math.sqrt(2))),
+    ("rcp.approx.ftz.f64", [d(4)], bits64(0.25)),
+    ("abs.f64", [d(-0.1)], bits64(0.1)),
+    ("neg.f64", [d(0.1)], bits64(-0.1)),
     ("shl.b64", ["1", "40"], 1 << 40),
     ("shr.s64", ["-8", "1"], unsigned(-4, 64)),
     ("bfe.u64", ["0xABCD00000000", "32", "8"], 0xCD),
@@ -228,6 +253,10 @@ def test_an_instruction_of_64_bits(name, operands, expected):
         ("le.s32", "1", "1", 1),
         ("gt.s32", "2", "1", 1),
         ("ge.s32", "1", "2", 0),
+        ("lt.s16", "0x8000", "1", 1),
+        ("gt.u16", "0x8000", "1", 1),
+        ("ge.u64", "-1", "1", 1),
+        ("lt.s64", "-1", "1", 1),
         ("lo.u32", "1", "2", 1),
         ("ls.u32", "2", "2", 1),
         ("hi.u32", "-1", "2", 1),
@@ -237,6 +266,9 @@ def test_an_instruction_of_64_bits(name, operands, expected):
         ("ne.f32", f(NAN), f(1), 0),
         ("neu.f32", f(NAN), f(1), 1),
         ("eq.f32", f(0.0), f(-0.0), 1),
+        ("leu.f64", d(NAN), d(1), 1),
+        ("gtu.f32", f(2), f(1), 1),
+        ("geu.f32", f(1), f(2), 0),
         ("nan.f32", f(NAN), f(1), 1),
         ("num.f32", f(NAN), f(1), 0),
         ("gt.bf16", "0x4000", "0x3F80", 1),
@@ -262,6 +294,78 @@ def test_predicates_join_and_turn():
     lane = np.arange(WARP)
     low = lane < 16
     assert lanes(body).tolist() == (~((lane > 3) & low) ^ low | ~low).tolist()
+
+
+def test_a_function_is_called_from_two_places():
+    """Each call has registers and labels of its own; the lanes are in both at once, and in a call within."""
+    function = """
+    .func (.param .b64 func_retval0) twice(.param .b64 twice_param_0);
+    .func (.param .b64 func_retval0) add_one(.param .b64 add_one_param_0)
+    {
+    .reg .b64 %rd<3>;
+    ld.param.u64 %rd1, [add_one_param_0];
+    add.s64 %rd2, %rd1, 1;
+    st.param.b64 [func_retval0+0], %rd2;
+    ret;
+    }
+    .func (.param .b64 func_retval0) twice(
+    .param .b64 twice_param_0
+    )
+    {
+    .reg .pred %p<2>;
+    .reg .b64 %rd<5>;
+    ld.param.u64 %rd1, [twice_param_0];
+    { // callseq 0, 0
+    .param .b64 param0;
+    st.param.b64 [param0+0], 0;
+    .param .b64 retval0;
+    call (retval0), add_one, (param0);
+    ld.param.b64 %rd4, [retval0+0];
+    } // callseq 0
+    setp.lt.u64 %p1, %rd1, 20;
+    @%p1 bra $small;
+    st.param.b64 [func_retval0+0], %rd1;
+    ret;
+    $small:
+    add.s64 %rd2, %rd1, %rd1;
+    add.s64 %rd2, %rd2, %rd4;
+    st.param.b64 [func_retval0+0], %rd2;
+    ret;
+    }
+    """
+    call = """
+    {{
+    .param .b64 param0;
+    st.param.b64 [param0+0], {argument};
+    .param .b64 retval0;
+    call.uni (retval0),
+    twice,
+    (
+    param0
+    );
+    ld.param.b64 {result}, [retval0+0];
+    }}
+    """
+    body = f"""
+    mov.u32 %r8, %laneid;
+    ld.param.u64 %rd1, [p0];
+    mul.wide.u32 %rd2, %r8, 8;
+    add.s64 %rd1, %rd1, %rd2;
+    cvt.u64.u32 %rd4, %r8;
+    setp.lt.u32 %p1, %r8, 16;
+    @%p1 bra $low;
+    {call.format(argument="%rd4", result="%rd3")}
+    bra $both;
+    $low:
+    {call.format(argument="%rd2", result="%rd3")}
+    $both:
+    add.s64 %rd3, %rd3, %rd4;
+    st.global.b64 [%rd1], %rd3;
+    """
+    out = np.zeros(WARP, np.int64)
+    launch(body, out, shared=function)
+    argument = np.where(LANE < 16, 8 * LANE, LANE)
+    assert out.tolist() == (np.where(argument < 20, 2 * argument + 1, argument) + LANE).tolist()
 
 
 def test_words_are_packed_and_taken_apart():
@@ -394,6 +498,21 @@ def test_an_atomic_returns_what_was_there():
     assert sorted(out.tolist()) == LANE.tolist()
 
 
+def test_a_vector_is_added_atomically():
+    out, pairs = np.zeros(WARP, np.float32), np.zeros(2)
+    numbers = pairs.view(np.float32)  # pairs of them are aligned
+    numbers[:] = [0, 1, 2, 3]
+    body = """
+    ld.param.u64 %rd4, [p1];
+    mov.f32 %f4, 0f3F000000;
+    atom.global.add.v2.f32 {%f1, %f2}, [%rd4+8], {%f4, %f4};
+    st.global.f32 [%rd1], %f1;
+    """
+    launch(own_word() + body, out, numbers)
+    assert numbers.tolist() == [0, 1, 18, 19]
+    assert sorted(out.tolist()) == [2 + n / 2 for n in range(WARP)]
+
+
 def test_pairs_are_added_atomically():
     # bf16 1.0 and 2.0, to 32 lanes; 64 is 0x4280, 32 is 0x4200.
     out, word = np.zeros(WARP, np.uint32), np.zeros(1, np.uint32)
@@ -497,15 +616,20 @@ def test_an_error_says_where(body, message):
     assert str(caught.value).startswith("try, 1:42, `")
 
 
-def test_unwritten_memory_is_garbage_that_may_not_be_read():
-    out, fresh = np.zeros(WARP, np.uint32), np.zeros(WARP, np.uint32)
+def test_unwritten_memory_may_not_be_read():
+    out, fresh = np.zeros(WARP, np.uint32), np.full(WARP, 7, np.uint32)
+    written = np.zeros(fresh.nbytes, bool)
     body = f"{own_word()}\nld.param.u64 %rd3, [p1];\nadd.s64 %rd3, %rd3, %rd2;\n"
-    load = "ld.global.b32 %r1, [%rd3];\n"
-    launch(body + "st.global.b32 [%rd3], 5;\n" + load, out, fresh, unwritten=True)
-    assert fresh.tolist() == [5] * WARP
+    load = "ld.global.b32 %r1, [%rd3];\nst.global.b32 [%rd1], %r1;\n"
     with pytest.raises(PtxError, match=r"p1 of .* was read before it was written, in 32 lanes"):
-        launch(body + load, out, fresh, unwritten=True)
-    assert hex(fresh[0]) == "0xa5a5a5a5"
+        launch(body + load, out, fresh, written=written)
+    launch(body + "st.global.b16 [%rd3], 5;", out, fresh, written=written)
+    assert written.reshape(-1, 4).tolist() == [[True, True, False, False]] * WARP
+    with pytest.raises(PtxError, match=r"was read before it was written, in 32 lanes"):
+        launch(body + load, out, fresh, written=written)
+    launch(body + "st.global.b16 [%rd3+2], 0;", out, fresh, written=written)
+    launch(body + load, out, fresh, written=written)
+    assert out.tolist() == [5] * WARP
 
 
 def test_an_unwritten_register_is_garbage():
@@ -518,6 +642,8 @@ def test_an_unwritten_register_is_garbage():
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 %r1, %r2, %r3, %r4",
         "add.rz.f32 %f1, %f2, %f3",
         "ld.local.b32 %r1, [%rd1]",
+        "call.uni (%r1), unknown, (%r2)",
+        "@%p1 call unknown",
         "cvt.rz.f32.f64 %f1, %fd1",
     ],
 )
@@ -551,7 +677,7 @@ def test_the_text_is_read():
     assert (branch.predicate, branch.negated, branch.operands) == ("%p1", True, ("$L__BB0_1",))
     assert kernel.labels == {"$L__BB0_1": 2}
     assert kernel.register_type("%r2") == "b32"
-    assert parse(text, "second").name == "second"
+    assert parse(text, "second").name == Program(text, "second").kernel.name == "second"
     with pytest.raises(PtxError, match="no entry third"):
         parse(text, "third")
 

@@ -17,7 +17,7 @@ from gpu_embed.bench.ptx import launch as ptx_launch
 from gpu_embed.bench.ptx.machine import Program
 from gpu_embed.bench.ptx.parse import PtxError
 
-if reason := targets.unusable_reason(targets.PTX):
+if reason := targets.unusable_reason(targets.PTX[0]):
     pytest.skip(reason, allow_module_level=True)
 COMMITTED_TRITON = next(
     line.partition("==")[2]

@@ -434,6 +434,22 @@ def test_hot_rows_are_summed_across_levels(target, make):
     assert_equal(layer, modules)
 
 
+@two_optimizers
+@pytest.mark.parametrize("long", [False, True], ids=["in a program", "too long"])
+def test_rows_that_int16_holds_as_negative_keys(target, make, long, monkeypatch):
+    """As many rows as int16 keys serve."""
+    if long and target.backend == "triton":
+        monkeypatch.setattr(triton_row_update, "MAX_HELD_ROW", 4)
+    sizes = {"user": (40_000, 1), "item": (25_535, 2)}
+    layer = integer_layer(sizes, target.device, sparse=True)
+    modules, look_up = one_by_one(layer)
+    ids = torch.tensor([39_999, 2**15, 2**15 - 1, 0] * 10 + [25_534, 0] * 10).to(target.device)
+    offsets = torch.tensor([0, 40, 60], device=target.device)
+    train([make(layer.parameters())], layer, [(ids, offsets)])
+    train([make(modules.parameters())], look_up, [(ids, offsets)])
+    assert_equal(layer, modules)
+
+
 @pytest.mark.full
 @two_optimizers
 def test_weighted_entries(target, make):

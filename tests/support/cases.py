@@ -67,6 +67,16 @@ def ids(kind: str, num_indices: int, num_embeddings: int, device: str = "cpu") -
     return uniform.to(device)
 
 
+# Sort keys of these tables are int16: row numbers less 2**15. The last one's sentinel is the largest key.
+INT16_KEYS = pytest.mark.parametrize("num_embeddings", [2**15, 2**16 - 1])
+
+
+def ids_around_the_middle(num_embeddings: int, device: str = "cpu") -> Tensor:
+    """int64 ids [100]: of the table's ends and of both sides of 2**15, each in several chunks."""
+    rows = torch.tensor([num_embeddings - 1, 2**15 - 1, 0, min(2**15, num_embeddings - 1), 1])
+    return rows.repeat(20).to(device)
+
+
 def same_bits(actual: Tensor, expected: Tensor) -> bool:
     """Equal as bytes: NaN patterns and signed zeros too."""
     return actual.shape == expected.shape and torch.equal(

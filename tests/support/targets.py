@@ -25,15 +25,20 @@ class Target:
 
     backend: str
     device: str
-    # Whether the kernels run as the PTX that Triton compiles for a card.
+    # Whether the kernels run as the PTX that is compiled for a card.
     ptx: bool = False
 
     def __str__(self) -> str:
-        return f"{'ptx' if self.ptx else self.backend}-{self.device}"
+        name = PTX_NAMES[self.backend] if self.ptx else self.backend
+        return f"{name}-{self.device}"
+
+
+# By who makes the PTX: Triton, or NVRTC.
+PTX_NAMES = {"triton": "ptx", "cupy": "nvrtc"}
 
 
 ALL = tuple(Target(name, device) for device in ("cpu", "cuda") for name in backends.BACKENDS)
-PTX = Target("triton", "cpu", ptx=True)
+PTX = tuple(Target(name, "cpu", ptx=True) for name in PTX_NAMES)
 # Those on CUDA are collected where there is a card, and where one is required: there they fail without it.
 COLLECTED = tuple(one for one in ALL if one.device == "cpu" or CUDA or REQUIRE_GPU)
 # What a whole model runs on.
@@ -67,14 +72,18 @@ def stand_in(target: Target) -> Backend | None:
     """What takes the backend's place; None: nothing does."""
     if target == Target("cupy", "cpu"):
         return cuda_host_backend.build()
-    return ptx_backend() if target.ptx else None
+    return ptx_backend(target.backend) if target.ptx else None
 
 
 @cache
-def ptx_backend() -> Backend:
-    from ptx_backend import CheckedPtxBackend
+def ptx_backend(name: str) -> Backend:
+    if name == "triton":
+        from ptx_backend import CheckedPtxBackend
 
-    return CheckedPtxBackend()
+        return CheckedPtxBackend()
+    from gpu_embed.bench.ptx.launch_cupy import PtxCupyBackend
+
+    return PtxCupyBackend()
 
 
 def require(target: Target) -> None:

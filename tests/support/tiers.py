@@ -34,7 +34,7 @@ FULL_FILES = frozenset(
     )
 )
 
-# Operations whose tests run on the target ptx-cpu too: in the full tier, and there as many as show every pair.
+# Operations whose tests run on the targets of compiled PTX too: in the full tier, and there as many as show every pair.
 PTX_FILES = frozenset(
     f"tests/{name}.py"
     for name in (

@@ -5,7 +5,7 @@ from torch import Tensor
 from ...bags import Bags
 from ...bounds import BoundsRecord, record_arguments
 from .._plan.access import vector_width
-from .._plan.bag import BagParts, BagPlan
+from .._plan.bag import NO_PARTS, BagParts, BagPlan
 from .device import FLOATS, CupyDevice, cpp_bool
 from .launch import BAG_JOIN, BAG_SAMPLE_WEIGHTS, MAX_SEGMENT_VECTOR
 from .nvrtc import Kernel
@@ -29,7 +29,7 @@ class CupyBag(CupyDevice, BagPlan):
         vec = bag_vector(weight)
         launch = self._launches[weight.device].bag_sum
         arguments = f"{FLOATS[weight.dtype]}, {vec}, {cpp_bool(mean)}, {launch.UNROLL}"
-        num_chunks = 0 if parts is None else len(parts.values) // 2
+        num_chunks = 0 if parts is None else len(parts.cut_bags)
         self._launch(
             Kernel("bag", f"bag_sum_kernel<{arguments}>"),
             *launch.grid((bags.num_bags + num_chunks) * (embedding_dim // vec)),
@@ -39,8 +39,7 @@ class CupyBag(CupyDevice, BagPlan):
             bags.offsets,
             per_sample_weights,
             output,
-            None if parts is None else parts.values,
-            None if parts is None else parts.sizes,
+            *(NO_PARTS if parts is None else parts[1:]),
             *record_arguments(record),
             *bags.counts(),
             0 if parts is None else parts.chunk_length,
@@ -57,14 +56,14 @@ class CupyBag(CupyDevice, BagPlan):
         embedding_dim = output.shape[1]
         self._launch(
             Kernel("bag", f"bag_join_kernel<{FLOATS[output.dtype]}>"),
-            *BAG_JOIN.grid(len(parts.values) // 2 * embedding_dim),
+            *BAG_JOIN.grid(len(parts.cut_bags) * embedding_dim),
             output.device,
-            parts.values,
-            parts.sizes,
+            *parts[1:],
             bags.offsets,
             output,
             *bags.counts(),
             parts.chunk_length,
+            len(parts.cut_bags),
             embedding_dim,
             offset_bytes(bags),
         )

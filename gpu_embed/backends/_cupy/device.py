@@ -10,7 +10,7 @@ from torch import Tensor
 from .._plan.in_force import InForce
 from .._plan.trial_launch import TrialLaunch, no_cuda_device
 from .launch import CupyLaunches, CupyMethods
-from .nvrtc import Kernel, compile_kernels, import_cupy
+from .nvrtc import Kernel, compile_kernels, import_cupy, target_for
 
 # atomicAdd(double) needs sm_60.
 MIN_CAPABILITY = (6, 0)
@@ -88,7 +88,8 @@ class CupyDevice:
     def _load(self, kernel: Kernel, device: torch.device) -> Any:
         """The kernel, compiled for the current device and loaded there."""
         major, minor = self._capability(device)
-        compiled = compile_kernels(kernel.stem, (kernel.expression,), 10 * major + minor)
+        target = target_for(10 * major + minor)
+        compiled = compile_kernels(kernel.stem, (kernel.expression,), target)
         module = import_cupy().cuda.Module()
         module.load(compiled.image)
         return module.get_function(compiled.symbols[kernel.expression])

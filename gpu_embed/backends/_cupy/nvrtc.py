@@ -25,22 +25,27 @@ class Kernel(NamedTuple):
     expression: str  # its name in C++, with template arguments
 
 
+def target_for(arch: int) -> str:
+    """What to compile for a card of ten times this compute capability.
+
+    One that NVRTC does not know gets PTX for the newest older one, which the driver compiles.
+    """
+    known = import_cupy().cuda.nvrtc.getSupportedArchs()
+    return f"sm_{arch}" if arch in known else f"compute_{max(a for a in known if a <= arch)}"
+
+
 def compile_kernels(
-    stem: str, expressions: Sequence[str], arch: int, options: tuple[str, ...] = ()
+    stem: str, expressions: Sequence[str], target: str, options: tuple[str, ...] = ()
 ) -> Compiled:
     """Compile kernels of gpu_embed/kernels/<stem>.cu, or find them in the cache; needs no GPU and no CUDA headers.
 
     Args:
-        arch: ten times the compute capability. One that NVRTC does not know gets PTX for the newest older
-            one, which the driver compiles.
+        target: as NVRTC's -arch: "sm_90" gives a cubin, "compute_90" PTX.
         options: further options of NVRTC.
 
     Raises RuntimeError with NVRTC's log if the code does not compile.
     """
     nvrtc = import_cupy().cuda.nvrtc
-    known = nvrtc.getSupportedArchs()
-    real = arch in known
-    target = f"sm_{arch}" if real else f"compute_{max(a for a in known if a <= arch)}"
     all_options = (f"-arch={target}", *OPTIONS, *UNFUSED.get(stem, ()), *options)
     version = ".".join(map(str, nvrtc.getVersion()))
     file = cubin_cache.file_for(source(stem), expressions, all_options, version)
@@ -59,6 +64,7 @@ def compile_kernels(
                 f"gpu_embed: NVRTC cannot compile {stem}.cu for {target}\n{log}"
             ) from error
         # CuPy cuts off the image's last byte, taking it for the end of a string.
+        real = target.startswith("sm_")
         image = nvrtc.getCUBIN(program) + b"\0" if real else nvrtc.getPTX(program)
         symbols = {name: nvrtc.getLoweredName(program, name) for name in expressions}
         compiled = Compiled(image, symbols, nvrtc.getProgramLog(program))
@@ -70,20 +76,25 @@ def compile_kernels(
 
 @cache
 def source(stem: str) -> str:
-    """A kernel file with what it includes put in its place, once, so that NVRTC looks for no file."""
+    """A kernel file with what it includes put in its place, once, so that NVRTC looks for no file.
+
+    Its messages, and the lines in PTX, name the file that a line comes from.
+    """
     folder = resources.files("gpu_embed.kernels")
     included: set[str] = set()
 
     def expanded(name: str) -> str:
-        return re.sub(
-            r'#include "(\w+\.cuh)"\n', lambda found: once(found[1]), (folder / name).read_text()
-        )
+        lines = [f'#line 1 "{name}"']
+        for number, line in enumerate((folder / name).read_text().splitlines(), 1):
+            found = re.fullmatch(r'#include "(\w+\.cuh)"', line)
+            lines += [once(found[1]), f'#line {number + 1} "{name}"'] if found else [line]
+        return "\n".join(lines) + "\n"
 
     def once(name: str) -> str:
         if name in included:
             return ""
         included.add(name)
-        return expanded(name).replace("#pragma once\n", "")
+        return expanded(name).replace("#pragma once\n", "\n")
 
     return expanded(f"{stem}.cu")
 

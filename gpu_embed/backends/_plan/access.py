@@ -124,14 +124,21 @@ def flat_ids(indices: Tensor) -> Tensor:
 
 
 def sort_key_dtype(num_embeddings: int) -> torch.dtype:
-    """The narrowest dtype that holds every row number and `num_embeddings` itself.
+    """The narrowest dtype that holds every row number and `num_embeddings` itself, as keys.
 
-    torch.sort is a radix sort on CUDA, one pass a byte: narrow keys are fast keys.
+    torch.sort is a radix sort on CUDA, one pass a byte: narrow keys are fast keys. It takes no uint16 there, so an
+    int16 key is the row number less 32,768.
     """
-    for dtype in (torch.uint8, torch.int16, torch.int32):
-        if num_embeddings <= torch.iinfo(dtype).max:
+    for dtype, most in ((torch.uint8, 2**8), (torch.int16, 2**16), (torch.int32, 2**31)):
+        if num_embeddings < most:
             return dtype
     return torch.int64
+
+
+def rows_of_keys(keys: Tensor) -> Tensor:
+    """The row number of each key, int64."""
+    rows = keys.to(torch.int64)
+    return rows.add_(2**15) if keys.dtype == torch.int16 else rows
 
 
 def cdiv(a: int, b: int) -> int:

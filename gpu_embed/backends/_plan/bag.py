@@ -12,8 +12,10 @@ from ...dtypes import accumulation
 from .access import cdiv
 from .gradient import GradientPlan, OutputBags
 
-# Bags up to this length are never cut: to join the parts takes a second launch.
+# Bags up to this length are never cut: to join the parts takes a second launch. Nor is any where there are no more ids
+# for each bag: the launch would take longer than most batches of short bags have a long one to cut.
 MAX_WHOLE_BAG = 512
+MAX_WHOLE_MEAN = 32
 # Chunk length in ids: about BAG_CHUNKS chunks, clamped to [MIN_BAG_CHUNK, MAX_BAG_CHUNK].
 MIN_BAG_CHUNK = 64
 MAX_BAG_CHUNK = 1024
@@ -26,6 +28,13 @@ class BagParts(NamedTuple):
     chunk_length: int
     values: Tensor  # [2 * num_chunks, D]
     sizes: Tensor | None  # int64 [2 * num_chunks]: for a mean, how many ids count
+    cut_bags: (
+        Tensor  # int64 [num_chunks]: the cut bag whose head lies in the chunk before, -1: none
+    )
+
+
+# No bag is cut.
+NO_PARTS = (None, None, None)
 
 
 class BagPlan(GradientPlan):
@@ -46,12 +55,13 @@ class BagPlan(GradientPlan):
         parts = None
         chunk_length = bag_chunk_length(bags)
         if chunk_length:
-            num_parts = 2 * cdiv(bags.indices.numel(), chunk_length)
+            num_chunks = cdiv(bags.indices.numel(), chunk_length)
             acc_dtype = accumulation(weight.dtype)
             parts = BagParts(
                 chunk_length,
-                output.new_empty((num_parts, embedding_dim), dtype=acc_dtype),
-                output.new_empty(num_parts, dtype=torch.int64) if mean else None,
+                output.new_empty((2 * num_chunks, embedding_dim), dtype=acc_dtype),
+                output.new_empty(2 * num_chunks, dtype=torch.int64) if mean else None,
+                output.new_empty(num_chunks, dtype=torch.int64),
             )
         self._bag_sum(weight, per_sample_weights, bags, output, parts, padding_idx, mean, record)
         if parts is not None:
@@ -160,13 +170,13 @@ class BagPlan(GradientPlan):
 
 
 def bag_chunk_length(bags: Bags) -> int:
-    """Chunk length, a power of two; 0: no bag can exceed MAX_WHOLE_BAG, so none is cut.
+    """Chunk length, a power of two; 0: none is cut.
 
     Shapes alone decide, so that nothing waits for the offsets. With offsets any bag may hold all ids.
     """
     num_indices = bags.indices.numel()
     longest = num_indices if bags.offsets is not None else bags.bag_length
-    if longest <= MAX_WHOLE_BAG:
+    if longest <= MAX_WHOLE_BAG or num_indices <= MAX_WHOLE_MEAN * bags.num_bags:
         return 0
     # As many chunks as keep a card busy. One bag of all ids has as many parts, which one program joins.
     length = 1 << (num_indices // BAG_CHUNKS).bit_length()

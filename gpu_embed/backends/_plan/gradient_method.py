@@ -5,7 +5,8 @@ of equal ones; "sorted_atomic" does so in one launch: atomics add the carry-ins 
 
 The limits are read from the top; the first that admits the call decides. They look at shapes and dtype alone, so
 choosing never waits for the GPU. They come from counting bytes and launches, not from measurements: atomics need
-one launch and no sort, and lose where many ids meet on few rows. "sorted_atomic" is not chosen until it is measured.
+one launch and no sort, but those of one row run one after another, and no shape shows how many ids name it.
+"sorted_atomic" is not chosen until it is measured.
 """
 
 from collections.abc import Collection, Mapping
@@ -30,7 +31,9 @@ class Limit:
 
 # What no limit admits is sorted.
 LIMITS: Mapping[str, Mapping[torch.dtype, Limit]] = {
-    "atomic": dict.fromkeys(ATOMIC_DTYPES, Limit(max_indices_per_row=8.0)),
+    # 1024 additions to one row end before a sort would. Up to half an id a row the gradient's zeros take most of the
+    # time.
+    "atomic": dict.fromkeys(ATOMIC_DTYPES, Limit(max_indices=1024, max_indices_per_row=0.5)),
     "sorted_atomic": dict.fromkeys(ATOMIC_DTYPES, Limit()),
 }
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...dtypes import accumulation
 from ...row_update import RowUpdate
-from .access import flat_ids
+from .access import flat_ids, rows_of_keys
 from .gradient import GradientPlan
 from .levels import Level, Partial, levels
 
@@ -51,7 +51,7 @@ class RowUpdatePlan(GradientPlan):
         runs = torch.zeros_like(keys, dtype=torch.int64)
         torch.cumsum(keys[1:] != keys[:-1], 0, out=runs[1:])
         run_keys = torch.full_like(runs, num_embeddings)
-        run_keys.scatter_(0, runs, keys.to(torch.int64))
+        run_keys.scatter_(0, runs, rows_of_keys(keys))
         total = torch.zeros(
             (keys.numel(), values.shape[1]),
             dtype=accumulation(values.dtype),

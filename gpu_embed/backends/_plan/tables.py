@@ -113,7 +113,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             self._table_scatter_add(grad_output, per_sample_weights, batch, grad_weight, splits)
             return grad_weight
         if method == "atomic":
-            keys = self._table_row_keys(batch)
+            keys = self._table_row_keys(batch, torch.int64)
             self._scatter_add(grad_output, keys, None, grad_weight, padding_idx=-1)
             return grad_weight
         keys, order = self._sorted_row_keys(batch)
@@ -136,16 +136,18 @@ class TablesPlan(BagPlan, RowUpdatePlan):
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
-        keys = self._table_row_keys(batch)
+        keys = self._table_row_keys(batch, torch.int64)
         bags = self._output_bags(batch, None)
         assert bags is not None
         grad = grad_output.new_empty(batch.indices.shape)
         self._table_sample_weights(grad_output, weight, keys, bags.bag_of, batch, grad)
         return grad
 
-    def _table_row_keys(self, batch: TableBatch) -> Tensor:
-        """The row of each position among the rows of all tables [N]; `num_rows` for those without a gradient."""
-        dtype = sort_key_dtype(batch.shape.num_rows)
+    def _table_row_keys(self, batch: TableBatch, dtype: torch.dtype) -> Tensor:
+        """The row of each position among the rows of all tables [N]; `num_rows` for those without a gradient.
+
+        Of dtype int16 they are sort keys, as `sort_key_dtype` has them.
+        """
         keys = batch.indices.new_empty(batch.indices.numel(), dtype=dtype)
         self._table_keys(batch, keys, None, None)
         return keys
@@ -166,7 +168,8 @@ class TablesPlan(BagPlan, RowUpdatePlan):
     def _sorted_row_keys(self, batch: TableBatch) -> tuple[Tensor, Tensor]:
         """The rows of all positions in ascending order, and the position that each came from."""
         check_sortable(batch.indices.numel())
-        keys, order = torch.sort(self._table_row_keys(batch), stable=True)
+        keys = self._table_row_keys(batch, sort_key_dtype(batch.shape.num_rows))
+        keys, order = torch.sort(keys, stable=True)
         return keys, order
 
     def table_row_update_(

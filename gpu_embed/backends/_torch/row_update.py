@@ -74,7 +74,7 @@ def table_row_update_(
 class RowSums(NamedTuple):
     """The rows that have a gradient."""
 
-    used: Tensor  # int64 [U], ascending
+    used: Tensor  # int64 [U], each once
     entry: Tensor  # int64 [U]: the first of each one's values
     total: Tensor  # [U, D]: their sum; a new tensor
 
@@ -87,13 +87,15 @@ def _row_sums(num_rows: int, indices: Tensor, values: Tensor, rows: Tensor | Non
     ids = indices if positions is None else indices[positions]
     if ids.numel() == 0:
         return RowSums(ids, ids, values.new_zeros(0, values.shape[1]))
-    ids, order = torch.sort(ids.to(sort_key_dtype(num_rows)), stable=True)
+    # Which run comes first is all the same, so int16 may wrap around.
+    keys, order = torch.sort(ids.to(sort_key_dtype(num_rows)), stable=True)
     order = order if positions is None else positions[order]
-    used, counts = torch.unique_consecutive(ids, return_counts=True)
+    _, counts = torch.unique_consecutive(keys, return_counts=True)
     begin = counts.cumsum(0) - counts
+    entry = order[begin]
     # The runs are bags of values, which are read in place: a tenth of the time of sorting or scattering them.
     total, *_ = torch.embedding_bag(values, order, begin)
-    return RowSums(used.to(torch.int64), order[begin], total)
+    return RowSums(indices[entry].to(torch.int64), entry, total)
 
 
 def _updated(

@@ -5,9 +5,15 @@ from torch import Tensor
 from ...bags import Bags
 from ...bounds import BoundsRecord, record_arguments
 from .._plan.access import cdiv, vector_width
-from .._plan.bag import BagParts, BagPlan
+from .._plan.bag import NO_PARTS, BagParts, BagPlan
 from .device import TritonDevice
-from .launch import BAG_JOIN, BAG_SAMPLE_WEIGHTS_VECTORS, bag_launch, next_power_of_2
+from .launch import (
+    BAG_JOIN,
+    BAG_SAMPLE_WEIGHTS_VECTORS,
+    bag_launch,
+    join_chunks,
+    next_power_of_2,
+)
 
 
 class TritonBag(TritonDevice, BagPlan):
@@ -27,7 +33,7 @@ class TritonBag(TritonDevice, BagPlan):
         embedding_dim = weight.shape[1]
         vec = vector_width(weight)
         launch = bag_launch(self._launches[weight.device].bag_sum, embedding_dim, vec)
-        num_chunks = 0 if parts is None else len(parts.values) // 2
+        num_chunks = 0 if parts is None else len(parts.cut_bags)
         programs = cdiv(bags.num_bags, launch.BLOCK_B) + cdiv(num_chunks, launch.BLOCK_B)
         self._launch(
             self._kernels.bag_sum,
@@ -38,8 +44,7 @@ class TritonBag(TritonDevice, BagPlan):
             bags.offsets,
             per_sample_weights,
             output,
-            None if parts is None else parts.values,
-            None if parts is None else parts.sizes,
+            *(NO_PARTS if parts is None else parts[1:]),
             *record_arguments(record),
             *bags.counts(),
             0 if parts is None else parts.chunk_length,
@@ -56,18 +61,19 @@ class TritonBag(TritonDevice, BagPlan):
 
     def _bag_join(self, parts: BagParts, bags: Bags, output: Tensor) -> None:
         embedding_dim = output.shape[1]
+        block_c = join_chunks(embedding_dim)
         self._launch(
             self._kernels.bag_join,
-            (len(parts.values) // 2, cdiv(embedding_dim, BAG_JOIN.BLOCK)),
+            (cdiv(len(parts.cut_bags), block_c), cdiv(embedding_dim, BAG_JOIN.BLOCK)),
             output.device,
-            parts.values,
-            parts.sizes,
+            *parts[1:],
             bags.offsets,
             output,
             *bags.counts(),
             parts.chunk_length,
-            bags.num_bags.bit_length(),
+            len(parts.cut_bags),
             D=embedding_dim,
+            BLOCK_C=block_c,
             **BAG_JOIN.settings,
         )
 

@@ -179,5 +179,10 @@ def bag_launch(walk: Walk, embedding_dim: int, vec: int) -> BagLaunch:
     return BagLaunch(block_b, block_d, max(32 // block_b, 1), walk.UNROLL, walk.num_warps)
 
 
+def join_chunks(embedding_dim: int) -> int:
+    """Chunks that a program of bag_join_kernel looks at: more where rows are narrow, as few programs sum these."""
+    return max(min(512 // next_power_of_2(embedding_dim), 32), 1)
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()

@@ -1,0 +1,62 @@
+"""Kernels that are compiled for the machine of a card: under the names that Triton looks for there."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="compiles Triton kernels")
+
+import triton
+
+from gpu_embed.bench import prepare_card
+from gpu_embed.bench.codegen.compile import record_launches
+
+# What the sum is taken over, but for the library, which is large.
+SUMMED = ("backends", "compiler", "language", "runtime")
+
+
+@pytest.fixture
+def unpacked(tmp_path):
+    """A Triton of another Python: the same files, and another library."""
+    installed = Path(triton.__file__).parent
+    for name in SUMMED:
+        ignored = shutil.ignore_patterns("bin", "include", "lib", "__pycache__")
+        shutil.copytree(installed / name, tmp_path / "triton" / name, ignore=ignored)
+    (tmp_path / "triton/_C").mkdir()
+    for library in (installed / "_C").glob("libtriton.*"):
+        (tmp_path / "triton/_C" / library.name).write_bytes(b"another")
+    shutil.copy(installed / "__init__.py", tmp_path / "triton")
+    return tmp_path
+
+
+def key_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.runtime.cache, "triton_key", None)
+        prepare_card.use_key_of(folder)
+        return triton.runtime.cache.triton_key()
+
+
+@pytest.mark.full
+def test_the_key_is_the_one_of_the_unpacked_triton(unpacked, monkeypatch):
+    own = triton.runtime.cache.triton_key()
+    installed = Path(triton.__file__).parents[1]
+    assert key_of(installed, monkeypatch) == own
+    other = key_of(unpacked, monkeypatch)
+    assert other != own
+    for library in (unpacked / "triton/_C").iterdir():
+        library.write_bytes((installed / "triton/_C" / library.name).read_bytes())
+    assert key_of(unpacked, monkeypatch) == own
+
+
+def test_the_measured_shapes_launch_what_can_be_compiled():
+    cases = list(prepare_card.measured_cases())
+    assert len(cases) == len(set(cases)) > 50
+    launches, failures = record_launches(cases)
+    assert not failures
+    assert {launch.case for launch in launches} == set(map(str, cases))
+
+
+def test_wrong_arguments_are_refused(capsys):
+    assert prepare_card.main([]) == 2
+    assert "usage: python -m gpu_embed.bench.prepare_card" in capsys.readouterr().err
