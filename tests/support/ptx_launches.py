@@ -232,7 +232,7 @@ class Launch:
     def _make_scatter_add(self, given: Input) -> None:
         of, D, numbers, draw = self.of, self.of.constants["D"], self.numbers, self._draw
         large = given.far_table and of.is_narrow("num_embeddings")
-        rows = 2**31 // D + 5 if large else min(given.rows, MOST_ITEMS // D)
+        rows = min(2**31 // D + 5, 2**31 - 16) if large else min(given.rows, MOST_ITEMS // D)
         rows, padding = of.fit("num_embeddings", rows), of.fit("padding_idx", given.padding)
         numbers |= {"num_embeddings": rows, "padding_idx": padding}
         end, count = self._ids(given), numbers["num_indices"]

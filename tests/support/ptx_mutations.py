@@ -139,7 +139,7 @@ def launched(tier: str) -> list[Specialization]:
     """Each program of these kernels that the tier's tests launch; they run in this process."""
     full = tier == "full"
     files = (*DEFAULT_FILES, *(FULL_FILES if full else ()))
-    arguments = ["-q", "-n0", "-p", "no:cacheprovider", "--no-header", "-k", "ptx"]
+    arguments = ["-q", "-n0", "-p", "no:cacheprovider", "--no-header", "-k", "ptx-cpu"]
     ptx_backend.seen.clear()
     with pytest.MonkeyPatch.context() as patch:
         # It is what is judged here.
