@@ -103,7 +103,9 @@ class Input:
     far_ids: bool = False  # as many as make 2**31 items; the last programs run
     far_table: bool = False  # the table's gradient ends past 2**31 items
     claimed: bool = False  # the record
-    special: bool = False  # NaN, infinities, zeros of both signs; no two ids are equal
+    special: bool = (
+        False  # NaN, infinities, zeros of both signs; sums of two or more depend on their order
+    )
 
 
 class Launch:
@@ -319,6 +321,14 @@ def good_ids(draw: np.random.Generator, count: int, rows: int, dtype: np.dtype) 
     ids = draw.integers(0, last + 1, count)
     ids[:: max(count // 5, 2)] = last
     ids[1 :: max(count // 5, 2)] = 0
+    return ids.astype(dtype)
+
+
+def different_ids(draw: np.random.Generator, count: int, rows: int, dtype: np.dtype) -> np.ndarray:
+    """No row twice; where there are more ids than rows, the others have none."""
+    ids = np.full(count, rows)
+    found = draw.permutation(rows)[:count]
+    ids[: len(found)] = found
     return ids.astype(dtype)
 
 

@@ -24,7 +24,15 @@ from typing import NamedTuple
 
 import ptx_backend
 import pytest
-from ptx_launches import Input, Launches, Specialization, bad_id_at, good_ids, some_bad_ids
+from ptx_launches import (
+    Input,
+    Launches,
+    Specialization,
+    bad_id_at,
+    different_ids,
+    good_ids,
+    some_bad_ids,
+)
 from ptx_mutants import Mutant, sample
 
 from gpu_embed.bench.ptx.machine import Program
@@ -42,7 +50,7 @@ WHAT_TO_DO = (
 DEFAULT_FILES = ("tests/bench/test_ptx_target.py",)
 FULL_FILES = tuple(f"tests/api/test_{name}.py" for name in ("forward", "gradient", "bounds", "bag"))
 # Changes of each program; those of the list are of the full tier.
-EACH = 4
+EACH = 3
 
 # Other draws than those of `check`, and more of them.
 INPUTS = (
@@ -51,7 +59,7 @@ INPUTS = (
     Input("one id more", some_bad_ids, programs=1, more=1),
     Input("one id less than four programs'", some_bad_ids, programs=4, more=-1),
     Input("many programs", some_bad_ids, programs=20.5, rows=40),
-    Input("special values", good_ids, rows=2000, special=True),
+    Input("special values", different_ids, rows=250, special=True, programs=0.1, more=20),
     *(
         Input(f"a table of {rows} rows", some_bad_ids, rows=rows, padding=rows // 2)
         for rows in (0, 1, 2, 17, 127, 255, 256, 300, 40_000, 70_000)
