@@ -19,8 +19,8 @@ from torch import Tensor
 
 import gpu_embed
 from gpu_embed import backends
+from gpu_embed.tune.offline import OfflineDriver
 
-from .codegen.compile import OfflineDriver
 from .timing import Call, host_us
 
 MODES = ("inference", "forward", "forward + backward")

@@ -25,6 +25,7 @@ import gpu_embed
 
 from . import backends, settings
 from ._self_check import SAMPLES, check_device
+from .backends._plan import tuned
 from .backends._plan.gradient_method import LIMITS, RULES, GradientRule, Limit, choose
 
 PACKAGES = ("torch", "numpy", "triton")
@@ -42,8 +43,8 @@ def collect() -> dict[str, Any]:
         "gpu_embed": gpu_embed.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": _packages(),
-        "cuda": _cuda(),
+        "packages": packages(),
+        "cuda": cuda_versions(),
         "gpus": [_gpu(device) for device in devices if device.type == "cuda"],
         "serves": {str(device): _serves(device) for device in devices},
         "settings": _settings(),
@@ -53,7 +54,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _packages() -> dict[str, str | None]:
+def packages() -> dict[str, str | None]:
     found = {name: _version(name) for name in PACKAGES}
     found["cupy"] = next((v for v in map(_version, CUPY_WHEELS) if v is not None), None)
     return found
@@ -66,7 +67,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cuda() -> dict[str, str | None]:
+def cuda_versions() -> dict[str, str | None]:
     return {
         "torch was built for": torch.version.cuda,
         "driver": _first_line(
@@ -111,18 +112,19 @@ def _serves(device: torch.device) -> dict[str, Any]:
     except ValueError as error:
         because = str(error)
     return {
-        "operations": {operation: _operation(operation, chosen) for operation in OPERATIONS},
+        "operations": {name: _operation(name, chosen, device) for name in OPERATIONS},
         "because": because,
         "others": {
             name: reason if reason != "usable" else _why_unchosen(name, device, chosen)
             for name, reason in backends.available_backends(device).items()
             if name != chosen
         },
-        "launches": _launches(chosen, device),
+        "launches": _in_force(chosen, device),
+        "tuned": _tuned(chosen, device),
     }
 
 
-def _operation(name: str, chosen: str | None) -> dict[str, str | None]:
+def _operation(name: str, chosen: str | None, device: torch.device) -> dict[str, str | None]:
     """Who computes it, and by which kernels where there is a choice."""
     if name == SPARSE_GRADIENT:
         return {"backend": "torch", "kernels": "its entries are the output's gradient as it came"}
@@ -133,7 +135,7 @@ def _operation(name: str, chosen: str | None) -> dict[str, str | None]:
         elif name == "max_norm":
             kernels = "sorted; complex tables by torch"
         elif "gradient" in name:
-            kernels = _gradient_kernels(deterministic=name == "deterministic gradient")
+            kernels = _gradient_kernels(chosen, device, name == "deterministic gradient")
     return {"backend": chosen, "kernels": kernels}
 
 
@@ -145,16 +147,17 @@ def _lookup_kernels() -> str:
     return "rows or flat, by a row's width" if method == "auto" else f"{method}, forced"
 
 
-def _gradient_kernels(deterministic: bool) -> str:
+def _gradient_kernels(name: str, device: torch.device, deterministic: bool) -> str:
     """What the rules choose for 1000 rows that few ids name, and many."""
+    backend: Any = backends.load(name)
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         try:
             methods = [
-                choose(num_indices, 1000, dtype, deterministic, False)
-                for num_indices in (1000, 10**6)
+                choose(n, 1000, dtype, deterministic, False, backend._methods[device].gradient)
+                for n in (1000, 10**6)
             ]
-        except (RuntimeError, ValueError) as error:  # a forced method, or an unknown name
+        except (RuntimeError, ValueError) as error:  # a forced method, or an unknown name or file
             return str(error)
         found.append(f"{_name(dtype)} {' or '.join(dict.fromkeys(methods))}")
     return ", ".join(found)
@@ -171,17 +174,36 @@ def _why_unchosen(name: str, device: torch.device, chosen: str | None) -> str:
     return f"usable, but {chosen} comes first"
 
 
-def _launches(name: str | None, device: torch.device) -> dict[str, str]:
-    """The launch settings of a backend's kernels that are in force on a device."""
+def _in_force(name: str | None, device: torch.device) -> dict[str, str]:
+    """The launch settings and the rules of method of a backend's kernels on a device."""
     if name not in KERNEL_BACKENDS:
         return {}
     backend: Any = backends.load(name)
-    found = {}
-    for kernel, value in vars(backend._launches[device]).items():
-        for key, launch in value.items() if isinstance(value, Mapping) else [(None, value)]:
-            numbers = " ".join(f"{k}={v}" for k, v in asdict(launch).items())
-            found[kernel if key is None else f"{kernel}[{key}]"] = numbers
-    return found
+    try:
+        parts = backend._launches[device], backend._methods[device]
+    except ValueError:  # GPU_EMBED_TUNED, of which `_tuned` tells
+        return {}
+    return {
+        path: " ".join(f"{k}={v}" for k, v in asdict(leaf).items())
+        for part in parts
+        for path, leaf in tuned.leaves(part).items()
+    }
+
+
+def _tuned(name: str | None, device: torch.device) -> str | None:
+    """Which tuned file a backend's kernels follow on a device, and why."""
+    if name not in KERNEL_BACKENDS:
+        return None
+    try:
+        path, reason, content = tuned.choose_file(device)
+    except ValueError as error:  # no such file, or none that can be read
+        return str(error)
+    if path is None:
+        return f"defaults: {reason}"
+    if name not in content:
+        return f"defaults: {path} ({reason}) has nothing on {name}"
+    changed = "" if tuned.is_current(content, name) else "; its launches are of other kernels"
+    return f"{path}: {reason}{changed}"
 
 
 def _known_launch() -> str:
@@ -205,6 +227,7 @@ def _settings() -> dict[str, str]:
         settings.BOUNDS_CHECK,
         settings.GATHER_METHOD,
         settings.GRADIENT_METHOD,
+        settings.TUNED,
     ):
         name = setting.variable.removeprefix("GPU_EMBED_").lower()
         try:
@@ -258,7 +281,7 @@ def text(report: dict[str, Any]) -> str:
     ] or ["no CUDA device that torch can use"]
     lines += ["", "settings: " + ", ".join(f"{k} {v}" for k, v in report["settings"].items())]
     lines += [f"fast launches of triton kernels: {report['known_launch']}"]
-    lines += ["", "gradient of a table, from the top; the first that fits is taken"]
+    lines += ["", "gradient of a table by default, from the top; the first that fits is taken"]
     lines += [f"  {rule}" for rule in report["gradient_methods"]]
     for device, serves in report["serves"].items():
         lines += ["", f"{device}: {serves['because']}"]
@@ -270,7 +293,10 @@ def text(report: dict[str, Any]) -> str:
         lines += ["  why not the others"]
         lines += [f"    {name:<10} {reason}" for name, reason in serves["others"].items()]
         if serves["launches"]:
-            lines += ["  launch settings"]
+            lines += [
+                f"  tuned file: {serves['tuned']}",
+                "  launch settings, and limits of methods",
+            ]
             lines += [f"    {name:<27} {numbers}" for name, numbers in serves["launches"].items()]
     lines += ["", "checked against the reference"]
     lines += [

@@ -74,6 +74,18 @@ class Setting:
         return value
 
 
+class FileSetting(Setting):
+    """A choice out of a few names, or a file."""
+
+    def _checked(self, value: str, source: str) -> str:
+        if os.path.isfile(value):
+            return os.path.abspath(value)
+        try:
+            return super()._checked(value, source)
+        except ValueError as error:
+            raise ValueError(f"{error}, which is no file either") from None
+
+
 class Restore:
     """What a setter returns: leave it alone, or use it in `with` to undo the setting at the block's end."""
 
@@ -101,5 +113,7 @@ GRADIENT_METHOD = Setting(
     "GPU_EMBED_GRADIENT_METHOD",
     ("auto", "atomic", "sorted_atomic", "sorted"),
 )
+# Whether what was measured on the card takes the place of the defaults.
+TUNED = FileSetting("GPU_EMBED_TUNED", ("auto", "off"))
 # Whether a Triton kernel that was launched before may skip Triton's own launch path.
 KNOWN_LAUNCH = Setting("GPU_EMBED_KNOWN_LAUNCH", ("1", "0"))

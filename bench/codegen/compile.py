@@ -18,6 +18,7 @@ import torch
 
 from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.backends._triton.device import ENABLE_FP_FUSION
+from gpu_embed.tune.offline import OfflineDriver, resources
 
 from .cases import Case
 from .instructions import (
@@ -97,25 +98,6 @@ def record_launches(cases: Iterable[Case]) -> tuple[list[Launch], dict[str, str]
     return launches, failures
 
 
-class OfflineDriver:
-    """All that Triton asks of a driver before it has compiled: for which card."""
-
-    def __init__(self, architecture: int) -> None:
-        self._architecture = architecture
-
-    def get_current_device(self) -> int:
-        # Triton keeps the binaries of each device apart.
-        return self._architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self._architecture, 32)
-
-
 def compile_launches(
     architecture: int, launches: Sequence[Launch], advance: Callable[[Launch], None]
 ) -> tuple[list[Compiled], dict[str, str]]:
@@ -141,7 +123,7 @@ def compile_launches(
     # Triton keeps its binaries, so a launch like an earlier one has that one's.
     unique = {binary.hash: binary for _, binary in binaries}
     read = dict(zip(unique, _read_cubins(architecture, unique.values()), strict=True))
-    usage = {name: _resources(binary.asm["cubin"]) for name, binary in unique.items()}
+    usage = {name: resources(binary.asm["cubin"]) for name, binary in unique.items()}
     ptx = {name: list(read_ptx(binary.asm["ptx"])) for name, binary in unique.items()}
     compiled = [
         Compiled(
@@ -152,8 +134,8 @@ def compile_launches(
             # Constants are written in capitals, and what the launch alone needs is not.
             settings={name: v for name, v in launch.settings.items() if name.isupper()},
             num_warps=binary.metadata.num_warps,
-            registers=usage[binary.hash]["REG"],
-            spilled_bytes=usage[binary.hash]["STACK"] + usage[binary.hash]["LOCAL"],
+            registers=usage[binary.hash][0],
+            spilled_bytes=usage[binary.hash][1],
             # Triton asks for all of it at the launch, so the binary does not tell.
             shared_bytes=binary.metadata.shared,
             instructions=ptx[binary.hash],
@@ -162,16 +144,6 @@ def compile_launches(
         for launch, binary in binaries
     ]
     return compiled, failures
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-    return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", usage)}
 
 
 def _read_cubins(architecture: int, binaries: Iterable[Any]) -> list[MachineCode]:

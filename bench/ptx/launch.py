@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gpu_embed.backends._triton import TritonBackend
 from gpu_embed.backends._triton.device import ENABLE_FP_FUSION, WordsOf
+from gpu_embed.tune.offline import OfflineDriver
 
-from ..codegen.compile import OfflineDriver
 from .fresh import watches_memory, written
 from .machine import WARP, Program
 from .memory import GlobalMemory, Region

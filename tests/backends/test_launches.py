@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gpu_embed
-from gpu_embed import backends, bounds
+from gpu_embed import backends, bounds, user_cache
 from gpu_embed.backends._cupy import CupyBackend, cubin_cache
 from gpu_embed.backends._cupy import device as cupy_device
 from gpu_embed.functional.tables import table_batched_embedding_bag
@@ -420,7 +420,7 @@ def test_the_flag_goes_by_the_address_that_the_device_has(monkeypatch):
 
 @pytest.fixture
 def cached(monkeypatch, tmp_path):
-    monkeypatch.setenv(cubin_cache.VARIABLE, str(tmp_path / "made" / "kept"))
+    monkeypatch.setenv(user_cache.VARIABLE, str(tmp_path / "made" / "kept"))
     return tmp_path / "made" / "kept"
 
 
@@ -471,7 +471,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(cached, tmp_path, monkeypat
     (tmp_path / "made").write_text("a file, where the folder should be")
     cubin_cache.write(the_file(), MADE)
     assert cubin_cache.read(the_file()) is None
-    monkeypatch.setenv(cubin_cache.VARIABLE, "")
+    monkeypatch.setenv(user_cache.VARIABLE, "")
     assert the_file() is None
     cubin_cache.write(None, MADE)
     assert cubin_cache.read(None) is None

@@ -17,7 +17,8 @@ import pytest
 import torch
 from cuda_host_backend import KERNELS
 
-from gpu_embed.backends._cupy import CupyBackend, cubin_cache, nvrtc
+from gpu_embed import user_cache
+from gpu_embed.backends._cupy import CupyBackend, nvrtc
 from gpu_embed.backends._cupy import device as cupy_device
 from gpu_embed.backends._cupy.nvrtc import Kernel
 
@@ -28,7 +29,7 @@ STEMS = tuple(dict.fromkeys(kernel.stem for kernel in KERNELS))
 @pytest.fixture(autouse=True)
 def compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not read from the user's cache, nor kept there."""
-    monkeypatch.setenv(cubin_cache.VARIABLE, "")
+    monkeypatch.setenv(user_cache.VARIABLE, "")
 
 
 def missing(reason: str) -> None:

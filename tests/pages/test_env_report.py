@@ -43,7 +43,7 @@ def test_report_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         f"gpu_embed {gpu_embed.__version__}",
         f"torch {torch.__version__}",
         backends.explain(CPU),
-        "settings: backend auto, bounds_check raise, gather_method auto, gradient_method auto",
+        "settings: backend auto, bounds_check raise, gather_method auto, gradient_method auto, tuned auto",
         "sorted: everything",
         env_report._rule(gradient_method.RULES["atomic"], gradient_method.LIMITS["atomic"]),
     ):
@@ -84,7 +84,7 @@ def test_the_choice_in_force_of_a_kernel_backend(capsys: pytest.CaptureFixture[s
     assert serves["launches"]["gather_rows[32]"] == "BLOCK_N=32 BLOCK_D=32 num_warps=4"
     for name, numbers in serves["launches"].items():
         assert re.search(rf"^    {re.escape(name)} +{numbers}$", said, re.M)
-    assert env_report._launches("cupy", CPU)["bag_sum"] == "threads=128 UNROLL=4"
+    assert env_report._in_force("cupy", CPU)["bag_sum"] == "threads=128 UNROLL=4"
 
 
 @pytest.mark.usefixtures("torch_alone")
@@ -118,7 +118,7 @@ def test_versions_of_whatever_cupy_is_installed(monkeypatch: pytest.MonkeyPatch)
     for wheel in ("cupy-cuda12x", "cupy-cuda13x", "cupy"):
         monkeypatch.setattr(env_report, "_version", {wheel: "14.2", "torch": "2.8"}.get)
         expected = {"torch": "2.8", "numpy": None, "triton": None, "cupy": "14.2"}
-        assert env_report._packages() == expected
+        assert env_report.packages() == expected
 
 
 def test_driver_and_toolkit_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,13 +130,13 @@ def test_driver_and_toolkit_are_asked(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = env_report._cuda()
+    found = env_report.cuda_versions()
     assert found["driver"] == "570.86.15"
     assert found["toolkit (nvcc)"] == "12.8"
     (tmp_path / "nvcc").unlink()
     # A driver that does not run has this command too.
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    assert set(list(env_report._cuda().values())[1:]) == {None}
+    assert set(list(env_report.cuda_versions().values())[1:]) == {None}
 
 
 @pytest.mark.usefixtures("torch_alone")

@@ -8,6 +8,7 @@ from pathlib import Path
 from gpu_embed import env_report
 from gpu_embed.bench import cli
 from gpu_embed.demo import __main__ as demo
+from gpu_embed.tune import cli as tune
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -19,6 +20,7 @@ MODULES = {
     "gpu_embed.bench": cli.parse_args,
     "gpu_embed.demo": demo.parse_args,
     "gpu_embed.env_report": env_report.parse_args,
+    "gpu_embed.tune": tune.parse_args,
 }
 
 

@@ -8,14 +8,13 @@ import base64
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-VARIABLE = "GPU_EMBED_CACHE_DIR"
+from ... import user_cache
 
 
 class Compiled(NamedTuple):
@@ -24,20 +23,6 @@ class Compiled(NamedTuple):
     image: bytes  # cubin, or PTX for cards newer than NVRTC
     symbols: dict[str, str]  # the name of each expression in the image
     log: str
-
-
-def folder() -> Path | None:
-    """Where the files lie; None: nowhere."""
-    named = os.environ.get(VARIABLE)
-    if named is not None:
-        return Path(named) if named else None
-    try:
-        home = Path.home()
-    except RuntimeError:
-        return None
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData/Local") / "gpu_embed"
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "gpu_embed"
 
 
 def file_for(
@@ -49,7 +34,7 @@ def file_for(
         options: of NVRTC, the architecture among them.
         nvrtc: its version.
     """
-    where = folder()
+    where = user_cache.folder()
     if where is None:
         return None
     depends_on = json.dumps([source, list(expressions), list(options), nvrtc])

@@ -27,8 +27,8 @@ class CupyDevice:
     """The part of the CuPy backend that launches, whatever the kernel."""
 
     name = "cupy"
-    _launches = InForce(CupyLaunches())
-    _methods: InForce[Any] = InForce(CupyMethods())
+    _launches = InForce(name, "launches", CupyLaunches())
+    _methods: InForce[Any] = InForce(name, "methods", CupyMethods())
 
     def __init__(self) -> None:
         self._functions: dict[tuple[int, Kernel], Any] = {}

@@ -25,7 +25,7 @@ class CupyGather(CupyDevice, GatherPlan):
         launches = self._launches[device]
         flat, long_rows = launches.gather_flat, launches.gather_long_rows
         rows: RowsLaunch | None = launches.gather_rows.get(gcd(row_words, WIDEST_ROWS))
-        if rows is None and row_words >= self._methods[device].long_row_words:
+        if rows is None and row_words >= self._methods[device].gather.long_row_words:
             rows = long_rows
         method = GATHER_METHOD.value
         if method == "rows":

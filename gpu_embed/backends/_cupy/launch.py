@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from .._plan.access import cdiv
 from .._plan.gradient_method import Methods
+
+# The values that the fields of a launch may have on some device; what is not named is the same on all.
+Choices = Mapping[str, tuple[Any, ...]]
 
 # Columns per thread of a kernel that sums: more would cost registers and save nothing.
 MAX_SEGMENT_VECTOR = 4
@@ -18,6 +22,11 @@ Grid = tuple[tuple[int, int], tuple[int, int]]
 class RowsLaunch:
     """gather_rows_kernel: threads across a row, rows side by side in a block, and rows a thread."""
 
+    CHOICES: ClassVar[Choices] = {
+        "threads": tuple((across, down) for across in (32, 64, 128) for down in (1, 2, 4, 8, 16)),
+        "ROWS": (1, 2, 4, 8),
+    }
+
     threads: tuple[int, int]
     ROWS: int = 4
 
@@ -30,10 +39,27 @@ class RowsLaunch:
 
 @dataclass(frozen=True)
 class FlatLaunch:
-    """A kernel over a flat range: threads a block, and words, vectors or ids a thread."""
+    """A kernel over a flat range, with one word, vector or id a thread: threads a block."""
+
+    CHOICES: ClassVar[Choices] = {"threads": (64, 128, 256, 512)}
 
     threads: int = 256
-    UNROLL: int = 1
+
+    def grid(self, items: int) -> Grid:
+        return (cdiv(items, self.threads), 1), (self.threads, 1)
+
+
+@dataclass(frozen=True)
+class UnrolledLaunch:
+    """The same with UNROLL items a thread."""
+
+    CHOICES: ClassVar[Choices] = {
+        "threads": (64, 128, 256, 512),
+        "UNROLL": (1, 2, 4, 8),
+    }
+
+    threads: int = 256
+    UNROLL: int = 4
 
     def grid(self, items: int) -> Grid:
         return (cdiv(items, self.threads * self.UNROLL), 1), (self.threads, 1)
@@ -45,6 +71,11 @@ class WalkLaunch:
 
     threads: per block. UNROLL: loads in flight.
     """
+
+    CHOICES: ClassVar[Choices] = {
+        "threads": (64, 128, 256),
+        "UNROLL": (2, 4, 8),
+    }
 
     threads: int = 256
     UNROLL: int = 4
@@ -72,8 +103,8 @@ class CupyLaunches:
 
     gather_rows: Mapping[int, RowsLaunch] = field(default_factory=lambda: GATHER_ROWS)
     gather_long_rows: RowsLaunch = RowsLaunch((128, 2))
-    gather_flat: FlatLaunch = FlatLaunch(UNROLL=4)
-    scatter_add: FlatLaunch = FlatLaunch(UNROLL=4)
+    gather_flat: UnrolledLaunch = UnrolledLaunch()
+    scatter_add: UnrolledLaunch = UnrolledLaunch()
     counts: FlatLaunch = FlatLaunch()
     sort_keys: FlatLaunch = FlatLaunch()
     segment_sum: WalkLaunch = WalkLaunch()
@@ -93,11 +124,17 @@ class CupyLaunches:
 
 
 @dataclass(frozen=True)
+class GatherRule:
+    """gather_rows_kernel copies rows that fill its blocks, and those so long that idle lanes do not matter."""
+
+    long_row_words: int = 1024
+
+
+@dataclass(frozen=True)
 class CupyMethods(Methods):
     """Rules of method of this backend."""
 
-    # Rows so long that the idle lanes at their end do not matter.
-    long_row_words: int = 1024
+    gather: GatherRule = GatherRule()
 
 
 # The same on every device.

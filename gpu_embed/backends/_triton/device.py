@@ -25,8 +25,8 @@ class TritonDevice:
     """The part of the Triton backend that launches, whatever the kernel."""
 
     name = "triton"
-    _launches = InForce(TritonLaunches())
-    _methods: InForce[Any] = InForce(TritonMethods())
+    _launches = InForce(name, "launches", TritonLaunches())
+    _methods: InForce[Any] = InForce(name, "methods", TritonMethods())
 
     def __init__(self) -> None:
         self._trial = TrialLaunch(self)

@@ -66,7 +66,7 @@ class TritonGather(TritonDevice, GatherPlan):
         rows = launches.gather_rows[min(next_power_of_2(layout.row_words), WIDEST_ROWS)]
         blocks_d = cdiv(layout.row_words, rows.BLOCK_D)
         lanes = blocks_d * rows.BLOCK_D
-        max_idle = self._methods[device].max_idle_share * lanes
+        max_idle = self._methods[device].gather.max_idle_share * lanes
         if method == "rows" or (method == "auto" and lanes - layout.row_words <= max_idle):
             block_n = rows.BLOCK_N
             return (

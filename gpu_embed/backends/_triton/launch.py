@@ -3,13 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
+from typing import Any, ClassVar
 
 from .._plan.gradient_method import Methods
+
+# The values that the fields of a launch may have on some device; what is not named is the same on all.
+Choices = Mapping[str, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
 class Launch:
     """Settings of one kernel launch."""
+
+    CHOICES: ClassVar[Choices] = {}
 
     @cached_property
     def settings(self) -> dict[str, int]:
@@ -21,6 +27,11 @@ class Launch:
 class RowsLaunch(Launch):
     """gather_rows_kernel: a tile of BLOCK_N rows by BLOCK_D words."""
 
+    CHOICES: ClassVar[Choices] = {
+        "BLOCK_N": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        "num_warps": (1, 2, 4, 8),
+    }
+
     BLOCK_N: int
     BLOCK_D: int
     num_warps: int = 4
@@ -29,6 +40,11 @@ class RowsLaunch(Launch):
 @dataclass(frozen=True)
 class FlatLaunch(Launch):
     """A kernel over a flat range: BLOCK vectors, ids or keys a program."""
+
+    CHOICES: ClassVar[Choices] = {
+        "BLOCK": (64, 128, 256, 512, 1024, 2048),
+        "num_warps": (1, 2, 4, 8),
+    }
 
     BLOCK: int
     num_warps: int = 4
@@ -40,6 +56,12 @@ class Walk:
 
     One warp a program needs no barrier, and every lane loads 16 bytes of a row.
     """
+
+    CHOICES: ClassVar[Choices] = {
+        "rows": (1, 2, 4),
+        "UNROLL": (2, 4, 8),
+        "num_warps": (1, 2, 4),
+    }
 
     rows: int = 1  # tile rows where one is as wide as a warp; narrow ones have more
     UNROLL: int = 4
@@ -70,6 +92,12 @@ class BagLaunch(Launch):
 @dataclass(frozen=True)
 class TableLaunch(Launch):
     """table_bag_kernel and table_scatter_add_kernel: BLOCK vectors of their tables' columns, one a lane."""
+
+    CHOICES: ClassVar[Choices] = {
+        "BLOCK": (32, 64, 128),
+        "UNROLL": (2, 4, 8),
+        "num_warps": (1, 2, 4),
+    }
 
     BLOCK: int = 32
     UNROLL: int = 4
@@ -130,11 +158,17 @@ class TritonLaunches:
 
 
 @dataclass(frozen=True)
+class GatherRule:
+    """gather_rows_kernel copies rows where no larger share of its lanes idles at their end."""
+
+    max_idle_share: float = 0.0
+
+
+@dataclass(frozen=True)
 class TritonMethods(Methods):
     """Rules of method of this backend."""
 
-    # Rows are copied by gather_rows_kernel where no larger share of its lanes idles at their end.
-    max_idle_share: float = 0.0
+    gather: GatherRule = GatherRule()
 
 
 # The same on every device: these fix the order of additions, and so the bits.
