@@ -92,10 +92,12 @@ def _record_is_right(launch: Launch) -> bool:
         return True
     record, flag = launch.tensors["record_ptr"], launch.tensors["flag_ptr"]
     ids, rows = launch.tensors["indices_ptr"], launch.numbers["num_embeddings"]
-    first = -(-launch.first_item // launch.of.constants["D"])
+    # A program may leave a row that begins before it to the one before it.
+    first, part = divmod(launch.first_item, launch.of.constants["D"])
     bad = first + np.flatnonzero(~added(ids[first:], rows, -1))
-    if launch.given.claimed or not len(bad):
-        return record.tolist() == [launch.given.claimed] + [0] * 6 and flag[0] == 0
+    if record[0] == launch.given.claimed:
+        must = launch.given.claimed == 0 and (bad >= first + (part > 0)).any()
+        return not must and not record[1:].any() and flag[0] == 0
     place = int(record[1])
     return (
         place in bad and record.tolist() == [1, place, ids[place], rows, 0, 0, 0] and flag[0] == 1

@@ -285,7 +285,9 @@ class Launch:
         elif far or self.numbers.get("num_indices", 0) > MOST_ITEMS:
             # Rows between one another's columns, or over one another.
             row = 2
-        self.numbers |= {row_name: of.fit(row_name, row), col_name: col}
+        row = of.fit(row_name, row)
+        # Rows side by side need no number.
+        self.numbers |= {row_name: D // VEC if row is None else row, col_name: col}
 
 
 def added(ids: np.ndarray, rows: int, padding: int) -> np.ndarray:
