@@ -91,11 +91,11 @@ __global__ void row_update_kernel(
 // grid:  cdiv(num_runs, blockDim.x); block: 1-D
 // owner: thread i of the grid: run i, whose summed gradient lies in memory
 // why:   "rowwise_adagrad": one thread sees the whole row: one pass for the mean square, one for the update
-template <typename Weight>
+template <typename Weight, int VEC>
 __global__ void rowwise_adagrad_kernel(
     const typename Accumulator<Weight>::type* __restrict__ total_ptr,  // [num_runs, D], contiguous
     const int64* __restrict__ keys_ptr,  // [num_runs]: each run's row; keys outside [0, num_embeddings) are skipped
-    Weight* weight_ptr,                  // [num_embeddings, D], any strides
+    Weight* weight_ptr,                  // [num_embeddings, D], any strides (VEC > 1: column stride 1)
     typename Accumulator<Weight>::type* state_ptr,  // [num_embeddings]
     const double* __restrict__ lr_ptr,              // [1], multiplies step_size; null: 1
     int64 num_embeddings,
@@ -113,7 +113,7 @@ __global__ void rowwise_adagrad_kernel(
   const int64 run = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (run >= num_runs || !names_row(keys_ptr[run], num_embeddings)) return;
   const int64 key = keys_ptr[run];
-  update_by_mean_square(
+  update_by_mean_square<Weight, VEC>(
       total_ptr + run * D, weight_ptr + key * weight_row_stride, weight_col_stride, state_ptr + key,
       lr_ptr ? *lr_ptr : 1.0, step_size, eps, weight_decay, grad_scale, seed, step, key, D, STOCHASTIC_ROUNDING);
 }

@@ -344,7 +344,8 @@ struct StoreTableGradient {
     Vector<Grad, VEC> row;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) narrow(total.lane[i], row.lane[i]);
-    *(Vector<Grad, VEC>*)(grad_weight_ptr + element) = row;
+    // VEC divides element; said in any other way, NVRTC stores one lane after another.
+    ((Vector<Grad, VEC>*)grad_weight_ptr)[element / VEC] = row;
   }
 };
 

@@ -80,7 +80,7 @@ __global__ void table_row_update_kernel(
 // grid:  cdiv(num_runs, blockDim.x); block: 1-D
 // owner: thread i of the grid: run i, whose summed gradient lies in memory
 // why:   "rowwise_adagrad": one thread sees the whole row: one pass for the mean square, one for the update
-template <typename Weight>
+template <typename Weight, int VEC>
 __global__ void table_rowwise_adagrad_kernel(
     const typename Accumulator<Weight>::type* __restrict__ total_ptr,  // [num_runs, D], contiguous
     const int64* __restrict__ keys_ptr,    // [num_runs]: each run's row; keys outside [0, num_rows) are skipped
@@ -112,7 +112,7 @@ __global__ void table_rowwise_adagrad_kernel(
     end = begun ? end : middle;
   }
   const Table table = tables_ptr[t];
-  update_by_mean_square(
+  update_by_mean_square<Weight, VEC>(
       total_ptr + run * D, weight_ptr + table.first_element + (key - table.first_row) * table.dim,
       1, state_ptr + key, lr_ptr ? *lr_ptr : 1.0, step_size, eps, weight_decay, grad_scale, seed, step, key,
       table.dim, STOCHASTIC_ROUNDING);

@@ -43,6 +43,8 @@ class Program:
     def __init__(self, text: str, entry: str = "") -> None:
         self.kernel = parse(text, entry)
         self.steps = [make_step(instruction) for instruction in self.kernel.instructions]
+        # Only then must a launch know what it has written.
+        self.reads_constants = any("nc" in one.parts for one in self.kernel.instructions)
         starts = {0, *self.kernel.labels.values()}
         for number, instruction in enumerate(self.kernel.instructions):
             if instruction.operation in ENDS or is_barrier(instruction):

@@ -277,24 +277,28 @@ def trial_of(path: str) -> Trial:
     return TRIALS[path.partition("[")[0]]
 
 
-def gate_inputs(backend: str, path: str) -> tuple[Input, ...]:
-    """Ragged, strided and bad ones, and fractions, whose sums show another order of additions."""
+def gate_inputs(backend: str, path: str, times: int = 1) -> tuple[Input, ...]:
+    """Ragged, strided and bad ones, and fractions, whose sums show another order of additions.
+
+    Args:
+        times: as many ids.
+    """
     narrow, wide = _gate_dims(backend, path)
     inputs = (
-        Input(77, 37, wide, padding_idx=3),
-        Input(61, 37, narrow, strided=True),
-        Input(130, 37, narrow, bad=True, dtype=_second_dtype(path)),
+        Input(41 * times, 37, wide, padding_idx=3),
+        Input(35 * times, 37, narrow, strided=True),
+        Input(70 * times, 37, narrow, bad=True, dtype=_second_dtype(path)),
     )
-    return inputs if trial_of(path).atomic else (*inputs, Input(150, 9, wide, exact=False))
+    return inputs if trial_of(path).atomic else (*inputs, Input(66 * times, 9, wide, exact=False))
 
 
 def timed_inputs(backend: str, path: str) -> tuple[Input, ...]:
     """Small, middle, and large beside a card's cache."""
     width = _row_width(backend, path)
     if width:
-        return tuple(
-            Input(max((16 << mebi) // (4 * width), 16), 100_000, width) for mebi in (16, 19, 22)
-        )
+        # 1, 8 and 64 MiB of a table of 256 MiB, or of one that is not as high.
+        rows = min(2**28 // (4 * width), 100_000)
+        return tuple(Input(2**power // (4 * width), rows, width) for power in (20, 23, 26))
     exact = not path.endswith("row_update")
     return (
         Input(4096, 100_000, 64, exact=exact),

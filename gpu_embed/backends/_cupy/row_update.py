@@ -77,8 +77,9 @@ class CupyRowUpdate(CupyDevice, RowUpdatePlan):
         self, update: RowUpdate, total: Tensor, keys: Tensor, weight: Tensor, state: Tensor
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
+        vec = min(vector_width(total), vector_width(weight), MAX_SEGMENT_VECTOR)
         self._launch(
-            Kernel("row_update", f"rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"),
+            Kernel("row_update", f"rowwise_adagrad_kernel<{FLOATS[weight.dtype]}, {vec}>"),
             *ROWWISE_ADAGRAD.grid(keys.numel()),
             keys.device,
             total,

@@ -322,7 +322,8 @@ class CupyTables(CupyDevice, TablesPlan):
         state: Tensor,
         entries: TableEntries,
     ) -> None:
-        kernel = f"table_rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"
+        vec = min(table_vector(tensor, entries.dim_divisor) for tensor in (total, weight))
+        kernel = f"table_rowwise_adagrad_kernel<{FLOATS[weight.dtype]}, {vec}>"
         self._launch(
             Kernel("tables_row_update", kernel),
             *ROWWISE_ADAGRAD.grid(keys.numel()),
