@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
+from .flat_chunk import chunk_start, of_rows, step_vectors, window_rows
 from .rounding import divide
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
-# tile:  BLOCK vectors of VEC elements
+# tile:  32 vectors of VEC elements, BLOCK / 32 times; one warp
 # owner: program i: vectors [i * BLOCK, ...) of the flattened [num_indices, D], across row boundaries
 # why:   neighbouring lanes add to neighbouring vectors, so a warp's atomics fall on whole sectors
 @triton.jit
@@ -16,46 +17,78 @@ def scatter_add_kernel(
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     bag_of_ptr,  # [num_indices]: each position's bag, -1: in no bag; None: no bags, position n reads row n
     per_sample_weights_ptr,  # grad_output's dtype, [num_indices]; None: all 1
-    sizes_ptr,  # int32 [num_bags]: the divisors of means; None: all 1
+    sizes_ptr,  # int32 [num_bags]: the divisors of means; None: all 1. Not with per_sample_weights
     grad_weight_ptr,  # fp32 or fp64, [num_embeddings, D], contiguous, zero on entry
     num_indices,
     num_embeddings,
     padding_idx,  # -1: none
-    grad_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
+    grad_row_stride,  # in units of VEC elements, so that the compiler sees the alignment; None: D / VEC
     grad_col_stride,  # in elements
     D: tl.constexpr,
     VEC: tl.constexpr,  # elements a thread adds with one instruction; divides D
     BLOCK: tl.constexpr,
 ):
     VECTORS: tl.constexpr = D // VEC
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    first_n = start // VECTORS
-    flat_offset = (start - first_n * VECTORS).to(tl.int32) + tl.arange(0, BLOCK)  # [BLOCK]
-    n = first_n + flat_offset // VECTORS
-    in_range = n < num_indices
-    index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
-    added = in_range & (index >= 0) & (index < num_embeddings) & (index != padding_idx)
+    # As in of_rows.
+    LATEST: tl.constexpr = 0 if BLOCK % VECTORS == 0 else VECTORS - (VECTORS & -VECTORS)
+    WINDOWS: tl.constexpr = (LATEST + BLOCK - 1) // VECTORS // 32 + 1
+    group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
+    first_n = group.to((group * 0 + num_indices).dtype) * BLOCK
+    # A row number takes one shuffle, or two from 2**31 rows on.
+    row_dtype: tl.constexpr = (group * 0 + num_embeddings).dtype
 
-    row = n
-    if bag_of_ptr is not None:
-        row = tl.load(bag_of_ptr + n, mask=added, other=0).to(tl.int64)
-        added = added & (row >= 0)
+    rows = ()
+    bags = ()
+    scales = ()
+    for window in tl.static_range(WINDOWS):
+        k, touched = window_rows(first_vector, window, VECTORS, BLOCK)
+        n = chunk_n + k
+        in_range = touched & (n < num_indices - first_n)
+        index = tl.load(indices_ptr + first_n + n, mask=in_range, other=0).to(tl.int64)
+        # Without its sign a negative id is larger than any number of rows.
+        added = in_range & (index.to(tl.uint64) < num_embeddings) & (index != padding_idx)
+        if bag_of_ptr is not None:
+            bag = tl.load(bag_of_ptr + first_n + n, mask=added, other=-1)
+            added = added & (bag >= 0)
+            bags += (bag,)
+        if per_sample_weights_ptr is not None:
+            scales += (tl.load(per_sample_weights_ptr + first_n + n, mask=added, other=0),)
+        elif sizes_ptr is not None:
+            size = tl.load(sizes_ptr + bag, mask=added, other=1).to(
+                grad_output_ptr.dtype.element_ty
+            )
+            scales += (divide(tl.full(size.shape, 1, size.dtype), size),)
+        rows += (tl.where(added, index, -1).to(row_dtype),)
 
-    d = ((flat_offset % VECTORS) * VEC)[:, None] + tl.arange(0, VEC)[None, :]  # [BLOCK, VEC]
-    grad = tl.load(
-        grad_output_ptr + (row * grad_row_stride * VEC)[:, None] + d.to(tl.int64) * grad_col_stride,
-        mask=added[:, None],
-        other=0,
-    )
-    if per_sample_weights_ptr is not None:
-        grad *= tl.load(per_sample_weights_ptr + n, mask=added, other=0)[:, None]
-    if sizes_ptr is not None:
-        size = tl.load(sizes_ptr + row, mask=added, other=1).to(grad.dtype)
-        grad *= divide(tl.full([BLOCK], 1, grad.dtype), size)[:, None]
-    # Relaxed: nothing in this launch reads the sums.
-    tl.atomic_add(
-        grad_weight_ptr + (index * D)[:, None] + d,
-        grad.to(grad_weight_ptr.dtype.element_ty),
-        mask=added[:, None],
-        sem="relaxed",
-    )
+    row_stride = D // VEC if grad_row_stride is None else grad_row_stride
+    j = tl.arange(0, VEC)[None, :]
+    targets = ()
+    grads = ()
+    for step in tl.static_range(BLOCK // 32):
+        k, vector = step_vectors(first_vector, step, VECTORS, BLOCK)
+        row = of_rows(rows, k, step, VECTORS, BLOCK)  # [32]
+        grad_row = first_n.to(tl.int64) + chunk_n + k
+        if bag_of_ptr is not None:
+            grad_row = of_rows(bags, k, step, VECTORS, BLOCK).to(tl.int64)
+        d = (vector * VEC)[:, None] + j  # [32, VEC]
+        grad = tl.load(
+            grad_output_ptr
+            + (grad_row * row_stride * VEC)[:, None]
+            + d.to(tl.int64) * grad_col_stride,
+            mask=(row >= 0)[:, None],
+            other=0,
+        )
+        if per_sample_weights_ptr is not None or sizes_ptr is not None:
+            grad *= of_rows(scales, k, step, VECTORS, BLOCK)[:, None]
+        targets += (row,)
+        grads += (grad,)
+    for step in tl.static_range(BLOCK // 32):
+        _, vector = step_vectors(first_vector, step, VECTORS, BLOCK)
+        row = targets[step]
+        # Relaxed: nothing in this launch reads the sums.
+        tl.atomic_add(
+            grad_weight_ptr + (row.to(tl.int64) * D)[:, None] + (vector * VEC)[:, None] + j,
+            grads[step].to(grad_weight_ptr.dtype.element_ty),
+            mask=(row >= 0)[:, None],
+            sem="relaxed",
+        )

@@ -24,10 +24,9 @@ def candidates(default: Any) -> list[Any]:
 
 
 def _rows(one: triton.RowsLaunch) -> bool:
-    """Two to sixteen words a thread, four to sixteen KiB a program; narrow rows run out of BLOCK_N."""
+    """Two to sixteen words a thread, four to sixteen KiB a program."""
     words = one.BLOCK_N * one.BLOCK_D
-    is_most = max(one.CHOICES["BLOCK_N"]) == one.BLOCK_N
-    return 2 <= words // (32 * one.num_warps) <= 16 and (512 <= words <= 2048 or is_most)
+    return 2 <= words // (32 * one.num_warps) <= 16 and 512 <= words <= 2048
 
 
 def _flat(one: triton.FlatLaunch) -> bool:
@@ -37,6 +36,8 @@ def _flat(one: triton.FlatLaunch) -> bool:
 
 SENSIBLE: dict[type, Callable[[Any], bool]] = {
     triton.RowsLaunch: _rows,
+    # Two to sixteen vectors a thread.
+    triton.ChunkLaunch: lambda one: 64 <= one.BLOCK <= 512,
     triton.FlatLaunch: _flat,
     # A tile row is as wide as a warp; more than two of them a warp spill.
     triton.Walk: lambda one: one.num_warps <= one.rows <= 2 * one.num_warps,

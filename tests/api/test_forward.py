@@ -188,6 +188,16 @@ def kernels_launched(backend, monkeypatch):
 
 
 @where(has_kernels)
+def test_row_numbers_past_32_bits(target, method):
+    """64-bit addresses: no number of a row is cut on its way."""
+    num_embeddings = 2**31 + 5
+    row = table(1, 12, torch.float32, target.device)
+    weight = row.expand(num_embeddings, 12)
+    indices = torch.tensor([num_embeddings - 1, 0, 2**31], device=target.device)
+    assert same_bits(embedding(indices, weight), row.expand(3, 12))
+
+
+@where(has_kernels)
 def test_a_known_table_notices_another_method(target, monkeypatch):
     """Forced choice: what was prepared for one method does not serve another."""
     weight = torch.nn.Parameter(table(5, 3, torch.float32, target.device))
@@ -200,7 +210,7 @@ def test_a_known_table_notices_another_method(target, monkeypatch):
 
 
 @where(has_kernels)
-@pytest.mark.parametrize(("embedding_dim", "chosen"), [(12, "flat"), (128, "rows")])
+@pytest.mark.parametrize(("embedding_dim", "chosen"), [(12, "flat"), (512, "rows")])
 def test_a_forced_method_launches_its_own_kernel(
     target, method, embedding_dim, chosen, monkeypatch
 ):

@@ -16,6 +16,7 @@ from gpu_embed.backends._plan.gradient_method import LIMITS, Limit, choose
 from gpu_embed.backends._plan.tuned import Card
 from gpu_embed.backends._triton.device import TritonDevice
 from gpu_embed.backends._triton.launch import (
+    ChunkLaunch,
     FlatLaunch,
     GatherRule,
     RowsLaunch,
@@ -62,7 +63,7 @@ def write(path, text):
 
 
 def scatter_add(block, gain=1.1):
-    return {"scatter_add": {"set": {"BLOCK": block, "num_warps": 2}, "gain": gain}}
+    return {"scatter_add": {"set": {"BLOCK": block, "num_warps": 1}, "gain": gain}}
 
 
 def block():
@@ -83,7 +84,7 @@ def test_each_leaf_has_a_path(settings):
 
 def test_one_leaf_is_replaced_and_no_other():
     launches = TritonLaunches()
-    changes = {"gather_rows[32]": RowsLaunch(4, 32), "counts": FlatLaunch(64)}
+    changes = {"gather_rows[256]": RowsLaunch(4, 256), "counts": FlatLaunch(64)}
     changed = tuned.with_leaves(launches, changes)
     assert tuned.leaves(changed) == tuned.leaves(launches) | changes
 
@@ -91,13 +92,13 @@ def test_one_leaf_is_replaced_and_no_other():
 def test_a_file_of_the_card_is_in_force(folder):
     assert block() == DEFAULT
     path = write(folder / CARD.file_name, content(launches=scatter_add(2 * DEFAULT)))
-    assert load("triton")._launches[CPU].scatter_add == FlatLaunch(2 * DEFAULT, num_warps=2)
+    assert load("triton")._launches[CPU].scatter_add == ChunkLaunch(2 * DEFAULT)
     assert load("triton")._launches[CPU].counts == TritonLaunches().counts
     assert load("cupy")._launches[CPU] == CupyLaunches()
     with gpu_embed.use_backend("triton"):
         serves = env_report._serves(CPU)
     assert serves["tuned"] == f"{path}: measured on this card"
-    assert serves["launches"]["scatter_add"] == f"BLOCK={2 * DEFAULT} num_warps=2"
+    assert serves["launches"]["scatter_add"] == f"BLOCK={2 * DEFAULT} num_warps=1"
 
 
 def test_values_of_each_kind_are_read(folder):
@@ -175,7 +176,7 @@ def test_unknown_fields_are_said_in_one_line(folder, caplog):
     }
     write(folder / "a.json", content(launches=launches))
     found = load("triton")._launches[CPU]
-    assert found == tuned.with_leaves(TritonLaunches(), {"scatter_add": FlatLaunch(1024, 2)})
+    assert found == tuned.with_leaves(TritonLaunches(), {"scatter_add": ChunkLaunch(1024)})
     (said,) = caplog.messages
     for name in ("no_kernel", "counts.WIDTH", "sort_keys.BLOCK", "bag_of.BLOCK", "gather_flat"):
         assert name in said
@@ -263,7 +264,7 @@ def test_the_file_is_read_once_a_device(folder, monkeypatch):
 def test_a_compiled_model_sees_the_same_settings(folder, monkeypatch):
     """torch.compile calls the operators, so what they launch is decided as without it."""
     pytest.importorskip("triton")
-    launches = {"gather_rows[4]": {"set": {"BLOCK_N": 32, "BLOCK_D": 4, "num_warps": 1}}}
+    launches = {"gather_rows[256]": {"set": {"BLOCK_N": 4, "BLOCK_D": 256, "num_warps": 1}}}
     write(folder / "a.json", content(launches=launches))
     seen = []
     launch = TritonDevice._launch
@@ -273,8 +274,8 @@ def test_a_compiled_model_sees_the_same_settings(folder, monkeypatch):
         launch(self, kernel, grid, device, *args, **settings)
 
     monkeypatch.setattr(TritonDevice, "_launch", see)
-    layer, ids = gpu_embed.Embedding(9, 8, device="cpu"), torch.arange(9)
+    layer, ids = gpu_embed.Embedding(9, 512, device="cpu"), torch.arange(9)
     with gpu_embed.use_backend("triton"):
         output = torch.compile(layer, backend="eager", fullgraph=True)(ids)
     assert torch.equal(output, layer.weight)
-    assert set(seen) == {("gather_rows_kernel", 32, 1)}
+    assert set(seen) == {("gather_rows_kernel", 4, 1)}

@@ -242,13 +242,14 @@ CHANGES = {
     "swapped pointers": swapped("indices_ptr", "output_ptr"),
     # Compiled for addresses that are multiples of 16 bytes.
     "a wrong claim of alignment": with_argument(
-        "weight_ptr", lambda table: getattr(table, "tensor", table).view(-1)[1:]
+        "weight_ptr", lambda table: getattr(table, "tensor", table).reshape(-1)[1:]
     ),
 }
 
 
 def gather(run_on, backend):
-    weight, ids = table(300, 64, FP32, "cpu"), torch.arange(65) * 37 % 300
+    # A step from row to row that is not their width is an argument of the launch.
+    weight, ids = table(300, 80, FP32, "cpu")[:, :64], torch.arange(65) * 37 % 300
     ids[0] = 299
     run_on(backend)
     with gpu_embed.set_bounds_check("off"):

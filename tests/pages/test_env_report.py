@@ -81,7 +81,7 @@ def test_the_choice_in_force_of_a_kernel_backend(capsys: pytest.CaptureFixture[s
     assert kernels["gradient"] == "float32 atomic or sorted, bfloat16 sorted"
     assert kernels["deterministic gradient"] == "float32 sorted, bfloat16 sorted"
     assert serves["others"]["torch"] == "usable, but triton is forced"
-    assert serves["launches"]["gather_rows[32]"] == "BLOCK_N=32 BLOCK_D=32 num_warps=4"
+    assert serves["launches"]["gather_rows[512]"] == "BLOCK_N=1 BLOCK_D=512 num_warps=1"
     for name, numbers in serves["launches"].items():
         assert re.search(rf"^    {re.escape(name)} +{numbers}$", said, re.M)
     assert env_report._in_force("cupy", CPU)["bag_sum"] == "threads=128 UNROLL=4"

@@ -19,6 +19,7 @@ from gpu_embed.backends._plan import tuned
 from gpu_embed.backends._plan.gradient_method import Limit, choose
 from gpu_embed.backends._plan.tuned import Card
 from gpu_embed.backends._triton.launch import (
+    NARROWEST_ROWS,
     WIDEST_ROWS,
     FlatLaunch,
     GatherRule,
@@ -235,7 +236,7 @@ def method_cost(call, cold, repeats):
     given = operation.args[1]
     if method in ("rows", "flat"):
         words = given.embedding_dim // 2
-        tile = min(next_power_of_2(words), WIDEST_ROWS)
+        tile = max(min(next_power_of_2(words), WIDEST_ROWS), NARROWEST_ROWS)
         idle = -words % tile / (words + -words % tile)
         return 1.0 if (method == "rows") == (idle <= 0.25) else 2.0
     per_row = given.num_indices / given.num_embeddings

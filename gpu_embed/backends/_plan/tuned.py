@@ -4,7 +4,7 @@ A file is JSON. It holds only what differs from the defaults, for each backend:
 
     {"format": 1, "card": "NVIDIA H100 80GB HBM3", "capability": "9.0", "multiprocessors": 132, ...,
      "triton": {"kernels": "<hash of their sources>",
-                "launches": {"gather_rows[32]": {"set": {"BLOCK_N": 16, "BLOCK_D": 32, "num_warps": 2}, "gain": 1.07}},
+                "launches": {"gather_rows[256]": {"set": {"BLOCK_N": 4, "BLOCK_D": 256, "num_warps": 2}, "gain": 1.07}},
                 "methods": {"gather": {"set": {"max_idle_share": 0.25}, "gain": 1.2}}}}
 """
 
@@ -205,7 +205,7 @@ def _converted(leaf: Any, name: str, value: Any) -> Any:
 
 
 def leaves(node: Any, path: str = "") -> dict[str, Any]:
-    """The innermost dataclasses of settings by their path, as gather_rows[32]."""
+    """The innermost dataclasses of settings by their path, as gather_rows[256]."""
     return {
         inner: leaf
         for name, child in _children(node, path).items()

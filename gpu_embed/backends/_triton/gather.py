@@ -11,7 +11,7 @@ from ...settings import GATHER_METHOD
 from .._plan.access import WordLayout, cdiv, word_layout
 from .._plan.gather import Gather, GatherPlan
 from .device import TritonDevice
-from .launch import WIDEST_ROWS, next_power_of_2
+from .launch import NARROWEST_ROWS, WIDEST_ROWS, chunk_launch, next_power_of_2
 
 
 class TritonGather(TritonDevice, GatherPlan):
@@ -23,7 +23,8 @@ class TritonGather(TritonDevice, GatherPlan):
         table = self._view(weight, word)
         device = weight.device
         num_embeddings = weight.shape[0]
-        row_stride = layout.row_stride // layout.vec
+        adjacent = layout.row_stride == layout.row_words
+        row_stride = None if adjacent else layout.row_stride // layout.vec
         kernel, grid, settings = self._gather_launch(layout, device)
         settings = {"D": layout.row_words, "VEC": layout.vec, **settings}
 
@@ -63,7 +64,8 @@ class TritonGather(TritonDevice, GatherPlan):
         """
         method = GATHER_METHOD.value
         launches = self._launches[device]
-        rows = launches.gather_rows[min(next_power_of_2(layout.row_words), WIDEST_ROWS)]
+        width = max(min(next_power_of_2(layout.row_words), WIDEST_ROWS), NARROWEST_ROWS)
+        rows = launches.gather_rows[width]
         blocks_d = cdiv(layout.row_words, rows.BLOCK_D)
         lanes = blocks_d * rows.BLOCK_D
         max_idle = self._methods[device].gather.max_idle_share * lanes
@@ -75,7 +77,7 @@ class TritonGather(TritonDevice, GatherPlan):
                 rows.settings,
             )
         row_vectors = layout.row_words // layout.vec
-        flat = launches.gather_flat
+        flat = chunk_launch(launches.gather_flat, row_vectors)
         return (
             self._kernels.gather_flat,
             lambda num_indices: (cdiv(num_indices * row_vectors, flat.BLOCK),),

@@ -1,10 +1,12 @@
 """Launch settings of the Triton kernels: one dataclass a kind of kernel, and one with all of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
+from math import lcm
 from typing import Any, ClassVar
 
+from .._plan.access import VECTOR_BYTES
 from .._plan.gradient_method import Methods
 
 # The values that the fields of a launch may have on some device; what is not named is the same on all.
@@ -25,16 +27,29 @@ class Launch:
 
 @dataclass(frozen=True)
 class RowsLaunch(Launch):
-    """gather_rows_kernel: a tile of BLOCK_N rows by BLOCK_D words."""
+    """gather_rows_kernel: BLOCK_N rows of BLOCK_D words."""
 
     CHOICES: ClassVar[Choices] = {
-        "BLOCK_N": (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
+        "BLOCK_N": (1, 2, 4, 8),
         "num_warps": (1, 2, 4, 8),
     }
 
     BLOCK_N: int
     BLOCK_D: int
-    num_warps: int = 4
+    num_warps: int = 1
+
+
+@dataclass(frozen=True)
+class ChunkLaunch(Launch):
+    """A kernel over a flattened [N, D]: BLOCK vectors a program, and one warp, whose lanes share out the ids.
+
+    `chunk_launch` takes some off, so that a program has whole rows.
+    """
+
+    CHOICES: ClassVar[Choices] = {"BLOCK": (64, 128, 256, 512, 1024, 2048)}
+
+    BLOCK: int
+    num_warps: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,20 +131,12 @@ class CombineLaunch(Launch):
 # The settings below follow from the code that they compile to (16-byte accesses, no spills, four loads in
 # flight a thread); they are starting points until they are measured.
 
-# Rows of a power of two of words, by words a row: 8 KiB a program.
+# Rows whose words are a multiple of these: 4 KiB a warp, so that it loads an id once.
 GATHER_ROWS: Mapping[int, RowsLaunch] = {
-    1: RowsLaunch(512, 1),  # 1024 spills
-    2: RowsLaunch(512, 2),
-    4: RowsLaunch(256, 4),
-    8: RowsLaunch(128, 8),
-    16: RowsLaunch(64, 16),
-    32: RowsLaunch(32, 32),
-    64: RowsLaunch(16, 64),
-    128: RowsLaunch(8, 128),
-    256: RowsLaunch(4, 256),
-    512: RowsLaunch(2, 512),
+    256: RowsLaunch(2, 256),
+    512: RowsLaunch(1, 512),
 }
-WIDEST_ROWS = max(GATHER_ROWS)
+NARROWEST_ROWS, WIDEST_ROWS = min(GATHER_ROWS), max(GATHER_ROWS)
 
 
 @dataclass(frozen=True)
@@ -137,18 +144,18 @@ class TritonLaunches:
     """What a device may have of its own: no field changes a result's bits."""
 
     gather_rows: Mapping[int, RowsLaunch] = field(default_factory=lambda: GATHER_ROWS)
-    gather_flat: FlatLaunch = FlatLaunch(512)
-    scatter_add: FlatLaunch = FlatLaunch(256)
+    gather_flat: ChunkLaunch = ChunkLaunch(256)
+    scatter_add: ChunkLaunch = ChunkLaunch(256)
     counts: FlatLaunch = FlatLaunch(256)
     sort_keys: FlatLaunch = FlatLaunch(256)
-    segment_sum: Walk = Walk()
+    segment_sum: Walk = Walk(UNROLL=8)
     select_rows: FlatLaunch = FlatLaunch(256)
     row_update: Walk = Walk()
     bag_sum: Walk = Walk()
     bag_max: Walk = Walk()
     bag_of: FlatLaunch = FlatLaunch(512)
     table_bag: TableLaunch = TableLaunch()
-    table_gather: FlatLaunch = FlatLaunch(128, num_warps=1)
+    table_gather: ChunkLaunch = ChunkLaunch(128)
     table_keys: FlatLaunch = FlatLaunch(256)
     table_scatter_add: TableLaunch = TableLaunch()
     table_segment_sum: Walk = Walk()
@@ -185,6 +192,18 @@ TABLE_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
 SPLIT_VECTORS = 32
 
 
+def carry_vector(vec: int, acc_bytes: int) -> int:
+    """Columns a lane of the join has: as many as make each lane have all rows of its columns, or those of the walk."""
+    return max(vec, VECTOR_BYTES // acc_bytes)
+
+
+@cache
+def chunk_launch(launch: ChunkLaunch, row_vectors: int) -> ChunkLaunch:
+    """Whole rows a program, where they fill its steps of 32 vectors: no other program loads their ids."""
+    unit = lcm(32, row_vectors)
+    return replace(launch, BLOCK=launch.BLOCK // unit * unit or launch.BLOCK)
+
+
 @cache
 def segment_launch(walk: Walk, embedding_dim: int, vec: int) -> SegmentLaunch:
     """One warp wide, `vec` columns a lane; narrow rows put several chunks side by side."""
@@ -202,7 +221,7 @@ def update_launch(walk: Walk, embedding_dim: int, vec: int, held_bytes: int) -> 
         return launch
     block_d = next_power_of_2(embedding_dim)
     num_warps = max(block_d * held_bytes // (32 * HELD_BYTES), 1)
-    return SegmentLaunch(BLOCK_C=1, BLOCK_D=block_d, UNROLL=2, num_warps=num_warps)
+    return SegmentLaunch(BLOCK_C=1, BLOCK_D=block_d, UNROLL=1, num_warps=num_warps)
 
 
 @cache
