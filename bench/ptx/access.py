@@ -75,7 +75,7 @@ def _offsets(
     """
     blocks, reads = machine.local_block[lanes], kind != "store"
     offsets = _space(machine, space).offsets(addresses, blocks, num_bytes, reads)
-    if space == "global" and (constant or kind != "load"):
+    if machine.program.reads_constants and space == "global" and (constant or kind != "load"):
         machine.memory.note(addresses, num_bytes, constant)
     if machine.counter is not None:
         numbers = machine.launch_numbers(lanes)
