@@ -86,7 +86,7 @@ def parse(text: str, entry: str = "") -> Kernel:
     _read_shared(kernel, text)
     files = {
         number: PurePosixPath(name).name
-        for number, name in re.findall(r'\.file\s+(\d+) .*"([^"]+)"', text)
+        for number, name in re.findall(r'\.file\s+(\d+) .*"([^"\n]+)"', text)
     }
     place = ""
     # A scope's braces stand alone: within an instruction they come in pairs, on one line.
