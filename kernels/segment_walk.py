@@ -243,10 +243,12 @@ def walk_runs(
     goes_out = ((crossed & CARRY_OUT) != 0)[:, None] & in_row[None, :]
     if partial_ptr is None:
         last_key = load_key(keys_ptr, start + length - 1, length > 0)
-        before_ptr = grad_weight_ptr + (key_before * D)[:, None] + d
-        last_ptr = grad_weight_ptr + (last_key * D)[:, None] + d
-        tl.atomic_add(before_ptr, carry_in, mask=goes_in, sem="relaxed")
-        tl.atomic_add(last_ptr, total, mask=goes_out, sem="relaxed")
+        tl.atomic_add(
+            grad_weight_ptr + (key_before * D)[:, None] + d, carry_in, mask=goes_in, sem="relaxed"
+        )
+        tl.atomic_add(
+            grad_weight_ptr + (last_key * D)[:, None] + d, total, mask=goes_out, sem="relaxed"
+        )
     else:
         carry_in_ptr = partial_ptr + (2 * chunk * D)[:, None] + d
         tl.store(carry_in_ptr, carry_in, mask=goes_in)

@@ -48,8 +48,8 @@ class Gate:
     def __init__(self, subject: Subject, path: str) -> None:
         self._subject = subject
         self._path = path
-        # An interpreter is slow; on a card each program's neighbours are to be there too.
-        inputs = gate_inputs(subject.name, path, 101 if subject.device.type == "cuda" else 1)
+        # On a card each program's neighbours are to be there too.
+        inputs = gate_inputs(subject.name, path, small=subject.device.type != "cuda")
         self._expected = [(given, self._right(given)) for given in inputs]
 
     def _right(self, given: Input) -> list[Tensor]:

@@ -277,19 +277,23 @@ def trial_of(path: str) -> Trial:
     return TRIALS[path.partition("[")[0]]
 
 
-def gate_inputs(backend: str, path: str, times: int = 1) -> tuple[Input, ...]:
+def gate_inputs(backend: str, path: str, small: bool = False) -> tuple[Input, ...]:
     """Ragged, strided and bad ones, and fractions, whose sums show another order of additions.
 
     Args:
-        times: as many ids.
+        small: few of few ids, for an interpreter.
     """
     narrow, wide = _gate_dims(backend, path)
-    inputs = (
-        Input(41 * times, 37, wide, padding_idx=3),
-        Input(35 * times, 37, narrow, strided=True),
-        Input(70 * times, 37, narrow, bad=True, dtype=_second_dtype(path)),
+    dtype, exact = _second_dtype(path), trial_of(path).atomic
+    if small:
+        odd = Input(70, 37, narrow, dtype, padding_idx=3, strided=True, bad=True)
+        return odd, Input(66, 9, wide, exact=exact)
+    return (
+        Input(4141, 37, wide, padding_idx=3),
+        Input(3535, 37, narrow, strided=True),
+        Input(7070, 37, narrow, dtype, bad=True),
+        Input(6666, 9, wide, exact=exact),
     )
-    return inputs if trial_of(path).atomic else (*inputs, Input(66 * times, 9, wide, exact=False))
 
 
 def timed_inputs(backend: str, path: str) -> tuple[Input, ...]:

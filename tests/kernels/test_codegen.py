@@ -157,10 +157,12 @@ def test_machine_code_accesses_memory_as_ptx_says(launches: Launches):
         kinds = {i for i in launch.machine.instructions if i.operation != "local"}
         written = {i._replace(pointer="") for i in launch.instructions}
         # The assembler joins neighbouring accesses, reads the half of a number that is needed, takes steps out of a
-        # loop, and drops a barrier of one warp, or a shuffle of what all threads hold alike.
+        # loop, and drops a barrier of one warp, a shuffle of what all threads hold alike, or the key behind a single
+        # one.
         changed = {access.operation for access in kinds - written}
         assert changed <= {access.operation for access in written}, launch
-        assert {i.operation for i in written - kinds} <= {"shuffle", "barrier", *changed}, launch
+        dropped = {"shuffle", "barrier", *(["load"] if "-N1-" in launch.case else [])}
+        assert {i.operation for i in written - kinds} <= dropped | changed, launch
 
 
 def test_no_kernel_is_worse_than_the_committed_table(launches: Launches, architecture: int):
@@ -239,7 +241,7 @@ def test_keys_and_places_are_loaded_once_a_warp(launches: Launches, case: Case):
     walk, _ = walk_and_joins(gradient_of_case(launches, case, "segment_sum_kernel"))
     loads = [i.pointer for i in walk.instructions if i.operation == "load" and i.in_loop]
     keys_a_lane = max(walk.settings["UNROLL"] * walk.settings["BLOCK_C"] // 32, 1)
-    assert loads.count("keys_ptr") == 2 * keys_a_lane
+    assert 0 < loads.count("keys_ptr") <= 2 * keys_a_lane
     assert loads.count("order_ptr") <= keys_a_lane
 
 
