@@ -684,8 +684,11 @@ def test_the_text_is_read():
     .reg .b32 %r<3>; /* two
     lines */
     .file 1 "/src" "gather.py"
+    .file 2 "/src/common.cuh"
+    .file 3 "/src/gather.cu"
     .loc 1 7 3 // gather.py:7
     { .reg .b32 tmp; mov.b32 tmp, 1; mov.b32 {%r1, _}, %rd1; }
+    .loc 2 9 3
     $L__BB0_1: @!%p1 bra $L__BB0_1;
     }
     .entry second() { ret; }
@@ -697,6 +700,7 @@ def test_the_text_is_read():
     ]
     first, unpack, branch = kernel.instructions
     assert (first.name, first.operands, first.place) == ("mov.b32", ("tmp", "1"), "gather.py:7")
+    assert branch.place == "common.cuh:9"
     assert unpack.operands == ("{%r1, _}", "%rd1")
     assert (branch.predicate, branch.negated, branch.operands) == ("%p1", True, ("$L__BB0_1",))
     assert kernel.labels == {"$L__BB0_1": 2}
