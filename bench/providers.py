@@ -143,9 +143,9 @@ def _torch_compile(weight: Tensor, cell: Cell, mode: str) -> Layer:
     torch._dynamo.reset()
 
     @partial(torch.compile, fullgraph=True, dynamic=False)
-    def lookup(ids: Tensor, table: Tensor, *offsets: Tensor) -> Tensor:
+    def lookup(ids: Tensor, table: Tensor, offsets: Tensor | None = None) -> Tensor:
         if cell.pooled:
-            return F.embedding_bag(ids, table, *offsets, mode="sum")
+            return F.embedding_bag(ids, table, offsets, mode="sum")
         return F.embedding(ids, table, cell.padding_idx)
 
     if cell.by_offsets:
