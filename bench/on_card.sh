@@ -216,7 +216,7 @@ if [ -z "$whole" ]; then
 fi
 
 measure small-tables 20 "${both[@]}" --set A --vocab 2 2000 32768 --dim 768 --dtype bfloat16 --mode backward
-measure bags 25 --set B --vocab 1000000 --dim 128 --distribution zipf:1.05
+measure bags 25 --set K --dim 128
 measure odd-widths 20 gpu_embed-gather-rows gpu_embed-gather-flat --set A --vocab 100000 --dim 300 304 33 32 --ids 65536 \
   --dtype float32 --mode forward
 measure key-widths 15 gpu_embed-sorted --set A --vocab 32767 32768 65535 65536 --dim 128 --ids 262144 --dtype bfloat16 \

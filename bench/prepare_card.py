@@ -19,7 +19,7 @@ from .codegen.cases import CASES, Case
 from .codegen.compile import CompilingBackend, record_launches
 from .shapes import DTYPES, SETS
 
-# Those whose cells `on_card.sh` measures.
+# Those whose lookups `on_card.sh` measures.
 MEASURED = ("A", "E", "F")
 
 
