@@ -103,14 +103,10 @@ def gather_rows_kernel(
         tl.store(output_ptr + n * D + d, words[r], mask=(n < num_indices) & in_row)
     if record_ptr is not None:
         for r in tl.static_range(BLOCK_N):
-            if bad[r]:
+            # Not as a mask: several warps would read the exchange's result from where none wrote it.
+            if bad[r] & (tl.program_id(1) == 0):
                 record_out_of_range(
-                    record_ptr,
-                    flag_ptr,
-                    tl.program_id(1) == 0,
-                    first_n + r,
-                    indices[r],
-                    num_embeddings,
+                    record_ptr, flag_ptr, bad[r], first_n + r, indices[r], num_embeddings
                 )
 
 
