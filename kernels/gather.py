@@ -103,11 +103,12 @@ def gather_rows_kernel(
         tl.store(output_ptr + n * D + d, words[r], mask=(n < num_indices) & in_row)
     if record_ptr is not None:
         for r in tl.static_range(BLOCK_N):
-            # Not as a mask: several warps would read the exchange's result from where none wrote it.
-            if bad[r] & (tl.program_id(1) == 0):
-                record_out_of_range(
-                    record_ptr, flag_ptr, bad[r], first_n + r, indices[r], num_embeddings
-                )
+            if bad[r]:
+                # No mask: several warps would read the exchange's result where none has written it.
+                if tl.program_id(1) == 0:
+                    record_out_of_range(
+                        record_ptr, flag_ptr, bad[r], first_n + r, indices[r], num_embeddings
+                    )
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)
