@@ -104,14 +104,11 @@ def gather_rows_kernel(
     if record_ptr is not None:
         for r in tl.static_range(BLOCK_N):
             if bad[r]:
-                record_out_of_range(
-                    record_ptr,
-                    flag_ptr,
-                    tl.program_id(1) == 0,
-                    first_n + r,
-                    indices[r],
-                    num_embeddings,
-                )
+                # No mask: several warps would read the exchange's result where none has written it.
+                if tl.program_id(1) == 0:
+                    record_out_of_range(
+                        record_ptr, flag_ptr, bad[r], first_n + r, indices[r], num_embeddings
+                    )
 
 
 # grid:  (cdiv(num_indices * D / VEC, BLOCK),)

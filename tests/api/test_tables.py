@@ -198,7 +198,7 @@ def test_rows_without_pooling_are_copied_bit_for_bit(target, method):
 
 
 @pytest.mark.parametrize("dtype", GRADIENT_DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [1, 3, 8, 130])
+@pytest.mark.parametrize("dim", [1, 3, 8, 12, 130])
 def test_rows_without_pooling_in_every_dtype_and_width(target, dtype, dim):
     """Exact copy: any embedding_dim; accumulation: one rounding."""
     layer = embedding_layer([(2, dim), (3, dim)], target.device, dtype)
