@@ -289,8 +289,8 @@ def table_gather_kernel(
 ):
     if record_ptr is not None:
         share = num_all_bags // tl.num_programs(0) + 1
-        for first in range(0, share, BLOCK):
-            in_share = first + tl.arange(0, BLOCK)
+        for first in range(0, share, 32):
+            in_share = first + tl.arange(0, 32)
             place = tl.program_id(0).to(tl.int64) * share + in_share
             in_range = (in_share < share) & (place <= num_all_bags)
             offset = tl.load(offsets_ptr + place, mask=in_range, other=0).to(tl.int64)
