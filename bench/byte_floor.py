@@ -3,7 +3,7 @@
 With V the rows of all tables, D, N as everywhere, s bytes an element, i bytes an id, U different rows among the
 ids, and U', N' the same without padding, whose gradient nobody asks for. O rows are put out, O' of them with a
 gradient: N and N', or in bags the number of bags. An optimizer keeps S bytes for each row: none for SGD, 2 D s for
-Adam, s for row-wise Adagrad (its s is at least 4).
+Adam, s for row-wise Adagrad (its s is at least 4). An offset of a bag counts as an id more.
 
     mode      DRAM: each row from memory once           logical: each id on its own
     forward   U D s + O D s + N i                       N D s + O D s + N i
@@ -89,7 +89,8 @@ def count(ids: Tensor, padding_idx: int | None) -> Counts:
 def bytes_moved(cell: Cell, mode: str, counts: Counts) -> BytesMoved:
     """The bytes of one call in a mode, by the formulas above."""
     row = cell.dim * DTYPES[cell.dtype].itemsize
-    ids = cell.num_ids * ID_DTYPES[cell.id_dtype].itemsize
+    offsets = cell.num_outputs if cell.by_offsets else 0
+    ids = (cell.num_ids + offsets) * ID_DTYPES[cell.id_dtype].itemsize
     forward = BytesMoved(
         (counts.unique + cell.num_outputs) * row + ids,
         (cell.num_ids + cell.num_outputs) * row + ids,

@@ -584,6 +584,10 @@ def traffic(args: argparse.Namespace) -> int:
             raise CannotRunError("--out writes the whole table: leave out --config")
         results.check_writable(args.out.parent)
     from .traffic import count, table
+
+    reason = count.no_nvrtc()
+    if reason is not None:
+        raise CannotRunError(f"traffic compiles CUDA C++ kernels: {reason}")
     from .traffic.cases import CASES
 
     cases = [case for case in CASES if str(case).startswith(tuple(args.config or [""]))]

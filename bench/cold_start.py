@@ -107,27 +107,6 @@ def force_triton(device: torch.device) -> None:
     gpu_embed.use_backend("triton")
     if device.type == "cuda":
         return
-    from gpu_embed.backends._triton import TritonBackend
-    from gpu_embed.backends._triton.device import ENABLE_FP_FUSION
+    from .codegen.compile import CompilingBackend
 
-    from .codegen.compile import OfflineDriver
-
-    class CompilingBackend(TritonBackend):
-        _interpreted = False
-
-        def _launch(
-            self,
-            kernel: Any,
-            grid: tuple[int, ...],
-            device: torch.device,
-            *args: Any,
-            **settings: Any,
-        ) -> None:
-            # Not before, since importing Triton is a part of the first lookup.
-            from triton.runtime import driver
-
-            driver.set_active(OfflineDriver(ARCHITECTURE))
-            settings.setdefault("enable_fp_fusion", ENABLE_FP_FUSION)
-            kernel.warmup(*args, grid=grid, **settings)
-
-    backends._selected["triton", device] = CompilingBackend()
+    backends._selected["triton", device] = CompilingBackend(ARCHITECTURE)

@@ -28,8 +28,9 @@ from .timing import no_garbage_collection
 
 PATH = Path(__file__).with_name("host_calls.csv")
 PACKAGE = os.path.dirname(gpu_embed.__file__) + os.sep
-# Folders of the package whose functions are not counted: the measurement itself, and device code.
-OTHERS = tuple(PACKAGE + folder + os.sep for folder in ("bench", "kernels"))
+# Folders of the package whose functions are not counted: the measurement itself, device code, and the tuner, whose
+# driver stands in for the card's.
+OTHERS = tuple(PACKAGE + folder + os.sep for folder in ("bench", "kernels", "tune"))
 # No calls from Python 3.12 on.
 INLINED = ("<listcomp>", "<dictcomp>", "<setcomp>")
 BACKENDS = ("torch", "triton")

@@ -20,7 +20,8 @@ BatchedTables = gpu_embed.TableBatchedEmbedding | gpu_embed.TableBatchedEmbeddin
 def _lookup(functional: ModuleType, cell: Cell, sparse: bool) -> Callable[..., Tensor]:
     """Of ids and a table, by torch.nn.functional or by ours, whose signatures are the same."""
     if cell.pooled:
-        return partial(functional.embedding_bag, mode="sum", sparse=sparse)
+        sums = partial(functional.embedding_bag, mode="sum", sparse=sparse)
+        return (lambda ids, table: sums(*by_offsets(cell, ids, table))) if cell.by_offsets else sums
     return partial(functional.embedding, padding_idx=cell.padding_idx, sparse=sparse)
 
 
@@ -62,11 +63,18 @@ def order_of(cell: Cell) -> Order:
     return SIDE_BY_SIDE if cell.pooled and cell.tables > 1 else ONE_UNDER_ANOTHER
 
 
+def by_offsets(cell: Cell, ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of embedding_bag for ids [B, L]: flat ids, the table, and where each bag begins."""
+    return ids.view(-1), table, _offsets(ids.numel(), cell.hotness, ids.dtype, ids.device)
+
+
 def offsets_lookup(tables: Callable[..., Tensor], cell: Cell) -> Callable[[Tensor], Tensor]:
     """Of flat ids and where each bag begins; without sums a bag is one id."""
-    return lambda ids: tables(ids.view(-1), _offsets(cell, ids.dtype, ids.device))
+    return lambda ids: tables(
+        ids.view(-1), _offsets(cell.num_ids + 1, cell.hotness, ids.dtype, ids.device)
+    )
 
 
 @cache
-def _offsets(cell: Cell, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.arange(0, cell.num_ids + 1, cell.hotness, dtype=dtype, device=device)
+def _offsets(end: int, step: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(0, end, step, dtype=dtype, device=device)

@@ -71,19 +71,25 @@ step() {
   timeout -s INT -k "$(scaled 5)" "$limit" "$@" >"$results/$name.log" 2>&1 </dev/null &
   running=$!
   wait "$running" || rc=$?
-  running=
+  end_group
   cut_log "$results/$name.log"
   tail -n 4 "$results/$name.log" | cut -c 1-200 | tee -a "$work/summary.txt"
   case $rc in
     0) said='' ;;
     # Killed by timeout, or its own process with it.
-    124 | 137) said="stopped after $((SECONDS - begin)) s" ;;
+    124 | 137) said="stopped at its limit" ;;
     *) said="exit code $rc" ;;
   esac
   if [ -n "$said" ]; then failed+=("$name") reasons+=("$said"); fi
   say "   $name: ${said:-well} after $((SECONDS - begin)) s"
   pack results
   return "$rc"
+}
+
+# A worker that outlived its step would disturb the next one.
+end_group() {
+  kill -KILL -- "-$running" 2>/dev/null
+  running=
 }
 
 # A log with more than 1 MiB keeps its beginning and its end.
@@ -117,6 +123,7 @@ finish() {
   if [ -n "$running" ]; then
     kill -INT "$running"
     wait "$running"
+    end_group
     say "   stopped"
   fi
   pack_kernels
@@ -198,7 +205,8 @@ measure vocabularies 50 "${both[@]}" --set A --vocab 1024 32768 131072 --mode fo
 measure skew 40 "${both[@]}" gpu_embed-sorted-atomic --set F --vocab 100000 --dim 128 --ids 262144 --dtype float32 \
   --distribution hot:0 hot:0.1 hot:0.5 hot:1 zipf:1.05 --mode backward
 probe launches 25
-step tune 60 "$PYTHON" -m gpu_embed.tune --methods
+# Not into the user's cache, where it would change what is measured below.
+step tune 60 "$PYTHON" -m gpu_embed.tune --methods --out "$results/tuned"
 
 if [ -z "$whole" ]; then
   operations=(--maxfail 40 -m "gpu and not large" tests/api/test_gradient.py tests/api/test_bag.py)
@@ -226,9 +234,9 @@ if command -v compute-sanitizer >/dev/null; then
   # Without torch's caching allocator memcheck sees where each tensor ends.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   sanitizer=(compute-sanitizer --error-exitcode 1 --tool)
-  sanitized=("$PYTHON" -m pytest -q -p no:cacheprovider -n0 -m gpu)
+  sanitized=("$PYTHON" -m pytest -q -p no:cacheprovider -n0 -m gpu tests/gpu)
   if [ -z "$whole" ]; then
-    step memcheck 45 "${sanitizer[@]}" memcheck "${sanitized[@]}" -x -k "sanitizer and any_kernel and triton" tests/gpu
+    step memcheck 45 "${sanitizer[@]}" memcheck "${sanitized[@]}" -x -k "sanitizer and any_kernel and triton"
   else
     step memcheck 0 "${sanitizer[@]}" memcheck "${sanitized[@]}" --full -k sanitizer
     step racecheck 0 "${sanitizer[@]}" racecheck "${sanitized[@]}" --full -k sanitizer

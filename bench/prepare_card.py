@@ -10,15 +10,13 @@ import runpy
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gpu_embed._self_check import SAMPLES
 
 from .codegen.cases import CASES, Case
-from .codegen.compile import OfflineDriver, record_launches
-from .ptx.launch import PtxBackend
+from .codegen.compile import CompilingBackend, record_launches
 from .shapes import DTYPES, SETS
 
 # Those whose cells `on_card.sh` measures.
@@ -41,9 +39,9 @@ def compile_launches(architecture: int) -> tuple[int, dict[str, str]]:
 
     Returns how many launches there were, and which cases raised, with what.
     """
-    import triton
-
-    triton.runtime.driver.set_active(OfflineDriver(architecture))
+    backend = CompilingBackend(architecture)
+    for sample in SAMPLES.values():
+        sample(backend, torch.device("cpu"))
     launches, failures = record_launches((*CASES, *measured_cases()))
     for launch in launches:
         if launch.architecture <= architecture:
@@ -51,10 +49,7 @@ def compile_launches(architecture: int) -> tuple[int, dict[str, str]]:
                 launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.settings)
             except Exception as error:  # whatever it is, the other cases go on
                 failures[launch.case] = f"{type(error).__name__}: {error}"
-    backend = _Compiling()
-    for sample in SAMPLES.values():
-        sample(backend, torch.device("cpu"))
-    return len(launches) + backend.launches.total(), failures
+    return backend.launches + len(launches), failures
 
 
 def measured_cases() -> Iterator[Case]:
@@ -69,13 +64,6 @@ def measured_cases() -> Iterator[Case]:
         yield Case("embedding", dim, dtype, num_ids, vocab, record=True)
         for method in ("atomic", "sorted") if dtype.itemsize >= 4 else ("sorted",):
             yield Case(method, dim, dtype, num_ids, vocab)
-
-
-class _Compiling(PtxBackend):
-    """Compiles, and runs nothing."""
-
-    def _run(self, *launch: Any) -> None:
-        pass
 
 
 def main(argv: Sequence[str]) -> int:

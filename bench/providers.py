@@ -143,11 +143,13 @@ def _torch_compile(weight: Tensor, cell: Cell, mode: str) -> Layer:
     torch._dynamo.reset()
 
     @partial(torch.compile, fullgraph=True, dynamic=False)
-    def lookup(ids: Tensor, table: Tensor) -> Tensor:
+    def lookup(ids: Tensor, table: Tensor, *offsets: Tensor) -> Tensor:
         if cell.pooled:
-            return F.embedding_bag(ids, table, mode="sum")
+            return F.embedding_bag(ids, table, *offsets, mode="sum")
         return F.embedding(ids, table, cell.padding_idx)
 
+    if cell.by_offsets:
+        return Layer(lambda ids: lookup(*many_tables.by_offsets(cell, ids, weight)), weight)
     return Layer(lambda ids: lookup(ids, weight), weight)
 
 

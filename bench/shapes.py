@@ -23,6 +23,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 ID_DTYPES = {"int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
+# Of `Cell.operation`, those that sum.
+BAGS = ("embedding_bag", "embedding_bag_offsets")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Cell:
     id_dtype: str = "int64"
     distribution: str = "uniform"
     padding: float = 0.0  # share of the ids that are padding_idx
-    # "embedding"; "embedding_bag": the rows of each bag are summed; "embedding_graph": forward and backward of
-    # an embedding captured in a CUDA graph.
+    # "embedding"; "embedding_bag": the rows of each bag are summed; "embedding_bag_offsets": the same bags, but offsets
+    # say where they begin, so that their lengths show on the device alone; "embedding_graph": forward and backward
+    # of an embedding captured in a CUDA graph.
     operation: str = "embedding"
     hotness: int = 1  # ids in a bag
     tables: int = 1  # looked up in one call, each with its share of the ids
@@ -53,7 +56,11 @@ class Cell:
 
     @property
     def pooled(self) -> bool:
-        return self.operation == "embedding_bag"
+        return self.operation in BAGS
+
+    @property
+    def by_offsets(self) -> bool:
+        return self.operation == "embedding_bag_offsets"
 
     @property
     def num_outputs(self) -> int:
@@ -63,6 +70,7 @@ class Cell:
     def __str__(self) -> str:
         padded = f", {self.padding:.0%} padding" if self.padding else ""
         bags = f" in bags of {self.hotness}" if self.pooled else ""
+        bags += " by offsets" if self.by_offsets else ""
         tables = f"{self.tables} tables of " if self.tables > 1 else ""
         return (
             f"{tables}{self.vocab:,} x {self.dim:,} {self.dtype}, {self.num_ids:,} ids{bags} "
@@ -224,10 +232,23 @@ SETS = {
                 num_ids=(65_536,),
             ),
         ),
+        ShapeSet(
+            "K",
+            "the same summed bags as [B, L] and by offsets: what it costs not to know their lengths",
+            "recommenders' bags of about 20, and longer ones",
+            ("forward", "backward"),
+            tuple(
+                Cell(100_000, dim, bags * hotness, operation=operation, hotness=hotness)
+                for bags in (512, 4096)
+                for hotness in (20, 64)
+                for dim in (32, 128)
+                for operation in BAGS
+            ),
+        ),
     )
 }
 
-# A few cells of A, E and F: what the summary shows on a GPU, or predicts for one.
+# A few cells of A, E, F and K: what the summary shows on a GPU, or predicts for one.
 HEADLINE = (
     ("A", Cell(32_768, 768, 16_384, "float32")),
     ("A", Cell(131_072, 4096, 16_384, "bfloat16")),
@@ -235,6 +256,7 @@ HEADLINE = (
     ("E", Cell(151_936, 2560, 8192, "bfloat16", distribution="zipf:1.05")),
     ("F", Cell(2000, 384, 713_268, "bfloat16", distribution="equal")),
     ("F", Cell(2, 768, 16_384, "bfloat16")),
+    *(("K", Cell(100_000, 128, 81_920, operation=operation, hotness=20)) for operation in BAGS),
 )
 # Tables that a CPU looks up in no time, in some time, and in long enough to be bound by memory.
 CPU_CELLS = (Cell(1000, 64, 256), Cell(30_000, 128, 4096), Cell(100_000, 256, 16_384))

@@ -143,7 +143,7 @@ __global__ void bag_sum_kernel(
   }
 
   if (part.slot >= 0) {
-    if (first == last) return;
+    if (first >= last) return;
     if (MEAN && d == 0) sizes_ptr[part.slot] = size;
     *(Vector<Acc, VEC>*)(partial_ptr + part.slot * D + d) = total;
     return;

@@ -397,8 +397,9 @@ def bag_join_kernel(
     cut_bags = tl.load(cut_bags_ptr + chunks, mask=chunks < num_chunks, other=-1)
     if tl.max((cut_bags >= 0).to(tl.int32), 0) > 0:
         d = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)  # [BLOCK]
-        for chunk in range(first_chunk, tl.minimum(first_chunk + BLOCK_C, num_chunks)):
-            bag = tl.load(cut_bags_ptr + chunk)
+        for c in range(BLOCK_C):
+            chunk = first_chunk + c
+            bag = tl.load(cut_bags_ptr + chunk, mask=chunk < num_chunks, other=-1)
             if bag >= 0:
                 begin, end = load_range(
                     offsets_ptr, bag, bag >= 0, num_indices, num_offsets, bag_length

@@ -152,7 +152,7 @@ __device__ inline void store_integer(void* ptr, int64 i, int64 value, int64 byte
 
 // The row of sort key i. torch.sort takes no uint16 on CUDA, so a key of 2 bytes is the row less 32,768.
 __device__ inline int64 load_key(const void* ptr, int64 i, int64 bytes) {
-  return load_integer(ptr, i, bytes) + (bytes == 2 ? 32768 : 0);
+  return bytes == 2 ? ((const uint16*)ptr)[i] ^ 0x8000 : load_integer(ptr, i, bytes);
 }
 
 __device__ inline void store_key(void* ptr, int64 i, int64 row, int64 bytes) {

@@ -1,7 +1,7 @@
 // Optimizer step on the rows that have a gradient: a segment sum that ends in an update of the row.
 //
-// The walk of segment_sum_kernel sums each row's gradient in registers. A run is complete in exactly one thread per
-// vector of columns, on one level: that thread reads, updates and writes the row and its state, so no gradient is
+// As in segment_sum_kernel, each row's gradient is summed in registers. A run is complete in exactly one thread per vector
+// of columns, of the walk or of the join: that thread reads, updates and writes the row and its state, so no gradient is
 // stored. The formulas are those of gpu_embed/row_update.py, operation by operation: compile with -fmad=false.
 
 #include "common.cuh"
@@ -42,18 +42,17 @@ struct RowUpdate : Update<Weight, VEC> {
 // why:   each row has one owner per column and step, so updates need no atomics
 template <typename Value, typename Weight, int VEC, int UNROLL>
 __global__ void row_update_kernel(
-    // [*, D], any strides (VEC > 1: column stride 1): the gradient, or the level below's partial sums
-    const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,  // [num_keys]: each key's position before the sort; null: not permuted
-    const void* __restrict__ keys_ptr,   // [num_keys], sorted; keys outside [0, num_embeddings) are skipped
-    Weight* weight_ptr,                  // [num_embeddings, D], any strides (VEC > 1: column stride 1)
-    typename Accumulator<Weight>::type* state_ptr,                        // [num_embeddings, D], or null
-    typename Accumulator<Weight>::type* second_state_ptr,                 // [num_embeddings, D], or null
-    typename Accumulator<Weight>::type* __restrict__ partial_values_ptr,  // [2 * num_chunks, D], by slot
-    int64* __restrict__ partial_keys_ptr,                                 // [2 * num_chunks]; -1: the slot is empty
+    const Value* __restrict__ values_ptr,  // [*, D], any strides (VEC > 1: column stride 1): the gradient
+    const void* __restrict__ order_ptr,    // [num_keys]: each key's position before the sort
+    const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys outside [0, num_embeddings) are skipped
+    Weight* weight_ptr,                    // [num_embeddings, D], any strides (VEC > 1: column stride 1)
+    typename Accumulator<Weight>::type* state_ptr,                 // [num_embeddings, D], or null
+    typename Accumulator<Weight>::type* second_state_ptr,          // [num_embeddings, D], or null
+    typename Accumulator<Weight>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D], by slot
     const double* __restrict__ lr_ptr,  // [1], multiplies step_size and decay; null: 1
     int64 num_keys,
     int64 num_embeddings,
+    int64 chunk_size,
     int64 value_row_stride,   // in units of VEC elements
     int64 value_col_stride,   // in elements
     int64 weight_row_stride,  // in elements
@@ -71,7 +70,7 @@ __global__ void row_update_kernel(
     int64 D,  // VEC divides it
     int64 FORMULA,
     int64 STOCHASTIC_ROUNDING,
-    int64 CHUNK,  // UNROLL divides it
+    int64 JOIN,  // 1: the second launch
     int64 order_bytes,
     int64 key_bytes) {
   using Acc = typename Accumulator<Weight>::type;
@@ -82,20 +81,20 @@ __global__ void row_update_kernel(
        (Acc)weight_decay, (Acc)grad_scale,
        STOCHASTIC_ROUNDING, seed, step},
       weight_row_stride, weight_col_stride, D};
-  walk_runs<Value, Acc, VEC, false, UNROLL, false>(
-      values_ptr, order_ptr, keys_ptr, nullptr, nullptr, (const Weight*)nullptr, nullptr, partial_values_ptr,
-      partial_keys_ptr, nullptr, num_keys, num_embeddings, value_row_stride, value_col_stride, D,
-      CHUNK, order_bytes, key_bytes, 0, update);
+  sum_runs<Value, Acc, VEC, false, UNROLL, false>(
+      values_ptr, order_ptr, keys_ptr, nullptr, (const Weight*)nullptr, nullptr, partial_ptr, num_keys,
+      num_embeddings, value_row_stride, value_col_stride, D, chunk_size, JOIN, order_bytes, key_bytes,
+      0, update);
 }
 
 // grid:  cdiv(num_runs, blockDim.x); block: 1-D
 // owner: thread i of the grid: run i, whose summed gradient lies in memory
 // why:   "rowwise_adagrad": one thread sees the whole row: one pass for the mean square, one for the update
-template <typename Weight>
+template <typename Weight, int VEC>
 __global__ void rowwise_adagrad_kernel(
     const typename Accumulator<Weight>::type* __restrict__ total_ptr,  // [num_runs, D], contiguous
     const int64* __restrict__ keys_ptr,  // [num_runs]: each run's row; keys outside [0, num_embeddings) are skipped
-    Weight* weight_ptr,                  // [num_embeddings, D], any strides
+    Weight* weight_ptr,                  // [num_embeddings, D], any strides (VEC > 1: column stride 1)
     typename Accumulator<Weight>::type* state_ptr,  // [num_embeddings]
     const double* __restrict__ lr_ptr,              // [1], multiplies step_size; null: 1
     int64 num_embeddings,
@@ -113,7 +112,7 @@ __global__ void rowwise_adagrad_kernel(
   const int64 run = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (run >= num_runs || !names_row(keys_ptr[run], num_embeddings)) return;
   const int64 key = keys_ptr[run];
-  update_by_mean_square(
+  update_by_mean_square<Weight, VEC>(
       total_ptr + run * D, weight_ptr + key * weight_row_stride, weight_col_stride, state_ptr + key,
       lr_ptr ? *lr_ptr : 1.0, step_size, eps, weight_decay, grad_scale, seed, step, key, D, STOCHASTIC_ROUNDING);
 }

@@ -1,8 +1,8 @@
 """Optimizer step on the rows that have a gradient: a segment sum that ends in an update of the row.
 
-segment_sum_kernel sums each row's gradient in registers. A run is complete in exactly one program per block of
-columns, on one level: that program reads, updates and writes the row and its state, so no gradient is stored. The
-formulas are those of gpu_embed/row_update.py, operation by operation.
+As in segment_sum_kernel, each row's gradient is summed in registers. A run is complete in exactly one program per block
+of columns, of the walk or of the join: that program reads, updates and writes the row and its state, so no gradient is
+stored. The formulas are those of gpu_embed/row_update.py, operation by operation.
 """
 
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .lanes import block_positions
 from .rounding import divide, square_root
-from .segment_sum import segment_sum_kernel
+from .segment_walk import sum_runs
 from .stochastic_rounding import random_words, round_at_random
 
 
@@ -49,7 +49,7 @@ def load_elements(row_args, pointers, mask, loaded):
     state = weight
     second_state = weight
     if FORMULA == "rowwise_adagrad":
-        state = tl.load(state_ptr, mask=loaded, other=0)[:, None]  # [BLOCK_C, 1]
+        state = tl.load(state_ptr, mask=loaded, other=0)
     elif FORMULA != "sgd":
         state = tl.load(state_ptr, mask=mask, other=0)
     if FORMULA == "adam":
@@ -59,7 +59,13 @@ def load_elements(row_args, pointers, mask, loaded):
 
 @triton.jit
 def update_elements(row_args, elements, pointers, key, width, total, mask, stored, d):
-    """Update what `load_elements` read. total: summed gradient [BLOCK_C, BLOCK_D]; key: rows [BLOCK_C]; width: D."""
+    """Update what `load_elements` read.
+
+    Args:
+        key: rows, [UNROLL, BLOCK_C, 1].
+        width: of each row, as `key`.
+        total: summed gradients, [UNROLL, BLOCK_C, BLOCK_D].
+    """
     weight_ptr, state_ptr, second_state_ptr = pointers
     scalars, seed, step = row_args[1]
     step_size, keep, eps, avg_weight, sq_weight, momentum, weight_decay, grad_scale = scalars
@@ -83,7 +89,7 @@ def update_elements(row_args, elements, pointers, key, width, total, mask, store
         state = state + g * g
         w = w - step_size * divide(g, square_root(state) + eps)
     elif FORMULA == "rowwise_adagrad":
-        state = add_mean(state, tl.sum(g * g, 1, keep_dims=True), width)  # [BLOCK_C, 1]
+        state = add_mean(state, tl.sum(g * g, 2, keep_dims=True), width)
         w = w - divide(step_size + tl.zeros_like(state), square_root(state) + eps) * g
     else:
         state = state + (g - state) * avg_weight
@@ -92,14 +98,14 @@ def update_elements(row_args, elements, pointers, key, width, total, mask, store
         w = w - step_size * divide(state, square_root(second_state) + eps)
 
     if FORMULA == "rowwise_adagrad":
-        tl.store(state_ptr, tl.sum(state, 1), mask=stored)
+        tl.store(state_ptr, state, mask=stored)
     elif FORMULA != "sgd":
         tl.store(state_ptr, state, mask=mask)
     if FORMULA == "adam":
         tl.store(second_state_ptr, second_state, mask=mask)
     dtype = weight_ptr.dtype.element_ty
     if STOCHASTIC_ROUNDING:
-        w = round_at_random(w, random_words(seed, step, key[:, None], d), dtype)
+        w = round_at_random(w, random_words(seed, step, key, d), dtype)
     tl.store(weight_ptr, w.to(dtype), mask=mask)
 
 
@@ -107,75 +113,79 @@ def update_elements(row_args, elements, pointers, key, width, total, mask, store
 def step_scalars(
     lr_ptr, step_size, decay, eps, avg_weight, sq_weight, momentum, weight_decay, grad_scale, dtype
 ):
-    """The scalars of `update_elements`, [1, 1], in the accumulation dtype."""
-    lr = tl.full([1, 1], 1, tl.float64)
+    """The scalars of `update_elements`, [1, 1, 1], in the accumulation dtype."""
+    lr = tl.full([1, 1, 1], 1, tl.float64)
     if lr_ptr is not None:
         lr *= tl.load(lr_ptr)
     return (
         (step_size * lr).to(dtype),
         (1 - decay * lr).to(dtype),
-        tl.full([1, 1], eps, dtype),
-        tl.full([1, 1], avg_weight, dtype),
-        tl.full([1, 1], sq_weight, dtype),
-        tl.full([1, 1], momentum, dtype),
-        tl.full([1, 1], weight_decay, dtype),
-        tl.full([1, 1], grad_scale, dtype),
+        tl.full([1, 1, 1], eps, dtype),
+        tl.full([1, 1, 1], avg_weight, dtype),
+        tl.full([1, 1, 1], sq_weight, dtype),
+        tl.full([1, 1, 1], momentum, dtype),
+        tl.full([1, 1, 1], weight_decay, dtype),
+        tl.full([1, 1, 1], grad_scale, dtype),
     )
 
 
 @triton.jit
-def row_pointers(row_args, key, d):
-    """Pointers to weight and state of the rows `key`, [BLOCK_C, BLOCK_D] or per row."""
+def row_pointers(row_args, key, begin, d):
+    """Pointers to weight and state of the rows `key`, [UNROLL, BLOCK_C, BLOCK_D] or per row.
+
+    Args:
+        begin: offset of each row in memory without gaps, as `key`.
+    """
     weight_ptr, state_ptr, second_state_ptr = row_args[0]
     FORMULA: tl.constexpr = row_args[2]
     row_stride, col_stride = row_args[5]
-    D: tl.constexpr = row_args[6]
-    weight_ptr = weight_ptr + (key * row_stride)[:, None] + d * col_stride
+    IS_BUFFER: tl.constexpr = row_args[6]
+    weight_ptr = weight_ptr + (begin + d if IS_BUFFER else key * row_stride + d * col_stride)
     # Unused pointers alias the weight, as Triton <= 3.6 cannot return None; they are never dereferenced.
     if FORMULA == "sgd":
         state_ptr = weight_ptr
     elif FORMULA == "rowwise_adagrad":
         state_ptr = state_ptr + key
     else:
-        state_ptr = state_ptr + (key * D)[:, None] + d
+        state_ptr = state_ptr + begin + d
     if FORMULA == "adam":
-        second_state_ptr = second_state_ptr + (key * D)[:, None] + d
+        second_state_ptr = second_state_ptr + begin + d
     else:
         second_state_ptr = weight_ptr
     return weight_ptr, state_ptr, second_state_ptr
 
 
 @triton.jit
-def load_row(row_args, key, loaded, d, in_row):
-    return load_elements(row_args, row_pointers(row_args, key, d), loaded[:, None] & in_row, loaded)
+def load_row(row_args, key, begin, mask, loaded, d):
+    return load_elements(row_args, row_pointers(row_args, key, begin, d), mask, loaded)
 
 
 @triton.jit
-def update_row(row_args, elements, key, total, stored, d, in_row):
-    D: tl.constexpr = row_args[6]
-    width = tl.full([1, 1], D, total.dtype)
-    mask = stored[:, None] & in_row
-    pointers = row_pointers(row_args, key, d)
+def update_row(row_args, elements, key, begin, width, total, mask, stored, d):
+    # A masked row of tables may have width 0; no division by it.
+    width = tl.maximum(width, 1).to(total.dtype)
+    pointers = row_pointers(row_args, key, begin, d)
     update_elements(row_args, elements, pointers, key, width, total, mask, stored, d)
 
 
 # grid:  as segment_sum_kernel
-# tile:  BLOCK_C chunks by BLOCK_D columns; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
+# tile:  as segment_sum_kernel; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
 # owner: program (i, j): as segment_sum_kernel; of the rows, those whose runs end within its chunks
 # why:   each row has one owner per step, so updates need no atomics
-@triton.jit(do_not_specialize=["seed", "step"])
+# An alignment beyond VEC elements would make Triton load the weight in wider vectors than the rest.
+@triton.jit(do_not_specialize=["weight_row_stride", "seed", "step"])
 def row_update_kernel(
-    values_ptr,  # [*, D], any strides: the gradient, or the level below's partial sums
-    order_ptr,  # [num_keys]: each key's position before the sort; None: not permuted
+    values_ptr,  # [*, D], any strides: the gradient
+    order_ptr,  # [num_keys]: each key's position before the sort
     keys_ptr,  # [num_keys], sorted; keys outside [0, num_embeddings) are skipped
     weight_ptr,  # [num_embeddings, D], any strides
     state_ptr,  # accumulation dtype, [num_embeddings, D], or [num_embeddings] for "rowwise_adagrad"; or None
     second_state_ptr,  # accumulation dtype, [num_embeddings, D], for "adam"; or None
-    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
-    partial_keys_ptr,  # int64 [2 * num_chunks]; -1: the slot is empty
+    partial_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
     lr_ptr,  # fp64 [1], multiplies step_size and decay; None: 1
     num_keys,
     num_embeddings,
+    chunk_size,
     value_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
     value_col_stride,  # in elements
     weight_row_stride,  # in units of VEC elements
@@ -195,8 +205,8 @@ def row_update_kernel(
     FORMULA: tl.constexpr,  # a key of gpu_embed.row_update.STATE
     STOCHASTIC_ROUNDING: tl.constexpr,
     DECAYS_WEIGHT: tl.constexpr,  # False: weight_decay is 0
-    CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,  # loads in flight per thread; divides CHUNK
+    JOIN: tl.constexpr,
+    UNROLL: tl.constexpr,  # rows in flight per thread
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -217,7 +227,7 @@ def row_update_kernel(
     )
     tensors = (weight_ptr, state_ptr, second_state_ptr)
     strides = (weight_row_stride * VEC, weight_col_stride)
-    segment_sum_kernel(
+    sum_runs(
         values_ptr,
         order_ptr,
         keys_ptr,
@@ -225,18 +235,20 @@ def row_update_kernel(
         None,
         None,
         None,
-        weight_ptr,
-        partial_values_ptr,
-        partial_keys_ptr,
         None,
+        weight_ptr,
+        partial_ptr,
         num_keys,
         num_embeddings,
+        None,
+        chunk_size,
         value_row_stride,
         value_col_stride,
+        None,
         D=D,
         VEC=VEC,
         SCALE_GRAD_BY_FREQ=False,
-        CHUNK=CHUNK,
+        JOIN=JOIN,
         UNROLL=UNROLL,
         BLOCK_C=BLOCK_C,
         BLOCK_D=BLOCK_D,
@@ -249,7 +261,7 @@ def row_update_kernel(
             STOCHASTIC_ROUNDING,
             DECAYS_WEIGHT,
             strides,
-            D,
+            False,
         ),
     )
 

@@ -1,7 +1,7 @@
 // Segment sum of sorted keys: a deterministic gradient; each row of grad_weight is written and rounded once.
 //
-// The sorted keys are cut into chunks of CHUNK; runs that cross chunk edges leave partial sums, which the same kernel
-// sums level by level, as segment_sum.py draws it: slot 2c holds the carry-in of chunk c, slot 2c + 1 its carry-out.
+// The sorted keys are cut into chunks; runs that cross chunk edges leave partial sums, which a second launch joins, as
+// segment_sum.py draws it: slot 2c holds the carry-in of chunk c, slot 2c + 1 its carry-out.
 
 #include "common.cuh"
 #include "segment_walk.cuh"
@@ -31,8 +31,9 @@ struct StoreGradient {
 };
 
 // grid:  cdiv(num_chunks * D / VEC, blockDim.x); block: 1-D
-// owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
-// why:   each thread reduces its own part (walk_runs): no shared memory, no __syncthreads
+// owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on; join: of the runs that cross
+//        an edge, that which begins in the chunk
+// why:   each thread reduces its own part (sum_runs): no shared memory, no __syncthreads
 //
 // BAGS: position n reads row bag_of[n] of values, times its per-sample weight or over its bag's size.
 template <
@@ -44,33 +45,29 @@ template <
     bool ATOMIC_CARRY,
     bool BAGS = false>
 __global__ void segment_sum_kernel(
-    // [*, D], any strides (VEC > 1: column stride 1): grad_output, or the level below's partial sums
-    const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,    // [num_keys]: each key's position before the sort; null: not permuted
+    const Value* __restrict__ values_ptr,  // [*, D], any strides (VEC > 1: column stride 1): grad_output
+    const void* __restrict__ order_ptr,    // [num_keys]: each key's position before the sort
     const void* __restrict__ keys_ptr,     // [num_keys], sorted; keys outside [0, num_embeddings) are skipped
-    const int32* __restrict__ counts_ptr,  // [num_keys]: ids summed in each value; null: 1
     const void* __restrict__ bag_of_ptr,   // BAGS: [num_indices]: each position's bag, -1: in no bag
     const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: all 1
     const int32* __restrict__ sizes_ptr,              // BAGS: [num_bags]: the divisors of means; null: all 1
     Grad* __restrict__ grad_weight_ptr,               // [num_embeddings, D], contiguous, zero on entry
-    // [2 * num_chunks, D], by slot. ATOMIC_CARRY: null, and so are the next two: atomics add the carries to
-    // grad_weight, which then is fp32 or fp64.
-    typename Accumulator<Grad>::type* __restrict__ partial_values_ptr,
-    int64* __restrict__ partial_keys_ptr,    // [2 * num_chunks]; -1: the slot is empty
-    int32* __restrict__ partial_counts_ptr,  // [2 * num_chunks]
+    // [2 * num_chunks, D], by slot; SCALE_GRAD_BY_FREQ: behind that the ids of each slot, [2 * num_chunks].
+    // ATOMIC_CARRY: null: atomics add the carries to grad_weight, which then is fp32 or fp64.
+    typename Accumulator<Grad>::type* __restrict__ partial_ptr,
     int64 num_keys,
     int64 num_embeddings,
+    int64 chunk_size,
     int64 value_row_stride,  // in units of VEC elements
     int64 value_col_stride,  // in elements
     int64 D,                 // VEC divides it
-    int64 CHUNK,             // UNROLL divides it
+    int64 JOIN,  // 1: the second launch
     int64 order_bytes,
     int64 key_bytes,
     int64 bag_bytes) {
   using Acc = typename Accumulator<Grad>::type;
-  walk_runs<Value, Acc, VEC, SCALE_GRAD_BY_FREQ, UNROLL, BAGS>(
-      values_ptr, order_ptr, keys_ptr, counts_ptr, bag_of_ptr, per_sample_weights_ptr, sizes_ptr,
-      partial_values_ptr, partial_keys_ptr, partial_counts_ptr, num_keys, num_embeddings,
-      value_row_stride, value_col_stride, D, CHUNK, order_bytes, key_bytes, bag_bytes,
-      StoreGradient<Grad, VEC, SCALE_GRAD_BY_FREQ, ATOMIC_CARRY>{grad_weight_ptr, D});
+  sum_runs<Value, Acc, VEC, SCALE_GRAD_BY_FREQ, UNROLL, BAGS>(
+      values_ptr, order_ptr, keys_ptr, bag_of_ptr, per_sample_weights_ptr, sizes_ptr, partial_ptr,
+      num_keys, num_embeddings, value_row_stride, value_col_stride, D, chunk_size, JOIN, order_bytes,
+      key_bytes, bag_bytes, StoreGradient<Grad, VEC, SCALE_GRAD_BY_FREQ, ATOMIC_CARRY>{grad_weight_ptr, D});
 }

@@ -18,7 +18,9 @@ def store_key(keys_ptr, n, row, mask):
 def load_key(keys_ptr, n, mask):
     """The row number of each key, int64; where masked, that of no row."""
     if keys_ptr.dtype.element_ty == tl.int16:
-        row = tl.load(keys_ptr + n, mask=mask, other=32767).to(tl.int64) + 32768
+        key = tl.load(keys_ptr + n, mask=mask, other=32767).to(tl.uint16, bitcast=True)
+        # To turn the sign bit adds 32,768; unsigned, so that 64 bits need no extension.
+        row = (key.to(tl.uint32) ^ 0x8000).to(tl.int64)
     else:
         row = tl.load(keys_ptr + n, mask=mask, other=-1).to(tl.int64)
     return row

@@ -344,47 +344,45 @@ struct StoreTableGradient {
     Vector<Grad, VEC> row;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) narrow(total.lane[i], row.lane[i]);
-    *(Vector<Grad, VEC>*)(grad_weight_ptr + element) = row;
+    // VEC divides element; said in any other way, NVRTC stores one lane after another.
+    ((Vector<Grad, VEC>*)grad_weight_ptr)[element / VEC] = row;
   }
 };
 
 // grid:  cdiv(num_chunks * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on of each table that has them
-// why:   segment_sum_kernel for tables of different widths, with the same slots and levels; a row's width comes from
+// why:   segment_sum_kernel for tables of different widths, with the same slots; a row's width comes from
 //        its table, so columns past it are masked
 template <typename Value, typename Grad, int VEC, int UNROLL>
 __global__ void table_segment_sum_kernel(
-    // level 0: grad_output, [num_bags, *], any strides (VEC > 1: column stride 1); else [num_keys, D], the level below
-    const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,        // [num_keys]: each key's position before the sort; null: level > 0
-    const void* __restrict__ keys_ptr,         // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
-    const int32* __restrict__ key_tables_ptr,  // [num_keys]: each partial sum's table; null: level 0
+    const Value* __restrict__ values_ptr,   // grad_output, [num_bags, *], any strides (VEC > 1: column stride 1)
+    const void* __restrict__ order_ptr,     // [num_keys]: each key's position before the sort
+    const void* __restrict__ keys_ptr,      // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
     const void* __restrict__ output_bag_ptr,   // [num_indices]: b * num_tables + t, -1: in no bag
     const Grad* __restrict__ per_sample_weights_ptr,  // [num_indices]; null: all 1
     const int32* __restrict__ sizes_ptr,              // by output bag: the divisors of means; null: all 1
     const void* __restrict__ max_positions_ptr,       // [num_bags, *], contiguous: the argmax as a position; or null
     const Table* __restrict__ tables_ptr,             // [num_tables]
     Grad* __restrict__ grad_weight_ptr,               // the tables' buffer, zero on entry
-    typename Accumulator<Grad>::type* __restrict__ partial_values_ptr,  // [2 * num_chunks, D], by slot
-    int64* __restrict__ partial_keys_ptr,                               // [2 * num_chunks]; -1: the slot is empty
-    int32* __restrict__ partial_tables_ptr,                             // [2 * num_chunks]
+    typename Accumulator<Grad>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D], by slot
     int64 num_keys,
     int64 num_rows,  // of all tables
     int64 num_tables,
+    int64 chunk_size,
     int64 value_row_stride,         // in units of VEC elements
     int64 value_col_stride,         // in elements
     int64 max_position_row_stride,  // total columns of all tables
     int64 D,                        // the widest table's; VEC divides each one's
-    int64 CHUNK,                    // UNROLL divides it
+    int64 JOIN,  // 1: the second launch
     int64 order_bytes,
     int64 key_bytes,
     int64 output_bag_bytes,
     int64 max_position_bytes) {
   using Acc = typename Accumulator<Grad>::type;
-  walk_table_runs<Value, Acc, VEC, UNROLL>(
-      values_ptr, order_ptr, keys_ptr, key_tables_ptr, output_bag_ptr, per_sample_weights_ptr, sizes_ptr,
-      max_positions_ptr, tables_ptr, partial_values_ptr, partial_keys_ptr, partial_tables_ptr, num_keys,
-      num_rows, num_tables, value_row_stride, value_col_stride, max_position_row_stride, D, CHUNK,
+  sum_table_runs<Value, Acc, VEC, UNROLL>(
+      values_ptr, order_ptr, keys_ptr, output_bag_ptr, per_sample_weights_ptr, sizes_ptr,
+      max_positions_ptr, tables_ptr, partial_ptr, num_keys,
+      num_rows, num_tables, value_row_stride, value_col_stride, max_position_row_stride, D, chunk_size, JOIN,
       order_bytes, key_bytes, output_bag_bytes, max_position_bytes,
       StoreTableGradient<Grad, VEC>{grad_weight_ptr});
 }

@@ -14,41 +14,23 @@ from .flat_chunk import chunk_start, window_rows
 from .gather import copy_rows
 from .lanes import block_positions
 from .rounding import divide
-from .sort_keys import load_key, store_key
-
-# Columns of tables_ptr; the copies in gpu_embed/tables/layout.py and tables_walk.cuh must agree.
-FIRST_ROW = tl.constexpr(0)  # number of the first row
-NUM_ROWS = tl.constexpr(1)
-FIRST_ELEMENT = tl.constexpr(2)  # offset in the buffer
-DIM = tl.constexpr(3)
-FIRST_COLUMN = tl.constexpr(4)  # offset in the output's rows
-MODE = tl.constexpr(5)
-PADDING_IDX = tl.constexpr(6)  # -1: none
-NAME = tl.constexpr(7)  # number of the name, for the bounds record
-NUM_TABLE_COLUMNS = tl.constexpr(8)
-# Values of MODE; 0: sum.
-MEAN_MODE = tl.constexpr(1)
-MAX_MODE = tl.constexpr(2)
-
-
-@triton.jit
-def table_column(tables_ptr, table, COLUMN: tl.constexpr):
-    """One column of tables_ptr, for each of `table`."""
-    return tl.load(tables_ptr + table * NUM_TABLE_COLUMNS + COLUMN)
-
-
-@triton.jit
-def load_multiple(tables_ptr, table, COLUMN: tl.constexpr, VEC: tl.constexpr):
-    """The same for a multiple of VEC, so that the compiler sees the alignment."""
-    return table_column(tables_ptr, table, COLUMN) // VEC * VEC
-
-
-@triton.jit
-def row_begin(tables_ptr, table, row, VEC: tl.constexpr):
-    """Offset in the buffer of each row, given its number and its table."""
-    first = load_multiple(tables_ptr, table, FIRST_ELEMENT, VEC)
-    row_in_table = row - table_column(tables_ptr, table, FIRST_ROW)
-    return first + row_in_table * load_multiple(tables_ptr, table, DIM, VEC)
+from .segment_walk import sum_runs
+from .sort_keys import store_key
+from .table_columns import (
+    DIM,
+    FIRST_COLUMN,
+    FIRST_ELEMENT,
+    FIRST_ROW,
+    MAX_MODE,
+    MEAN_MODE,
+    MODE,
+    NAME,
+    NUM_ROWS,
+    PADDING_IDX,
+    load_multiple,
+    row_begin,
+    table_column,
+)
 
 
 @triton.jit
@@ -502,157 +484,62 @@ def table_scatter_add_kernel(
 
 
 # grid:  (cdiv(num_chunks, BLOCK_C), cdiv(D, BLOCK_D))
-# tile:  BLOCK_C chunks by BLOCK_D columns
-# owner: program (i, j): chunks [i * BLOCK_C, ...), one per row of its tile; columns [j * BLOCK_D, ...) of each table
-#        that has them
-# why:   segment_sum_kernel for tables of different widths, with the same slots and levels; a row's width comes from
-#        its table, so columns past it are masked
+# tile:  UNROLL keys by BLOCK_C chunks by BLOCK_D columns; num_warps 1
+# owner: program (i, j): chunks [i * BLOCK_C, ...); columns [j * BLOCK_D, ...) of each table that has them. JOIN: as
+#        segment_sum_kernel
+# why:   segment_sum_kernel for tables of different widths, with the same slots; a row's width comes from its table, so
+#        columns past it are masked
 @triton.jit
 def table_segment_sum_kernel(
-    values_ptr,  # level 0: grad_output, [num_bags, *], any strides; else [num_keys, D], the level below's partial sums
-    order_ptr,  # [num_keys]: each key's position before the sort; None: level > 0
+    values_ptr,  # grad_output, [num_bags, *], any strides
+    order_ptr,  # [num_keys]: each key's position before the sort
     keys_ptr,  # [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
-    key_tables_ptr,  # int32 [num_keys]: each partial sum's table; None: level 0
-    output_bag_ptr,  # [num_indices]: b * num_tables + t, -1: in no bag; None: level > 0
+    output_bag_ptr,  # [num_indices]: b * num_tables + t, -1: in no bag
     per_sample_weights_ptr,  # [num_indices]; None: all 1
     sizes_ptr,  # int32, by output bag: the divisors of means; None: all 1. Not with per_sample_weights
     max_positions_ptr,  # [num_bags, *], contiguous: the argmax as a position; None: no table has mode "max"
     tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     grad_weight_ptr,  # the tables' buffer, zero on entry
-    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
-    partial_keys_ptr,  # int64 [2 * num_chunks]; -1: the slot is empty
-    partial_tables_ptr,  # int32 [2 * num_chunks]
+    partial_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
     num_keys,
     num_rows,
     num_tables,
+    chunk_size,
     value_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
     value_col_stride,  # in elements
     max_position_row_stride,  # total columns of all tables
     D: tl.constexpr,  # the widest table's
-    VEC: tl.constexpr,  # elements a thread loads with one instruction
-    CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,  # loads in flight per thread; divides CHUNK
+    VEC: tl.constexpr,  # elements a thread loads with one instruction; divides every table's D
+    JOIN: tl.constexpr,
+    UNROLL: tl.constexpr,  # rows in flight per thread
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LOAD_ROW: tl.constexpr = None,  # None: a complete sum is stored; else table_row_update_kernel's callbacks
-    STORE_ROW: tl.constexpr = None,
-    row_args=None,
 ):
-    acc_dtype: tl.constexpr = (
-        tl.float64 if grad_weight_ptr.dtype.element_ty == tl.float64 else tl.float32
-    )
-    chunk = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    d = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
-    start = chunk * CHUNK
-
-    key_before = load_key(keys_ptr, start - 1, (start > 0) & (start <= num_keys))
-    key = load_key(keys_ptr, start, start < num_keys)
-    first_columns = (start < num_keys) & (tl.program_id(1) == 0)
-    # True while the current run began in an earlier chunk.
-    carried = (start > 0) & (key == key_before) & (key >= 0) & (key < num_rows)
-    first_key = key
-
-    total = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)
-    carry_in = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)
-    carry_in_table = tl.zeros([BLOCK_C], tl.int64)
-    table = tl.zeros([BLOCK_C], tl.int64)
-    carries_in = carried
-    run_ends = carried
-    longest = tl.minimum(num_keys - tl.program_id(0).to(tl.int64) * BLOCK_C * CHUNK, CHUNK)
-    for step in range(0, longest, UNROLL):
-        # All loads of a step are issued before the first addition.
-        keys = ()
-        values = ()
-        scales = ()
-        tables = ()
-        rows = ()
-        for u in tl.static_range(UNROLL):
-            position = start + step + u
-            next_key = load_key(keys_ptr, position + 1, position + 1 < num_keys)
-            keys += (next_key,)
-            here = key if u == 0 else keys[u - 1]
-            taken = (position < num_keys) & (here >= 0) & (here < num_rows)
-            row = position
-            column = position * 0
-            if order_ptr is None:
-                here_table = tl.load(key_tables_ptr + position, mask=taken, other=0).to(tl.int64)
-            else:
-                n = tl.load(order_ptr + position, mask=taken, other=0)
-                output_bag = tl.load(output_bag_ptr + n, mask=taken, other=0)
-                row = output_bag // num_tables  # a 32-bit division if output bags are int32
-                here_table = (output_bag - row * num_tables).to(tl.int64)
-                row = row.to(tl.int64)
-                column = load_multiple(tables_ptr, here_table, FIRST_COLUMN, VEC)
-                if per_sample_weights_ptr is not None:
-                    scale = tl.load(per_sample_weights_ptr + n, mask=taken, other=0)
-                    scales += (scale.to(acc_dtype),)
-                elif sizes_ptr is not None:
-                    size = tl.load(sizes_ptr + output_bag, mask=taken, other=1).to(acc_dtype)
-                    scales += (divide(tl.full([BLOCK_C], 1, acc_dtype), size),)
-            tables += (here_table,)
-            in_row = d < load_multiple(tables_ptr, here_table, DIM, VEC)[:, None]
-            value = tl.load(
-                values_ptr
-                + (row * value_row_stride * VEC)[:, None]
-                + (column[:, None] + d) * value_col_stride,
-                mask=taken[:, None] & in_row,
-                other=0,
-            )  # [BLOCK_C, BLOCK_D]
-            if max_positions_ptr is not None:
-                argmax = tl.load(
-                    max_positions_ptr + (row * max_position_row_stride + column)[:, None] + d,
-                    mask=taken[:, None] & in_row,
-                    other=-1,
-                )
-                contributed = contributes(tables_ptr, here_table, argmax, n.to(tl.int64))
-                value = tl.where(contributed, value, 0)
-            values += (value,)
-            if LOAD_ROW is not None:
-                ends = taken & (here != next_key) & ~(carries_in & (here == first_key))
-                begin = row_begin(tables_ptr, here_table, here, VEC)
-                rows += (LOAD_ROW(row_args, here, begin, ends[:, None] & in_row, ends, d),)
-        for u in tl.static_range(UNROLL):
-            position = start + step + u
-            value = values[u].to(acc_dtype)
-            if per_sample_weights_ptr is not None or sizes_ptr is not None:
-                value *= scales[u][:, None]
-            total += value
-            table = tables[u]
-            run_ends = (position < num_keys) & (key != keys[u])
-            stored = run_ends & ~carried & (key >= 0) & (key < num_rows)
-            begin = row_begin(tables_ptr, table, key, VEC)
-            width = load_multiple(tables_ptr, table, DIM, VEC)
-            mask = stored[:, None] & (d < width[:, None])
-            if STORE_ROW is None:
-                row = total.to(grad_weight_ptr.dtype.element_ty)
-                tl.store(grad_weight_ptr + begin[:, None] + d, row, mask=mask)
-            # An update is skipped, not masked: it costs more than the branch.
-            elif tl.max(stored.to(tl.int32), 0) > 0:
-                STORE_ROW(row_args, rows[u], key, begin, width, total, mask, stored, d)
-            carry_in_ends = run_ends & carried
-            carry_in = tl.where(carry_in_ends[:, None], total, carry_in)
-            carry_in_table = tl.where(carry_in_ends, table, carry_in_table)
-            total = tl.where(run_ends[:, None], 0, total)
-            carried = carried & ~run_ends
-            key = keys[u]
-
-    # The last run goes on in the next chunk.
-    carries_out = (start + CHUNK < num_keys) & ~run_ends & (key >= 0) & (key < num_rows)
-    # A run that fills the chunk is its carry-in. Its carry-out is 0, so that the run's partial keys stay adjacent.
-    fills = carries_out & carried
-    carry_in = tl.where(fills[:, None], total, carry_in)
-    carry_in_table = tl.where(fills, table, carry_in_table)
-    total = tl.where(fills[:, None], 0, total)
-    carry_in_ptr = partial_values_ptr + (2 * chunk * D)[:, None] + d
-    tl.store(carry_in_ptr, carry_in, mask=carries_in[:, None] & (d < D))
-    tl.store(carry_in_ptr + D, total, mask=carries_out[:, None] & (d < D))
-    tl.store(partial_keys_ptr + 2 * chunk, tl.where(carries_in, first_key, -1), mask=first_columns)
-    tl.store(partial_keys_ptr + 2 * chunk + 1, tl.where(carries_out, key, -1), mask=first_columns)
-    tl.store(
-        partial_tables_ptr + 2 * chunk, carry_in_table.to(tl.int32), mask=carries_in & first_columns
-    )
-    tl.store(
-        partial_tables_ptr + 2 * chunk + 1, table.to(tl.int32), mask=carries_out & first_columns
+    sum_runs(
+        values_ptr,
+        order_ptr,
+        keys_ptr,
+        output_bag_ptr,
+        per_sample_weights_ptr,
+        sizes_ptr,
+        max_positions_ptr,
+        tables_ptr,
+        grad_weight_ptr,
+        partial_ptr,
+        num_keys,
+        num_rows,
+        num_tables,
+        chunk_size,
+        value_row_stride,
+        value_col_stride,
+        max_position_row_stride,
+        D=D,
+        VEC=VEC,
+        SCALE_GRAD_BY_FREQ=False,
+        JOIN=JOIN,
+        UNROLL=UNROLL,
+        BLOCK_C=BLOCK_C,
+        BLOCK_D=BLOCK_D,
     )
 
 

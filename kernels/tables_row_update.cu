@@ -23,11 +23,9 @@ struct TableRowUpdate : Update<Weight, VEC> {
 // why:   each row has one owner per column and step, so updates need no atomics
 template <typename Value, typename Weight, int VEC, int UNROLL>
 __global__ void table_row_update_kernel(
-    // level 0: grad_output, [num_bags, *], any strides (VEC > 1: column stride 1); else [num_keys, D], the level below
-    const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,        // [num_keys]: each key's entry before the sort; null: level > 0
-    const void* __restrict__ keys_ptr,         // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
-    const int32* __restrict__ key_tables_ptr,  // [num_keys]: each partial sum's table; null: level 0
+    const Value* __restrict__ values_ptr,   // grad_output, [num_bags, *], any strides (VEC > 1: column stride 1)
+    const void* __restrict__ order_ptr,     // [num_keys]: each key's entry before the sort
+    const void* __restrict__ keys_ptr,      // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
     const void* __restrict__ output_bag_ptr,   // [entries]: b * num_tables + t
     const typename Accumulator<Weight>::type* __restrict__ scales_ptr,  // [entries]; null: all 1
     const void* __restrict__ max_positions_ptr,            // [num_bags, *], contiguous: the argmax as an entry; or null
@@ -35,13 +33,12 @@ __global__ void table_row_update_kernel(
     Weight* weight_ptr,                                    // the tables' buffer
     typename Accumulator<Weight>::type* state_ptr,         // as the buffer, or null
     typename Accumulator<Weight>::type* second_state_ptr,  // as the buffer, or null
-    typename Accumulator<Weight>::type* __restrict__ partial_values_ptr,  // [2 * num_chunks, D], by slot
-    int64* __restrict__ partial_keys_ptr,                                 // [2 * num_chunks]; -1: the slot is empty
-    int32* __restrict__ partial_tables_ptr,                               // [2 * num_chunks]
+    typename Accumulator<Weight>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D], by slot
     const double* __restrict__ lr_ptr,  // [1], multiplies step_size and decay; null: 1
     int64 num_keys,
     int64 num_rows,
     int64 num_tables,
+    int64 chunk_size,
     int64 value_row_stride,         // in units of VEC elements
     int64 value_col_stride,         // in elements
     int64 max_position_row_stride,  // total columns of all tables
@@ -58,7 +55,7 @@ __global__ void table_row_update_kernel(
     int64 D,  // the widest table's; VEC divides each one's
     int64 FORMULA,
     int64 STOCHASTIC_ROUNDING,
-    int64 CHUNK,  // UNROLL divides it
+    int64 JOIN,  // 1: the second launch
     int64 order_bytes,
     int64 key_bytes,
     int64 output_bag_bytes,
@@ -70,17 +67,17 @@ __global__ void table_row_update_kernel(
        (Acc)(1.0 - decay * lr), (Acc)eps, (Acc)avg_weight, (Acc)sq_weight, (Acc)momentum,
        (Acc)weight_decay, (Acc)grad_scale,
        STOCHASTIC_ROUNDING, seed, step}};
-  walk_table_runs<Value, Acc, VEC, UNROLL>(
-      values_ptr, order_ptr, keys_ptr, key_tables_ptr, output_bag_ptr, scales_ptr, nullptr, max_positions_ptr,
-      tables_ptr, partial_values_ptr, partial_keys_ptr, partial_tables_ptr, num_keys, num_rows,
-      num_tables, value_row_stride, value_col_stride, max_position_row_stride, D, CHUNK, order_bytes,
+  sum_table_runs<Value, Acc, VEC, UNROLL>(
+      values_ptr, order_ptr, keys_ptr, output_bag_ptr, scales_ptr, nullptr, max_positions_ptr,
+      tables_ptr, partial_ptr, num_keys, num_rows,
+      num_tables, value_row_stride, value_col_stride, max_position_row_stride, D, chunk_size, JOIN, order_bytes,
       key_bytes, output_bag_bytes, max_position_bytes, update);
 }
 
 // grid:  cdiv(num_runs, blockDim.x); block: 1-D
 // owner: thread i of the grid: run i, whose summed gradient lies in memory
 // why:   "rowwise_adagrad": one thread sees the whole row: one pass for the mean square, one for the update
-template <typename Weight>
+template <typename Weight, int VEC>
 __global__ void table_rowwise_adagrad_kernel(
     const typename Accumulator<Weight>::type* __restrict__ total_ptr,  // [num_runs, D], contiguous
     const int64* __restrict__ keys_ptr,    // [num_runs]: each run's row; keys outside [0, num_rows) are skipped
@@ -112,7 +109,7 @@ __global__ void table_rowwise_adagrad_kernel(
     end = begun ? end : middle;
   }
   const Table table = tables_ptr[t];
-  update_by_mean_square(
+  update_by_mean_square<Weight, VEC>(
       total_ptr + run * D, weight_ptr + table.first_element + (key - table.first_row) * table.dim,
       1, state_ptr + key, lr_ptr ? *lr_ptr : 1.0, step_size, eps, weight_decay, grad_scale, seed, step, key,
       table.dim, STOCHASTIC_ROUNDING);

@@ -1,4 +1,4 @@
-"""Optimizer step on rows of many tables: the walk of table_segment_sum_kernel, ending in updates as in row_update.py.
+"""Optimizer step on rows of many tables: the sums of table_segment_sum_kernel, ending in updates as in row_update.py.
 
 Weight and state are buffers with the same layout. Row-wise Adagrad's state is one number per row of all tables.
 Entry n's gradient is columns of table t in row b of values, where output_bag[n] = b * num_tables + t.
@@ -8,68 +8,34 @@ import triton
 import triton.language as tl
 
 from .rounding import divide, square_root
-from .row_update import add_mean, load_elements, step_scalars, update_elements
+from .row_update import add_mean, load_row, step_scalars, update_row
+from .segment_walk import sum_runs
 from .stochastic_rounding import random_words, round_at_random
-from .tables import DIM, FIRST_ROW, row_begin, table_column, table_segment_sum_kernel
-
-
-@triton.jit
-def row_pointers(row_args, key, begin, d):
-    """Pointers to weight and state of the rows `key`, which begin at `begin` in the buffer."""
-    weight_ptr, state_ptr, second_state_ptr = row_args[0]
-    FORMULA: tl.constexpr = row_args[2]
-    weight_ptr = weight_ptr + begin[:, None] + d
-    # Unused pointers alias the weight, as in row_update.py.
-    if FORMULA == "sgd":
-        state_ptr = weight_ptr
-    elif FORMULA == "rowwise_adagrad":
-        state_ptr = state_ptr + key
-    else:
-        state_ptr = state_ptr + begin[:, None] + d
-    if FORMULA == "adam":
-        second_state_ptr = second_state_ptr + begin[:, None] + d
-    else:
-        second_state_ptr = weight_ptr
-    return weight_ptr, state_ptr, second_state_ptr
-
-
-@triton.jit
-def load_table_row(row_args, key, begin, mask, loaded, d):
-    return load_elements(row_args, row_pointers(row_args, key, begin, d), mask, loaded)
-
-
-@triton.jit
-def update_table_row(row_args, elements, key, begin, width, total, mask, stored, d):
-    # A masked row may have width 0; no division by it.
-    width = tl.maximum(width, 1).to(total.dtype)[:, None]
-    pointers = row_pointers(row_args, key, begin, d)
-    update_elements(row_args, elements, pointers, key, width, total, mask, stored, d)
+from .table_columns import DIM, FIRST_ROW, row_begin, table_column
 
 
 # grid:  as table_segment_sum_kernel
-# tile:  BLOCK_C chunks by BLOCK_D columns; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
+# tile:  as table_segment_sum_kernel; "rowwise_adagrad": BLOCK_D >= D, the mean needs the whole row
 # owner: program (i, j): as table_segment_sum_kernel; of the rows, those whose runs end within its chunks
 # why:   each row has one owner per step, so updates need no atomics
 @triton.jit(do_not_specialize=["seed", "step"])
 def table_row_update_kernel(
-    values_ptr,  # level 0: grad_output, [num_bags, *], any strides; else [num_keys, D], the level below's partial sums
-    order_ptr,  # [num_keys]: each key's entry before the sort; None: level > 0
+    values_ptr,  # grad_output, [num_bags, *], any strides
+    order_ptr,  # [num_keys]: each key's entry before the sort
     keys_ptr,  # [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
-    key_tables_ptr,  # int32 [num_keys]: each partial sum's table; None: level 0
-    output_bag_ptr,  # [entries]: b * num_tables + t; None: level > 0
+    output_bag_ptr,  # [entries]: b * num_tables + t
     scales_ptr,  # [entries]; None: all 1
     max_positions_ptr,  # [num_bags, *], contiguous: the argmax as an entry; None: no table has mode "max"
     tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     weight_ptr,  # the tables' buffer
     state_ptr,  # accumulation dtype, as the buffer, or [num_rows] for "rowwise_adagrad"; or None
     second_state_ptr,  # accumulation dtype, as the buffer, for "adam"; or None
-    partial_values_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
-    partial_keys_ptr,  # int64 [2 * num_chunks]; -1: the slot is empty
-    partial_tables_ptr,  # int32 [2 * num_chunks]
+    partial_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
     lr_ptr,  # fp64 [1], multiplies step_size and decay; None: 1
     num_keys,
     num_rows,
     num_tables,
+    chunk_size,
     value_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
     value_col_stride,  # in elements
     max_position_row_stride,  # total columns of all tables
@@ -88,8 +54,8 @@ def table_row_update_kernel(
     FORMULA: tl.constexpr,  # a key of gpu_embed.row_update.STATE
     STOCHASTIC_ROUNDING: tl.constexpr,
     DECAYS_WEIGHT: tl.constexpr,  # False: weight_decay is 0
-    CHUNK: tl.constexpr,
-    UNROLL: tl.constexpr,  # loads in flight per thread; divides CHUNK
+    JOIN: tl.constexpr,
+    UNROLL: tl.constexpr,  # rows in flight per thread
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -108,40 +74,41 @@ def table_row_update_kernel(
         grad_scale,
         acc_dtype,
     )
-    table_segment_sum_kernel(
+    sum_runs(
         values_ptr,
         order_ptr,
         keys_ptr,
-        key_tables_ptr,
         output_bag_ptr,
         scales_ptr,
         None,
         max_positions_ptr,
         tables_ptr,
         weight_ptr,
-        partial_values_ptr,
-        partial_keys_ptr,
-        partial_tables_ptr,
+        partial_ptr,
         num_keys,
         num_rows,
         num_tables,
+        chunk_size,
         value_row_stride,
         value_col_stride,
         max_position_row_stride,
         D=D,
         VEC=VEC,
-        CHUNK=CHUNK,
+        SCALE_GRAD_BY_FREQ=False,
+        JOIN=JOIN,
         UNROLL=UNROLL,
         BLOCK_C=BLOCK_C,
         BLOCK_D=BLOCK_D,
-        LOAD_ROW=load_table_row,
-        STORE_ROW=update_table_row,
+        LOAD_ROW=load_row,
+        STORE_ROW=update_row,
         row_args=(
             (weight_ptr, state_ptr, second_state_ptr),
             (scalars, seed, step),
             FORMULA,
             STOCHASTIC_ROUNDING,
             DECAYS_WEIGHT,
+            (0, 1),
+            True,
         ),
     )
 

@@ -1,10 +1,11 @@
-// The walk of segment_walk.cuh for tables of different widths. EndRun: functor called with each complete run's sum.
+// The walk and the join of segment_walk.cuh for tables of different widths. EndRun: functor called with each complete run's sum.
 
 #pragma once
 
 #include "common.cuh"
+#include "segment_walk.cuh"
 
-// A row of tables_ptr; the copies in gpu_embed/tables/layout.py and tables.py must agree.
+// A row of tables_ptr; the copies in gpu_embed/tables/layout.py and table_columns.py must agree.
 struct Table {
   int64 first_row;  // number of the first row
   int64 num_rows;
@@ -18,24 +19,20 @@ struct Table {
 
 enum Mode { MEAN_MODE = 1, MAX_MODE = 2 };
 
-// As walk_runs. Thread i of the grid owns chunk i / (D / VEC) and, of each table that has them, the VEC columns from
+// As sum_runs. Thread i of the grid owns chunk i / (D / VEC) and, of each table that has them, the VEC columns from
 // i % (D / VEC) * VEC on. A complete run's sum goes to end_run(key, element, d, total); element: the columns' offset in
 // the buffer.
 template <typename Value, typename Acc, int VEC, int UNROLL, typename Scale, typename EndRun>
-__device__ inline void walk_table_runs(
-    // level 0: grad_output, [num_bags, *], any strides (VEC > 1: column stride 1); else [num_keys, D], the level below
-    const Value* __restrict__ values_ptr,
-    const void* __restrict__ order_ptr,        // [num_keys]: each key's position before the sort; null: level > 0
-    const void* __restrict__ keys_ptr,         // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
-    const int32* __restrict__ key_tables_ptr,  // [num_keys]: each partial sum's table; null: level 0
-    const void* __restrict__ output_bag_ptr,   // [num_indices]: b * num_tables + t, -1: in no bag
+__device__ inline void sum_table_runs(
+    const Value* __restrict__ values_ptr,    // grad_output, [num_bags, *], any strides (VEC > 1: column stride 1)
+    const void* __restrict__ order_ptr,      // [num_keys]: each key's position before the sort
+    const void* __restrict__ keys_ptr,       // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
+    const void* __restrict__ output_bag_ptr,     // [num_indices]: b * num_tables + t, -1: in no bag
     const Scale* __restrict__ scales_ptr,      // [num_indices]; null: all 1
     const int32* __restrict__ sizes_ptr,       // by output bag: the divisors of means; null: all 1. Not with scales
     const void* __restrict__ max_positions_ptr,  // [num_bags, *], contiguous: the argmax as a position; or null
     const Table* __restrict__ tables_ptr,        // [num_tables]
-    Acc* __restrict__ partial_values_ptr,        // [2 * num_chunks, D], by slot
-    int64* __restrict__ partial_keys_ptr,        // [2 * num_chunks]; -1: the slot is empty
-    int32* __restrict__ partial_tables_ptr,      // [2 * num_chunks]
+    Acc* __restrict__ partial_ptr,               // [2 * num_chunks, D], by slot
     int64 num_keys,
     int64 num_rows,  // of all tables
     int64 num_tables,
@@ -43,7 +40,8 @@ __device__ inline void walk_table_runs(
     int64 value_col_stride,         // in elements
     int64 max_position_row_stride,  // total columns of all tables
     int64 D,                        // the widest table's; VEC divides each one's
-    int64 CHUNK,                    // UNROLL divides it
+    int64 chunk_size,
+    int64 join,
     int64 order_bytes,
     int64 key_bytes,
     int64 output_bag_bytes,
@@ -52,21 +50,30 @@ __device__ inline void walk_table_runs(
   const int64 thread = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   const int64 chunk = thread / (D / VEC);
   const int64 d = thread % (D / VEC) * VEC;
-  const int64 start = chunk * CHUNK;
+  const int64 start = chunk * chunk_size;
   if (start >= num_keys) return;
-  const int64 end = start + CHUNK < num_keys ? start + CHUNK : num_keys;
-  const bool first_columns = d == 0;
-  Acc* const carry_in_ptr = partial_values_ptr + 2 * chunk * D + d;
-  Acc* const carry_out_ptr = carry_in_ptr + D;
+  const auto end_row = [&](int64 key, const Table& owner, const Vector<Acc, VEC>& sum) {
+    if (d >= owner.dim) return;
+    end_run(key, owner.first_element + (key - owner.first_row) * owner.dim + d, d, sum);
+  };
+  if (join) {
+    if (!begins_crossing_run(keys_ptr, chunk, chunk_size, num_keys, num_rows, key_bytes)) return;
+    const int64 last = start + chunk_size - 1;
+    const int64 n = load_integer(order_ptr, last, order_bytes);
+    const int64 output_bag = load_integer(output_bag_ptr, n, output_bag_bytes);
+    const Vector<Acc, VEC> total = join_carries<Acc, VEC, UNROLL>(
+        keys_ptr, partial_ptr, nullptr, chunk, chunk_size, num_keys, d, D, key_bytes, nullptr);
+    end_row(load_key(keys_ptr, last, key_bytes), tables_ptr[output_bag % num_tables], total);
+    return;
+  }
+  const int64 end = start + chunk_size < num_keys ? start + chunk_size : num_keys;
+  Acc* const carry_in_ptr = partial_ptr + 2 * chunk * D + d;
 
   int64 key = load_key(keys_ptr, start, key_bytes);
+  // A chunk that begins with a sentinel holds nothing else.
+  if (!names_row(key, num_rows)) return;
   // True while the current run began in an earlier chunk.
-  bool carried = start > 0 && names_row(key, num_rows) &&
-                 key == load_key(keys_ptr, start - 1, key_bytes);
-  if (first_columns) {
-    partial_keys_ptr[2 * chunk] = carried ? key : -1;
-    partial_keys_ptr[2 * chunk + 1] = -1;
-  }
+  bool carried = start > 0 && key == load_key(keys_ptr, start - 1, key_bytes);
 
   Vector<Acc, VEC> total;
   set_zero(total);
@@ -80,8 +87,7 @@ __device__ inline void walk_table_runs(
     for (int u = 0; u < UNROLL; ++u) {
       const int64 position = first + u;
       next_key[u] = position + 1 < num_keys ? load_key(keys_ptr, position + 1, key_bytes) : -1;
-      n[u] =
-          order_ptr && position < end ? load_integer(order_ptr, position, order_bytes) : position;
+      n[u] = position < end ? load_integer(order_ptr, position, order_bytes) : 0;
     }
     Vector<Value, VEC> value[UNROLL];
     Acc scale[UNROLL];
@@ -92,17 +98,11 @@ __device__ inline void walk_table_runs(
       scale[u] = 1;
       tables[u] = 0;
       if (first + u >= end || !names_row(u == 0 ? key : next_key[u - 1], num_rows)) continue;
-      int64 row = n[u];
-      int64 column = d;
-      if (order_ptr) {
-        const int64 output_bag = load_integer(output_bag_ptr, n[u], output_bag_bytes);
-        row = output_bag / num_tables;
-        tables[u] = output_bag % num_tables;
-        column += tables_ptr[tables[u]].first_column;
-        scale[u] = bag_scale<Acc>(scales_ptr, n[u], sizes_ptr, output_bag);
-      } else {
-        tables[u] = key_tables_ptr[n[u]];
-      }
+      const int64 output_bag = load_integer(output_bag_ptr, n[u], output_bag_bytes);
+      const int64 row = output_bag / num_tables;
+      tables[u] = output_bag % num_tables;
+      const int64 column = d + tables_ptr[tables[u]].first_column;
+      scale[u] = bag_scale<Acc>(scales_ptr, n[u], sizes_ptr, output_bag);
       if (d >= tables_ptr[tables[u]].dim) continue;
       value[u] = *(const Vector<Value, VEC>*)(
           values_ptr + row * value_row_stride * VEC + column * value_col_stride);
@@ -124,10 +124,8 @@ __device__ inline void walk_table_runs(
       if (run_ends) {
         if (carried) {
           *(Vector<Acc, VEC>*)carry_in_ptr = total;
-          if (first_columns) partial_tables_ptr[2 * chunk] = table;
-        } else if (names_row(key, num_rows) && d < tables_ptr[table].dim) {
-          const Table& owner = tables_ptr[table];
-          end_run(key, owner.first_element + (key - owner.first_row) * owner.dim + d, d, total);
+        } else if (names_row(key, num_rows)) {
+          end_row(key, tables_ptr[table], total);
         }
         set_zero(total);
         carried = false;
@@ -136,17 +134,7 @@ __device__ inline void walk_table_runs(
     }
   }
 
-  // The last run goes on in the next chunk.
+  // The last run goes on in the next chunk. One that fills the chunk is its carry-in.
   if (end == num_keys || run_ends || !names_row(key, num_rows)) return;
-  if (carried) {
-    // A run that fills the chunk is its carry-in. Its carry-out is 0, so that the run's partial keys stay adjacent.
-    *(Vector<Acc, VEC>*)carry_in_ptr = total;
-    if (first_columns) partial_tables_ptr[2 * chunk] = table;
-    set_zero(total);
-  }
-  *(Vector<Acc, VEC>*)carry_out_ptr = total;
-  if (first_columns) {
-    partial_keys_ptr[2 * chunk + 1] = key;
-    partial_tables_ptr[2 * chunk + 1] = table;
-  }
+  *(Vector<Acc, VEC>*)(carried ? carry_in_ptr : carry_in_ptr + D) = total;
 }

@@ -83,12 +83,12 @@ struct Update {
   }
 };
 
-// Row-wise Adagrad on a whole row.
-template <typename Weight>
+// Row-wise Adagrad on a whole row, VEC columns an access.
+template <typename Weight, int VEC>
 __device__ inline void update_by_mean_square(
     const typename Accumulator<Weight>::type* __restrict__ total_ptr,  // [D], contiguous: the summed gradient
     Weight* weight_ptr,                                               // [D]
-    int64 col_stride,                                                 // the weight's, in elements
+    int64 col_stride,                                                 // the weight's, in elements; VEC > 1: 1
     typename Accumulator<Weight>::type* state_ptr,                    // [1]
     double lr,
     double step_size,
@@ -102,9 +102,13 @@ __device__ inline void update_by_mean_square(
     int64 STOCHASTIC_ROUNDING) {
   using Acc = typename Accumulator<Weight>::type;
   constexpr int BLOCK_D = 16;
-  const auto gradient = [=](int64 d) {
-    Acc g = total_ptr[d] * (Acc)grad_scale;
-    if (weight_decay != 0) g += (Acc)weight_decay * widen(weight_ptr[d * col_stride]);
+  const auto gradient = [=](int64 d, const Vector<Weight, VEC>& row) {
+    Vector<Acc, VEC> g = *(const Vector<Acc, VEC>*)(total_ptr + d);
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      g.lane[i] *= (Acc)grad_scale;
+      if (weight_decay != 0) g.lane[i] += (Acc)weight_decay * widen(row.lane[i]);
+    }
     return g;
   };
 
@@ -112,9 +116,13 @@ __device__ inline void update_by_mean_square(
   for (int64 first = 0; first < D; first += BLOCK_D) {
     // Summed in blocks: the rounding error of a long row grows with the number of blocks, not of columns.
     Acc block = 0;
-    for (int64 d = first; d < D && d < first + BLOCK_D; ++d) {
-      const Acc g = gradient(d);
-      block += g * g;
+    for (int64 d = first; d < D && d < first + BLOCK_D; d += VEC) {
+      Vector<Weight, VEC> row;
+      set_zero(row);
+      if (weight_decay != 0) row = *(const Vector<Weight, VEC>*)(weight_ptr + d * col_stride);
+      const Vector<Acc, VEC> g = gradient(d, row);
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) block += g.lane[i] * g.lane[i];
     }
     square += block;
   }
@@ -127,16 +135,22 @@ __device__ inline void update_by_mean_square(
     set_zero(random);
     if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) random = random_words(seed, step, key, first / 4);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64 d = first + i;
+    for (int block = 0; block < 4; block += VEC) {
+      const int64 d = first + block;
       if (d >= D) break;
-      Weight& weight = weight_ptr[d * col_stride];
-      const Acc w = widen(weight) - factor * gradient(d);
-      if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) {
-        narrow_at_random(w, random.lane[i], weight);
-      } else {
-        narrow(w, weight);
+      Vector<Weight, VEC>& weight = *(Vector<Weight, VEC>*)(weight_ptr + d * col_stride);
+      Vector<Weight, VEC> row = weight;
+      const Vector<Acc, VEC> g = gradient(d, row);
+#pragma unroll
+      for (int i = 0; i < VEC; ++i) {
+        const Acc w = widen(row.lane[i]) - factor * g.lane[i];
+        if (sizeof(Weight) == 2 && STOCHASTIC_ROUNDING) {
+          narrow_at_random(w, random.lane[block + i], row.lane[i]);
+        } else {
+          narrow(w, row.lane[i]);
+        }
       }
+      weight = row;
     }
   }
 }

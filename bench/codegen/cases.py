@@ -20,7 +20,7 @@ from gpu_embed.dtypes import accumulation
 from gpu_embed.row_update import STATE, RowUpdate, Stream
 from gpu_embed.tables.batch import TableBatch
 from gpu_embed.tables.entries import TableEntries
-from gpu_embed.tables.layout import make_layout
+from gpu_embed.tables.layout import TableLayout, make_layout
 from gpu_embed.take import QuantizedTable
 
 from ..candidates import launch as candidates
@@ -119,12 +119,17 @@ class Case:
         """Which rows may change."""
         return _empty(num_rows, dtype=torch.bool) if self.rows else None
 
+    @property
+    def layout(self) -> TableLayout:
+        """Of batched tables."""
+        mode = "mean" if self.mean else "sum"
+        return make_layout([(self.num_embeddings, dim) for dim in self.dims], mode, None)
+
     def tables(
         self, *, pooled: bool = True, with_argmax: bool = False
     ) -> tuple[Tensor, TableBatch]:
         """The buffer of batched tables, and their ids, by the shapes of both."""
-        mode = "mean" if self.mean else "sum"
-        layout = make_layout([(self.num_embeddings, dim) for dim in self.dims], mode, None)
+        layout = self.layout
         batch = TableBatch(
             self.ids(),
             self.ids().new_empty(layout.num_tables * self.num_bags + 1),
@@ -222,7 +227,7 @@ def _table_lookup(case: Case, backend: TritonBackend) -> None:
 
 def _table_gradient(case: Case, backend: TritonBackend) -> None:
     weight, batch = case.tables(with_argmax=case.max)
-    grad_output = weight.new_empty(case.num_bags, batch.width)
+    grad_output = weight.new_ones(case.num_bags, batch.width)
     with gpu_embed.use_gradient_method(case.operation.removeprefix("table_")):
         backend.table_batched_embedding_dense_backward(
             grad_output, case.bag_weights(), batch, weight.shape

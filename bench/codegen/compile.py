@@ -83,6 +83,28 @@ class RecordingBackend(TritonBackend):
         self.launches.append(Launch(str(case), kernel, grid, args, settings, case.architecture))
 
 
+class CompilingBackend(TritonBackend):
+    """Compiles for a card what it would launch on a CPU's tensors; outputs stay as they were allocated."""
+
+    _interpreted = False
+
+    def __init__(self, architecture: int) -> None:
+        super().__init__()
+        self._architecture = architecture
+        self.launches = 0
+
+    def _launch(
+        self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
+    ) -> None:
+        # Not before: importing Triton is a part of what a first lookup costs.
+        from triton.runtime import driver
+
+        driver.set_active(OfflineDriver(self._architecture))
+        settings.setdefault("enable_fp_fusion", ENABLE_FP_FUSION)
+        kernel.warmup(*args, grid=grid, **settings)
+        self.launches += 1
+
+
 def record_launches(cases: Iterable[Case]) -> tuple[list[Launch], dict[str, str]]:
     """What the backend launches for each case, in order, and for which cases it raised, and what."""
     launches: list[Launch] = []

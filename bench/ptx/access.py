@@ -59,15 +59,24 @@ def _space(machine: Machine, name: str) -> Space:
 
 
 def _offsets(
-    machine: Machine, space: str, kind: str, lanes: Lanes, addresses: Array, num_bytes: int
+    machine: Machine,
+    space: str,
+    kind: str,
+    lanes: Lanes,
+    addresses: Array,
+    num_bytes: int,
+    constant: bool = False,
 ) -> Array:
     """Where each lane's access begins in the space's data, checked and counted.
 
     Args:
         kind: "load", "store" or "atomic".
+        constant: a load that takes what it reads for constant while the kernel runs.
     """
     blocks, reads = machine.local_block[lanes], kind != "store"
     offsets = _space(machine, space).offsets(addresses, blocks, num_bytes, reads)
+    if machine.program.reads_constants and space == "global" and (constant or kind != "load"):
+        machine.memory.note(addresses, num_bytes, constant)
     if machine.counter is not None:
         numbers = machine.launch_numbers(lanes)
         machine.counter.access(space, kind, numbers, addresses, num_bytes)
@@ -109,13 +118,13 @@ def _pass(instruction: Instruction) -> Step:
 
 def _load(instruction: Instruction) -> Step:
     dtype, space = dtype_of(instruction.type), _space_name(instruction)
-    targets = inner(instruction.operands[0])
+    targets, constant = inner(instruction.operands[0]), "nc" in instruction.parts
 
     def step(machine: Machine, lanes: Lanes) -> None:
         memory = _space(machine, space)
         addresses = _addresses(machine, instruction.operands[1], lanes)
         num_bytes = len(targets) * dtype.itemsize
-        offsets = _offsets(machine, space, "load", lanes, addresses, num_bytes)
+        offsets = _offsets(machine, space, "load", lanes, addresses, num_bytes, constant)
         words = memory.words(dtype.itemsize)
         first = offsets // dtype.itemsize
         values = [words[first + part].view(dtype) for part in range(len(targets))]

@@ -43,6 +43,8 @@ class Program:
     def __init__(self, text: str, entry: str = "") -> None:
         self.kernel = parse(text, entry)
         self.steps = [make_step(instruction) for instruction in self.kernel.instructions]
+        # Only then must a launch know what it has written.
+        self.reads_constants = any("nc" in one.parts for one in self.kernel.instructions)
         starts = {0, *self.kernel.labels.values()}
         for number, instruction in enumerate(self.kernel.instructions):
             if instruction.operation in ENDS or is_barrier(instruction):
@@ -64,6 +66,7 @@ class Program:
         arguments: Sequence[int | float | bytes],
         memory: GlobalMemory,
         shared_bytes: int = 0,
+        blocks: Array | None = None,
     ) -> None:
         """Launch it, and return when all of its threads have.
 
@@ -73,6 +76,7 @@ class Program:
             arguments: numbers in the order of the parameters; addresses for pointers.
             memory: what the kernel may touch.
             shared_bytes: of a block, where the text leaves it to the launch.
+            blocks: the numbers of those that run; None: all of the grid.
 
         Raises:
             PtxError: an access or a barrier is wrong: kernel, line, instruction and address.
@@ -86,10 +90,11 @@ class Program:
             )
         packed = {p.name: _packed(p, value) for p, value in zip(wanted, arguments, strict=True)}
         at_once = max(1, MOST_LANES // prod(block))
-        for first in range(0, prod(grid), at_once):
-            blocks = np.arange(first, min(first + at_once, prod(grid)))
+        blocks = np.arange(prod(grid)) if blocks is None else blocks
+        for first in range(0, len(blocks), at_once):
+            some = blocks[first : first + at_once]
             with np.errstate(all="ignore"):
-                Machine(self, grid, block, blocks, packed, memory, shared_bytes, counter).run()
+                Machine(self, grid, block, some, packed, memory, shared_bytes, counter).run()
         if counter is not None:
             counts.finish(counter)
 

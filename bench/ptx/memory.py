@@ -78,6 +78,30 @@ class GlobalMemory(Space):
         self.data = np.frombuffer(
             memoryview((ctypes.c_uint8 * size).from_address(self._base)), np.uint8
         )
+        # Of this launch, by the number of the range: which bytes were written, and which a load took for constant.
+        self._changed: dict[int, Array] = {}
+        self._constant: dict[int, Array] = {}
+
+    def note(self, addresses: Array, num_bytes: int, constant: bool) -> None:
+        """An access that `offsets` has checked: a load that takes what it reads for constant, or a write.
+
+        Raises:
+            FaultError: both in one launch. A card may have kept a copy from before.
+        """
+        noted, other = self._constant, self._changed
+        if not constant:
+            noted, other = other, noted
+        within = np.searchsorted(self._starts, addresses, "right") - 1
+        for number in np.unique(within):
+            here = addresses[within == number]
+            start, end = self._starts[number], self._ends[number]
+            bytes_of = (here - start)[:, None] + np.arange(num_bytes)  # [lanes, bytes]
+            if number in other and (both := other[number][bytes_of].any(1)).any():
+                what = "was written by this launch, and" if constant else "is written, and"
+                self._fail(here[both], num_bytes, f"{what} read as constant")
+            if number not in noted:
+                noted[number] = np.zeros(end - start, bool)
+            noted[number][bytes_of] = True
 
     def offsets(self, addresses: Array, blocks: Array, num_bytes: int, reads: bool) -> Array:
         if not len(self._starts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 
@@ -75,8 +76,7 @@ def parse(text: str, entry: str = "") -> Kernel:
     Raises:
         PtxError: there is no such kernel, or a line is no instruction.
     """
-    text = re.sub(r"/\*.*?\*/|//[^\n\"]*$", "", text, flags=re.DOTALL | re.MULTILINE)
-    text = _with_calls_in_place(text)
+    text = _prepared(text)
     name = re.escape(entry) or r"[\w$]+"
     head = re.search(rf"\.entry\s+({name})\s*\((.*?)\)[^{{]*\{{", text, re.DOTALL)
     if head is None:
@@ -86,7 +86,7 @@ def parse(text: str, entry: str = "") -> Kernel:
     _read_shared(kernel, text)
     files = {
         number: PurePosixPath(name).name
-        for number, name in re.findall(r'\.file\s+(\d+) .*"([^"]+)"', text)
+        for number, name in re.findall(r'\.file\s+(\d+) .*"([^"\n]+)"', text)
     }
     place = ""
     # A scope's braces stand alone: within an instruction they come in pairs, on one line.
@@ -105,6 +105,14 @@ def parse(text: str, entry: str = "") -> Kernel:
             elif statement and statement[0] not in ".}":
                 kernel.instructions.append(_instruction(statement, place))
     return kernel
+
+
+# A module is read once for each of its kernels.
+@lru_cache(maxsize=1)
+def _prepared(text: str) -> str:
+    """Without comments, and with calls in place."""
+    text = re.sub(r"/\*.*?\*/|//[^\n\"]*$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return _with_calls_in_place(text)
 
 
 CALL = re.compile(

@@ -4,12 +4,13 @@ A sector is 32 bytes of global memory, the least that a card moves. Counted are 
 summed over the requests. The ideal follows from shapes and ids alone; every tensor begins with a sector:
 
 * An array that is walked from start to end: each of its sectors once. These are ids, sorted keys and their order,
-  offsets, outputs, and the gradient of an output by position.
+  offsets, what describes batched tables and their columns, outputs, and the gradient of an output by position, or of
+  batched tables' bags where atomics add it.
 * A row that is found by its number: the sectors that it touches, once for each reference. These are rows of a table,
   and of the gradient of an output by sorted order or by bag. Sorted gradients and row updates refer to a row of the
   table once, however often its id occurs.
-* What another way to do the same would not need has the ideal of nothing: the join of bags. A sum's later levels count
-  with the first.
+* What another way to do the same would not need has the ideal of nothing: the join of bags, and sums that a second
+  kernel takes from memory. A sum's later levels count with the first.
 
 Two neighbours count a sector that they share twice, so a kernel that moves both in one request may stay below the
 ideal.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from gpu_embed.backends._plan.access import cdiv, sort_key_dtype
 from gpu_embed.bags import Bags
 from gpu_embed.dtypes import accumulation
 from gpu_embed.row_update import STATE
+from gpu_embed.tables.batch import TableBatch
+from gpu_embed.tables.layout import TableColumn
 
 from ..codegen.cases import Case
 from ..ptx.counts import SECTOR_BYTES
@@ -20,6 +22,8 @@ from ..ptx.counts import SECTOR_BYTES
 CPU = torch.device("cpu")
 # Whole programs for every width; and ids of which no grid, vector or sector is full.
 N, UNEVEN = 1024, 1001
+# Of the bag of each position.
+BAG_NUMBER_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -28,19 +32,39 @@ class CountedCase(Case):
 
     num_indices: int = N
     num_embeddings: int = 4096
+    hot: float = 0.0  # share of the ids that name row 0
 
     def ids(self) -> Tensor:
         generator = torch.Generator(CPU).manual_seed(0)
         shape = (self.num_indices,)
         drawn = torch.randint(self.num_embeddings, shape, generator=generator, device=CPU)
+        drawn[torch.rand(shape, generator=generator, device=CPU) < self.hot] = 0
         return drawn.to(self.index_dtype)
 
     def matrix(self, rows: int) -> Tensor:
         return torch.ones(rows, self.embedding_dim, dtype=self.dtype, device=CPU)
 
     def bags(self) -> Bags:
-        starts = torch.arange(self.num_bags, device=CPU) * self.num_indices // self.num_bags
-        return Bags(self.ids(), None if self.equal_lengths else starts, self.num_bags)
+        offsets = None if self.equal_lengths else self._starts(self.num_bags)[:-1]
+        return Bags(self.ids(), offsets, self.num_bags)
+
+    def tables(
+        self, *, pooled: bool = True, with_argmax: bool = False
+    ) -> tuple[Tensor, TableBatch]:
+        assert not with_argmax, "no case takes maxima"
+        layout = self.layout
+        batch = TableBatch(
+            self.ids(),
+            self._starts(layout.num_tables * self.num_bags),
+            layout.fields(CPU),
+            layout.table_of_column(CPU),
+            layout.shape(pooled),
+        )
+        return torch.ones(layout.buffer_shape, dtype=self.dtype, device=CPU), batch
+
+    def _starts(self, num_bags: int) -> Tensor:
+        """Where each bag begins, and where the last one ends."""
+        return torch.arange(num_bags + 1, device=CPU) * self.num_indices // num_bags
 
     def state(self, formula: str, num_rows: int, weight: Tensor) -> tuple[Tensor, ...]:
         dtype = accumulation(self.dtype)
@@ -73,8 +97,12 @@ def array_sectors(numel: int, itemsize: int) -> int:
 
 def row_sectors(rows: Tensor, dim: int, itemsize: int) -> int:
     """Of each of these rows, by number, of a matrix with so many columns."""
-    first = rows.long() * dim * itemsize
-    last = first + dim * itemsize - 1
+    return span_sectors(rows.long() * dim * itemsize, dim * itemsize)
+
+
+def span_sectors(first: Tensor, num_bytes: Tensor | int) -> int:
+    """Of so many bytes from each of these on."""
+    last = first + num_bytes - 1
     return int((last // SECTOR_BYTES - first // SECTOR_BYTES + 1).sum())
 
 
@@ -102,7 +130,7 @@ def _scatter_add(case: Case) -> dict[str, Ideal]:
 def _bag_scatter_add(case: Case) -> dict[str, Ideal]:
     ids, dim, itemsize = case.ids(), case.embedding_dim, case.dtype.itemsize
     bag_of = case.bags().bag_of()
-    numbers = array_sectors(len(ids), 4)
+    numbers = array_sectors(len(ids), BAG_NUMBER_BYTES)
     scatter_add = Ideal(
         loads=_ids_sectors(case) + numbers + row_sectors(bag_of, dim, itemsize),
         atomics=row_sectors(ids, dim, itemsize),
@@ -129,7 +157,10 @@ def _sorted(case: Case) -> dict[str, Ideal]:
 
 
 def _row_update(case: Case) -> dict[str, Ideal]:
-    """As `_sorted`, and the used rows of the table and of the state are loaded and stored."""
+    """As `_sorted`, and the used rows of the table and of the state are loaded and stored.
+
+    Rows that are updated by their mean square may need two kernels: what sums has nothing to store.
+    """
     kernels = _sorted(case)
     sums, rows = kernels["segment_sum"], case.ids().unique()
     itemsize = accumulation(case.dtype).itemsize
@@ -142,7 +173,12 @@ def _row_update(case: Case) -> dict[str, Ideal]:
         stores=sums.stores + state,
         moved_bytes=sums.moved_bytes,
     )
-    return {"row_update": update, "sort_keys": kernels["sort_keys"]}
+    found = {"row_update": update, "sort_keys": kernels["sort_keys"]}
+    if case.operation == "rowwise_adagrad":
+        changed = sums.stores + state
+        found["segment_sum"] = replace(sums, stores=0)
+        found["rowwise_adagrad"] = Ideal(changed, changed, 0, sums.moved_bytes)
+    return found
 
 
 def _counts(case: Case) -> dict[str, Ideal]:
@@ -161,6 +197,107 @@ def _bag_sum(case: Case) -> dict[str, Ideal]:
     return {"bag_sum": bag_sum}
 
 
+@dataclass(frozen=True)
+class TableReferences:
+    """What the ids of batched tables refer to, one entry each."""
+
+    first_byte: Tensor  # of the row, in the buffer
+    first_grad_byte: Tensor  # of the bag's columns of the table, in the output
+    num_bytes: Tensor  # of either
+    # In sectors: the arrays that describe the tables, and where each table's ids begin.
+    fields: int
+    table_begins: int
+    batch: TableBatch
+
+
+def _table_references(case: Case) -> TableReferences:
+    _, batch = case.tables()
+    bag = batch.places().bag
+    table, bag = bag // case.num_bags, bag % case.num_bags
+    first_element, dim, first_column = (
+        batch.fields[table][:, column]
+        for column in (TableColumn.FIRST_ELEMENT, TableColumn.DIM, TableColumn.FIRST_COLUMN)
+    )
+    itemsize = case.dtype.itemsize
+    begins = torch.arange(batch.num_tables + 1, device=CPU) * case.num_bags
+    return TableReferences(
+        (first_element + batch.indices * dim) * itemsize,
+        (bag * batch.width + first_column) * itemsize,
+        dim * itemsize,
+        array_sectors(batch.fields.numel(), 8),
+        row_sectors(begins, 1, batch.offsets.itemsize),
+        batch,
+    )
+
+
+def _table_rows(case: Case) -> dict[str, Ideal]:
+    refer = _table_references(case)
+    moved = int(refer.num_bytes.sum())
+    rows = span_sectors(refer.first_byte, refer.num_bytes)
+    gather = Ideal(
+        loads=_ids_sectors(case) + refer.table_begins + refer.fields + rows,
+        stores=array_sectors(moved, 1),
+        moved_bytes=moved,
+    )
+    return {"table_gather": gather}
+
+
+def _table_bag(case: Case) -> dict[str, Ideal]:
+    refer = _table_references(case)
+    bags = Ideal(
+        loads=_table_arrays(case, refer) + span_sectors(refer.first_byte, refer.num_bytes),
+        stores=array_sectors(case.num_bags * refer.batch.width, case.dtype.itemsize),
+        moved_bytes=int(refer.num_bytes.sum()),
+    )
+    return {"table_bag": bags}
+
+
+def _table_scatter_add(case: Case) -> dict[str, Ideal]:
+    refer = _table_references(case)
+    grad = array_sectors(case.num_bags * refer.batch.width, case.dtype.itemsize)
+    scatter_add = Ideal(
+        loads=_table_arrays(case, refer) + grad,
+        atomics=span_sectors(refer.first_byte, refer.num_bytes),
+        moved_bytes=int(refer.num_bytes.sum()),
+    )
+    return {"table_scatter_add": scatter_add}
+
+
+def _table_sorted(case: Case) -> dict[str, Ideal]:
+    refer = _table_references(case)
+    batch, order = refer.batch, refer.first_byte.sort(stable=True)[1]
+    keys = array_sectors(case.num_indices, sort_key_dtype(batch.shape.num_rows).itemsize)
+    # One launch makes the keys, one the bags.
+    table_keys = Ideal(
+        loads=_ids_sectors(case) + refer.table_begins + refer.fields + _offsets_sectors(batch),
+        stores=keys + array_sectors(case.num_indices, BAG_NUMBER_BYTES),
+        moved_bytes=_ids_bytes(case),
+    )
+    rows, first = refer.first_byte.unique(return_inverse=True)
+    num_bytes = torch.empty_like(rows).index_put_((first,), refer.num_bytes)
+    sums = Ideal(
+        loads=keys
+        + array_sectors(case.num_indices, 8)
+        + row_sectors(order, 1, BAG_NUMBER_BYTES)
+        + span_sectors(refer.first_grad_byte, refer.num_bytes)
+        + (0 if batch.is_uniform else refer.fields),
+        stores=span_sectors(rows, num_bytes),
+        moved_bytes=int(refer.num_bytes.sum()),
+    )
+    name = "segment_sum" if batch.is_uniform else "table_segment_sum"
+    return {name: sums, "table_keys": table_keys}
+
+
+def _table_arrays(case: Case, refer: TableReferences) -> int:
+    """Sectors of ids, offsets, and what describes tables and columns."""
+    columns = array_sectors(refer.batch.width, refer.batch.table_of_column.itemsize)
+    return _ids_sectors(case) + _offsets_sectors(refer.batch) + refer.fields + columns
+
+
+def _offsets_sectors(batch: TableBatch) -> int:
+    return array_sectors(batch.offsets.numel(), batch.offsets.itemsize)
+
+
 def _ids_bytes(case: Case) -> int:
     return case.num_indices * case.index_dtype.itemsize
 
@@ -177,6 +314,10 @@ IDEALS: dict[str, Callable[[Case], dict[str, Ideal]]] = {
     "counts": _counts,
     "bag_sum": _bag_sum,
     "bag_atomic": _bag_scatter_add,
+    "table_rows": _table_rows,
+    "table_bag": _table_bag,
+    "table_atomic": _table_scatter_add,
+    "table_sorted": _table_sorted,
     **dict.fromkeys(STATE, _row_update),
 }
 
@@ -187,6 +328,12 @@ HALF_WIDTHS = (33, 50, 64, 300, 768)
 
 def _case(operation: str, dim: int = 64, dtype: torch.dtype = FP32, **fields: Any) -> CountedCase:
     return CountedCase(operation, dim, dtype, **fields)
+
+
+def _tables(
+    operation: str, dims: tuple[int, ...], dtype: torch.dtype = FP32, **fields: Any
+) -> CountedCase:
+    return CountedCase(operation, max(dims), dtype, dims=dims, **fields)
 
 
 CASES = (
@@ -205,12 +352,13 @@ CASES = (
     *(_case("sorted", dim, BF16) for dim in HALF_WIDTHS),
     *(_case(operation, num_indices=UNEVEN) for operation in ("sorted", "counts", "bag_atomic")),
     *(_case(operation) for operation in ("counts", "bag_atomic")),
-    # Bags of 32 ids, which no chunk's edge cuts; long ones, which many cut; and bags of equal lengths.
+    # Bags that are never cut, by their mean length; that may be, but none is; long ones, cut many times; equal lengths.
     *(
         _case("bag_sum", dim, num_indices=4 * N, num_bags=128)
         for dim in (1, 8, 33, 50, 64, 128, 300)
     ),
     *(_case("bag_sum", dim, BF16, num_indices=4 * N, num_bags=128) for dim in (50, 64)),
+    *(_case("bag_sum", dim, num_indices=4 * N, num_bags=120) for dim in (1, 50, 64, 300)),
     *(_case("bag_sum", dim, num_indices=4 * N, num_bags=3) for dim in (50, 64)),
     *(_case("bag_sum", dim, num_bags=32, equal_lengths=True) for dim in (50, 64)),
     _case("bag_sum", num_indices=UNEVEN, num_bags=31),
@@ -219,4 +367,25 @@ CASES = (
     *(_case("take", dim, output_dtype=BF16) for dim in (50, 64)),
     *(_case(formula, 64) for formula in STATE),
     *(_case("sgd", dim, BF16) for dim in (50, 64, 300)),
+    # Half of all ids name one row.
+    *(_case(operation, hot=0.5) for operation in ("atomic", "counts", "bag_atomic")),
+    # Tables of one width and of several, each with 32 bags, and one whose ids fill no grid.
+    *(_tables("table_rows", (dim,) * 4) for dim in (5, 33, 50, 64, 300)),
+    *(_tables("table_rows", (dim,) * 4, BF16) for dim in (50, 64)),
+    *(
+        _tables(operation, dims)
+        for operation in ("table_bag", "table_atomic", "table_sorted")
+        for dims in ((64, 64, 64, 64), (128, 64, 32), (50, 33), (33, 5))
+    ),
+    *(
+        _tables(operation, dims, BF16)
+        for operation in ("table_bag", "table_sorted")
+        for dims in ((64, 32), (50, 30))
+    ),
+    *(
+        _tables(operation, (64, 32), num_indices=UNEVEN)
+        for operation in ("table_bag", "table_atomic", "table_sorted")
+    ),
+    _tables("table_rows", (64, 64), num_indices=UNEVEN),
+    _tables("table_atomic", (64, 64), hot=0.5),
 )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+
+from gpu_embed.backends._cupy.nvrtc import import_cupy
 
 from .. import machine
 from ..ptx.counts import LaunchCounts, counting
 from ..ptx.launch import PtxBackend, running_ptx
-from .cases import CountedCase, ideals
-from .table import OWN, Row, make_row
+from ..ptx.launch_cupy import PtxCupyBackend
+from .cases import CPU, CountedCase, ideals
+from .table import CUPY, TRITON, Row, make_row
 
 LIGER = "liger_kernel.ops.experimental.embedding"
 LIGER_PACKAGE = "liger-kernel"
@@ -21,16 +26,36 @@ LIGER_OPERATIONS = ("embedding", "atomic")
 
 
 def own_rows(case: CountedCase) -> Iterator[Row]:
-    """One for each kernel, in the order of their first launches."""
-    with counting() as launches:
-        case.call(PtxBackend())
-    by_kernel: dict[str, list[LaunchCounts]] = {}
-    for launch in launches:
-        by_kernel.setdefault(launch.kernel, []).append(launch)
+    """One for each kernel, Triton's and then CUDA C++'s, in the order of their first launches."""
     known = ideals(case)
-    for kernel, own in by_kernel.items():
-        ideal = next((known[stem] for stem in known if kernel.startswith(stem)), None)
-        yield make_row(OWN, str(case), own, ideal)
+    backends: dict[str, Any] = {TRITON: PtxBackend(), CUPY: PtxCupyBackend()}
+    for provider, backend in backends.items():
+        with counting() as launches:
+            case.call(backend)
+        by_kernel: dict[str, list[LaunchCounts]] = {}
+        for launch in launches:
+            by_kernel.setdefault(kernel_name(launch.kernel), []).append(launch)
+        for kernel, own in by_kernel.items():
+            ideal = next((known[stem] for stem in known if kernel.startswith(stem)), None)
+            yield make_row(kernel, provider, str(case), own, ideal, compiler(provider))
+
+
+def kernel_name(symbol: str) -> str:
+    """Without what a C++ compiler adds: its length before it, its template arguments behind it."""
+    mangled = re.match(r"_Z(\d+)", symbol)
+    return symbol[mangled.end() :][: int(mangled[1])] if mangled else symbol
+
+
+def compiler(provider: str) -> str:
+    """Of a provider's kernels, with its version."""
+    if provider == CUPY:
+        return "nvrtc " + ".".join(map(str, import_cupy().cuda.nvrtc.getVersion()))
+    return f"triton {machine.version('triton')}"
+
+
+def no_nvrtc() -> str | None:
+    """Why no CUDA C++ can be compiled here; None: it can."""
+    return PtxCupyBackend().unusable_reason(CPU)
 
 
 def has_liger() -> bool:
@@ -51,4 +76,5 @@ def liger_rows(case: CountedCase) -> Iterator[Row]:
                 output.backward(torch.ones_like(output))
     launches = backward if weight.requires_grad else forward
     (ideal,) = ideals(case).values()
-    yield make_row(f"{LIGER_PACKAGE} {machine.version(LIGER_PACKAGE)}", str(case), launches, ideal)
+    liger = f"{LIGER_PACKAGE} {machine.version(LIGER_PACKAGE)}"
+    yield make_row(launches[0].kernel, liger, str(case), launches, ideal, compiler(liger))

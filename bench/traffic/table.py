@@ -13,7 +13,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .. import machine
 from ..console import make_table
 from ..ptx.counts import LaunchCounts, longest_path
 from ..results import ResultsError
@@ -22,7 +21,7 @@ from .cases import Ideal
 if TYPE_CHECKING:
     from rich.table import Table
 
-OWN = "gpu_embed"
+TRITON, CUPY = OWN = ("gpu_embed", "gpu_embed cupy")
 REGENERATE = "python -m gpu_embed.bench traffic --out bench/traffic.csv"
 
 
@@ -32,7 +31,7 @@ class Key(NamedTuple):
     provider: str
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.config}"
+        return f"{self.kernel} ({self.provider}) {self.config}"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Row:
 
     kernel: str
     config: str  # the case
-    provider: str  # "gpu_embed", or a rival with its version
+    provider: str  # of OWN, or a rival with its version
     launches: int
     # Sectors of 32 bytes, those of each request summed; and as many as there have to be.
     load_sectors: int
@@ -62,7 +61,7 @@ class Row:
     instructions_a_512_bytes: float  # of rows or ids, moved once; 0: the kernel has nothing to move
     longest_path: int  # instructions of the longest warp, one launch after another
     divergent_blocks: int  # basic blocks that a warp executed with a part of its lanes
-    triton: str  # version
+    compiler: str  # with its version
 
     @property
     def key(self) -> Key:
@@ -74,11 +73,16 @@ TYPES = {"str": str, "int": int, "float": float}
 PARSERS = {field.name: TYPES[str(field.type)] for field in fields(Row)}
 SECTORS = ("load_sectors", "store_sectors", "atomic_sectors")
 # Of these fewer is better, and the compiler has a say in each.
-COUNTED = COLUMNS[COLUMNS.index("load_requests") : COLUMNS.index("triton")]
+COUNTED = COLUMNS[COLUMNS.index("load_requests") : COLUMNS.index("compiler")]
 
 
 def make_row(
-    provider: str, config: str, launches: Sequence[LaunchCounts], ideal: Ideal | None
+    kernel: str,
+    provider: str,
+    config: str,
+    launches: Sequence[LaunchCounts],
+    ideal: Ideal | None,
+    compiler: str,
 ) -> Row:
     """Add up launches of one kernel.
 
@@ -96,7 +100,7 @@ def make_row(
         [getattr(launch, kind) for launch in launches] for kind in ("loads", "stores", "atomics")
     )
     return Row(
-        kernel=launches[0].kernel,
+        kernel=kernel,
         config=config,
         provider=provider,
         launches=len(launches),
@@ -117,7 +121,7 @@ def make_row(
         instructions_a_512_bytes=round(512 * instructions / moved, 1) if moved else 0.0,
         longest_path=longest_path(launches),
         divergent_blocks=total("divergent_blocks"),
-        triton=machine.version("triton"),
+        compiler=compiler,
     )
 
 
@@ -143,17 +147,15 @@ def read_table(path: Path) -> list[Row]:
 def rivals_of(path: Path) -> list[Row]:
     """The rows of a table that are not ours; none where there is no table."""
     rows = read_table(path) if path.exists() else []
-    return [row for row in rows if row.provider != OWN]
+    return [row for row in rows if row.provider not in OWN]
 
 
 def worse(old: Collection[Row], new: Collection[Row]) -> list[str]:
     """Where kernels of ours move or execute more in `new` than in `old`, one sentence each; also rows that one lacks.
 
-    Another Triton makes other instructions, so of it sectors alone are compared.
+    Another compiler makes other instructions, so of it sectors alone are compared.
     """
-    old, new = ([row for row in rows if row.provider == OWN] for rows in (old, new))
-    same_triton = {row.triton for row in old} == {row.triton for row in new}
-    names = (*SECTORS, *COUNTED) if same_triton else SECTORS
+    old, new = ([row for row in rows if row.provider in OWN] for rows in (old, new))
     old_rows, new_rows = ({row.key: row for row in rows} for rows in (old, new))
     found = []
     for key, row in new_rows.items():
@@ -161,7 +163,7 @@ def worse(old: Collection[Row], new: Collection[Row]) -> list[str]:
         if was is None:
             found.append(f"{key}: the table lacks it")
             continue
-        for name in names:
+        for name in (*SECTORS, *COUNTED) if row.compiler == was.compiler else SECTORS:
             before, now = getattr(was, name), getattr(row, name)
             if now > before:
                 said = name.replace("_", " ")

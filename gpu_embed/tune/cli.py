@@ -165,6 +165,9 @@ def search_all(
     jobs = jobs_for(subjects, kernels)
     major, minor = file.content["capability"].split(".")
     usages = compile_jobs(machine, jobs, int(major + minor), args.jobs, progress)
+    for backend, path, settings in (key for key, usage in usages.items() if usage.error):
+        error = usages[backend, path, settings].error
+        progress.console.print(f"{backend} {path} {settings} does not compile: {error}")
     searched = [
         (one, path, [s for s in tried[path] if is_worth_it(usages, one, path, s)])
         for one, tried in zip(subjects, kernels, strict=True)
@@ -176,7 +179,10 @@ def search_all(
     bar = progress.add_task("measure", total=total)
     for one, path, tried in searched:
         progress.update(bar, description=f"{one.name} {path}")
-        best, _ = search(one, path, clock, tried, lambda: progress.advance(bar))
+        best, refused = search(one, path, clock, tried, lambda: progress.advance(bar))
+        for settings, reason in refused.items():
+            text = numbers(asdict(settings))
+            progress.console.print(f"{one.name} {path} {text} is refused: {reason}")
         file.add(one.name, "launches", path, {} if best is None else {path: best})
     for one, rule in limits:
         progress.update(bar, description=f"{one.name} {rule.name}")

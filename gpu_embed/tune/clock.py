@@ -29,7 +29,7 @@ class CudaClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        cache_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size
         size = max(FLUSH_BYTES, 4 * cache_bytes)
         self._flushed = torch.empty(size, dtype=torch.uint8, device=device)
 

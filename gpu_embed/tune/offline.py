@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib.util import find_spec
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -114,7 +115,9 @@ def _cupy_cubin(launch: Launch, architecture: int) -> bytes:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and spilled bytes a thread, by the disassembler that Triton brings."""
+    """Registers and spilled bytes a thread, by the disassembler that Triton brings; 0 without it."""
+    if find_spec("triton") is None:
+        return 0, 0
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -277,24 +277,32 @@ def trial_of(path: str) -> Trial:
     return TRIALS[path.partition("[")[0]]
 
 
-def gate_inputs(backend: str, path: str) -> tuple[Input, ...]:
-    """Ragged, strided and bad ones, and fractions, whose sums show another order of additions."""
+def gate_inputs(backend: str, path: str, small: bool = False) -> tuple[Input, ...]:
+    """Ragged, strided and bad ones, and fractions, whose sums show another order of additions.
+
+    Args:
+        small: few of few ids, for an interpreter.
+    """
     narrow, wide = _gate_dims(backend, path)
-    inputs = (
-        Input(77, 37, wide, padding_idx=3),
-        Input(61, 37, narrow, strided=True),
-        Input(130, 37, narrow, bad=True, dtype=_second_dtype(path)),
+    dtype, exact = _second_dtype(path), trial_of(path).atomic
+    if small:
+        odd = Input(70, 37, narrow, dtype, padding_idx=3, strided=True, bad=True)
+        return odd, Input(66, 9, wide, exact=exact)
+    return (
+        Input(4141, 37, wide, padding_idx=3),
+        Input(3535, 37, narrow, strided=True),
+        Input(7070, 37, narrow, dtype, bad=True),
+        Input(6666, 9, wide, exact=exact),
     )
-    return inputs if trial_of(path).atomic else (*inputs, Input(150, 9, wide, exact=False))
 
 
 def timed_inputs(backend: str, path: str) -> tuple[Input, ...]:
     """Small, middle, and large beside a card's cache."""
     width = _row_width(backend, path)
     if width:
-        return tuple(
-            Input(max((16 << mebi) // (4 * width), 16), 100_000, width) for mebi in (16, 19, 22)
-        )
+        # 1, 8 and 64 MiB of a table of 256 MiB, or of one that is not as high.
+        rows = min(2**28 // (4 * width), 100_000)
+        return tuple(Input(2**power // (4 * width), rows, width) for power in (20, 23, 26))
     exact = not path.endswith("row_update")
     return (
         Input(4096, 100_000, 64, exact=exact),

@@ -20,6 +20,7 @@ from tiers import where
 import gpu_embed
 from gpu_embed import backends
 from gpu_embed.backends._plan.access import row_matrix, row_numbers
+from gpu_embed.backends._plan.carries import chunk_size
 from gpu_embed.backends._plan.gradient_method import LIMITS, RULES, Limit, choose
 from gpu_embed.functional import embedding
 from gpu_embed.settings import GRADIENT_METHOD
@@ -55,7 +56,7 @@ def serves_dtype(method, dtype):
     return dtype in (RULES[method].dtypes or GRADIENT_DTYPES)
 
 
-# (V, D, N): one row, a hot table, odd and even widths, several levels of partial sums.
+# (V, D, N): one row, a hot table, odd and even widths, runs over many chunks.
 SHAPES = [
     (1, 1, 1),
     (7, 2, 10),
@@ -289,6 +290,33 @@ def test_deterministic_gradients_repeat_bit_for_bit(target, method, dtype):
         torch.use_deterministic_algorithms(False)
     assert all(same_bits(run, runs[0]) for run in runs)
     assert not runs[0].isnan().any()
+
+
+def sum_in_order(grad_output, indices, num_embeddings, chunk_size):
+    """Each run of sorted ids, chunk by chunk: its rows from left to right, and so the sums of its chunks; in fp32."""
+    order = indices.cpu().argsort(stable=True)
+    grads, keys = grad_output.cpu().float()[order], indices.cpu()[order]
+    total = torch.zeros(num_embeddings, grad_output.shape[1])
+    for start in range(0, len(keys), chunk_size):
+        part = torch.zeros_like(total)
+        chunk = slice(start, start + chunk_size)
+        for key, grad in zip(keys[chunk].tolist(), grads[chunk], strict=True):
+            part[key] += grad
+        total += part
+    return total.to(grad_output.dtype)
+
+
+@pytest.mark.parametrize("method", ["sorted"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["uniform", "equal", "zipf"])
+@where(has_kernels)
+def test_all_kernels_add_in_the_same_order(target, method, dtype, kind):
+    """Determinism: the bits of each backend are those of the order that is written down in numerics.md."""
+    grad_output = torch.randn(700, 12, generator=torch.Generator().manual_seed(6)).to(dtype)
+    grad_output = grad_output.to(target.device)
+    indices = ids(kind, 700, 40, target.device)
+    expected = sum_in_order(grad_output, indices, 40, chunk_size(700, 12, 4))
+    assert same_bits(gradient(indices, 40, grad_output)[0].cpu(), expected)
 
 
 @pytest.mark.parametrize(

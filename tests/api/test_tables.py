@@ -141,7 +141,7 @@ def test_few_long_bags(target, method, sizes, mode, monkeypatch):
     assert_same(by_layer(layer, ids, offsets), by_torch(layer, ids, offsets))
 
 
-def test_hot_rows_across_levels_of_partial_sums(target, method):
+def test_hot_rows_across_chunks(target, method):
     """Accumulation: runs that cross chunks, in tables of different widths, side by side."""
     layer = integer_layer([(1, 4), (2, 12), (1, 8)], target.device)
     ids = torch.zeros(210, dtype=torch.int64)

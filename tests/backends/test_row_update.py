@@ -169,7 +169,7 @@ def test_without_decay_an_infinite_weight_is_no_nan(target, update):
 
 
 def test_a_run_over_many_chunks_is_applied_once(target):
-    """1029 entries of one row and one of another: three levels of partial sums end in one update."""
+    """1029 entries of one row and one of another: the partial sums of 33 chunks end in one update."""
     weight = torch.zeros(3, 2, device=target.device)
     indices = torch.ones(1030, dtype=torch.int64, device=target.device)
     indices[17] = 2

@@ -183,6 +183,13 @@ def test_unknown_fields_are_said_in_one_line(folder, caplog):
     assert load("triton")._launches[CPU] is found
 
 
+def test_unknown_fields_of_the_file_are_said_in_one_line(folder, caplog):
+    path = write(folder / "a.json", content(launches=scatter_add(1024), rocm={}, wishes=3))
+    assert block() == 1024
+    assert load("triton")._methods[CPU] == TritonMethods()
+    assert caplog.messages == [f"gpu_embed: {path}: ignored: rocm, wishes"]
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"card": "x"}', '{"card": "x", "format": 2}', "\udcff"]
 )

@@ -361,7 +361,7 @@ def test_host_time_of_every_lookup():
 
 
 def test_every_set_can_be_counted_and_has_known_modes():
-    assert list(SETS) == list("ABCDEFGHIJ")
+    assert list(SETS) == list("ABCDEFGHIJK")
     for shape_set in SETS.values():
         assert shape_set.cells
         assert set(shape_set.modes) <= set(MODES)

@@ -1,6 +1,9 @@
 """Kernels that are compiled for the machine of a card: under the names that Triton looks for there."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,22 @@ def test_the_measured_shapes_launch_what_can_be_compiled():
     launches, failures = record_launches(cases)
     assert not failures
     assert {launch.case for launch in launches} == set(map(str, cases))
+
+
+@pytest.mark.full
+def test_the_self_check_is_compiled(tmp_path):
+    """In a process of its own, since Triton's driver stays replaced; no kernel twice."""
+    code = (
+        "from gpu_embed.bench import prepare_card as p; "
+        "p.CASES = (); p.MEASURED = (); print(*p.compile_launches(90))"
+    )
+    environ = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_STORE_BINARY_ONLY": "1"}
+    environ.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    launches, failures = done.stdout.split(maxsplit=1)
+    assert failures == "{}\n"
+    assert 15 < len(list(tmp_path.glob("*/*.cubin"))) <= int(launches)
 
 
 def test_wrong_arguments_are_refused(capsys):

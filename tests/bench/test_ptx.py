@@ -603,11 +603,19 @@ def test_a_grid_counts_in_three_directions():
         ("ld.shared.b32 %r1, [tile];", "shared bytes, 4 bytes, was read before it was written"),
         ("st.shared.b32 [tile+512], 1;", "address 512 of 512 shared bytes, 4 bytes, is out of"),
         ("st.shared.b32 [tile+2], 1;", "shared bytes, 4 bytes, is misaligned"),
+        (
+            "st.global.b8 [%rd1+3], 1;\nld.global.nc.b32 %r1, [%rd1];",
+            r"\(p0 .*\) of 4 bytes was written by this launch, and read as constant, in 32 lanes",
+        ),
+        (
+            "ld.global.nc.v2.b32 {%r1, %r2}, [%rd5];\nred.global.add.u32 [%rd5+4], 1;",
+            r"\(p0 of 128 bytes, at 4\) of 4 bytes is written, and read as constant, in 32 lanes",
+        ),
         ("trap;", "a trap"),
     ],
 )
 def test_an_error_says_where(body, message):
-    head = own_word() + "setp.lt.u32 %p1, %r8, 16;\n.loc 1 42 0\n"
+    head = own_word() + "ld.param.u64 %rd5, [p0];\nsetp.lt.u32 %p1, %r8, 16;\n.loc 1 42 0\n"
     # 16 bytes of alignment at least, so that it is the vector access that is misaligned.
     room = np.zeros(64, np.uint32)
     begin = -room.ctypes.data % 16 // 4
@@ -636,6 +644,22 @@ def test_an_unwritten_register_is_garbage():
     assert hex(lanes("mov.b32 %r1, %r2;")[0]) == "0xdeadbeef"
 
 
+def test_what_is_read_as_constant_may_lie_beside_what_is_written():
+    out, source = np.zeros(WARP, np.uint32), np.arange(WARP, dtype=np.uint32)
+    body = own_word() + "\n".join(
+        [
+            "ld.param.u64 %rd3, [p1];",
+            "add.s64 %rd3, %rd3, %rd2;",
+            "ld.global.nc.b32 %r1, [%rd3];",
+            "st.global.b32 [%rd1], %r1;",
+            "ld.global.b32 %r2, [%rd1];",
+            "st.global.b32 [%rd1], %r2;",
+        ]
+    )
+    launch(body, out, source)
+    assert out.tolist() == source.tolist()
+
+
 @pytest.mark.parametrize(
     "instruction",
     [
@@ -660,8 +684,11 @@ def test_the_text_is_read():
     .reg .b32 %r<3>; /* two
     lines */
     .file 1 "/src" "gather.py"
+    .file 2 "/src/common.cuh"
+    .file 3 "/src/gather.cu"
     .loc 1 7 3 // gather.py:7
     { .reg .b32 tmp; mov.b32 tmp, 1; mov.b32 {%r1, _}, %rd1; }
+    .loc 2 9 3
     $L__BB0_1: @!%p1 bra $L__BB0_1;
     }
     .entry second() { ret; }
@@ -673,6 +700,7 @@ def test_the_text_is_read():
     ]
     first, unpack, branch = kernel.instructions
     assert (first.name, first.operands, first.place) == ("mov.b32", ("tmp", "1"), "gather.py:7")
+    assert branch.place == "common.cuh:9"
     assert unpack.operands == ("{%r1, _}", "%rd1")
     assert (branch.predicate, branch.negated, branch.operands) == ("%p1", True, ("$L__BB0_1",))
     assert kernel.labels == {"$L__BB0_1": 2}

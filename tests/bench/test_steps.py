@@ -8,7 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpu_embed.bench import byte_floor, check, ids, measure, memory, optimizers, timing
+from gpu_embed.backends._plan import bag
+from gpu_embed.bench import (
+    byte_floor,
+    check,
+    ids,
+    many_tables,
+    measure,
+    memory,
+    optimizers,
+    timing,
+)
 from gpu_embed.bench.optimizers import (
     ADAM,
     LAZY_ADAM,
@@ -17,12 +27,13 @@ from gpu_embed.bench.optimizers import (
     Update,
 )
 from gpu_embed.bench.providers import PROVIDERS, Layer, Provider
-from gpu_embed.bench.shapes import SETS, STEPS, Cell
+from gpu_embed.bench.shapes import HEADLINE, SETS, STEPS, Cell
 
 CPU = torch.device("cpu")
 FACTS = {"device": "a CPU", "torch": "2", "triton": "3", "commit": "abc"}
 CELL = Cell(50, 8, 40)
 BAGS = dataclasses.replace(CELL, operation="embedding_bag", hotness=5)
+BY_OFFSETS = dataclasses.replace(BAGS, operation="embedding_bag_offsets")
 NAMES = (
     "gpu_embed",
     "gpu_embed-sparse",
@@ -55,7 +66,7 @@ def usable(name):
 
 
 @pytest.mark.parametrize("mode", STEPS)
-@pytest.mark.parametrize("cell", [CELL, BAGS], ids=["rows", "bags"])
+@pytest.mark.parametrize("cell", [CELL, BAGS, BY_OFFSETS], ids=["rows", "bags", "by offsets"])
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_are_checked_and_timed(bench, name, cell, mode):
     provider = usable(name)
@@ -71,13 +82,33 @@ def test_steps_are_checked_and_timed(bench, name, cell, mode):
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "full"])
+@pytest.mark.parametrize("cell", [BAGS, BY_OFFSETS], ids=["bags", "by offsets"])
 @pytest.mark.parametrize("name", ["gpu_embed", "torch", "fbgemm-gpu-cpu"])
-def test_bags_are_checked_and_timed(bench, name, mode):
-    row = measured(bench, usable(name), BAGS, mode)
+def test_bags_are_checked_and_timed(bench, name, cell, mode):
+    row = measured(bench, usable(name), cell, mode)
     assert row.status == "ok", row
-    assert row.operation == "embedding_bag"
+    assert row.operation == cell.operation
     assert row.host_us > 0
     assert row.step_peak_bytes is None
+
+
+@pytest.mark.parametrize("name", ["gpu_embed", "torch", "torch.compile"])
+def test_bags_by_offsets_are_handed_over_flat(name, monkeypatch):
+    """The same sums as of [B, L]; and lengths that only the offsets tell."""
+    problem = measure.Problem(BY_OFFSETS, CPU, 0, 1)
+    layer = usable(name).build(problem.weight, BY_OFFSETS, "forward")
+    ids = problem.ids(0)
+    assert torch.allclose(layer.lookup(ids), F.embedding_bag(ids, problem.weight, mode="sum"))
+    offsets = torch.tensor([0, 4, 9, 9, 20, 25, 30, 35])
+    monkeypatch.setattr(many_tables, "_offsets", lambda *_: offsets)
+    expected = F.embedding_bag(ids.flatten(), problem.weight, offsets, mode="sum")
+    assert torch.allclose(layer.lookup(ids), expected)
+
+
+def test_sums_of_other_bags_have_no_time(bench, monkeypatch):
+    monkeypatch.setattr(many_tables, "_offsets", lambda *_: torch.tensor([0, 4, *range(10, 40, 5)]))
+    row = measured(bench, PROVIDERS["torch"], BY_OFFSETS, "forward")
+    assert row.status == "wrong", row
 
 
 @pytest.mark.parametrize("name", ["index_add_", "liger-kernel", "flag-gems"])
@@ -345,3 +376,22 @@ def test_sets_with_bags_and_steps():
     assert all(cell.pooled == (cell.hotness > 1) for name in "BC" for cell in SETS[name].cells)
     assert all(set(STEPS) <= set(SETS[name].modes) for name in "CDJ")
     assert str(BAGS) == "50 x 8 float32, 40 ids in bags of 5 (uniform)"
+    assert str(BY_OFFSETS) == "50 x 8 float32, 40 ids in bags of 5 by offsets (uniform)"
+
+
+def test_bags_by_offsets_stand_beside_the_same_ones_without():
+    """Some of them short enough for a single launch whatever the offsets say, and some not."""
+    cells = SETS["K"].cells
+    given = [cell for cell in cells if cell.by_offsets]
+    assert {dataclasses.replace(cell, operation="embedding_bag") for cell in given} == {
+        cell for cell in cells if not cell.by_offsets
+    }
+    assert {cell.hotness <= bag.MAX_WHOLE_MEAN for cell in given} == {False, True}
+    assert {cell.by_offsets for name, cell in HEADLINE if name == "K"} == {False, True}
+
+
+def test_offsets_count_as_ids():
+    counts = byte_floor.Counts(8, 40, 8)
+    for mode in ("forward", "backward"):
+        plain, given = (byte_floor.bytes_moved(cell, mode, counts) for cell in (BAGS, BY_OFFSETS))
+        assert given.dram - plain.dram == given.logical - plain.logical == 8 * 8

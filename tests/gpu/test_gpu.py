@@ -648,7 +648,7 @@ def test_memory_of_a_backward(backend, shape, dtype, method):
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "equal", "sorted"])
 @pytest.mark.parametrize("num_embeddings", [15, 1_000_000])
 def test_gradients_of_many_ids(backend, kind, num_embeddings):
-    """Several levels of partial sums, whatever the runs."""
+    """Many chunks of partial sums, whatever the runs."""
     num_indices = 10_000_001
     indices = ids(kind, num_indices, num_embeddings, DEVICE).int()
     grad_output = integers(num_indices, 2)

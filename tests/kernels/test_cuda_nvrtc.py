@@ -21,6 +21,8 @@ from gpu_embed import user_cache
 from gpu_embed.backends._cupy import CupyBackend, nvrtc
 from gpu_embed.backends._cupy import device as cupy_device
 from gpu_embed.backends._cupy.nvrtc import Kernel
+from gpu_embed.bench.ptx.launch_cupy import parameter_names
+from gpu_embed.bench.ptx.machine import Program
 
 ARCHS = (60, 70, 75, 80, 90)
 STEMS = tuple(dict.fromkeys(kernel.stem for kernel in KERNELS))
@@ -81,6 +83,20 @@ def test_every_kernel_compiles_without_spills(arch: int, stem: str) -> None:
         assert int(re.findall(r"Used (\d+) registers", report)[0]) <= 128
     # Constants in global memory would be loads that nobody wrote; sm_90's headers bring one byte.
     assert int(re.findall(r"(\d+) bytes gmem", log)[0]) <= 1
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_interpreter_of_ptx_knows_every_kernel(stem: str) -> None:
+    """Of those that differ in numbers alone, the last, which has the widest vectors."""
+    require(90)
+    ours = [kernel for kernel in KERNELS if kernel.stem == stem]
+    kernels = {re.sub(r"\b\d+", "", kernel.expression): kernel for kernel in ours}.values()
+    expressions = [kernel.expression for kernel in kernels]
+    image, symbols, _ = nvrtc.compile_kernels(stem, expressions, "compute_90")
+    for kernel in kernels:
+        parsed = Program(image.decode(), symbols[kernel.expression]).kernel
+        assert parsed.name == symbols[kernel.expression]
+        assert len(parsed.parameters) == len(parameter_names(kernel))
 
 
 def nvdisasm() -> Path | None:

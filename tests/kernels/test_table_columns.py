@@ -9,7 +9,7 @@ KERNELS = files("gpu_embed.kernels")
 
 
 def test_the_three_copies_of_the_columns_agree():
-    triton = (KERNELS / "tables.py").read_text(encoding="utf-8")
+    triton = (KERNELS / "table_columns.py").read_text(encoding="utf-8")
     constants = dict(re.findall(r"^([A-Z_]+) = tl\.constexpr\((\d+)\)", triton, re.MULTILINE))
     assert {name: int(constants[name]) for name in TableColumn.__members__} == dict(
         TableColumn.__members__

@@ -422,7 +422,7 @@ def test_rows_of_all_tables_are_chosen(target, make):
 
 
 @two_optimizers
-def test_hot_rows_are_summed_across_levels(target, make):
+def test_hot_rows_are_summed_across_chunks(target, make):
     """Runs that cross chunks, of rows of different widths, side by side; and positions with weights."""
     layer = integer_layer(MIXED, target.device, sparse=True)
     modules, look_up = one_by_one(layer)

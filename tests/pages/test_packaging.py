@@ -83,6 +83,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     dated = re.sub(r"^(## [\d.]+) - unreleased$", r"\1 - 2026-01-31", changelog, flags=re.M)
     (folder / "CHANGELOG.md").write_text(dated, encoding="utf-8")
+    # A tuned file travels with the package.
+    (folder / "gpu_embed/tuned").mkdir(exist_ok=True)
+    (folder / "gpu_embed/tuned/a-card.json").write_text("{}")
     git("init", "--quiet", cwd=folder)
     commit(folder)
     return folder
@@ -171,7 +174,7 @@ def test_wheel_holds_every_source_file(wheel: Path) -> None:
     assert {"gpu_embed/kernels/__init__.py", "gpu_embed/bench/__init__.py"} <= expected
     names = set(zipfile.ZipFile(wheel).namelist())
     assert not expected - names
-    assert "gpu_embed/py.typed" in names
+    assert {"gpu_embed/py.typed", "gpu_embed/tuned/a-card.json"} <= names
 
 
 def test_wheel_claims_no_other_top_level_name(wheel: Path) -> None:

@@ -100,7 +100,11 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for value, weight, widths in segments
             for vec in widths
         ),
-        *(("row_update", f"rowwise_adagrad_kernel<{weight}>") for weight in FLOATS.values()),
+        *(
+            ("row_update", f"rowwise_adagrad_kernel<{table}, {vec}>")
+            for table, widths in tables
+            for vec in widths
+        ),
         *(
             ("scatter_add", f"scatter_add_kernel<float, {vec}, {scatter}, true>")
             for vec in (1, 2, 4)
@@ -169,8 +173,9 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for vec in widths
         ),
         *(
-            ("tables_row_update", f"table_rowwise_adagrad_kernel<{weight}>")
-            for weight in FLOATS.values()
+            ("tables_row_update", f"table_rowwise_adagrad_kernel<{table}, {vec}>")
+            for table, widths in tables
+            for vec in widths
         ),
         *(("renorm", f"renorm_kernel<{weight}>") for weight in FLOATS.values()),
         ("counts", "counts_kernel"),

@@ -79,9 +79,9 @@ MUTATIONS = (
     ),
     Mutation(
         "Triton's sorted gradient summed in the dtype of the gradient",
-        "kernels/segment_sum.py",
-        "            total += value\n",
-        "            total = (total + value).to(values_ptr.dtype.element_ty).to(acc_dtype)\n",
+        "kernels/segment_walk.py",
+        "                total += row_of(sums, u)\n",
+        "                total = (total + row_of(sums, u)).to(values_ptr.dtype.element_ty).to(acc_dtype)\n",
         GRADIENT,
         "triton-cpu",
     ),
@@ -120,8 +120,8 @@ MUTATIONS = (
     Mutation(
         "the carry-out lost at the end of CUDA C++'s chunks",
         "kernels/segment_walk.cuh",
-        "  store_carry(carry_out_ptr, key, total);",
-        "  set_zero(total);\n  store_carry(carry_out_ptr, key, total);",
+        "  store_carry(carried ? 2 * chunk : 2 * chunk + 1, key, total, count);",
+        "  set_zero(total);\n  store_carry(carried ? 2 * chunk : 2 * chunk + 1, key, total, count);",
         GRADIENT,
         "cupy-cpu",
     ),

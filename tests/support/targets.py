@@ -78,9 +78,9 @@ def stand_in(target: Target) -> Backend | None:
 @cache
 def ptx_backend(name: str) -> Backend:
     if name == "triton":
-        from gpu_embed.bench.ptx.launch import PtxBackend
+        from ptx_backend import CheckedPtxBackend
 
-        return PtxBackend()
+        return CheckedPtxBackend()
     from gpu_embed.bench.ptx.launch_cupy import PtxCupyBackend
 
     return PtxCupyBackend()

@@ -47,8 +47,11 @@ def test_each_kernel_has_a_trial():
 def test_timed_inputs_have_three_sizes(backend, path):
     inputs = timed_inputs(backend, path)
     assert len({given.num_indices for given in inputs}) == 3
-    assert any(given.strided for given in gate_inputs(backend, path))
-    assert any(given.bad for given in gate_inputs(backend, path))
+    for small in (False, True):
+        inputs = gate_inputs(backend, path, small)
+        assert any(given.strided for given in inputs)
+        assert any(given.bad for given in inputs)
+        assert any(not given.exact for given in inputs) != TRIALS[path.partition("[")[0]].atomic
 
 
 def refusals(backend, path, tried):

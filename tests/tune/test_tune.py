@@ -1,7 +1,11 @@
 """The tuner from start to end with a stubbed card, compiler and clock: what it accepts, keeps, resumes and refuses."""
 
 import json
+import os
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +27,7 @@ from gpu_embed.backends._triton.launch import (
     next_power_of_2,
 )
 from gpu_embed.settings import TUNED
-from gpu_embed.tune import cli, search
+from gpu_embed.tune import cli, clock, search
 from gpu_embed.tune.machine import Machine
 from gpu_embed.tune.offline import Usage
 from gpu_embed.tune.search import Gain, is_accepted
@@ -392,3 +396,53 @@ def test_candidates_are_compiled_in_processes_of_their_own(capsys):
     said = capsys.readouterr().out
     assert " 0 dropped" not in said
     assert "failed" not in said
+
+
+def test_other_processes_on_the_card_are_found(tmp_path, monkeypatch):
+    lines = (
+        f"GPU-abc, {os.getpid()}, python",
+        "GPU-abc, 7, python3, -m",
+        "GPU-def, 8, other",
+        "No running processes found",
+    )
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    properties = SimpleNamespace(uuid="abc")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert Machine().others(CPU) == ["python3 (pid 7)"]
+    script.unlink()
+    assert Machine().others(CPU) == []
+
+
+def test_the_clock_takes_turns_and_medians(monkeypatch):
+    """Events that count calls in place of a card's."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(log)
+
+        def elapsed_time(self, end):
+            assert end.at == self.at + 1
+            return {"a": 2.0, "b": 4.0}[log[self.at]]
+
+    properties = SimpleNamespace(L2_cache_size=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(clock, "FLUSH_BYTES", 16)
+    monkeypatch.setattr(clock, "COPY_BYTES", 16)
+    one = clock.CudaClock(CPU)
+    calls = [partial(log.append, name) for name in "ab"]
+    assert one.times(calls, cold=True, repeats=2) == [2e-3, 4e-3]
+    # Once each beforehand, where a kernel may still be compiled.
+    assert "".join(log) == "ab" + "abab"
+    log.clear()
+    assert one.times(calls, cold=False, repeats=1) == [2e-3, 4e-3]
+    assert "".join(log) == "ab" + "aabb"

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .._plan.access import cdiv, vector_width
+from .._plan.access import vector_width
+from .._plan.carries import Carries, Runs
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
-from .._plan.levels import NO_PARTIAL, Level, Partial
-from .device import FLOATS, CupyDevice, cpp_bool, itemsize
+from .device import FLOATS, CupyDevice, cpp_bool
 from .launch import MAX_SEGMENT_VECTOR
 from .nvrtc import Kernel
 
@@ -55,39 +55,39 @@ class CupyGradient(CupyDevice, GradientPlan):
 
     def _segment_sum(
         self,
-        level: Level,
+        runs: Runs,
         bags: OutputBags | None,
         grad_weight: Tensor,
-        partial: Partial | None,
+        carries: Carries,
         scale_grad_by_freq: bool,
-        chunk: int,
+        join: bool,
     ) -> None:
-        values, order, keys, _ = level
+        values, order, keys = runs
         num_embeddings, embedding_dim = grad_weight.shape
         launch = self._launches[keys.device].segment_sum
-        atomic_carry = partial is None
+        atomic_carry = carries.partial is None
         # scale_grad_by_freq is rare: not worth a kernel for each width.
         vec = 1 if scale_grad_by_freq else min(vector_width(values), MAX_SEGMENT_VECTOR)
         arguments = (
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
             f"{cpp_bool(scale_grad_by_freq)}, {launch.UNROLL}, {cpp_bool(atomic_carry)}{with_bags(bags)}"
         )
-        num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
             Kernel("segment_sum", f"segment_sum_kernel<{arguments}>"),
-            *launch.grid(num_chunks * (embedding_dim // vec)),
+            *launch.grid(carries.num_chunks * (embedding_dim // vec)),
             keys.device,
-            *level,
+            *runs,
             *(bags or NO_BAGS),
             grad_weight,
-            *(partial or NO_PARTIAL),
+            carries.partial,
             keys.numel(),
             num_embeddings,
+            carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
             embedding_dim,
-            chunk,
-            itemsize(order),
+            int(join),
+            order.element_size(),
             keys.element_size(),
             bag_bytes(bags),
         )

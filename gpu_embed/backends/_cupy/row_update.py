@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ...row_update import RowUpdate
-from .._plan.access import cdiv, vector_width
-from .._plan.levels import Level, Partial
+from .._plan.access import vector_width
+from .._plan.carries import Carries, Runs
 from .._plan.row_update import RowUpdatePlan, rowwise_numbers, update_numbers
-from .device import FLOATS, CupyDevice, itemsize
+from .device import FLOATS, CupyDevice
 from .launch import MAX_SEGMENT_VECTOR, ROWWISE_ADAGRAD
 from .nvrtc import Kernel
 
@@ -36,30 +36,30 @@ class CupyRowUpdate(CupyDevice, RowUpdatePlan):
     def _row_update(
         self,
         update: RowUpdate,
-        level: Level,
+        runs: Runs,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial: Partial,
-        chunk: int,
+        carries: Carries,
+        join: bool,
     ) -> None:
-        values, order, keys, _ = level
+        values, order, keys = runs
         num_embeddings, embedding_dim = weight.shape
         launch = self._launches[keys.device].row_update
-        widths = (vector_width(matrix) for matrix in (values, weight, partial.values, *state))
+        widths = (vector_width(matrix) for matrix in (values, weight, *state))
         vec = min(*widths, MAX_SEGMENT_VECTOR)
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {launch.UNROLL}"
-        num_chunks = cdiv(keys.numel(), chunk)
         self._launch(
             Kernel("row_update", f"row_update_kernel<{arguments}>"),
-            *launch.grid(num_chunks * (embedding_dim // vec)),
+            *launch.grid(carries.num_chunks * (embedding_dim // vec)),
             keys.device,
-            *level[:3],
+            *runs,
             weight,
             *(*state, None, None)[:2],
-            *partial[:2],
+            carries.partial,
             update.lr,
             keys.numel(),
             num_embeddings,
+            carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
             weight.stride(0),
@@ -68,8 +68,8 @@ class CupyRowUpdate(CupyDevice, RowUpdatePlan):
             embedding_dim,
             FORMULAS.index(update.formula),
             int(update.rounds_at_random(weight.dtype)),
-            chunk,
-            itemsize(order),
+            int(join),
+            order.element_size(),
             keys.element_size(),
         )
 
@@ -77,8 +77,9 @@ class CupyRowUpdate(CupyDevice, RowUpdatePlan):
         self, update: RowUpdate, total: Tensor, keys: Tensor, weight: Tensor, state: Tensor
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
+        vec = min(vector_width(total), vector_width(weight), MAX_SEGMENT_VECTOR)
         self._launch(
-            Kernel("row_update", f"rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"),
+            Kernel("row_update", f"rowwise_adagrad_kernel<{FLOATS[weight.dtype]}, {vec}>"),
             *ROWWISE_ADAGRAD.grid(keys.numel()),
             keys.device,
             total,

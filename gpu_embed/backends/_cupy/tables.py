@@ -8,8 +8,8 @@ from ...row_update import RowUpdate
 from ...tables.batch import TableBatch
 from ...tables.entries import TableEntries
 from .._plan.access import cdiv, table_vector_width
-from .._plan.gradient import NO_BAGS, OutputBags
-from .._plan.levels import Level, Partial
+from .._plan.carries import Carries, Runs
+from .._plan.gradient import OutputBags
 from .._plan.row_update import rowwise_numbers, update_numbers
 from .._plan.tables import TablesPlan
 from .device import FLOATS, CupyDevice, cpp_bool, itemsize
@@ -191,42 +191,41 @@ class CupyTables(CupyDevice, TablesPlan):
 
     def _table_segment_sum(
         self,
-        level: Level,
-        bags: OutputBags | None,
+        runs: Runs,
+        bags: OutputBags,
         batch: TableBatch,
         grad_weight: Tensor,
-        partial: Partial,
-        chunk: int,
+        carries: Carries,
+        join: bool,
     ) -> None:
-        values, order, keys, _ = level
+        values, order, keys = runs
         widest = batch.shape.widest
         vec = table_vector(values, batch.shape.dim_divisor)
         launch = self._launches[keys.device].table_segment_sum
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {launch.UNROLL}"
-        num_chunks = cdiv(keys.numel(), chunk)
-        max_positions = batch.max_positions if bags else None
         self._launch(
             Kernel("tables", f"table_segment_sum_kernel<{arguments}>"),
-            *launch.grid(num_chunks * (widest // vec)),
+            *launch.grid(carries.num_chunks * (widest // vec)),
             keys.device,
-            *level,
-            *(bags or NO_BAGS),
-            max_positions,
+            *runs,
+            *bags,
+            batch.max_positions,
             batch.fields,
             grad_weight,
-            *partial,
+            carries.partial,
             keys.numel(),
             batch.shape.num_rows,
             batch.num_tables,
+            carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
             batch.width,
             widest,
-            chunk,
-            itemsize(order),
+            int(join),
+            order.element_size(),
             keys.element_size(),
             bag_bytes(bags),
-            itemsize(max_positions),
+            itemsize(batch.max_positions),
         )
 
     def _table_sample_weights(
@@ -264,41 +263,35 @@ class CupyTables(CupyDevice, TablesPlan):
     def _table_row_update(
         self,
         update: RowUpdate,
-        level: Level,
+        runs: Runs,
         entries: TableEntries,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial: Partial,
-        chunk: int,
+        carries: Carries,
+        join: bool,
     ) -> None:
-        values, order, keys, _ = level
+        values, order, keys = runs
         launch = self._launches[keys.device].table_row_update
-        widths = (
-            table_vector(tensor, entries.dim_divisor)
-            for tensor in (values, weight, partial.values, *state)
-        )
+        widths = (table_vector(tensor, entries.dim_divisor) for tensor in (values, weight, *state))
         vec = min(widths)
         arguments = f"{FLOATS[values.dtype]}, {FLOATS[weight.dtype]}, {vec}, {launch.UNROLL}"
-        num_chunks = cdiv(keys.numel(), chunk)
-        first_level = level.extra is None
-        output_bag = entries.output_bag if first_level else None
-        max_positions = entries.max_positions if first_level else None
         self._launch(
             Kernel("tables_row_update", f"table_row_update_kernel<{arguments}>"),
-            *launch.grid(num_chunks * (entries.widest // vec)),
+            *launch.grid(carries.num_chunks * (entries.widest // vec)),
             keys.device,
-            *level,
-            output_bag,
-            entries.scales if first_level else None,
-            max_positions,
+            *runs,
+            entries.output_bag,
+            entries.scales,
+            entries.max_positions,
             entries.fields,
             weight,
             *(*state, None, None)[:2],
-            *partial,
+            carries.partial,
             update.lr,
             keys.numel(),
             entries.num_rows,
             entries.num_tables,
+            carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
             entries.values.shape[1],
@@ -306,11 +299,11 @@ class CupyTables(CupyDevice, TablesPlan):
             entries.widest,
             FORMULAS.index(update.formula),
             int(update.rounds_at_random(weight.dtype)),
-            chunk,
-            itemsize(order),
+            int(join),
+            order.element_size(),
             keys.element_size(),
-            itemsize(output_bag),
-            itemsize(max_positions),
+            entries.output_bag.element_size(),
+            itemsize(entries.max_positions),
         )
 
     def _table_rowwise_adagrad(
@@ -322,7 +315,8 @@ class CupyTables(CupyDevice, TablesPlan):
         state: Tensor,
         entries: TableEntries,
     ) -> None:
-        kernel = f"table_rowwise_adagrad_kernel<{FLOATS[weight.dtype]}>"
+        vec = min(table_vector(tensor, entries.dim_divisor) for tensor in (total, weight))
+        kernel = f"table_rowwise_adagrad_kernel<{FLOATS[weight.dtype]}, {vec}>"
         self._launch(
             Kernel("tables_row_update", kernel),
             *ROWWISE_ADAGRAD.grid(keys.numel()),

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...dtypes import accumulation
 from .access import RowSteps, flat_ids, row_matrix, row_numbers
+from .carries import Carries, Runs, cut
 from .gradient_method import choose
 from .in_force import InForce
-from .levels import CHUNK, Level, Partial, levels
 from .sort import SortPlan
 
 
@@ -83,11 +83,9 @@ class GradientPlan(SortPlan):
         if rows is not None:
             order = rows.index_select(0, order)
             del rows
-        if method == "sorted":
-            self._sum_runs(grad_output, order, keys, bags, grad_weight, scale_grad_by_freq)
-        else:
-            level = Level(grad_output, order, keys, None)
-            self._segment_sum(level, bags, grad_weight, None, False, CHUNK)
+        runs = Runs(grad_output, order, keys)
+        atomic = method == "sorted_atomic"
+        self._sum_runs(runs, bags, grad_weight, scale_grad_by_freq, atomic=atomic)
         return grad_weight
 
     def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
@@ -97,18 +95,17 @@ class GradientPlan(SortPlan):
 
     def _sum_runs(
         self,
-        grad_output: Tensor,
-        order: Tensor,
-        keys: Tensor,
+        runs: Runs,
         bags: OutputBags | None,
         grad_weight: Tensor,
         scale_grad_by_freq: bool,
+        *,
+        atomic: bool = False,
     ) -> None:
         dim, dtype = grad_weight.shape[1], accumulation(grad_weight.dtype)
-        for level, partial, chunk in levels(
-            grad_output, order, keys, dim, dtype, extra=scale_grad_by_freq
-        ):
-            self._segment_sum(level, bags, grad_weight, partial, scale_grad_by_freq, chunk)
+        carries = cut(runs.keys, dim, dtype, counted=scale_grad_by_freq, atomic=atomic)
+        for join in carries.launches:
+            self._segment_sum(runs, bags, grad_weight, carries, scale_grad_by_freq, join)
             bags = None
 
     @abstractmethod
@@ -124,14 +121,14 @@ class GradientPlan(SortPlan):
     @abstractmethod
     def _segment_sum(
         self,
-        level: Level,
+        runs: Runs,
         bags: OutputBags | None,
         grad_weight: Tensor,
-        partial: Partial | None,
+        carries: Carries,
         scale_grad_by_freq: bool,
-        chunk: int,
+        join: bool,
     ) -> None:
-        """Add the sum of each complete run to its row; without `partial`, atomics add the others too."""
+        """Store the sums of the runs within a chunk, and the others' carries; `join`: the sums of those."""
 
     @abstractmethod
     def _counts(self, ids: Tensor, counts: Tensor) -> None: ...

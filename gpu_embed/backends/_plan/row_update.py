@@ -8,8 +8,8 @@ from torch import Tensor
 from ...dtypes import accumulation
 from ...row_update import RowUpdate
 from .access import flat_ids, rows_of_keys
+from .carries import Carries, Runs, cut
 from .gradient import GradientPlan
-from .levels import Level, Partial, levels
 
 
 class RowUpdatePlan(GradientPlan):
@@ -36,10 +36,10 @@ class RowUpdatePlan(GradientPlan):
             total, run_keys = self._sums_of_runs(values, order, keys, weight.shape[0])
             self._rowwise_adagrad(update, total, run_keys, weight, state[0])
             return
-        dim, dtype = weight.shape[1], accumulation(weight.dtype)
         # `_sum_runs`, but each complete sum updates its row instead of being stored.
-        for level, partial, chunk in levels(values, order, keys, dim, dtype, extra=False):
-            self._row_update(update, level, weight, state, partial, chunk)
+        carries = cut(keys, weight.shape[1], accumulation(weight.dtype))
+        for join in carries.launches:
+            self._row_update(update, Runs(values, order, keys), weight, state, carries, join)
 
     def _sums_of_runs(
         self, values: Tensor, order: Tensor, keys: Tensor, num_embeddings: int
@@ -57,7 +57,7 @@ class RowUpdatePlan(GradientPlan):
             dtype=accumulation(values.dtype),
             device=values.device,
         )
-        self._sum_runs(values, order, runs, None, total, scale_grad_by_freq=False)
+        self._sum_runs(Runs(values, order, runs), None, total, scale_grad_by_freq=False)
         return total, run_keys
 
     @abstractmethod
@@ -71,11 +71,11 @@ class RowUpdatePlan(GradientPlan):
     def _row_update(
         self,
         update: RowUpdate,
-        level: Level,
+        runs: Runs,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial: Partial,
-        chunk: int,
+        carries: Carries,
+        join: bool,
     ) -> None: ...
 
     @abstractmethod

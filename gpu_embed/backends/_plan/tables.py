@@ -12,9 +12,9 @@ from ...tables.batch import TableBatch
 from ...tables.entries import TableEntries
 from .access import cdiv, sort_key_dtype
 from .bag import BagPlan
+from .carries import Carries, Runs, cut
 from .gradient import OutputBags
 from .gradient_method import choose
-from .levels import Level, Partial, levels
 from .row_update import RowUpdatePlan
 from .sort import check_sortable
 
@@ -120,17 +120,16 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         # Not made before the sort has freed its memory.
         bags = self._output_bags(batch, per_sample_weights)
         if not batch.is_uniform or batch.max_positions is not None:
-            dtype = accumulation(grad_weight.dtype)
-            for level, partial, chunk in levels(
-                grad_output, order, keys, batch.shape.widest, dtype, extra=True
-            ):
-                self._table_segment_sum(level, bags, batch, grad_weight, partial, chunk)
-                bags = None
+            assert bags is not None
+            carries = cut(keys, batch.shape.widest, accumulation(grad_weight.dtype))
+            runs = Runs(grad_output, order, keys)
+            for join in carries.launches:
+                self._table_segment_sum(runs, bags, batch, grad_weight, carries, join)
             return grad_weight
         if bags is not None:
             # Bag b of table t is row b * T + t.
             grad_output = grad_output.reshape(-1, batch.shape.widest)
-        self._sum_runs(grad_output, order, keys, bags, grad_weight, False)
+        self._sum_runs(Runs(grad_output, order, keys), bags, grad_weight, False)
         return grad_weight
 
     def table_batched_embedding_sample_weights_backward(
@@ -192,10 +191,10 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             )
             self._table_rowwise_adagrad(update, total, run_keys, weight, state[0], entries)
             return
-        for level, partial, chunk in levels(
-            entries.values, order, keys, entries.widest, acc_dtype, extra=True
-        ):
-            self._table_row_update(update, level, entries, weight, state, partial, chunk)
+        runs = Runs(entries.values, order, keys)
+        carries = cut(keys, entries.widest, acc_dtype)
+        for join in carries.launches:
+            self._table_row_update(update, runs, entries, weight, state, carries, join)
 
     def _table_splits(self, matrix: Tensor, batch: TableBatch) -> int:
         """Into how many parts each bag is cut, so that few long bags keep the card busy."""
@@ -255,12 +254,12 @@ class TablesPlan(BagPlan, RowUpdatePlan):
     @abstractmethod
     def _table_segment_sum(
         self,
-        level: Level,
-        bags: OutputBags | None,
+        runs: Runs,
+        bags: OutputBags,
         batch: TableBatch,
         grad_weight: Tensor,
-        partial: Partial,
-        chunk: int,
+        carries: Carries,
+        join: bool,
     ) -> None: ...
 
     @abstractmethod
@@ -278,12 +277,12 @@ class TablesPlan(BagPlan, RowUpdatePlan):
     def _table_row_update(
         self,
         update: RowUpdate,
-        level: Level,
+        runs: Runs,
         entries: TableEntries,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial: Partial,
-        chunk: int,
+        carries: Carries,
+        join: bool,
     ) -> None: ...
 
     @abstractmethod

@@ -28,6 +28,11 @@ logger = logging.getLogger("gpu_embed")
 FORMAT = 1
 # Of the kernels of each backend, in gpu_embed/kernels.
 SOURCES = {"triton": (".py",), "cupy": (".cu", ".cuh")}
+FIELDS = {
+    *("format", "card", "capability", "multiprocessors", "versions", "commit", "measured"),
+    *("copy_gb_per_s", "done"),
+    *SOURCES,
+}
 
 
 class Card(NamedTuple):
@@ -86,15 +91,22 @@ def _choose(card: Card, value: str) -> Choice:
             raise ValueError(f"{TUNED.variable}={value}: no tuned file: {error}") from error
     for path, content in found.items():
         if content["card"] == card.name:
-            return Choice(path, "measured on this card", content)
+            return _chosen(path, "measured on this card", content)
     for path, content in found.items():
         if _kind(content) == card[1:]:
-            return Choice(path, f"measured on {content['card']}, of the same kind", content)
+            return _chosen(path, f"measured on {content['card']}, of the same kind", content)
     reason = f"no file for {card.name} ({card.capability}, {card.multiprocessors} multiprocessors)"
     if value != "auto":
         reason = f"{value} is for {found[Path(value)]['card']}, this is {card.name}"
         logger.warning("gpu_embed: %s", reason)
     return Choice(None, reason, {})
+
+
+def _chosen(path: Path, reason: str, content: dict[str, Any]) -> Choice:
+    unknown = sorted(content.keys() - FIELDS)
+    if unknown:
+        logger.warning("gpu_embed: %s: ignored: %s", path, ", ".join(unknown))
+    return Choice(path, reason, content)
 
 
 def _kind(content: Mapping[str, Any]) -> tuple[object, object]:

@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
+from ...dtypes import accumulation
 from .._plan.access import cdiv, vector_width
+from .._plan.carries import Carries, Runs
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
-from .._plan.levels import NO_PARTIAL, Level, Partial
 from .device import TritonDevice
-from .launch import chunk_launch, segment_launch
+from .launch import carry_vector, chunk_launch, segment_launch
 
 
 class TritonGradient(TritonDevice, GradientPlan):
@@ -45,34 +46,36 @@ class TritonGradient(TritonDevice, GradientPlan):
 
     def _segment_sum(
         self,
-        level: Level,
+        runs: Runs,
         bags: OutputBags | None,
         grad_weight: Tensor,
-        partial: Partial | None,
+        carries: Carries,
         scale_grad_by_freq: bool,
-        chunk: int,
+        join: bool,
     ) -> None:
-        values, _, keys, _ = level
+        values, _, keys = runs
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(values)
-        launch = segment_launch(self._launches[keys.device].segment_sum, embedding_dim, vec)
-        num_chunks = cdiv(keys.numel(), chunk)
+        acc_bytes = accumulation(grad_weight.dtype).itemsize
+        walk = self._launches[keys.device].segment_sum
+        launch = segment_launch(walk, embedding_dim, carry_vector(vec, acc_bytes) if join else vec)
         self._launch(
             self._kernels.segment_sum,
-            (cdiv(num_chunks, launch.BLOCK_C), cdiv(embedding_dim, launch.BLOCK_D)),
+            (cdiv(carries.num_chunks, launch.BLOCK_C), cdiv(embedding_dim, launch.BLOCK_D)),
             keys.device,
-            *level,
+            *runs,
             *(bags or NO_BAGS),
             grad_weight,
-            *(partial or NO_PARTIAL),
+            carries.partial,
             keys.numel(),
             num_embeddings,
+            carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
             D=embedding_dim,
             VEC=vec,
             SCALE_GRAD_BY_FREQ=scale_grad_by_freq,
-            CHUNK=chunk,
+            JOIN=join,
             **launch.settings,
         )
 

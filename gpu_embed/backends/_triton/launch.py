@@ -6,6 +6,7 @@ from functools import cache, cached_property
 from math import lcm
 from typing import Any, ClassVar
 
+from .._plan.access import VECTOR_BYTES
 from .._plan.gradient_method import Methods
 
 # The values that the fields of a launch may have on some device; what is not named is the same on all.
@@ -147,7 +148,7 @@ class TritonLaunches:
     scatter_add: ChunkLaunch = ChunkLaunch(256)
     counts: FlatLaunch = FlatLaunch(256)
     sort_keys: FlatLaunch = FlatLaunch(256)
-    segment_sum: Walk = Walk()
+    segment_sum: Walk = Walk(UNROLL=8)
     select_rows: FlatLaunch = FlatLaunch(256)
     row_update: Walk = Walk()
     bag_sum: Walk = Walk()
@@ -191,6 +192,11 @@ TABLE_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
 SPLIT_VECTORS = 32
 
 
+def carry_vector(vec: int, acc_bytes: int) -> int:
+    """Columns a lane of the join has: as many as make each lane have all rows of its columns, or those of the walk."""
+    return max(vec, VECTOR_BYTES // acc_bytes)
+
+
 @cache
 def chunk_launch(launch: ChunkLaunch, row_vectors: int) -> ChunkLaunch:
     """Whole rows a program, where they fill its steps of 32 vectors: no other program loads their ids."""
@@ -215,7 +221,7 @@ def update_launch(walk: Walk, embedding_dim: int, vec: int, held_bytes: int) -> 
         return launch
     block_d = next_power_of_2(embedding_dim)
     num_warps = max(block_d * held_bytes // (32 * HELD_BYTES), 1)
-    return SegmentLaunch(BLOCK_C=1, BLOCK_D=block_d, UNROLL=2, num_warps=num_warps)
+    return SegmentLaunch(BLOCK_C=1, BLOCK_D=block_d, UNROLL=1, num_warps=num_warps)
 
 
 @cache
@@ -228,7 +234,7 @@ def bag_launch(walk: Walk, embedding_dim: int, vec: int) -> BagLaunch:
 
 def join_chunks(embedding_dim: int) -> int:
     """Chunks that a program of bag_join_kernel looks at: more where rows are narrow, as few programs sum these."""
-    return max(min(512 // next_power_of_2(embedding_dim), 32), 1)
+    return max(min(64 // next_power_of_2(embedding_dim), 32), 1)
 
 
 def next_power_of_2(n: int) -> int:

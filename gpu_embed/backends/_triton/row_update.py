@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from ...dtypes import accumulation
 from ...row_update import RowUpdate
-from .._plan.access import cdiv, vector_width
-from .._plan.levels import Level, Partial
+from .._plan.access import VECTOR_BYTES, cdiv, vector_width
+from .._plan.carries import Carries, Runs
 from .._plan.row_update import RowUpdatePlan, rowwise_numbers, update_numbers
 from .device import TritonDevice
-from .launch import MAX_HELD_ROW, ROWWISE_BLOCK, next_power_of_2, update_launch
+from .launch import MAX_HELD_ROW, ROWWISE_BLOCK, carry_vector, next_power_of_2, update_launch
 
 
 class TritonRowUpdate(TritonDevice, RowUpdatePlan):
@@ -34,32 +35,33 @@ class TritonRowUpdate(TritonDevice, RowUpdatePlan):
     def _row_update(
         self,
         update: RowUpdate,
-        level: Level,
+        runs: Runs,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial: Partial,
-        chunk: int,
+        carries: Carries,
+        join: bool,
     ) -> None:
-        values, _, keys, _ = level
+        values, _, keys = runs
         num_embeddings, embedding_dim = weight.shape
-        # State is as wide as the partial sums, and is to be read in one access too.
-        widths = (vector_width(matrix) for matrix in (values, weight, partial.values))
-        vec = min(widths)
-        held_bytes = partial.values.element_size() if update.formula == "rowwise_adagrad" else 0
+        acc_bytes = accumulation(weight.dtype).itemsize
+        # State, of the accumulation dtype, is to be read in one access too.
+        vec = min(vector_width(values), vector_width(weight), VECTOR_BYTES // acc_bytes)
+        held_bytes = acc_bytes if update.formula == "rowwise_adagrad" else 0
         walk = self._launches[keys.device].row_update
-        launch = update_launch(walk, embedding_dim, vec, held_bytes)
-        num_chunks = cdiv(keys.numel(), chunk)
+        lane = carry_vector(vec, acc_bytes) if join else vec
+        launch = update_launch(walk, embedding_dim, lane, held_bytes)
         self._launch(
             self._kernels.row_update,
-            (cdiv(num_chunks, launch.BLOCK_C), cdiv(embedding_dim, launch.BLOCK_D)),
+            (cdiv(carries.num_chunks, launch.BLOCK_C), cdiv(embedding_dim, launch.BLOCK_D)),
             keys.device,
-            *level[:3],
+            *runs,
             weight,
             *(*state, None, None)[:2],
-            *partial[:2],
+            carries.partial,
             update.lr,
             keys.numel(),
             num_embeddings,
+            carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
             weight.stride(0) // vec,
@@ -70,7 +72,7 @@ class TritonRowUpdate(TritonDevice, RowUpdatePlan):
             FORMULA=update.formula,
             STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
             DECAYS_WEIGHT=update.weight_decay != 0,
-            CHUNK=chunk,
+            JOIN=join,
             **launch.settings,
             **self._unfused,
         )

@@ -3,12 +3,13 @@
 from torch import Tensor
 
 from ...bounds import BoundsRecord, record_arguments
+from ...dtypes import accumulation
 from ...row_update import RowUpdate
 from ...tables.batch import TableBatch
 from ...tables.entries import TableEntries
-from .._plan.access import cdiv, table_vector_width
-from .._plan.gradient import NO_BAGS, OutputBags
-from .._plan.levels import Level, Partial
+from .._plan.access import VECTOR_BYTES, cdiv, table_vector_width
+from .._plan.carries import Carries, Runs
+from .._plan.gradient import OutputBags
 from .._plan.row_update import rowwise_numbers, update_numbers
 from .._plan.tables import TablesPlan
 from .device import TritonDevice
@@ -17,6 +18,7 @@ from .launch import (
     ROWWISE_BLOCK,
     SPLIT_VECTORS,
     TABLE_COMBINE,
+    carry_vector,
     chunk_launch,
     next_power_of_2,
     segment_launch,
@@ -182,37 +184,39 @@ class TritonTables(TritonDevice, TablesPlan):
 
     def _table_segment_sum(
         self,
-        level: Level,
-        bags: OutputBags | None,
+        runs: Runs,
+        bags: OutputBags,
         batch: TableBatch,
         grad_weight: Tensor,
-        partial: Partial,
-        chunk: int,
+        carries: Carries,
+        join: bool,
     ) -> None:
-        values, _, keys, _ = level
+        values, _, keys = runs
         widest = batch.shape.widest
         vec = table_vector_width(values, batch.shape.dim_divisor)
-        launch = segment_launch(self._launches[keys.device].table_segment_sum, widest, vec)
-        num_chunks = cdiv(keys.numel(), chunk)
+        acc_bytes = accumulation(grad_weight.dtype).itemsize
+        walk = self._launches[keys.device].table_segment_sum
+        launch = segment_launch(walk, widest, carry_vector(vec, acc_bytes) if join else vec)
         self._launch(
             self._kernels.table_segment_sum,
-            (cdiv(num_chunks, launch.BLOCK_C), cdiv(widest, launch.BLOCK_D)),
+            (cdiv(carries.num_chunks, launch.BLOCK_C), cdiv(widest, launch.BLOCK_D)),
             keys.device,
-            *level,
-            *(bags or NO_BAGS),
-            batch.max_positions if bags else None,
+            *runs,
+            *bags,
+            batch.max_positions,
             batch.fields,
             grad_weight,
-            *partial,
+            carries.partial,
             keys.numel(),
             batch.shape.num_rows,
             batch.num_tables,
+            carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
             batch.width,
             D=widest,
             VEC=vec,
-            CHUNK=chunk,
+            JOIN=join,
             **launch.settings,
         )
 
@@ -256,41 +260,39 @@ class TritonTables(TritonDevice, TablesPlan):
     def _table_row_update(
         self,
         update: RowUpdate,
-        level: Level,
+        runs: Runs,
         entries: TableEntries,
         weight: Tensor,
         state: tuple[Tensor, ...],
-        partial: Partial,
-        chunk: int,
+        carries: Carries,
+        join: bool,
     ) -> None:
-        values, _, keys, _ = level
-        # State is as wide as the partial sums, and is to be read in one access too.
-        widths = (
-            table_vector_width(tensor, entries.dim_divisor)
-            for tensor in (values, weight, partial.values)
-        )
-        vec = min(widths)
-        held_bytes = partial.values.element_size() if update.formula == "rowwise_adagrad" else 0
+        values, _, keys = runs
+        acc_bytes = accumulation(weight.dtype).itemsize
+        widths = (table_vector_width(tensor, entries.dim_divisor) for tensor in (values, weight))
+        # State, of the accumulation dtype, is to be read in one access too.
+        vec = min(*widths, VECTOR_BYTES // acc_bytes)
+        held_bytes = acc_bytes if update.formula == "rowwise_adagrad" else 0
         walk = self._launches[keys.device].table_row_update
-        launch = update_launch(walk, entries.widest, vec, held_bytes)
-        num_chunks = cdiv(keys.numel(), chunk)
-        first_level = level.extra is None
+        lane = carry_vector(vec, acc_bytes) if join else vec
+        launch = update_launch(walk, entries.widest, lane, held_bytes)
         self._launch(
             self._kernels.table_row_update,
-            (cdiv(num_chunks, launch.BLOCK_C), cdiv(entries.widest, launch.BLOCK_D)),
+            (cdiv(carries.num_chunks, launch.BLOCK_C), cdiv(entries.widest, launch.BLOCK_D)),
             keys.device,
-            *level,
-            entries.output_bag if first_level else None,
-            entries.scales if first_level else None,
-            entries.max_positions if first_level else None,
+            *runs,
+            entries.output_bag,
+            entries.scales,
+            entries.max_positions,
             entries.fields,
             weight,
             *(*state, None, None)[:2],
-            *partial,
+            carries.partial,
             update.lr,
             keys.numel(),
             entries.num_rows,
             entries.num_tables,
+            carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
             entries.values.shape[1],
@@ -300,7 +302,7 @@ class TritonTables(TritonDevice, TablesPlan):
             FORMULA=update.formula,
             STOCHASTIC_ROUNDING=update.rounds_at_random(weight.dtype),
             DECAYS_WEIGHT=update.weight_decay != 0,
-            CHUNK=chunk,
+            JOIN=join,
             **launch.settings,
             **self._unfused,
         )
