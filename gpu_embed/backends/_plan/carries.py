@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .access import cdiv
 
-# Keys a chunk, at least.
+# Keys a chunk, at least, and up to how many are one: to join two takes longer than to walk both.
 MIN_CHUNK = 16
+MAX_WHOLE = 32
 # Partial sums that the join adds while the walk passes one key, to both sides of a run.
 JOINED_PER_KEY = 16
 # Limit on the partial sums.
@@ -68,7 +69,8 @@ def chunk_size(num_keys: int, embedding_dim: int, acc_bytes: int) -> int:
     """
     chunk = MIN_CHUNK
     while chunk < num_keys and (
-        JOINED_PER_KEY * chunk**2 < num_keys
+        num_keys <= MAX_WHOLE
+        or JOINED_PER_KEY * chunk**2 < num_keys
         or 2 * cdiv(num_keys, chunk) * embedding_dim * acc_bytes > MAX_PARTIAL_BYTES
     ):
         chunk *= 2
