@@ -41,10 +41,11 @@ class CheckedPtxBackend(PtxBackend):
 
 
 def ids_of_no_row(draw: Any, count: int, rows: int, dtype: np.dtype) -> np.ndarray:
-    """Two of three: -1, which is no padding where there is none, and what 32 bits make good."""
+    """Two of three: -1, no padding where there is none, and what 32 bits make good. The last is like no other."""
     ids = good_ids(draw, count, rows, dtype)
     ids[::3] = -1 if dtype.kind == "i" else 255
-    ids[1::3] = 2**32 + 1 if dtype.itemsize == 8 else ids[0]
+    ids[1::3] = 2**32 + 1 if dtype.itemsize == 8 else ids[0] - 1
+    ids[-1] = np.iinfo(dtype).min if dtype.kind == "i" else 253
     return ids
 
 
@@ -59,7 +60,7 @@ INPUTS = (
     Input("far columns", good_ids, far_columns=True),
     Input("far ids", some_bad_ids, far_ids=True),
     Input("a far table", some_bad_ids, far_table=True),
-    Input("a record that is claimed", some_bad_ids, claimed=True),
+    Input("a record that is claimed", some_bad_ids, rows=9, claimed=True),
     # The last id falls to another register of a lane each time.
     *(Input(f"a bad id at {k}/12", bad_id_at(k / 12), more=5 + 33 * k) for k in range(12)),
 )

@@ -188,6 +188,8 @@ HELD_WALK = Walk()
 BAG_JOIN = CombineLaunch(BLOCK_S=32, BLOCK=32)
 BAG_SAMPLE_WEIGHTS_VECTORS = 512
 TABLE_COMBINE = CombineLaunch(BLOCK_S=32, BLOCK=32)
+# Columns a lane of a sum of maxima: the position of each takes 8 bytes.
+MAX_POSITION_VECTOR = 4
 # Vectors a program, where bags are counted to decide into how many splits they are cut.
 SPLIT_VECTORS = 32
 

@@ -15,6 +15,7 @@ from .._plan.tables import TablesPlan
 from .device import TritonDevice
 from .launch import (
     BAG_SAMPLE_WEIGHTS_VECTORS,
+    MAX_POSITION_VECTOR,
     ROWWISE_BLOCK,
     SPLIT_VECTORS,
     TABLE_COMBINE,
@@ -194,6 +195,8 @@ class TritonTables(TritonDevice, TablesPlan):
         values, _, keys = runs
         widest = batch.shape.widest
         vec = table_vector_width(values, batch.shape.dim_divisor)
+        if batch.max_positions is not None:
+            vec = min(vec, MAX_POSITION_VECTOR)
         acc_bytes = accumulation(grad_weight.dtype).itemsize
         walk = self._launches[keys.device].table_segment_sum
         launch = segment_launch(walk, widest, carry_vector(vec, acc_bytes) if join else vec)
