@@ -191,7 +191,8 @@ def test_unknown_fields_of_the_file_are_said_in_one_line(folder, caplog):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"card": "x"}', '{"card": "x", "format": 2}', "\udcff"]
+    "text",
+    ["", "{", "[]", "{}", '{"card": "x"}', '{"card": "x", "format": 2}', "\udcff", "[" * 10**5],
 )
 def test_a_corrupted_file_is_said_and_ignored(folder, caplog, text):
     (folder / "a.json").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -201,6 +202,14 @@ def test_a_corrupted_file_is_said_and_ignored(folder, caplog, text):
     assert "a.json is no tuned file and is ignored" in said
     write(folder / "b.json", content(launches=scatter_add(1024)))
     assert block() == 1024
+
+
+@pytest.mark.parametrize("number", [10**400, float("nan"), -1, True, "0.5"])
+def test_a_limit_that_is_no_number_is_ignored(folder, caplog, number):
+    methods = {"gather": {"set": {"max_idle_share": number}}}
+    write(folder / CARD.file_name, content(methods=methods))
+    assert load("triton")._methods[CPU].gather == GatherRule()
+    assert "ignored in triton.methods: gather.max_idle_share" in caplog.text
 
 
 @pytest.mark.parametrize("part", [7, [], {"launches": 3}, {"launches": {}, "methods": None}])
