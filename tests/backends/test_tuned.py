@@ -270,6 +270,35 @@ def test_the_file_is_read_once_a_device(folder, monkeypatch):
     assert len(reads) == 1
 
 
+def test_what_is_read_during_a_change_is_not_kept(folder, tmp_path, monkeypatch):
+    new = write(tmp_path / "new.json", content(launches=scatter_add(2048)))
+    settings_for, has_read, is_changing = tuned.settings_for, threading.Event(), threading.Event()
+
+    def slow(*args):
+        found = settings_for(*args)
+        has_read.set()
+        is_changing.wait(10)
+        return found
+
+    monkeypatch.setattr(tuned, "settings_for", slow)
+    reader = threading.Thread(target=block)
+
+    def forget():
+        # The reader has time to keep what it read, if nothing stops it.
+        tuned.forget()
+        is_changing.set()
+        reader.join(0.2)
+
+    monkeypatch.setattr(TUNED, "on_change", forget)
+    reader.start()
+    assert has_read.wait(10)
+    TUNED.set(str(new), "test")
+    reader.join()
+    monkeypatch.undo()
+    monkeypatch.setattr(tuned, "card_of", lambda device: CARD)
+    assert block() == 2048
+
+
 def test_a_compiled_model_sees_the_same_settings(folder, monkeypatch):
     """torch.compile calls the operators, so what they launch is decided as without it."""
     pytest.importorskip("triton")
