@@ -526,7 +526,7 @@ def codegen(args: argparse.Namespace) -> int:
     if args.out is not None:
         if args.kernel or set(args.arch) != set(TARGETS):
             raise CannotRunError("--out writes the whole table: leave out --arch and --kernel")
-        results.check_writable(args.out.parent)
+        results.check_file_writable(args.out)
     from .codegen import table as codegen_table
     from .codegen.cases import CASES
     from .codegen.compile import compile_launches, record_launches
@@ -582,7 +582,7 @@ def traffic(args: argparse.Namespace) -> int:
     if args.out is not None:
         if args.config:
             raise CannotRunError("--out writes the whole table: leave out --config")
-        results.check_writable(args.out.parent)
+        results.check_file_writable(args.out)
     from .traffic import count, table
 
     reason = count.no_nvrtc()
@@ -596,6 +596,8 @@ def traffic(args: argparse.Namespace) -> int:
     if args.rivals and not count.has_liger():
         raise CannotRunError(f"{count.LIGER_PACKAGE} is not installed: leave out --rivals")
     old = None if args.check is None else table.read_table(args.check)
+    # A rival's rows stay true while our kernels change.
+    kept = [] if args.out is None or args.rivals else table.rivals_of(args.out)
     console = make_console()
     rows: list[table.Row] = []
     with progress_bar(console) as progress:
@@ -615,8 +617,7 @@ def traffic(args: argparse.Namespace) -> int:
     for shown in table.rich_tables(rows):
         print_table(console, shown)
     if args.out is not None:
-        # A rival's rows stay true while our kernels change.
-        table.write_table(args.out, rows if args.rivals else rows + table.rivals_of(args.out))
+        table.write_table(args.out, rows + kept)
     if old is None:
         return 0
     configs = {str(case) for case in cases}

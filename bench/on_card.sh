@@ -21,8 +21,15 @@ whole=
 if [ "${1:-}" = --whole ]; then whole=1; shift; fi
 if [ $# -ne 1 ] || [ "${1#-}" != "$1" ]; then echo "usage: bench/on_card.sh [--whole] OUT" >&2; exit 2; fi
 BUDGET=${BUDGET:-540}
+# What is no number would skip everything without a word.
+if ! [[ $BUDGET =~ ^[1-9][0-9]{0,8}$ ]]; then
+  echo "BUDGET=$BUDGET: give whole seconds, from 1" >&2
+  exit 2
+fi
 PYTHON=${PYTHON:-python3}
-mkdir -p "$1" && out=$(cd "$1" && pwd) && cd "$(dirname "$0")/.." || exit 2
+# With it `cd` would look elsewhere, and print where it went.
+unset CDPATH
+mkdir -p -- "$1" && out=$(cd -- "$1" && pwd) && : >"$out/summary.txt" && cd "$(dirname "$0")/.." || exit 2
 work=$(mktemp -d) || exit 2
 results=$work/results
 mkdir "$results"

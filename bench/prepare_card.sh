@@ -9,12 +9,21 @@
 # Triton there is the wheel from PyPI; else everything compiles as usual, and what on_card.sh brings back serves the
 # next run: cat OUT/kernels.tar.gz.* > .kernels.tar.gz
 set -eu
+if [ $# -ne 0 ]; then echo "usage: bench/prepare_card.sh (its first lines say what it does)" >&2; exit 2; fi
+unset CDPATH
 cd "$(dirname "$0")/.."
 TRITON=${TRITON:-3.6.0}
 CARD_PYTHON=${CARD_PYTHON:-3.12}
 PYTHON=${PYTHON:-python3}
 SM=${SM:-90}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/gpu_embed-triton-$UID} TRITON_STORE_BINARY_ONLY=1
+if ! [[ $SM =~ ^[0-9]+$ ]]; then echo "SM=$SM: give a number, as 90 for sm_90" >&2; exit 2; fi
+own_cache=/tmp/gpu_embed-triton-$UID
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$own_cache} TRITON_STORE_BINARY_ONLY=1
+# It is emptied below, and may hold what somebody wants to keep.
+if [ "$TRITON_CACHE_DIR" != "$own_cache" ] && [ -e "$TRITON_CACHE_DIR" ] && ! rmdir "$TRITON_CACHE_DIR" 2>/dev/null; then
+  echo "TRITON_CACHE_DIR=$TRITON_CACHE_DIR is no empty folder: name another, or empty it" >&2
+  exit 2
+fi
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

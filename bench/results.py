@@ -193,6 +193,13 @@ def check_writable(directory: Path, instead: str = "choose another --out") -> No
         ) from None
 
 
+def check_file_writable(file: Path) -> None:
+    """The same for one file."""
+    if file.is_dir():
+        raise ResultsError(f"{file} is a folder: name a file in --out")
+    check_writable(file.parent)
+
+
 def rows_to_show(directory: Path) -> list[Row]:
     """The rows of a directory. Raises ResultsError if there is none, which would make an empty page."""
     rows = read_rows(directory)

@@ -58,7 +58,7 @@ class Setting:
 
     def _assign(self, value: str | None) -> None:
         global generation
-        with _assigning:
+        with assigning:
             if value is None:
                 vars(self).pop("value", None)
             else:
@@ -105,7 +105,8 @@ class Restore:
         self._setting._assign(self._former)
 
 
-_assigning = threading.Lock()
+# Held while a setting changes: until what was derived from it is forgotten and `generation` has moved.
+assigning = threading.Lock()
 BACKEND = Setting("GPU_EMBED_BACKEND", ("auto", "triton", "cupy", "torch", "reference"))
 BOUNDS_CHECK = Setting("GPU_EMBED_BOUNDS_CHECK", ("raise", "sync", "off"))
 GATHER_METHOD = Setting("GPU_EMBED_GATHER_METHOD", ("auto", "rows", "flat"))

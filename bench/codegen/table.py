@@ -138,11 +138,11 @@ def read_table(path: Path) -> list[Row]:
     """Raises ResultsError where the file is no such table."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ResultsError(f"{path}: the columns are not codegen's: {REGENERATE} writes it")
         try:
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ResultsError(f"{path}: the columns are not codegen's: {REGENERATE} writes it")
             return [_parse(row) for row in reader]
-        except (TypeError, ValueError) as problem:
+        except (TypeError, ValueError, csv.Error) as problem:
             raise ResultsError(f"{path}, line {reader.line_num}: {problem}") from None
 
 

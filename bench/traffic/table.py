@@ -136,11 +136,11 @@ def read_table(path: Path) -> list[Row]:
     """Raises ResultsError where the file is no such table."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ResultsError(f"{path}: the columns are not those of traffic: {REGENERATE}")
         try:
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ResultsError(f"{path}: the columns are not those of traffic: {REGENERATE}")
             return [Row(**{name: PARSERS[name](row[name]) for name in COLUMNS}) for row in reader]
-        except (TypeError, ValueError) as problem:
+        except (TypeError, ValueError, csv.Error) as problem:
             raise ResultsError(f"{path}, line {reader.line_num}: {problem}") from None
 
 

@@ -102,7 +102,9 @@ def embedding_bag_sample_weights_backward(
     rows = embedding(weight, indices, padding_idx).astype(np.float64)
     grad = np.zeros(len(indices))
     last = offsets[-1]
-    grad[:last] = (rows[:last] * grad_output[bag_of(offsets)]).sum(axis=1)
+    # A row that is not read gives 0 where the gradient is infinite, too.
+    read = position_scales(indices, len(weight), padding_idx, None)[:last] != 0
+    grad[:last][read] = (rows[:last][read] * grad_output[bag_of(offsets)][read]).sum(axis=1)
     return grad.astype(grad_output.dtype)
 
 

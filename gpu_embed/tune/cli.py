@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -62,9 +63,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=KERNEL_BACKENDS, help="only this one")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only settings named so")
     parser.add_argument("--out", type=Path, help="folder; default: tuned in the user's cache")
-    parser.add_argument("--arch", type=int, help="what a dry run compiles for, as 90 for sm_90")
-    parser.add_argument("--jobs", type=int, help="processes that compile; default: one a core")
+    parser.add_argument(
+        "--arch", type=from_one, help="what a dry run compiles for, as 90 for sm_90"
+    )
+    parser.add_argument("--jobs", type=from_one, help="processes that compile; default: one a core")
     return parser.parse_args(argv)
+
+
+def from_one(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None, machine: Machine | None = None) -> int:
@@ -113,7 +122,7 @@ def chosen_devices(args: argparse.Namespace, machine: Machine) -> list[torch.dev
     """One of each kind of card."""
     devices = machine.devices()
     if args.device is not None:
-        devices = [device for device in devices if str(device) == args.device]
+        devices = [device for device in devices if args.device in (str(device), device.type)]
     if not devices:
         raise CannotRunError(
             f"there is no {args.device or 'CUDA device'} here; --dry-run lists the candidates and "
@@ -137,8 +146,8 @@ def tune(
         file = TunedFile(folder / card.file_name, card, clock.copy_gb_per_s())
         if args.resume and (reason := file.resume()) is not None:
             raise CannotRunError(reason)
-        if args.methods and not args.resume:
-            file.keep_launches()
+        if not args.resume:
+            file.keep()
         console.print(f"{card.name} ({device}), copies {file.content['copy_gb_per_s']:g} GB/s")
         subjects = [
             Subject(one, device)
@@ -147,6 +156,7 @@ def tune(
         ]
         if not subjects:
             raise CannotRunError(f"no backend with kernels can serve {device}: see env_report")
+        check_names(args, subjects)
         with progress_bar(console) as progress:
             search_all(args, machine, subjects, clock, file, progress)
         file.complete()
@@ -183,11 +193,11 @@ def search_all(
         for settings, reason in refused.items():
             text = numbers(asdict(settings))
             progress.console.print(f"{one.name} {path} {text} is refused: {reason}")
-        file.add(one.name, "launches", path, {} if best is None else {path: best})
+        file.add(one.name, "launches", path, [path], {} if best is None else {path: best})
     for one, rule in limits:
         progress.update(bar, description=f"{one.name} {rule.name}")
         found = search_methods(one, rule, clock, lambda: progress.advance(bar))
-        file.add(one.name, "methods", rule.name, found)
+        file.add(one.name, "methods", rule.name, rule.options[0], found)
 
 
 def kernels_to_try(
@@ -218,6 +228,17 @@ def rules_to_try(args: argparse.Namespace, subject: Subject, file: TunedFile) ->
         for rule in rules(subject)
         if is_asked_for(args, rule.name) and f"{subject.name}.methods.{rule.name}" not in file.done
     ]
+
+
+def check_names(args: argparse.Namespace, subjects: Sequence[Subject]) -> None:
+    """Raises CannotRunError for a name that no settings have."""
+    known = [rule.name for one in subjects for rule in rules(one)]
+    if not args.methods:
+        known += [path for one in subjects for path in one.leaves()]
+    for wanted in args.kernels or ():
+        if not any(name.startswith(wanted) for name in known):
+            names = ", ".join(sorted({name.partition("[")[0] for name in known}))
+            raise CannotRunError(f"--kernels {wanted}: no such settings; there are {names}")
 
 
 def is_asked_for(args: argparse.Namespace, name: str) -> bool:

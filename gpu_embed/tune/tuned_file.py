@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,23 +68,39 @@ class TunedFile:
         self.content = content
         return None
 
-    def keep_launches(self) -> None:
-        """Take over what the file holds of launches, where it is of this card and of these kernels."""
+    def keep(self) -> None:
+        """Take over what the file holds, where it is of this card: each search replaces its own part alone.
+
+        Launches of other kernels are left out.
+        """
         try:
             content = tuned.read(self.path)
         except (OSError, ValueError):
             return
+        if content["card"] != self.content["card"]:
+            return
         for backend in tuned.SOURCES:
-            if content["card"] == self.content["card"] and tuned.is_current(content, backend):
-                self.content[backend] = {**content[backend], "methods": {}}
+            for part in ("launches", "methods"):
+                entries = tuned.entries(content, backend, part)
+                if isinstance(entries, Mapping) and entries:
+                    self._part(backend, part).update(entries)
 
-    def add(self, backend: str, part: str, name: str, found: dict[str, Found]) -> None:
-        """Keep what a search found, which may be nothing, and write the file."""
+    def _part(self, backend: str, part: str) -> dict[str, Any]:
         own = self.content.setdefault(
             backend, {"kernels": kernels_hash(backend), "launches": {}, "methods": {}}
         )
+        found: dict[str, Any] = own.setdefault(part, {})
+        return found
+
+    def add(
+        self, backend: str, part: str, name: str, searched: Iterable[str], found: dict[str, Found]
+    ) -> None:
+        """Keep what a search of some paths found, which may be nothing, and write the file."""
+        own = self._part(backend, part)
+        for path in searched:
+            own.pop(path, None)
         for path, (settings, gain) in found.items():
-            own[part][path] = {"set": asdict(settings), "gain": round(gain, 3)}
+            own[path] = {"set": asdict(settings), "gain": round(gain, 3)}
         self.done.append(f"{backend}.{part}.{name}")
         self.write()
 

@@ -264,6 +264,20 @@ def test_what_takes_no_part_cannot_spoil_the_rest(target):
     assert torch.equal(leaf.grad.sum(1), torch.tensor([3.0, 0, 0, 0, 6, 0], device=target.device))
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_the_weight_of_what_takes_no_part_has_no_gradient(target, bad):
+    """As torch, whatever the bag's gradient is."""
+    weight = integers(V, 3, torch.float32, target.device)
+    weights = torch.ones(2, device=target.device, requires_grad=True)
+    indices, offsets = (torch.tensor(ids, device=target.device) for ids in ([1, 4], [0]))
+    output = embedding_bag(
+        indices, weight, offsets, mode="sum", per_sample_weights=weights, padding_idx=1
+    )
+    output.backward(torch.full_like(output, bad))
+    assert weights.grad[0] == 0
+    assert not weights.grad[1].isfinite()
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_rounded_once(target, dtype, mode):

@@ -191,7 +191,8 @@ def test_unknown_fields_of_the_file_are_said_in_one_line(folder, caplog):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"card": "x"}', '{"card": "x", "format": 2}', "\udcff"]
+    "text",
+    ["", "{", "[]", "{}", '{"card": "x"}', '{"card": "x", "format": 2}', "\udcff", "[" * 10**5],
 )
 def test_a_corrupted_file_is_said_and_ignored(folder, caplog, text):
     (folder / "a.json").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -201,6 +202,14 @@ def test_a_corrupted_file_is_said_and_ignored(folder, caplog, text):
     assert "a.json is no tuned file and is ignored" in said
     write(folder / "b.json", content(launches=scatter_add(1024)))
     assert block() == 1024
+
+
+@pytest.mark.parametrize("number", [10**400, float("nan"), -1, True, "0.5"])
+def test_a_limit_that_is_no_number_is_ignored(folder, caplog, number):
+    methods = {"gather": {"set": {"max_idle_share": number}}}
+    write(folder / CARD.file_name, content(methods=methods))
+    assert load("triton")._methods[CPU].gather == GatherRule()
+    assert "ignored in triton.methods: gather.max_idle_share" in caplog.text
 
 
 @pytest.mark.parametrize("part", [7, [], {"launches": 3}, {"launches": {}, "methods": None}])
@@ -259,6 +268,35 @@ def test_the_file_is_read_once_a_device(folder, monkeypatch):
     assert seen == {1024}
     assert load("triton")._methods[CPU] == TritonMethods()
     assert len(reads) == 1
+
+
+def test_what_is_read_during_a_change_is_not_kept(folder, tmp_path, monkeypatch):
+    new = write(tmp_path / "new.json", content(launches=scatter_add(2048)))
+    settings_for, has_read, is_changing = tuned.settings_for, threading.Event(), threading.Event()
+
+    def slow(*args):
+        found = settings_for(*args)
+        has_read.set()
+        is_changing.wait(10)
+        return found
+
+    monkeypatch.setattr(tuned, "settings_for", slow)
+    reader = threading.Thread(target=block)
+
+    def forget():
+        # The reader has time to keep what it read, if nothing stops it.
+        tuned.forget()
+        is_changing.set()
+        reader.join(0.2)
+
+    monkeypatch.setattr(TUNED, "on_change", forget)
+    reader.start()
+    assert has_read.wait(10)
+    TUNED.set(str(new), "test")
+    reader.join()
+    monkeypatch.undo()
+    monkeypatch.setattr(tuned, "card_of", lambda device: CARD)
+    assert block() == 2048
 
 
 def test_a_compiled_model_sees_the_same_settings(folder, monkeypatch):

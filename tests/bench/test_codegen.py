@@ -1,6 +1,7 @@
 """The codegen command but for the compiler: what it reads, its table, its verdicts. All rows are synthetic."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -466,13 +467,17 @@ def test_a_case_that_does_not_compile_fails_and_writes_nothing(compiler, capsys,
         ("--out x.csv --kernel sum_kernel", "--out writes the whole table"),
         ("--check missing.csv", "missing.csv"),
         ("--check README", "the columns are not codegen's"),
+        ("--check BINARY", "can't decode"),
+        ("--out FOLDER", "is a folder: name a file"),
     ],
 )
 def test_what_the_command_cannot_do_is_said_in_a_sentence(
     compiler, capsys, tmp_path, arguments, said
 ):
     (tmp_path / "README").write_text("a,b\n")
-    arguments = arguments.replace("README", str(tmp_path / "README"))
+    (tmp_path / "BINARY").write_bytes(b"\xed\x00\n")
+    (tmp_path / "FOLDER").mkdir()
+    arguments = re.sub("[A-Z]{6}", lambda name: str(tmp_path / name[0]), arguments)
     assert cli.main(["codegen", *arguments.split()]) == 2
     printed = capsys.readouterr().err
     assert said in printed

@@ -74,7 +74,7 @@ def start(tmp_path):
     """Start the script with stubs; what it leaves behind is killed."""
     begun = []
 
-    def started(*arguments: str, **environ: str) -> Run:
+    def started(*arguments: str, out: str | Path = tmp_path / "out", **environ: str) -> Run:
         folder = tmp_path / "bin"
         folder.mkdir()
         for name in TOOLS:
@@ -93,7 +93,7 @@ def start(tmp_path):
             **environ,
         }
         process = subprocess.Popen(
-            [SCRIPT, *arguments, tmp_path / "out"],
+            [SCRIPT, *arguments, out],
             env=environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -231,6 +231,30 @@ def test_wrong_arguments_are_refused(arguments, tmp_path):
     done = subprocess.run([SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "usage: bench/on_card.sh [--whole] OUT\n"
+
+
+@pytest.mark.parametrize("budget", ["abc", "0", "-5", "1e3", "60.5", "09"])
+def test_a_budget_that_is_no_number_is_refused(start, budget):
+    run = start(BUDGET=budget).end()
+    assert run.process.returncode == 2
+    assert run.said == f"BUDGET={budget}: give whole seconds, from 1\n"
+    assert not run.out.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(start, tmp_path):
+    # Root may write wherever there is no folder in the way.
+    (tmp_path / "out/summary.txt").mkdir(parents=True)
+    run = start().end()
+    assert run.process.returncode == 2
+    assert "summary.txt" in run.said
+    assert steps_of(run.said) == []
+
+
+def test_the_search_path_of_cd_leads_nowhere_else(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = start(out="out", CDPATH=str(tmp_path)).end()
+    assert run.process.returncode == 0, run.said
+    assert run.said == (run.out / "summary.txt").read_text()
 
 
 @pytest.mark.parametrize("mode", [[], ["--whole"]], ids=["short", "whole"])

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
 import triton
+from commands import ROOT
 
 from gpu_embed.bench import prepare_card
 from gpu_embed.bench.codegen.compile import record_launches
@@ -79,3 +80,31 @@ def test_the_self_check_is_compiled(tmp_path):
 def test_wrong_arguments_are_refused(capsys):
     assert prepare_card.main([]) == 2
     assert "usage: python -m gpu_embed.bench.prepare_card" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="bash")
+@pytest.mark.parametrize(
+    ("arguments", "environ", "said"),
+    [
+        (["--help"], {}, "usage: bench/prepare_card.sh"),
+        (["out"], {}, "usage: bench/prepare_card.sh"),
+        ([], {"SM": "sm_90"}, "SM=sm_90: give a number"),
+        ([], {"TRITON_CACHE_DIR": "{}/kept"}, "/kept is no empty folder"),
+        ([], {"TRITON_CACHE_DIR": "{}/kept/file"}, "/kept/file is no empty folder"),
+    ],
+)
+def test_the_script_refuses_before_it_downloads_or_deletes(tmp_path, arguments, environ, said):
+    kept = tmp_path / "kept/file"
+    kept.parent.mkdir()
+    kept.touch()
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\nexit 1\n")
+    python.chmod(0o755)
+    environ = {name: text.format(tmp_path) for name, text in environ.items()}
+    environ = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path), "PYTHON": str(python), **environ}
+    command = [ROOT / "bench/prepare_card.sh", *arguments]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert kept.exists()
+    assert not (tmp_path / "called").exists()

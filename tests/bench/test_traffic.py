@@ -385,14 +385,20 @@ def test_rivals_stay_in_a_table_that_is_written_without_them(one_case, tmp_path)
         ("--rivals", "liger-kernel is not installed: leave out --rivals"),
         ("--check missing.csv", "missing.csv"),
         ("--check README", "the columns are not those of traffic"),
+        ("--check BINARY", "can't decode"),
+        ("--out FOLDER", "is a folder: name a file"),
+        ("--out README", "the columns are not those of traffic"),
     ],
 )
 def test_what_the_command_cannot_do_is_said_in_a_sentence(
     one_case, capsys, monkeypatch, tmp_path, arguments, said
 ):
     monkeypatch.setattr(count, "has_liger", lambda: False)
+    monkeypatch.setattr(count, "own_rows", lambda case: pytest.fail("it counts before it says so"))
     (tmp_path / "README").write_text("a,b\n")
-    arguments = arguments.replace("README", str(tmp_path / "README"))
+    (tmp_path / "BINARY").write_bytes(b"\xed\x00\n")
+    (tmp_path / "FOLDER").mkdir()
+    arguments = re.sub("[A-Z]{6}", lambda name: str(tmp_path / name[0]), arguments)
     assert cli.main(["traffic", *arguments.split()]) == 2
     printed = capsys.readouterr().err
     assert said in printed

@@ -275,6 +275,42 @@ def test_methods_alone_keep_the_launches(small):
     assert content(small)["triton"]["methods"]
 
 
+def test_a_run_of_some_settings_keeps_the_others(small):
+    assert cli.main(["--kernels", "counts"], StubMachine(counts_gain)) == 0
+    launches = content(small)["triton"]["launches"]
+    assert launches
+    assert cli.main(["--methods"], StubMachine(method_cost)) == 0
+    methods = content(small)["triton"]["methods"]
+    assert cli.main(["--kernels", "take_rows"], StubMachine(lambda *_: 1.0)) == 0
+    assert content(small)["triton"]["launches"] == launches
+    assert content(small)["triton"]["methods"] == methods
+    # What is searched again is replaced, here by nothing.
+    assert cli.main(["--kernels", "counts"], StubMachine(lambda *_: 1.0)) == 0
+    assert content(small)["triton"]["launches"] == {}
+    assert content(small)["triton"]["methods"] == methods
+
+
+@pytest.mark.parametrize("options", [["--kernels", "count"], ["--methods", "--kernels", "gath"]])
+def test_a_name_that_no_settings_have_changes_no_file(small, capsys, options):
+    assert cli.main(["--kernels", "counts"], StubMachine(counts_gain)) == 0
+    before = content(small)
+    assert cli.main([*options, "bogus"], StubMachine(counts_gain)) == 2
+    assert "--kernels bogus: no such settings; there are " in capsys.readouterr().err
+    assert content(small) == before
+
+
+@pytest.mark.parametrize("option", ["--jobs", "--arch"])
+@pytest.mark.parametrize("number", ["0", "-1", "9.0", "x"])
+def test_a_number_that_is_none_is_refused(capsys, option, number):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["--dry-run", f"{option}={number}"], StubMachine(counts_gain))
+    assert f"{number!r} is no whole number from 1" in capsys.readouterr().err
+
+
+def test_a_device_by_its_kind_alone(small):
+    assert cli.main(["--kernels", "counts", "--device", "cpu"], StubMachine(counts_gain)) == 0
+
+
 def test_a_stopped_run_keeps_what_it_found_and_is_resumed(small, capsys):
     def stops_after_counts(call, cold, repeats):
         if launch_of(call).kernel != "counts_kernel":

@@ -25,7 +25,8 @@ class InForce(dict[torch.device, T], Generic[T]):
     def __missing__(self, device: torch.device) -> T:
         before = settings.generation
         found: T = tuned.settings_for(device, self.backend, self.part, self.defaults)
-        # Not what another thread has changed meanwhile.
-        if settings.generation == before:
-            self[device] = found
+        # Not what another thread has changed meanwhile, or is changing.
+        with settings.assigning:
+            if settings.generation == before:
+                self[device] = found
         return found

@@ -115,7 +115,10 @@ def _kind(content: Mapping[str, Any]) -> tuple[object, object]:
 
 def read(path: Path) -> dict[str, Any]:
     """A tuned file. Raises OSError, or ValueError if it is none."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
     if not isinstance(content, dict) or not isinstance(content.get("card"), str):
         raise ValueError("it names no card")
     if content.get("format") != FORMAT:
@@ -137,6 +140,14 @@ def is_current(content: Mapping[str, Any], backend: str) -> bool:
     return isinstance(part, Mapping) and part.get("kernels") == kernels_hash(backend)
 
 
+def entries(content: Mapping[str, Any], backend: str, part: str) -> Any:
+    """What a file holds of a backend's "launches" or "methods"; none of launches of other kernels."""
+    given = content.get(backend)
+    if not isinstance(given, Mapping) or (part == "launches" and not is_current(content, backend)):
+        return {}
+    return given.get(part, {})
+
+
 @cache
 def kernels_hash(backend: str) -> str:
     """Of the sources that the backend's kernels are compiled from."""
@@ -154,12 +165,7 @@ def settings_for(device: torch.device, backend: str, part: str, defaults: Any) -
         part: "launches" or "methods". Launches are ignored if the kernels have changed since.
     """
     choice = choose_file(device)
-    given = choice.content.get(backend)
-    if not isinstance(given, Mapping) or (
-        part == "launches" and not is_current(choice.content, backend)
-    ):
-        return defaults
-    changes, ignored = _decoded(defaults, given.get(part, {}))
+    changes, ignored = _decoded(defaults, entries(choice.content, backend, part))
     if ignored:
         names = ", ".join(ignored)
         logger.warning("gpu_embed: %s: ignored in %s.%s: %s", choice.path, backend, part, names)
@@ -199,9 +205,12 @@ def _converted(leaf: Any, name: str, value: Any) -> Any:
         value = tuple(value) if isinstance(value, list) else value
         is_legal = value in choices.get(name, (default,)) and not isinstance(value, (bool, float))
         return value if is_legal else None
-    if isinstance(value, bool) or not isinstance(value, (int, type(default))) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, (int, type(default))) or not value >= 0:
         return None
-    return type(default)(value)
+    try:
+        return type(default)(value)
+    except OverflowError:  # too large for a float
+        return None
 
 
 def leaves(node: Any, path: str = "") -> dict[str, Any]:
