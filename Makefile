@@ -101,7 +101,7 @@ docs: $(dev_env) ## build docs/ into build/docs, strictly: a broken link fails
 gpu: export PYTHON := $(PYTHON)
 gpu: export PYTEST_ARGS := $(PYTEST_ARGS)
 gpu: export RESULTS := $(RESULTS)
-gpu: ## in the current python3, no download: GPU tests that must not skip, compute-sanitizer, headline benchmark
+gpu: ## in the current python3, no download: self-check, GPU tests that must not skip, measurements, sanitizers, headline
 	$(PYTHON) -m pip install --no-deps --no-build-isolation -e .
 	bench/on_card.sh --whole build/on_card
 

@@ -14,7 +14,8 @@ import triton.language as tl
 @triton.jit
 def quotient(x, DIVISOR: tl.constexpr, MAX: tl.constexpr):
     """x // DIVISOR, int32, for 0 <= x < MAX: one multiplication, where Triton's division takes three or more."""
-    # 2**32 // DIVISOR + 1 is at most DIVISOR / 2**32 too much for 2**32 / DIVISOR.
+    # 2**32 // DIVISOR + 1 exceeds 2**32 / DIVISOR by 1 at most. So the product, over 2**32, exceeds x / DIVISOR by less
+    # than MAX / 2**32 <= 1 / DIVISOR: too little to reach the next integer.
     if DIVISOR & (DIVISOR - 1) == 0 or DIVISOR * MAX > 2**32:
         result = x // DIVISOR
     else:

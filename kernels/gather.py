@@ -104,7 +104,8 @@ def gather_rows_kernel(
     if record_ptr is not None:
         for r in tl.static_range(BLOCK_N):
             if bad[r]:
-                # No mask: several warps would read the exchange's result where none has written it.
+                # A branch, not a mask: after a masked exchange several warps would read its result from shared memory
+                # that none has written.
                 if tl.program_id(1) == 0:
                     record_out_of_range(
                         record_ptr, flag_ptr, bad[r], first_n + r, indices[r], num_embeddings
@@ -137,6 +138,7 @@ def gather_flat_kernel(
     LATEST: tl.constexpr = 0 if BLOCK % VECTORS == 0 else VECTORS - (VECTORS & -VECTORS)
     WINDOWS: tl.constexpr = (LATEST + BLOCK - 1) // VECTORS // 32 + 1
     group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
+    # Of the wider dtype. A sum has one even where Triton takes a number that is 1 for a constant.
     first_n = group.to((group * 0 + num_indices).dtype) * BLOCK
     num_rows = num_indices - first_n
     # A row number takes one shuffle, or two from 2**31 rows on.

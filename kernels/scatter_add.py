@@ -33,6 +33,7 @@ def scatter_add_kernel(
     LATEST: tl.constexpr = 0 if BLOCK % VECTORS == 0 else VECTORS - (VECTORS & -VECTORS)
     WINDOWS: tl.constexpr = (LATEST + BLOCK - 1) // VECTORS // 32 + 1
     group, chunk_n, first_vector = chunk_start(VECTORS, BLOCK)
+    # Of the wider dtype. A sum has one even where Triton takes a number that is 1 for a constant.
     first_n = group.to((group * 0 + num_indices).dtype) * BLOCK
     # A row number takes one shuffle, or two from 2**31 rows on.
     row_dtype: tl.constexpr = (group * 0 + num_embeddings).dtype

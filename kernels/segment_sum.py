@@ -1,6 +1,6 @@
 """Segment sum of sorted keys: a deterministic gradient; each row of grad_weight is written and rounded once.
 
-As cub::DeviceReduce::ReduceByKey, in a fixed order and in two launches.
+As cub::DeviceReduce::ReduceByKey, in a fixed order and in two launches, or one where one chunk holds all keys.
 The sorted keys (ids) are cut into chunks. The first launch, the walk, sums each run of equal keys within one chunk in
 registers and stores it. A run that crosses a chunk's edge leaves partial sums: slot 2c holds the carry-in of chunk c,
 the sum of its first run if that began earlier; slot 2c + 1 the carry-out, the sum of its last run if that goes on.
@@ -10,7 +10,7 @@ the sum of its first run if that began earlier; slot 2c + 1 the carry-out, the s
     slots            [ 1 ]   [     2     ]  [4]
 
 The second launch, the join, adds a run's carry-out and the carry-ins behind it, from left to right. The cuts depend on
-the number of keys alone, so the order of the additions is deterministic.
+the number of keys, the width of a row and the dtype of the sums alone, so the order of the additions is deterministic.
 """
 
 import triton

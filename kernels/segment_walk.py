@@ -10,8 +10,8 @@ from .rounding import divide
 from .sort_keys import load_key
 from .table_columns import DIM, FIRST_COLUMN, MAX_MODE, MODE, row_begin, table_column
 
-# What becomes of the sum of a run up to a key's row: it goes on to the next row, which is 0, or it is a carry-out, a
-# carry-in or stored. From CARRY_IN on the next sum begins with 0. One bit each.
+# What becomes of a run's sum behind each key; one bit each. 0: it goes on to the next key. Behind a carry-in or what
+# is stored the next sum begins with 0; a carry-out is its chunk's last.
 CARRY_OUT = tl.constexpr(1)
 CARRY_IN = tl.constexpr(2)
 STORED = tl.constexpr(4)
@@ -124,8 +124,8 @@ def walk_runs(
     key_before = tl.broadcast_to(key_before, [BLOCK_C])
     # As many as make one coalesced load of a warp.
     KEYS: tl.constexpr = UNROLL if 32 // BLOCK_C < UNROLL else 32 // BLOCK_C
-    # A row that is not read comes behind all others of its chunk, but for rows in no bag: what is in its registers
-    # reaches no sum. The callbacks take squares of whole rows.
+    # Rows that are not read need zeros in two cases only. A position in no bag may lie before others of its chunk,
+    # and the callbacks take squares of whole rows. Else such rows come last in their chunk, and reach no sum.
     FILL: tl.constexpr = None if bag_of_ptr is None and LOAD_ROW is None else 0
     total = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)
     carry_in = tl.zeros([BLOCK_C, BLOCK_D], acc_dtype)

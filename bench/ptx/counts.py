@@ -22,8 +22,8 @@ import numpy as np
 
 from .formats import Array
 from .parse import Instruction, Kernel, inner
+from .warp import WARP
 
-WARP = 32
 SECTOR_BYTES = 32
 # Shared memory: what one wavefront moves, a word from each bank.
 WORD_BYTES, BANKS = 4, 32

@@ -19,8 +19,9 @@ from gpu_embed.backends._triton.device import ENABLE_FP_FUSION, WordsOf
 from gpu_embed.tune.offline import OfflineDriver
 
 from .fresh import watches_memory, written
-from .machine import WARP, Program
+from .machine import Program
 from .memory import GlobalMemory, Region
+from .warp import WARP
 
 ARCHITECTURE = 90
 

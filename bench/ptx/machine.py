@@ -17,8 +17,8 @@ from . import access, arithmetic, counts, warp
 from .formats import Array, dtype_of, unsigned
 from .memory import FaultError, GlobalMemory, SharedMemory
 from .parse import Instruction, Parameter, PtxError, UnsupportedError, parse
+from .warp import WARP
 
-WARP = 32
 # Lanes that run side by side; a larger grid takes several turns, one after another.
 MOST_LANES = 2**17
 # Executed basic blocks, far more than a kernel that ends.

@@ -12,7 +12,7 @@ from .parse import Instruction, UnsupportedError
 if TYPE_CHECKING:
     from .machine import Lanes, Machine, Step
 
-WARP = 32
+WARP = 32  # lanes
 REDUCTIONS = {
     "add": np.add,
     "min": np.minimum,

@@ -10,7 +10,7 @@ summed over the requests. The ideal follows from shapes and ids alone; every ten
   and of the gradient of an output by sorted order or by bag. Sorted gradients and row updates refer to a row of the
   table once, however often its id occurs.
 * What another way to do the same would not need has the ideal of nothing: the join of bags, and sums that a second
-  kernel takes from memory. A sum's later levels count with the first.
+  kernel takes from memory. A sum's join counts with its walk.
 
 Two neighbours count a sector that they share twice, so a kernel that moves both in one request may stay below the
 ideal.

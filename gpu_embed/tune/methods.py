@@ -20,7 +20,7 @@ from ..backends._triton.launch import GatherRule as TritonGatherRule
 from .clock import Clock
 from .search import MIN_GAIN, ROUNDS, Found
 from .subject import Subject
-from .trials import SKEWS, TRIALS, Input
+from .trials import SKEWS, TRIALS, Input, forced
 
 # Leaves by path: what a rule may be. The default is the first.
 Option = dict[str, Any]
@@ -117,7 +117,7 @@ def measure(subject: Subject, rule: Rule, given: Input, clock: Clock, repeats: i
 
 
 def _forced(method: str, call: Callable[[], object]) -> object:
-    with replace(TRIALS["gather_rows"], method=method).forced():
+    with forced(method):
         return call()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends._plan.tuned import leaves, with_leaves
-from .trials import Input, kernel_of, trial_of
+from .trials import Input, forced, kernel_of, trial_of
 
 
 class Launch(NamedTuple):
@@ -81,7 +81,7 @@ class Subject:
             dry: launch nothing.
         """
         trial, kernel = trial_of(path), kernel_of(path)
-        with trial.forced(), self.seen(dry) as launches:
+        with forced(trial.method), self.seen(dry) as launches:
             results = trial.operation(self.backend, given, self.device)
         return Run(results, [launch for launch in launches if launch.kernel == kernel])
 

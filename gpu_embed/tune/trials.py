@@ -224,6 +224,15 @@ def _dequantize(backend: Any, given: Input, device: torch.device) -> tuple[Tenso
     return (backend.dequantize_rows(table, given.ids(device), torch.float32, given.record(device)),)
 
 
+@contextmanager
+def forced(method: str) -> Iterator[None]:
+    """A method of the gather or of the gradient; left to the rules, another kernel might be launched."""
+    gather = method if method in ("rows", "flat") else "auto"
+    gradient = "auto" if gather == method else method
+    with use_gather_method(gather), use_gradient_method(gradient):
+        yield
+
+
 @dataclass(frozen=True)
 class Trial:
     """How a kernel is tried."""
@@ -232,14 +241,6 @@ class Trial:
     method: str = "auto"  # of the gather or the gradient
     # Atomics add in any order, so the bits of a sum of fractions vary from run to run.
     atomic: bool = False
-
-    @contextmanager
-    def forced(self) -> Iterator[None]:
-        """Left to the rules, another kernel might be launched."""
-        gather = self.method if self.method in ("rows", "flat") else "auto"
-        gradient = "auto" if gather == self.method else self.method
-        with use_gather_method(gather), use_gradient_method(gradient):
-            yield
 
 
 # By the name of the kernel's settings, in both backends.

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from cases import mapped
 
-from gpu_embed.bench.ptx.machine import WARP, Program
+from gpu_embed.bench.ptx.machine import Program
 from gpu_embed.bench.ptx.memory import GlobalMemory, Region
+from gpu_embed.bench.ptx.warp import WARP
 
 # More bytes than this are an address range, of which few pages are ever touched.
 MOST_COPIED = 2**26

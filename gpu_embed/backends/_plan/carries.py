@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .access import cdiv
 
-# Keys a chunk, at least, and up to how many are one: to join two takes longer than to walk both.
+# Keys a chunk, at least.
 MIN_CHUNK = 16
+# So many keys or fewer are one chunk: the join of two chunks takes longer than a walk of both.
 MAX_WHOLE = 32
 # Partial sums that the join adds while the walk passes one key, to both sides of a run.
 JOINED_PER_KEY = 16
@@ -61,7 +62,7 @@ def cut(
 
 
 def chunk_size(num_keys: int, embedding_dim: int, acc_bytes: int) -> int:
-    """Keys a chunk, by shapes alone, as it decides the order of the additions.
+    """Keys a chunk, by shapes and dtype alone, as it decides the order of the additions.
 
     A program of the walk passes its keys one after another, and one of the join as many partial sums as a run has
     chunks, so a chunk has about the root of the number of keys. It is longer where the partial sums would take too much

@@ -1,6 +1,6 @@
 """Which kernel computes the dense gradient.
 
-"atomic" adds every row of grad_output to the table's with fp32 atomics. "sorted" sorts the ids and sums each run
+"atomic" adds every row of grad_output to the gradient's. "sorted" sorts the ids and sums each run
 of equal ones; "sorted_atomic" does so in one launch: atomics add the carry-ins and carry-outs of its chunks.
 
 The limits are read from the top; the first that admits the call decides. They look at shapes and dtype alone, so
@@ -17,13 +17,13 @@ import torch
 from ...settings import GRADIENT_METHOD, Restore
 from . import sort
 
-# One float atomic has to be exact to the accumulation dtype, so only these tables can take them.
+# Those whose gradient has the accumulation dtype: an atomic rounds at every addition.
 ATOMIC_DTYPES = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A method is chosen up to so many ids, and up to so many ids a row of the table."""
+    """A method is chosen up to so many ids, or up to so many ids a row of the table."""
 
     max_indices: int = 0
     max_indices_per_row: float = 0.0
@@ -31,8 +31,8 @@ class Limit:
 
 # What no limit admits is sorted.
 LIMITS: Mapping[str, Mapping[torch.dtype, Limit]] = {
-    # 1024 additions to one row end before a sort would. Up to half an id a row the gradient's zeros take most of the
-    # time.
+    # 1024 additions to one row should end before a sort would. Up to half an id a row the gradient's zeros should take
+    # most of the time.
     "atomic": dict.fromkeys(ATOMIC_DTYPES, Limit(max_indices=1024, max_indices_per_row=0.5)),
     "sorted_atomic": dict.fromkeys(ATOMIC_DTYPES, Limit()),
 }

@@ -85,7 +85,7 @@ class Walk:
 
 @dataclass(frozen=True)
 class SegmentLaunch(Launch):
-    """segment_sum_kernel: BLOCK_C chunks by BLOCK_D columns."""
+    """segment_sum_kernel and the row updates: BLOCK_C chunks by BLOCK_D columns."""
 
     BLOCK_C: int
     BLOCK_D: int
@@ -128,10 +128,10 @@ class CombineLaunch(Launch):
     num_warps: int = 4
 
 
-# The settings below follow from the code that they compile to (16-byte accesses, no spills, four loads in
-# flight a thread); they are starting points until they are measured.
+# The settings below follow from the code that they compile to (16-byte accesses, no spills, four to eight loads
+# in flight a thread); they are starting points until they are measured.
 
-# Rows whose words are a multiple of these: 4 KiB a warp, so that it loads an id once.
+# By the words of a row, or of its parts where it is longer: 4 KiB a warp, so that it loads an id once.
 GATHER_ROWS: Mapping[int, RowsLaunch] = {
     256: RowsLaunch(2, 256),
     512: RowsLaunch(1, 512),
@@ -195,7 +195,10 @@ SPLIT_VECTORS = 32
 
 
 def carry_vector(vec: int, acc_bytes: int) -> int:
-    """Columns a lane of the join has: as many as make each lane have all rows of its columns, or those of the walk."""
+    """Columns a lane of the join has: 16 bytes of partial sums, or the walk's columns if those are more.
+
+    With fewer Triton would spread the rows of a column over several lanes.
+    """
     return max(vec, VECTOR_BYTES // acc_bytes)
 
 
