@@ -133,14 +133,15 @@ def compiled_kernel(kernel: Any) -> Any:
     """The kernel as Triton compiles it, also where it was imported for Triton's interpreter."""
     from triton.runtime.jit import JITFunction
 
-    return kernel if isinstance(kernel, JITFunction) else _twin(kernel.fn)
+    return kernel if isinstance(kernel, JITFunction) else _twin(kernel)
 
 
 @cache
-def _twin(function: Any) -> Any:
+def _twin(interpreted: Any) -> Any:
     from triton.runtime.jit import JITFunction
 
-    return JITFunction(function)
+    # With the decorator's arguments, as `do_not_specialize`: else other code is compiled than a card gets.
+    return JITFunction(interpreted.fn, **interpreted.kwargs)
 
 
 @contextmanager
@@ -157,7 +158,7 @@ def offline() -> Iterator[None]:
         former = dict(vars(driver))
         # A kernel calls functions of its module and of Triton's library by their names there.
         swaps = [
-            (vars(module), name, value, _twin(value.fn))
+            (vars(module), name, value, _twin(value))
             for path, module in list(sys.modules.items())
             if path.startswith(("gpu_embed.kernels", "triton.language"))
             for name, value in vars(module).items()

@@ -13,7 +13,7 @@ import gpu_embed
 from gpu_embed import backends
 from gpu_embed.bags import Bags
 from gpu_embed.bench.ptx.counts import counting
-from gpu_embed.bench.ptx.launch import PtxBackend
+from gpu_embed.bench.ptx.launch import PtxBackend, compiled_kernel
 from gpu_embed.bench.ptx.launch_cupy import PtxCupyBackend
 from gpu_embed.bench.ptx.parse import PtxError
 from gpu_embed.functional import embedding, embedding_bag
@@ -289,3 +289,11 @@ def test_partial_sums_that_are_read_before_they_are_written_are_noticed(run_on, 
             match=r"segment_\w+\.(py|cuh):.*\bpartial_ptr of .* was read before it was written",
         ):
             output.backward()
+
+
+def test_a_kernel_is_compiled_with_its_decorators_arguments():
+    """Also where it was imported for Triton's interpreter, which the tests run in."""
+    row_update = pytest.importorskip("gpu_embed.kernels.row_update")
+    parameters = compiled_kernel(row_update.row_update_kernel).params
+    fixed = {one.name for one in parameters if one.do_not_specialize}
+    assert fixed == {"weight_row_stride", "seed", "step"}
