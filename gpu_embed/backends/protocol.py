@@ -70,7 +70,7 @@ class Backend(Protocol):
         values: Tensor,
         rows: Tensor | None,
     ) -> None:
-        """Sum values [N, D] over the positions of each id in indices [N] and update that row, in place.
+        """Sum values [N, D] over the positions of each id in indices [N], int64, and update that row, in place.
 
         `state` is what the formula keeps, contiguous, fp32 (fp64 for fp64 tables). Only rows that an id names,
         and that `rows` (bool [V]; None: all) lets change, are read or written, once each.
