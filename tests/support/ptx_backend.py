@@ -60,7 +60,7 @@ INPUTS = (
     Input("far columns", good_ids, far_columns=True),
     Input("far ids", some_bad_ids, far_ids=True),
     Input("a far table", some_bad_ids, far_table=True),
-    Input("a record that is claimed", some_bad_ids, rows=9, claimed=True),
+    Input("a record that is claimed", ids_of_no_row, rows=9, claimed=True),
     # The last id falls to another register of a lane each time.
     *(Input(f"a bad id at {k}/12", bad_id_at(k / 12), more=5 + 33 * k) for k in range(12)),
 )
