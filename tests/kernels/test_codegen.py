@@ -153,7 +153,7 @@ def test_registers_hold_everything(launches: Launches, case: Case):
         assert launch.spilled_bytes <= allowed, launch
         stacked = [i for i in launch.machine.instructions if i.operation == "local"]
         in_loop = any(i.in_loop for i in stacked)
-        assert in_loop == ((launch.architecture, launch.case) in STACKED_IN_LOOP), launch
+        assert not in_loop or (launch.architecture, launch.case) in STACKED_IN_LOOP, launch
 
 
 def test_machine_code_accesses_memory_as_ptx_says(launches: Launches):
