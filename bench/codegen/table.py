@@ -6,18 +6,17 @@ The committed table is bench/codegen.csv. `worse` compares with it, for the test
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .. import row_csv
 from ..console import make_table
 from ..occupancy import MULTIPROCESSORS, occupancy
-from ..results import ResultsError
 from .compile import Compiled
 from .instructions import ACCESSES, ATOMICS, BULK
 
@@ -68,10 +67,6 @@ class Row:
     @property
     def key(self) -> Key:
         return Key(self.kernel, self.config, self.sm)
-
-
-COLUMNS = tuple(field.name for field in fields(Row))
-NUMBERS = frozenset(field.name for field in fields(Row) if field.type == "int")
 
 
 def table_rows(launches: Iterable[Compiled], triton: str) -> list[Row]:
@@ -128,27 +123,12 @@ def _narrowest(launch: Compiled) -> dict[str, int]:
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(astuple(row) for row in rows)
+    row_csv.write(path, Row, rows)
 
 
 def read_table(path: Path) -> list[Row]:
     """Raises ResultsError where the file is no such table."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        try:
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ResultsError(f"{path}: the columns are not codegen's: {REGENERATE} writes it")
-            return [_parse(row) for row in reader]
-        except (TypeError, ValueError, csv.Error) as problem:
-            raise ResultsError(f"{path}, line {reader.line_num}: {problem}") from None
-
-
-def _parse(texts: dict[str, str]) -> Row:
-    values: dict[str, Any] = {n: int(t) if n in NUMBERS else t for n, t in texts.items()}
-    return Row(**values)
+    return row_csv.read(path, Row, f"the columns are not codegen's: {REGENERATE} writes it")
 
 
 def _parse_accesses(accesses: str) -> dict[str, int]:

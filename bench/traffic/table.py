@@ -6,16 +6,15 @@ The committed table is bench/traffic.csv. `worse` compares with it, for the test
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from .. import row_csv
 from ..console import make_table
 from ..ptx.counts import LaunchCounts, longest_path
-from ..results import ResultsError
 from .cases import Ideal
 
 if TYPE_CHECKING:
@@ -68,9 +67,7 @@ class Row:
         return Key(self.kernel, self.config, self.provider)
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
-TYPES = {"str": str, "int": int, "float": float}
-PARSERS = {field.name: TYPES[str(field.type)] for field in fields(Row)}
+COLUMNS = row_csv.columns(Row)
 SECTORS = ("load_sectors", "store_sectors", "atomic_sectors")
 # Of these fewer is better, and the compiler has a say in each.
 COUNTED = COLUMNS[COLUMNS.index("load_requests") : COLUMNS.index("compiler")]
@@ -126,22 +123,12 @@ def make_row(
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(astuple(row) for row in sorted(rows, key=lambda row: row.key))
+    row_csv.write(path, Row, sorted(rows, key=lambda row: row.key))
 
 
 def read_table(path: Path) -> list[Row]:
     """Raises ResultsError where the file is no such table."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        try:
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ResultsError(f"{path}: the columns are not those of traffic: {REGENERATE}")
-            return [Row(**{name: PARSERS[name](row[name]) for name in COLUMNS}) for row in reader]
-        except (TypeError, ValueError, csv.Error) as problem:
-            raise ResultsError(f"{path}, line {reader.line_num}: {problem}") from None
+    return row_csv.read(path, Row, f"the columns are not those of traffic: {REGENERATE}")
 
 
 def rivals_of(path: Path) -> list[Row]:
