@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..dtypes import IDS
-from ..ops.autograd import is_plain_call
+from ..ops.plain import is_plain_call
 from ..ops.known import KnownTable, call_known_embedding, known_tables
 from ..ops.lookup import call_embedding, embedding_renorm_
 from .checks import (
