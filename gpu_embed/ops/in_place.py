@@ -4,7 +4,6 @@
 autograd's own addition. Wherever somebody might, the gradient is returned, as without the mark.
 """
 
-import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -17,7 +16,6 @@ from torch.autograd import forward_ad
 
 from .. import settings
 from ..dtypes import FLOATS, accumulation
-from .plain import PLAIN_MODES, PLAIN_TENSORS, included_keys
 
 # The attribute of a marked leaf: like a hook it goes where the Python object goes, and is neither copied nor saved.
 _MARK = "_gpu_embed_in_place"
@@ -26,6 +24,10 @@ _in_force: set[int] = set()
 # Two threads may run backward through one leaf: autograd holds such a lock around its own addition.
 _adding = threading.Lock()
 _AccumulateGrad = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+_is_grad_enabled = torch.is_grad_enabled
+_num_modes = torch._C._len_torch_dispatch_stack
+_has_transforms = torch._C._are_functorch_transforms_active
+_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 class Handles(list["Handle"]):
@@ -40,18 +42,18 @@ class Handle:
     """The end of a mark. Marked leaves hold their handles, and a handle holds no leaf."""
 
     def __init__(self, leaves: Iterable[Tensor]) -> None:
-        _engine_support()  # not in the midst of a backward
         for leaf in leaves:
             others = [other for other in getattr(leaf, _MARK, ()) if id(other) in _in_force]
             setattr(leaf, _MARK, Handles([*others, self]))
-        _in_force.add(id(self))
+        # Without that private function every gradient is returned.
+        if _engine().tells:
+            _in_force.add(id(self))
         settings.changed()
 
     def remove(self) -> None:
         """Return gradients to autograd again, unless another handle holds. May be called twice."""
-        if id(self) in _in_force:
-            _in_force.discard(id(self))
-            settings.changed()
+        _in_force.discard(id(self))
+        settings.changed()
 
     def __del__(self) -> None:
         _in_force.discard(id(self))
@@ -59,10 +61,10 @@ class Handle:
 
 def is_marked(leaf: Tensor) -> bool:
     """Whether a handle in force marked it."""
-    if _in_force:
-        for handle in getattr(leaf, _MARK, ()):
-            if id(handle) in _in_force:
-                return True
+    # A loop, since every backward asks: any(...) takes three times as long.
+    for handle in getattr(leaf, _MARK, ()):  # noqa: SIM110
+        if id(handle) in _in_force:
+            return True
     return False
 
 
@@ -85,77 +87,71 @@ def weight_gradient(
         None where the gradient was added to the weight's `.grad`.
     """
     if _in_force and not torch.compiler.is_compiling():
-        with _adding:
-            into = _gradient_to_add_to(ctx.next_functions[0][0], shape, grad_output)
-            if into is not None:
-                gradient = derivative(grad_output, *inputs, into=into)
-                if gradient is not into:
-                    return gradient
-                torch.autograd.graph.increment_version(into)
-                return None
+        node = ctx.next_functions[0][0]
+        # Without a node that adds to a leaf: views, functions of a weight, functorch's levels.
+        if type(node) is _AccumulateGrad and is_marked(node.variable):
+            with _adding:
+                into = _gradient_to_add_to(node, shape, grad_output)
+                if into is not None:
+                    gradient = derivative(grad_output, *inputs, into=into)
+                    if gradient is not into:
+                        return gradient
+                    torch.autograd.graph.increment_version(into)
+                    return None
     return derivative(grad_output, *inputs)
 
 
 def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Tensor | None:
-    """The `.grad` of a marked leaf if nobody can tell an addition in place from autograd's.
+    """The `.grad` of a leaf if nobody can tell an addition in place from autograd's.
 
     Args:
-        node: where autograd would send the gradient.
+        node: the leaf's, which is to add the gradient.
         shape: the leaf's in the forward.
     """
-    # Without a node that adds to a leaf: views, functions of a weight, functorch's levels.
-    if type(node) is not _AccumulateGrad or not is_marked(node.variable):
-        return None
-    leaf, into = node.variable, node.variable.grad
-    dtype = grad_output.dtype
+    leaf = node.variable
+    into, dtype = leaf.grad, grad_output.dtype
     if (
         type(into) is not Tensor
-        or torch.is_grad_enabled()  # create_graph
+        or type(grad_output) is not Tensor
+        or _is_grad_enabled()  # create_graph
         or into.requires_grad
-        or included_keys().raw_repr() not in PLAIN_MODES
-        or forward_ad._current_level >= 0
-        or not _are_plain(into, grad_output)
-        or dtype not in FLOATS
-        or (into.dtype is not dtype and into.dtype is not accumulation(dtype))
-        or into.shape != shape
-        or into.get_device() != grad_output.get_device()
-        or not _has_no_overlap(into)
         or leaf._backward_hooks  # which see the gradient
+        or into.layout is not torch.strided
+        or (into.dtype is not dtype and into.dtype is not accumulation(dtype))
+        or dtype not in FLOATS
+        or into.shape != shape
+        or not (into.is_contiguous() or _is_without_overlap(into))
+        # What stands for other data, and modes that watch operators.
+        or grad_output.is_neg()
+        or grad_output._is_zerotensor()
+        or _num_modes()
+        or _has_transforms()
+        or forward_ad._current_level >= 0
+        or (leaf._post_accumulate_grad_hooks and not _engine().runs_hooks)
     ):
         return None
-    engine = _engine_support()
-    if not engine.runs_hooks and leaf._post_accumulate_grad_hooks:
+    try:
+        # Raises where `torch.autograd.grad` asks for the leaf's gradient, or a caller for this node alone.
+        if not _will_execute(node):
+            return None
+    except RuntimeError:
         return None
-    if not engine.tells or not _will_add(node):
-        return None
-    if into.is_cuda:
+    if into.is_cuda or grad_output.is_cuda:
+        if into.device != grad_output.device:
+            return None
         _join_streams(node, into.device)
     return into
 
 
-def _are_plain(into: Tensor, grad_output: Tensor) -> bool:
-    keys = torch._C._dispatch_keys(into) | torch._C._dispatch_keys(grad_output)
-    return keys.raw_repr() in PLAIN_TENSORS
-
-
-def _has_no_overlap(gradient: Tensor) -> bool:
-    if gradient.is_contiguous():
-        return True
-    if gradient.dim() != 2:
+def _is_without_overlap(gradient: Tensor) -> bool:
+    """Whether each element has memory of its own, for two dimensions that show it; False where they do not."""
+    if gradient.dim() != 2 or gradient.is_neg():
         return False
     (rows, columns), (row, column) = gradient.shape, gradient.stride()
     return 0 < column * columns <= row or 0 < row * rows <= column
 
 
-def _will_add(node: Any) -> bool:
-    """Whether this backward adds to the leaf; False where `torch.autograd.grad` or a call of its own asks for it."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        return False
-
-
-class EngineSupport(NamedTuple):
+class Engine(NamedTuple):
     """What autograd's engine does in this version of torch."""
 
     tells: bool  # whether it runs a node; a private function
@@ -163,7 +159,7 @@ class EngineSupport(NamedTuple):
 
 
 @cache
-def _engine_support() -> EngineSupport:
+def _engine() -> Engine:
     told: list[bool] = []
     hooks: list[Tensor] = []
 
@@ -174,14 +170,13 @@ def _engine_support() -> EngineSupport:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> None:
-            told.append(_will_add(ctx.next_functions[0][0]))
+            told.append(_will_execute is not None and _will_execute(ctx.next_functions[0][0]))
 
     with torch.inference_mode(False), torch.enable_grad():
         leaf = torch.zeros((), device="cpu", requires_grad=True)
         leaf.register_post_accumulate_grad_hook(hooks.append)
-        with contextlib.suppress(AttributeError):
-            Nothing.apply(leaf).backward()
-    return EngineSupport(told == [True], len(hooks) == 1)
+        Nothing.apply(leaf).backward()
+    return Engine(told == [True], len(hooks) == 1)
 
 
 def _join_streams(node: Any, device: torch.device) -> None:

@@ -75,7 +75,12 @@ class TorchLookup:
         grad_output = grad_output.reshape(ids.numel(), grad_output.shape[-1])
         kept = in_table(ids, num_embeddings)
         if into is not None:
-            kept &= ids != padding_idx
+            if padding_idx >= 0:
+                kept &= ids != padding_idx
+            if into.dtype == accumulation(grad_output.dtype) == grad_output.dtype and not (
+                ids.is_cuda or scale_grad_by_freq or not kept.all()
+            ):
+                return into.index_add_(0, ids, grad_output)
             return add_rows(into, ids, kept, grad_output.__getitem__, scale_grad_by_freq)
         if ids.is_cuda:
             # torch's kernels trust the ids, so those out of range go to an extra row, without a sync.
