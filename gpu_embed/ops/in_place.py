@@ -115,6 +115,7 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         or type(grad_output) is not Tensor
         or _is_grad_enabled()  # create_graph
         or into.requires_grad
+        or not leaf.requires_grad
         or leaf._backward_hooks  # which see the gradient
         or into.layout is not torch.strided
         or (into.dtype is not dtype and into.dtype is not accumulation(dtype))
