@@ -23,36 +23,28 @@ SUM, MEAN, MAX = range(len(MODES))
 
 
 class Group(NamedTuple):
-    """Features of one mode whose tables' rows are rows of one matrix, with their ids in bags."""
+    """F features of one mode whose tables' rows are rows of one matrix [V, D]."""
 
     features: Integers  # [F]
+    begins: Integers  # [F * B + 1]: where in `Ids.rows` each bag begins; f * B + b is bag b of the f-th feature
     mode: int
-    dim: int
+    dim: int  # D
     first_element: int  # where in the buffer the matrix begins
-    num_rows: int  # of the matrix
-    rows: Integers  # [n]: each id's row of the matrix
-    positions: Integers | slice  # [n]: where in the batch each id is
-    begins: Integers  # [F * B + 1]: where in `rows` each bag begins; bag f * B + b is bag b of the f-th feature
-    has_all: bool  # whether all features are in this group
+    num_rows: int  # V
+
+    @property
+    def ids(self) -> slice:
+        """Where in `Ids.rows` its ids are."""
+        return slice(int(self.begins[0]), int(self.begins[-1]))
 
     def matrix(self, buffer: Tensor) -> Tensor:
-        """[num_rows, D], in the memory of a buffer."""
+        """[V, D], in the memory of a buffer."""
         first = buffer.storage_offset() + self.first_element
         return buffer.as_strided((self.num_rows, self.dim), (self.dim, 1), first)
 
-    def sizes(self) -> Integers:
-        """Ids of each bag -> [B * F], bag b of the f-th feature at b * F + f."""
-        return np.diff(self.begins).reshape(len(self.features), -1).T.ravel()
-
-    def bag_of(self) -> Integers:
-        """The bag of each id, as `sizes` numbers them -> [n]."""
-        lengths = np.diff(self.begins)
-        return np.repeat(np.arange(len(lengths)).reshape(-1, len(self.features)).T.ravel(), lengths)
-
     def bag_rows(self, output: Tensor, batch: TableBatch) -> Tensor:
-        """Its columns of an output [B, sum D] -> [B * F, D], one row a bag."""
-        output = output.contiguous()
-        if not self.has_all:
+        """Its columns of an output [B, sum D], contiguous -> [B * F, D], bag b of the f-th feature at b * F + f."""
+        if len(self.features) < batch.num_tables:
             # All features begin at a multiple of the divisor.
             chunk = batch.shape.dim_divisor
             first = batch.fields.numpy()[self.features, TableColumn.FIRST_COLUMN] // chunk
@@ -60,6 +52,29 @@ class Group(NamedTuple):
             by_chunk = output.numpy().reshape(len(output), -1, chunk)
             output = torch.from_numpy(by_chunk.take(chunks, 1))
         return output.view(-1, self.dim)
+
+    def bag_sizes(self) -> Tensor:
+        """What divides the sum of each of its `bag_rows` -> [B * F]."""
+        sizes = np.diff(self.begins).clip(1)
+        return torch.from_numpy(sizes.reshape(len(self.features), -1).T.ravel())
+
+
+class Ids(NamedTuple):
+    """The n ids of a batch that are in a bag, group by group."""
+
+    rows: Integers  # [n]: each id's row of its group's matrix
+    positions: Integers | slice  # [n]: where in the batch each id is
+    begins: Integers  # [T * B + 1], as `Group.begins`, of all groups
+    groups: list[Group]
+
+    def bag_of(self) -> Integers:
+        """The row of each id's bag among its group's `bag_rows` -> [n]."""
+        sizes = [len(group.features) for group in self.groups]
+        place = np.concatenate([np.arange(size) for size in sizes])[:, None]
+        bags = np.arange((len(self.begins) - 1) // len(place))
+        return np.repeat(
+            (bags * np.repeat(sizes, sizes)[:, None] + place).ravel(), np.diff(self.begins)
+        )
 
 
 def embedding(
@@ -69,15 +84,14 @@ def embedding(
     if batch.shape.pooled:
         bags = _bags(weight, per_sample_weights, batch, False)
         return None if bags is None else bags[0]
-    found = _groups(batch, zero_padding)
-    if found is None:
+    ids = _ids(batch, zero_padding)
+    if ids is None:
         return None
-    (group,) = found
-    rows = torch.embedding(group.matrix(weight), torch.from_numpy(group.rows))
+    rows = torch.embedding(ids.groups[0].matrix(weight), torch.from_numpy(ids.rows))
     if len(rows) == len(batch.indices):
         return rows
     output = weight.new_zeros(len(batch.indices), batch.shape.widest)
-    output[group.positions] = rows
+    output[ids.positions] = rows
     return output
 
 
@@ -96,219 +110,241 @@ def dense_backward(
     into: Tensor | None,
 ) -> Tensor | None:
     """`Backend.table_batched_embedding_dense_backward` if all ids are in their tables."""
-    found = _groups(batch, True)
-    if found is None:
+    ids = _ids(batch, True)
+    if ids is None:
         return None
     grad_weight = grad_output.new_zeros(weight_shape) if into is None else into
-    grad_output = grad_output.to(accumulation(grad_output.dtype))
-    for group in found:
-        matrix, rows, scales = group.matrix(grad_weight), group.rows, None
-        if not batch.shape.pooled:
-            values, source = grad_output, np.arange(len(grad_output))[group.positions]
-        elif group.mode == MAX and batch.max_positions is not None:
-            elements, taken = _max_elements(batch, batch.max_positions, group)
-            source = np.flatnonzero(taken)
-            matrix, rows = matrix.view(-1, 1), elements.ravel()[source]
-            values = group.bag_rows(grad_output, batch).view(-1, 1)
-        else:
-            values, source = group.bag_rows(grad_output, batch), group.bag_of()
+    grad_output = grad_output.to(accumulation(grad_output.dtype)).contiguous()
+    if batch.shape.pooled:
+        source = ids.bag_of()
+    else:
+        source = np.arange(len(grad_output))[ids.positions]
+    # One sort for all groups: the rows of each are numbered from the end of those before it.
+    rows, num_rows = ids.rows, np.array([group.num_rows for group in ids.groups])
+    if len(num_rows) > 1:
+        shift = num_rows.cumsum() - num_rows
+        rows = rows + np.repeat(shift, [np.ptp(group.begins) for group in ids.groups])
+    runs = _runs(rows, int(num_rows.sum()))
+    used, source, scales = ids.rows[runs.order[runs.begins]], source[runs.order], None
+    if per_sample_weights is not None:
+        scales = per_sample_weights.to(grad_output.dtype)[ids.positions][runs.order]
+    max_rows = _max_rows(ids, batch)
+    for group in ids.groups:
+        matrix, values, own = group.matrix(grad_weight), grad_output, group.ids
+        if batch.shape.pooled:
+            values = group.bag_rows(values, batch)
         if group.mode == MEAN:
-            values = values / torch.from_numpy(group.sizes().clip(1))[:, None]
-        if per_sample_weights is not None:
-            scales = per_sample_weights[group.positions].to(values.dtype)
-        _add_sums(matrix, rows, values, source, scales, into is None)
+            values = values / group.bag_sizes()[:, None]
+        if group.mode == MAX and max_rows is not None:
+            of_max = group.bag_rows(max_rows, batch).numpy().ravel()
+            places = np.flatnonzero(of_max >= 0)
+            elements = of_max[places] * group.dim + places % group.dim
+            own_runs = _runs(elements, matrix.numel())
+            elements, places = elements[own_runs.order], places[own_runs.order]
+            sums = _sums(values.view(-1, 1), places, own_runs.begins, None)
+            _add_rows(matrix.view(-1, 1), elements[own_runs.begins], sums, into is None)
+        elif own.stop > own.start:
+            first, end = np.searchsorted(runs.begins, (own.start, own.stop))
+            own_scales = None if scales is None else scales[own]
+            sums = _sums(values, source[own], runs.begins[first:end] - own.start, own_scales)
+            _add_rows(matrix, used[first:end], sums, into is None)
     return grad_weight
 
 
-def sample_weights_backward(grad_output: Tensor, weight: Tensor, batch: TableBatch) -> Tensor | None:
+def sample_weights_backward(
+    grad_output: Tensor, weight: Tensor, batch: TableBatch
+) -> Tensor | None:
     """`Backend.table_batched_embedding_sample_weights_backward` if all ids are in their tables."""
-    found = _groups(batch, True)
-    if found is None:
+    ids = _ids(batch, True)
+    if ids is None:
         return None
     wide = accumulation(weight.dtype)
-    grad_output = grad_output.to(wide)
-    grad = grad_output.new_zeros(len(batch.indices))
-    for group in found:
-        values = group.bag_rows(grad_output, batch)[group.bag_of()]
-        rows = group.matrix(weight)[group.rows].to(wide)
-        grad[group.positions] = (rows * values).sum(1)
-    return grad.to(weight.dtype)
+    grad_output = grad_output.to(wide).contiguous()
+    bag_of, products = ids.bag_of(), grad_output.new_empty(len(ids.rows))
+    for group in ids.groups:
+        rows = group.matrix(weight)[ids.rows[group.ids]].to(wide)
+        values = group.bag_rows(grad_output, batch)[bag_of[group.ids]]
+        products[group.ids] = (rows * values).sum(1)
+    grad = weight.new_zeros(len(batch.indices))
+    grad[ids.positions] = products.to(grad.dtype)
+    return grad
 
 
 def _bags(
     weight: Tensor, per_sample_weights: Tensor | None, batch: TableBatch, with_argmax: bool
 ) -> tuple[Tensor, Tensor] | None:
     """The output [B, sum D], and of the maxima in it the positions if with_argmax."""
-    found = _groups(batch, True, ALONE)
-    if found is None:
+    ids = _ids(batch, True, ALONE)
+    if ids is None:
         return None
-    outputs, positions = [weight] * batch.num_tables, [weight] * batch.num_tables
-    for group in found:
-        bags, argmax = _group_bags(weight, per_sample_weights, batch, group, with_argmax)
-        shape = len(group.features), batch.bags_per_table, group.dim
-        for feature, of_feature in zip(group.features, bags.view(shape).unbind(), strict=True):
-            outputs[feature] = of_feature
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights[ids.positions]
+    max_rows = _max_rows(ids, batch)
+    outputs, argmax = [weight] * batch.num_tables, [weight] * batch.num_tables
+    for group in ids.groups:
+        if group.mode == MAX and max_rows is not None:
+            rows = group.bag_rows(max_rows, batch)
+            elements = rows.clamp(min=0) * group.dim + torch.arange(group.dim)
+            bags = torch.where(rows >= 0, group.matrix(weight).view(-1)[elements], 0)
+            shape = batch.bags_per_table, len(group.features), group.dim
+            bags = bags.view(shape).transpose(0, 1).flatten(0, 1)
+        else:
+            bags, places = _group_bags(weight, per_sample_weights, ids, group, with_argmax)
+        _hand_out(group, bags, outputs)
         if with_argmax:
-            for feature, of_feature in zip(
-                group.features, argmax.view(shape).unbind(), strict=True
-            ):
-                positions[feature] = of_feature
+            # The last one stands behind the ids, for an empty bag.
+            positions = np.append(np.arange(len(batch.indices))[ids.positions], -1)
+            _hand_out(group, torch.from_numpy(positions)[places], argmax)
     output = torch.cat(outputs, 1)
     if not with_argmax:
         return output, output.new_empty(0, dtype=batch.position_dtype)
-    return output, torch.cat(positions, 1)
+    return output, torch.cat(argmax, 1).to(batch.position_dtype)
+
+
+def _hand_out(group: Group, bags: Tensor, outputs: list[Tensor]) -> None:
+    """Set the output [B, D] of each of the group's features, given [F * B, D]."""
+    by_feature = bags.view(len(group.features), -1, group.dim).unbind()
+    for feature, output in zip(group.features.tolist(), by_feature, strict=True):
+        outputs[feature] = output
 
 
 def _group_bags(
     weight: Tensor,
     per_sample_weights: Tensor | None,
-    batch: TableBatch,
+    ids: Ids,
     group: Group,
     with_argmax: bool,
 ) -> tuple[Tensor, Tensor]:
-    """[F * B, D] each; the second is -1 but in a group of maxima, and then if with_argmax."""
-    dtype, matrix = weight.dtype, group.matrix(weight)
-    begins = torch.from_numpy(group.begins[:-1].astype(group.rows.dtype))
-    positions = torch.full((), -1, dtype=batch.position_dtype).expand(len(begins), group.dim)
-    if len(group.rows) == 0:
-        return weight.new_zeros(positions.shape), positions
-    if group.mode == MAX and batch.max_positions is not None:
-        elements, taken = _max_elements(batch, batch.max_positions, group)
-        values = torch.where(torch.from_numpy(taken), matrix.view(-1)[elements], 0)
-        return values.transpose(0, 1).flatten(0, 1), positions
-    rows = torch.from_numpy(group.rows)
-    # torch names a maximum's row and not its position, and would round a 16-bit mean twice.
-    if with_argmax and group.mode == MAX or group.mode == MEAN and dtype.itemsize == 2:
-        matrix = matrix[rows].to(accumulation(dtype)) if group.mode == MEAN else matrix[rows]
-        rows = torch.arange(len(rows))
+    """The output [F * B, D] of a group, and for maxima with_argmax the place of each among all ids; else -1."""
+    own, matrix = group.ids, group.matrix(weight)
+    begins = torch.from_numpy(group.begins[:-1] - own.start)
+    nowhere = begins.new_full((), -1)
+    if own.start == own.stop:
+        bags = weight.new_zeros(len(begins), group.dim)
+        return bags, nowhere.expand(bags.shape)
+    rows, scales = torch.from_numpy(ids.rows[own]), None
     if per_sample_weights is not None:
-        per_sample_weights = per_sample_weights[group.positions]
+        scales = per_sample_weights[own]
+    # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
+    names_row = with_argmax and group.mode == MAX
+    if names_row or (group.mode == MEAN and weight.dtype.itemsize == 2):
+        matrix, rows = matrix[rows], torch.arange(len(rows))
+    if group.mode == MEAN:
+        matrix = matrix.to(accumulation(weight.dtype))
     bags, _, sizes, largest = torch.embedding_bag(
-        matrix, rows, begins, False, group.mode, False, per_sample_weights
+        matrix, rows, begins.to(rows.dtype), False, group.mode, False, scales
     )
-    if with_argmax and group.mode == MAX:
-        in_batch = torch.arange(len(batch.indices), dtype=batch.position_dtype)[group.positions]
-        positions = torch.where(sizes[:, None] > 0, in_batch[largest], -1)
-    return bags.to(dtype), positions
+    if not names_row:
+        return bags.to(weight.dtype), nowhere.expand(bags.shape)
+    return bags, torch.where(sizes[:, None] > 0, largest + own.start, nowhere)
 
 
-def _groups(
-    batch: TableBatch, drop_padding: bool, alone: float = np.inf
-) -> list[Group] | None:
+def _max_rows(ids: Ids, batch: TableBatch) -> Tensor | None:
+    """What `batch.max_positions` names, as rows of the groups' matrices -> [B, sum D]; -1: no id of the bag."""
+    if batch.max_positions is None:
+        return None
+    num_ids, num_tables = len(batch.indices), batch.num_tables
+    positions = batch.max_positions.numpy()
+    positions = np.where((positions >= 0) & (positions < num_ids), positions, num_ids)
+    place_at = np.full(num_ids + 1, -1)
+    place_at[:-1][ids.positions] = np.arange(len(ids.rows))
+    places = place_at[positions]
+    features = np.concatenate([group.features for group in ids.groups])
+    columns = features.argsort()[batch.table_of_column.numpy()]
+    begins, ends = (x.reshape(num_tables, -1)[columns].T for x in (ids.begins[:-1], ids.begins[1:]))
+    is_own = (places >= begins) & (places < ends)
+    return torch.from_numpy(np.where(is_own, np.append(ids.rows, -1)[places], -1))
+
+
+def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | None:
     """The ids that are in a bag, by groups; a feature of at least `alone` ids is one of its own.
 
     None: an id is out of range, offsets are wrong, or rows of different widths are looked up without sums.
     """
     fields, num_bags, pooled = batch.fields.numpy(), batch.bags_per_table, batch.shape.pooled
-    ids, begins = torch_ids(batch.indices).numpy(), batch.offsets.numpy().astype(np.int64)
-    lengths = np.diff(begins)
-    if begins[0] != 0 or begins[-1] > len(ids) or lengths.min() < 0:
+    indices, begins = torch_ids(batch.indices).numpy(), batch.offsets.numpy().astype(np.int64)
+    if begins[0] != 0 or begins[-1] > len(indices) or (begins[1:] < begins[:-1]).any():
         return None
-    ids, first_id = ids[: begins[-1]], begins[::num_bags]
-    num_ids = np.diff(first_id)
-    if not (pooled or batch.is_uniform) or not _in_range(ids, first_id, fields):
+    rows, first_ids = indices[: begins[-1]], begins[::num_bags]
+    if not (pooled or batch.is_uniform) or not _in_range(rows, first_ids, fields):
         return None
-    positions = None
-    padding = fields[:, TableColumn.PADDING_IDX]
+    positions: Integers | slice = slice(len(rows))
+    num_ids, padding = np.diff(first_ids), fields[:, TableColumn.PADDING_IDX]
     if drop_padding and padding.max() >= 0:
-        kept = ids != np.repeat(padding, num_ids)
-        if not kept.all():
-            begins = np.concatenate([[0], kept.cumsum()])[begins]
-            positions = np.flatnonzero(kept)
-            ids, first_id = ids[positions], begins[::num_bags]
-            num_ids = np.diff(first_id)
+        kept = np.flatnonzero(rows != np.repeat(padding, num_ids))
+        if len(kept) < len(rows):
+            begins = np.searchsorted(kept, begins)
+            rows, positions, first_ids = rows[kept], kept, begins[::num_bags]
+            num_ids = np.diff(first_ids)
     dim, element = fields[:, TableColumn.DIM], fields[:, TableColumn.FIRST_ELEMENT]
     mode = fields[:, TableColumn.MODE] * pooled
     key = (dim * (batch.shape.widest + 1) + element % dim) * len(MODES) + mode
     key = np.where(num_ids >= alone, np.arange(-len(key), 0), key)
-    order = np.argsort(key, kind="stable")
-    if (order[1:] < order[:-1]).any():
-        lengths = np.diff(begins).reshape(-1, num_bags)[order].ravel()
-        begins, from_id = np.concatenate([[0], lengths.cumsum()]), first_id[order]
-        num_ids, first_id = num_ids[order], begins[::num_bags]
-        moved = np.arange(len(ids)) + np.repeat(from_id - first_id[:-1], num_ids)
-        ids, positions = ids[moved], moved if positions is None else positions[moved]
-        fields, key = fields[order], key[order]
-        dim, element, mode = dim[order], element[order], mode[order]
+    features = np.argsort(key, kind="stable")
+    if (features[1:] < features[:-1]).any():
+        lengths = np.diff(begins).reshape(-1, num_bags)[features].ravel()
+        begins, from_ids = np.append(0, lengths.cumsum()), first_ids[features]
+        num_ids, first_ids = num_ids[features], begins[::num_bags]
+        moved = np.arange(len(rows)) + np.repeat(from_ids - first_ids[:-1], num_ids)
+        rows = rows[moved]
+        positions = moved if isinstance(positions, slice) else positions[moved]
+        key, fields, mode, dim, element = (x[features] for x in (key, fields, mode, dim, element))
     starts = np.flatnonzero(np.diff(key, prepend=key[0] - 1))
     ends = np.append(starts[1:], len(key))
     base = np.minimum.reduceat(element, starts)
-    first_row = (element - np.repeat(base, ends - starts)) // dim
-    if first_row.any():
-        ids = ids + np.repeat(first_row, num_ids)
-    num_rows = np.maximum.reduceat(first_row + fields[:, TableColumn.NUM_ROWS], starts)
-    groups = []
-    for start, end, *matrix in zip(*(x.tolist() for x in (starts, ends, base, num_rows)), strict=True):
-        a, b = int(first_id[start]), int(first_id[end])
-        groups.append(
-            Group(
-                order[start:end],
-                int(mode[start]),
-                int(dim[start]),
-                *matrix,
-                ids[a:b],
-                slice(a, b) if positions is None else positions[a:b],
-                begins[start * num_bags : end * num_bags + 1] - a,
-                len(starts) == 1,
-            )
-        )
-    return groups
+    first_rows = (element - np.repeat(base, ends - starts)) // dim
+    if first_rows.any():
+        rows = rows + np.repeat(first_rows, num_ids)
+    num_rows = np.maximum.reduceat(first_rows + fields[:, TableColumn.NUM_ROWS], starts)
+    columns = starts, ends, mode[starts], dim[starts], base, num_rows
+    groups = [
+        Group(features[start:end], begins[start * num_bags : end * num_bags + 1], *matrix)
+        for start, end, *matrix in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+    return Ids(rows, positions, begins, groups)
 
 
-def _in_range(ids: Integers, first_id: Integers, fields: Integers) -> bool:
+def _in_range(ids: Integers, first_ids: Integers, fields: Integers) -> bool:
     """Whether every id is in its table."""
-    used = np.flatnonzero(np.diff(first_id))
+    used = np.flatnonzero(first_ids[1:] > first_ids[:-1])
     if len(used) == 0:
         return True
     # A negative id is a large unsigned one.
-    highest = np.maximum.reduceat(ids.view(f"u{ids.itemsize}"), first_id[used])
+    highest = np.maximum.reduceat(ids.view(f"u{ids.itemsize}"), first_ids[used])
     return bool((highest < fields[used, TableColumn.NUM_ROWS].astype(np.uint64)).all())
 
 
-def _max_elements(
-    batch: TableBatch, max_positions: Tensor, group: Group
-) -> tuple[Integers, NDArray[np.bool_]]:
-    """Where in the group's matrix the maxima are, and which are ids of their bags -> [B, F, D] each."""
-    num_ids, shape = len(batch.indices), (-1, len(group.features), group.dim)
-    places = group.bag_rows(max_positions, batch).numpy().reshape(shape)
-    places = np.where((places >= 0) & (places < num_ids), places, num_ids)
-    row_at, bag_at = np.zeros(num_ids + 1, np.int64), np.full(num_ids + 1, -1)
-    row_at[group.positions], bag_at[group.positions] = group.rows, group.bag_of()
-    bags = np.arange(len(group.begins) - 1).reshape(-1, len(group.features), 1)
-    return row_at[places] * group.dim + np.arange(group.dim), bag_at[places] == bags
+class Runs(NamedTuple):
+    """Numbers in ascending order."""
+
+    order: Integers  # [n]: where each was, equal ones from the first to the last
+    begins: Integers  # where in this order each number begins
 
 
-def _add_sums(
-    matrix: Tensor,
-    rows: Integers,
-    values: Tensor,
-    source: Integers,
-    scales: Tensor | None,
-    is_new: bool,
-) -> None:
-    """Add row source[n] of `values`, times scales[n], to row rows[n] of a matrix for all n.
-
-    Args:
-        is_new: whether the matrix holds zeros, and so need not be read.
-    """
-    if len(rows) == 0:
-        return
-    # A sort of numbers takes a tenth of the time of a stable sort of rows.
-    bits = len(rows).bit_length()
-    if len(matrix) < 1 << (63 - bits):
-        keys = np.sort(rows.astype(np.int64) << bits | np.arange(len(rows)))
-        order, rows = keys & (1 << bits) - 1, keys >> bits
+def _runs(numbers: Integers, end: int) -> Runs:
+    """Sort numbers from 0 up to an end."""
+    bits = len(numbers).bit_length()
+    if end >= 1 << (63 - bits):
+        order = np.argsort(numbers, kind="stable")
+        ordered = numbers[order]
     else:
-        order = np.argsort(rows, kind="stable")
-        rows = rows[order]
-    begins = np.flatnonzero(np.diff(rows, prepend=-1))
-    used = torch.from_numpy(rows[begins])
-    if scales is not None:
-        scales = scales[order]
-    # The runs are bags of values, which are read in place.
-    total, *_ = torch.embedding_bag(
-        values, torch.from_numpy(source[order]), torch.from_numpy(begins), False, SUM, False, scales
-    )
+        # Numbers with their places behind them are sorted in a tenth of the time.
+        keys = np.sort(numbers.astype(np.int64) << bits | np.arange(len(numbers)))
+        order, ordered = keys & (1 << bits) - 1, keys >> bits
+    begins = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]
+    return Runs(order, np.flatnonzero(begins))
+
+
+def _sums(values: Tensor, source: Integers, begins: Integers, scales: Tensor | None) -> Tensor:
+    """Of rows source[n] of `values`, times scales[n], the sum from each of `begins` to the next."""
+    arguments = values, torch.from_numpy(source), torch.from_numpy(begins)
+    sums, *_ = torch.embedding_bag(*arguments, False, SUM, False, scales)
+    return sums
+
+
+def _add_rows(matrix: Tensor, used: Integers, sums: Tensor, is_new: bool) -> None:
+    """Add to rows of a matrix, each named once; is_new: it holds zeros."""
+    rows = torch.from_numpy(used)
     if not is_new:
-        total += matrix[used]
-    matrix[used] = total.to(matrix.dtype)
+        sums += matrix[rows]
+    matrix[rows] = sums.to(matrix.dtype)
