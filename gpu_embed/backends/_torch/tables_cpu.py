@@ -25,17 +25,13 @@ SUM, MEAN, MAX = range(len(MODES))
 class Group(NamedTuple):
     """F features of one mode whose tables' rows are rows of one matrix [V, D]."""
 
-    features: Integers  # [F]
-    begins: Integers  # [F * B + 1]: where in `Ids.rows` each bag begins; f * B + b is bag b of the f-th feature
+    features: list[int]
+    ids: slice  # where in `Ids.rows` its n ids are
+    begins: Integers  # [F * B]: where in these n each bag begins; f * B + b is bag b of the f-th feature
     mode: int
     dim: int  # D
     first_element: int  # where in the buffer the matrix begins
     num_rows: int  # V
-
-    @property
-    def ids(self) -> slice:
-        """Where in `Ids.rows` its ids are."""
-        return slice(int(self.begins[0]), int(self.begins[-1]))
 
     def matrix(self, buffer: Tensor) -> Tensor:
         """[V, D], in the memory of a buffer."""
@@ -55,7 +51,7 @@ class Group(NamedTuple):
 
     def bag_sizes(self) -> Tensor:
         """What divides the sum of each of its `bag_rows` -> [B * F]."""
-        sizes = np.diff(self.begins).clip(1)
+        sizes = np.diff(self.begins, append=self.ids.stop - self.ids.start).clip(1)
         return torch.from_numpy(sizes.reshape(len(self.features), -1).T.ravel())
 
 
@@ -64,7 +60,7 @@ class Ids(NamedTuple):
 
     rows: Integers  # [n]: each id's row of its group's matrix
     positions: Integers | slice  # [n]: where in the batch each id is
-    begins: Integers  # [T * B + 1], as `Group.begins`, of all groups
+    begins: Integers  # [T * B + 1]: where each bag begins, group by group
     groups: list[Group]
 
     def bag_of(self) -> Integers:
@@ -72,9 +68,8 @@ class Ids(NamedTuple):
         sizes = [len(group.features) for group in self.groups]
         place = np.concatenate([np.arange(size) for size in sizes])[:, None]
         bags = np.arange((len(self.begins) - 1) // len(place))
-        return np.repeat(
-            (bags * np.repeat(sizes, sizes)[:, None] + place).ravel(), np.diff(self.begins)
-        )
+        number = bags * np.repeat(sizes, sizes)[:, None] + place
+        return np.repeat(number.ravel(), np.diff(self.begins))
 
 
 def embedding(
@@ -123,7 +118,7 @@ def dense_backward(
     rows, num_rows = ids.rows, np.array([group.num_rows for group in ids.groups])
     if len(num_rows) > 1:
         shift = num_rows.cumsum() - num_rows
-        rows = rows + np.repeat(shift, [np.ptp(group.begins) for group in ids.groups])
+        rows = rows + np.repeat(shift, [group.ids.stop - group.ids.start for group in ids.groups])
     runs = _runs(rows, int(num_rows.sum()))
     used, source, scales = ids.rows[runs.order[runs.begins]], source[runs.order], None
     if per_sample_weights is not None:
@@ -182,29 +177,30 @@ def _bags(
     max_rows = _max_rows(ids, batch)
     outputs, argmax = [weight] * batch.num_tables, [weight] * batch.num_tables
     for group in ids.groups:
+        places = None
         if group.mode == MAX and max_rows is not None:
-            rows = group.bag_rows(max_rows, batch)
-            elements = rows.clamp(min=0) * group.dim + torch.arange(group.dim)
-            bags = torch.where(rows >= 0, group.matrix(weight).view(-1)[elements], 0)
-            shape = batch.bags_per_table, len(group.features), group.dim
-            bags = bags.view(shape).transpose(0, 1).flatten(0, 1)
+            bags = _at_rows(group, weight, group.bag_rows(max_rows, batch))
+        elif group.ids.start == group.ids.stop:
+            bags = weight.new_zeros(len(group.begins), group.dim)
         else:
             bags, places = _group_bags(weight, per_sample_weights, ids, group, with_argmax)
-        _hand_out(group, bags, outputs)
+        _hand_out(bags, group, outputs)
         if with_argmax:
-            # The last one stands behind the ids, for an empty bag.
-            positions = np.append(np.arange(len(batch.indices))[ids.positions], -1)
-            _hand_out(group, torch.from_numpy(positions)[places], argmax)
+            positions = torch.full_like(bags, -1, dtype=torch.int64)
+            if places is not None:
+                in_batch = np.arange(len(batch.indices))[ids.positions][group.ids]
+                positions = torch.from_numpy(np.append(in_batch, -1))[places]
+            _hand_out(positions, group, argmax)
     output = torch.cat(outputs, 1)
     if not with_argmax:
         return output, output.new_empty(0, dtype=batch.position_dtype)
     return output, torch.cat(argmax, 1).to(batch.position_dtype)
 
 
-def _hand_out(group: Group, bags: Tensor, outputs: list[Tensor]) -> None:
-    """Set the output [B, D] of each of the group's features, given [F * B, D]."""
-    by_feature = bags.view(len(group.features), -1, group.dim).unbind()
-    for feature, output in zip(group.features.tolist(), by_feature, strict=True):
+def _hand_out(bags: Tensor, group: Group, outputs: list[Tensor]) -> None:
+    """Set the output [B, D] of each of a group's features, given [F * B, D]."""
+    by_feature = bags.split(len(bags) // len(group.features))
+    for feature, output in zip(group.features, by_feature, strict=True):
         outputs[feature] = output
 
 
@@ -214,29 +210,29 @@ def _group_bags(
     ids: Ids,
     group: Group,
     with_argmax: bool,
-) -> tuple[Tensor, Tensor]:
-    """The output [F * B, D] of a group, and for maxima with_argmax the place of each among all ids; else -1."""
-    own, matrix = group.ids, group.matrix(weight)
-    begins = torch.from_numpy(group.begins[:-1] - own.start)
-    nowhere = begins.new_full((), -1)
-    if own.start == own.stop:
-        bags = weight.new_zeros(len(begins), group.dim)
-        return bags, nowhere.expand(bags.shape)
-    rows, scales = torch.from_numpy(ids.rows[own]), None
+) -> tuple[Tensor, Tensor | None]:
+    """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none."""
+    matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[group.ids])
+    begins, scales = torch.from_numpy(group.begins), None
     if per_sample_weights is not None:
-        scales = per_sample_weights[own]
+        scales = per_sample_weights[group.ids]
     # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
-    names_row = with_argmax and group.mode == MAX
-    if names_row or (group.mode == MEAN and weight.dtype.itemsize == 2):
-        matrix, rows = matrix[rows], torch.arange(len(rows))
-    if group.mode == MEAN:
+    names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
+    if names_row or (is_mean and weight.dtype.itemsize == 2):
+        matrix, rows = matrix[rows], torch.arange(len(rows), dtype=rows.dtype)
+    if is_mean:
         matrix = matrix.to(accumulation(weight.dtype))
-    bags, _, sizes, largest = torch.embedding_bag(
-        matrix, rows, begins.to(rows.dtype), False, group.mode, False, scales
+    bags, _, sizes, places = torch.embedding_bag(
+        matrix, rows, begins, False, group.mode, False, scales
     )
-    if not names_row:
-        return bags.to(weight.dtype), nowhere.expand(bags.shape)
-    return bags, torch.where(sizes[:, None] > 0, largest + own.start, nowhere)
+    return bags.to(weight.dtype), torch.where(sizes[:, None] > 0, places, -1) if names_row else None
+
+
+def _at_rows(group: Group, weight: Tensor, rows: Tensor) -> Tensor:
+    """Of each element of a group's `bag_rows` what stands in the given row, 0 at -1 -> [F * B, D]."""
+    elements = rows.clamp(min=0) * group.dim + torch.arange(group.dim)
+    values = torch.where(rows >= 0, group.matrix(weight).view(-1)[elements], 0)
+    return values.view(-1, len(group.features), group.dim).transpose(0, 1).flatten(0, 1)
 
 
 def _max_rows(ids: Ids, batch: TableBatch) -> Tensor | None:
@@ -249,8 +245,8 @@ def _max_rows(ids: Ids, batch: TableBatch) -> Tensor | None:
     place_at = np.full(num_ids + 1, -1)
     place_at[:-1][ids.positions] = np.arange(len(ids.rows))
     places = place_at[positions]
-    features = np.concatenate([group.features for group in ids.groups])
-    columns = features.argsort()[batch.table_of_column.numpy()]
+    features = [feature for group in ids.groups for feature in group.features]
+    columns = np.argsort(features)[batch.table_of_column.numpy()]
     begins, ends = (x.reshape(num_tables, -1)[columns].T for x in (ids.begins[:-1], ids.begins[1:]))
     is_own = (places >= begins) & (places < ends)
     return torch.from_numpy(np.where(is_own, np.append(ids.rows, -1)[places], -1))
@@ -296,11 +292,16 @@ def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | 
     if first_rows.any():
         rows = rows + np.repeat(first_rows, num_ids)
     num_rows = np.maximum.reduceat(first_rows + fields[:, TableColumn.NUM_ROWS], starts)
-    columns = starts, ends, mode[starts], dim[starts], base, num_rows
-    groups = [
-        Group(features[start:end], begins[start * num_bags : end * num_bags + 1], *matrix)
-        for start, end, *matrix in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+    of_groups = first_ids[starts], first_ids[ends], mode[starts], dim[starts], base, num_rows
+    in_group = (begins[:-1] - np.repeat(of_groups[0], (ends - starts) * num_bags)).astype(
+        rows.dtype
+    )
+    groups, features = [], features.tolist()
+    for start, end, first_id, end_id, *matrix in zip(
+        *(column.tolist() for column in (starts, ends, *of_groups)), strict=True
+    ):
+        bags = in_group[start * num_bags : end * num_bags]
+        groups.append(Group(features[start:end], slice(first_id, end_id), bags, *matrix))
     return Ids(rows, positions, begins, groups)
 
 
@@ -331,8 +332,9 @@ def _runs(numbers: Integers, end: int) -> Runs:
         # Numbers with their places behind them are sorted in a tenth of the time.
         keys = np.sort(numbers.astype(np.int64) << bits | np.arange(len(numbers)))
         order, ordered = keys & (1 << bits) - 1, keys >> bits
-    begins = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]
-    return Runs(order, np.flatnonzero(begins))
+    is_begin = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=is_begin[1:])
+    return Runs(order, np.flatnonzero(is_begin))
 
 
 def _sums(values: Tensor, source: Integers, begins: Integers, scales: Tensor | None) -> Tensor:
