@@ -27,7 +27,7 @@ _AccumulateGrad = torch._C._functions.AccumulateGrad  # type: ignore[attr-define
 _is_grad_enabled = torch.is_grad_enabled
 _num_modes = torch._C._len_torch_dispatch_stack
 _has_transforms = torch._C._are_functorch_transforms_active
-_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+_will_execute: Any = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 class Handles(list["Handle"]):
