@@ -18,7 +18,7 @@ from .lookup import torch_ids
 Integers = NDArray[np.integer]
 
 # From so many ids on a feature is looked up alone: to number its ids anew would cost more than a call does.
-ALONE = 1024
+ALONE = 4096
 SUM, MEAN, MAX = range(len(MODES))
 
 
@@ -174,7 +174,8 @@ def _bags(
         return None
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights[ids.positions]
-    max_rows = _max_rows(ids, batch)
+    # A view of a parameter requires a gradient, and then torch notes each id's bag, even where none is recorded.
+    weight, max_rows = weight.detach(), _max_rows(ids, batch)
     outputs, argmax = [weight] * batch.num_tables, [weight] * batch.num_tables
     for group in ids.groups:
         places = None
