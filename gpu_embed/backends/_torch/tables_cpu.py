@@ -184,7 +184,10 @@ def _bags(
         elif group.ids.start == group.ids.stop:
             bags = weight.new_zeros(len(group.begins), group.dim)
         else:
-            bags, places = _group_bags(weight, per_sample_weights, ids, group, with_argmax)
+            try:
+                bags, places = _group_bags(weight, per_sample_weights, ids, group, with_argmax)
+            except (IndexError, RuntimeError):
+                return None
         _hand_out(bags, group, outputs)
         if with_argmax:
             positions = torch.full_like(bags, -1, dtype=torch.int64)
@@ -200,6 +203,9 @@ def _bags(
 
 def _hand_out(bags: Tensor, group: Group, outputs: list[Tensor]) -> None:
     """Set the output [B, D] of each of a group's features, given [F * B, D]."""
+    if len(group.features) == 1:
+        outputs[group.features[0]] = bags
+        return
     by_feature = bags.split(len(bags) // len(group.features))
     for feature, output in zip(group.features, by_feature, strict=True):
         outputs[feature] = output
@@ -220,7 +226,7 @@ def _group_bags(
     # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
     names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
     if names_row or (is_mean and weight.dtype.itemsize == 2):
-        matrix, rows = matrix[rows], torch.arange(len(rows), dtype=rows.dtype)
+        matrix, rows = matrix.index_select(0, rows), torch.arange(len(rows), dtype=rows.dtype)
     if is_mean:
         matrix = matrix.to(accumulation(weight.dtype))
     bags, _, sizes, places = torch.embedding_bag(
@@ -263,10 +269,12 @@ def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | 
     if begins[0] != 0 or begins[-1] > len(indices) or (begins[1:] < begins[:-1]).any():
         return None
     rows, first_ids = indices[: begins[-1]], begins[::num_bags]
-    if not (pooled or batch.is_uniform) or not _in_range(rows, first_ids, fields):
+    num_ids, padding = np.diff(first_ids), fields[:, TableColumn.PADDING_IDX]
+    # Of a feature that is looked up alone torch looks at the ids.
+    is_checked = num_ids.min() >= alone or _in_range(rows, first_ids, fields)
+    if not is_checked or not (pooled or batch.is_uniform):
         return None
     positions: Integers | slice = slice(len(rows))
-    num_ids, padding = np.diff(first_ids), fields[:, TableColumn.PADDING_IDX]
     if drop_padding and padding.max() >= 0:
         kept = np.flatnonzero(rows != np.repeat(padding, num_ids))
         if len(kept) < len(rows):
