@@ -19,6 +19,8 @@ Integers = NDArray[np.integer]
 
 # From so many ids on a feature is looked up alone: to number its ids anew would cost more than a call does.
 ALONE = 4096
+# Up to so many rows an id, all rows of a gradient are summed, rather than zeros written and sums put between them.
+DENSE = 4
 SUM, MEAN, MAX = range(len(MODES))
 
 
@@ -108,8 +110,8 @@ def dense_backward(
     ids = _ids(batch, True)
     if ids is None:
         return None
-    grad_weight = grad_output.new_zeros(weight_shape) if into is None else into
-    grad_output = grad_output.to(accumulation(grad_output.dtype)).contiguous()
+    dtype, grad_output = grad_output.dtype, grad_output.to(accumulation(grad_output.dtype))
+    grad_output = grad_output.contiguous()
     if batch.shape.pooled:
         source = ids.bag_of()
     else:
@@ -119,30 +121,43 @@ def dense_backward(
     if len(num_rows) > 1:
         shift = num_rows.cumsum() - num_rows
         rows = rows + np.repeat(shift, [group.ids.stop - group.ids.start for group in ids.groups])
-    runs = _runs(rows, int(num_rows.sum()))
-    used, source, scales = ids.rows[runs.order[runs.begins]], source[runs.order], None
+    runs, scales = _runs(rows, int(num_rows.sum())), None
+    source = source[runs.order]
     if per_sample_weights is not None:
         scales = per_sample_weights.to(grad_output.dtype)[ids.positions][runs.order]
-    max_rows = _max_rows(ids, batch)
+    max_rows, first = _max_rows(ids, batch), ids.groups[0]
+    is_whole = first.num_rows * first.dim == torch.Size(weight_shape).numel()
+    if (
+        into is None
+        and dtype == grad_output.dtype
+        and is_whole
+        and first.num_rows <= DENSE * len(rows)
+        and len(ids.groups) == 1
+        and (first.mode != MAX or max_rows is None)
+    ):
+        # Every row is a run, if an empty one: the sums are the gradient, which is not filled with zeros first.
+        counts = np.bincount(rows, minlength=first.num_rows)
+        values = _bag_values(first, grad_output, batch)
+        return _sums(values, source, counts.cumsum() - counts, scales).view(weight_shape)
+    grad_weight = grad_output.new_zeros(weight_shape, dtype=dtype) if into is None else into
+    used = ids.rows[runs.order[runs.begins]]
     for group in ids.groups:
-        matrix, values, own = group.matrix(grad_weight), grad_output, group.ids
-        if batch.shape.pooled:
-            values = group.bag_rows(values, batch)
-        if group.mode == MEAN:
-            values = values / group.bag_sizes()[:, None]
+        matrix, values = group.matrix(grad_weight), _bag_values(group, grad_output, batch)
         if group.mode == MAX and max_rows is not None:
             of_max = group.bag_rows(max_rows, batch).numpy().ravel()
             places = np.flatnonzero(of_max >= 0)
             elements = of_max[places] * group.dim + places % group.dim
-            own_runs = _runs(elements, matrix.numel())
-            elements, places = elements[own_runs.order], places[own_runs.order]
-            sums = _sums(values.view(-1, 1), places, own_runs.begins, None)
-            _add_rows(matrix.view(-1, 1), elements[own_runs.begins], sums, into is None)
-        elif own.stop > own.start:
-            first, end = np.searchsorted(runs.begins, (own.start, own.stop))
-            own_scales = None if scales is None else scales[own]
-            sums = _sums(values, source[own], runs.begins[first:end] - own.start, own_scales)
-            _add_rows(matrix, used[first:end], sums, into is None)
+            own = _runs(elements, matrix.numel())
+            elements, places = elements[own.order], places[own.order]
+            sums = _sums(values.view(-1, 1), places, own.begins, None)
+            _add_rows(matrix.view(-1, 1), elements[own.begins], sums, into is None)
+        elif group.ids.stop > group.ids.start:
+            first_id, end_id = group.ids.start, group.ids.stop
+            a, b = np.searchsorted(runs.begins, (first_id, end_id))
+            begins = runs.begins[a:b] - first_id
+            own_scales = None if scales is None else scales[group.ids]
+            sums = _sums(values, source[group.ids], begins, own_scales)
+            _add_rows(matrix, used[a:b], sums, into is None)
     return grad_weight
 
 
@@ -163,6 +178,14 @@ def sample_weights_backward(
     grad = weight.new_zeros(len(batch.indices))
     grad[ids.positions] = products.to(grad.dtype)
     return grad
+
+
+def _bag_values(group: Group, grad_output: Tensor, batch: TableBatch) -> Tensor:
+    """What a row of each id gets from its bag: `bag_rows` of the gradient, of means divided -> [B * F, D]."""
+    if not batch.shape.pooled:
+        return grad_output
+    values = group.bag_rows(grad_output, batch)
+    return values / group.bag_sizes()[:, None] if group.mode == MEAN else values
 
 
 def _bags(
