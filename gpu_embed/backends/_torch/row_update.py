@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...bounds import in_table
+from ...bounds import all_in_table, in_table
 from ...dtypes import accumulation
 from ...reference.rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
 from ...row_update import STATE, RowUpdate, Stream
@@ -80,22 +80,24 @@ class RowSums(NamedTuple):
 
 
 def _row_sums(num_rows: int, indices: Tensor, values: Tensor, rows: Tensor | None) -> RowSums:
-    kept = in_table(indices, num_rows)
-    if rows is not None:
-        kept &= rows[torch.where(kept, indices, 0)]
-    positions = None if kept.all() else kept.nonzero()[:, 0]
-    ids = indices if positions is None else indices[positions]
+    positions = None
+    if rows is not None or indices.numel() == 0 or not all_in_table(indices, num_rows):
+        kept = in_table(indices, num_rows)
+        if rows is not None:
+            kept &= rows[torch.where(kept, indices, 0)]
+        positions = kept.nonzero()[:, 0]
+    ids = indices if positions is None else indices.index_select(0, positions)
     if ids.numel() == 0:
         return RowSums(ids, ids, values.new_zeros(0, values.shape[1]))
     # Which run comes first is all the same, so int16 may wrap around.
     keys, order = torch.sort(ids.to(sort_key_dtype(num_rows)), stable=True)
-    order = order if positions is None else positions[order]
+    order = order if positions is None else positions.index_select(0, order)
     _, counts = torch.unique_consecutive(keys, return_counts=True)
     begin = counts.cumsum(0) - counts
-    entry = order[begin]
+    entry = order.index_select(0, begin)
     # The runs are bags of values, which are read in place: a tenth of the time of sorting or scattering them.
     total, *_ = torch.embedding_bag(values, order, begin)
-    return RowSums(indices[entry].to(torch.int64), entry, total)
+    return RowSums(indices.index_select(0, entry).to(torch.int64), entry, total)
 
 
 def _updated(
