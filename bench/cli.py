@@ -128,6 +128,11 @@ RUN: Options = (
     ),
     ("--limit", "the first N cells alone", {"type": int, "metavar": "N"}),
     ("--seconds", "for each measurement (default: %(default)s)", {"type": float, "default": 0.5}),
+    (
+        "--turns",
+        "the providers of a cell take turns, N at least; all are in memory then (default: one after another)",
+        {"type": int, "metavar": "N"},
+    ),
     ("--resume", "measure what DIR lacks", FLAG),
 )
 HEADLINE: Options = (
@@ -300,6 +305,8 @@ def run(args: argparse.Namespace) -> int:
         raise CannotRunError(f"--limit {args.limit}: at least 1 cell is needed")
     if not 0 < args.seconds <= 600:
         raise CannotRunError(f"--seconds {args.seconds:g}: choose a number above 0, at most 600")
+    if args.turns is not None and args.turns < 1:
+        raise CannotRunError(f"--turns {args.turns}: at least 1 is needed")
     device = choose_device(args.device)
     jobs = plan(choice, device)
     if not any(job.mode in job.provider.modes for job in jobs):
@@ -312,12 +319,13 @@ def run(args: argparse.Namespace) -> int:
     results.check_writable(args.out)
     with results.RowWriter(args.out, args.resume) as writer:
         bench = start(args, console)
-        bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
+        samples = Effort.min_samples if args.turns is None else args.turns
+        bench.effort = Effort(args.seconds, samples, host_seconds=min(0.2, args.seconds))
         if memory is not None:
             bench.memory = min(memory, machine.free_memory(bench.device))
         bench.copy_gbps = write_header(args, bench)
         try:
-            done = measure(bench, jobs, writer, console)
+            done = measure(bench, jobs, writer, console, in_turns=args.turns is not None)
         except (KeyboardInterrupt, results.NotWrittenError) as end:
             kept = sum(job.row(bench).key in writer.done for job in jobs)
             interrupted = isinstance(end, KeyboardInterrupt)
@@ -381,12 +389,14 @@ def measure(
     writer: results.RowWriter,
     console: Console,
     last_start: float = math.inf,
+    in_turns: bool = False,
 ) -> list[results.Row]:
     """The new rows of the jobs, each said as soon as its cell is through."""
     with progress_bar(console) as progress:
         report = Reporter(console, progress, len(jobs))
         try:
-            return execute(bench, jobs, writer, report.start, report.row, report.skip, last_start)
+            told = (report.start, report.row, report.skip)
+            return execute(bench, jobs, writer, *told, last_start, in_turns)
         finally:
             report.flush()
 

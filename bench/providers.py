@@ -57,6 +57,8 @@ class Provider:
     tables_beside: int = 1
     # Whether it makes a table of its own in the other modes too.
     copies: bool = False
+    # Whether it adds to a gradient that exists, with no gradient of its own between.
+    in_place: bool = False
     # Whether its gradient must be a sum in fp32, rounded once; else sums in the table's dtype are accepted.
     sums_in_fp32: bool = False
     requirement: Callable[[torch.device], str | None] = lambda device: None
@@ -73,6 +75,11 @@ class Provider:
             return "runs on the CPU alone"
         return _import_problem(self.module, self.package) or self.requirement(device)
 
+    @property
+    def needs_no_setting(self) -> bool:
+        """Whether it can take turns with others in one process."""
+        return self.setting is nullcontext
+
     def version(self) -> str:
         """The installed version, or an empty text."""
         return machine.version(self.package)
@@ -87,6 +94,8 @@ class Provider:
             return f"measured in {', '.join(self.modes)} alone"
         if mode in STEPS and mode != "step" and cell.dtype not in ("float32", "float64"):
             return f"optimizers are checked on float32 and float64 tables, not on {cell.dtype}"
+        if mode == "accumulate_fp32" and not hasattr(torch.Tensor, "grad_dtype"):
+            return "an fp32 gradient beside a table of 16 bits needs a torch with Tensor.grad_dtype"
         return self.refusal(cell)
 
     def refusal(self, cell: Cell) -> str | None:
