@@ -26,7 +26,7 @@ from gpu_embed.plot import PLAIN_TEXT, draw_legend
 
 from .compare import NOISY_MEANS, by_cell, is_ours, noise_of, our_row, ratio_of, state_of, time_of
 from .results import Key, Row, complete_header, header_or_empty, rows_to_show, write_whole
-from .shapes import STEPS
+from .shapes import ACCUMULATE, STEPS
 
 Curves = Mapping[str, Sequence[Row]]  # each provider's rows, in the order of the x axis
 
@@ -43,6 +43,10 @@ GROWTH_SPAN = 100
 STEP_CAPTION = (
     "A step is forward, backward and the optimizer's update. -sparse: a sparse gradient · "
     "in-backward, fbgemm-gpu: updated inside the backward pass · the others: a gradient as large as the table"
+)
+ACCUMULATION_CAPTION = (
+    "The backward of a lookup whose table has a gradient already. -in-place: accumulate_in_place adds to its rows · "
+    "the others make a gradient as large as the table, and add that"
 )
 # In place of the ratio of two times of which one is too noisy.
 NOISY = "noisy"
@@ -66,6 +70,7 @@ STYLES = {
     "gpu_embed-sorted": Style("#003B73", ">", "--"),
     "gpu_embed-sparse": Style("#7A8FE0", "p", ":"),
     "gpu_embed-in-backward": Style("#00A6C7", "d", "-."),
+    "gpu_embed-in-place": Style("#009FE3", "*", "-."),
     "torch": Style("#D55E00", "s"),
     "torch-sparse": Style("#8F2D00", "h", ":"),
     "torch.compile": Style("#E69F00", "D"),
@@ -125,6 +130,7 @@ def pictures(rows: Sequence[Row], header: Mapping[str, Any]) -> Pictures:
         contention_pictures,
         growth_pictures,
         step_pictures,
+        accumulation_pictures,
     )
     for draw in kinds:
         yield from draw(rows, styles, caption)
@@ -173,12 +179,13 @@ def short_number(value: float) -> str:
 def vocabulary_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
     """ms above, % of copy bandwidth below; a column for each shape, a picture for each mode.
 
-    Steps have a picture of their own.
+    Steps and accumulation have pictures of their own.
     """
+    others = [row for row in rows if row.mode not in (*STEPS, *ACCUMULATE)]
     reason = f"no shape was timed at {FEWEST_POINTS} or more vocabularies"
     share = "DRAM byte floor / time\n(% of measured copy bandwidth)"
     yield from _curve_pictures(
-        _curves([row for row in rows if row.mode not in STEPS], BY_VOCABULARY),
+        _curves(others, BY_VOCABULARY),
         styles,
         caption,
         Skipped("time against vocabulary", reason),
@@ -433,6 +440,33 @@ def step_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures
         Axis(
             lambda row: row.step_peak_bytes / 2**20 if row.step_peak_bytes else None,
             "memory at the step's peak (MiB),\ntable and state included",
+            _short_axis,
+            common=True,
+        ),
+    )
+
+
+# 6. What it costs to add to a gradient that exists
+
+
+def accumulation_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
+    """ms above, memory beyond the gradient below, against the vocabulary; a column for each dtype of the gradient."""
+    reason = f"no backward into a gradient was timed at {FEWEST_POINTS} or more vocabularies"
+    yield from _curve_pictures(
+        _curves([row for row in rows if row.mode in ACCUMULATE], BY_VOCABULARY),
+        styles,
+        f"{ACCUMULATION_CAPTION}\n{caption}",
+        Skipped("gradient accumulation", reason),
+        lambda key: (
+            f"Set {key.set}: what gradient accumulation costs as the table grows\n{_subtitle(key)}",
+            *("accumulation", key.set, *_subtitle(key).split(", ")),
+        ),
+        lambda key: f"gradient in {'float32' if key.mode == 'accumulate_fp32' else key.dtype}",
+        BY_VOCABULARY,
+        Axis(time_of, f"time of a backward (ms),\n{SPREAD}", _short_axis, common=True),
+        Axis(
+            lambda row: row.peak_extra_bytes / 2**20 if row.peak_extra_bytes else None,
+            "memory at its peak beyond\ntable and gradient (MiB)",
             _short_axis,
             common=True,
         ),
