@@ -414,7 +414,7 @@ def _slope_axis(axes: Axes, vocabs: Sequence[float]) -> None:
 
 
 def _multiple_axis(axes: Axes, multiples: Sequence[float]) -> None:
-    _log_axis(axes, [*multiples, 1.0, 10.0], "y", "{:g}x".format)
+    log_axis(axes, [*multiples, 1.0, 10.0], "y", "{:g}x".format)
 
 
 # 5. What a training step costs
@@ -458,7 +458,7 @@ def accumulation_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> 
         f"{ACCUMULATION_CAPTION}\n{caption}",
         Skipped("gradient accumulation", reason),
         lambda key: (
-            f"Set {key.set}: what gradient accumulation costs as the table grows\n{_subtitle(key)}",
+            f"Set {key.set}: adding to a gradient as the table grows\n{_subtitle(key)}",
             *("accumulation", key.set, *_subtitle(key).split(", ")),
         ),
         lambda key: f"gradient in {'float32' if key.mode == 'accumulate_fp32' else key.dtype}",
@@ -591,9 +591,9 @@ def _finish(figure: Figure, styles: Styles, title: str, caption: str, *name: obj
     # An inch holds about 10 bold letters of the title, and 15 of 8 points; the legend takes 2.5 inches.
     room = int(10 * (width - 2.5 if entries else width))
     at_the_left: dict[str, Any] = {"x": 0.01, "ha": "left", **PLAIN_TEXT}
-    figure.suptitle(_wrapped(title, room, ", "), fontweight="bold", **at_the_left)
+    figure.suptitle(wrapped(title, room, ", "), fontweight="bold", **at_the_left)
     figure.supxlabel(
-        _wrapped(caption, int(15 * width), " · "), fontsize=8, color=GREY, **at_the_left
+        wrapped(caption, int(15 * width), " · "), fontsize=8, color=GREY, **at_the_left
     )
     for axes in figure.axes:
         for text in (axes.title, *axes.texts):
@@ -625,7 +625,7 @@ def _noisy_line(*what: str) -> str:
     return " · ".join((f"NOISY ({NOISY_MEANS}), neither faster nor slower", *what))
 
 
-def _wrapped(text: str, room: int, joint: str) -> str:
+def wrapped(text: str, room: int, joint: str) -> str:
     """Break lines of more characters than there is room for, between the parts."""
     lines: list[str] = []
     for line in text.splitlines():
@@ -665,7 +665,9 @@ def _subtitle(key: Key) -> str:
     return _shape_title(key, "vocab", "set", "mode").replace("\n", ", ")
 
 
-def _log_axis(axes: Axes, values: Sequence[float], name: str, text: Callable[[float], str]) -> None:
+def log_axis(
+    axes: Axes, values: Sequence[float], name: str, text: Callable[[float], str] = "{:g}".format
+) -> None:
     """A logarithmic axis from one round number to another, labelled with plain numbers."""
     low, high = min(values), max(values)
     grid = [
@@ -691,9 +693,9 @@ def _log_axis(axes: Axes, values: Sequence[float], name: str, text: Callable[[fl
     axis.set_minor_locator(NullLocator())
 
 
-_vocabulary_axis = partial(_log_axis, name="x", text=short_number)
-_time_axis = partial(_log_axis, name="y", text="{:g}".format)
-_short_axis = partial(_log_axis, name="y", text=short_number)
+_vocabulary_axis = partial(log_axis, name="x", text=short_number)
+_time_axis = partial(log_axis, name="y")
+_short_axis = partial(log_axis, name="y", text=short_number)
 BY_VOCABULARY = Axis(_vocab, VOCABULARY, _vocabulary_axis, "vocab")
 TIME = Axis(time_of, f"time (ms), {SPREAD}", _time_axis)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 RESULTS = "results.csv"
 HEADER = "header.json"
+HOST_TIME = "host_time.csv"  # beside them, where it was measured
 # wrong: the result differs from the reference, so there is no time; oom: it does not fit in memory.
 STATUSES = ("ok", "wrong", "missing", "error", "oom")
 

@@ -106,6 +106,10 @@ def grid(**axes: Sequence[Any]) -> tuple[Cell, ...]:
     )
 
 
+MICRO_STEPS = (
+    *grid(vocab=(128_256,), dim=(512,), num_ids=(8, 512, 2048)),
+    *grid(vocab=(32_000,), dim=(4096,), num_ids=(2048, 4096), dtype=("bfloat16",)),
+)
 BAGS_OF_20: dict[str, Any] = {"operation": "embedding_bag", "hotness": 20}
 SETS = {
     shape_set.name: shape_set
@@ -261,8 +265,7 @@ SETS = {
             "micro-steps of a model's training",
             ACCUMULATE,
             (
-                *grid(vocab=(128_256,), dim=(512,), num_ids=(8, 512, 2048)),
-                *grid(vocab=(32_000,), dim=(4096,), num_ids=(2048, 4096), dtype=("bfloat16",)),
+                *MICRO_STEPS,
                 *grid(vocab=tuple(2**k for k in range(10, 21)), dim=(256,), num_ids=(2048,)),
             ),
         ),
