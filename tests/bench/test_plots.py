@@ -13,41 +13,12 @@ image = pytest.importorskip("matplotlib.image", reason="the benchmark's extra is
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
+from pictured import BASE, HEADER, texts_of  # noqa: E402
 
 from gpu_embed.bench import plots  # noqa: E402
 from gpu_embed.bench.results import Row, RowWriter, write_header, write_whole  # noqa: E402
 from gpu_embed.bench.shapes import ACCUMULATE, STEPS  # noqa: E402
 
-BASE = Row(
-    set="S",
-    operation="embedding",
-    mode="forward",
-    dtype="float32",
-    id_dtype="int64",
-    tables=1,
-    vocab=10_000,
-    dim=128,
-    num_ids=65_536,
-    hotness=1,
-    distribution="uniform",
-    unique_ids=None,
-    padding=0.0,
-    provider="gpu_embed",
-    status="ok",
-    device="Synthetic Card 1",
-    torch="9.8.7",
-    triton="6.5.4",
-    commit="0123456789abcdef",
-)
-HEADER = {
-    "device": "Synthetic Card 1",
-    "driver": "111.22",
-    "torch": "9.8.7",
-    "triton": "6.5.4",
-    "commit": "0123456789abcdef",
-    "dirty": True,
-    "date": "2001-02-03",
-}
 SPEED = {"gpu_embed": 1.0, "gpu_embed-sorted": 1.5, "torch": 2.0, "liger-kernel": 4.0}
 OTHERS = {"gpu_embed-in-backward": 1.0, "fbgemm-gpu-cpu": 2.0}
 
@@ -85,26 +56,6 @@ def drawn(rows, draw=plots.pictures, header=HEADER):
 def lines_of(axes):
     """The providers' curves by name."""
     return {line.get_label(): line for line in axes.get_lines() if line.get_label()[0] != "_"}
-
-
-def texts_of(figure):
-    """Every visible text with its box in pixels."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    found = []
-    # Ticks beyond the ends of their axis have a text that is not drawn.
-    beyond = {
-        tick.label1
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in axis.get_major_ticks()
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-    }
-    for text in figure.findobj(Text):
-        if text.get_visible() and text.get_text().strip() and text not in beyond:
-            found.append((text.get_text(), text.get_window_extent(renderer)))
-    return found, figure.bbox
 
 
 def tick_texts(axis):

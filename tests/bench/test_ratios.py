@@ -7,7 +7,7 @@ import pytest
 
 image = pytest.importorskip("matplotlib.image", reason="the benchmark's extra is not installed")
 
-from test_plots import BASE, HEADER, texts_of  # noqa: E402
+from pictured import BASE, HEADER, texts_of  # noqa: E402
 
 from gpu_embed.bench import cli, figures, host_time, plots, ratios, row_csv, timing  # noqa: E402
 from gpu_embed.bench.results import HOST_TIME, RowWriter, read_header, read_rows, write_header  # noqa: E402
