@@ -257,6 +257,25 @@ def test_the_peak_of_an_accumulation_is_beyond_the_gradient(bench, dtype, mode, 
     assert tables * size <= row.peak_extra_bytes < tables * size + 4096
 
 
+@pytest.mark.parametrize("tables", [1, 3])
+@pytest.mark.parametrize("hotness", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [
+        ("float32", "accumulate"),
+        ("bfloat16", "accumulate"),
+        ("bfloat16", "accumulate_fp32"),
+    ],
+)
+def test_in_place_is_right_and_takes_no_second_gradient(bench, dtype, mode, hotness, tables):
+    operation = "embedding" if hotness == 1 else "embedding_bag"
+    cell = Cell(20_000, 8, 12, dtype, operation=operation, hotness=hotness, tables=tables)
+    row = measured(bench, PROVIDERS["gpu_embed-in-place"], cell, mode)
+    assert row.status == "ok", row
+    assert row.match.endswith("of the fp32 bound")
+    assert row.peak_extra_bytes < 20_000
+
+
 def test_fp32_gradients_are_for_tables_of_16_bits():
     jobs = run.plan(run.Choice(["L"], ["torch"]), CPU)
     modes = {job.cell.dtype: set() for job in jobs}
