@@ -27,7 +27,7 @@ _AccumulateGrad = torch._C._functions.AccumulateGrad  # type: ignore[attr-define
 _is_grad_enabled = torch.is_grad_enabled
 _num_modes = torch._C._len_torch_dispatch_stack
 _has_transforms = torch._C._are_functorch_transforms_active
-_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+_will_execute: Any = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 class Handles(list["Handle"]):
@@ -115,6 +115,7 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         or type(grad_output) is not Tensor
         or _is_grad_enabled()  # create_graph
         or into.requires_grad
+        or not leaf.requires_grad
         or leaf._backward_hooks  # which see the gradient
         or into.layout is not torch.strided
         or (into.dtype is not dtype and into.dtype is not accumulation(dtype))
