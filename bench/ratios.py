@@ -95,7 +95,9 @@ SECTIONS = (
         "A step on a sparse gradient, updated in backward, beside torch's sparse step",
         "gpu_embed-in-backward",
         "torch-sparse",
-        lambda key: key.mode in STEPS and key.distribution.startswith("spread:"),
+        lambda key: (
+            key.mode in STEPS and key.distribution.startswith("spread:") and key.num_ids == 65_536
+        ),
         lambda key: f"{STEPS[key.mode]}, {short_number(key.vocab)} rows",
     ),
 )
