@@ -81,6 +81,13 @@ def _accumulation_label(key: Key) -> str:
     return f"{key.vocab:,} x {key.dim:,} {SHORT[key.dtype]}{gradient}, {key.num_ids:,} ids"
 
 
+def _tables_label(key: Key) -> str:
+    mixed = " in four widths" if key.operation == "embedding_bag_mixed" else ""
+    mode = "forward" if key.mode == "forward" else "with backward"
+    ids = f"{key.num_ids // key.tables:,} ids each in bags of {key.hotness}"
+    return f"{key.tables} tables{mixed}, {ids}, {mode}"
+
+
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 _MICRO_STEPS = {(cell.vocab, cell.dim, cell.num_ids) for cell in MICRO_STEPS}
 SECTIONS = (
@@ -99,6 +106,13 @@ SECTIONS = (
             key.mode in STEPS and key.distribution.startswith("spread:") and key.num_ids == 65_536
         ),
         lambda key: f"{STEPS[key.mode]}, {short_number(key.vocab)} rows",
+    ),
+    Section(
+        "Sums of many tables, beside a loop over torch.nn.EmbeddingBag and torch.cat",
+        "gpu_embed",
+        "torch-together",
+        lambda key: key.set == "M",
+        _tables_label,
     ),
 )
 HOST = "The host's time of a tiny lookup"

@@ -108,7 +108,7 @@ def test_directories_without_a_ratio_are_an_error(tmp_path, capsys):
 
 
 def test_figures_measures_in_turns_what_ratios_draws(tmp_path, monkeypatch, capsys):
-    small = {"vocab": [60], "dim": [8], "num_ids": [40], "distribution": ["uniform"]}
+    small = {"vocab": [60], "dim": [8], "num_ids": [256], "distribution": ["uniform"]}
     choices = [
         Choice(each.sets, each.providers, each.modes, {**each.axes, **small}, 1)
         for each in figures.CHOICES
