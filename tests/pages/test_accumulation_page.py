@@ -1,4 +1,4 @@
-"""Every row of the table in docs/gradient_accumulation.md: where a gradient of the table's size is saved, and where not."""
+"""Every row of the table in docs/gradient_accumulation.md: where a gradient of the table's size is saved, where not."""
 
 import contextlib
 import re
