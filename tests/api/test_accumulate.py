@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -701,6 +702,81 @@ def test_compiled_autograd_of_an_eager_lookup(backend, added):
 
     assert torch.equal(outcome(case, True)[1], outcome(case, False)[1])
     assert not added
+
+
+# Processes.
+
+
+def model():
+    layers = torch.nn.Sequential(gpu_embed.Embedding(9, 4), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.copy_(integers(*parameter.shape))
+    return layers
+
+
+def micro_steps(wrapped, rank, without_sync):
+    """The gradients after three micro-steps, of which the last is in sync."""
+    for step in range(3):
+        with without_sync(step < 2):
+            ids = torch.tensor([rank, 4, step, 4])
+            wrapped(ids).backward(integers(4, 2, seed=step).float())
+    return [p.grad for p in wrapped.parameters()]
+
+
+def count_additions():
+    counts, increment = [], torch.autograd.graph.increment_version
+
+    def record(tensor):
+        counts.extend([1] * isinstance(tensor, torch.Tensor))
+        increment(tensor)
+
+    torch.autograd.graph.increment_version = record
+    return counts
+
+
+def in_processes(rank, world_size, store):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    store = torch.distributed.FileStore(store, world_size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    counts = count_additions()
+    for arguments in ({}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
+        grads = []
+        for marked in (False, True):
+            one = DistributedDataParallel(model(), **arguments)
+            if marked:
+                accumulate_in_place(one)
+            skip = lambda wanted, one=one: one.no_sync() if wanted else nullcontext()  # noqa: E731
+            grads.append(micro_steps(one, rank, skip))
+            assert len(counts) == (2 if marked else 0), (arguments, marked, counts)
+        counts.clear()
+        assert all(map(torch.equal, *grads))
+    mesh, grads = init_device_mesh("cpu", (world_size,)), []
+    for marked in (False, True):
+        one = fully_shard(model(), mesh=mesh)
+        if marked:
+            accumulate_in_place(one)
+
+        @contextmanager
+        def skip(wanted, one=one):
+            one.set_requires_gradient_sync(not wanted)
+            yield
+
+        grads.append([grad.full_tensor() for grad in micro_steps(one, rank, skip)])
+    assert all(map(torch.equal, *grads))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_data_parallel_training(tmp_path, world_size):
+    """DDP adds in place in its last micro-step too; FSDP2 has parameters of its own, and is as without the mark."""
+    arguments = world_size, str(tmp_path / "store")
+    torch.multiprocessing.spawn(in_processes, arguments, nprocs=world_size)
 
 
 # Versions of torch that tell less.
