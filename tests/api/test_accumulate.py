@@ -866,12 +866,12 @@ def test_a_handle_ends_it(added):
     with pytest.raises(KeyError), accumulate_in_place(layer):
         raise KeyError
     assert not adds_in_place(layer, added)
-    assert not in_place._in_force & {id(first), id(second), id(third)}
+    assert not in_place.in_force & {id(first), id(second), id(third)}
 
 
 def test_a_mark_outlives_its_handle_and_no_handle_its_leaves(added):
     layer = gpu_embed.Embedding(9, 4)
-    before = set(in_place._in_force)
+    before = set(in_place.in_force)
     accumulate_in_place(layer)
     gc.collect()
     assert adds_in_place(layer, added)
@@ -879,9 +879,9 @@ def test_a_mark_outlives_its_handle_and_no_handle_its_leaves(added):
     handle = accumulate_in_place(layer)
     del layer
     assert weight() is None
-    assert in_place._in_force - before == {id(handle)}
+    assert in_place.in_force - before == {id(handle)}
     del handle
-    assert not in_place._in_force - before
+    assert not in_place.in_force - before
 
 
 def test_what_a_module_means(added):
