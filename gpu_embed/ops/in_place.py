@@ -128,6 +128,7 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         or _num_modes()
         or _has_transforms()
         or forward_ad._current_level >= 0
+        or into.untyped_storage().data_ptr() == grad_output.untyped_storage().data_ptr()
         or (leaf._post_accumulate_grad_hooks and not _engine().runs_hooks)
     ):
         return None

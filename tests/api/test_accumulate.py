@@ -495,6 +495,10 @@ def negative_view(layer):
     output.backward(torch._neg_view(grad))
 
 
+def of_its_own_memory(layer):
+    lookups(layer)[0].backward(layer.weight.grad[1:4])
+
+
 def expanded(layer):
     layer(torch.tensor([1, 4, 1])).sum().backward()
 
@@ -541,6 +545,7 @@ CASES = {
     profiled: 1,
     deterministic: 1,
     negative_view: 0,
+    of_its_own_memory: 0,
     expanded: 1,
     no_ids: 1,
 }
@@ -600,6 +605,19 @@ def test_an_overlapping_gradient_is_refused_by_torch(added):
 
     for marked in (False, True):
         outcome(case, marked)
+    assert not added
+
+
+def test_the_buffer_of_tables_is_added_to_only_where_it_is_contiguous(added):
+    def run(marked):
+        layer = table_cases.integer_layer([(7, 4), (3, 4)])
+        layer.weight.grad = torch.ones(4, 10).T
+        if marked:
+            accumulate_in_place(layer)
+        layer(torch.tensor([1, 1, 2]), torch.tensor([0, 2, 3])).sum().backward()
+        return layer.weight.grad
+
+    assert torch.equal(run(True), run(False))
     assert not added
 
 
