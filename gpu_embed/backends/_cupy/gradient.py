@@ -24,6 +24,7 @@ class CupyGradient(CupyDevice, GradientPlan):
         bags: OutputBags | None,
         grad_weight: Tensor,
         padding_idx: int,
+        in_place: bool,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         launch = self._launches[ids.device].scatter_add

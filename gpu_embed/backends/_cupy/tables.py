@@ -155,6 +155,7 @@ class CupyTables(CupyDevice, TablesPlan):
         batch: TableBatch,
         grad_weight: Tensor,
         splits: int,
+        in_place: bool,
     ) -> None:
         launch = self._launches[grad_output.device].table_scatter_add
         vec = 1
