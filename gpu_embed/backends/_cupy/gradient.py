@@ -34,7 +34,9 @@ class CupyGradient(CupyDevice, GradientPlan):
             grad_weight.dtype == torch.float32
             and self._capability(ids.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
-            vec = min(vector_width(grad_output), vector_width(grad_weight))
+            vec = vector_width(grad_output)
+            if in_place:
+                vec = min(vec, vector_width(grad_weight))
         arguments = (
             f"{FLOATS[grad_output.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
             f"{launch.UNROLL}, {cpp_bool(bags is not None)}"
