@@ -128,7 +128,6 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         or _num_modes()
         or _has_transforms()
         or forward_ad._current_level >= 0
-        or into.untyped_storage().data_ptr() == grad_output.untyped_storage().data_ptr()
         or (leaf._post_accumulate_grad_hooks and not _engine().runs_hooks)
     ):
         return None
@@ -137,6 +136,8 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         if not _will_execute(node):
             return None
     except RuntimeError:
+        return None
+    if into.untyped_storage().data_ptr() == grad_output.untyped_storage().data_ptr():
         return None
     if into.is_cuda or grad_output.is_cuda:
         if into.device != grad_output.device:
