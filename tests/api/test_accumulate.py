@@ -106,7 +106,14 @@ def gradient_dtypes():
     pairs = [(dtype, dtype) for dtype in GRADIENT_DTYPES]
     if HAS_GRAD_DTYPE:
         pairs += [(dtype, torch.float32) for dtype in (torch.bfloat16, torch.float16)]
-    return pytest.mark.parametrize("dtypes", pairs, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+    others = (torch.float64, torch.float16)
+    params = [
+        pytest.param(
+            pair, id=f"{pair[0]}-{pair[1]}", marks=[pytest.mark.full] * (pair[0] in others)
+        )
+        for pair in pairs
+    ]
+    return pytest.mark.parametrize("dtypes", params)
 
 
 def backward_in(make, call, dtype, device, grad=None):
