@@ -24,6 +24,16 @@ from gpu_embed import accumulate_in_place
 from gpu_embed.backends._torch import lookup as torch_lookup
 from gpu_embed.ops import in_place
 
+# torch's own: about its compiler, and about gradients that this test makes on purpose.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "`torch.jit.script` is deprecated",
+        "grad and param do not obey the gradient layout contract",
+        "Using backward\\(\\) with create_graph=True",
+    )
+]
+
 HAS_GRAD_DTYPE = hasattr(torch.nn.Parameter, "grad_dtype")
 
 
