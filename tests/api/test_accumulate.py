@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -917,6 +919,17 @@ def test_a_mark_outlives_its_handle_and_no_handle_its_leaves(added):
     assert in_place.in_force - before == {id(handle)}
     del handle
     assert not in_place.in_force - before
+
+
+@pytest.mark.full
+def test_the_interpreter_exits_in_silence():
+    code = (
+        "import gpu_embed, torch\n"
+        "layer = torch.keep = gpu_embed.Embedding(3, 2)\n"
+        "gpu_embed.accumulate_in_place(layer)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_what_a_module_means(added):
