@@ -108,7 +108,7 @@ def test_directories_without_a_ratio_are_an_error(tmp_path, capsys):
 
 
 def test_figures_measures_in_turns_what_ratios_draws(tmp_path, monkeypatch, capsys):
-    small = {"vocab": [60], "dim": [8], "num_ids": [40], "distribution": ["uniform"]}
+    small = {"vocab": [60], "dim": [8], "num_ids": [256], "distribution": ["uniform"]}
     choices = [
         Choice(each.sets, each.providers, each.modes, {**each.axes, **small}, 1)
         for each in figures.CHOICES
@@ -117,7 +117,9 @@ def test_figures_measures_in_turns_what_ratios_draws(tmp_path, monkeypatch, caps
     monkeypatch.setattr(host_time, "measure_host_time", lambda: TIMES)
     monkeypatch.setattr(cli, "copy_gbps", lambda *arguments: 10.0)
     monkeypatch.setattr(timing, "flush", lambda device: None)
-    monkeypatch.setattr(cli, "Effort", lambda **options: timing.Effort(0.002, 3, 4, False, 0))
+    monkeypatch.setattr(
+        cli, "Effort", lambda **options: timing.Effort(0.002, 3, 4, host_seconds=0, cold=False)
+    )
     assert cli.main(["figures", "--device", "cpu", "--out", str(tmp_path)]) == 0
     (directory,) = tmp_path.iterdir()
     rows = read_rows(directory)
