@@ -24,6 +24,7 @@ class CupyGradient(CupyDevice, GradientPlan):
         bags: OutputBags | None,
         grad_weight: Tensor,
         padding_idx: int,
+        in_place: bool,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         launch = self._launches[ids.device].scatter_add
@@ -33,7 +34,9 @@ class CupyGradient(CupyDevice, GradientPlan):
             grad_weight.dtype == torch.float32
             and self._capability(ids.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
-            vec = min(vector_width(grad_output), vector_width(grad_weight))
+            vec = vector_width(grad_output)
+            if in_place:
+                vec = min(vec, vector_width(grad_weight))
         arguments = (
             f"{FLOATS[grad_output.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
             f"{launch.UNROLL}, {cpp_bool(bags is not None)}"

@@ -155,6 +155,7 @@ class CupyTables(CupyDevice, TablesPlan):
         batch: TableBatch,
         grad_weight: Tensor,
         splits: int,
+        in_place: bool,
     ) -> None:
         launch = self._launches[grad_output.device].table_scatter_add
         vec = 1
@@ -162,8 +163,9 @@ class CupyTables(CupyDevice, TablesPlan):
             grad_weight.dtype == torch.float32
             and self._capability(grad_output.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
-            matrices = (grad_output, grad_weight)
-            vec = min(table_vector_width(matrix, batch.shape.dim_divisor) for matrix in matrices)
+            vec = table_vector_width(grad_output, batch.shape.dim_divisor)
+            if in_place:
+                vec = min(vec, table_vector_width(grad_weight, batch.shape.dim_divisor))
         arguments = (
             f"{FLOATS[grad_output.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {launch.UNROLL}"
         )
