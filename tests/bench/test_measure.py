@@ -444,7 +444,7 @@ def test_host_time_of_every_lookup():
 
 
 def test_every_set_can_be_counted_and_has_known_modes():
-    assert list(SETS) == list("ABCDEFGHIJKL")
+    assert list(SETS) == list("ABCDEFGHIJKLM")
     for shape_set in SETS.values():
         assert shape_set.cells
         assert set(shape_set.modes) <= set(MODES)
