@@ -164,13 +164,7 @@ def dense_backward(
     for group in groups:
         matrix, values = group.matrix(grad_weight), ids.bag_values(group, grad_output, batch)
         if group.mode == MAX and max_rows is not None:
-            of_max = group.bag_rows(max_rows, batch).numpy().ravel()
-            places = np.flatnonzero(of_max >= 0)
-            elements = of_max[places] * group.dim + places % group.dim
-            own = _runs(elements, matrix.numel())
-            elements, places = elements[own.order], places[own.order]
-            sums = _sums(values.view(-1, 1), places, own.begins, None)
-            _add_rows(matrix.view(-1, 1), elements[own.begins], sums, into is None)
+            _add_maxima(matrix, group.bag_rows(max_rows, batch), values, into is None)
             continue
         of_group = ids.of(group)
         a, b = np.searchsorted(runs.begins, (of_group.start, of_group.stop))
@@ -306,7 +300,8 @@ def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | 
     rows, first_ids = indices[: begins[-1]], begins[::num_bags]
     num_ids = np.diff(first_ids)
     is_alone = num_ids >= alone
-    plan = _plan(batch.fields.numpy().tobytes(), *batch.shape[1:3], pooled, is_alone.tobytes())
+    shape = batch.shape.widest, batch.shape.dim_divisor, pooled
+    plan = _plan(batch.fields.numpy().tobytes(), *shape, is_alone.tobytes())
     # Of a feature that is looked up alone torch looks at the ids.
     is_checked = is_alone.all() or _in_range(rows, first_ids, num_ids, plan.num_rows)
     if not is_checked or not (pooled or batch.is_uniform):
@@ -410,6 +405,20 @@ def _sums(values: Tensor, source: Integers, begins: Integers, scales: Tensor | N
     arguments = values, torch.from_numpy(source), torch.from_numpy(begins)
     sums, *_ = torch.embedding_bag(*arguments, False, SUM, False, scales)
     return sums
+
+
+def _add_maxima(matrix: Tensor, rows: Tensor, values: Tensor, is_new: bool) -> None:
+    """Add each element of `values` [M, D] to its column of the given row [M, D], -1: none; the rest as `_add_rows`."""
+    of_values = rows.numpy().ravel()
+    places = np.flatnonzero(of_values >= 0)
+    elements = of_values[places] * matrix.shape[1] + places % matrix.shape[1]
+    if matrix.dtype == values.dtype:
+        added = values.view(-1)[torch.from_numpy(places)]
+        matrix.view(-1).scatter_add_(0, torch.from_numpy(elements), added)
+        return
+    runs = _runs(elements, matrix.numel())
+    sums = _sums(values.view(-1, 1), places[runs.order], runs.begins, None)
+    _add_rows(matrix.view(-1, 1), elements[runs.order[runs.begins]], sums, is_new)
 
 
 def _add_rows(matrix: Tensor, used: Integers, sums: Tensor, is_new: bool) -> None:
