@@ -247,9 +247,10 @@ def _group_bags(
     weight: Tensor, scales: Tensor | None, ids: Ids, group: Group, with_argmax: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none."""
-    own, begins = ids.of(group), ids.begins_of(group)
-    matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[own])
-    begins = torch.from_numpy((begins[:-1] - own.start).astype(ids.rows.dtype, copy=False))
+    own, matrix = ids.of(group), group.matrix(weight)
+    rows = torch.from_numpy(ids.rows[own])
+    of_own = ids.begins_of(group)[:-1] - own.start
+    begins = torch.from_numpy(of_own.astype(ids.rows.dtype, copy=False))
     # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
     names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
     if names_row or (is_mean and weight.dtype.itemsize == 2):
