@@ -16,7 +16,13 @@ from torch import Tensor
 
 from .. import backends, bounds
 from ..dtypes import FLOATS
-from .autograd import _library, define, register_multilinear
+from .autograd import (
+    PLAIN_MODES,
+    _library,
+    define,
+    included_keys,
+    register_multilinear,
+)
 
 # Dispatcher kernels (CompositeExplicitAutograd).
 
@@ -211,7 +217,9 @@ def sparse_gradient(
         ids, values = ids[:0], values[:0]
     elif ids.device.type == "cpu" and (padding_idx >= 0 or type(ids) is Tensor):
         # Of a fake tensor nobody knows how many are kept.
-        if padding_idx >= 0 or not bounds.all_in_table(ids, num_embeddings):
+        # A tracer, too, wants what holds for other ids.
+        is_plain = included_keys().raw_repr() in PLAIN_MODES
+        if padding_idx >= 0 or not is_plain or not bounds.all_in_table(ids, num_embeddings):
             kept = _kept(ids, num_embeddings, padding_idx).nonzero()[:, 0]
             ids, values = ids.index_select(0, kept), values.index_select(0, kept)
         elif is_new or _is_applied_at_once():
