@@ -33,7 +33,7 @@ from gpu_embed import bounds
 from . import machine, many_tables, optimizers
 from .candidates import launch as candidates
 from .layer import Layer
-from .shapes import DTYPES, MODES, STEPS, Cell
+from .shapes import ACCUMULATE, DTYPES, MODES, STEPS, Cell
 
 Build = Callable[[Tensor, Cell, str], Layer]  # weight [T * V, D] (a leaf), cell, mode
 Refusal = Callable[[Cell], str | None]  # why a cell cannot be measured; None: it can
@@ -57,6 +57,8 @@ class Provider:
     tables_beside: int = 1
     # Whether it makes a table of its own in the other modes too.
     copies: bool = False
+    # Whether it adds to a gradient that exists, with no gradient of its own between.
+    in_place: bool = False
     # Whether its gradient must be a sum in fp32, rounded once; else sums in the table's dtype are accepted.
     sums_in_fp32: bool = False
     requirement: Callable[[torch.device], str | None] = lambda device: None
@@ -73,6 +75,11 @@ class Provider:
             return "runs on the CPU alone"
         return _import_problem(self.module, self.package) or self.requirement(device)
 
+    @property
+    def needs_no_setting(self) -> bool:
+        """Whether it can take turns with others in one process."""
+        return self.setting is nullcontext
+
     def version(self) -> str:
         """The installed version, or an empty text."""
         return machine.version(self.package)
@@ -87,6 +94,8 @@ class Provider:
             return f"measured in {', '.join(self.modes)} alone"
         if mode in STEPS and mode != "step" and cell.dtype not in ("float32", "float64"):
             return f"optimizers are checked on float32 and float64 tables, not on {cell.dtype}"
+        if mode == "accumulate_fp32" and not hasattr(torch.Tensor, "grad_dtype"):
+            return "an fp32 gradient beside a table of 16 bits needs a torch with Tensor.grad_dtype"
         return self.refusal(cell)
 
     def refusal(self, cell: Cell) -> str | None:
@@ -278,7 +287,12 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
 
 
 def _gpu_embed(
-    weight: Tensor, cell: Cell, mode: str, sparse: bool = False, in_backward: bool = False
+    weight: Tensor,
+    cell: Cell,
+    mode: str,
+    sparse: bool = False,
+    in_backward: bool = False,
+    in_place: bool = False,
 ) -> Layer:
     if in_backward:
         # A parameter of its own, for the hooks to go away with.
@@ -287,6 +301,8 @@ def _gpu_embed(
         layer = many_tables.batched(weight, cell, sparse)
     else:
         layer = many_tables.single(gpu_embed.functional, weight, cell, sparse)
+    if in_place:
+        gpu_embed.accumulate_in_place(layer.leaves)
     if sparse:
         return replace(layer, update=optimizers.ours(layer.leaves, mode, in_backward))
     return replace(layer, update=optimizers.by_torch(layer.leaves, mode, sparse=False))
@@ -386,6 +402,7 @@ DESCRIPTIONS = {
     "gpu_embed-gather-descriptor": "this package, lookup by tensor descriptors",
     "gpu_embed-sparse": "this package, sparse=True; a step by gpu_embed.optim",
     "gpu_embed-in-backward": "the same by gpu_embed.optim.apply_in_backward",
+    "gpu_embed-in-place": "this package, gradients added to the one that exists by accumulate_in_place",
     "torch": "torch.nn.functional, table by table; a step by torch.optim on the dense gradient",
     "torch-sparse": "the same, sparse=True; Adam is SparseAdam",
     "torch.compile": "torch.compile of the same, for fixed shapes",
@@ -445,6 +462,9 @@ _BUILT: dict[str, Provider] = {
     ),
     "gpu_embed-sparse": _own(partial(_gpu_embed, sparse=True), **_sparse),
     "gpu_embed-in-backward": _own(partial(_gpu_embed, sparse=True, in_backward=True), **_sparse),
+    "gpu_embed-in-place": _own(
+        partial(_gpu_embed, in_place=True), modes=ACCUMULATE, cpu=True, in_place=True
+    ),
     "torch": _rival(_torch, modes=MODES, cpu=True, refusals=(_SMALL_IDS,)),
     "torch-sparse": _rival(partial(_torch, sparse=True), **_sparse, refusals=(_SMALL_IDS,)),
     "torch.compile": _rival(

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 # forward: a lookup into a table that is being trained. backward: its dense gradient. full: both.
+# accumulate: backward into a gradient that exists, of the table's dtype or, beside a table of 16 bits, in fp32.
 # step: both, and the table updated by an optimizer.
+ACCUMULATE = ("accumulate", "accumulate_fp32")
 STEPS = {"step": "SGD", "step_adam": "Adam", "step_rowwise_adagrad": "row-wise Adagrad"}
-MODES = ("forward", "backward", "full", *STEPS)
+MODES = ("forward", "backward", "full", *ACCUMULATE, *STEPS)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -53,6 +55,14 @@ class Cell:
     @property
     def padding_idx(self) -> int | None:
         return self.vocab - 1 if self.padding else None
+
+    def gradient_dtype(self, mode: str) -> torch.dtype:
+        """Of the gradient that a mode makes or adds to."""
+        return torch.float32 if mode == "accumulate_fp32" else DTYPES[self.dtype]
+
+    def has(self, mode: str) -> bool:
+        """Whether the mode is one of this cell's: fp32 gradients are for tables of 16 bits."""
+        return mode != "accumulate_fp32" or DTYPES[self.dtype].itemsize == 2
 
     @property
     def pooled(self) -> bool:
@@ -96,6 +106,10 @@ def grid(**axes: Sequence[Any]) -> tuple[Cell, ...]:
     )
 
 
+MICRO_STEPS = (
+    *grid(vocab=(128_256,), dim=(512,), num_ids=(8, 512, 2048)),
+    *grid(vocab=(32_000,), dim=(4096,), num_ids=(2048, 4096), dtype=("bfloat16",)),
+)
 BAGS_OF_20: dict[str, Any] = {"operation": "embedding_bag", "hotness": 20}
 SETS = {
     shape_set.name: shape_set
@@ -243,6 +257,16 @@ SETS = {
                 for hotness in (20, 64)
                 for dim in (32, 128)
                 for operation in BAGS
+            ),
+        ),
+        ShapeSet(
+            "L",
+            "gradient accumulation: language models' tables, and 2048 ids against tables of 2^10 to 2^20 rows",
+            "micro-steps of a model's training",
+            ACCUMULATE,
+            (
+                *MICRO_STEPS,
+                *grid(vocab=tuple(2**k for k in range(10, 21)), dim=(256,), num_ids=(2048,)),
             ),
         ),
     )

@@ -1,6 +1,7 @@
 """Embedding tables for GPUs: drop-in torch.nn.Embedding and EmbeddingBag on hand-written kernels."""
 
 from . import backends, functional, optim, reference
+from .accumulate import accumulate_in_place
 from .backends import available_backends, use_backend
 from .backends._plan.gather import use_gather_method
 from .backends._plan.gradient_method import use_gradient_method
@@ -17,6 +18,7 @@ __all__ = [
     "TableBatchedEmbedding",
     "TableBatchedEmbeddingBag",
     "TableGradient",
+    "accumulate_in_place",
     "available_backends",
     "backends",
     "batch_bags",

@@ -16,8 +16,10 @@ from torch.nn import Parameter
 
 from .. import backends, bounds, settings
 from ..dtypes import IDS
-from .autograd import PLAIN_MODES, SingleLevelFunction, included_keys, profiler_enabled
+from . import in_place
+from .autograd import SingleLevelFunction
 from .lookup import embedding, embedding_adjoint
+from .plain import PLAIN_MODES, included_keys, profiler_enabled
 
 
 class KnownTable:
@@ -39,11 +41,11 @@ class KnownTable:
         "_prepared",
         "_record",
         "_scale_grad_by_freq",
-        "_shape",
         "_sparse",
         "_stride",
         "arguments",
         "num_embeddings",
+        "shape",
     )
 
     def __init__(
@@ -57,7 +59,7 @@ class KnownTable:
         # Read the generation first: a concurrent settings change must invalidate this entry.
         self._generation = settings.generation
         self._address = weight.data_ptr()
-        self._shape = weight.shape
+        self.shape = weight.shape
         self._stride = weight.stride()
         self._dtype = weight.dtype
         # A conjugate, or the imaginary part of one, is the same memory read another way.
@@ -77,7 +79,7 @@ class KnownTable:
             return (
                 type(weight) is Parameter
                 and weight.data_ptr() == self._address
-                and weight.shape == self._shape
+                and weight.shape == self.shape
                 and weight.stride() == self._stride
                 and weight.dtype is self._dtype
                 and weight.get_device() == self._device_index
@@ -110,7 +112,7 @@ class KnownTable:
                 # `describes`, without the call; an address in use is on one device.
                 and type(weight) is Parameter
                 and weight.data_ptr() == self._address
-                and weight.shape == self._shape
+                and weight.shape == self.shape
                 and weight.stride() == self._stride
                 and weight.dtype is self._dtype
                 and not (self._may_be_lazy and (weight.is_neg() or weight.is_conj()))
@@ -156,7 +158,9 @@ class KnownEmbedding(SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         table = ctx.table
-        return embedding_adjoint(grad, table.num_embeddings, indices, *table.arguments), None, None
+        inputs = table.num_embeddings, indices, *table.arguments
+        grad_weight = in_place.weight_gradient(ctx, table.shape, embedding_adjoint, grad, *inputs)
+        return grad_weight, None, None
 
 
 _apply_known = KnownEmbedding.apply  # type: ignore[attr-defined]

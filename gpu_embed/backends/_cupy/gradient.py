@@ -61,7 +61,9 @@ class CupyGradient(CupyDevice, GradientPlan):
         carries: Carries,
         scale_grad_by_freq: bool,
         join: bool,
+        in_place: bool,
     ) -> None:
+        assert not in_place
         values, order, keys = runs
         num_embeddings, embedding_dim = grad_weight.shape
         launch = self._launches[keys.device].segment_sum

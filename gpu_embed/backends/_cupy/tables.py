@@ -197,7 +197,9 @@ class CupyTables(CupyDevice, TablesPlan):
         grad_weight: Tensor,
         carries: Carries,
         join: bool,
+        in_place: bool,
     ) -> None:
+        assert not in_place
         values, order, keys = runs
         widest = batch.shape.widest
         vec = table_vector(values, batch.shape.dim_divisor)

@@ -97,12 +97,14 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         per_sample_weights: Tensor | None,
         batch: TableBatch,
         weight_shape: tuple[int, ...],
+        into: Tensor | None = None,
     ) -> Tensor:
-        grad_weight = grad_output.new_zeros(weight_shape)
+        in_place = into is not None
+        grad_weight = grad_output.new_zeros(weight_shape) if into is None else into
         method = choose(
             batch.indices.numel(),
             batch.shape.num_rows,
-            grad_output.dtype,
+            grad_weight.dtype,
             torch.are_deterministic_algorithms_enabled(),
             False,
             self._methods[batch.indices.device].gradient,
@@ -124,12 +126,13 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             carries = cut(keys, batch.shape.widest, accumulation(grad_weight.dtype))
             runs = Runs(grad_output, order, keys)
             for join in carries.launches:
-                self._table_segment_sum(runs, bags, batch, grad_weight, carries, join)
+                self._table_segment_sum(runs, bags, batch, grad_weight, carries, join, in_place)
             return grad_weight
         if bags is not None:
             # Bag b of table t is row b * T + t.
             grad_output = grad_output.reshape(-1, batch.shape.widest)
-        self._sum_runs(Runs(grad_output, order, keys), bags, grad_weight, False)
+        runs = Runs(grad_output, order, keys)
+        self._sum_runs(runs, bags, grad_weight, False, in_place=in_place)
         return grad_weight
 
     def table_batched_embedding_sample_weights_backward(
@@ -260,6 +263,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         grad_weight: Tensor,
         carries: Carries,
         join: bool,
+        in_place: bool,
     ) -> None: ...
 
     @abstractmethod

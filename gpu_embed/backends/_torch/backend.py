@@ -52,8 +52,9 @@ class TorchBackend(TorchBags, TorchTake):
         per_sample_weights: Tensor | None,
         batch: TableBatch,
         weight_shape: tuple[int, ...],
+        into: Tensor | None = None,
     ) -> Tensor:
-        return tables.dense_backward(grad_output, per_sample_weights, batch, weight_shape)
+        return tables.dense_backward(grad_output, per_sample_weights, batch, weight_shape, into)
 
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch

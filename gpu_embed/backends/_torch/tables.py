@@ -74,6 +74,7 @@ def dense_backward(
     per_sample_weights: Tensor | None,
     batch: TableBatch,
     weight_shape: tuple[int, ...],
+    into: Tensor | None = None,
 ) -> Tensor:
     """`Backend.table_batched_embedding_dense_backward`."""
     places = batch.places()
@@ -88,10 +89,17 @@ def dense_backward(
             values = torch.where(_contributes(batch, places), values, 0)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
-    total = sums_of_rows(torch.where(kept, places.row, -1), values).to(grad_output.dtype)
+    total = sums_of_rows(torch.where(kept, places.row, -1), values)
     # Every position of a row writes the same sum.
+    if into is not None:
+        used = kept[:, None] & _in_row(batch, places)
+        elements = _elements(batch, places, kept, 0)[used]
+        flat = into.view(-1)
+        flat[elements] = (total[used] + flat[elements]).to(into.dtype)
+        return into
     grad_weight = grad_output.new_zeros(torch.Size(weight_shape).numel() + 1)
-    grad_weight[_elements(batch, places, kept, len(grad_weight) - 1)] = total
+    places_of_rows = _elements(batch, places, kept, len(grad_weight) - 1)
+    grad_weight[places_of_rows] = total.to(grad_output.dtype)
     return grad_weight[:-1].view(weight_shape)
 
 
