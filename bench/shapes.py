@@ -249,14 +249,23 @@ SETS = {
         ),
         ShapeSet(
             "J",
-            "growth: 65,536 ids against tables of 10,000 to 50,000,000 rows; power law, and always 8192 rows",
+            "growth: 65,536 ids against tables of 10,000 to 50,000,000 rows, by a power law, and always of 8192 rows; "
+            "4096 to 262,144 ids of these against 1,000,000 rows",
             "the cost of a vocabulary",
             ("forward", "backward", *STEPS),
-            grid(
-                distribution=("zipf:1.05", "spread:8192"),
-                vocab=(10_000, 100_000, 1_000_000, 10_000_000, 50_000_000),
-                dim=(32,),
-                num_ids=(65_536,),
+            (
+                *grid(
+                    distribution=("zipf:1.05", "spread:8192"),
+                    vocab=(10_000, 100_000, 1_000_000, 10_000_000, 50_000_000),
+                    dim=(32,),
+                    num_ids=(65_536,),
+                ),
+                *grid(
+                    distribution=("spread:8192",),
+                    vocab=(1_000_000,),
+                    dim=(32,),
+                    num_ids=(4096, 16_384, 262_144),
+                ),
             ),
         ),
         ShapeSet(
