@@ -200,6 +200,12 @@ def in_table(ids: Tensor, num_embeddings: int) -> Tensor:
     return (ids >= 0) & (ids < num_embeddings)
 
 
+def all_in_table(ids: Tensor, num_embeddings: int) -> bool:
+    """Whether each of one or more ids names a row; the host waits for the answer."""
+    smallest, largest = ids.aminmax()
+    return int(smallest) >= 0 and int(largest) < num_embeddings
+
+
 def out_of_range_error(
     index: int, position: int, num_embeddings: int, shape: torch.Size | None = None
 ) -> IndexError:

@@ -394,13 +394,15 @@ def _sparse_gradient(
         grad_output = (wide / sizes[:, None]).to(grad_output.dtype)
     # A table without bags has no row to hand on.
     values = (
-        grad_output[bag]
+        grad_output.index_select(0, bag)
         if bags.num_bags
         else grad_output.new_zeros((len(bag), grad_output.shape[1]))
     )
     if per_sample_weights is not None:
         values = values * per_sample_weights.reshape(-1, 1)
-    return sparse_gradient(values, ids, num_embeddings, padding_idx, scale_grad_by_freq)
+    return sparse_gradient(
+        values, ids, num_embeddings, padding_idx, scale_grad_by_freq, is_new=True
+    )
 
 
 call_embedding_bag = register_multilinear(

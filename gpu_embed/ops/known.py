@@ -168,9 +168,11 @@ class KnownEmbedding(SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         table = ctx.table
-        inputs = table.num_embeddings, indices, *table.arguments
-        grad_weight = in_place.weight_gradient(ctx, table.shape, embedding_adjoint, grad, *inputs)
-        return grad_weight, None, None
+        inputs = grad, table.num_embeddings, indices, *table.arguments
+        if in_place.in_force:
+            grad_weight = in_place.weight_gradient(ctx, table.shape, embedding_adjoint, *inputs)
+            return grad_weight, None, None
+        return embedding_adjoint(*inputs), None, None
 
 
 _apply_known = KnownEmbedding.apply  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import backends, bounds
 from ..dtypes import FLOATS
 from .autograd import _library, define, register_multilinear
+from .plain import PLAIN_MODES, included_keys
 
 # Dispatcher kernels (CompositeExplicitAutograd).
 
@@ -196,11 +197,17 @@ def sparse_gradient(
     num_embeddings: int,
     padding_idx: int,
     scale_grad_by_freq: bool,
+    is_new: bool = False,
 ) -> Tensor:
     """torch's sparse gradient: COO, int64 ids in input order, duplicates kept, padding dropped.
 
     Differentiable, since it is made of torch's own operators. Ids out of range are dropped, too; on CUDA, where
     dropping would wait for the GPU, both become zeros, and in a graph ids out of range do.
+
+    It has memory of its own, so that the optimizer finds what the backward has left, but where it is applied at once.
+
+    Args:
+        is_new: whether grad_output and indices belong to nobody else.
     """
     if scale_grad_by_freq:
         raise RuntimeError(
@@ -209,20 +216,45 @@ def sparse_gradient(
     bounds.raise_pending(grad_output.device)
     ids = indices.reshape(-1).to(torch.int64)
     values = grad_output.reshape(ids.numel(), grad_output.shape[-1])
-    kept = bounds.in_table(ids, num_embeddings)
-    if padding_idx >= 0:
-        kept = kept & (ids != padding_idx)
     if num_embeddings == 0 or ids.numel() == 0:
         ids, values = ids[:0], values[:0]
-    elif ids.device.type == "cpu" and (padding_idx >= 0 or type(kept) is Tensor):
-        # Of a fake tensor nobody knows how many are kept.
-        ids, values = ids[kept], values[kept]
+    elif ids.device.type == "cpu" and (padding_idx >= 0 or type(ids) is Tensor):
+        # Of a fake tensor nobody knows how many are kept, and a tracer wants what holds for other ids too.
+        is_plain = included_keys().raw_repr() in PLAIN_MODES
+        if padding_idx >= 0 or not is_plain or not bounds.all_in_table(ids, num_embeddings):
+            kept = _kept(ids, num_embeddings, padding_idx).nonzero()[:, 0]
+            ids, values = ids.index_select(0, kept), values.index_select(0, kept)
+        elif is_new or _is_applied_at_once():
+            values = values.contiguous()
+        else:
+            ids, values = ids.clone(), values.clone(memory_format=torch.contiguous_format)
     else:
-        ids, values = _zeroed(ids, values, kept)
+        ids, values = _zeroed(ids, values, _kept(ids, num_embeddings, padding_idx))
     size = (num_embeddings, grad_output.shape[-1])
     return torch.sparse_coo_tensor(
         ids[None], values, size, device=values.device, check_invariants=False
     )
+
+
+def _kept(ids: Tensor, num_embeddings: int, padding_idx: int) -> Tensor:
+    kept = bounds.in_table(ids, num_embeddings)
+    return kept & (ids != padding_idx) if padding_idx >= 0 else kept
+
+
+def _is_applied_at_once() -> bool:
+    """Whether the gradient of the node that runs goes to a table that reads it in this backward, and nowhere else."""
+    try:
+        leaf: Any = torch._C._current_autograd_node().next_functions[0][0]
+        owners = [
+            getattr(hook, "__self__", None) for hook in leaf.variable._backward_hooks.values()
+        ]
+        if [getattr(owner, "applies_at_once", False) for owner in owners] != [True]:
+            return False
+        # Raises where torch.autograd.grad hands it to the caller.
+        return bool(torch._C._will_engine_execute_node(leaf))
+    except (AttributeError, RuntimeError):
+        # No node, no leaf, no hooks; or a torch without these private functions.
+        return False
 
 
 def _zeroed(ids: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

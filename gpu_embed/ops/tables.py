@@ -291,7 +291,7 @@ def _sparse_gradient(
         bag = places.bag.clamp(min=0)
         # Bag b of table t is row b * T + t of [B * T, D].
         output_bag = batch.output_bag(places).clamp(min=0)
-        values = grad_output.reshape(-1, batch.shape.widest)[output_bag]
+        values = grad_output.reshape(-1, batch.shape.widest).index_select(0, output_bag)
         if batch.shape.mean:
             wide = values.to(accumulation(values.dtype))
             values = (wide / batch.bag_sizes(places)[bag][:, None]).to(values.dtype)
@@ -304,7 +304,8 @@ def _sparse_gradient(
             values = torch.where(contributes | ~is_max[:, None], values, 0)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
-    return sparse_gradient(values, rows, batch.shape.num_rows, -1, False)
+    is_new = batch.shape.pooled or per_sample_weights is not None
+    return sparse_gradient(values, rows, batch.shape.num_rows, -1, False, is_new)
 
 
 def _table_gradient(

@@ -294,6 +294,8 @@ class _TableUpdate:
         self.passes = passes
         self.held: list[_Held] = []
         self.outcome: _Outcome | None = None
+        # Then a sparse gradient may lie in the memory of the output's.
+        self.applies_at_once = passes.micro_steps == 1
 
     def hooks(self) -> tuple[RemovableHandle, RemovableHandle]:
         # The garbage collector sees what the first hook holds, but not what the second one does: a table that

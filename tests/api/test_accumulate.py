@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -105,7 +106,14 @@ def gradient_dtypes():
     pairs = [(dtype, dtype) for dtype in GRADIENT_DTYPES]
     if HAS_GRAD_DTYPE:
         pairs += [(dtype, torch.float32) for dtype in (torch.bfloat16, torch.float16)]
-    return pytest.mark.parametrize("dtypes", pairs, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+    others = (torch.float64, torch.float16)
+    params = [
+        pytest.param(
+            pair, id=f"{pair[0]}-{pair[1]}", marks=[pytest.mark.full] * (pair[0] in others)
+        )
+        for pair in pairs
+    ]
+    return pytest.mark.parametrize("dtypes", params)
 
 
 def backward_in(make, call, dtype, device, grad=None):
@@ -494,6 +502,10 @@ def negative_view(layer):
     output.backward(torch._neg_view(grad))
 
 
+def of_its_own_memory(layer):
+    lookups(layer)[0].backward(layer.weight.grad[1:4])
+
+
 def expanded(layer):
     layer(torch.tensor([1, 4, 1])).sum().backward()
 
@@ -540,6 +552,7 @@ CASES = {
     profiled: 1,
     deterministic: 1,
     negative_view: 0,
+    of_its_own_memory: 0,
     expanded: 1,
     no_ids: 1,
 }
@@ -599,6 +612,19 @@ def test_an_overlapping_gradient_is_refused_by_torch(added):
 
     for marked in (False, True):
         outcome(case, marked)
+    assert not added
+
+
+def test_the_buffer_of_tables_is_added_to_only_where_it_is_contiguous(added):
+    def run(marked):
+        layer = table_cases.integer_layer([(7, 4), (3, 4)])
+        layer.weight.grad = torch.ones(4, 10).T
+        if marked:
+            accumulate_in_place(layer)
+        layer(torch.tensor([1, 1, 2]), torch.tensor([0, 2, 3])).sum().backward()
+        return layer.weight.grad
+
+    assert torch.equal(run(True), run(False))
     assert not added
 
 
@@ -703,6 +729,81 @@ def test_compiled_autograd_of_an_eager_lookup(backend, added):
     assert not added
 
 
+# Processes.
+
+
+def model():
+    layers = torch.nn.Sequential(gpu_embed.Embedding(9, 4), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.copy_(integers(*parameter.shape))
+    return layers
+
+
+def micro_steps(wrapped, rank, without_sync):
+    """The gradients after three micro-steps, of which the last is in sync."""
+    for step in range(3):
+        with without_sync(step < 2):
+            ids = torch.tensor([rank, 4, step, 4])
+            wrapped(ids).backward(integers(4, 2, seed=step).float())
+    return [p.grad for p in wrapped.parameters()]
+
+
+def count_additions():
+    counts, increment = [], torch.autograd.graph.increment_version
+
+    def record(tensor):
+        counts.extend([1] * isinstance(tensor, torch.Tensor))
+        increment(tensor)
+
+    torch.autograd.graph.increment_version = record
+    return counts
+
+
+def in_processes(rank, world_size, store):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    store = torch.distributed.FileStore(store, world_size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    counts = count_additions()
+    for arguments in ({}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
+        grads = []
+        for marked in (False, True):
+            one = DistributedDataParallel(model(), **arguments)
+            if marked:
+                accumulate_in_place(one)
+            skip = lambda wanted, one=one: one.no_sync() if wanted else nullcontext()  # noqa: E731
+            grads.append(micro_steps(one, rank, skip))
+            assert len(counts) == (2 if marked else 0), (arguments, marked, counts)
+        counts.clear()
+        assert all(map(torch.equal, *grads))
+    mesh, grads = init_device_mesh("cpu", (world_size,)), []
+    for marked in (False, True):
+        one = fully_shard(model(), mesh=mesh)
+        if marked:
+            accumulate_in_place(one)
+
+        @contextmanager
+        def skip(wanted, one=one):
+            one.set_requires_gradient_sync(not wanted)
+            yield
+
+        grads.append([grad.full_tensor() for grad in micro_steps(one, rank, skip)])
+    assert all(map(torch.equal, *grads))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_data_parallel_training(tmp_path, world_size):
+    """DDP adds in place in its last micro-step too; FSDP2 has parameters of its own, and is as without the mark."""
+    arguments = world_size, str(tmp_path / "store")
+    torch.multiprocessing.spawn(in_processes, arguments, nprocs=world_size)
+
+
 # Versions of torch that tell less.
 
 
@@ -790,12 +891,12 @@ def test_a_handle_ends_it(added):
     with pytest.raises(KeyError), accumulate_in_place(layer):
         raise KeyError
     assert not adds_in_place(layer, added)
-    assert not in_place._in_force & {id(first), id(second), id(third)}
+    assert not in_place.in_force & {id(first), id(second), id(third)}
 
 
 def test_a_mark_outlives_its_handle_and_no_handle_its_leaves(added):
     layer = gpu_embed.Embedding(9, 4)
-    before = set(in_place._in_force)
+    before = set(in_place.in_force)
     accumulate_in_place(layer)
     gc.collect()
     assert adds_in_place(layer, added)
@@ -803,9 +904,9 @@ def test_a_mark_outlives_its_handle_and_no_handle_its_leaves(added):
     handle = accumulate_in_place(layer)
     del layer
     assert weight() is None
-    assert in_place._in_force - before == {id(handle)}
+    assert in_place.in_force - before == {id(handle)}
     del handle
-    assert not in_place._in_force - before
+    assert not in_place.in_force - before
 
 
 def test_what_a_module_means(added):

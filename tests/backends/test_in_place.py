@@ -28,8 +28,6 @@ from gpu_embed.dtypes import accumulation
 from gpu_embed.tables.batch import TableBatch
 from gpu_embed.tables.layout import TableColumn, make_layout
 
-pytestmark = where(lambda kernel_target: kernel_target.backend == "triton")
-
 full = partial(pytest.param, marks=pytest.mark.full)
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # Of grad_output, and of the gradient that it is added to.

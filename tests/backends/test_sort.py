@@ -10,6 +10,7 @@ from gpu_embed import backends
 from gpu_embed.backends._plan import sort
 from gpu_embed.backends._plan.access import rows_of_keys
 from gpu_embed.backends._plan.gradient_method import choose
+from gpu_embed.backends._torch.sort import RADIX_SORT_FROM, sort_ids
 from gpu_embed.functional import embedding
 
 
@@ -123,3 +124,19 @@ def test_more_ids_than_can_be_sorted(kernel_target, monkeypatch):
     embedding(indices[:1], weight, sparse=True).sum().backward()
     optimizer.step()
     assert weight[indices[0]].eq(2).all()
+
+
+@pytest.mark.parametrize("num_rows", [200, 2**16 - 1, 2**20, 2**40])
+@pytest.mark.parametrize("num_ids", [1, 100, RADIX_SORT_FROM - 1, RADIX_SORT_FROM])
+def test_the_torch_backend_brings_equal_ids_together(num_rows, num_ids):
+    """In the order of the input, by NumPy's sort and by torch's."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(num_rows - 100, num_rows, (num_ids,), generator=generator)
+    for indices in (drawn, drawn - (num_rows - 100)):
+        keys, order = sort_ids(indices, num_rows)
+        sorted_ids = indices[order]
+        assert torch.equal(order.sort()[0], torch.arange(num_ids))
+        begins = sorted_ids[1:] != sorted_ids[:-1]
+        assert torch.equal(begins, keys[1:] != keys[:-1])
+        assert int(begins.sum()) + 1 == len(indices.unique())
+        assert torch.equal(begins | (order[1:] > order[:-1]), torch.ones(num_ids - 1).bool())

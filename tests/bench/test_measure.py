@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 import gpu_embed
 from gpu_embed.bench import byte_floor, check, host_time, measure, providers, run, timing
-from gpu_embed.bench.compare import is_ours
 from gpu_embed.bench.providers import PROVIDERS, Layer, Provider
 from gpu_embed.bench.results import (
     COLUMNS,
@@ -527,7 +526,11 @@ def test_what_lookups_by_descriptors_refuse(dtype, dim, reason):
     assert other_mode == "measured in forward alone"
 
 
-OWN_CANDIDATES = [p for p in PROVIDERS.values() if p.candidate and is_ours(p.name)]
+CANDIDATES = [
+    provider
+    for provider in PROVIDERS.values()
+    if provider.candidate and provider.module == "gpu_embed"
+]
 
 
 OF_BENCH = {"gpu_embed-descriptor", "gpu_embed-one-hot", "gpu_embed-gather-descriptor"}
@@ -537,7 +540,7 @@ def test_there_is_a_provider_for_every_kernel():
     """Each forces the kernel of its name; the candidates of the benchmark force none."""
     settings = gpu_embed.settings
     found = set()
-    for provider in (*OWN_CANDIDATES, PROVIDERS["gpu_embed-atomic"], PROVIDERS["gpu_embed-sorted"]):
+    for provider in (*CANDIDATES, PROVIDERS["gpu_embed-atomic"], PROVIDERS["gpu_embed-sorted"]):
         with provider.setting():
             forced = settings.GATHER_METHOD.value, settings.GRADIENT_METHOD.value
         if provider.name in OF_BENCH:
@@ -551,7 +554,7 @@ def test_there_is_a_provider_for_every_kernel():
     assert found == gathers | {("", name) for name in settings.GRADIENT_METHOD.choices[1:]}
 
 
-@pytest.mark.parametrize("provider", OWN_CANDIDATES, ids=lambda provider: provider.name)
+@pytest.mark.parametrize("provider", CANDIDATES, ids=lambda provider: provider.name)
 def test_candidates_are_rows_only_where_they_can_serve(provider):
     served = Cell(16, 8, 4, "bfloat16" if "one-hot" in provider.name else "float32")
     (mode, *_) = provider.modes

@@ -117,7 +117,9 @@ def test_figures_measures_in_turns_what_ratios_draws(tmp_path, monkeypatch, caps
     monkeypatch.setattr(host_time, "measure_host_time", lambda: TIMES)
     monkeypatch.setattr(cli, "copy_gbps", lambda *arguments: 10.0)
     monkeypatch.setattr(timing, "flush", lambda device: None)
-    monkeypatch.setattr(cli, "Effort", lambda **options: timing.Effort(0.002, 3, 4, False, 0))
+    monkeypatch.setattr(
+        cli, "Effort", lambda **options: timing.Effort(0.002, 3, 4, host_seconds=0, cold=False)
+    )
     assert cli.main(["figures", "--device", "cpu", "--out", str(tmp_path)]) == 0
     (directory,) = tmp_path.iterdir()
     rows = read_rows(directory)

@@ -850,3 +850,96 @@ def test_a_copy_of_the_updates_updates_nothing():
     before = table.weight.detach().clone()
     table(torch.arange(3)).sum().backward()
     assert not torch.equal(table.weight, before)
+
+
+# Whose memory a sparse gradient reads.
+
+
+def lookup_of(kind):
+    """A table of zeros [5, 4], and its lookup of rows 1, 4, 4."""
+    if kind == "batched":
+        layer = gpu_embed.TableBatchedEmbedding({"only": (5, 4)}, sparse=True)
+        offsets = (torch.arange(4),)
+    else:
+        layer, offsets = Embedding(5, 4, sparse=True), ()
+    torch.nn.init.zeros_(layer.weight)
+    ids = torch.tensor([1, 4, 4])
+    return layer, ids, lambda: layer(ids, *offsets)
+
+
+def spy_on_updates(monkeypatch):
+    """The ids and values that the backend is given, in a list that fills."""
+    backend = gpu_embed.backends.select(torch.device("cpu"))
+    given, update = [], backend.row_update_
+
+    def row_update_(settings, weight, state, indices, values, rows):
+        given.append((indices, values))
+        update(settings, weight, state, indices, values, rows)
+
+    monkeypatch.setattr(backend, "row_update_", row_update_)
+    return given
+
+
+def test_an_update_in_backward_copies_no_gradient(monkeypatch):
+    layer, ids, look_up = lookup_of("embedding")
+    given = spy_on_updates(monkeypatch)
+    optim.apply_in_backward(layer, optim.SGD, lr=1.0)
+    grad_output = torch.arange(12.0).view(3, 4)
+    look_up().backward(grad_output)
+    ((indices, values),) = given
+    assert indices.data_ptr() == ids.data_ptr()
+    assert values.data_ptr() == grad_output.data_ptr()
+    expected = torch.zeros(5, 4).index_add_(0, ids, grad_output)
+    assert torch.equal(layer.weight, -expected)
+
+
+KEEPERS = ("grad", "micro_steps", "removed", "autograd.grad", "a hook")
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+@pytest.mark.parametrize("kind", ["embedding", "batched"])
+def test_a_gradient_that_stays_has_memory_of_its_own(kind, keeper):
+    """What a caller writes into ids and output gradients after a backward changes no gradient, as it does in torch."""
+    layer, ids, look_up = lookup_of(kind)
+    weight, kept = layer.weight, []
+    if keeper != "grad":
+        micro_steps = 2 if keeper == "micro_steps" else 1
+        updates = optim.apply_in_backward(layer, optim.SGD, lr=1.0, micro_steps=micro_steps)
+    if keeper == "removed":
+        updates.remove()
+    if keeper == "a hook":
+        weight.register_hook(kept.append)
+    output = look_up()
+    grad_output = torch.arange(12.0).view(3, 4)
+    expected = torch.zeros(5, 4).index_add_(0, ids, grad_output)
+    if keeper == "autograd.grad":
+        kept += torch.autograd.grad(output, weight, grad_output)
+    else:
+        output.backward(grad_output)
+    grad_output.fill_(9)
+    ids.zero_()
+    if keeper == "micro_steps":
+        updates.finish()
+        assert torch.equal(weight, -expected)
+    else:
+        grad = kept[0] if kept else weight.grad
+        assert torch.equal(grad.to_dense(), expected)
+
+
+def test_tables_whose_outputs_are_added_are_unscaled_once():
+    """Both have the same gradient, and a scaler divides the entries of each where they lie."""
+    layers = [Embedding(5, 4, sparse=True) for _ in range(2)]
+    ids = torch.tensor([1, 4, 4])
+    scaler = cpu_scaler(4.0)
+    scaler.scale((layers[0](ids) + layers[1](ids)).sum()).backward()
+    scaler.unscale_(torch.optim.SGD([layer.weight for layer in layers], lr=1.0))
+    for layer in layers:
+        assert torch.equal(layer.weight.grad._values(), torch.ones(3, 4))
+
+
+def test_a_gradient_with_one_element_for_all_is_applied():
+    """`.sum()` hands out an expanded one."""
+    layer, ids, look_up = lookup_of("embedding")
+    optim.apply_in_backward(layer, optim.SGD, lr=1.0)
+    look_up().sum().backward()
+    assert torch.equal(layer.weight, -torch.bincount(ids, minlength=5)[:, None].expand(5, 4))

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...bounds import in_table
+from ...bounds import all_in_table, in_table
 from ...dtypes import accumulation
 from ...reference.rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
 from ...row_update import STATE, RowUpdate, Stream
 from ...tables.entries import TableEntries
 from ...tables.layout import TableColumn
-from .._plan.access import sort_key_dtype
+from .sort import sort_ids
 
 LOW = 0xFFFFFFFF
 
@@ -30,9 +30,18 @@ def row_update_(
     sums = _row_sums(weight.shape[0], indices, values.to(accumulation(weight.dtype)), rows)
     w = weight.index_select(0, sums.used)
     kept_state = [tensor.index_select(0, sums.used) for tensor in state]
-    weight.index_copy_(0, sums.used, _updated(update, w, kept_state, sums, w.shape[1]))
+    _write_rows(weight, sums.used, _updated(update, w, kept_state, sums, w.shape[1]))
     for tensor, new in zip(state, kept_state, strict=True):
-        tensor.index_copy_(0, sums.used, new)
+        _write_rows(tensor, sums.used, new)
+
+
+def _write_rows(table: Tensor, rows: Tensor, new: Tensor) -> None:
+    """table[rows] = new, 16 bytes at a time where rows consist of them: torch copies element by element."""
+    places = (table.shape[-1], table.stride(0), table.storage_offset())
+    in_words = all(place * table.itemsize % 16 == 0 for place in places)
+    if table.dim() == 2 and table.stride(1) == 1 and in_words:
+        table, new = table.view(torch.complex128), new.view(torch.complex128)
+    table.index_copy_(0, rows, new)
 
 
 def table_row_update_(
@@ -80,22 +89,23 @@ class RowSums(NamedTuple):
 
 
 def _row_sums(num_rows: int, indices: Tensor, values: Tensor, rows: Tensor | None) -> RowSums:
-    kept = in_table(indices, num_rows)
-    if rows is not None:
-        kept &= rows[torch.where(kept, indices, 0)]
-    positions = None if kept.all() else kept.nonzero()[:, 0]
-    ids = indices if positions is None else indices[positions]
+    positions = None
+    if rows is not None or indices.numel() == 0 or not all_in_table(indices, num_rows):
+        kept = in_table(indices, num_rows)
+        if rows is not None:
+            kept &= rows[torch.where(kept, indices, 0)]
+        positions = kept.nonzero()[:, 0]
+    ids = indices if positions is None else indices.index_select(0, positions)
     if ids.numel() == 0:
         return RowSums(ids, ids, values.new_zeros(0, values.shape[1]))
-    # Which run comes first is all the same, so int16 may wrap around.
-    keys, order = torch.sort(ids.to(sort_key_dtype(num_rows)), stable=True)
-    order = order if positions is None else positions[order]
+    keys, order = sort_ids(ids, num_rows)
+    order = order if positions is None else positions.index_select(0, order)
     _, counts = torch.unique_consecutive(keys, return_counts=True)
     begin = counts.cumsum(0) - counts
-    entry = order[begin]
+    entry = order.index_select(0, begin)
     # The runs are bags of values, which are read in place: a tenth of the time of sorting or scattering them.
     total, *_ = torch.embedding_bag(values, order, begin)
-    return RowSums(indices[entry].to(torch.int64), entry, total)
+    return RowSums(indices.index_select(0, entry).to(torch.int64), entry, total)
 
 
 def _updated(
@@ -150,7 +160,8 @@ def _adam(u: RowUpdate, w: Tensor, state: list[Tensor], g: Tensor, dim: int | Te
     avg, sq = state
     avg.add_((g - avg).mul_(u.avg_weight))
     sq.add_(g.mul_(g).sub_(sq).mul_(u.sq_weight))
-    w.mul_(1 - _times_lr(u.decay, u))
+    if u.decay:
+        w.mul_(1 - _times_lr(u.decay, u))
     w.sub_((avg / _square_root(sq).add_(u.eps)).mul_(_times_lr(u.step_size, u)))
 
 

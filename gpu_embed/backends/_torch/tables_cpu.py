@@ -15,6 +15,7 @@ from ...dtypes import accumulation
 from ...tables.batch import TableBatch
 from ...tables.layout import MODES, TableColumn
 from .lookup import torch_ids
+from .sort import sort_ids
 
 Integers = NDArray[np.integer]
 
@@ -380,25 +381,20 @@ def _in_range(
 
 
 class Runs(NamedTuple):
-    """Numbers in ascending order."""
+    """Ids with equal ones side by side."""
 
-    order: Integers  # [n]: where each was, equal ones from the first to the last
-    begins: Integers  # where in this order each number begins
+    order: Integers  # [n]: where each was, of equal ones the first first
+    begins: Integers  # where in this order each id begins
 
 
-def _runs(numbers: Integers, end: int) -> Runs:
-    """Sort numbers from 0 up to an end."""
-    bits = len(numbers).bit_length()
-    if end >= 1 << (63 - bits):
-        order = np.argsort(numbers, kind="stable")
-        ordered = numbers[order]
-    else:
-        # Numbers with their places behind them are sorted in a tenth of the time.
-        keys = np.sort(numbers.astype(np.int64) << bits | np.arange(len(numbers)))
-        order, ordered = keys & (1 << bits) - 1, keys >> bits
-    is_begin = np.ones(len(ordered), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=is_begin[1:])
-    return Runs(order, np.flatnonzero(is_begin))
+def _runs(ids: Integers, num_rows: int) -> Runs:
+    """Sort ids of a table in ascending order."""
+    # Keys for twice as many rows do not wrap around, which would change the order of groups.
+    keys, order = sort_ids(torch.from_numpy(ids), 2 * num_rows)
+    sorted_keys = keys.numpy()
+    is_begin = np.ones(len(ids), bool)
+    np.not_equal(sorted_keys[1:], sorted_keys[:-1], out=is_begin[1:])
+    return Runs(order.numpy(), np.flatnonzero(is_begin))
 
 
 def _sums(values: Tensor, source: Integers, begins: Integers, scales: Tensor | None) -> Tensor:
