@@ -25,6 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from gpu_embed.plot import PLAIN_TEXT, draw_legend
 
 from .compare import NOISY_MEANS, by_cell, is_ours, noise_of, our_row, ratio_of, state_of, time_of
+from .growth import FEWEST_POINTS, FIT_MEANS, growths
 from .results import Key, Row, complete_header, header_or_empty, rows_to_show, write_whole
 from .shapes import ACCUMULATE, STEPS
 
@@ -34,8 +35,6 @@ DPI = 110
 GREY = "#666666"
 # Panels beside each other; more go into the next picture.
 PANELS = 3
-# A curve over the vocabulary needs this many points.
-FEWEST_POINTS = 3
 GROWTH_RANGE = (10_000, 50_000_000)
 # The growth picture wants the vocabulary to grow by at least this factor.
 GROWTH_SPAN = 100
@@ -421,29 +420,36 @@ def _multiple_axis(axes: Axes, multiples: Sequence[float]) -> None:
 
 
 def step_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
-    """ms above, peak memory below, against the vocabulary; a column for each optimizer."""
+    """ms above, peak memory below, against the vocabulary, then against the ids; a column for each optimizer."""
     steps = sorted((row for row in rows if row.mode in STEPS), key=lambda r: [*STEPS].index(r.mode))
     reason = f"no step was timed at {FEWEST_POINTS} or more vocabularies"
-    yield from _curve_pictures(
-        _curves(steps, BY_VOCABULARY),
-        styles,
-        f"{STEP_CAPTION}\n{caption}",
-        Skipped("cost of a training step", reason),
-        lambda key: (
-            f"Set {key.set}: what a training step costs as the table grows\n{_subtitle(key)}",
-            *("step", key.set, *_subtitle(key).split(", ")),
-        ),
-        lambda key: STEPS[key.mode],
-        BY_VOCABULARY,
-        # Optimizers are compared along a line of panels.
-        Axis(time_of, f"time of a step (ms),\n{SPREAD}", _short_axis, common=True),
-        Axis(
-            lambda row: row.step_peak_bytes / 2**20 if row.step_peak_bytes else None,
-            "memory at the step's peak (MiB),\ntable and state included",
-            _short_axis,
-            common=True,
-        ),
-    )
+    for x, what in ((BY_VOCABULARY, "table"), (BY_IDS, "batch")):
+        curves = _curves(steps, x)
+        if not curves and x is BY_IDS:
+            return
+        yield from _curve_pictures(
+            curves,
+            styles,
+            f"{STEP_CAPTION}\n{FIT_MEANS}\n{caption}",
+            Skipped("cost of a training step", reason),
+            partial(_step_title, x, what),
+            lambda key: STEPS[key.mode],
+            x,
+            # Optimizers are compared along a line of panels.
+            Axis(time_of, f"time of a step (ms),\n{SPREAD}", _short_axis, common=True, fitted=True),
+            Axis(
+                lambda row: row.step_peak_bytes / 2**20 if row.step_peak_bytes else None,
+                "memory at the step's peak (MiB),\ntable and state included",
+                _short_axis,
+                common=True,
+            ),
+        )
+
+
+def _step_title(x: Axis, what: str, key: Key) -> tuple[str, ...]:
+    shape = _shape_title(key, x.column, "set", "mode").replace("\n", ", ")
+    title = f"Set {key.set}: what a training step costs as the {what} grows\n{shape}"
+    return title, "step", key.set, *shape.split(", ")
 
 
 # 6. What it costs to add to a gradient that exists
@@ -490,6 +496,9 @@ class Axis:
     scale: Callable[[Axes, Sequence[float]], None]  # fits the axis to these values
     column: str = ""  # of an x axis: a shape is a cell without it
     common: bool = False  # of a y axis: one scale for the whole line
+    fitted: bool = (
+        False  # of a y axis of times: the exponents of their growth are written above the curves
+    )
 
 
 def _curves(rows: Iterable[Row], x: Axis, fewest: int = FEWEST_POINTS) -> dict[Key, Curves]:
@@ -540,6 +549,8 @@ def _curve_pictures(
                 for panel, (_, found) in zip(line, shapes, strict=True):
                     _draw_curves(panel, found, styles, x.of, y.of)
                     y.scale(panel, together if y.common else _values(found, y.of))
+                    if y.fitted:
+                        _write_exponents(panel, found, styles, x.column)
                     x.scale(panel, _values(found, x.of))
                 line[0].set_ylabel(y.label)
             for top, bottom, (key, _) in zip(axes[0], axes[-1], shapes, strict=True):
@@ -581,6 +592,16 @@ def _draw_curves(
             low, high = (array(map(attrgetter(end), rows)) for end in ("ms_p20", "ms_p80"))
             axes.fill_between(places, low, high, color=style.colour, alpha=0.15, linewidth=0)
     axes.grid(alpha=0.3)
+
+
+def _write_exponents(axes: Axes, curves: Curves, styles: Styles, column: str) -> None:
+    """Whose time grows by which power, from the top left corner down."""
+    rows = [row for name in styles for row in curves.get(name, ())]
+    found = [growth for growth in growths(rows) if growth.column == column]
+    for line, growth in enumerate(found):
+        where = (0.03, 0.97 - 0.07 * line)
+        colour = styles[growth.key.provider].colour
+        axes.text(*where, str(growth), transform=axes.transAxes, color=colour, fontsize=8, va="top")
 
 
 def _finish(figure: Figure, styles: Styles, title: str, caption: str, *name: object) -> Picture:
@@ -697,6 +718,7 @@ _vocabulary_axis = partial(log_axis, name="x", text=short_number)
 _time_axis = partial(log_axis, name="y")
 _short_axis = partial(log_axis, name="y", text=short_number)
 BY_VOCABULARY = Axis(_vocab, VOCABULARY, _vocabulary_axis, "vocab")
+BY_IDS = Axis(attrgetter("num_ids"), "ids of a step N", _vocabulary_axis, "num_ids")
 TIME = Axis(time_of, f"time (ms), {SPREAD}", _time_axis)
 
 

@@ -25,6 +25,7 @@ from .compare import (
     ratio_of,
     time_of,
 )
+from .growth import FIT_MEANS, SIZES, Growth, growths
 from .results import COLUMNS, Key, Row, complete_header, header_or_empty, rows_to_show, write_whole
 from .shapes import SETS
 
@@ -119,6 +120,8 @@ def _write(
         header_lines=_header_lines(known),
         ratio_means=RATIO_MEANS,
         standings=[item.columns() for item in standings(rows)],
+        growths=[_growth_columns(growth) for growth in growths(rows)],
+        fit_means=FIT_MEANS,
         sets=_sets(rows),
         **more,
     )
@@ -178,6 +181,18 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
         else:
             standing.noisy += 1
     return list(found.values())
+
+
+def _growth_columns(growth: Growth) -> Columns:
+    key, least, most = growth.key, growth.sizes[0], growth.sizes[-1]
+    return {
+        "shape": (describe(key), "text"),
+        "provider": (key.provider, "text"),
+        "from": (f"{SIZES[growth.column]} = {least:,}", ""),
+        "to": (f"{most:,}", ""),
+        "points": (str(len(growth.sizes)), ""),
+        "time in proportion to": (str(growth), ""),
+    }
 
 
 def _sets(rows: Iterable[Row]) -> dict[str, dict[Key, list[tuple[Row, Columns]]]]:

@@ -25,8 +25,9 @@ DTYPES = {
     "float64": torch.float64,
 }
 ID_DTYPES = {"int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
-# Of `Cell.operation`, those that sum.
-BAGS = ("embedding_bag", "embedding_bag_offsets", "embedding_bag_mixed")
+# Of `Cell.operation`, those that sum; of these, the two that say the same.
+EQUAL_BAGS = ("embedding_bag", "embedding_bag_offsets")
+BAGS = (*EQUAL_BAGS, "embedding_bag_mixed")
 
 
 @dataclass(frozen=True)
@@ -249,14 +250,23 @@ SETS = {
         ),
         ShapeSet(
             "J",
-            "growth: 65,536 ids against tables of 10,000 to 50,000,000 rows; power law, and always 8192 rows",
+            "growth: 65,536 ids against tables of 10,000 to 50,000,000 rows, by a power law, and always of 8192 rows; "
+            "4096 to 262,144 ids of these against 1,000,000 rows",
             "the cost of a vocabulary",
             ("forward", "backward", *STEPS),
-            grid(
-                distribution=("zipf:1.05", "spread:8192"),
-                vocab=(10_000, 100_000, 1_000_000, 10_000_000, 50_000_000),
-                dim=(32,),
-                num_ids=(65_536,),
+            (
+                *grid(
+                    distribution=("zipf:1.05", "spread:8192"),
+                    vocab=(10_000, 100_000, 1_000_000, 10_000_000, 50_000_000),
+                    dim=(32,),
+                    num_ids=(65_536,),
+                ),
+                *grid(
+                    distribution=("spread:8192",),
+                    vocab=(1_000_000,),
+                    dim=(32,),
+                    num_ids=(4096, 16_384, 262_144),
+                ),
             ),
         ),
         ShapeSet(
@@ -269,7 +279,7 @@ SETS = {
                 for bags in (512, 4096)
                 for hotness in (20, 64)
                 for dim in (32, 128)
-                for operation in BAGS
+                for operation in EQUAL_BAGS
             ),
         ),
         ShapeSet(
@@ -311,7 +321,10 @@ HEADLINE = (
     ("E", Cell(151_936, 2560, 8192, "bfloat16", distribution="zipf:1.05")),
     ("F", Cell(2000, 384, 713_268, "bfloat16", distribution="equal")),
     ("F", Cell(2, 768, 16_384, "bfloat16")),
-    *(("K", Cell(100_000, 128, 81_920, operation=operation, hotness=20)) for operation in BAGS),
+    *(
+        ("K", Cell(100_000, 128, 81_920, operation=operation, hotness=20))
+        for operation in EQUAL_BAGS
+    ),
 )
 # Tables that a CPU looks up in no time, in some time, and in long enough to be bound by memory.
 CPU_CELLS = (Cell(1000, 64, 256), Cell(30_000, 128, 4096), Cell(100_000, 256, 16_384))

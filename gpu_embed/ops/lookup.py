@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import backends, bounds
 from ..dtypes import FLOATS
 from .autograd import _library, define, register_multilinear
+from .plain import PLAIN_MODES, included_keys
 
 # Dispatcher kernels (CompositeExplicitAutograd).
 
@@ -218,8 +219,9 @@ def sparse_gradient(
     if num_embeddings == 0 or ids.numel() == 0:
         ids, values = ids[:0], values[:0]
     elif ids.device.type == "cpu" and (padding_idx >= 0 or type(ids) is Tensor):
-        # Of a fake tensor nobody knows how many are kept.
-        if padding_idx >= 0 or not bounds.all_in_table(ids, num_embeddings):
+        # Of a fake tensor nobody knows how many are kept, and a tracer wants what holds for other ids too.
+        is_plain = included_keys().raw_repr() in PLAIN_MODES
+        if padding_idx >= 0 or not is_plain or not bounds.all_in_table(ids, num_embeddings):
             kept = _kept(ids, num_embeddings, padding_idx).nonzero()[:, 0]
             ids, values = ids.index_select(0, kept), values.index_select(0, kept)
         elif is_new or _is_applied_at_once():
@@ -241,18 +243,17 @@ def _kept(ids: Tensor, num_embeddings: int, padding_idx: int) -> Tensor:
 
 def _is_applied_at_once() -> bool:
     """Whether the gradient of the node that runs goes to a table that reads it in this backward, and nowhere else."""
-    node = torch._C._current_autograd_node()
-    leaf = None if node is None else node.next_functions[0][0]
-    if leaf is None:
-        return False
-    hooks = getattr(getattr(leaf, "variable", None), "_backward_hooks", None) or {}
-    owners = [getattr(hook, "__self__", None) for hook in hooks.values()]
-    if [getattr(owner, "applies_at_once", False) for owner in owners] != [True]:
-        return False
     try:
-        return torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:
-        # torch.autograd.grad hands it to the caller.
+        leaf: Any = torch._C._current_autograd_node().next_functions[0][0]
+        owners = [
+            getattr(hook, "__self__", None) for hook in leaf.variable._backward_hooks.values()
+        ]
+        if [getattr(owner, "applies_at_once", False) for owner in owners] != [True]:
+            return False
+        # Raises where torch.autograd.grad hands it to the caller.
+        return bool(torch._C._will_engine_execute_node(leaf))
+    except (AttributeError, RuntimeError):
+        # No node, no leaf, no hooks; or a torch without these private functions.
         return False
 
 

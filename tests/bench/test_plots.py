@@ -334,6 +334,21 @@ def test_steps_are_drawn_with_their_memory():
     assert "in-backward" in found[0].figure.get_supxlabel()
 
 
+def test_pictures_of_steps_say_how_times_grow():
+    by_table = rows_of(("gpu_embed", "torch"), mode=["step"], vocab=GROWING, num_ids=[64])
+    by_batch = rows_of(("gpu_embed", "torch"), mode=["step"], vocab=[10], num_ids=[64, 1024, 4096])
+    (table, batch), _ = drawn(by_table + by_batch, plots.step_pictures)
+    for picture, letter, word in ((table, "V", "table"), (batch, "N", "batch")):
+        assert f"as the {word} grows" in picture.title
+        (panel,) = picture.figure.axes
+        ours, theirs = panel.texts
+        assert ours.get_text() == theirs.get_text()
+        assert ours.get_text().startswith(f"{letter}^0.")
+        assert "±" in ours.get_text()
+        assert ours.get_color() != theirs.get_color()
+        assert "least squares" in picture.figure.get_supxlabel()
+
+
 def test_steps_without_memory_have_no_empty_panel_and_no_other_picture_of_time():
     rows = rows_of(mode=["step"], vocab=GROWING)
     (picture,), _ = drawn(rows, plots.step_pictures)

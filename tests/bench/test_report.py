@@ -244,6 +244,18 @@ def test_the_peak_of_a_step_has_a_column(page):
     assert found["extra MiB"] == ("", "")
 
 
+def test_growth_is_on_both_pages(tmp_path):
+    rows = [row("torch", 2.0 * size, vocab=size) for size in (100, 1000, 10_000)]
+    directory = write(tmp_path, rows)
+    page = Page(report.write_report(directory).read_text(encoding="utf-8"))
+    shown = [cells for _, cells in page.rows if ("V^1.00 ± 0.00", "") in cells]
+    assert [[text for text, _ in cells][1:5] for cells in shown] == [
+        ["torch", "V = 100", "10,000", "3"]
+    ]
+    report.write_results_markdown(directory, tmp_path / "page.md")
+    assert "V^1.00 ± 0.00 |" in (tmp_path / "page.md").read_text(encoding="utf-8")
+
+
 def test_a_time_beside_a_wrong_result_is_not_shown(tmp_path):
     rows = [row("gpu_embed", 0.123, status="wrong"), row("torch", 1.0)]
     page = Page(report.write_report(write(tmp_path / "run", rows)).read_text(encoding="utf-8"))
