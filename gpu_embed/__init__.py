@@ -14,6 +14,7 @@ from .tables.inputs import batch_bags, batch_padded
 
 if TYPE_CHECKING:
     from . import optim, reference
+    from .accumulate import accumulate_in_place
     from .swap.aten_override import override_aten
     from .swap.replacement import replace_embeddings, restore_embeddings
 
@@ -23,6 +24,7 @@ __all__ = [
     "TableBatchedEmbedding",
     "TableBatchedEmbeddingBag",
     "TableGradient",
+    "accumulate_in_place",
     "available_backends",
     "backends",
     "batch_bags",
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 # Loaded when they are first asked for: a lookup needs none of them. By the module that has them, or is them.
 _LATE = {
+    "accumulate_in_place": "accumulate",
     "optim": "optim",
     "override_aten": "swap.aten_override",
     "reference": "reference",

@@ -13,6 +13,13 @@ from types import TracebackType
 generation = 0
 
 
+def changed() -> None:
+    """Put what was derived from the settings out of date."""
+    global generation
+    with assigning:
+        generation += 1
+
+
 class Setting:
     """One choice out of a few names, taken from the environment until it is set.
 

@@ -18,16 +18,19 @@ def scatter_add_kernel(
     bag_of_ptr,  # [num_indices]: each position's bag, -1: in no bag; None: no bags, position n reads row n
     per_sample_weights_ptr,  # grad_output's dtype, [num_indices]; None: all 1
     sizes_ptr,  # int32 [num_bags]: the divisors of means; None: all 1. Not with per_sample_weights
-    grad_weight_ptr,  # fp32 or fp64, [num_embeddings, D], contiguous, zero on entry
+    grad_weight_ptr,  # fp32 or fp64, [num_embeddings, D], any strides
     num_indices,
     num_embeddings,
     padding_idx,  # -1: none
     grad_row_stride,  # in units of VEC elements, so that the compiler sees the alignment; None: D / VEC
     grad_col_stride,  # in elements
+    grad_weight_row_stride,  # as grad_row_stride
+    grad_weight_col_stride,  # in elements
     D: tl.constexpr,
     VEC: tl.constexpr,  # elements a thread adds with one instruction; divides D
     BLOCK: tl.constexpr,
 ):
+    acc_dtype: tl.constexpr = grad_weight_ptr.dtype.element_ty
     VECTORS: tl.constexpr = D // VEC
     # As in of_rows.
     LATEST: tl.constexpr = 0 if BLOCK % VECTORS == 0 else VECTORS - (VECTORS & -VECTORS)
@@ -53,15 +56,15 @@ def scatter_add_kernel(
             added = added & (bag >= 0)
             bags += (bag,)
         if per_sample_weights_ptr is not None:
-            scales += (tl.load(per_sample_weights_ptr + first_n + n, mask=added, other=0),)
+            scale = tl.load(per_sample_weights_ptr + first_n + n, mask=added, other=0)
+            scales += (scale.to(acc_dtype),)
         elif sizes_ptr is not None:
-            size = tl.load(sizes_ptr + bag, mask=added, other=1).to(
-                grad_output_ptr.dtype.element_ty
-            )
-            scales += (divide(tl.full(size.shape, 1, size.dtype), size),)
+            size = tl.load(sizes_ptr + bag, mask=added, other=1).to(acc_dtype)
+            scales += (divide(tl.full(size.shape, 1, acc_dtype), size),)
         rows += (tl.where(added, index, -1).to(row_dtype),)
 
     row_stride = D // VEC if grad_row_stride is None else grad_row_stride
+    target_stride = D // VEC if grad_weight_row_stride is None else grad_weight_row_stride
     j = tl.arange(0, VEC)[None, :]
     targets = ()
     grads = ()
@@ -78,7 +81,7 @@ def scatter_add_kernel(
             + d.to(tl.int64) * grad_col_stride,
             mask=(row >= 0)[:, None],
             other=0,
-        )
+        ).to(acc_dtype)
         if per_sample_weights_ptr is not None or sizes_ptr is not None:
             grad *= of_rows(scales, k, step, VECTORS, BLOCK)[:, None]
         targets += (row,)
@@ -86,10 +89,13 @@ def scatter_add_kernel(
     for step in tl.static_range(BLOCK // 32):
         _, vector = step_vectors(first_vector, step, VECTORS, BLOCK)
         row = targets[step]
+        d = (vector * VEC)[:, None] + j
         # Relaxed: nothing in this launch reads the sums.
         tl.atomic_add(
-            grad_weight_ptr + (row.to(tl.int64) * D)[:, None] + (vector * VEC)[:, None] + j,
-            grads[step].to(grad_weight_ptr.dtype.element_ty),
+            grad_weight_ptr
+            + (row.to(tl.int64) * target_stride * VEC)[:, None]
+            + d.to(tl.int64) * grad_weight_col_stride,
+            grads[step],
             mask=(row >= 0)[:, None],
             sem="relaxed",
         )

@@ -16,7 +16,7 @@ the number of keys, the width of a row and the dtype of the sums alone, so the o
 import triton
 import triton.language as tl
 
-from .segment_walk import sum_runs
+from .segment_walk import add_sum, load_sum, sum_runs
 
 
 # grid:  (cdiv(num_chunks, BLOCK_C), cdiv(D, BLOCK_D))
@@ -24,7 +24,8 @@ from .segment_walk import sum_runs
 # owner: program (i, j): chunks [i * BLOCK_C, ...); columns [j * BLOCK_D, ...). JOIN: of the runs that cross an edge,
 #        those that begin in its chunks
 # why:   a lane has all rows of its columns, so a sum stays in it; keys and places come by one coalesced load a warp
-@triton.jit
+# An alignment beyond VEC elements would make Triton load a row in wider vectors than the rest.
+@triton.jit(do_not_specialize=["grad_weight_row_stride"])
 def segment_sum_kernel(
     values_ptr,  # [*, D], any strides: grad_output
     order_ptr,  # int32 or int64 [num_keys]: each key's position before the sort
@@ -32,7 +33,7 @@ def segment_sum_kernel(
     bag_of_ptr,  # [num_indices]: each position's bag, -1: in no bag; None: no bags, position n reads row n
     per_sample_weights_ptr,  # weight's dtype, [num_indices]; None: all 1
     sizes_ptr,  # int32 [num_bags]: the divisors of means; None: all 1. Not with per_sample_weights
-    grad_weight_ptr,  # [num_embeddings, D], contiguous, zero on entry
+    grad_weight_ptr,  # [num_embeddings, D]; IN_PLACE: any strides; else contiguous, zero on entry
     # Accumulation dtype, [2 * num_chunks, D], by slot; SCALE_GRAD_BY_FREQ: behind that the ids of each slot,
     # [2 * num_chunks]. None: atomics add the carries to grad_weight, which then has the accumulation dtype.
     partial_ptr,
@@ -41,14 +42,20 @@ def segment_sum_kernel(
     chunk_size,
     value_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
     value_col_stride,  # in elements
+    grad_weight_row_stride,  # in units of VEC elements; None unless IN_PLACE
+    grad_weight_col_stride,  # in elements; None unless IN_PLACE
     D: tl.constexpr,
     VEC: tl.constexpr,  # elements a thread loads with one instruction
     SCALE_GRAD_BY_FREQ: tl.constexpr,
     JOIN: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # the sums are added to the rows of grad_weight; else they are stored
     UNROLL: tl.constexpr,  # rows in flight per thread
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    strides = (D, 1)
+    if IN_PLACE:
+        strides = (grad_weight_row_stride * VEC, grad_weight_col_stride)
     sum_runs(
         values_ptr,
         order_ptr,
@@ -74,4 +81,7 @@ def segment_sum_kernel(
         UNROLL=UNROLL,
         BLOCK_C=BLOCK_C,
         BLOCK_D=BLOCK_D,
+        LOAD_ROW=load_sum if IN_PLACE else None,
+        STORE_ROW=add_sum if IN_PLACE else None,
+        row_args=(grad_weight_ptr, strides, False),
     )

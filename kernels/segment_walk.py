@@ -78,6 +78,28 @@ def slot_counts(partial_ptr, num_keys, chunk_size, D: tl.constexpr):
 
 
 @triton.jit
+def sum_pointers(row_args, key, begin, d):
+    """Pointers to the rows `key` of a segment sum's gradient; `begin`: as `row_pointers` of row_update.py."""
+    row_stride, col_stride = row_args[1]
+    IS_BUFFER: tl.constexpr = row_args[2]
+    return row_args[0] + (begin + d if IS_BUFFER else key * row_stride + d * col_stride)
+
+
+@triton.jit
+def load_sum(row_args, key, begin, mask, loaded, d):
+    """LOAD_ROW of a segment sum in place, ahead of the step's sums, which hides its latency."""
+    grad_weight_ptr = sum_pointers(row_args, key, begin, d)
+    return tl.load(grad_weight_ptr, mask=mask, other=0)
+
+
+@triton.jit
+def add_sum(row_args, row, key, begin, width, total, mask, stored, d):
+    """STORE_ROW of a segment sum in place: one addition in the accumulation dtype, one rounding."""
+    grad_weight_ptr = sum_pointers(row_args, key, begin, d)
+    tl.store(grad_weight_ptr, (row.to(total.dtype) + total).to(row.dtype), mask=mask)
+
+
+@triton.jit
 def walk_runs(
     values_ptr,
     order_ptr,
@@ -243,12 +265,10 @@ def walk_runs(
     goes_out = ((crossed & CARRY_OUT) != 0)[:, None] & in_row[None, :]
     if partial_ptr is None:
         last_key = load_key(keys_ptr, start + length - 1, length > 0)
-        tl.atomic_add(
-            grad_weight_ptr + (key_before * D)[:, None] + d, carry_in, mask=goes_in, sem="relaxed"
-        )
-        tl.atomic_add(
-            grad_weight_ptr + (last_key * D)[:, None] + d, total, mask=goes_out, sem="relaxed"
-        )
+        grad_weight_ptr = sum_pointers(row_args, key_before[:, None], (key_before * D)[:, None], d)
+        tl.atomic_add(grad_weight_ptr, carry_in, mask=goes_in, sem="relaxed")
+        grad_weight_ptr = sum_pointers(row_args, last_key[:, None], (last_key * D)[:, None], d)
+        tl.atomic_add(grad_weight_ptr, total, mask=goes_out, sem="relaxed")
     else:
         carry_in_ptr = partial_ptr + (2 * chunk * D)[:, None] + d
         tl.store(carry_in_ptr, carry_in, mask=goes_in)
@@ -395,7 +415,7 @@ def sum_runs(
     UNROLL: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    LOAD_ROW: tl.constexpr = None,  # None: a complete sum is stored; else row_update_kernel's callbacks update the row
+    LOAD_ROW: tl.constexpr = None,  # None: a complete sum is stored; else the callbacks update the row by it
     STORE_ROW: tl.constexpr = None,
     row_args=None,
 ):

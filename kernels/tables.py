@@ -14,7 +14,7 @@ from .flat_chunk import chunk_start, window_rows
 from .gather import copy_rows
 from .lanes import block_positions
 from .rounding import divide
-from .segment_walk import sum_runs
+from .segment_walk import add_sum, load_sum, sum_runs
 from .sort_keys import store_key
 from .table_columns import (
     DIM,
@@ -404,7 +404,7 @@ def table_scatter_add_kernel(
     max_positions_ptr,  # [num_bags, D]: the argmax as a position, -1: none; None: no table has mode "max"
     tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     table_of_column_ptr,  # int32 [D]
-    grad_weight_ptr,  # fp32 or fp64, the tables' buffer, zero on entry
+    grad_weight_ptr,  # fp32 or fp64, the tables' buffer
     num_indices,
     num_bags,  # per table
     num_all_bags,
@@ -417,6 +417,7 @@ def table_scatter_add_kernel(
     UNROLL: tl.constexpr,  # ids in flight per thread
     BLOCK: tl.constexpr,
 ):
+    acc_dtype: tl.constexpr = grad_weight_ptr.dtype.element_ty
     VECTORS: tl.constexpr = D // VEC
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first_b = start // VECTORS
@@ -447,7 +448,7 @@ def table_scatter_add_kernel(
         + (column[:, None] + d).to(tl.int64) * grad_col_stride,
         mask=in_range[:, None],
         other=0,
-    )  # [BLOCK, VEC]
+    ).to(acc_dtype)  # [BLOCK, VEC]
     if MEAN:
         size = tl.zeros([BLOCK], tl.int64)
         for step in range(tl.max(end - begin, 0)):
@@ -455,7 +456,7 @@ def table_scatter_add_kernel(
             index = tl.load(indices_ptr + n, mask=n < end, other=0).to(tl.int64)
             size += ((n < end) & ~is_padding(index, padding_idx)).to(tl.int64)
         is_mean = table_column(tables_ptr, table, MODE) == MEAN_MODE
-        divisor = tl.where(is_mean, tl.maximum(size, 1), 1).to(grad.dtype)[:, None]
+        divisor = tl.where(is_mean, tl.maximum(size, 1), 1).to(acc_dtype)[:, None]
         grad = divide(grad, tl.broadcast_to(divisor, [BLOCK, VEC]))
     if max_positions_ptr is not None:
         element = ((start + tl.arange(0, BLOCK)) * VEC)[:, None] + d
@@ -471,14 +472,15 @@ def table_scatter_add_kernel(
             added = (n < last) & (index >= 0) & (index < num_rows) & (index != padding_idx)
             value = grad
             if per_sample_weights_ptr is not None:
-                value *= tl.load(per_sample_weights_ptr + n, mask=added, other=0)[:, None]
+                scale = tl.load(per_sample_weights_ptr + n, mask=added, other=0)
+                value *= scale.to(acc_dtype)[:, None]
             mask = added[:, None]
             if max_positions_ptr is not None:
                 mask = mask & contributes(tables_ptr, table, argmax, n)
             # Relaxed: nothing in this launch reads the sums.
             tl.atomic_add(
                 grad_weight_ptr + (base + index * row_stride)[:, None] + d,
-                value.to(grad_weight_ptr.dtype.element_ty),
+                value,
                 mask=mask,
                 sem="relaxed",
             )
@@ -500,7 +502,7 @@ def table_segment_sum_kernel(
     sizes_ptr,  # int32, by output bag: the divisors of means; None: all 1. Not with per_sample_weights
     max_positions_ptr,  # [num_bags, *], contiguous: the argmax as a position; None: no table has mode "max"
     tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
-    grad_weight_ptr,  # the tables' buffer, zero on entry
+    grad_weight_ptr,  # the tables' buffer; zero on entry unless IN_PLACE
     partial_ptr,  # accumulation dtype, [2 * num_chunks, D], by slot
     num_keys,
     num_rows,
@@ -512,6 +514,7 @@ def table_segment_sum_kernel(
     D: tl.constexpr,  # the widest table's
     VEC: tl.constexpr,  # elements a thread loads with one instruction; divides every table's D
     JOIN: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # the sums are added to the rows of grad_weight; else they are stored
     UNROLL: tl.constexpr,  # rows in flight per thread
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -541,6 +544,9 @@ def table_segment_sum_kernel(
         UNROLL=UNROLL,
         BLOCK_C=BLOCK_C,
         BLOCK_D=BLOCK_D,
+        LOAD_ROW=load_sum if IN_PLACE else None,
+        STORE_ROW=add_sum if IN_PLACE else None,
+        row_args=(grad_weight_ptr, (0, 1), True),
     )
 
 

@@ -59,6 +59,7 @@ class ReferenceBackend:
         num_embeddings: int,
         padding_idx: int,
         scale_grad_by_freq: bool,
+        into: Tensor | None = None,
     ) -> Tensor:
         grad_weight = reference.embedding_dense_backward(
             grad_output.detach().cpu().double().numpy(),
@@ -67,7 +68,7 @@ class ReferenceBackend:
             padding_idx,
             scale_grad_by_freq,
         )
-        return torch.from_numpy(grad_weight).to(grad_output)
+        return _gradient(grad_weight, grad_output, into)
 
     def embedding_renorm_(
         self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
@@ -147,6 +148,7 @@ class ReferenceBackend:
         padding_idx: int,
         mode: str,
         scale_grad_by_freq: bool,
+        into: Tensor | None = None,
     ) -> Tensor:
         grad_weight = reference.embedding_bag_dense_backward(
             _array(grad_output),
@@ -157,7 +159,7 @@ class ReferenceBackend:
             _array(per_sample_weights),
             scale_grad_by_freq,
         )
-        return torch.from_numpy(grad_weight).to(grad_output)
+        return _gradient(grad_weight, grad_output, into)
 
     def embedding_bag_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
@@ -210,6 +212,7 @@ class ReferenceBackend:
         per_sample_weights: Tensor | None,
         batch: TableBatch,
         weight_shape: tuple[int, ...],
+        into: Tensor | None = None,
     ) -> Tensor:
         grad_weight = reference.table_batched_embedding_dense_backward(
             _array(grad_output),
@@ -219,7 +222,7 @@ class ReferenceBackend:
             _array(per_sample_weights),
             _max_positions_array(batch),
         )
-        return torch.from_numpy(grad_weight).to(grad_output)
+        return _gradient(grad_weight, grad_output, into)
 
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
@@ -309,6 +312,17 @@ def _ids_array(indices: Tensor) -> Any:
 
 def _array(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().cpu().double().numpy()
+
+
+def _gradient(grad_weight: Any, grad_output: Tensor, into: Tensor | None) -> Tensor:
+    """A sum in fp64 rounded to the gradient's dtype, or what it adds to `into` where it is not zero."""
+    total = torch.from_numpy(grad_weight)
+    if into is None:
+        return total.to(grad_output)
+    element = total.nonzero(as_tuple=True)
+    here = tuple(index.to(into.device) for index in element)
+    into[here] = (into[here].double() + total[element].to(into.device)).to(into.dtype)
+    return into
 
 
 def _bag_arrays(bags: Bags) -> tuple[Any, Any]:

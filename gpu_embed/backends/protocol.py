@@ -22,6 +22,11 @@ class Backend(Protocol):
 
     Ids are int64, int32, int16 or uint8. Ids outside [0, V) read as zeros and contribute nothing; the
     caller has checked everything else. Tensors may have any strides; results are contiguous.
+
+    The three `*_dense_backward` of a table take `into`, a gradient that exists: of the table's shape, with any
+    strides that do not overlap (a tables' buffer: contiguous), of grad_output's dtype, or fp32 where that has 16
+    bits. Each row that an id names is summed in `accumulation(dtype)`, added to its row of `into` there, and rounded
+    once. No other row is read or written. `into` is returned, and its version counter is the caller's to raise.
     """
 
     name: str
@@ -50,8 +55,12 @@ class Backend(Protocol):
         num_embeddings: int,
         padding_idx: int,
         scale_grad_by_freq: bool,
+        into: Tensor | None = None,
     ) -> Tensor:
-        """Sum of grad_output [..., D] (real, floating) over each id's positions -> [V, D], same dtype."""
+        """Sum of grad_output [..., D] (real, floating) over each id's positions -> [V, D], same dtype.
+
+        The sums are added to `into` where it is given: see the class.
+        """
 
     def embedding_renorm_(
         self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
@@ -114,8 +123,9 @@ class Backend(Protocol):
         padding_idx: int,
         mode: str,
         scale_grad_by_freq: bool,
+        into: Tensor | None = None,
     ) -> Tensor:
-        """Gradient of embedding_bag's weight from grad_output [B, D] -> [V, D], same dtype."""
+        """Gradient of embedding_bag's weight from grad_output [B, D] -> [V, D], same dtype; or added to `into`."""
 
     def embedding_bag_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
@@ -156,8 +166,9 @@ class Backend(Protocol):
         per_sample_weights: Tensor | None,
         batch: TableBatch,
         weight_shape: tuple[int, ...],
+        into: Tensor | None = None,
     ) -> Tensor:
-        """Gradient of the tables' buffer from grad_output -> weight_shape; padding gets none."""
+        """Gradient of the tables' buffer from grad_output -> weight_shape; padding gets none. Or added to `into`."""
 
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..dtypes import IDS
-from ..ops.autograd import is_plain_call
 from ..ops.known import KnownTable, call_known_embedding, known_tables
 from ..ops.lookup import call_embedding, embedding_renorm_
+from ..ops.plain import is_plain_call
 from .checks import (
     PLAIN_TYPES,
     as_float,

@@ -16,6 +16,9 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
+from . import in_place
+from .plain import is_plain_call
+
 _library = torch.library.Library("gpu_embed", "DEF")
 
 
@@ -26,46 +29,6 @@ def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gpu_embed::{name}", fake, lib=_library)
     return getattr(torch.ops.gpu_embed, name).default
-
-
-def _dispatch_keys(*keys: torch._C.DispatchKey) -> int:
-    """The raw representation of a set of keys."""
-    key_set = torch._C.DispatchKeySet(keys[0])
-    for key in keys[1:]:
-        key_set = key_set.add(key)
-    return key_set.raw_repr()
-
-
-_Key = torch._C.DispatchKey
-# What a tensor with data of its own carries: no wrapper, no lazy conjugate, no fake.
-PLAIN_TENSORS = frozenset(
-    (
-        _dispatch_keys(_Key.CPU, _Key.ADInplaceOrView, _Key.AutogradCPU, _Key.AutocastCPU),
-        _dispatch_keys(_Key.CUDA, _Key.ADInplaceOrView, _Key.AutogradCUDA, _Key.AutocastCUDA),
-    )
-)
-# What eager mode turns on, without and with inference mode: no tracer, no functorch, no dispatch mode.
-PLAIN_MODES = frozenset(
-    (_dispatch_keys(_Key.BackendSelect, _Key.ADInplaceOrView), _dispatch_keys(_Key.BackendSelect))
-)
-included_keys = torch._C._dispatch_tls_local_include_set
-profiler_enabled = torch.autograd._profiler_enabled
-
-
-def is_plain_call(first: Tensor, *others: Tensor | None) -> bool:
-    """Whether the dispatcher would go straight to autograd and from there to the kernel."""
-    if (
-        torch.compiler.is_compiling()
-        or included_keys().raw_repr() not in PLAIN_MODES
-        or forward_ad._current_level >= 0
-        or profiler_enabled()
-    ):
-        return False
-    keys = torch._C._dispatch_keys(first)
-    for tensor in others:
-        if tensor is not None:
-            keys = keys | torch._C._dispatch_keys(tensor)
-    return keys.raw_repr() in PLAIN_TENSORS
 
 
 def below_autograd(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
@@ -95,6 +58,7 @@ def register_multilinear(
     kernel: Callable[..., Tensor],
     *derivatives: Callable[..., Tensor],
     constants: int = 0,
+    of_table: bool = False,
 ) -> Callable[..., Tensor]:
     """Register the gradients of an operator that is linear in each of its first arguments.
 
@@ -104,6 +68,7 @@ def register_multilinear(
         derivatives: one for each of `linear`: derivative(grad, that one's rows, *the other linear ones, *tensors,
             *arguments) -> its gradient.
         constants: how many of the last tensors never change: they are not saved, and hooks do not see them.
+        of_table: the first input is a table, whose derivative also takes `into`: see `in_place.weight_gradient`.
 
     Returns:
         `op` as a function that spares a plain call the dispatcher.
@@ -115,7 +80,7 @@ def register_multilinear(
         @staticmethod
         def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
             linear, tensors, ctx.arguments = inputs[:count], inputs[count:end], inputs[end:]
-            ctx.rows = [None if x is None else x.shape[0] for x in linear]
+            ctx.shapes = [None if x is None else x.shape for x in linear]
             needs = ctx.needs_input_grad[1 : count + 1]
             # Each is needed for the others' gradients. Ids too are saved, so that autograd notices if they change.
             others = [x if sum(needs) > need else None for x, need in zip(linear, needs)]  # noqa: B905
@@ -131,8 +96,12 @@ def register_multilinear(
             grads: list[Tensor | None] = [None] * (num_inputs + 1)
             for i, derivative in enumerate(derivatives):
                 if ctx.needs_input_grad[i + 1]:
-                    others = (*linear[:i], *linear[i + 1 :])
-                    grads[i + 1] = derivative(grad, ctx.rows[i], *others, *tensors, *ctx.arguments)
+                    shape, others = ctx.shapes[i], (*linear[:i], *linear[i + 1 :])
+                    inputs = (grad, shape[0], *others, *tensors, *ctx.arguments)
+                    if i == 0 and of_table and in_place.in_force:
+                        grads[1] = in_place.weight_gradient(ctx, shape, derivative, *inputs)
+                    else:
+                        grads[i + 1] = derivative(*inputs)
             return tuple(grads)
 
         @staticmethod
@@ -174,7 +143,8 @@ def register_argmax(
     Args:
         op: op(weight, *tensors, *arguments, with_argmax) -> (output, argmax); tensors may be None.
         kernel: the same, on data.
-        adjoint: adjoint(grad, weight's shape, argmax, *tensors, *arguments) -> gradient of the weight.
+        adjoint: adjoint(grad, weight's shape, argmax, *tensors, *arguments, into=None) -> gradient of the weight;
+            for `into` see `in_place.weight_gradient`.
         at_argmax: at_argmax(weight, argmax, *tensors, *arguments) -> what the maxima are taken from.
         constants: how many of the last tensors never change: they are not saved, and hooks do not see them.
 
@@ -199,7 +169,12 @@ def register_argmax(
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-            grad_weight = adjoint(grad, ctx.weight_shape, *ctx.saved_tensors, *ctx.arguments)
+            shape = ctx.weight_shape
+            inputs = (grad, shape, *ctx.saved_tensors, *ctx.arguments)
+            if in_place.in_force:
+                grad_weight = in_place.weight_gradient(ctx, shape, adjoint, *inputs)
+            else:
+                grad_weight = adjoint(*inputs)
             return None, grad_weight, *(None,) * (num_inputs - 1)
 
         @staticmethod

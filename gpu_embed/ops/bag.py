@@ -23,6 +23,7 @@ from ..bags import Bags, check_offsets, count_bags, make_bags
 from ..dtypes import accumulation
 from .autograd import define, register_argmax, register_loop, register_multilinear
 from .lookup import (
+    _embedding_dense_backward,
     call_embedding_dense_backward,
     embedding_dense_double_backward,
     sparse_gradient,
@@ -100,10 +101,13 @@ def _embedding_bag_dense_backward(
     mode: str,
     scale_grad_by_freq: bool,
     num_embeddings: int,
+    into: Tensor | None = None,
 ) -> Tensor:
     bounds.raise_pending(grad_output.device)
     bags = make_bags(indices, offsets, include_last_offset)
     if grad_output.numel() == 0 or num_embeddings == 0 or bags.indices.numel() == 0:
+        if into is not None:
+            return into
         return grad_output.new_zeros((num_embeddings, grad_output.shape[1]))
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.contiguous().view(-1)
@@ -115,6 +119,7 @@ def _embedding_bag_dense_backward(
         padding_idx,
         mode,
         scale_grad_by_freq,
+        into,
     )
 
 
@@ -252,6 +257,7 @@ def _bag_by_weight(
     mode: str,
     scale_grad_by_freq: bool,
     sparse: bool,
+    into: Tensor | None = None,
 ) -> Tensor:
     if sparse:
         return _sparse_gradient(
@@ -263,7 +269,7 @@ def _bag_by_weight(
             mode,
             scale_grad_by_freq,
         )
-    return call_embedding_bag_dense_backward(
+    inputs = (
         grad,
         per_sample_weights,
         indices,
@@ -274,6 +280,9 @@ def _bag_by_weight(
         scale_grad_by_freq,
         num_embeddings,
     )
+    if into is not None:
+        return _embedding_bag_dense_backward(*inputs, into)
+    return call_embedding_bag_dense_backward(*inputs)
 
 
 def _bag_by_sample_weights(
@@ -395,7 +404,7 @@ def _sparse_gradient(
 
 
 call_embedding_bag = register_multilinear(
-    embedding_bag, _embedding_bag, _bag_by_weight, _bag_by_sample_weights
+    embedding_bag, _embedding_bag, _bag_by_weight, _bag_by_sample_weights, of_table=True
 )
 call_embedding_bag_dense_backward = register_multilinear(
     embedding_bag_dense_backward,
@@ -414,11 +423,19 @@ call_embedding_bag_sample_weights_backward = register_multilinear(
 # Gradients of max: with the argmax fixed, a lookup of single elements in a table with one column.
 
 
-def _max_adjoint(grad: Tensor, shape: torch.Size, max_elements: Tensor, *bags: Any) -> Tensor:
-    grad_elements = call_embedding_dense_backward(
-        grad.reshape(-1, 1), max_elements.view(-1), shape.numel(), -1, False
-    )
-    return grad_elements.view(shape)
+def _max_adjoint(
+    grad: Tensor,
+    shape: torch.Size,
+    max_elements: Tensor,
+    *bags: Any,
+    into: Tensor | None = None,
+) -> Tensor:
+    inputs = grad.reshape(-1, 1), max_elements.view(-1), shape.numel(), -1, False
+    # The elements of another gradient are no table of one column.
+    if into is not None and into.is_contiguous():
+        _embedding_dense_backward(*inputs, into.view(-1, 1))
+        return into
+    return call_embedding_dense_backward(*inputs).view(shape)
 
 
 def _at_max(weight: Tensor, max_elements: Tensor, *bags: Any) -> Tensor:

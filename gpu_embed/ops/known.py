@@ -16,8 +16,10 @@ from torch.nn import Parameter
 
 from .. import backends, bounds, settings
 from ..dtypes import IDS, TORCH_IDS
-from .autograd import PLAIN_MODES, SingleLevelFunction, included_keys, profiler_enabled
+from . import in_place
+from .autograd import SingleLevelFunction
 from .lookup import embedding, embedding_adjoint
+from .plain import PLAIN_MODES, included_keys, profiler_enabled
 
 
 class KnownTable:
@@ -39,12 +41,12 @@ class KnownTable:
         "_prepared",
         "_record",
         "_scale_grad_by_freq",
-        "_shape",
         "_sparse",
         "_stride",
         "arguments",
         "by_torch",
         "num_embeddings",
+        "shape",
     )
 
     def __init__(
@@ -58,7 +60,7 @@ class KnownTable:
         # Read the generation first: a concurrent settings change must invalidate this entry.
         self._generation = settings.generation
         self._address = weight.data_ptr()
-        self._shape = weight.shape
+        self.shape = weight.shape
         self._stride = weight.stride()
         self._dtype = weight.dtype
         # A conjugate, or the imaginary part of one, is the same memory read another way.
@@ -73,12 +75,12 @@ class KnownTable:
         self._prepared = backend.prepare_embedding(weight)
         self.arguments = arguments
         # Where ours is torch's own gradient on the CPU, its node takes a third of the host time. It has no right second
-        # derivative for the other two, and ours adds up 16-bit numbers in fp32.
+        # derivative for the other two, ours adds up 16-bit numbers in fp32, and ours alone adds in place.
         self.by_torch = (
             backend.name == "torch"
             and weight.is_cpu
             and weight.dtype in (torch.float32, torch.float64)
-            and not (scale_grad_by_freq or sparse)
+            and not (scale_grad_by_freq or sparse or in_place.is_marked(weight))
         )
 
     def describes(self, weight: Tensor) -> bool:
@@ -87,7 +89,7 @@ class KnownTable:
             return (
                 type(weight) is Parameter
                 and weight.data_ptr() == self._address
-                and weight.shape == self._shape
+                and weight.shape == self.shape
                 and weight.stride() == self._stride
                 and weight.dtype is self._dtype
                 and weight.get_device() == self._device_index
@@ -120,7 +122,7 @@ class KnownTable:
                 # `describes`, without the call; an address in use is on one device.
                 and type(weight) is Parameter
                 and weight.data_ptr() == self._address
-                and weight.shape == self._shape
+                and weight.shape == self.shape
                 and weight.stride() == self._stride
                 and weight.dtype is self._dtype
                 and not (self._may_be_lazy and (weight.is_neg() or weight.is_conj()))
@@ -166,7 +168,11 @@ class KnownEmbedding(SingleLevelFunction):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         table = ctx.table
-        return embedding_adjoint(grad, table.num_embeddings, indices, *table.arguments), None, None
+        inputs = grad, table.num_embeddings, indices, *table.arguments
+        if in_place.in_force:
+            grad_weight = in_place.weight_gradient(ctx, table.shape, embedding_adjoint, *inputs)
+            return grad_weight, None, None
+        return embedding_adjoint(*inputs), None, None
 
 
 _apply_known = KnownEmbedding.apply  # type: ignore[attr-defined]

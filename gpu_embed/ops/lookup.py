@@ -44,6 +44,7 @@ def _embedding_dense_backward(
     num_embeddings: int,
     padding_idx: int,
     scale_grad_by_freq: bool,
+    into: Tensor | None = None,
 ) -> Tensor:
     bounds.raise_pending(grad_output.device)
     dtype = grad_output.dtype
@@ -57,9 +58,11 @@ def _embedding_dense_backward(
         name = str(dtype).removeprefix("torch.").capitalize()
         raise NotImplementedError(f"\"embedding_backward\" not implemented for '{name}'")
     if grad_output.numel() == 0 or num_embeddings == 0:
+        if into is not None:
+            return into
         return grad_output.new_zeros((num_embeddings, grad_output.shape[-1]))
     return backends.select(grad_output.device).embedding_dense_backward(
-        grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq
+        grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq, into
     )
 
 
@@ -155,9 +158,14 @@ def embedding_adjoint(
     padding_idx: int,
     scale_grad_by_freq: bool,
     sparse: bool,
+    into: Tensor | None = None,
 ) -> Tensor:
     if sparse:
         return sparse_gradient(grad, indices, num_embeddings, padding_idx, scale_grad_by_freq)
+    if into is not None:
+        return _embedding_dense_backward(
+            grad, indices, num_embeddings, padding_idx, scale_grad_by_freq, into
+        )
     return call_embedding_dense_backward(
         grad, indices, num_embeddings, padding_idx, scale_grad_by_freq
     )
@@ -226,7 +234,7 @@ def _zeroed(ids: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(kept, ids, named), torch.where(kept[:, None], values, 0)
 
 
-call_embedding = register_multilinear(embedding, _embedding, embedding_adjoint)
+call_embedding = register_multilinear(embedding, _embedding, embedding_adjoint, of_table=True)
 call_embedding_dense_backward = register_multilinear(
     embedding_dense_backward, _embedding_dense_backward, _embedding_dense_backward_adjoint
 )

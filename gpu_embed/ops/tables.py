@@ -117,18 +117,21 @@ def _table_batched_embedding_max(weight: Tensor, *batch_and_flags: Any) -> tuple
 
 
 def _table_batched_embedding_dense_backward(
-    grad_output: Tensor, per_sample_weights: Tensor | None, *batch_and_length: Any
+    grad_output: Tensor,
+    per_sample_weights: Tensor | None,
+    *batch_and_length: Any,
+    into: Tensor | None = None,
 ) -> Tensor:
     bounds.raise_pending(grad_output.device)
     *arguments, weight_length = batch_and_length
     batch = _batch(*arguments)
     shape = batch.buffer_shape(weight_length)
     if grad_output.numel() == 0 or batch.bags.num_bags == 0 or batch.shape.num_rows == 0:
-        return grad_output.new_zeros(shape)
+        return grad_output.new_zeros(shape) if into is None else into
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.contiguous()
     return backends.select(grad_output.device).table_batched_embedding_dense_backward(
-        grad_output, per_sample_weights, batch, shape
+        grad_output, per_sample_weights, batch, shape, into
     )
 
 
@@ -221,7 +224,11 @@ table_batched_embedding_max = define(
 
 
 def _by_weight(
-    grad: Tensor, weight_length: int, per_sample_weights: Tensor | None, *batch_and_flags: Any
+    grad: Tensor,
+    weight_length: int,
+    per_sample_weights: Tensor | None,
+    *batch_and_flags: Any,
+    into: Tensor | None = None,
 ) -> Tensor:
     *arguments, _zero_padding, sparse = batch_and_flags
     if sparse:
@@ -229,7 +236,10 @@ def _by_weight(
         # torch.func differentiates functions of plain tensors.
         if batch.is_uniform or not torch._C._are_functorch_transforms_active():
             return _sparse_gradient(grad, per_sample_weights, batch, weight_length)
-    return _call_dense_backward(grad, per_sample_weights, *arguments, weight_length)
+    inputs = grad, per_sample_weights, *arguments, weight_length
+    if into is not None and into.is_contiguous():
+        return _table_batched_embedding_dense_backward(*inputs, into=into)
+    return _call_dense_backward(*inputs)
 
 
 def _by_sample_weights(grad: Tensor, _: int, weight: Tensor, *batch_and_flags: Any) -> Tensor:
@@ -332,11 +342,15 @@ def _table_gradient(
 
 
 def _max_by_weight(
-    grad: Tensor, weight_shape: torch.Size, max_positions: Tensor, *tables_and_sparse: Any
+    grad: Tensor,
+    weight_shape: torch.Size,
+    max_positions: Tensor,
+    *tables_and_sparse: Any,
+    into: Tensor | None = None,
 ) -> Tensor:
     *tables, sparse = tables_and_sparse
     batch = _packed(max_positions, *tables)
-    return _by_weight(grad, weight_shape[0], None, *batch, False, sparse)
+    return _by_weight(grad, weight_shape[0], None, *batch, False, sparse, into=into)
 
 
 def _at_max(weight: Tensor, max_positions: Tensor, *tables_and_sparse: Any) -> Tensor:
@@ -352,6 +366,7 @@ _call = register_multilinear(
     _by_weight,
     _by_sample_weights,
     constants=_CONSTANTS,
+    of_table=True,
 )
 _call_dense_backward = register_multilinear(
     table_batched_embedding_dense_backward,

@@ -21,7 +21,7 @@ LAYERS = {
         {"ops"},
         {"functional"},
         {"nn"},
-        {"optim", "swap", "keras"},
+        {"accumulate", "optim", "swap", "keras"},
         {"text", "plot", "_self_check"},
         {""},
         {"demo", "env_report", "tune"},

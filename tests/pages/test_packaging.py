@@ -251,9 +251,10 @@ LATE = (
         "torch._dynamo",
         "torch._inductor",
     ),
-    *("gpu_embed.optim", "gpu_embed.swap", "gpu_embed.reference", "gpu_embed.kernels"),
-    *("gpu_embed.text", "gpu_embed.keras", "gpu_embed.plot", "gpu_embed._self_check"),
-    *("gpu_embed.bench", "gpu_embed.tune", "gpu_embed.demo", "gpu_embed.env_report"),
+    *("gpu_embed.optim", "gpu_embed.swap", "gpu_embed.accumulate", "gpu_embed.reference"),
+    *("gpu_embed.kernels", "gpu_embed.text", "gpu_embed.keras", "gpu_embed.plot"),
+    *("gpu_embed._self_check", "gpu_embed.bench", "gpu_embed.tune", "gpu_embed.demo"),
+    "gpu_embed.env_report",
     *("gpu_embed.backends._triton", "gpu_embed.backends._cupy", "gpu_embed.backends._reference"),
 )
 

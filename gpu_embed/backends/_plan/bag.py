@@ -92,6 +92,7 @@ class BagPlan(GradientPlan):
         padding_idx: int,
         mode: str,
         scale_grad_by_freq: bool,
+        into: Tensor | None = None,
     ) -> Tensor:
         def make_output_bags() -> OutputBags:
             sizes = None
@@ -108,6 +109,7 @@ class BagPlan(GradientPlan):
             num_embeddings,
             padding_idx,
             scale_grad_by_freq,
+            into,
         )
 
     def embedding_bag_sample_weights_backward(

@@ -39,10 +39,11 @@ class GradientPlan(SortPlan):
         num_embeddings: int,
         padding_idx: int,
         scale_grad_by_freq: bool,
+        into: Tensor | None = None,
     ) -> Tensor:
         matrix, steps = row_matrix(grad_output)
         return self._dense_backward(
-            matrix, steps, indices, None, num_embeddings, padding_idx, scale_grad_by_freq
+            matrix, steps, indices, None, num_embeddings, padding_idx, scale_grad_by_freq, into
         )
 
     def _dense_backward(
@@ -54,16 +55,19 @@ class GradientPlan(SortPlan):
         num_embeddings: int,
         padding_idx: int,
         scale_grad_by_freq: bool,
+        into: Tensor | None,
     ) -> Tensor:
         """Rows of grad_output [*, D], one a position unless there are bags, summed over each id's positions.
 
         `steps` lead from one position's row to the next, as `row_matrix` says.
         """
-        grad_weight = grad_output.new_zeros((num_embeddings, grad_output.shape[1]))
+        in_place, grad_weight = into is not None, into
+        if grad_weight is None:
+            grad_weight = grad_output.new_zeros((num_embeddings, grad_output.shape[1]))
         method = choose(
             indices.numel(),
             num_embeddings,
-            grad_output.dtype,
+            grad_weight.dtype,
             torch.are_deterministic_algorithms_enabled(),
             scale_grad_by_freq,
             self._methods[indices.device].gradient,
@@ -74,7 +78,7 @@ class GradientPlan(SortPlan):
             rows = row_numbers(steps, indices.device)
             if rows is not None:
                 bags = OutputBags(rows, None, None)
-            self._scatter_add(grad_output, ids, bags, grad_weight, padding_idx)
+            self._scatter_add(grad_output, ids, bags, grad_weight, padding_idx, in_place)
             return grad_weight
         keys, order = self._sorted_keys(indices, num_embeddings, padding_idx)
         # Not made before the sort has freed its memory.
@@ -85,7 +89,9 @@ class GradientPlan(SortPlan):
             del rows
         runs = Runs(grad_output, order, keys)
         atomic = method == "sorted_atomic"
-        self._sum_runs(runs, bags, grad_weight, scale_grad_by_freq, atomic=atomic)
+        self._sum_runs(
+            runs, bags, grad_weight, scale_grad_by_freq, atomic=atomic, in_place=in_place
+        )
         return grad_weight
 
     def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
@@ -101,11 +107,12 @@ class GradientPlan(SortPlan):
         scale_grad_by_freq: bool,
         *,
         atomic: bool = False,
+        in_place: bool = False,
     ) -> None:
         dim, dtype = grad_weight.shape[1], accumulation(grad_weight.dtype)
         carries = cut(runs.keys, dim, dtype, counted=scale_grad_by_freq, atomic=atomic)
         for join in carries.launches:
-            self._segment_sum(runs, bags, grad_weight, carries, scale_grad_by_freq, join)
+            self._segment_sum(runs, bags, grad_weight, carries, scale_grad_by_freq, join, in_place)
             bags = None
 
     @abstractmethod
@@ -116,7 +123,12 @@ class GradientPlan(SortPlan):
         bags: OutputBags | None,
         grad_weight: Tensor,
         padding_idx: int,
-    ) -> None: ...
+        in_place: bool,
+    ) -> None:
+        """Add each position's row to its id's row of grad_weight.
+
+        `in_place`: grad_weight has any strides. Else it is contiguous, and as aligned as an allocation.
+        """
 
     @abstractmethod
     def _segment_sum(
@@ -127,8 +139,13 @@ class GradientPlan(SortPlan):
         carries: Carries,
         scale_grad_by_freq: bool,
         join: bool,
+        in_place: bool,
     ) -> None:
-        """Store the sums of the runs within a chunk, and the others' carries; `join`: the sums of those."""
+        """Store the sums of the runs within a chunk, and the others' carries; `join`: the sums of those.
+
+        `in_place`: a sum is added to its row of grad_weight, as `_scatter_add`'s. Else it is stored, and grad_weight
+        is zero on entry.
+        """
 
     @abstractmethod
     def _counts(self, ids: Tensor, counts: Tensor) -> None: ...

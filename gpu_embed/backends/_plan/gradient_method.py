@@ -59,7 +59,7 @@ class GradientRule:
     ) -> str | None:
         """Why the method cannot serve the call; None: it can."""
         if self.dtypes and dtype not in self.dtypes:
-            return f"a table of {dtype}"
+            return f"a gradient of {dtype}"
         if deterministic and not self.deterministic:
             return "torch.use_deterministic_algorithms(True)"
         if scale_grad_by_freq and not self.scale_grad_by_freq:

@@ -97,12 +97,14 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         per_sample_weights: Tensor | None,
         batch: TableBatch,
         weight_shape: tuple[int, ...],
+        into: Tensor | None = None,
     ) -> Tensor:
-        grad_weight = grad_output.new_zeros(weight_shape)
+        in_place = into is not None
+        grad_weight = grad_output.new_zeros(weight_shape) if into is None else into
         method = choose(
             batch.indices.numel(),
             batch.shape.num_rows,
-            grad_output.dtype,
+            grad_weight.dtype,
             torch.are_deterministic_algorithms_enabled(),
             False,
             self._methods[batch.indices.device].gradient,
@@ -110,11 +112,13 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         )
         if method == "atomic" and batch.shape.pooled:
             splits = self._table_splits(grad_output, batch)
-            self._table_scatter_add(grad_output, per_sample_weights, batch, grad_weight, splits)
+            self._table_scatter_add(
+                grad_output, per_sample_weights, batch, grad_weight, splits, in_place
+            )
             return grad_weight
         if method == "atomic":
             keys = self._table_row_keys(batch, torch.int64)
-            self._scatter_add(grad_output, keys, None, grad_weight, padding_idx=-1)
+            self._scatter_add(grad_output, keys, None, grad_weight, -1, in_place)
             return grad_weight
         keys, order = self._sorted_row_keys(batch)
         # Not made before the sort has freed its memory.
@@ -124,12 +128,13 @@ class TablesPlan(BagPlan, RowUpdatePlan):
             carries = cut(keys, batch.shape.widest, accumulation(grad_weight.dtype))
             runs = Runs(grad_output, order, keys)
             for join in carries.launches:
-                self._table_segment_sum(runs, bags, batch, grad_weight, carries, join)
+                self._table_segment_sum(runs, bags, batch, grad_weight, carries, join, in_place)
             return grad_weight
         if bags is not None:
             # Bag b of table t is row b * T + t.
             grad_output = grad_output.reshape(-1, batch.shape.widest)
-        self._sum_runs(Runs(grad_output, order, keys), bags, grad_weight, False)
+        runs = Runs(grad_output, order, keys)
+        self._sum_runs(runs, bags, grad_weight, False, in_place=in_place)
         return grad_weight
 
     def table_batched_embedding_sample_weights_backward(
@@ -249,6 +254,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         batch: TableBatch,
         grad_weight: Tensor,
         splits: int,
+        in_place: bool,
     ) -> None: ...
 
     @abstractmethod
@@ -260,6 +266,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         grad_weight: Tensor,
         carries: Carries,
         join: bool,
+        in_place: bool,
     ) -> None: ...
 
     @abstractmethod

@@ -6,7 +6,7 @@ from torch import Tensor
 from ...bags import Bags
 from ...bounds import BoundsRecord, in_table
 from ...dtypes import accumulation
-from .lookup import TorchLookup, torch_ids
+from .lookup import TorchLookup, add_rows, torch_ids
 
 
 class TorchBags(TorchLookup):
@@ -67,7 +67,12 @@ class TorchBags(TorchLookup):
         padding_idx: int,
         mode: str,
         scale_grad_by_freq: bool,
+        into: Tensor | None = None,
     ) -> Tensor:
+        if into is not None:
+            return _add_to_rows(
+                into, grad_output, per_sample_weights, bags, padding_idx, mode, scale_grad_by_freq
+            )
         bag = bags.bag_of()
         wide = accumulation(grad_output.dtype)
         grad_output_wide = grad_output.to(wide)
@@ -90,6 +95,34 @@ class TorchBags(TorchLookup):
         rows = self.embedding(weight, bags.indices, -1, None).to(wide)
         products = rows * grad_output[bag.clamp(min=0)].to(wide)
         return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
+
+
+def _add_to_rows(
+    into: Tensor,
+    grad_output: Tensor,
+    per_sample_weights: Tensor | None,
+    bags: Bags,
+    padding_idx: int,
+    mode: str,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    """`embedding_bag_dense_backward` into a gradient that exists."""
+    wide = accumulation(grad_output.dtype)
+    bag, ids = bags.bag_of(), torch_ids(bags.indices)
+    kept = (bag >= 0) & in_table(ids, len(into)) & (ids != padding_idx)
+    bag = bag.clamp(min=0)
+    sizes = bags.sizes(padding_idx).clamp(min=1) if mode == "mean" else None
+
+    def read(positions: Tensor | slice) -> Tensor:
+        of = bag[positions]
+        rows = grad_output.index_select(0, of).to(wide)
+        if sizes is not None:
+            rows /= sizes[of, None]
+        if per_sample_weights is not None:
+            rows *= per_sample_weights[positions, None]
+        return rows
+
+    return add_rows(into, ids, kept, read, scale_grad_by_freq)
 
 
 def _cpu_bags(

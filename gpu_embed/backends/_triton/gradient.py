@@ -20,12 +20,19 @@ class TritonGradient(TritonDevice, GradientPlan):
         bags: OutputBags | None,
         grad_weight: Tensor,
         padding_idx: int,
+        in_place: bool,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(grad_output)
+        if in_place:
+            vec = min(vec, vector_width(grad_weight))
         launch = chunk_launch(self._launches[ids.device].scatter_add, embedding_dim // vec)
         num_vectors = ids.numel() * embedding_dim // vec
-        adjacent = grad_output.stride(0) == embedding_dim
+        # None: D / VEC, which the compiler knows.
+        row_strides = [
+            None if matrix.stride(0) == embedding_dim else matrix.stride(0) // vec
+            for matrix in (grad_output, grad_weight)
+        ]
         self._launch(
             self._kernels.scatter_add,
             (cdiv(num_vectors, launch.BLOCK),),
@@ -37,8 +44,10 @@ class TritonGradient(TritonDevice, GradientPlan):
             ids.numel(),
             num_embeddings,
             padding_idx,
-            None if adjacent else grad_output.stride(0) // vec,
+            row_strides[0],
             grad_output.stride(1),
+            row_strides[1],
+            grad_weight.stride(1),
             D=embedding_dim,
             VEC=vec,
             **launch.settings,
@@ -52,10 +61,16 @@ class TritonGradient(TritonDevice, GradientPlan):
         carries: Carries,
         scale_grad_by_freq: bool,
         join: bool,
+        in_place: bool,
     ) -> None:
         values, _, keys = runs
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(values)
+        strides: tuple[int | None, ...] = (None, None)
+        if in_place:
+            # A row is to be read in one access too.
+            vec = min(vec, vector_width(grad_weight))
+            strides = (grad_weight.stride(0) // vec, grad_weight.stride(1))
         acc_bytes = accumulation(grad_weight.dtype).itemsize
         walk = self._launches[keys.device].segment_sum
         launch = segment_launch(walk, embedding_dim, carry_vector(vec, acc_bytes) if join else vec)
@@ -72,10 +87,12 @@ class TritonGradient(TritonDevice, GradientPlan):
             carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
+            *strides,
             D=embedding_dim,
             VEC=vec,
             SCALE_GRAD_BY_FREQ=scale_grad_by_freq,
             JOIN=join,
+            IN_PLACE=in_place,
             **launch.settings,
         )
 

@@ -156,8 +156,11 @@ class TritonTables(TritonDevice, TablesPlan):
         batch: TableBatch,
         grad_weight: Tensor,
         splits: int,
+        in_place: bool,
     ) -> None:
         vec = table_vector_width(grad_output, batch.shape.dim_divisor)
+        if in_place:
+            vec = min(vec, table_vector_width(grad_weight, batch.shape.dim_divisor))
         launch = self._launches[grad_output.device].table_scatter_add
         self._launch(
             self._kernels.table_scatter_add,
@@ -191,10 +194,14 @@ class TritonTables(TritonDevice, TablesPlan):
         grad_weight: Tensor,
         carries: Carries,
         join: bool,
+        in_place: bool,
     ) -> None:
         values, _, keys = runs
         widest = batch.shape.widest
         vec = table_vector_width(values, batch.shape.dim_divisor)
+        if in_place:
+            # A row is to be read in one access too.
+            vec = min(vec, table_vector_width(grad_weight, batch.shape.dim_divisor))
         if batch.max_positions is not None:
             vec = min(vec, MAX_POSITION_VECTOR)
         acc_bytes = accumulation(grad_weight.dtype).itemsize
@@ -220,6 +227,7 @@ class TritonTables(TritonDevice, TablesPlan):
             D=widest,
             VEC=vec,
             JOIN=join,
+            IN_PLACE=in_place,
             **launch.settings,
         )
 

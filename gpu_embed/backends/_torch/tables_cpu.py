@@ -1,0 +1,352 @@
+"""Batched tables on the CPU: tables of one width are rows of one matrix, and torch's bags sum them at once.
+
+The functions for the backend return None where an id is out of range or offsets are wrong: `tables` serves that call.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...dtypes import accumulation
+from ...tables.batch import TableBatch
+from ...tables.layout import MODES, TableColumn
+from .lookup import torch_ids
+
+Integers = NDArray[np.integer]
+
+# From so many ids on a feature is looked up alone: to number its ids anew would cost more than a call does.
+ALONE = 1024
+SUM, MEAN, MAX = range(len(MODES))
+
+
+class Group(NamedTuple):
+    """F features of one mode whose tables' rows are rows of one matrix [V, D]."""
+
+    features: list[int]
+    ids: slice  # where in `Ids.rows` its n ids are
+    begins: Integers  # [F * B]: where in these n each bag begins; f * B + b is bag b of the f-th feature
+    mode: int
+    dim: int  # D
+    first_element: int  # where in the buffer the matrix begins
+    num_rows: int  # V
+
+    def matrix(self, buffer: Tensor) -> Tensor:
+        """[V, D], in the memory of a buffer."""
+        first = buffer.storage_offset() + self.first_element
+        return buffer.as_strided((self.num_rows, self.dim), (self.dim, 1), first)
+
+    def bag_rows(self, output: Tensor, batch: TableBatch) -> Tensor:
+        """Its columns of an output [B, sum D], contiguous -> [B * F, D], bag b of the f-th feature at b * F + f."""
+        if len(self.features) < batch.num_tables:
+            # All features begin at a multiple of the divisor.
+            chunk = batch.shape.dim_divisor
+            first = batch.fields.numpy()[self.features, TableColumn.FIRST_COLUMN] // chunk
+            chunks = (first[:, None] + np.arange(self.dim // chunk)).ravel()
+            by_chunk = output.numpy().reshape(len(output), -1, chunk)
+            output = torch.from_numpy(by_chunk.take(chunks, 1))
+        return output.view(-1, self.dim)
+
+    def bag_sizes(self) -> Tensor:
+        """What divides the sum of each of its `bag_rows` -> [B * F]."""
+        sizes = np.diff(self.begins, append=self.ids.stop - self.ids.start).clip(1)
+        return torch.from_numpy(sizes.reshape(len(self.features), -1).T.ravel())
+
+
+class Ids(NamedTuple):
+    """The n ids of a batch that are in a bag, group by group."""
+
+    rows: Integers  # [n]: each id's row of its group's matrix
+    positions: Integers | slice  # [n]: where in the batch each id is
+    begins: Integers  # [T * B + 1]: where each bag begins, group by group
+    groups: list[Group]
+
+    def bag_of(self) -> Integers:
+        """The row of each id's bag among its group's `bag_rows` -> [n]."""
+        sizes = [len(group.features) for group in self.groups]
+        place = np.concatenate([np.arange(size) for size in sizes])[:, None]
+        bags = np.arange((len(self.begins) - 1) // len(place))
+        number = bags * np.repeat(sizes, sizes)[:, None] + place
+        return np.repeat(number.ravel(), np.diff(self.begins))
+
+
+def embedding(
+    weight: Tensor, per_sample_weights: Tensor | None, batch: TableBatch, zero_padding: bool
+) -> Tensor | None:
+    """`Backend.table_batched_embedding` if all ids are in their tables."""
+    if batch.shape.pooled:
+        bags = _bags(weight, per_sample_weights, batch, False)
+        return None if bags is None else bags[0]
+    ids = _ids(batch, zero_padding)
+    if ids is None:
+        return None
+    rows = torch.embedding(ids.groups[0].matrix(weight), torch.from_numpy(ids.rows))
+    if len(rows) == len(batch.indices):
+        return rows
+    output = weight.new_zeros(len(batch.indices), batch.shape.widest)
+    output[ids.positions] = rows
+    return output
+
+
+def embedding_max(
+    weight: Tensor, batch: TableBatch, with_argmax: bool
+) -> tuple[Tensor, Tensor] | None:
+    """`Backend.table_batched_embedding_max` if all ids are in their tables."""
+    return _bags(weight, None, batch, with_argmax)
+
+
+def dense_backward(
+    grad_output: Tensor,
+    per_sample_weights: Tensor | None,
+    batch: TableBatch,
+    weight_shape: tuple[int, ...],
+    into: Tensor | None,
+) -> Tensor | None:
+    """`Backend.table_batched_embedding_dense_backward` if all ids are in their tables."""
+    ids = _ids(batch, True)
+    if ids is None:
+        return None
+    grad_weight = grad_output.new_zeros(weight_shape) if into is None else into
+    grad_output = grad_output.to(accumulation(grad_output.dtype)).contiguous()
+    if batch.shape.pooled:
+        source = ids.bag_of()
+    else:
+        source = np.arange(len(grad_output))[ids.positions]
+    # One sort for all groups: the rows of each are numbered from the end of those before it.
+    rows, num_rows = ids.rows, np.array([group.num_rows for group in ids.groups])
+    if len(num_rows) > 1:
+        shift = num_rows.cumsum() - num_rows
+        rows = rows + np.repeat(shift, [group.ids.stop - group.ids.start for group in ids.groups])
+    runs = _runs(rows, int(num_rows.sum()))
+    used, source, scales = ids.rows[runs.order[runs.begins]], source[runs.order], None
+    if per_sample_weights is not None:
+        scales = per_sample_weights.to(grad_output.dtype)[ids.positions][runs.order]
+    max_rows = _max_rows(ids, batch)
+    for group in ids.groups:
+        matrix, values, own = group.matrix(grad_weight), grad_output, group.ids
+        if batch.shape.pooled:
+            values = group.bag_rows(values, batch)
+        if group.mode == MEAN:
+            values = values / group.bag_sizes()[:, None]
+        if group.mode == MAX and max_rows is not None:
+            of_max = group.bag_rows(max_rows, batch).numpy().ravel()
+            places = np.flatnonzero(of_max >= 0)
+            elements = of_max[places] * group.dim + places % group.dim
+            own_runs = _runs(elements, matrix.numel())
+            elements, places = elements[own_runs.order], places[own_runs.order]
+            sums = _sums(values.view(-1, 1), places, own_runs.begins, None)
+            _add_rows(matrix.view(-1, 1), elements[own_runs.begins], sums, into is None)
+        elif own.stop > own.start:
+            first, end = np.searchsorted(runs.begins, (own.start, own.stop))
+            own_scales = None if scales is None else scales[own]
+            sums = _sums(values, source[own], runs.begins[first:end] - own.start, own_scales)
+            _add_rows(matrix, used[first:end], sums, into is None)
+    return grad_weight
+
+
+def sample_weights_backward(
+    grad_output: Tensor, weight: Tensor, batch: TableBatch
+) -> Tensor | None:
+    """`Backend.table_batched_embedding_sample_weights_backward` if all ids are in their tables."""
+    ids = _ids(batch, True)
+    if ids is None:
+        return None
+    wide = accumulation(weight.dtype)
+    grad_output = grad_output.to(wide).contiguous()
+    bag_of, products = ids.bag_of(), grad_output.new_empty(len(ids.rows))
+    for group in ids.groups:
+        rows = group.matrix(weight)[ids.rows[group.ids]].to(wide)
+        values = group.bag_rows(grad_output, batch)[bag_of[group.ids]]
+        products[group.ids] = (rows * values).sum(1)
+    grad = weight.new_zeros(len(batch.indices))
+    grad[ids.positions] = products.to(grad.dtype)
+    return grad
+
+
+def _bags(
+    weight: Tensor, per_sample_weights: Tensor | None, batch: TableBatch, with_argmax: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The output [B, sum D], and of the maxima in it the positions if with_argmax."""
+    ids = _ids(batch, True, ALONE)
+    if ids is None:
+        return None
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights[ids.positions]
+    max_rows = _max_rows(ids, batch)
+    outputs, argmax = [weight] * batch.num_tables, [weight] * batch.num_tables
+    for group in ids.groups:
+        places = None
+        if group.mode == MAX and max_rows is not None:
+            bags = _at_rows(group, weight, group.bag_rows(max_rows, batch))
+        elif group.ids.start == group.ids.stop:
+            bags = weight.new_zeros(len(group.begins), group.dim)
+        else:
+            bags, places = _group_bags(weight, per_sample_weights, ids, group, with_argmax)
+        _hand_out(bags, group, outputs)
+        if with_argmax:
+            positions = torch.full_like(bags, -1, dtype=torch.int64)
+            if places is not None:
+                in_batch = np.arange(len(batch.indices))[ids.positions][group.ids]
+                positions = torch.from_numpy(np.append(in_batch, -1))[places]
+            _hand_out(positions, group, argmax)
+    output = torch.cat(outputs, 1)
+    if not with_argmax:
+        return output, output.new_empty(0, dtype=batch.position_dtype)
+    return output, torch.cat(argmax, 1).to(batch.position_dtype)
+
+
+def _hand_out(bags: Tensor, group: Group, outputs: list[Tensor]) -> None:
+    """Set the output [B, D] of each of a group's features, given [F * B, D]."""
+    by_feature = bags.split(len(bags) // len(group.features))
+    for feature, output in zip(group.features, by_feature, strict=True):
+        outputs[feature] = output
+
+
+def _group_bags(
+    weight: Tensor,
+    per_sample_weights: Tensor | None,
+    ids: Ids,
+    group: Group,
+    with_argmax: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none."""
+    matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[group.ids])
+    begins, scales = torch.from_numpy(group.begins), None
+    if per_sample_weights is not None:
+        scales = per_sample_weights[group.ids]
+    # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
+    names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
+    if names_row or (is_mean and weight.dtype.itemsize == 2):
+        matrix, rows = matrix[rows], torch.arange(len(rows), dtype=rows.dtype)
+    if is_mean:
+        matrix = matrix.to(accumulation(weight.dtype))
+    bags, _, sizes, places = torch.embedding_bag(
+        matrix, rows, begins, False, group.mode, False, scales
+    )
+    return bags.to(weight.dtype), torch.where(sizes[:, None] > 0, places, -1) if names_row else None
+
+
+def _at_rows(group: Group, weight: Tensor, rows: Tensor) -> Tensor:
+    """Of each element of a group's `bag_rows` what stands in the given row, 0 at -1 -> [F * B, D]."""
+    elements = rows.clamp(min=0) * group.dim + torch.arange(group.dim)
+    values = torch.where(rows >= 0, group.matrix(weight).view(-1)[elements], 0)
+    return values.view(-1, len(group.features), group.dim).transpose(0, 1).flatten(0, 1)
+
+
+def _max_rows(ids: Ids, batch: TableBatch) -> Tensor | None:
+    """What `batch.max_positions` names, as rows of the groups' matrices -> [B, sum D]; -1: no id of the bag."""
+    if batch.max_positions is None:
+        return None
+    num_ids, num_tables = len(batch.indices), batch.num_tables
+    positions = batch.max_positions.numpy()
+    positions = np.where((positions >= 0) & (positions < num_ids), positions, num_ids)
+    place_at = np.full(num_ids + 1, -1)
+    place_at[:-1][ids.positions] = np.arange(len(ids.rows))
+    places = place_at[positions]
+    features = [feature for group in ids.groups for feature in group.features]
+    columns = np.argsort(features)[batch.table_of_column.numpy()]
+    begins, ends = (x.reshape(num_tables, -1)[columns].T for x in (ids.begins[:-1], ids.begins[1:]))
+    is_own = (places >= begins) & (places < ends)
+    return torch.from_numpy(np.where(is_own, np.append(ids.rows, -1)[places], -1))
+
+
+def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | None:
+    """The ids that are in a bag, by groups; a feature of at least `alone` ids is one of its own.
+
+    None: an id is out of range, offsets are wrong, or rows of different widths are looked up without sums.
+    """
+    fields, num_bags, pooled = batch.fields.numpy(), batch.bags_per_table, batch.shape.pooled
+    indices, begins = torch_ids(batch.indices).numpy(), batch.offsets.numpy().astype(np.int64)
+    if begins[0] != 0 or begins[-1] > len(indices) or (begins[1:] < begins[:-1]).any():
+        return None
+    rows, first_ids = indices[: begins[-1]], begins[::num_bags]
+    if not (pooled or batch.is_uniform) or not _in_range(rows, first_ids, fields):
+        return None
+    positions: Integers | slice = slice(len(rows))
+    num_ids, padding = np.diff(first_ids), fields[:, TableColumn.PADDING_IDX]
+    if drop_padding and padding.max() >= 0:
+        kept = np.flatnonzero(rows != np.repeat(padding, num_ids))
+        if len(kept) < len(rows):
+            begins = np.searchsorted(kept, begins)
+            rows, positions, first_ids = rows[kept], kept, begins[::num_bags]
+            num_ids = np.diff(first_ids)
+    dim, element = fields[:, TableColumn.DIM], fields[:, TableColumn.FIRST_ELEMENT]
+    mode = fields[:, TableColumn.MODE] * pooled
+    key = (dim * (batch.shape.widest + 1) + element % dim) * len(MODES) + mode
+    key = np.where(num_ids >= alone, np.arange(-len(key), 0), key)
+    features = np.argsort(key, kind="stable")
+    if (features[1:] < features[:-1]).any():
+        lengths = np.diff(begins).reshape(-1, num_bags)[features].ravel()
+        begins, from_ids = np.append(0, lengths.cumsum()), first_ids[features]
+        num_ids, first_ids = num_ids[features], begins[::num_bags]
+        moved = np.arange(len(rows)) + np.repeat(from_ids - first_ids[:-1], num_ids)
+        rows = rows[moved]
+        positions = moved if isinstance(positions, slice) else positions[moved]
+        key, fields, mode, dim, element = (x[features] for x in (key, fields, mode, dim, element))
+    starts = np.flatnonzero(np.diff(key, prepend=key[0] - 1))
+    ends = np.append(starts[1:], len(key))
+    base = np.minimum.reduceat(element, starts)
+    first_rows = (element - np.repeat(base, ends - starts)) // dim
+    if first_rows.any():
+        rows = rows + np.repeat(first_rows, num_ids)
+    num_rows = np.maximum.reduceat(first_rows + fields[:, TableColumn.NUM_ROWS], starts)
+    of_groups = first_ids[starts], first_ids[ends], mode[starts], dim[starts], base, num_rows
+    in_group = (begins[:-1] - np.repeat(of_groups[0], (ends - starts) * num_bags)).astype(
+        rows.dtype
+    )
+    groups, features = [], features.tolist()
+    for start, end, first_id, end_id, *matrix in zip(
+        *(column.tolist() for column in (starts, ends, *of_groups)), strict=True
+    ):
+        bags = in_group[start * num_bags : end * num_bags]
+        groups.append(Group(features[start:end], slice(first_id, end_id), bags, *matrix))
+    return Ids(rows, positions, begins, groups)
+
+
+def _in_range(ids: Integers, first_ids: Integers, fields: Integers) -> bool:
+    """Whether every id is in its table."""
+    used = np.flatnonzero(first_ids[1:] > first_ids[:-1])
+    if len(used) == 0:
+        return True
+    # A negative id is a large unsigned one.
+    highest = np.maximum.reduceat(ids.view(f"u{ids.itemsize}"), first_ids[used])
+    return bool((highest < fields[used, TableColumn.NUM_ROWS].astype(np.uint64)).all())
+
+
+class Runs(NamedTuple):
+    """Numbers in ascending order."""
+
+    order: Integers  # [n]: where each was, equal ones from the first to the last
+    begins: Integers  # where in this order each number begins
+
+
+def _runs(numbers: Integers, end: int) -> Runs:
+    """Sort numbers from 0 up to an end."""
+    bits = len(numbers).bit_length()
+    if end >= 1 << (63 - bits):
+        order = np.argsort(numbers, kind="stable")
+        ordered = numbers[order]
+    else:
+        # Numbers with their places behind them are sorted in a tenth of the time.
+        keys = np.sort(numbers.astype(np.int64) << bits | np.arange(len(numbers)))
+        order, ordered = keys & (1 << bits) - 1, keys >> bits
+    is_begin = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=is_begin[1:])
+    return Runs(order, np.flatnonzero(is_begin))
+
+
+def _sums(values: Tensor, source: Integers, begins: Integers, scales: Tensor | None) -> Tensor:
+    """Of rows source[n] of `values`, times scales[n], the sum from each of `begins` to the next."""
+    arguments = values, torch.from_numpy(source), torch.from_numpy(begins)
+    sums, *_ = torch.embedding_bag(*arguments, False, SUM, False, scales)
+    return sums
+
+
+def _add_rows(matrix: Tensor, used: Integers, sums: Tensor, is_new: bool) -> None:
+    """Add to rows of a matrix, each named once; is_new: it holds zeros."""
+    rows = torch.from_numpy(used)
+    if not is_new:
+        sums += matrix[rows]
+    matrix[rows] = sums.to(matrix.dtype)
