@@ -31,25 +31,6 @@ class KnownTable:
         arguments: the same three, checked, padding_idx counted from the start (-1: none).
     """
 
-    __slots__ = (
-        "_address",
-        "_device_index",
-        "_dtype",
-        "_generation",
-        "_may_be_lazy",
-        "_padding_idx",
-        "_prepared",
-        "_record",
-        "_scale_grad_by_freq",
-        "_sparse",
-        "_stride",
-        "arguments",
-        "by_torch",
-        "num_embeddings",
-        "prepared_backward",
-        "shape",
-    )
-
     def __init__(
         self,
         weight: Parameter,
