@@ -1,20 +1,22 @@
 """How many bytes a lookup has to move, and how long a card needs for them.
 
-With V the rows of all tables, D, N as everywhere, s bytes an element, i bytes an id, U different rows among the
-ids, and U', N' the same without padding, whose gradient nobody asks for. O rows are put out, O' of them with a
-gradient: N and N', or in bags the number of bags. An optimizer keeps S bytes for each row: none for SGD, 2 D s for
-Adam, s for row-wise Adagrad (its s is at least 4). An offset of a bag counts as an id more.
+With V the rows of all tables, D, N as everywhere, s bytes an element, i bytes an id, U different rows among the ids,
+and U', N' the same without padding, whose gradient nobody asks for. O rows are put out, O' of them with a gradient: N
+and N', or in bags the number of bags. A gradient that exists has g bytes an element. An optimizer keeps S bytes for
+each row: none for SGD, 2 D s for Adam, s for row-wise Adagrad (its s is at least 4). An offset of a bag counts as an
+id more.
 
-    mode      DRAM: each row from memory once           logical: each id on its own
-    forward   U D s + O D s + N i                       N D s + O D s + N i
-    backward  O' D s + V D s + N i                      2 N' D s + V D s + N i
-    full      forward + backward                        forward + backward
-    step      forward + O' D s + 2 U' (D s + S) + N i   forward + N' D s + 2 N' (D s + S) + N i
+    mode        DRAM: each row from memory once           logical: each id on its own
+    forward     U D s + O D s + N i                       N D s + O D s + N i
+    backward    O' D s + V D s + N i                      2 N' D s + V D s + N i
+    full        forward + backward                        forward + backward
+    accumulate  O' D s + 2 U' D g + N i                   N' D s + 2 N' D g + N i
+    step        forward + O' D s + 2 U' (D s + S) + N i   forward + N' D s + 2 N' (D s + S) + N i
 
 forward reads rows and writes the output. backward reads the output's gradient and writes the table's, zeros
-included; logically each id reads its gradient and adds to its row. step never needs the table's gradient: it reads
-and writes the used rows and what the optimizer keeps for them. DRAM bytes are the floor: what any program has to
-move when nothing is in the caches.
+included; logically each id reads its gradient and adds to its row. accumulate reads and writes the used rows of the
+gradient that is there. step never needs the table's gradient: it reads and writes the used rows and what the optimizer
+keeps for them. DRAM bytes are the floor: what any program has to move when nothing is in the caches.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .shapes import DTYPES, ID_DTYPES, STEPS, Cell
+from .shapes import ACCUMULATE, DTYPES, ID_DTYPES, STEPS, Cell
 
 # What a large copy reaches of the data sheet's bandwidth, by the one figure that PREDICTION names.
 COPY_SHARE = 0.9
@@ -88,7 +90,8 @@ def count(ids: Tensor, padding_idx: int | None) -> Counts:
 
 def bytes_moved(cell: Cell, mode: str, counts: Counts) -> BytesMoved:
     """The bytes of one call in a mode, by the formulas above."""
-    row = cell.dim * DTYPES[cell.dtype].itemsize
+    # Of tables of several widths the mean.
+    row = sum(cell.widths) * DTYPES[cell.dtype].itemsize // cell.tables
     offsets = cell.num_outputs if cell.by_offsets else 0
     ids = (cell.num_ids + offsets) * ID_DTYPES[cell.id_dtype].itemsize
     forward = BytesMoved(
@@ -99,6 +102,11 @@ def bytes_moved(cell: Cell, mode: str, counts: Counts) -> BytesMoved:
         return forward
     # Neither bags nor several tables have padding here.
     kept_outputs = cell.num_outputs if cell.pooled else counts.kept
+    if mode in ACCUMULATE:
+        added = 2 * cell.dim * cell.gradient_dtype(mode).itemsize
+        return BytesMoved(
+            kept_outputs * row + counts.unique_kept * added + ids, counts.kept * (row + added) + ids
+        )
     if mode in STEPS:
         updated = row + state_bytes(cell, mode)
         return BytesMoved(

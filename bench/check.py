@@ -83,6 +83,42 @@ def check_gradient(
     return judge.verdict("the gradient")
 
 
+def check_accumulation(
+    before: Tensor,
+    after: Tensor,
+    grad_output: Tensor,
+    ids: Tensor,
+    padding_idx: int | None,
+    fp32: bool,
+    in_place: bool,
+) -> Verdict:
+    """Gradient [V, D] after a backward that adds to `before`, against sums in fp64; bounds as of `check_gradient`.
+
+    Args:
+        in_place: a sum is added as it is; else it is rounded to the table's dtype first.
+    """
+    if after.dtype != before.dtype or after.shape != before.shape:
+        return Verdict(False, f"the gradient is {after.dtype} {list(after.shape)}")
+    rows, sums = _sums(grad_output, ids, padding_idx)
+    if (place := _first_changed_row(before, after, rows)) is not None:
+        return Verdict(False, f"row {place} of the gradient changed without an id")
+    judge = Judge(grad_output.dtype, fp32)
+    for columns, total, magnitude, counts in sums:
+        old = before[:, columns].index_select(0, rows).double()
+        rounding = _rounding(old + total, after.dtype)
+        if not in_place:
+            rounding += _rounding(total, grad_output.dtype)
+        actual = after[:, columns].index_select(0, rows)
+        judge(actual, old + total, old.abs() + magnitude, counts + 1, rounding)
+    return judge.verdict("the gradient")
+
+
+def _rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """What one rounding of the values to the dtype may change."""
+    info = torch.finfo(dtype)
+    return info.eps * (values.abs() + info.smallest_normal)
+
+
 class Judge:
     """Compares sums of a dtype with fp64's, piece by piece, by the bounds of `check_gradient`."""
 
@@ -94,12 +130,21 @@ class Judge:
         self._accepted = True
 
     def __call__(
-        self, actual: Tensor, total: Tensor, magnitude: Tensor, counts: Tensor | float
+        self,
+        actual: Tensor,
+        total: Tensor,
+        magnitude: Tensor,
+        counts: Tensor | float,
+        rounding: Tensor | None = None,
     ) -> None:
-        """Sums of `counts` numbers of the summed magnitudes; fp64 but for actual."""
+        """Sums of `counts` numbers of the summed magnitudes; fp64 but for actual.
+
+        Args:
+            rounding: what the result's roundings may change; None: one to the dtype.
+        """
         own = torch.finfo(self._dtype)
         error = (actual.double() - total).abs_()
-        rounding = own.eps * (total.abs() + own.smallest_normal)
+        rounding = _rounding(total, self._dtype) if rounding is None else rounding
         bound = 2 * torch.finfo(self._wide).eps * counts * magnitude + rounding
         self._worst = max(self._worst, _largest(error / bound))
         share = torch.as_tensor(own.eps * counts, device=actual.device).clamp(max=LARGEST_LOSS)

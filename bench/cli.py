@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
     for name, (text, options, _) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
-        if name in ("run", "headline"):
+        if name in ("run", "headline", "figures"):
             # Defaults of its own would undo what stands before the command.
             nested = {"default": argparse.SUPPRESS}
             add_options(
@@ -115,19 +115,25 @@ AXES = {
     "ids": "ids a call, in all tables",
     "distribution": "uniform, zipf:1.05, text, hot:0.5, spread:8192, ..., or a file of ids",
 }
+MAX_MEMORY: tuple[str, str | None, dict[str, Any]] = (
+    "--max-memory",
+    "such as 8G: larger cells are left out (default: half of what is free, on a GPU nine tenths)",
+    {"metavar": "SIZE"},
+)
 RUN: Options = (
     ("--set", "A B ..., or all", {**MANY, "default": [], "metavar": "SET"}),
     ("--mode", f"{', '.join(MODES)} (default: the set's)", MANY),
     ("--providers", "names from `list` (default: all that can run)", MANY),
     *((f"--{name}", f"{text}, in place of the set's", MANY) for name, text in AXES.items()),
     ("--out", None, {"type": Path, "default": Path("bench-results"), "metavar": "DIR"}),
-    (
-        "--max-memory",
-        "such as 8G: larger cells are left out (default: half of what is free, on a GPU nine tenths)",
-        {"metavar": "SIZE"},
-    ),
+    MAX_MEMORY,
     ("--limit", "the first N cells alone", {"type": int, "metavar": "N"}),
     ("--seconds", "for each measurement (default: %(default)s)", {"type": float, "default": 0.5}),
+    (
+        "--turns",
+        "the providers of a cell take turns, N at least; all are in memory then (default: one after another)",
+        {"type": int, "metavar": "N"},
+    ),
     ("--resume", "measure what DIR lacks", FLAG),
 )
 HEADLINE: Options = (
@@ -137,6 +143,15 @@ HEADLINE: Options = (
         {"type": Path, "default": Path("bench/results"), "metavar": "ROOT"},
     ),
     ("--page", "rewrite this page, such as bench/RESULTS.md", FILE),
+)
+FIGURES: Options = (HEADLINE[0], MAX_MEMORY)
+RATIOS: Options = (
+    ("directories", None, {"type": Path, "metavar": "DIR", "nargs": "+"}),
+    (
+        "--out",
+        "where ratios.png and ratios_dark.png go (default: %(default)s)",
+        {"type": Path, "default": Path("docs/pictures"), "metavar": "FOLDER"},
+    ),
 )
 COMPARE: Options = (
     (
@@ -207,8 +222,10 @@ def whole_number(option: str, text: str) -> int:
     return int(number)
 
 
-def memory_size(text: str) -> int:
+def memory_size(text: str | None) -> int | None:
     """Bytes of 8G, 500M, 8GiB."""
+    if text is None:
+        return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(?:i?B)?", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise CannotRunError(f"--max-memory {text}: expected a size such as 8G or 500M")
@@ -270,6 +287,12 @@ def start(args: argparse.Namespace, console: Console) -> Bench:
     return Bench(device, speed, facts, memory, args.seed)
 
 
+def limit_memory(bench: Bench, memory: int | None) -> None:
+    """Let cells take so many bytes; None: the usual share of what is free."""
+    if memory is not None:
+        bench.memory = min(memory, machine.free_memory(bench.device))
+
+
 def summary(args: argparse.Namespace) -> int:
     from . import summary as summaries
 
@@ -295,11 +318,13 @@ def summary(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     choice = read_choice(args)
     console = make_console()
-    memory = None if args.max_memory is None else memory_size(args.max_memory)
+    memory = memory_size(args.max_memory)
     if args.limit is not None and args.limit < 1:
         raise CannotRunError(f"--limit {args.limit}: at least 1 cell is needed")
     if not 0 < args.seconds <= 600:
         raise CannotRunError(f"--seconds {args.seconds:g}: choose a number above 0, at most 600")
+    if args.turns is not None and args.turns < 1:
+        raise CannotRunError(f"--turns {args.turns}: at least 1 is needed")
     device = choose_device(args.device)
     jobs = plan(choice, device)
     if not any(job.mode in job.provider.modes for job in jobs):
@@ -312,12 +337,12 @@ def run(args: argparse.Namespace) -> int:
     results.check_writable(args.out)
     with results.RowWriter(args.out, args.resume) as writer:
         bench = start(args, console)
-        bench.effort = Effort(args.seconds, host_seconds=min(0.2, args.seconds))
-        if memory is not None:
-            bench.memory = min(memory, machine.free_memory(bench.device))
+        samples = Effort.min_samples if args.turns is None else args.turns
+        bench.effort = Effort(args.seconds, samples, host_seconds=min(0.2, args.seconds))
+        limit_memory(bench, memory)
         bench.copy_gbps = write_header(args, bench)
         try:
-            done = measure(bench, jobs, writer, console)
+            done = measure(bench, jobs, writer, console, in_turns=args.turns is not None)
         except (KeyboardInterrupt, results.NotWrittenError) as end:
             kept = sum(job.row(bench).key in writer.done for job in jobs)
             interrupted = isinstance(end, KeyboardInterrupt)
@@ -325,6 +350,34 @@ def run(args: argparse.Namespace) -> int:
             say_stopped("interrupted" if interrupted else end, kept, len(jobs), args.out, rest)
             return 130 if interrupted else 2
     say_counts(done, args.out, console)
+    return own_failures(done, console)
+
+
+def figures(args: argparse.Namespace) -> int:
+    """Measure in turns what `ratios` draws; what was measured before an interruption is kept."""
+    from . import host_time, row_csv
+    from .figures import TURNS, figures_jobs
+
+    results.check_writable(args.out)
+    memory = memory_size(args.max_memory)
+    console = make_console()
+    bench = start(args, console)
+    bench.effort = Effort(min_samples=TURNS, cold=False)
+    limit_memory(bench, memory)
+    jobs = figures_jobs(bench.device)
+    header = new_header(args, bench)
+    directory = results_directory(args.out, header)
+    with results.RowWriter(directory) as writer:
+        results.write_header(directory, header)
+        times = host_time.measure_host_time()
+        row_csv.write(directory / results.HOST_TIME, host_time.HostTime, times)
+        try:
+            done = measure(bench, jobs, writer, console, in_turns=True)
+        except KeyboardInterrupt:
+            shown = f"{PROG} ratios {directory} draws them"
+            say_stopped("interrupted", len(writer.done), len(jobs), directory, shown)
+            return 130
+    say_counts(done, directory, console)
     return own_failures(done, console)
 
 
@@ -381,12 +434,14 @@ def measure(
     writer: results.RowWriter,
     console: Console,
     last_start: float = math.inf,
+    in_turns: bool = False,
 ) -> list[results.Row]:
     """The new rows of the jobs, each said as soon as its cell is through."""
     with progress_bar(console) as progress:
         report = Reporter(console, progress, len(jobs))
         try:
-            return execute(bench, jobs, writer, report.start, report.row, report.skip, last_start)
+            told = (report.start, report.row, report.skip)
+            return execute(bench, jobs, writer, *told, last_start, in_turns)
         finally:
             report.flush()
 
@@ -686,6 +741,16 @@ def plot(args: argparse.Namespace) -> int:
     return 0
 
 
+def ratios(args: argparse.Namespace) -> int:
+    check_extra("matplotlib")
+    from .ratios import draw_ratios
+
+    results.check_writable(args.out)
+    for path in draw_ratios(args.directories, args.out):
+        print(path)
+    return 0
+
+
 def report(args: argparse.Namespace) -> int:
     from .report import write_report
 
@@ -716,6 +781,11 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         HEADLINE,
         headline,
     ),
+    "figures": (
+        "what `ratios` draws, in turns, within twenty minutes on a CPU",
+        FIGURES,
+        figures,
+    ),
     "list": ("the sets of shapes, and who can be measured here", (), list_all),
     "compare": (
         "exit 1 where a row of gpu_embed's in NEW is slower than in OLD, wrong or missing",
@@ -734,6 +804,7 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         COLD_START,
         cold_start,
     ),
+    "ratios": ("draw how many times faster than torch the results in DIR are", RATIOS, ratios),
     "plot": ("draw the results in DIR", DIRECTORY, plot),
     "report": ("write DIR as one HTML page", DIRECTORY, report),
 }

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OURS = "gpu_embed"
-# What a user of the layer gets: the kernel of our own choice, sparse=True, and updates in the backward pass.
-OFFERED = (OURS, f"{OURS}-sparse", f"{OURS}-in-backward")
+# What a user of the layer gets: the kernel of our own choice, sparse=True, updates in the backward pass, and
+# gradients added to in place.
+OFFERED = (OURS, f"{OURS}-sparse", f"{OURS}-in-backward", f"{OURS}-in-place")
 # Broken and slower rows are always printed; of the others this many.
 SHOWN = 40
 # p80 / p20 of a time: beyond it the median is no measure.

@@ -24,6 +24,7 @@ from gpu_embed.tune.offline import OfflineDriver
 from .timing import Call, host_us
 
 MODES = ("inference", "forward", "forward + backward")
+TORCH_BACKEND = "gpu_embed, torch backend"
 VOCAB, DIM, NUM_IDS = 128, 16, 8
 # The card does not matter: nothing is compiled for it.
 ARCHITECTURE = 90
@@ -45,20 +46,20 @@ def measure_host_time(seconds: float = 0.4) -> list[HostTime]:
     """torch's lookup and ours, in turns, `seconds` for each pair of mode and backend."""
     times = []
     for mode in MODES:
-        for name, setting in _targets():
+        for who, setting in _targets():
             with setting():
                 calls = [_call(of, mode) for of in (F.embedding, gpu_embed.functional.embedding)]
                 theirs, ours = host_us(calls, torch.device("cpu"), seconds)
-            times.append(HostTime(f"gpu_embed, {name}", mode, ours, ours / theirs))
-            if name == "torch backend":
+            times.append(HostTime(who, mode, ours, ours / theirs))
+            if who == TORCH_BACKEND:
                 times.insert(-1, HostTime("torch", mode, theirs, 1.0))
     return times
 
 
 def _targets() -> Iterator[tuple[str, Callable[[], Any]]]:
-    yield "torch backend", lambda: gpu_embed.use_backend("torch")
+    yield TORCH_BACKEND, lambda: gpu_embed.use_backend("torch")
     if importlib.util.find_spec("triton") is not None:
-        yield "triton backend up to the driver", stub_triton
+        yield "gpu_embed, triton backend up to the driver", stub_triton
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """One measurement: build the provider, check its result, and only then time it.
 
 Protocol: the table and the gradients are random, never zeros. Several id sets take turns. The table's gradient
-is cleared before each call that makes one; its zero-fill and cast are part of the call. A step is the whole of
+is cleared before each call that makes one; its zero-fill and cast are part of the call. Where a call adds to a
+gradient, that is there before and stays, the same memory for all providers. A step is the whole of
 forward, backward and optimizer. warm: call after call; cold: the last cache is flushed before each. The byte
 formulas stand in byte_floor.py, the clocks in timing.py, the bounds in check.py, the optimizers in optimizers.py.
 """
@@ -13,6 +14,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +22,22 @@ from torch import Tensor
 
 from . import ids as ids_module
 from .byte_floor import Counts, bytes_moved, count, state_bytes
-from .check import Verdict, check_bags, check_forward, check_gradient, check_step, check_steps
+from .check import (
+    Verdict,
+    check_accumulation,
+    check_bags,
+    check_forward,
+    check_gradient,
+    check_step,
+    check_steps,
+)
 from .layer import Layer
 from .machine import load, readable_bytes
 from .memory import cuda_peak, peak_of_step
 from .optimizers import LEARNING_RATE, by_hand
 from .providers import Provider, first_line
 from .results import Row
-from .shapes import DTYPES, ID_DTYPES, STEPS, Cell
+from .shapes import ACCUMULATE, DTYPES, ID_DTYPES, STEPS, Cell
 from .timing import Call, Effort, host_us, time_calls
 
 NUM_ID_SETS = 4
@@ -86,9 +96,10 @@ class Problem:
         self.counts: Counts = count(self.places(0), self.padding_idx)
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(str(cell).encode()))
         self._random: dict[str, Any] = {"dtype": DTYPES[cell.dtype], "generator": generator}
-        rows = torch.randn((cell.rows, cell.dim), device=device, **self._random)
+        rows = self._in_widths(torch.randn((cell.rows, cell.dim), device=device, **self._random))
         self.weight = torch.nn.Parameter(rows)
         self._grad_output: Tensor | None = None
+        self._gradient: Tensor | None = None
 
     @property
     def grad_output(self) -> Tensor:
@@ -96,8 +107,23 @@ class Problem:
         if self._grad_output is None:
             shape = (self.cell.num_outputs, self.cell.dim)
             device = self.weight.device
-            self._grad_output = torch.randn(shape, device=device, **self._random)
+            self._grad_output = self._in_widths(torch.randn(shape, device=device, **self._random))
         return self._grad_output
+
+    def _in_widths(self, rows: Tensor) -> Tensor:
+        """Rows of all tables, one under another, with zeros behind the width of each."""
+        for part, width in zip(rows.chunk(self.cell.tables), self.cell.widths, strict=True):
+            part[:, width:] = 0
+        return rows
+
+    def gradient(self, dtype: torch.dtype) -> Tensor:
+        """A gradient of the tables that exists, [T * V, D]: random at first, then what was added to it."""
+        if self._gradient is None or self._gradient.dtype != dtype:
+            # Not two at a time.
+            self._gradient = None
+            random = {**self._random, "dtype": dtype}
+            self._gradient = torch.randn(self.weight.shape, device=self.device, **random)
+        return self._gradient
 
     def integer_grad_output(self) -> Tensor:
         """The same of integers so small that every sum of them is exact in fp32."""
@@ -117,23 +143,29 @@ def needed_bytes(
     mode: str,
     num_id_sets: int = NUM_ID_SETS,
     tables_beside: int = 1,
-    copies: bool = False,
+    copies: int = 0,
+    layers: int = 1,
 ) -> int:
     """What a cell takes in a mode: table, ids, output and gradients; for a step the optimizer's state and a copy.
 
     Args:
-        tables_beside: how many of the table's size a provider holds in a step, such as its gradient.
-        copies: whether it makes one in the other modes.
+        tables_beside: how many of the table's size the providers hold in a step, such as its gradient.
+        copies: how many they make in the other modes.
+        layers: how many providers are there at the same time.
     """
     itemsize = DTYPES[cell.dtype].itemsize
     table, rows = cell.rows * cell.dim * itemsize, cell.num_outputs * cell.dim * itemsize
     ids = num_id_sets * cell.num_ids * ID_DTYPES[cell.id_dtype].itemsize
     if mode in STEPS:
         # The check compares with the table as it was.
-        tables = (2 + tables_beside) * table + cell.rows * state_bytes(cell, mode)
+        tables = (2 + tables_beside) * table + layers * cell.rows * state_bytes(cell, mode)
+    elif mode in ACCUMULATE:
+        # The one that is there, the check's copy of it, and one that is made and cast.
+        gradient = cell.rows * cell.dim * cell.gradient_dtype(mode).itemsize
+        tables = (2 + copies) * table + 3 * gradient
     else:
         tables = ({"forward": 1, "backward": 2, "full": 2}[mode] + copies) * table
-    outputs = 1 if mode == "forward" else 2
+    outputs = layers if mode == "forward" else 2 * layers
     if cell.tables > 1:
         # The check puts together what a loop leaves apart.
         outputs += 1
@@ -151,7 +183,7 @@ class Bench:
     memory: int  # bytes that a cell may take
     seed: int = 0
     effort: Effort = field(default_factory=Effort)
-    _host: dict[tuple[str, ...], float] = field(default_factory=dict)
+    _host: dict[tuple[str, ...], list[float]] = field(default_factory=dict)
     _parts: dict[tuple[torch.Size, torch.dtype], dict[str, Any]] = field(default_factory=dict)
 
     def row(self, set_name: str, cell: Cell, mode: str, provider: str) -> Row:
@@ -165,10 +197,10 @@ class Bench:
         return Problem(cell, self.device, self.seed, NUM_ID_SETS)
 
     def does_not_fit(
-        self, cell: Cell, mode: str, tables_beside: int = 1, copies: bool = False
+        self, cell: Cell, mode: str, tables_beside: int = 1, copies: int = 0, layers: int = 1
     ) -> str | None:
         """Why there is not enough memory for the cell; None: there is."""
-        needed = needed_bytes(cell, mode, tables_beside=tables_beside, copies=copies)
+        needed = needed_bytes(cell, mode, NUM_ID_SETS, tables_beside, copies, layers)
         if needed <= self.memory:
             return None
         return f"needs {readable_bytes(needed)}, {readable_bytes(self.memory)} may be used"
@@ -177,27 +209,41 @@ class Bench:
         """Check and time one provider; whatever it raises ends up in the row's status and note."""
         try:
             with provider.setting():
-                (done,) = self.measure_together(problem, [provider], mode, [row])
-                if done.status != "ok":
-                    return done
-                return replace(done, host_us=self._host_us(provider, problem.cell, mode))
+                (done,) = self.measure_in_turns(problem, [provider], mode, [row])
+                return done
         except Exception as error:
             return failed(row, error)
-        finally:
-            problem.weight.grad = None
+
+    def measure_in_turns(
+        self, problem: Problem, providers: Sequence[Provider], mode: str, rows: Sequence[Row]
+    ) -> list[Row]:
+        """The same for providers that need no setting, which are in memory together and take turns."""
+        done = self.measure_together(problem, providers, mode, rows)
+        timed = [i for i, row in enumerate(done) if row.status == "ok"]
+        try:
+            host = self._host_us([providers[i] for i in timed], problem.cell, mode)
+        except Exception as error:
+            return [failed(row, error) if i in timed else row for i, row in enumerate(done)]
+        for i, us in zip(timed, host, strict=True):
+            done[i] = replace(done[i], host_us=us)
+        return done
 
     def measure_together(
         self, problem: Problem, providers: Sequence[Provider], mode: str, rows: Sequence[Row]
     ) -> list[Row]:
-        """The same for providers that need no setting, timed in turns: fairer on a busy machine."""
-        checked = [
-            self._checked(problem, provider, mode, row)
-            for provider, row in zip(providers, rows, strict=True)
-        ]
+        """The same without the host's time."""
+        checked = []
+        for provider, row in zip(providers, rows, strict=True):
+            try:
+                checked.append(self._checked(problem, provider, mode, row))
+            except Exception as error:
+                checked.append((failed(row, error), None))
         calls = [call for _, call in checked if call is not None]
         ready = [row for row, call in checked if call is not None]
-        timed = iter(self._timed(calls, ready, problem, mode) if calls else [])
-        problem.weight.grad = None
+        try:
+            timed = iter(self._timed(calls, ready, problem, mode) if calls else [])
+        except Exception as error:
+            timed = iter([failed(row, error) for row in ready])
         return [row if call is None else next(timed) for row, call in checked]
 
     def _checked(
@@ -209,8 +255,8 @@ class Bench:
         parts = self._gradient_parts(problem, mode)
         step_peak = _step_peak_bytes(provider, problem, mode) if mode in STEPS else None
         row = replace(row, **parts)
-        layer = provider.build(problem.weight, problem.cell, mode)
-        verdict = self._check(layer, problem, mode, provider.sums_in_fp32)
+        layer = _build(provider, problem, mode)
+        verdict = self._check(layer, problem, mode, provider)
         row = replace(row, match=verdict.match)
         if not verdict.ok:
             return replace(row, status="wrong", zero_fill_ms=None, cast_ms=None), None
@@ -218,9 +264,9 @@ class Bench:
         extra = None if mode in STEPS else _peak_extra_bytes(call, layer, problem, mode)
         return replace(row, peak_extra_bytes=extra, step_peak_bytes=step_peak), call
 
-    def _check(self, layer: Layer, problem: Problem, mode: str, fp32: bool) -> Verdict:
+    def _check(self, layer: Layer, problem: Problem, mode: str, provider: Provider) -> Verdict:
         """The gate of one mode, on the second id set, so that the first is not the only one right."""
-        places, cell = problem.places(1), problem.cell
+        places, cell, fp32 = problem.places(1), problem.cell, provider.sums_in_fp32
         table = layer.weight.detach().view(problem.weight.shape)
         outputs = layer.outputs(problem.ids(1))
         rows = layer.order.gathered(tuple(output.detach() for output in outputs), cell.tables)
@@ -234,9 +280,17 @@ class Bench:
         if mode in STEPS:
             del outputs
             return _check_step(layer, table, problem)
-        gradients = torch.autograd.grad(outputs, layer.leaves, _handed_out(layer, problem))
+        grads = _handed_out(layer, problem)
+        if mode in ACCUMULATE:
+            before = _accumulated(layer, table).clone()
+            torch.autograd.backward(outputs, grads)
+            del outputs
+            after = _accumulated(layer, table)
+            of_ids = (problem.grad_output, places, problem.padding_idx)
+            return check_accumulation(before, after, *of_ids, fp32, provider.in_place)
+        gradients = torch.autograd.grad(outputs, layer.leaves, grads)
         del outputs
-        gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        gradient = layer.gathered_gradients(gradients)
         return check_gradient(
             gradient.view_as(table), problem.grad_output, places, problem.padding_idx, fp32
         )
@@ -278,11 +332,14 @@ class Bench:
             self._parts[shape, dtype] = {"zero_fill_ms": filled.p50, "cast_ms": cast}
         return self._parts[shape, dtype]
 
-    def _host_us(self, provider: Provider, cell: Cell, mode: str) -> float | None:
-        """The host's time per call, on a tiny table of the same dtypes; measured once for each."""
-        if not self.effort.host_seconds or cell.operation == "embedding_graph":
-            return None
-        key = (provider.name, mode, cell.operation, cell.dtype, cell.id_dtype, str(cell.tables))
+    def _host_us(
+        self, providers: Sequence[Provider], cell: Cell, mode: str
+    ) -> Sequence[float | None]:
+        """The host's time per call of each, on a tiny table of the same dtypes; measured once for each."""
+        if not providers or not self.effort.host_seconds or cell.operation == "embedding_graph":
+            return [None] * len(providers)
+        key = (*(provider.name for provider in providers), mode, cell.operation, cell.dtype)
+        key += (cell.id_dtype, str(cell.tables))
         if key not in self._host:
             tiny = replace(
                 TINY,
@@ -294,9 +351,8 @@ class Bench:
                 id_dtype=cell.id_dtype,
             )
             problem = Problem(tiny, self.device, self.seed, NUM_ID_SETS)
-            layer = provider.build(problem.weight, tiny, mode)
-            call = _call(layer, problem, mode)
-            self._host[key] = host_us([call], self.device, self.effort.host_seconds)[0]
+            calls = [_call(_build(each, problem, mode), problem, mode) for each in providers]
+            self._host[key] = host_us(calls, self.device, self.effort.host_seconds)
         return self._host[key]
 
 
@@ -312,6 +368,26 @@ def failed(row: Row, error: Exception) -> Row:
     return replace(row, status="error", note=first_line(error))
 
 
+def _build(provider: Provider, problem: Problem, mode: str) -> Layer:
+    """The provider's layer, on a leaf of its own in the problem's memory; if it adds to a gradient, with that."""
+    weight = torch.nn.Parameter(problem.weight.detach())
+    layer = provider.build(weight, problem.cell, mode)
+    if mode in ACCUMULATE:
+        gradient = problem.gradient(problem.cell.gradient_dtype(mode))
+        parts = gradient.view(-1).split([leaf.numel() for leaf in layer.leaves])
+        for leaf, part in zip(layer.leaves, parts, strict=True):
+            if leaf.dtype != part.dtype:
+                leaf.grad_dtype = part.dtype
+            leaf.grad = part.view_as(leaf)
+    return layer
+
+
+def _accumulated(layer: Layer, table: Tensor) -> Tensor:
+    """The gradients of all leaves, as the table [T * V, D]; a copy where there are several."""
+    gradients = [leaf.grad for leaf in layer.leaves if leaf.grad is not None]
+    return layer.gathered_gradients(gradients).view_as(table)
+
+
 def _call(layer: Layer, problem: Problem, mode: str) -> Call:
     """What is timed in a mode."""
     if problem.cell.operation == "embedding_graph":
@@ -319,7 +395,7 @@ def _call(layer: Layer, problem: Problem, mode: str) -> Call:
     if mode == "forward":
         return Call(lambda i: layer.lookup(problem.ids(i)))
     grads = _handed_out(layer, problem)
-    if mode == "backward":
+    if mode == "backward" or mode in ACCUMULATE:
         # An edge keeps the graph and lets the output's memory go.
         edges = [
             [torch.autograd.graph.get_gradient_edge(output) for output in layer.outputs(ids)]
@@ -330,7 +406,10 @@ def _call(layer: Layer, problem: Problem, mode: str) -> Call:
             of_output = edges[i % len(edges)]
             return torch.autograd.grad(of_output, layer.leaves, grads, retain_graph=True)
 
-        return Call(backward)
+        def accumulate(i: int) -> None:
+            torch.autograd.backward(edges[i % len(edges)], grads, retain_graph=True)
+
+        return Call(accumulate if mode in ACCUMULATE else backward)
     if mode == "full":
         return Call(lambda i: _full(layer, problem.ids(i), grads))
     step = _stepper(layer)
@@ -385,7 +464,7 @@ def _step_peak_bytes(provider: Provider, problem: Problem, mode: str) -> int:
 
     def build() -> Callable[[], None]:
         nonlocal beside
-        layer = provider.build(table, problem.cell, mode)
+        layer = _build(provider, problem, mode)
         if layer.weight.data_ptr() == table.data_ptr():
             beside += table.nbytes
         step = _stepper(layer)
@@ -396,7 +475,6 @@ def _step_peak_bytes(provider: Provider, problem: Problem, mode: str) -> int:
         return lambda: step(problem.ids(0), grads)
 
     peak = peak_of_step(build, problem.device)
-    table.grad = None
     collect_cycles(problem)
     return peak + beside
 
@@ -439,7 +517,12 @@ def _graph_call(layer: Layer, problem: Problem) -> Call:
 
 
 def _peak_extra_bytes(call: Call, layer: Layer, problem: Problem, mode: str) -> int | None:
-    """Device memory at the peak of one call, beyond its inputs, its output and the table's gradient."""
+    """Memory at the peak of one call, beyond its inputs, its output and the table's gradient.
+
+    On the CPU of modes that add to a gradient alone.
+    """
+    if mode in ACCUMULATE:
+        return peak_of_step(lambda: partial(call.run, 0), problem.device)
     if problem.device.type != "cuda" or problem.cell.operation == "embedding_graph":
         return None
     cell, gradient = problem.cell, problem.weight.nbytes

@@ -1,4 +1,4 @@
-"""The memory that a training step takes at its peak."""
+"""The memory that a training step or another call takes at its peak."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEASURED = "gpu_embed: the measured step"
 
 
 def peak_of_step(build: Callable[[], Callable[[], object]], device: torch.device) -> int:
-    """Bytes at the peak of a step that are not there before `build`, which makes the step.
+    """Bytes at the peak of a step that are not there before `build`, which makes the step, or hands it out.
 
     The optimizer's state is among them: it is made in a step before. On CUDA torch's allocator knows, on the CPU its
     profiler, which sees what torch's operators allocate.

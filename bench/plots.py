@@ -26,7 +26,7 @@ from gpu_embed.plot import PLAIN_TEXT, draw_legend
 
 from .compare import NOISY_MEANS, by_cell, is_ours, noise_of, our_row, ratio_of, state_of, time_of
 from .results import Key, Row, complete_header, header_or_empty, rows_to_show, write_whole
-from .shapes import STEPS
+from .shapes import ACCUMULATE, STEPS
 
 Curves = Mapping[str, Sequence[Row]]  # each provider's rows, in the order of the x axis
 
@@ -43,6 +43,10 @@ GROWTH_SPAN = 100
 STEP_CAPTION = (
     "A step is forward, backward and the optimizer's update. -sparse: a sparse gradient · "
     "in-backward, fbgemm-gpu: updated inside the backward pass · the others: a gradient as large as the table"
+)
+ACCUMULATION_CAPTION = (
+    "The backward of a lookup whose table has a gradient already. -in-place: accumulate_in_place adds to its rows · "
+    "the others make a gradient as large as the table, and add that"
 )
 # In place of the ratio of two times of which one is too noisy.
 NOISY = "noisy"
@@ -66,6 +70,7 @@ STYLES = {
     "gpu_embed-sorted": Style("#003B73", ">", "--"),
     "gpu_embed-sparse": Style("#7A8FE0", "p", ":"),
     "gpu_embed-in-backward": Style("#00A6C7", "d", "-."),
+    "gpu_embed-in-place": Style("#009FE3", "*", "-."),
     "torch": Style("#D55E00", "s"),
     "torch-sparse": Style("#8F2D00", "h", ":"),
     "torch.compile": Style("#E69F00", "D"),
@@ -125,6 +130,7 @@ def pictures(rows: Sequence[Row], header: Mapping[str, Any]) -> Pictures:
         contention_pictures,
         growth_pictures,
         step_pictures,
+        accumulation_pictures,
     )
     for draw in kinds:
         yield from draw(rows, styles, caption)
@@ -173,12 +179,13 @@ def short_number(value: float) -> str:
 def vocabulary_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
     """ms above, % of copy bandwidth below; a column for each shape, a picture for each mode.
 
-    Steps have a picture of their own.
+    Steps and accumulation have pictures of their own.
     """
+    others = [row for row in rows if row.mode not in (*STEPS, *ACCUMULATE)]
     reason = f"no shape was timed at {FEWEST_POINTS} or more vocabularies"
     share = "DRAM byte floor / time\n(% of measured copy bandwidth)"
     yield from _curve_pictures(
-        _curves([row for row in rows if row.mode not in STEPS], BY_VOCABULARY),
+        _curves(others, BY_VOCABULARY),
         styles,
         caption,
         Skipped("time against vocabulary", reason),
@@ -407,7 +414,7 @@ def _slope_axis(axes: Axes, vocabs: Sequence[float]) -> None:
 
 
 def _multiple_axis(axes: Axes, multiples: Sequence[float]) -> None:
-    _log_axis(axes, [*multiples, 1.0, 10.0], "y", "{:g}x".format)
+    log_axis(axes, [*multiples, 1.0, 10.0], "y", "{:g}x".format)
 
 
 # 5. What a training step costs
@@ -433,6 +440,33 @@ def step_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures
         Axis(
             lambda row: row.step_peak_bytes / 2**20 if row.step_peak_bytes else None,
             "memory at the step's peak (MiB),\ntable and state included",
+            _short_axis,
+            common=True,
+        ),
+    )
+
+
+# 6. What it costs to add to a gradient that exists
+
+
+def accumulation_pictures(rows: Sequence[Row], styles: Styles, caption: str) -> Pictures:
+    """ms above, memory beyond the gradient below, against the vocabulary; a column for each dtype of the gradient."""
+    reason = f"no backward into a gradient was timed at {FEWEST_POINTS} or more vocabularies"
+    yield from _curve_pictures(
+        _curves([row for row in rows if row.mode in ACCUMULATE], BY_VOCABULARY),
+        styles,
+        f"{ACCUMULATION_CAPTION}\n{caption}",
+        Skipped("gradient accumulation", reason),
+        lambda key: (
+            f"Set {key.set}: adding to a gradient as the table grows\n{_subtitle(key)}",
+            *("accumulation", key.set, *_subtitle(key).split(", ")),
+        ),
+        lambda key: f"gradient in {'float32' if key.mode == 'accumulate_fp32' else key.dtype}",
+        BY_VOCABULARY,
+        Axis(time_of, f"time of a backward (ms),\n{SPREAD}", _short_axis, common=True),
+        Axis(
+            lambda row: row.peak_extra_bytes / 2**20 if row.peak_extra_bytes else None,
+            "memory at its peak beyond\ntable and gradient (MiB)",
             _short_axis,
             common=True,
         ),
@@ -557,9 +591,9 @@ def _finish(figure: Figure, styles: Styles, title: str, caption: str, *name: obj
     # An inch holds about 10 bold letters of the title, and 15 of 8 points; the legend takes 2.5 inches.
     room = int(10 * (width - 2.5 if entries else width))
     at_the_left: dict[str, Any] = {"x": 0.01, "ha": "left", **PLAIN_TEXT}
-    figure.suptitle(_wrapped(title, room, ", "), fontweight="bold", **at_the_left)
+    figure.suptitle(wrapped(title, room, ", "), fontweight="bold", **at_the_left)
     figure.supxlabel(
-        _wrapped(caption, int(15 * width), " · "), fontsize=8, color=GREY, **at_the_left
+        wrapped(caption, int(15 * width), " · "), fontsize=8, color=GREY, **at_the_left
     )
     for axes in figure.axes:
         for text in (axes.title, *axes.texts):
@@ -591,7 +625,7 @@ def _noisy_line(*what: str) -> str:
     return " · ".join((f"NOISY ({NOISY_MEANS}), neither faster nor slower", *what))
 
 
-def _wrapped(text: str, room: int, joint: str) -> str:
+def wrapped(text: str, room: int, joint: str) -> str:
     """Break lines of more characters than there is room for, between the parts."""
     lines: list[str] = []
     for line in text.splitlines():
@@ -631,7 +665,9 @@ def _subtitle(key: Key) -> str:
     return _shape_title(key, "vocab", "set", "mode").replace("\n", ", ")
 
 
-def _log_axis(axes: Axes, values: Sequence[float], name: str, text: Callable[[float], str]) -> None:
+def log_axis(
+    axes: Axes, values: Sequence[float], name: str, text: Callable[[float], str] = "{:g}".format
+) -> None:
     """A logarithmic axis from one round number to another, labelled with plain numbers."""
     low, high = min(values), max(values)
     grid = [
@@ -657,9 +693,9 @@ def _log_axis(axes: Axes, values: Sequence[float], name: str, text: Callable[[fl
     axis.set_minor_locator(NullLocator())
 
 
-_vocabulary_axis = partial(_log_axis, name="x", text=short_number)
-_time_axis = partial(_log_axis, name="y", text="{:g}".format)
-_short_axis = partial(_log_axis, name="y", text=short_number)
+_vocabulary_axis = partial(log_axis, name="x", text=short_number)
+_time_axis = partial(log_axis, name="y")
+_short_axis = partial(log_axis, name="y", text=short_number)
 BY_VOCABULARY = Axis(_vocab, VOCABULARY, _vocabulary_axis, "vocab")
 TIME = Axis(time_of, f"time (ms), {SPREAD}", _time_axis)
 

@@ -33,7 +33,7 @@ from gpu_embed import bounds
 from . import machine, many_tables, optimizers
 from .candidates import launch as candidates
 from .layer import Layer
-from .shapes import DTYPES, MODES, STEPS, Cell
+from .shapes import ACCUMULATE, DTYPES, MODES, STEPS, Cell
 
 Build = Callable[[Tensor, Cell, str], Layer]  # weight [T * V, D] (a leaf), cell, mode
 Refusal = Callable[[Cell], str | None]  # why a cell cannot be measured; None: it can
@@ -57,12 +57,15 @@ class Provider:
     tables_beside: int = 1
     # Whether it makes a table of its own in the other modes too.
     copies: bool = False
+    # Whether it adds to a gradient that exists, with no gradient of its own between.
+    in_place: bool = False
     # Whether its gradient must be a sum in fp32, rounded once; else sums in the table's dtype are accepted.
     sums_in_fp32: bool = False
     requirement: Callable[[torch.device], str | None] = lambda device: None
     refusals: tuple[Refusal, ...] = ()
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext  # active while it runs
-    # Whether it is a kernel of ours that the package does not choose, or not always: measured by `run` alone.
+    # Whether it is measured by `run` alone, where it takes the cell: a kernel of ours that the package does not
+    # choose, or not always, and a rival for one kind of cells.
     candidate: bool = False
 
     def missing_reason(self, device: torch.device) -> str | None:
@@ -72,6 +75,11 @@ class Provider:
         if device.type == "cuda" and not self.cuda:
             return "runs on the CPU alone"
         return _import_problem(self.module, self.package) or self.requirement(device)
+
+    @property
+    def needs_no_setting(self) -> bool:
+        """Whether it can take turns with others in one process."""
+        return self.setting is nullcontext
 
     def version(self) -> str:
         """The installed version, or an empty text."""
@@ -87,6 +95,8 @@ class Provider:
             return f"measured in {', '.join(self.modes)} alone"
         if mode in STEPS and mode != "step" and cell.dtype not in ("float32", "float64"):
             return f"optimizers are checked on float32 and float64 tables, not on {cell.dtype}"
+        if mode == "accumulate_fp32" and not hasattr(torch.Tensor, "grad_dtype"):
+            return "an fp32 gradient beside a table of 16 bits needs a torch with Tensor.grad_dtype"
         return self.refusal(cell)
 
     def refusal(self, cell: Cell) -> str | None:
@@ -136,6 +146,10 @@ def _torch(weight: Tensor, cell: Cell, mode: str, sparse: bool = False) -> Layer
     build = many_tables.in_turns if cell.tables > 1 else many_tables.single
     layer = build(F, weight, cell, sparse)
     return replace(layer, update=optimizers.by_torch(layer.leaves, mode, sparse))
+
+
+def _torch_together(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    return many_tables.together(weight, cell)
 
 
 def _torch_compile(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -278,7 +292,12 @@ def _fbgemm(weight: Tensor, cell: Cell, mode: str) -> Layer:
 
 
 def _gpu_embed(
-    weight: Tensor, cell: Cell, mode: str, sparse: bool = False, in_backward: bool = False
+    weight: Tensor,
+    cell: Cell,
+    mode: str,
+    sparse: bool = False,
+    in_backward: bool = False,
+    in_place: bool = False,
 ) -> Layer:
     if in_backward:
         # A parameter of its own, for the hooks to go away with.
@@ -287,6 +306,8 @@ def _gpu_embed(
         layer = many_tables.batched(weight, cell, sparse)
     else:
         layer = many_tables.single(gpu_embed.functional, weight, cell, sparse)
+    if in_place:
+        gpu_embed.accumulate_in_place(layer.leaves)
     if sparse:
         return replace(layer, update=optimizers.ours(layer.leaves, mode, in_backward))
     return replace(layer, update=optimizers.by_torch(layer.leaves, mode, sparse=False))
@@ -344,6 +365,8 @@ def _refusal(reason: str, refused: Callable[[Cell], object]) -> Refusal:
 
 # torch and most others look up int64 and int32 alone.
 _SMALL_IDS = _refusal("takes no {0.id_dtype} ids", lambda c: c.id_dtype not in ("int64", "int32"))
+_ONE_WIDTH = _refusal("its tables have one width", lambda c: not c.is_uniform)
+_MANY_BAGS = _refusal("bags of several tables alone", lambda c: not c.pooled or c.tables == 1)
 # Of the layers that know one table, torch's alone stands for a loop over many.
 _SINGLE_TABLE = (_refusal("one table at a time", lambda c: c.tables > 1), _SMALL_IDS)
 _NO_BAGS = (_refusal("it has no bags", lambda c: c.pooled), *_SINGLE_TABLE)
@@ -355,6 +378,7 @@ _FBGEMM_TABLES = (
     _refusal("its tables are not {0.dtype}", lambda c: c.dtype not in ("float32", "float16")),
     _refusal("its rows are a multiple of 4 numbers", lambda c: c.dim % 4),
     _refusal("it has no padding_idx", lambda c: c.padding),
+    _ONE_WIDTH,
     _SMALL_IDS,
 )
 _ATOMIC_TABLES = _refusal(
@@ -386,8 +410,10 @@ DESCRIPTIONS = {
     "gpu_embed-gather-descriptor": "this package, lookup by tensor descriptors",
     "gpu_embed-sparse": "this package, sparse=True; a step by gpu_embed.optim",
     "gpu_embed-in-backward": "the same by gpu_embed.optim.apply_in_backward",
+    "gpu_embed-in-place": "this package, gradients added to the one that exists by accumulate_in_place",
     "torch": "torch.nn.functional, table by table; a step by torch.optim on the dense gradient",
-    "torch-sparse": "the same, sparse=True; Adam is SparseAdam",
+    "torch-together": "a loop over torch.nn.EmbeddingBag with its offsets, outputs put side by side",
+    "torch-sparse": "torch, sparse=True; Adam is SparseAdam",
     "torch.compile": "torch.compile of the same, for fixed shapes",
     "index_add_": "gradient by zeros(V, D).index_add_",
     "liger-kernel": "LigerEmbedding (experimental)",
@@ -445,7 +471,17 @@ _BUILT: dict[str, Provider] = {
     ),
     "gpu_embed-sparse": _own(partial(_gpu_embed, sparse=True), **_sparse),
     "gpu_embed-in-backward": _own(partial(_gpu_embed, sparse=True, in_backward=True), **_sparse),
-    "torch": _rival(_torch, modes=MODES, cpu=True, refusals=(_SMALL_IDS,)),
+    "gpu_embed-in-place": _own(
+        partial(_gpu_embed, in_place=True), modes=ACCUMULATE, cpu=True, in_place=True
+    ),
+    "torch": _rival(_torch, modes=MODES, cpu=True, refusals=(_SMALL_IDS, _ONE_WIDTH)),
+    "torch-together": _rival(
+        _torch_together,
+        modes=("forward", "backward", "full"),
+        cpu=True,
+        candidate=True,
+        refusals=(_SMALL_IDS, _MANY_BAGS),
+    ),
     "torch-sparse": _rival(partial(_torch, sparse=True), **_sparse, refusals=(_SMALL_IDS,)),
     "torch.compile": _rival(
         _torch_compile,

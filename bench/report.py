@@ -44,7 +44,8 @@ RATIO_MEANS = (
     "The best rival is, cell by cell, the fastest provider with the right result that is not gpu_embed. "
     "A ratio is its time / gpu_embed's time, from the same run: above 1, gpu_embed is faster. "
     "gpu_embed is the layer with the kernels of its own choice; in a step, the fastest of that, of sparse=True "
-    "with gpu_embed.optim, and of updates in the backward pass. "
+    "with gpu_embed.optim, and of updates in the backward pass; where a gradient exists, the faster of that and of "
+    "accumulate_in_place. "
     f"A noisy time ({NOISY_MEANS}) has no ratio: measure it again on a quiet machine."
 )
 

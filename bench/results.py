@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 RESULTS = "results.csv"
 HEADER = "header.json"
+HOST_TIME = "host_time.csv"  # beside them, where it was measured
 # wrong: the result differs from the reference, so there is no time; oom: it does not fit in memory.
 STATUSES = ("ok", "wrong", "missing", "error", "oom")
 
@@ -25,8 +26,8 @@ class Row:
     """One provider on one cell. The fields are the CSV's columns, in this order; None is an empty field."""
 
     set: str
-    operation: str  # embedding | embedding_bag | embedding_bag_offsets | embedding_graph
-    mode: str  # forward | backward | full | step | step_adam | step_rowwise_adagrad
+    operation: str  # as in `Cell`
+    mode: str  # forward | backward | full | accumulate | accumulate_fp32 | step | step_adam | step_rowwise_adagrad
     dtype: str  # "float32", "bfloat16", ...: torch's names
     id_dtype: str
     tables: int  # looked up in one call
@@ -53,7 +54,8 @@ class Row:
     percent_of_copy: float | None = None  # gbps_dram in % of the copy bandwidth of the same run
     host_us: float | None = None  # the host's own time per call, on a tiny input
     match: str = ""  # "exact", "error 0.12 of the fp32 bound", or what is wrong
-    peak_extra_bytes: int | None = None  # device memory beyond inputs and results; not of steps
+    # Memory beyond inputs and results at the peak of a call; not of steps, and on a CPU of accumulate alone.
+    peak_extra_bytes: int | None = None
     # Memory at the peak of a step: table, optimizer's state, gradient, output and whatever comes and goes.
     step_peak_bytes: int | None = None
     # Processes that wanted to run, for each of the machine's cores: the mean of the minute before. Above 1 they waited.

@@ -45,8 +45,8 @@ class Choice:
 def plan(choice: Choice, device: torch.device) -> list[Job]:
     """The jobs, cell by cell.
 
-    A provider that cannot run here, does not measure a mode, or is a candidate that refuses a cell, gets no
-    job, unless it was asked for by name: then its row says why.
+    A mode that a cell does not have gets none. A provider that cannot run here, does not measure a mode, or is a
+    candidate that refuses a cell, gets no job, unless it was asked for by name: then its row says why.
 
     Raises IdsError if a file of ids does not fit a table.
     """
@@ -62,6 +62,7 @@ def plan(choice: Choice, device: torch.device) -> list[Job]:
         Job(name, cell, mode, provider)
         for name, cell in cells
         for mode in choice.modes or SETS[name].modes
+        if cell.has(mode)
         for provider in providers
         if named or provider.is_planned(cell, mode)
     ]
@@ -87,43 +88,86 @@ def execute(
     on_row: Callable[[Row], Any] = lambda row: None,
     on_skip: Callable[[Job], Any] = lambda job: None,
     last_start: float = float("inf"),
+    in_turns: bool = False,
 ) -> list[Row]:
     """Measure the jobs that the file lacks, in order, and write each row; returns the new rows.
 
     Args:
         last_start: by time.monotonic(); the jobs that are left then are skipped.
+        in_turns: the providers of a cell and mode take turns; those that need a setting are measured alone.
     """
     rows = []
-    for cell, group in itertools.groupby(jobs, key=lambda job: job.cell):
+    for cell, of_cell in itertools.groupby(jobs, key=lambda job: job.cell):
         problem: Problem | Exception | None = None
-        for job in group:
-            row = job.row(bench)
-            if row.key in writer.done or time.monotonic() > last_start:
-                on_skip(job)
-                continue
-            on_start(job)
-            refused = _refused(bench, job, row)
-            if refused is None and problem is None:
+        for group in _groups(of_cell, in_turns):
+            known: dict[Job, Row] = {}
+            for job in group:
+                row = job.row(bench)
+                if row.key in writer.done or time.monotonic() > last_start:
+                    on_skip(job)
+                    continue
+                on_start(job)
+                known[job] = _refused(bench, job, row) or row
+            open_jobs = [job for job, row in known.items() if row.status == "ok"]
+            if len(open_jobs) > 1:
+                known.update(_too_large(bench, open_jobs, known))
+                open_jobs = [job for job, row in known.items() if row.status == "ok"]
+            if open_jobs and problem is None:
                 try:
                     problem = bench.problem(cell)
                 except Exception as error:
                     problem = error
-            if refused is not None:
-                row = refused
-            elif isinstance(problem, Problem):
-                row = bench.measure(problem, job.provider, job.mode, row)
+            if open_jobs and isinstance(problem, Problem):
+                known.update(_measured(bench, problem, open_jobs, known))
                 collect_cycles(problem)
                 _free(bench.device)
-            elif isinstance(problem, ids_module.IdsError):
-                row = replace(row, status="missing", note=str(problem))
-            elif problem is not None:
-                row = failed(row, problem)
-            writer.write(row)
-            rows.append(row)
-            on_row(row)
+            for job, row in known.items():
+                if job in open_jobs and isinstance(problem, ids_module.IdsError):
+                    row = replace(row, status="missing", note=str(problem))
+                elif job in open_jobs and isinstance(problem, Exception):
+                    row = failed(row, problem)
+                writer.write(row)
+                rows.append(row)
+                on_row(row)
         problem = None
         _free(bench.device)
     return rows
+
+
+def _groups(jobs: Iterable[Job], in_turns: bool) -> Iterable[list[Job]]:
+    """The jobs of one cell that are measured together."""
+    for _, of_mode in itertools.groupby(jobs, key=lambda job: (job.set, job.mode)):
+        group: list[Job] = []
+        for job in of_mode:
+            if in_turns and job.provider.needs_no_setting:
+                group.append(job)
+            else:
+                yield [job]
+        if group:
+            yield group
+
+
+def _measured(
+    bench: Bench, problem: Problem, jobs: Sequence[Job], rows: Mapping[Job, Row]
+) -> dict[Job, Row]:
+    """The jobs' rows with their results."""
+    mode = jobs[0].mode
+    if len(jobs) == 1:
+        (job,) = jobs
+        return {job: bench.measure(problem, job.provider, mode, rows[job])}
+    providers = [job.provider for job in jobs]
+    done = bench.measure_in_turns(problem, providers, mode, [rows[job] for job in jobs])
+    return dict(zip(jobs, done, strict=True))
+
+
+def _too_large(bench: Bench, jobs: Sequence[Job], rows: Mapping[Job, Row]) -> dict[Job, Row]:
+    """The rows of jobs that fit one by one and not together; empty if they fit."""
+    beside = sum(job.provider.tables_beside for job in jobs)
+    copies = sum(job.provider.copies for job in jobs)
+    full = bench.does_not_fit(jobs[0].cell, jobs[0].mode, beside, copies, len(jobs))
+    if full is None:
+        return {}
+    return {job: replace(rows[job], status="oom", note=f"in turns {full}") for job in jobs}
 
 
 def _refused(bench: Bench, job: Job, row: Row) -> Row | None:

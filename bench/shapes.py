@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 # forward: a lookup into a table that is being trained. backward: its dense gradient. full: both.
+# accumulate: backward into a gradient that exists, of the table's dtype or, beside a table of 16 bits, in fp32.
 # step: both, and the table updated by an optimizer.
+ACCUMULATE = ("accumulate", "accumulate_fp32")
 STEPS = {"step": "SGD", "step_adam": "Adam", "step_rowwise_adagrad": "row-wise Adagrad"}
-MODES = ("forward", "backward", "full", *STEPS)
+MODES = ("forward", "backward", "full", *ACCUMULATE, *STEPS)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -24,7 +26,7 @@ DTYPES = {
 }
 ID_DTYPES = {"int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
 # Of `Cell.operation`, those that sum.
-BAGS = ("embedding_bag", "embedding_bag_offsets")
+BAGS = ("embedding_bag", "embedding_bag_offsets", "embedding_bag_mixed")
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Cell:
     distribution: str = "uniform"
     padding: float = 0.0  # share of the ids that are padding_idx
     # "embedding"; "embedding_bag": the rows of each bag are summed; "embedding_bag_offsets": the same bags, but offsets
-    # say where they begin, so that their lengths show on the device alone; "embedding_graph": forward and backward
-    # of an embedding captured in a CUDA graph.
+    # say where they begin, so that their lengths show on the device alone; "embedding_bag_mixed": bags of tables
+    # whose widths are dim, a half, a quarter and an eighth of it by turns; "embedding_graph": forward and
+    # backward of an embedding captured in a CUDA graph.
     operation: str = "embedding"
     hotness: int = 1  # ids in a bag
     tables: int = 1  # looked up in one call, each with its share of the ids
@@ -53,6 +56,25 @@ class Cell:
     @property
     def padding_idx(self) -> int | None:
         return self.vocab - 1 if self.padding else None
+
+    def gradient_dtype(self, mode: str) -> torch.dtype:
+        """Of the gradient that a mode makes or adds to."""
+        return torch.float32 if mode == "accumulate_fp32" else DTYPES[self.dtype]
+
+    def has(self, mode: str) -> bool:
+        """Whether the mode is one of this cell's: fp32 gradients are for tables of 16 bits."""
+        return mode != "accumulate_fp32" or DTYPES[self.dtype].itemsize == 2
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each table."""
+        shares = (1, 2, 4, 8) if self.operation == "embedding_bag_mixed" else (1,)
+        return tuple(self.dim // shares[table % len(shares)] for table in range(self.tables))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all tables have the same width."""
+        return set(self.widths) == {self.dim}
 
     @property
     def pooled(self) -> bool:
@@ -72,8 +94,9 @@ class Cell:
         bags = f" in bags of {self.hotness}" if self.pooled else ""
         bags += " by offsets" if self.by_offsets else ""
         tables = f"{self.tables} tables of " if self.tables > 1 else ""
+        dim = f"{self.dim:,}" if self.is_uniform else f"{min(self.widths):,} to {self.dim:,}"
         return (
-            f"{tables}{self.vocab:,} x {self.dim:,} {self.dtype}, {self.num_ids:,} ids{bags} "
+            f"{tables}{self.vocab:,} x {dim} {self.dtype}, {self.num_ids:,} ids{bags} "
             f"({self.distribution}{padded})"
         )
 
@@ -96,6 +119,10 @@ def grid(**axes: Sequence[Any]) -> tuple[Cell, ...]:
     )
 
 
+MICRO_STEPS = (
+    *grid(vocab=(128_256,), dim=(512,), num_ids=(8, 512, 2048)),
+    *grid(vocab=(32_000,), dim=(4096,), num_ids=(2048, 4096), dtype=("bfloat16",)),
+)
 BAGS_OF_20: dict[str, Any] = {"operation": "embedding_bag", "hotness": 20}
 SETS = {
     shape_set.name: shape_set
@@ -243,6 +270,34 @@ SETS = {
                 for hotness in (20, 64)
                 for dim in (32, 128)
                 for operation in BAGS
+            ),
+        ),
+        ShapeSet(
+            "L",
+            "gradient accumulation: language models' tables, and 2048 ids against tables of 2^10 to 2^20 rows",
+            "micro-steps of a model's training",
+            ACCUMULATE,
+            (
+                *MICRO_STEPS,
+                *grid(vocab=tuple(2**k for k in range(10, 21)), dim=(256,), num_ids=(2048,)),
+            ),
+        ),
+        ShapeSet(
+            "M",
+            "many small tables: bags of 8 and of one id, of one width and of four",
+            "recommenders on a CPU",
+            ("forward", "full"),
+            (
+                *(
+                    Cell(1000, dim, tables * num_ids, operation=operation, tables=tables, hotness=n)
+                    for tables, dim, num_ids, operation in (
+                        (32, 32, 256, "embedding_bag"),
+                        (200, 32, 64, "embedding_bag"),
+                        (200, 64, 64, "embedding_bag_mixed"),
+                    )
+                    for n in (8, 1)
+                ),
+                Cell(1000, 32, 32 * 8192, operation="embedding_bag", tables=32, hotness=8),
             ),
         ),
     )

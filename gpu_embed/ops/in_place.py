@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .. import settings
 from ..dtypes import FLOATS, accumulation
@@ -25,6 +26,7 @@ in_force: set[int] = set()
 _adding = threading.Lock()
 _AccumulateGrad = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 _is_grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
 _num_modes = torch._C._len_torch_dispatch_stack
 _has_transforms = torch._C._are_functorch_transforms_active
 _will_execute: Any = getattr(torch._C, "_will_engine_execute_node", None)
@@ -86,7 +88,7 @@ def weight_gradient(
     Returns:
         None where the gradient was added to the weight's `.grad`.
     """
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         node = ctx.next_functions[0][0]
         # Without a node that adds to a leaf: views, functions of a weight, functorch's levels.
         if type(node) is _AccumulateGrad and is_marked(node.variable):
@@ -117,7 +119,7 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         or into.requires_grad
         or not leaf.requires_grad
         or leaf._backward_hooks  # which see the gradient
-        or into.layout is not torch.strided
+        or into.layout is not _strided
         or (into.dtype is not dtype and into.dtype is not accumulation(dtype))
         or dtype not in FLOATS
         or into.shape != shape

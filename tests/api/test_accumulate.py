@@ -24,6 +24,16 @@ from gpu_embed import accumulate_in_place
 from gpu_embed.backends._torch import lookup as torch_lookup
 from gpu_embed.ops import in_place
 
+# torch's own: about its compiler, and about gradients that this test makes on purpose.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "`torch.jit.script` is deprecated",
+        "grad and param do not obey the gradient layout contract",
+        "Using backward\\(\\) with create_graph=True",
+    )
+]
+
 HAS_GRAD_DTYPE = hasattr(torch.nn.Parameter, "grad_dtype")
 
 
@@ -106,7 +116,14 @@ def gradient_dtypes():
     pairs = [(dtype, dtype) for dtype in GRADIENT_DTYPES]
     if HAS_GRAD_DTYPE:
         pairs += [(dtype, torch.float32) for dtype in (torch.bfloat16, torch.float16)]
-    return pytest.mark.parametrize("dtypes", pairs, ids=lambda pair: f"{pair[0]}-{pair[1]}")
+    others = (torch.float64, torch.float16)
+    params = [
+        pytest.param(
+            pair, id=f"{pair[0]}-{pair[1]}", marks=[pytest.mark.full] * (pair[0] in others)
+        )
+        for pair in pairs
+    ]
+    return pytest.mark.parametrize("dtypes", params)
 
 
 def backward_in(make, call, dtype, device, grad=None):

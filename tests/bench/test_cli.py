@@ -209,6 +209,7 @@ BAD = {
     "run --set A --distribution DAMAGED.npy": "cannot be read as ids (the file is damaged)",
     "run --set A --distribution DAMAGED.pt": "cannot be read as ids (the file is damaged)",
     "run --set A --limit 0": "--limit 0: at least 1 cell",
+    "run --set A --turns 0": "--turns 0: at least 1 is needed",
     "run --set A --seconds 0": "--seconds 0: choose a number above 0",
     "run --set A --seed x": "invalid int value: 'x'",
     "run --set A --seed -1 --out OUT": "--seed -1: choose a number from 0",

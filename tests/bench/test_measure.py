@@ -63,10 +63,10 @@ def looked_up(weight, ids, padding_idx):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("name", ["gpu_embed", "torch", "index_add_"])
 def test_right_results_are_timed(bench, name, dtype, padding, mode):
-    provider = PROVIDERS[name]
-    if mode not in provider.modes:
+    provider, cell = PROVIDERS[name], Cell(50, 8, 40, dtype, "int32", padding=padding)
+    if mode not in provider.modes or not cell.has(mode):
         return
-    row = measured(bench, provider, Cell(50, 8, 40, dtype, "int32", padding=padding), mode)
+    row = measured(bench, provider, cell, mode)
     assert row.status == "ok", row
     assert 0 < row.ms_p20 <= row.ms_p50 <= row.ms_p80
     assert row.cold_ms_p50 > 0
@@ -104,6 +104,7 @@ WRONG = {
     "forward": (nudged_forward, "is not weight[ids]"),
     "backward": (NudgedGradient.apply, "of the summed magnitudes"),
     "full": (NudgedGradient.apply, "of the summed magnitudes"),
+    "accumulate": (NudgedGradient.apply, "of the summed magnitudes"),
     "step": (NudgedGradient.apply, "times the bound"),
 }
 
@@ -206,6 +207,83 @@ def test_a_step_may_change_no_other_row():
     assert "row 3 changed" in check.check_step(before, after, grad, ids, None, 0.5).match
 
 
+@pytest.mark.parametrize(
+    ("after", "in_place", "said"),
+    [
+        # 1 + 257 in fp32; 257 in bf16 is 256.
+        (258, True, None),
+        (257, False, None),
+        (257, True, "of the summed magnitudes"),
+        (255, False, "of the summed magnitudes"),
+        # Not added to what was there.
+        (257 - 1, True, "of the summed magnitudes"),
+    ],
+)
+def test_a_sum_that_is_added_may_be_rounded_before_only_where_it_is_a_gradient(
+    after, in_place, said
+):
+    before, ids = torch.ones(3, 1), torch.zeros(2, dtype=torch.int64)
+    grads = torch.tensor([[256.0], [1.0]]).bfloat16()
+    gradient = before.clone()
+    gradient[0] = after
+    verdict = check.check_accumulation(before, gradient, grads, ids, None, True, in_place)
+    assert verdict.ok == (said is None)
+    assert said is None or said in verdict.match
+
+
+def test_an_accumulation_may_change_no_other_row_and_no_dtype():
+    before, ids, grads = torch.ones(3, 1), torch.tensor([1]), torch.ones(1, 1)
+    after = before.clone().index_add_(0, torch.tensor([1, 2]), torch.ones(2, 1))
+    verdict = check.check_accumulation(before, after, grads, ids, None, True, True)
+    assert "row 2 of the gradient changed" in verdict.match
+    narrow = torch.tensor([[1.0], [2.0], [1.0]]).bfloat16()
+    verdict = check.check_accumulation(before, narrow, grads, ids, None, True, True)
+    assert "the gradient is torch.bfloat16" in verdict.match
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode", "tables"),
+    [
+        ("float32", "accumulate", 1),
+        # One of the table's dtype, and its cast.
+        ("bfloat16", "accumulate_fp32", 3),
+        ("bfloat16", "accumulate", 1),
+    ],
+)
+def test_the_peak_of_an_accumulation_is_beyond_the_gradient(bench, dtype, mode, tables):
+    cell = Cell(5000, 8, 4, dtype)
+    row = measured(bench, PROVIDERS["torch"], cell, mode)
+    size = 5000 * 8 * (2 if dtype == "bfloat16" else 4)
+    assert tables * size <= row.peak_extra_bytes < tables * size + 4096
+
+
+@pytest.mark.parametrize("tables", [1, 3])
+@pytest.mark.parametrize("hotness", [1, 2])
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [
+        ("float32", "accumulate"),
+        ("bfloat16", "accumulate"),
+        ("bfloat16", "accumulate_fp32"),
+    ],
+)
+def test_in_place_is_right_and_takes_no_second_gradient(bench, dtype, mode, hotness, tables):
+    operation = "embedding" if hotness == 1 else "embedding_bag"
+    cell = Cell(20_000, 8, 12, dtype, operation=operation, hotness=hotness, tables=tables)
+    row = measured(bench, PROVIDERS["gpu_embed-in-place"], cell, mode)
+    assert row.status == "ok", row
+    assert row.match.endswith("of the fp32 bound")
+    assert row.peak_extra_bytes < 20_000
+
+
+def test_fp32_gradients_are_for_tables_of_16_bits():
+    jobs = run.plan(run.Choice(["L"], ["torch"]), CPU)
+    modes = {job.cell.dtype: set() for job in jobs}
+    for job in jobs:
+        modes[job.cell.dtype].add(job.mode)
+    assert modes == {"float32": {"accumulate"}, "bfloat16": {"accumulate", "accumulate_fp32"}}
+
+
 def test_errors_become_rows(bench):
     def raising(weight, cell, mode):
         raise RuntimeError("first line\nsecond line")
@@ -281,6 +359,8 @@ def test_counts():
         # 6 rows read, 100 written; logically each of the 6 is read and added, and 100 are filled.
         ("backward", (6 + 100) * 40 + 48, (12 + 100) * 40 + 48),
         ("full", (3 + 6 + 6 + 100) * 40 + 96, (12 + 12 + 100) * 40 + 96),
+        # 6 rows read, 3 of the gradient read and written; logically each of the 6 is read and added.
+        ("accumulate", (6 + 3 + 3) * 40 + 48, (6 + 12) * 40 + 48),
         # The lookup; then 6 gradients are read, 3 rows read and written.
         ("step", (3 + 6 + 6 + 3 + 3) * 40 + 96, (12 + 6 + 12) * 40 + 96),
     ],
@@ -295,6 +375,9 @@ def test_bytes_of_padding_and_narrow_types():
     counts = byte_floor.Counts(unique=3, kept=3, unique_kept=2)
     assert byte_floor.bytes_moved(cell, "forward", counts).dram == (3 + 6) * 20 + 24
     assert byte_floor.bytes_moved(cell, "backward", counts).dram == (3 + 100) * 20 + 24
+    # Of a gradient in fp32.
+    accumulated = byte_floor.bytes_moved(cell, "accumulate_fp32", counts).dram
+    assert accumulated == 3 * 20 + 2 * 2 * 40 + 24
     assert byte_floor.bytes_moved(cell, "step", counts).dram == (3 + 6 + 3 + 2 * 2) * 20 + 48
 
 
@@ -361,7 +444,7 @@ def test_host_time_of_every_lookup():
 
 
 def test_every_set_can_be_counted_and_has_known_modes():
-    assert list(SETS) == list("ABCDEFGHIJK")
+    assert list(SETS) == list("ABCDEFGHIJKLM")
     for shape_set in SETS.values():
         assert shape_set.cells
         assert set(shape_set.modes) <= set(MODES)
@@ -443,7 +526,11 @@ def test_what_lookups_by_descriptors_refuse(dtype, dim, reason):
     assert other_mode == "measured in forward alone"
 
 
-CANDIDATES = [provider for provider in PROVIDERS.values() if provider.candidate]
+CANDIDATES = [
+    provider
+    for provider in PROVIDERS.values()
+    if provider.candidate and provider.module == "gpu_embed"
+]
 
 
 OF_BENCH = {"gpu_embed-descriptor", "gpu_embed-one-hot", "gpu_embed-gather-descriptor"}
@@ -680,6 +767,44 @@ def test_a_run_goes_on_after_a_failure_and_resumes(bench, tmp_path):
     assert len(skipped) == 4
     assert {row.mode for row in rows} == {"backward"}
     assert len(read_rows(tmp_path)) == 8
+
+
+def test_in_turns_are_measured_together_whoever_needs_no_setting(bench, tmp_path, monkeypatch):
+    def raising(weight, cell, mode):
+        raise RuntimeError("no")
+
+    together = []
+    time_calls = measure.time_calls
+
+    def noted(calls, *arguments, **options):
+        together.append(len(calls))
+        return time_calls(calls, *arguments, **options)
+
+    monkeypatch.setattr(measure, "time_calls", noted)
+    failing = Provider("failing", "", raising, cpu=True)
+    alone = fake(looked_up, setting=PROVIDERS["gpu_embed-sorted"].setting)
+    names = ("gpu_embed", "torch", "fbgemm-gpu")
+    jobs = jobs_for(failing, alone, *map(PROVIDERS.get, names), modes=("full",), cells=(CELL,))
+    with RowWriter(tmp_path) as writer:
+        rows = run.execute(bench, jobs, writer, in_turns=True)
+    found = {row.provider: row.status for row in rows}
+    statuses = ("error", "ok", "ok", "ok", "missing")
+    assert found == dict(zip(("failing", "fake", *names), statuses, strict=True))
+    assert all(row.host_us > 0 for row in rows if row.status == "ok")
+    # Warm and cold, of the one alone and of the two; the zero-fill by itself.
+    assert sorted(together) == [1, 1, 1, 2, 2]
+    with RowWriter(tmp_path, resume=True) as writer:
+        assert run.execute(bench, jobs, writer, in_turns=True) == []
+
+
+def test_what_fits_alone_and_not_in_turns_is_no_time(bench, tmp_path):
+    providers = [PROVIDERS["gpu_embed"], PROVIDERS["torch"]]
+    bench.memory = measure.needed_bytes(CELL, "step")
+    jobs = jobs_for(*providers, cells=(CELL,), modes=("step",))
+    with RowWriter(tmp_path) as writer:
+        rows = run.execute(bench, jobs, writer, in_turns=True)
+    assert [row.status for row in rows] == ["oom", "oom"]
+    assert rows[0].note.startswith("in turns needs ")
 
 
 def test_cells_that_do_not_fit_are_rows(bench, tmp_path):

@@ -13,41 +13,12 @@ image = pytest.importorskip("matplotlib.image", reason="the benchmark's extra is
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.text import Text  # noqa: E402
+from pictured import BASE, HEADER, texts_of  # noqa: E402
 
 from gpu_embed.bench import plots  # noqa: E402
 from gpu_embed.bench.results import Row, RowWriter, write_header, write_whole  # noqa: E402
-from gpu_embed.bench.shapes import STEPS  # noqa: E402
+from gpu_embed.bench.shapes import ACCUMULATE, STEPS  # noqa: E402
 
-BASE = Row(
-    set="S",
-    operation="embedding",
-    mode="forward",
-    dtype="float32",
-    id_dtype="int64",
-    tables=1,
-    vocab=10_000,
-    dim=128,
-    num_ids=65_536,
-    hotness=1,
-    distribution="uniform",
-    unique_ids=None,
-    padding=0.0,
-    provider="gpu_embed",
-    status="ok",
-    device="Synthetic Card 1",
-    torch="9.8.7",
-    triton="6.5.4",
-    commit="0123456789abcdef",
-)
-HEADER = {
-    "device": "Synthetic Card 1",
-    "driver": "111.22",
-    "torch": "9.8.7",
-    "triton": "6.5.4",
-    "commit": "0123456789abcdef",
-    "dirty": True,
-    "date": "2001-02-03",
-}
 SPEED = {"gpu_embed": 1.0, "gpu_embed-sorted": 1.5, "torch": 2.0, "liger-kernel": 4.0}
 OTHERS = {"gpu_embed-in-backward": 1.0, "fbgemm-gpu-cpu": 2.0}
 
@@ -87,26 +58,6 @@ def lines_of(axes):
     return {line.get_label(): line for line in axes.get_lines() if line.get_label()[0] != "_"}
 
 
-def texts_of(figure):
-    """Every visible text with its box in pixels."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    found = []
-    # Ticks beyond the ends of their axis have a text that is not drawn.
-    beyond = {
-        tick.label1
-        for axes in figure.axes
-        for axis in (axes.xaxis, axes.yaxis)
-        for tick in axis.get_major_ticks()
-        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
-    }
-    for text in figure.findobj(Text):
-        if text.get_visible() and text.get_text().strip() and text not in beyond:
-            found.append((text.get_text(), text.get_window_extent(renderer)))
-    return found, figure.bbox
-
-
 def tick_texts(axis):
     FigureCanvasAgg(axis.figure).draw()
     low, high = sorted(axis.get_view_interval())
@@ -132,6 +83,7 @@ RICH_ROWS = [
         hotness=[16],
         step_peak_bytes=[2**30],
     ),
+    *rows_of(set=["N"], mode=list(ACCUMULATE), vocab=GROWING, dtype=["bfloat16"]),
     # Long names and many words in a narrow picture.
     *rows_of(
         ("gpu_embed-in-backward", "fbgemm-gpu-cpu"),
@@ -153,7 +105,7 @@ def rich_pictures():
 
 def test_every_kind_is_drawn(rich_pictures):
     kinds = {picture.name.split("-")[0] for picture in rich_pictures}
-    assert kinds == {"vocabulary", "ratio", "contention", "growth", "step"}
+    assert kinds == {"vocabulary", "ratio", "contention", "growth", "step", "accumulation"}
     assert len({picture.name for picture in rich_pictures}) == len(rich_pictures)
 
 
@@ -389,6 +341,21 @@ def test_steps_without_memory_have_no_empty_panel_and_no_other_picture_of_time()
     assert drawn(rows, plots.vocabulary_pictures)[0] == []
 
 
+def test_accumulation_is_drawn_with_its_memory():
+    rows = rows_of(mode=list(ACCUMULATE), vocab=GROWING, dtype=["bfloat16"])
+    rows = [replace(row, peak_extra_bytes=2**20 * row.vocab // 1000) for row in rows]
+    (picture,), _ = drawn(rows, plots.accumulation_pictures)
+    assert picture.name == "accumulation-S-D_128-N_65_536-bfloat16-uniform"
+    panels = np.reshape(picture.figure.axes, (2, 2))
+    titles = ["gradient in bfloat16", "gradient in float32"]
+    assert [panel.get_title() for panel in panels[0]] == titles
+    assert "time of a backward (ms)" in panels[0, 0].get_ylabel()
+    assert "(MiB)" in panels[1, 0].get_ylabel()
+    assert list(lines_of(panels[1, 1])["torch"].get_ydata()) == [10, 1000, 50_000]
+    assert "accumulate_in_place" in picture.figure.get_supxlabel()
+    assert drawn(rows, plots.vocabulary_pictures)[0] == []
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -405,7 +372,7 @@ def test_steps_without_memory_have_no_empty_panel_and_no_other_picture_of_time()
 def test_odd_values_are_drawn_or_skipped(change):
     rows = [change(row) for row in rows_of(("gpu_embed",), vocab=[10, 100, 1000])]
     pictures, skipped = drawn(rows)
-    assert len(pictures) + len(skipped) >= 5
+    assert len(pictures) + len(skipped) >= 6
     for picture in pictures:
         assert plots.png(picture.figure).startswith(b"\x89PNG")
         assert "/" not in picture.name
@@ -419,10 +386,10 @@ def test_bags_are_named_in_titles():
     assert "N = 65,536, bags of 16" in titles[1]
 
 
-def test_nothing_at_all_is_five_kinds_skipped():
+def test_nothing_at_all_is_six_kinds_skipped():
     found, skipped = drawn([failed(row, "error") for row in rows_of(vocab=VOCABS)])
     assert not found
-    assert len(skipped) == 5
+    assert len(skipped) == 6
     assert all(item.reason for item in skipped)
 
 

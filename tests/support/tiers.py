@@ -24,6 +24,7 @@ FULL_FILES = frozenset(
         "kernels/test_cuda_nvrtc",
         "keras/test_examples",
         "optim/test_training_loops",
+        "pages/test_accumulation_page",
         "pages/test_demo",
         "pages/test_examples",
         "pages/test_training_page",

@@ -18,7 +18,9 @@ from .lookup import torch_ids
 Integers = NDArray[np.integer]
 
 # From so many ids on a feature is looked up alone: to number its ids anew would cost more than a call does.
-ALONE = 1024
+ALONE = 4096
+# Up to so many rows an id, all rows of a gradient are summed, rather than zeros written and sums put between them.
+DENSE = 4
 SUM, MEAN, MAX = range(len(MODES))
 
 
@@ -108,8 +110,8 @@ def dense_backward(
     ids = _ids(batch, True)
     if ids is None:
         return None
-    grad_weight = grad_output.new_zeros(weight_shape) if into is None else into
-    grad_output = grad_output.to(accumulation(grad_output.dtype)).contiguous()
+    dtype, grad_output = grad_output.dtype, grad_output.to(accumulation(grad_output.dtype))
+    grad_output = grad_output.contiguous()
     if batch.shape.pooled:
         source = ids.bag_of()
     else:
@@ -119,30 +121,43 @@ def dense_backward(
     if len(num_rows) > 1:
         shift = num_rows.cumsum() - num_rows
         rows = rows + np.repeat(shift, [group.ids.stop - group.ids.start for group in ids.groups])
-    runs = _runs(rows, int(num_rows.sum()))
-    used, source, scales = ids.rows[runs.order[runs.begins]], source[runs.order], None
+    runs, scales = _runs(rows, int(num_rows.sum())), None
+    source = source[runs.order]
     if per_sample_weights is not None:
         scales = per_sample_weights.to(grad_output.dtype)[ids.positions][runs.order]
-    max_rows = _max_rows(ids, batch)
+    max_rows, first = _max_rows(ids, batch), ids.groups[0]
+    is_whole = first.num_rows * first.dim == torch.Size(weight_shape).numel()
+    if (
+        into is None
+        and dtype == grad_output.dtype
+        and is_whole
+        and first.num_rows <= DENSE * len(rows)
+        and len(ids.groups) == 1
+        and (first.mode != MAX or max_rows is None)
+    ):
+        # Every row is a run, if an empty one: the sums are the gradient, which is not filled with zeros first.
+        counts = np.bincount(rows, minlength=first.num_rows)
+        values = _bag_values(first, grad_output, batch)
+        return _sums(values, source, counts.cumsum() - counts, scales).view(weight_shape)
+    grad_weight = grad_output.new_zeros(weight_shape, dtype=dtype) if into is None else into
+    used = ids.rows[runs.order[runs.begins]]
     for group in ids.groups:
-        matrix, values, own = group.matrix(grad_weight), grad_output, group.ids
-        if batch.shape.pooled:
-            values = group.bag_rows(values, batch)
-        if group.mode == MEAN:
-            values = values / group.bag_sizes()[:, None]
+        matrix, values = group.matrix(grad_weight), _bag_values(group, grad_output, batch)
         if group.mode == MAX and max_rows is not None:
             of_max = group.bag_rows(max_rows, batch).numpy().ravel()
             places = np.flatnonzero(of_max >= 0)
             elements = of_max[places] * group.dim + places % group.dim
-            own_runs = _runs(elements, matrix.numel())
-            elements, places = elements[own_runs.order], places[own_runs.order]
-            sums = _sums(values.view(-1, 1), places, own_runs.begins, None)
-            _add_rows(matrix.view(-1, 1), elements[own_runs.begins], sums, into is None)
-        elif own.stop > own.start:
-            first, end = np.searchsorted(runs.begins, (own.start, own.stop))
-            own_scales = None if scales is None else scales[own]
-            sums = _sums(values, source[own], runs.begins[first:end] - own.start, own_scales)
-            _add_rows(matrix, used[first:end], sums, into is None)
+            own = _runs(elements, matrix.numel())
+            elements, places = elements[own.order], places[own.order]
+            sums = _sums(values.view(-1, 1), places, own.begins, None)
+            _add_rows(matrix.view(-1, 1), elements[own.begins], sums, into is None)
+        elif group.ids.stop > group.ids.start:
+            first_id, end_id = group.ids.start, group.ids.stop
+            a, b = np.searchsorted(runs.begins, (first_id, end_id))
+            begins = runs.begins[a:b] - first_id
+            own_scales = None if scales is None else scales[group.ids]
+            sums = _sums(values, source[group.ids], begins, own_scales)
+            _add_rows(matrix, used[a:b], sums, into is None)
     return grad_weight
 
 
@@ -165,6 +180,14 @@ def sample_weights_backward(
     return grad
 
 
+def _bag_values(group: Group, grad_output: Tensor, batch: TableBatch) -> Tensor:
+    """What a row of each id gets from its bag: `bag_rows` of the gradient, of means divided -> [B * F, D]."""
+    if not batch.shape.pooled:
+        return grad_output
+    values = group.bag_rows(grad_output, batch)
+    return values / group.bag_sizes()[:, None] if group.mode == MEAN else values
+
+
 def _bags(
     weight: Tensor, per_sample_weights: Tensor | None, batch: TableBatch, with_argmax: bool
 ) -> tuple[Tensor, Tensor] | None:
@@ -174,7 +197,8 @@ def _bags(
         return None
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights[ids.positions]
-    max_rows = _max_rows(ids, batch)
+    # A view of a parameter requires a gradient, and then torch notes each id's bag, even where none is recorded.
+    weight, max_rows = weight.detach(), _max_rows(ids, batch)
     outputs, argmax = [weight] * batch.num_tables, [weight] * batch.num_tables
     for group in ids.groups:
         places = None
@@ -183,7 +207,10 @@ def _bags(
         elif group.ids.start == group.ids.stop:
             bags = weight.new_zeros(len(group.begins), group.dim)
         else:
-            bags, places = _group_bags(weight, per_sample_weights, ids, group, with_argmax)
+            try:
+                bags, places = _group_bags(weight, per_sample_weights, ids, group, with_argmax)
+            except (IndexError, RuntimeError):
+                return None
         _hand_out(bags, group, outputs)
         if with_argmax:
             positions = torch.full_like(bags, -1, dtype=torch.int64)
@@ -199,6 +226,9 @@ def _bags(
 
 def _hand_out(bags: Tensor, group: Group, outputs: list[Tensor]) -> None:
     """Set the output [B, D] of each of a group's features, given [F * B, D]."""
+    if len(group.features) == 1:
+        outputs[group.features[0]] = bags
+        return
     by_feature = bags.split(len(bags) // len(group.features))
     for feature, output in zip(group.features, by_feature, strict=True):
         outputs[feature] = output
@@ -219,7 +249,7 @@ def _group_bags(
     # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
     names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
     if names_row or (is_mean and weight.dtype.itemsize == 2):
-        matrix, rows = matrix[rows], torch.arange(len(rows), dtype=rows.dtype)
+        matrix, rows = matrix.index_select(0, rows), torch.arange(len(rows), dtype=rows.dtype)
     if is_mean:
         matrix = matrix.to(accumulation(weight.dtype))
     bags, _, sizes, places = torch.embedding_bag(
@@ -262,10 +292,12 @@ def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | 
     if begins[0] != 0 or begins[-1] > len(indices) or (begins[1:] < begins[:-1]).any():
         return None
     rows, first_ids = indices[: begins[-1]], begins[::num_bags]
-    if not (pooled or batch.is_uniform) or not _in_range(rows, first_ids, fields):
+    num_ids, padding = np.diff(first_ids), fields[:, TableColumn.PADDING_IDX]
+    # Of a feature that is looked up alone torch looks at the ids.
+    is_checked = num_ids.min() >= alone or _in_range(rows, first_ids, fields)
+    if not is_checked or not (pooled or batch.is_uniform):
         return None
     positions: Integers | slice = slice(len(rows))
-    num_ids, padding = np.diff(first_ids), fields[:, TableColumn.PADDING_IDX]
     if drop_padding and padding.max() >= 0:
         kept = np.flatnonzero(rows != np.repeat(padding, num_ids))
         if len(kept) < len(rows):
