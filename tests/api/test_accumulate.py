@@ -15,7 +15,7 @@ from functools import partial
 import pytest
 import table_cases
 import torch
-from cases import GRADIENT_DTYPES, same_bits
+from cases import GRADIENT_DTYPES, ID_DTYPES, same_bits
 from torch import func
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -192,6 +192,17 @@ def test_ids_out_of_range_add_nothing(target, added):
         layer(torch.tensor([1, -1, 9, 1], device=target.device)).sum().backward()
     assert len(added) == 1
     assert layer.weight.grad[:, 0].tolist() == [1, 3, *[1] * 7]
+
+
+@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ids_of_each_dtype(target, id_dtype, dtype, added):
+    layer = gpu_embed.Embedding(9, 4, padding_idx=2, dtype=dtype, device=target.device)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    accumulate_in_place(layer)
+    layer(torch.tensor([[5, 2], [5, 8]], dtype=id_dtype, device=target.device)).sum().backward()
+    assert len(added) == 1
+    assert layer.weight.grad[:, 1].tolist() == [1, 1, 1, 1, 1, 3, 1, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
