@@ -4,6 +4,7 @@ import itertools
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 image = pytest.importorskip("matplotlib.image", reason="the benchmark's extra is not installed")
 
@@ -107,6 +108,16 @@ def test_directories_without_a_ratio_are_an_error(tmp_path, capsys):
     assert "no time there stands beside torch's" in capsys.readouterr().err
 
 
+def test_figures_are_of_cells_that_their_providers_take():
+    jobs = figures.figures_jobs(torch.device("cpu"))
+    assert {job.set for job in jobs} == {"J", "L", "M"}
+    for job in jobs:
+        assert job.provider.needs_no_setting
+        assert job.provider.missing_reason(torch.device("cpu")) is None
+        assert job.provider.refuses(job.cell, job.mode) is None, job
+
+
+@pytest.mark.full
 def test_figures_measures_in_turns_what_ratios_draws(tmp_path, monkeypatch, capsys):
     small = {"vocab": [60], "dim": [8], "num_ids": [256], "distribution": ["uniform"]}
     choices = [
