@@ -344,6 +344,24 @@ def test_a_gradient_in_place_reads_and_writes_its_rows_once():
     assert not problems, "\n".join(problems)
 
 
+def test_a_sum_in_place_reads_the_rows_that_it_writes_and_no_more():
+    """Against the same sum into a new gradient, wherever its requests cut rows."""
+    sums = {(row.provider, row.config): row for row in of_kernel("segment_sum", *traffic_table.OWN)}
+    problems, seen = [], set()
+    for (provider, config), row in sums.items():
+        found = re.fullmatch(r"(.*-D\d+-(\w+)(-dims\w+)?)-into_\2", config)
+        if found is None:
+            continue
+        seen.add(provider)
+        new = sums[provider, found[1]]
+        if row.load_sectors > new.load_sectors + new.store_sectors:
+            problems.append(f"{row.key}: {row.load_sectors - new.load_sectors} more loaded")
+        if row.store_sectors != new.store_sectors:
+            problems.append(f"{row.key}: {row.store_sectors} stored, was {new.store_sectors}")
+    assert seen == set(traffic_table.OWN)
+    assert not problems, "\n".join(problems)
+
+
 def test_a_join_with_nothing_to_join_is_short():
     sums = of_kernel("bag_sum", *traffic_table.OWN)
     most = {(row.config, row.provider): MOST_OF_SUM * row.instructions for row in sums}
