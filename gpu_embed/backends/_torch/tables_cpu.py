@@ -134,11 +134,12 @@ def dense_backward(
     into: Tensor | None,
 ) -> Tensor | None:
     """`Backend.table_batched_embedding_dense_backward` if all ids are in their tables."""
+    # Ids are looked at anew: what the lookup knew would take their memory twice between the two.
     ids = _ids(batch, True)
     if ids is None:
         return None
-    dtype, grad_output = grad_output.dtype, grad_output.to(accumulation(grad_output.dtype))
-    grad_output = grad_output.contiguous()
+    dtype = grad_output.dtype
+    grad_output = grad_output.detach().to(accumulation(dtype)).contiguous()
     if batch.shape.pooled:
         source = ids.bag_of()
     else:
@@ -184,11 +185,11 @@ def sample_weights_backward(
     if ids is None:
         return None
     wide = accumulation(weight.dtype)
-    grad_output = grad_output.to(wide).contiguous()
+    grad_output = grad_output.detach().to(wide).contiguous()
     bag_of, products = ids.bag_of(), grad_output.new_empty(len(ids.rows))
     for group in ids.plan.groups:
         own = ids.of(group)
-        rows = group.matrix(weight)[ids.rows[own]].to(wide)
+        rows = group.matrix(weight.detach())[ids.rows[own]].to(wide)
         values = group.bag_rows(grad_output, batch)[bag_of[own]]
         products[own] = (rows * values).sum(1)
     grad = weight.new_zeros(len(batch.indices))
@@ -257,7 +258,9 @@ def _group_bags(
 ) -> tuple[Tensor, Tensor | None]:
     """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none.
 
-    begins: where among these each bag begins.
+    Args:
+        scales: of these ids, the per-sample weights.
+        begins: where among them each bag begins.
     """
     matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[ids.of(group)])
     # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
@@ -355,7 +358,7 @@ def _plan(fields: bytes, widest: int, dim_divisor: int, pooled: bool, is_alone: 
     base = np.minimum.reduceat(element[features], starts)
     first_rows = (element[features] - np.repeat(base, sizes)) // dim[features]
     heights = np.maximum.reduceat(first_rows + num_rows[features], starts)
-    groups = []
+    groups: list[Group] = []
     for start, size, first_element, height in zip(
         *(numbers.tolist() for numbers in (starts, sizes, base, heights)), strict=True
     ):
