@@ -134,7 +134,6 @@ def dense_backward(
     into: Tensor | None,
 ) -> Tensor | None:
     """`Backend.table_batched_embedding_dense_backward` if all ids are in their tables."""
-    # Ids are looked at anew: what the lookup knew would take their memory twice between the two.
     ids = _ids(batch, True)
     if ids is None:
         return None
