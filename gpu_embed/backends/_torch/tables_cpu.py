@@ -31,15 +31,19 @@ SUM, MEAN, MAX = range(len(MODES))
 class Group(NamedTuple):
     """F features of one mode whose tables' rows are rows of one matrix [V, D]."""
 
+    number: int  # of this group among all
     features: list[int]
-    first: int  # of these features, in the order of all groups; so is `end`
-    end: int
+    places: slice  # of these features, in the order of all groups
     mode: int
     dim: int  # D
     first_element: int  # where in the buffer the matrix begins
     num_rows: int  # V
     # Its columns of an output, in pieces of `TableShape.dim_divisor`; None: all of them.
     pieces: Integers | None
+
+    def bags(self, bags_per_table: int) -> slice:
+        """Its bags among those of all groups, feature by feature."""
+        return slice(self.places.start * bags_per_table, self.places.stop * bags_per_table)
 
     def matrix(self, buffer: Tensor) -> Tensor:
         """[V, D], in the memory of a buffer."""
@@ -72,17 +76,12 @@ class Ids(NamedTuple):
     rows: Integers  # [n]: each id's row of its group's matrix
     positions: Integers | slice  # [n]: where in the batch each id is
     begins: Integers  # [T * B + 1]: where each bag begins; those of a feature's B bags are adjacent
+    bounds: list[int]  # where each group's ids begin, and where the last one's end
     plan: Plan
-
-    def begins_of(self, group: Group) -> Integers:
-        """Where the bags of a group begin, and where the last one ends -> [F * B + 1]."""
-        num_bags = (len(self.begins) - 1) // len(self.plan.place)
-        return self.begins[group.first * num_bags : group.end * num_bags + 1]
 
     def of(self, group: Group) -> slice:
         """Where in `rows` the ids of a group are."""
-        begins = self.begins_of(group)
-        return slice(int(begins[0]), int(begins[-1]))
+        return slice(*self.bounds[group.number : group.number + 2])
 
     def bag_of(self) -> Integers:
         """The row of each id's bag among its group's `bag_rows` -> [n]."""
@@ -97,7 +96,7 @@ class Ids(NamedTuple):
         values = group.bag_rows(grad_output, batch)
         if group.mode != MEAN:
             return values
-        sizes = np.diff(self.begins_of(group)).clip(1)
+        sizes = np.diff(self.begins)[group.bags(batch.bags_per_table)].clip(1)
         return values / torch.from_numpy(sizes.reshape(len(group.features), -1).T.reshape(-1, 1))
 
 
@@ -111,7 +110,8 @@ def embedding(
     ids = _ids(batch, zero_padding)
     if ids is None:
         return None
-    rows = torch.embedding(ids.plan.groups[0].matrix(weight), torch.from_numpy(ids.rows))
+    (group,) = ids.plan.groups
+    rows = torch.embedding(group.matrix(weight.detach()), torch.from_numpy(ids.rows))
     if len(rows) == len(batch.indices):
         return rows
     output = weight.new_zeros(len(batch.indices), batch.shape.widest)
@@ -137,8 +137,8 @@ def dense_backward(
     ids = _ids(batch, True)
     if ids is None:
         return None
-    dtype, grad_output = grad_output.dtype, grad_output.to(accumulation(grad_output.dtype))
-    grad_output = grad_output.contiguous()
+    dtype = grad_output.dtype
+    grad_output = grad_output.detach().to(accumulation(dtype)).contiguous()
     if batch.shape.pooled:
         source = ids.bag_of()
     else:
@@ -147,8 +147,7 @@ def dense_backward(
     rows, groups = ids.rows, ids.plan.groups
     num_rows, first = np.array([group.num_rows for group in groups]), groups[0]
     if len(groups) > 1:
-        num_ids = np.diff([*(ids.of(group).start for group in groups), len(rows)])
-        rows = rows + np.repeat(num_rows.cumsum() - num_rows, num_ids)
+        rows = rows + np.repeat(num_rows.cumsum() - num_rows, np.diff(ids.bounds))
     runs, scales = _runs(rows, int(num_rows.sum())), None
     source = source[runs.order]
     if per_sample_weights is not None:
@@ -162,18 +161,18 @@ def dense_backward(
         return _sums(values, source, counts.cumsum() - counts, scales).view(weight_shape)
     grad_weight = grad_output.new_zeros(weight_shape, dtype=dtype) if into is None else into
     used = ids.rows[runs.order[runs.begins]]
+    bounds = np.searchsorted(runs.begins, ids.bounds).tolist()
     for group in groups:
         matrix, values = group.matrix(grad_weight), ids.bag_values(group, grad_output, batch)
         if group.mode == MAX and max_rows is not None:
             _add_maxima(matrix, group.bag_rows(max_rows, batch), values, into is None)
             continue
-        of_group = ids.of(group)
-        a, b = np.searchsorted(runs.begins, (of_group.start, of_group.stop))
-        if a < b:
-            begins = runs.begins[a:b] - of_group.start
-            own_scales = None if scales is None else scales[of_group]
-            sums = _sums(values, source[of_group], begins, own_scales)
-            _add_rows(matrix, used[a:b], sums, into is None)
+        own, own_runs = ids.of(group), slice(*bounds[group.number : group.number + 2])
+        if own.start < own.stop:
+            begins = runs.begins[own_runs] - own.start
+            own_scales = None if scales is None else scales[own]
+            sums = _sums(values, source[own], begins, own_scales)
+            _add_rows(matrix, used[own_runs], sums, into is None)
     return grad_weight
 
 
@@ -185,11 +184,11 @@ def sample_weights_backward(
     if ids is None:
         return None
     wide = accumulation(weight.dtype)
-    grad_output = grad_output.to(wide).contiguous()
+    grad_output = grad_output.detach().to(wide).contiguous()
     bag_of, products = ids.bag_of(), grad_output.new_empty(len(ids.rows))
     for group in ids.plan.groups:
         own = ids.of(group)
-        rows = group.matrix(weight)[ids.rows[own]].to(wide)
+        rows = group.matrix(weight.detach())[ids.rows[own]].to(wide)
         values = group.bag_rows(grad_output, batch)[bag_of[own]]
         products[own] = (rows * values).sum(1)
     grad = weight.new_zeros(len(batch.indices))
@@ -208,17 +207,21 @@ def _bags(
         per_sample_weights = per_sample_weights[ids.positions]
     # A view of a parameter requires a gradient, and then torch notes each id's bag, even where none is recorded.
     weight, max_rows = weight.detach(), _max_rows(ids, batch)
+    num_bags = [len(group.features) * batch.bags_per_table for group in ids.plan.groups]
+    begins_in_group = ids.begins[:-1] - np.repeat(ids.bounds[:-1], num_bags)
+    begins_in_group = begins_in_group.astype(ids.rows.dtype, copy=False)
     outputs, argmax = [weight] * batch.num_tables, [weight] * batch.num_tables
     for group in ids.plan.groups:
         own, places = ids.of(group), None
+        begins = torch.from_numpy(begins_in_group[group.bags(batch.bags_per_table)])
         if group.mode == MAX and max_rows is not None:
             bags = _at_rows(group, weight, group.bag_rows(max_rows, batch))
         elif own.start == own.stop:
-            bags = weight.new_zeros(len(ids.begins_of(group)) - 1, group.dim)
+            bags = weight.new_zeros(len(begins), group.dim)
         else:
             scales = None if per_sample_weights is None else per_sample_weights[own]
             try:
-                bags, places = _group_bags(weight, scales, ids, group, with_argmax)
+                bags, places = _group_bags(weight, scales, ids, group, begins, with_argmax)
             except (IndexError, RuntimeError):
                 return None
         _hand_out(bags, group, outputs)
@@ -245,13 +248,20 @@ def _hand_out(bags: Tensor, group: Group, outputs: list[Tensor]) -> None:
 
 
 def _group_bags(
-    weight: Tensor, scales: Tensor | None, ids: Ids, group: Group, with_argmax: bool
+    weight: Tensor,
+    scales: Tensor | None,
+    ids: Ids,
+    group: Group,
+    begins: Tensor,
+    with_argmax: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none."""
-    own, matrix = ids.of(group), group.matrix(weight)
-    rows = torch.from_numpy(ids.rows[own])
-    of_own = ids.begins_of(group)[:-1] - own.start
-    begins = torch.from_numpy(of_own.astype(ids.rows.dtype, copy=False))
+    """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none.
+
+    Args:
+        scales: of these ids, the per-sample weights.
+        begins: where among them each bag begins.
+    """
+    matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[ids.of(group)])
     # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
     names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
     if names_row or (is_mean and weight.dtype.itemsize == 2):
@@ -324,7 +334,8 @@ def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | 
         positions = moved if isinstance(positions, slice) else positions[moved]
     if plan.first_rows is not None:
         rows = rows + np.repeat(plan.first_rows, num_ids)
-    return Ids(rows, positions, begins, plan)
+    bounds = begins[[*(group.places.start * num_bags for group in plan.groups), -1]].tolist()
+    return Ids(rows, positions, begins, bounds, plan)
 
 
 @lru_cache(PLANS)
@@ -346,7 +357,7 @@ def _plan(fields: bytes, widest: int, dim_divisor: int, pooled: bool, is_alone: 
     base = np.minimum.reduceat(element[features], starts)
     first_rows = (element[features] - np.repeat(base, sizes)) // dim[features]
     heights = np.maximum.reduceat(first_rows + num_rows[features], starts)
-    groups = []
+    groups: list[Group] = []
     for start, size, first_element, height in zip(
         *(numbers.tolist() for numbers in (starts, sizes, base, heights)), strict=True
     ):
@@ -356,7 +367,8 @@ def _plan(fields: bytes, widest: int, dim_divisor: int, pooled: bool, is_alone: 
             pieces = column[own, None] // dim_divisor + np.arange(width // dim_divisor)
             pieces = pieces.ravel()
         shape = int(mode[own[0]]), width, first_element, height
-        groups.append(Group(own.tolist(), start, start + size, *shape, pieces))
+        places = slice(start, start + size)
+        groups.append(Group(len(groups), own.tolist(), places, *shape, pieces))
     return Plan(
         num_rows.astype(np.uint64),
         padding if (padding >= 0).any() else None,
@@ -420,7 +432,7 @@ def _add_maxima(matrix: Tensor, rows: Tensor, values: Tensor, is_new: bool) -> N
 
 def _add_rows(matrix: Tensor, used: Integers, sums: Tensor, is_new: bool) -> None:
     """Add to rows of a matrix, each named once; is_new: it holds zeros."""
-    rows = torch.from_numpy(used)
+    rows = torch.from_numpy(used).to(torch.int64)
     if not is_new:
         sums += matrix.index_select(0, rows)
-    matrix[rows] = sums.to(matrix.dtype)
+    matrix.index_copy_(0, rows, sums.to(matrix.dtype))
