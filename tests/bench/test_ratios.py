@@ -2,7 +2,10 @@
 
 import itertools
 from dataclasses import asdict, replace
+from operator import attrgetter
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +18,10 @@ from gpu_embed.bench.results import HOST_TIME, RowWriter, read_header, read_rows
 from gpu_embed.bench.run import Choice  # noqa: E402
 from gpu_embed.bench.shapes import MICRO_STEPS, SETS  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = [path.parent for path in (ROOT / "bench/results").glob(f"*/{HOST_TIME}")]
+# The newest alone.
+COMMITTED = sorted(FIGURES, key=lambda directory: str(read_header(directory)["date"]))[-1:]
 TIMES = [
     host_time.HostTime("torch", "forward", 2.0, 1.0),
     host_time.HostTime(host_time.TORCH_BACKEND, "forward", 4.0, 2.0),
@@ -106,6 +113,22 @@ def test_directories_without_a_ratio_are_an_error(tmp_path, capsys):
         writer.write(BASE)
     assert cli.main(["ratios", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "no time there stands beside torch's" in capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("directory", COMMITTED, ids=attrgetter("name"))
+def test_the_pictures_of_the_docs_are_drawn_from_the_newest_committed_figures(directory, tmp_path):
+    drawn = {path.name: path for path in ratios.draw_ratios([directory], tmp_path)}
+    items = plots.pictures(read_rows(directory), read_header(directory))
+    (grown,) = (item for item in items if getattr(item, "name", "").startswith("accumulation"))
+    accumulation = "accumulation_as_the_table_grows.png"
+    drawn[accumulation] = tmp_path / accumulation
+    drawn[accumulation].write_bytes(plots.png(grown.figure))
+    for name, path in drawn.items():
+        now, shown = image.imread(path), image.imread(ROOT / "docs/pictures" / name)
+        assert now.shape == shown.shape, name
+        # Another matplotlib may set a letter elsewhere.
+        assert np.abs(now - shown).mean() < 0.01, name
 
 
 def test_figures_are_of_cells_that_their_providers_take():
