@@ -225,16 +225,16 @@ def _bags(
             except (IndexError, RuntimeError):
                 return None
         _hand_out(bags, group, outputs)
-        if with_argmax:
-            positions = torch.full_like(bags, -1, dtype=torch.int64)
-            if places is not None:
-                in_batch = np.arange(len(batch.indices))[ids.positions][own]
-                positions = torch.from_numpy(np.append(in_batch, -1))[places]
-            _hand_out(positions, group, argmax)
+        if with_argmax and places is not None:
+            positions = torch.arange(len(batch.indices), dtype=batch.position_dtype)
+            positions = torch.cat([positions[ids.positions][own], positions.new_full((1,), -1)])
+            _hand_out(positions[places], group, argmax)
+        elif with_argmax:
+            _hand_out(torch.full_like(bags, -1, dtype=batch.position_dtype), group, argmax)
     output = torch.cat(outputs, 1)
     if not with_argmax:
         return output, output.new_empty(0, dtype=batch.position_dtype)
-    return output, torch.cat(argmax, 1).to(batch.position_dtype)
+    return output, torch.cat(argmax, 1)
 
 
 def _hand_out(bags: Tensor, group: Group, outputs: list[Tensor]) -> None:
@@ -285,18 +285,18 @@ def _max_rows(ids: Ids, batch: TableBatch) -> Tensor | None:
     """What `batch.max_positions` names, as rows of the groups' matrices -> [B, sum D]; -1: no id of the bag."""
     if batch.max_positions is None:
         return None
-    num_ids, num_tables = len(batch.indices), batch.num_tables
+    num_ids, bags_per_table = len(batch.indices), batch.bags_per_table
+    row_at, bag_at = np.full((2, num_ids + 1), -1)
+    row_at[:-1][ids.positions] = ids.rows
+    bag_at[:-1][ids.positions] = np.repeat(np.arange(batch.bags.num_bags), np.diff(ids.begins))
+    # A negative position is a large unsigned one.
     positions = batch.max_positions.numpy()
-    positions = np.where((positions >= 0) & (positions < num_ids), positions, num_ids)
-    place_at = np.full(num_ids + 1, -1)
-    place_at[:-1][ids.positions] = np.arange(len(ids.rows))
-    places = place_at[positions]
+    positions = np.minimum(positions.view(f"u{positions.itemsize}"), num_ids).view(positions.dtype)
     columns = batch.table_of_column.numpy()
     if ids.plan.features is not None:
         columns = ids.plan.features.argsort()[columns]
-    begins, ends = (x.reshape(num_tables, -1)[columns].T for x in (ids.begins[:-1], ids.begins[1:]))
-    is_own = (places >= begins) & (places < ends)
-    return torch.from_numpy(np.where(is_own, np.append(ids.rows, -1)[places], -1))
+    bags = columns.astype(np.int64) * bags_per_table + np.arange(bags_per_table)[:, None]
+    return torch.from_numpy(np.where(bag_at[positions] == bags, row_at[positions], -1))
 
 
 def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | None:
@@ -418,9 +418,9 @@ def _sums(values: Tensor, source: Integers, begins: Integers, scales: Tensor | N
 
 def _add_maxima(matrix: Tensor, rows: Tensor, values: Tensor, is_new: bool) -> None:
     """Add each element of `values` [M, D] to its column of the given row [M, D], -1: none; the rest as `_add_rows`."""
-    of_values = rows.numpy().ravel()
+    of_values, dim = rows.numpy(), matrix.shape[1]
     places = np.flatnonzero(of_values >= 0)
-    elements = of_values[places] * matrix.shape[1] + places % matrix.shape[1]
+    elements = (of_values * dim + np.arange(dim)).ravel()[places]
     if matrix.dtype == values.dtype:
         added = values.view(-1)[torch.from_numpy(places)]
         matrix.view(-1).scatter_add_(0, torch.from_numpy(elements), added)
