@@ -90,7 +90,8 @@ def count(ids: Tensor, padding_idx: int | None) -> Counts:
 
 def bytes_moved(cell: Cell, mode: str, counts: Counts) -> BytesMoved:
     """The bytes of one call in a mode, by the formulas above."""
-    row = cell.dim * DTYPES[cell.dtype].itemsize
+    # Of tables of several widths the mean.
+    row = sum(cell.widths) * DTYPES[cell.dtype].itemsize // cell.tables
     offsets = cell.num_outputs if cell.by_offsets else 0
     ids = (cell.num_ids + offsets) * ID_DTYPES[cell.id_dtype].itemsize
     forward = BytesMoved(

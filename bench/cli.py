@@ -362,7 +362,7 @@ def figures(args: argparse.Namespace) -> int:
     memory = memory_size(args.max_memory)
     console = make_console()
     bench = start(args, console)
-    bench.effort = Effort(min_samples=TURNS)
+    bench.effort = Effort(min_samples=TURNS, cold=False)
     limit_memory(bench, memory)
     jobs = figures_jobs(bench.device)
     header = new_header(args, bench)

@@ -17,6 +17,7 @@ CHOICES = (
         tuple(STEPS),
         {"distribution": ["spread:8192"]},
     ),
+    Choice(["M"], ("gpu_embed", "torch-together")),
 )
 
 

@@ -69,7 +69,7 @@ def stub_triton() -> Iterator[None]:
     Outputs are uninitialised: this is for the host's time alone.
     """
     from gpu_embed.backends._triton import TritonBackend
-    from gpu_embed.backends._triton.known_launch import launch
+    from gpu_embed.backends._triton.known_launch import Known, launch
 
     class StubBackend(TritonBackend):
         _interpreted = False
@@ -87,8 +87,8 @@ def stub_triton() -> Iterator[None]:
             device: torch.device,
             *args: Any,
             **settings: Any,
-        ) -> None:
-            launch(kernel, grid, device.index, args, settings)
+        ) -> Known | None:
+            return launch(kernel, grid, device.index, args, settings)
 
     # Forced and freed again, so that the former choice returns whatever happens.
     with stub_driver(), gpu_embed.use_backend("triton"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,11 @@ def _from_columns(outputs: tuple[Tensor, ...], tables: int) -> Tensor:
     return output.unflatten(1, (tables, -1)).transpose(0, 1).flatten(0, 1)
 
 
+def padded(rows: Tensor, width: int) -> Tensor:
+    """With columns of zeros up to a width."""
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
+
+
 def _to_columns(rows: Tensor, tables: int) -> tuple[Tensor, ...]:
     return (rows.unflatten(0, (tables, -1)).transpose(0, 1).flatten(1, 2),)
 
@@ -33,6 +38,26 @@ def _to_columns(rows: Tensor, tables: int) -> tuple[Tensor, ...]:
 ONE_UNDER_ANOTHER = Order(lambda outputs, tables: outputs[0], lambda rows, tables: (rows,))
 APART = Order(lambda outputs, tables: torch.cat(outputs), lambda rows, tables: rows.chunk(tables))
 SIDE_BY_SIDE = Order(_from_columns, _to_columns)
+
+
+def side_by_side(widths: Sequence[int]) -> Order:
+    """`SIDE_BY_SIDE` of tables of these widths; what is gathered is as wide as the widest."""
+    if len(set(widths)) == 1:
+        return SIDE_BY_SIDE
+
+    def gathered(outputs: tuple[Tensor, ...], tables: int) -> Tensor:
+        (output,) = outputs
+        return torch.cat([padded(part, max(widths)) for part in output.split(list(widths), 1)])
+
+    def handed_out(rows: Tensor, tables: int) -> tuple[Tensor, ...]:
+        parts = zip(rows.chunk(tables), widths, strict=True)
+        return (torch.cat([part[:, :width] for part, width in parts], 1),)
+
+    return Order(gathered, handed_out)
+
+
+def _one_under_another(gradients: Sequence[Tensor]) -> Tensor:
+    return gradients[0] if len(gradients) == 1 else torch.cat(tuple(gradients))
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,8 @@ class Layer:
     update: Update | None = None  # how a step ends; None: SGD on the gradient
     parts: tuple[Tensor, ...] = ()  # views of `weight`: the leaves, where each table is one
     order: Order = ONE_UNDER_ANOTHER
+    # Those of the leaves -> as many elements as `weight`, a copy where there are several.
+    gathered_gradients: Callable[[Sequence[Tensor]], Tensor] = _one_under_another
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import ModuleType
 
@@ -11,7 +11,15 @@ from torch import Tensor
 
 import gpu_embed
 
-from .layer import APART, ONE_UNDER_ANOTHER, SIDE_BY_SIDE, Layer, Order
+from .layer import (
+    APART,
+    ONE_UNDER_ANOTHER,
+    SIDE_BY_SIDE,
+    Layer,
+    Order,
+    padded,
+    side_by_side,
+)
 from .shapes import Cell
 
 BatchedTables = gpu_embed.TableBatchedEmbedding | gpu_embed.TableBatchedEmbeddingBag
@@ -47,15 +55,58 @@ def in_turns(functional: ModuleType, weight: Tensor, cell: Cell, sparse: bool) -
     return Layer(lookup, weight, parts=parts, order=APART)
 
 
+def together(weight: Tensor, cell: Cell) -> Layer:
+    """A loop over `torch.nn.EmbeddingBag`s, each with offsets of its own, whose outputs are put side by side."""
+    modules = [
+        torch.nn.EmbeddingBag(cell.vocab, rows.shape[1], mode="sum", _weight=rows)
+        for rows in _tables_of(weight, cell)
+    ]
+
+    @cache
+    def inputs(ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        ends = cell.num_ids // cell.tables, cell.hotness, ids.dtype, ids.device
+        return [(own.reshape(-1), _offsets(*ends).clone()) for own in ids]
+
+    def lookup(ids: Tensor) -> Tensor:
+        bags = zip(modules, inputs(ids), strict=True)
+        return torch.cat([module(*own) for module, own in bags], 1)
+
+    def gathered_gradients(gradients: Sequence[Tensor]) -> Tensor:
+        return torch.cat([padded(gradient, cell.dim) for gradient in gradients])
+
+    parts = tuple(module.weight for module in modules)
+    order = side_by_side(cell.widths)
+    return Layer(lookup, weight, parts=parts, order=order, gathered_gradients=gathered_gradients)
+
+
 def batched(weight: Tensor, cell: Cell, sparse: bool) -> Layer:
     """gpu_embed.TableBatchedEmbedding, or for bags TableBatchedEmbeddingBag, on this memory."""
     kind: type[BatchedTables] = (
         gpu_embed.TableBatchedEmbeddingBag if cell.pooled else gpu_embed.TableBatchedEmbedding
     )
     # On the meta device no table is drawn, only to be replaced.
-    tables = kind([(cell.vocab, cell.dim)] * cell.tables, sparse=sparse, device="meta")
-    tables._set_buffer(weight.detach())
-    return Layer(offsets_lookup(tables, cell), tables.weight, order=order_of(cell))
+    tables = kind([(cell.vocab, width) for width in cell.widths], sparse=sparse, device="meta")
+    layout, lookup = tables.layout, offsets_lookup(tables, cell)
+    if cell.is_uniform:
+        tables._set_buffer(weight.detach())
+        return Layer(lookup, tables.weight, order=order_of(cell))
+    tables._set_buffer(weight.new_zeros(layout.buffer_shape))
+    for table, rows in enumerate(_tables_of(weight, cell)):
+        layout.view(tables.weight.detach(), table).copy_(rows)
+
+    def gathered_gradients(gradients: Sequence[Tensor]) -> Tensor:
+        (gradient,) = gradients
+        views = [layout.view(gradient, table) for table in range(cell.tables)]
+        return torch.cat([padded(view, cell.dim) for view in views])
+
+    order = side_by_side(cell.widths)
+    return Layer(lookup, weight, None, (tables.weight,), order, gathered_gradients)
+
+
+def _tables_of(weight: Tensor, cell: Cell) -> list[Tensor]:
+    """Each table's rows of the tables one under another: a view where it has all columns."""
+    parts = zip(weight.detach().split(cell.vocab), cell.widths, strict=True)
+    return [rows[:, :width].contiguous() for rows, width in parts]
 
 
 def order_of(cell: Cell) -> Order:

@@ -96,7 +96,7 @@ class Problem:
         self.counts: Counts = count(self.places(0), self.padding_idx)
         generator = torch.Generator(device).manual_seed(seed + zlib.crc32(str(cell).encode()))
         self._random: dict[str, Any] = {"dtype": DTYPES[cell.dtype], "generator": generator}
-        rows = torch.randn((cell.rows, cell.dim), device=device, **self._random)
+        rows = self._in_widths(torch.randn((cell.rows, cell.dim), device=device, **self._random))
         self.weight = torch.nn.Parameter(rows)
         self._grad_output: Tensor | None = None
         self._gradient: Tensor | None = None
@@ -107,8 +107,14 @@ class Problem:
         if self._grad_output is None:
             shape = (self.cell.num_outputs, self.cell.dim)
             device = self.weight.device
-            self._grad_output = torch.randn(shape, device=device, **self._random)
+            self._grad_output = self._in_widths(torch.randn(shape, device=device, **self._random))
         return self._grad_output
+
+    def _in_widths(self, rows: Tensor) -> Tensor:
+        """Rows of all tables, one under another, with zeros behind the width of each."""
+        for part, width in zip(rows.chunk(self.cell.tables), self.cell.widths, strict=True):
+            part[:, width:] = 0
+        return rows
 
     def gradient(self, dtype: torch.dtype) -> Tensor:
         """A gradient of the tables that exists, [T * V, D]: random at first, then what was added to it."""
@@ -284,7 +290,7 @@ class Bench:
             return check_accumulation(before, after, *of_ids, fp32, provider.in_place)
         gradients = torch.autograd.grad(outputs, layer.leaves, grads)
         del outputs
-        gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+        gradient = layer.gathered_gradients(gradients)
         return check_gradient(
             gradient.view_as(table), problem.grad_output, places, problem.padding_idx, fp32
         )
@@ -379,8 +385,7 @@ def _build(provider: Provider, problem: Problem, mode: str) -> Layer:
 def _accumulated(layer: Layer, table: Tensor) -> Tensor:
     """The gradients of all leaves, as the table [T * V, D]; a copy where there are several."""
     gradients = [leaf.grad for leaf in layer.leaves if leaf.grad is not None]
-    gradient = gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-    return gradient.view_as(table)
+    return layer.gathered_gradients(gradients).view_as(table)
 
 
 def _call(layer: Layer, problem: Problem, mode: str) -> Call:

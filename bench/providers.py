@@ -64,7 +64,8 @@ class Provider:
     requirement: Callable[[torch.device], str | None] = lambda device: None
     refusals: tuple[Refusal, ...] = ()
     setting: Callable[[], AbstractContextManager[Any]] = nullcontext  # active while it runs
-    # Whether it is a kernel of ours that the package does not choose, or not always: measured by `run` alone.
+    # Whether it is measured by `run` alone, where it takes the cell: a kernel of ours that the package does not
+    # choose, or not always, and a rival for one kind of cells.
     candidate: bool = False
 
     def missing_reason(self, device: torch.device) -> str | None:
@@ -145,6 +146,10 @@ def _torch(weight: Tensor, cell: Cell, mode: str, sparse: bool = False) -> Layer
     build = many_tables.in_turns if cell.tables > 1 else many_tables.single
     layer = build(F, weight, cell, sparse)
     return replace(layer, update=optimizers.by_torch(layer.leaves, mode, sparse))
+
+
+def _torch_together(weight: Tensor, cell: Cell, mode: str) -> Layer:
+    return many_tables.together(weight, cell)
 
 
 def _torch_compile(weight: Tensor, cell: Cell, mode: str) -> Layer:
@@ -360,6 +365,8 @@ def _refusal(reason: str, refused: Callable[[Cell], object]) -> Refusal:
 
 # torch and most others look up int64 and int32 alone.
 _SMALL_IDS = _refusal("takes no {0.id_dtype} ids", lambda c: c.id_dtype not in ("int64", "int32"))
+_ONE_WIDTH = _refusal("its tables have one width", lambda c: not c.is_uniform)
+_MANY_BAGS = _refusal("bags of several tables alone", lambda c: not c.pooled or c.tables == 1)
 # Of the layers that know one table, torch's alone stands for a loop over many.
 _SINGLE_TABLE = (_refusal("one table at a time", lambda c: c.tables > 1), _SMALL_IDS)
 _NO_BAGS = (_refusal("it has no bags", lambda c: c.pooled), *_SINGLE_TABLE)
@@ -371,6 +378,7 @@ _FBGEMM_TABLES = (
     _refusal("its tables are not {0.dtype}", lambda c: c.dtype not in ("float32", "float16")),
     _refusal("its rows are a multiple of 4 numbers", lambda c: c.dim % 4),
     _refusal("it has no padding_idx", lambda c: c.padding),
+    _ONE_WIDTH,
     _SMALL_IDS,
 )
 _ATOMIC_TABLES = _refusal(
@@ -404,7 +412,8 @@ DESCRIPTIONS = {
     "gpu_embed-in-backward": "the same by gpu_embed.optim.apply_in_backward",
     "gpu_embed-in-place": "this package, gradients added to the one that exists by accumulate_in_place",
     "torch": "torch.nn.functional, table by table; a step by torch.optim on the dense gradient",
-    "torch-sparse": "the same, sparse=True; Adam is SparseAdam",
+    "torch-together": "a loop over torch.nn.EmbeddingBag with its offsets, outputs put side by side",
+    "torch-sparse": "torch, sparse=True; Adam is SparseAdam",
     "torch.compile": "torch.compile of the same, for fixed shapes",
     "index_add_": "gradient by zeros(V, D).index_add_",
     "liger-kernel": "LigerEmbedding (experimental)",
@@ -465,7 +474,14 @@ _BUILT: dict[str, Provider] = {
     "gpu_embed-in-place": _own(
         partial(_gpu_embed, in_place=True), modes=ACCUMULATE, cpu=True, in_place=True
     ),
-    "torch": _rival(_torch, modes=MODES, cpu=True, refusals=(_SMALL_IDS,)),
+    "torch": _rival(_torch, modes=MODES, cpu=True, refusals=(_SMALL_IDS, _ONE_WIDTH)),
+    "torch-together": _rival(
+        _torch_together,
+        modes=("forward", "backward", "full"),
+        cpu=True,
+        candidate=True,
+        refusals=(_SMALL_IDS, _MANY_BAGS),
+    ),
     "torch-sparse": _rival(partial(_torch, sparse=True), **_sparse, refusals=(_SMALL_IDS,)),
     "torch.compile": _rival(
         _torch_compile,

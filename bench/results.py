@@ -26,7 +26,7 @@ class Row:
     """One provider on one cell. The fields are the CSV's columns, in this order; None is an empty field."""
 
     set: str
-    operation: str  # embedding | embedding_bag | embedding_bag_offsets | embedding_graph
+    operation: str  # as in `Cell`
     mode: str  # forward | backward | full | accumulate | accumulate_fp32 | step | step_adam | step_rowwise_adagrad
     dtype: str  # "float32", "bfloat16", ...: torch's names
     id_dtype: str

@@ -25,8 +25,9 @@ DTYPES = {
     "float64": torch.float64,
 }
 ID_DTYPES = {"int64": torch.int64, "int32": torch.int32, "int16": torch.int16, "uint8": torch.uint8}
-# Of `Cell.operation`, those that sum.
-BAGS = ("embedding_bag", "embedding_bag_offsets")
+# Of `Cell.operation`, those that sum; of these, the two that say the same.
+EQUAL_BAGS = ("embedding_bag", "embedding_bag_offsets")
+BAGS = (*EQUAL_BAGS, "embedding_bag_mixed")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Cell:
     distribution: str = "uniform"
     padding: float = 0.0  # share of the ids that are padding_idx
     # "embedding"; "embedding_bag": the rows of each bag are summed; "embedding_bag_offsets": the same bags, but offsets
-    # say where they begin, so that their lengths show on the device alone; "embedding_graph": forward and backward
-    # of an embedding captured in a CUDA graph.
+    # say where they begin, so that their lengths show on the device alone; "embedding_bag_mixed": bags of tables
+    # whose widths are dim, a half, a quarter and an eighth of it by turns; "embedding_graph": forward and
+    # backward of an embedding captured in a CUDA graph.
     operation: str = "embedding"
     hotness: int = 1  # ids in a bag
     tables: int = 1  # looked up in one call, each with its share of the ids
@@ -65,6 +67,17 @@ class Cell:
         return mode != "accumulate_fp32" or DTYPES[self.dtype].itemsize == 2
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each table."""
+        shares = (1, 2, 4, 8) if self.operation == "embedding_bag_mixed" else (1,)
+        return tuple(self.dim // shares[table % len(shares)] for table in range(self.tables))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all tables have the same width."""
+        return set(self.widths) == {self.dim}
+
+    @property
     def pooled(self) -> bool:
         return self.operation in BAGS
 
@@ -82,8 +95,9 @@ class Cell:
         bags = f" in bags of {self.hotness}" if self.pooled else ""
         bags += " by offsets" if self.by_offsets else ""
         tables = f"{self.tables} tables of " if self.tables > 1 else ""
+        dim = f"{self.dim:,}" if self.is_uniform else f"{min(self.widths):,} to {self.dim:,}"
         return (
-            f"{tables}{self.vocab:,} x {self.dim:,} {self.dtype}, {self.num_ids:,} ids{bags} "
+            f"{tables}{self.vocab:,} x {dim} {self.dtype}, {self.num_ids:,} ids{bags} "
             f"({self.distribution}{padded})"
         )
 
@@ -265,7 +279,7 @@ SETS = {
                 for bags in (512, 4096)
                 for hotness in (20, 64)
                 for dim in (32, 128)
-                for operation in BAGS
+                for operation in EQUAL_BAGS
             ),
         ),
         ShapeSet(
@@ -276,6 +290,24 @@ SETS = {
             (
                 *MICRO_STEPS,
                 *grid(vocab=tuple(2**k for k in range(10, 21)), dim=(256,), num_ids=(2048,)),
+            ),
+        ),
+        ShapeSet(
+            "M",
+            "many small tables: bags of 8 and of one id, of one width and of four",
+            "recommenders on a CPU",
+            ("forward", "full"),
+            (
+                *(
+                    Cell(1000, dim, tables * num_ids, operation=operation, tables=tables, hotness=n)
+                    for tables, dim, num_ids, operation in (
+                        (32, 32, 256, "embedding_bag"),
+                        (200, 32, 64, "embedding_bag"),
+                        (200, 64, 64, "embedding_bag_mixed"),
+                    )
+                    for n in (8, 1)
+                ),
+                Cell(1000, 32, 32 * 8192, operation="embedding_bag", tables=32, hotness=8),
             ),
         ),
     )
@@ -289,7 +321,10 @@ HEADLINE = (
     ("E", Cell(151_936, 2560, 8192, "bfloat16", distribution="zipf:1.05")),
     ("F", Cell(2000, 384, 713_268, "bfloat16", distribution="equal")),
     ("F", Cell(2, 768, 16_384, "bfloat16")),
-    *(("K", Cell(100_000, 128, 81_920, operation=operation, hotness=20)) for operation in BAGS),
+    *(
+        ("K", Cell(100_000, 128, 81_920, operation=operation, hotness=20))
+        for operation in EQUAL_BAGS
+    ),
 )
 # Tables that a CPU looks up in no time, in some time, and in long enough to be bound by memory.
 CPU_CELLS = (Cell(1000, 64, 256), Cell(30_000, 128, 4096), Cell(100_000, 256, 16_384))

@@ -42,11 +42,14 @@ def accumulate_in_place(
     Where somebody could tell the difference, the gradient is made as before: no `.grad` yet, a sparse one or one with a
     graph, `create_graph=True`, `torch.autograd.grad`, hooks on the tensor (`register_hook`), a weight that is not the
     parameter itself (`weight * 2`, `torch.func`), complex tables, `torch.compile`, DTensor. Post-accumulate hooks run
-    as before; a hook on the node that accumulates (`AccumulateGrad`) gets None. Two threads may run backward through
-    one table at once, if both only look up in it.
+    as before, and so does `DistributedDataParallel`. Hooks on autograd's nodes, of the lookup and of the parameter
+    (`AccumulateGrad`), get None as the gradient. Two threads may run backward through one table at once if neither
+    uses it in another operator.
 
     A table that is also the head of a model gains from the second micro-step on: at the first one autograd waits for
     both gradients.
+
+    A table of some thousand rows gains no time, as making its whole gradient costs less than finding its rows.
 
     The mark is on the parameter, as a hook is. It stays when the module moves or loads a state_dict, and is neither
     copied nor saved. The handle keeps no parameter alive, and need not be kept.

@@ -28,11 +28,15 @@ template <typename Weight, int VEC>
 struct RowUpdate : Update<Weight, VEC> {
   using Acc = typename Accumulator<Weight>::type;
   enum : bool { ATOMIC_CARRY = false };
+  // The row is read when its sum is complete.
+  struct Row {};
   int64 row_stride;  // in elements
   int64 col_stride;  // in elements
   int64 D;
 
-  __device__ void operator()(int64 key, int64 d, const Vector<Acc, VEC>& total, int32) const {
+  __device__ Row load(int64, int64) const { return {}; }
+
+  __device__ void operator()(int64 key, int64 d, const Vector<Acc, VEC>& total, int32, Row) const {
     this->update(key, key * row_stride + d * col_stride, key * D + d, d, total);
   }
 };

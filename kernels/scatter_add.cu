@@ -7,20 +7,22 @@
 // why:   neighbouring threads add to neighbouring vectors, so a warp's atomics fall on whole sectors
 //
 // BAGS: position n adds row bag_of[n] of grad_output, times its per-sample weight or over its bag's size.
-template <typename Grad, int VEC, int UNROLL, bool BAGS = false>
+template <typename Value, typename Grad, int VEC, int UNROLL, bool BAGS>
 __global__ void scatter_add_kernel(
-    const Grad* __restrict__ grad_output_ptr,         // [*, D], any strides; VEC > 1: column stride 1
-    const void* __restrict__ indices_ptr,             // any integer dtype, [num_indices], contiguous
-    const void* __restrict__ bag_of_ptr,              // BAGS: [num_indices]: each position's bag, -1: in no bag
-    const Grad* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: all 1
-    const int32* __restrict__ sizes_ptr,              // BAGS: [num_bags]: the divisors of means; null: all 1
-    Grad* grad_weight_ptr,                            // [num_embeddings, D], contiguous, zero on entry
+    const Value* __restrict__ grad_output_ptr,         // [*, D], any strides; VEC > 1: column stride 1
+    const void* __restrict__ indices_ptr,              // any integer dtype, [num_indices], contiguous
+    const void* __restrict__ bag_of_ptr,               // BAGS: [num_indices]: each position's bag, -1: in no bag
+    const Value* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: all 1
+    const int32* __restrict__ sizes_ptr,               // BAGS: [num_bags]: the divisors of means; null: all 1
+    Grad* grad_weight_ptr,  // fp32 or fp64, [num_embeddings, D], any strides; VEC > 1: column stride 1
     int64 num_indices,
     int64 num_embeddings,
     int64 padding_idx,      // -1: none
-    int64 grad_row_stride,  // in units of VEC elements
-    int64 grad_col_stride,  // in elements
-    int64 D,                // VEC divides it
+    int64 grad_row_stride,         // in units of VEC elements
+    int64 grad_col_stride,         // in elements
+    int64 grad_weight_row_stride,  // in units of VEC elements
+    int64 grad_weight_col_stride,  // in elements
+    int64 D,                       // VEC divides it
     int64 index_bytes,
     int64 bag_bytes) {
   const int64 vectors = D / VEC;
@@ -28,7 +30,8 @@ __global__ void scatter_add_kernel(
   const int64 first_n = start / vectors;
   const uint32 first_flat_offset = (uint32)(start - first_n * vectors) + threadIdx.x;
   int64 index[UNROLL];
-  Vector<Grad, VEC> grad[UNROLL];
+  Vector<Value, VEC> value[UNROLL];
+  Grad scale[UNROLL];
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     const int64 n = first_n + (first_flat_offset + u * blockDim.x) / (uint32)vectors;
@@ -46,19 +49,20 @@ __global__ void scatter_add_kernel(
       index[u] = -1;
       continue;
     }
-    grad[u] = *(const Vector<Grad, VEC>*)(
+    value[u] = *(const Vector<Value, VEC>*)(
         grad_output_ptr + row * grad_row_stride * VEC + d * grad_col_stride);
-    if (BAGS) {
-      const Grad scale = bag_scale<Grad>(per_sample_weights_ptr, n, sizes_ptr, row);
-#pragma unroll
-      for (int i = 0; i < VEC; ++i) grad[u].lane[i] *= scale;
-    }
+    if (BAGS) scale[u] = bag_scale<Grad>(per_sample_weights_ptr, n, sizes_ptr, row);
   }
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     const int64 d = (int64)((first_flat_offset + u * blockDim.x) % (uint32)vectors) * VEC;
-    if (names_row(index[u], num_embeddings)) {
-      atomic_add_vector(grad_weight_ptr + index[u] * D + d, grad[u]);
+    if (!names_row(index[u], num_embeddings)) continue;
+    Vector<Grad, VEC> grad;
+#pragma unroll
+    for (int i = 0; i < VEC; ++i) {
+      grad.lane[i] = BAGS ? widen(value[u].lane[i]) * scale[u] : widen(value[u].lane[i]);
     }
+    atomic_add_vector(
+        grad_weight_ptr + index[u] * grad_weight_row_stride * VEC + d * grad_weight_col_stride, grad);
   }
 }

@@ -1,5 +1,5 @@
 // The walk over sorted keys of segment_sum.cu, and the join of what it leaves. EndRun: functor called with each complete
-// run's sum.
+// run's sum, and with what its `load` has read of the run's row ahead of that.
 
 #pragma once
 
@@ -72,7 +72,8 @@ __device__ inline Vector<Acc, VEC> join_carries(
 }
 
 // Thread i of the grid owns chunk i / (D / VEC) and the VEC columns from i % (D / VEC) * VEC on.
-// A complete run's sum goes to end_run(key, d, total, count); count is its ids, with SCALE_GRAD_BY_FREQ.
+// A complete run's sum goes to end_run(key, d, total, count, end_run.load(key, d)); count is its ids, with
+// SCALE_GRAD_BY_FREQ.
 // Carries go to the slots of the partial sums, or with EndRun::ATOMIC_CARRY to end_run.add(key, d, total).
 // join: the second launch, which ends the runs that begin in the thread's chunk and cross its edge.
 //
@@ -116,12 +117,14 @@ __device__ inline void sum_runs(
       SCALE_GRAD_BY_FREQ ? slot_counts(partial_ptr, num_keys, chunk_size, D) : nullptr;
   if (join) {
     if (!begins_crossing_run(keys_ptr, chunk, chunk_size, num_keys, num_embeddings, key_bytes)) return;
+    const int64 key = load_key(keys_ptr, start + chunk_size - 1, key_bytes);
+    const typename EndRun::Row old = end_run.load(key, d);
     int32 count = 0;
     const Vector<Acc, VEC> total = join_carries<Acc, VEC, UNROLL>(
         keys_ptr, partial_ptr, counts_ptr, chunk, chunk_size, num_keys, d, D, key_bytes, &count);
     // 0: no position of the run is in a bag.
     if (SCALE_GRAD_BY_FREQ && count == 0) count = 1;
-    end_run(load_key(keys_ptr, start + chunk_size - 1, key_bytes), d, total, count);
+    end_run(key, d, total, count, old);
     return;
   }
   const int64 end = start + chunk_size < num_keys ? start + chunk_size : num_keys;
@@ -155,6 +158,7 @@ __device__ inline void sum_runs(
       value_row[u] = position < end ? load_position(order_ptr, position, order_bytes) : 0;
     }
     Vector<Value, VEC> value[UNROLL];
+    typename EndRun::Row old[UNROLL];
     int32 ids[UNROLL];
     Acc scale[UNROLL];
 #pragma unroll
@@ -162,7 +166,10 @@ __device__ inline void sum_runs(
       set_zero(value[u]);
       ids[u] = 1;
       if (BAGS) scale[u] = 0;
-      if (first + u < end && names_row(u == 0 ? key : next_key[u - 1], num_embeddings)) {
+      const int64 key_here = u == 0 ? key : next_key[u - 1];
+      if (first + u < end && names_row(key_here, num_embeddings)) {
+        // A run that began in an earlier chunk is that chunk's.
+        if (key_here != next_key[u] && !(carried && key_here == key)) old[u] = end_run.load(key_here, d);
         if (BAGS) {
           const int64 n = value_row[u];
           value_row[u] = load_integer(bag_of_ptr, n, bag_bytes);
@@ -191,7 +198,7 @@ __device__ inline void sum_runs(
         } else if (names_row(key, num_embeddings)) {
           // 0: no position of the run is in a bag.
           if (SCALE_GRAD_BY_FREQ && count == 0) count = 1;
-          end_run(key, d, total, count);
+          end_run(key, d, total, count, old[u]);
         }
         set_zero(total);
         count = 0;

@@ -88,14 +88,15 @@ def sum_pointers(row_args, key, begin, d):
 @triton.jit
 def load_sum(row_args, key, begin, mask, loaded, d):
     """LOAD_ROW of a segment sum in place, ahead of the step's sums, which hides its latency."""
-    return tl.load(sum_pointers(row_args, key, begin, d), mask=mask, other=0)
+    grad_weight_ptr = sum_pointers(row_args, key, begin, d)
+    return tl.load(grad_weight_ptr, mask=mask, other=0)
 
 
 @triton.jit
 def add_sum(row_args, row, key, begin, width, total, mask, stored, d):
     """STORE_ROW of a segment sum in place: one addition in the accumulation dtype, one rounding."""
-    row = (row.to(total.dtype) + total).to(row.dtype)
-    tl.store(sum_pointers(row_args, key, begin, d), row, mask=mask)
+    grad_weight_ptr = sum_pointers(row_args, key, begin, d)
+    tl.store(grad_weight_ptr, (row.to(total.dtype) + total).to(row.dtype), mask=mask)
 
 
 @triton.jit
@@ -264,10 +265,10 @@ def walk_runs(
     goes_out = ((crossed & CARRY_OUT) != 0)[:, None] & in_row[None, :]
     if partial_ptr is None:
         last_key = load_key(keys_ptr, start + length - 1, length > 0)
-        first_ptr = sum_pointers(row_args, key_before[:, None], (key_before * D)[:, None], d)
-        tl.atomic_add(first_ptr, carry_in, mask=goes_in, sem="relaxed")
-        last_ptr = sum_pointers(row_args, last_key[:, None], (last_key * D)[:, None], d)
-        tl.atomic_add(last_ptr, total, mask=goes_out, sem="relaxed")
+        grad_weight_ptr = sum_pointers(row_args, key_before[:, None], (key_before * D)[:, None], d)
+        tl.atomic_add(grad_weight_ptr, carry_in, mask=goes_in, sem="relaxed")
+        grad_weight_ptr = sum_pointers(row_args, last_key[:, None], (last_key * D)[:, None], d)
+        tl.atomic_add(grad_weight_ptr, total, mask=goes_out, sem="relaxed")
     else:
         carry_in_ptr = partial_ptr + (2 * chunk * D)[:, None] + d
         tl.store(carry_in_ptr, carry_in, mask=goes_in)

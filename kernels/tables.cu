@@ -261,16 +261,16 @@ extern "C" __global__ void table_keys_kernel(
 // grid:  (cdiv(num_bags * D / VEC, blockDim.x), num_splits); block: 1-D
 // owner: thread (i, s) of the grid: vector i of the flattened grad_output, split s of its bag
 // why:   each vector of grad_output is loaded once per split and added to every row of the bag
-template <typename Grad, int VEC, int UNROLL>
+template <typename Value, typename Grad, int VEC, int UNROLL>
 __global__ void table_scatter_add_kernel(
-    const Grad* __restrict__ grad_output_ptr,         // [num_bags, D], any strides; VEC > 1: column stride 1
+    const Value* __restrict__ grad_output_ptr,         // [num_bags, D], any strides; VEC > 1: column stride 1
     const void* __restrict__ indices_ptr,             // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,             // any integer dtype, [num_all_bags + 1]
-    const Grad* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
+    const Value* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
     const void* __restrict__ max_positions_ptr,       // [num_bags, D]: the argmax as a position; null: no maxima
     const Table* __restrict__ tables_ptr,             // [num_tables]
     const int32* __restrict__ table_of_column_ptr,    // [D]
-    Grad* grad_weight_ptr,                            // the tables' buffer, zero on entry
+    Grad* grad_weight_ptr,                            // the tables' buffer, fp32 or fp64
     int64 num_indices,
     int64 num_bags,  // per table
     int64 num_all_bags,
@@ -290,8 +290,11 @@ __global__ void table_scatter_add_kernel(
       offsets_ptr, t * num_bags + b, nullptr, nullptr, num_indices, num_all_bags + 1, 0, offset_bytes);
   const Range part = split_range(range);
   Grad* const first_row = grad_weight_ptr + table.first_element + column - table.first_column;
-  Vector<Grad, VEC> grad = *(const Vector<Grad, VEC>*)(
+  const Vector<Value, VEC> row = *(const Vector<Value, VEC>*)(
       grad_output_ptr + b * grad_row_stride * VEC + column * grad_col_stride);
+  Vector<Grad, VEC> grad;
+#pragma unroll
+  for (int i = 0; i < VEC; ++i) grad.lane[i] = widen(row.lane[i]);
   int64 argmax[VEC];
   const bool is_max = max_positions_ptr && table.mode == MAX_MODE;
 #pragma unroll
@@ -325,7 +328,7 @@ __global__ void table_scatter_add_kernel(
         continue;
       }
       if (per_sample_weights_ptr) {
-        const Grad scale = per_sample_weights_ptr[step + u];
+        const Grad scale = widen(per_sample_weights_ptr[step + u]);
 #pragma unroll
         for (int i = 0; i < VEC; ++i) value.lane[i] *= scale;
       }
@@ -334,18 +337,30 @@ __global__ void table_scatter_add_kernel(
   }
 }
 
-// Stores a run's sum, rounded once.
-template <typename Grad, int VEC>
+// Stores a run's sum, rounded once. IN_PLACE: added to the row.
+template <typename Grad, int VEC, bool IN_PLACE>
 struct StoreTableGradient {
   using Acc = typename Accumulator<Grad>::type;
+  using Row = Vector<Grad, VEC>;
   Grad* grad_weight_ptr;
 
-  __device__ void operator()(int64, int64 element, int64, const Vector<Acc, VEC>& total) const {
-    Vector<Grad, VEC> row;
+  // VEC divides element; said in any other way, NVRTC stores one lane after another.
+  __device__ Row& columns(int64 element) const { return ((Row*)grad_weight_ptr)[element / VEC]; }
+
+  __device__ Row load(int64 element) const {
+    Row row;
+    set_zero(row);
+    if (IN_PLACE) row = columns(element);
+    return row;
+  }
+
+  __device__ void operator()(
+      int64, int64 element, int64, const Vector<Acc, VEC>& total, Row row) const {
 #pragma unroll
-    for (int i = 0; i < VEC; ++i) narrow(total.lane[i], row.lane[i]);
-    // VEC divides element; said in any other way, NVRTC stores one lane after another.
-    ((Vector<Grad, VEC>*)grad_weight_ptr)[element / VEC] = row;
+    for (int i = 0; i < VEC; ++i) {
+      narrow(IN_PLACE ? widen(row.lane[i]) + total.lane[i] : total.lane[i], row.lane[i]);
+    }
+    columns(element) = row;
   }
 };
 
@@ -353,17 +368,17 @@ struct StoreTableGradient {
 // owner: thread i of the grid: chunk i / (D / VEC), VEC columns from i % (D / VEC) * VEC on of each table that has them
 // why:   segment_sum_kernel for tables of different widths, with the same slots; a row's width comes from
 //        its table, so columns past it are masked
-template <typename Value, typename Grad, int VEC, int UNROLL>
+template <typename Value, typename Grad, int VEC, int UNROLL, bool IN_PLACE>
 __global__ void table_segment_sum_kernel(
     const Value* __restrict__ values_ptr,   // grad_output, [num_bags, *], any strides (VEC > 1: column stride 1)
     const void* __restrict__ order_ptr,     // [num_keys]: each key's position before the sort
     const void* __restrict__ keys_ptr,      // [num_keys], sorted row numbers; keys outside [0, num_rows) are skipped
     const void* __restrict__ output_bag_ptr,   // [num_indices]: b * num_tables + t, -1: in no bag
-    const Grad* __restrict__ per_sample_weights_ptr,  // [num_indices]; null: all 1
-    const int32* __restrict__ sizes_ptr,              // by output bag: the divisors of means; null: all 1
-    const void* __restrict__ max_positions_ptr,       // [num_bags, *], contiguous: the argmax as a position; or null
-    const Table* __restrict__ tables_ptr,             // [num_tables]
-    Grad* __restrict__ grad_weight_ptr,               // the tables' buffer, zero on entry
+    const Value* __restrict__ per_sample_weights_ptr,  // [num_indices]; null: all 1
+    const int32* __restrict__ sizes_ptr,               // by output bag: the divisors of means; null: all 1
+    const void* __restrict__ max_positions_ptr,        // [num_bags, *], contiguous: the argmax as a position; or null
+    const Table* __restrict__ tables_ptr,              // [num_tables]
+    Grad* __restrict__ grad_weight_ptr,                // the tables' buffer; zero on entry unless IN_PLACE
     typename Accumulator<Grad>::type* __restrict__ partial_ptr,  // [2 * num_chunks, D], by slot
     int64 num_keys,
     int64 num_rows,  // of all tables
@@ -384,7 +399,7 @@ __global__ void table_segment_sum_kernel(
       max_positions_ptr, tables_ptr, partial_ptr, num_keys,
       num_rows, num_tables, value_row_stride, value_col_stride, max_position_row_stride, D, chunk_size, JOIN,
       order_bytes, key_bytes, output_bag_bytes, max_position_bytes,
-      StoreTableGradient<Grad, VEC>{grad_weight_ptr});
+      StoreTableGradient<Grad, VEC, IN_PLACE>{grad_weight_ptr});
 }
 
 // grid:  cdiv(num_indices, blockDim.x); block: 1-D

@@ -11,9 +11,13 @@
 template <typename Weight, int VEC>
 struct TableRowUpdate : Update<Weight, VEC> {
   using Acc = typename Accumulator<Weight>::type;
+  // The row is read when its sum is complete.
+  struct Row {};
+
+  __device__ Row load(int64) const { return {}; }
 
   __device__ void operator()(
-      int64 key, int64 element, int64 d, const Vector<Acc, VEC>& total) const {
+      int64 key, int64 element, int64 d, const Vector<Acc, VEC>& total, Row) const {
     this->update(key, element, element, d, total);
   }
 };

@@ -1,4 +1,4 @@
-// The walk and the join of segment_walk.cuh for tables of different widths. EndRun: functor called with each complete run's sum.
+// The walk and the join of segment_walk.cuh for tables of different widths. EndRun: functor as there.
 
 #pragma once
 
@@ -20,8 +20,8 @@ struct Table {
 enum Mode { MEAN_MODE = 1, MAX_MODE = 2 };
 
 // As sum_runs. Thread i of the grid owns chunk i / (D / VEC) and, of each table that has them, the VEC columns from
-// i % (D / VEC) * VEC on. A complete run's sum goes to end_run(key, element, d, total); element: the columns' offset in
-// the buffer.
+// i % (D / VEC) * VEC on. A complete run's sum goes to end_run(key, element, d, total, end_run.load(element));
+// element: the columns' offset in the buffer.
 template <typename Value, typename Acc, int VEC, int UNROLL, typename Scale, typename EndRun>
 __device__ inline void sum_table_runs(
     const Value* __restrict__ values_ptr,    // grad_output, [num_bags, *], any strides (VEC > 1: column stride 1)
@@ -52,18 +52,22 @@ __device__ inline void sum_table_runs(
   const int64 d = thread % (D / VEC) * VEC;
   const int64 start = chunk * chunk_size;
   if (start >= num_keys) return;
-  const auto end_row = [&](int64 key, const Table& owner, const Vector<Acc, VEC>& sum) {
-    if (d >= owner.dim) return;
-    end_run(key, owner.first_element + (key - owner.first_row) * owner.dim + d, d, sum);
+  const auto element_of = [&](int64 key, const Table& owner) {
+    return owner.first_element + (key - owner.first_row) * owner.dim + d;
   };
   if (join) {
     if (!begins_crossing_run(keys_ptr, chunk, chunk_size, num_keys, num_rows, key_bytes)) return;
     const int64 last = start + chunk_size - 1;
     const int64 n = load_integer(order_ptr, last, order_bytes);
     const int64 output_bag = load_integer(output_bag_ptr, n, output_bag_bytes);
+    const Table& owner = tables_ptr[output_bag % num_tables];
+    if (d >= owner.dim) return;
+    const int64 key = load_key(keys_ptr, last, key_bytes);
+    const int64 element = element_of(key, owner);
+    const typename EndRun::Row old = end_run.load(element);
     const Vector<Acc, VEC> total = join_carries<Acc, VEC, UNROLL>(
         keys_ptr, partial_ptr, nullptr, chunk, chunk_size, num_keys, d, D, key_bytes, nullptr);
-    end_row(load_key(keys_ptr, last, key_bytes), tables_ptr[output_bag % num_tables], total);
+    end_run(key, element, d, total, old);
     return;
   }
   const int64 end = start + chunk_size < num_keys ? start + chunk_size : num_keys;
@@ -90,6 +94,7 @@ __device__ inline void sum_table_runs(
       n[u] = position < end ? load_integer(order_ptr, position, order_bytes) : 0;
     }
     Vector<Value, VEC> value[UNROLL];
+    typename EndRun::Row old[UNROLL];
     Acc scale[UNROLL];
     int32 tables[UNROLL];
 #pragma unroll
@@ -97,13 +102,18 @@ __device__ inline void sum_table_runs(
       set_zero(value[u]);
       scale[u] = 1;
       tables[u] = 0;
-      if (first + u >= end || !names_row(u == 0 ? key : next_key[u - 1], num_rows)) continue;
+      const int64 key_here = u == 0 ? key : next_key[u - 1];
+      if (first + u >= end || !names_row(key_here, num_rows)) continue;
       const int64 output_bag = load_integer(output_bag_ptr, n[u], output_bag_bytes);
       const int64 row = output_bag / num_tables;
       tables[u] = output_bag % num_tables;
       const int64 column = d + tables_ptr[tables[u]].first_column;
       scale[u] = bag_scale<Acc>(scales_ptr, n[u], sizes_ptr, output_bag);
       if (d >= tables_ptr[tables[u]].dim) continue;
+      // A run that began in an earlier chunk is that chunk's.
+      if (key_here != next_key[u] && !(carried && key_here == key)) {
+        old[u] = end_run.load(element_of(key_here, tables_ptr[tables[u]]));
+      }
       value[u] = *(const Vector<Value, VEC>*)(
           values_ptr + row * value_row_stride * VEC + column * value_col_stride);
       if (!max_positions_ptr || tables_ptr[tables[u]].mode != MAX_MODE) continue;
@@ -124,8 +134,8 @@ __device__ inline void sum_table_runs(
       if (run_ends) {
         if (carried) {
           *(Vector<Acc, VEC>*)carry_in_ptr = total;
-        } else if (names_row(key, num_rows)) {
-          end_row(key, tables_ptr[table], total);
+        } else if (names_row(key, num_rows) && d < tables_ptr[table].dim) {
+          end_run(key, element_of(key, tables_ptr[table]), d, total, old[u]);
         }
         set_zero(total);
         carried = false;

@@ -55,6 +55,8 @@ class Case:
     weight_decay: bool = False  # of the rows used
     dims: tuple[int, ...] = ()  # of batched tables, the widest's first
     output_dtype: torch.dtype | None = None  # None: the table's
+    into: torch.dtype | None = None  # of a gradient that exists, to which this one is added
+    rows_apart: bool = False  # of that gradient
     # Columns of a quantized row that share a scale and a zero; 0: all, with no zero.
     group_size: int = 0
 
@@ -87,6 +89,17 @@ class Case:
 
     def weight(self) -> Tensor:
         return self.matrix(self.num_embeddings)
+
+    def existing(self, *shape: int) -> Tensor | None:
+        """The gradient to which this one is added."""
+        if self.into is None:
+            return None
+        gap = 16 * self.rows_apart
+        return _empty(*shape[:-1], shape[-1] + gap, dtype=self.into)[..., : shape[-1]]
+
+    @property
+    def gradient_itemsize(self) -> int:
+        return (self.into or self.dtype).itemsize
 
     def bounds(self) -> BoundsRecord | None:
         return BoundsRecord(META) if self.record else None
@@ -147,6 +160,12 @@ class Case:
         widths = [dim * itemsize for dim in self.dims or (self.embedding_dim,)]
         return itemsize if self.transposed else gcd(16, *widths)
 
+    @property
+    def gradient_vector(self) -> int:
+        """Columns that one access of a gradient's kernels moves: of values, and of the rows that they are added to."""
+        itemsizes = {self.dtype.itemsize, self.gradient_itemsize}
+        return min(self.access_bytes(itemsize) // itemsize for itemsize in itemsizes)
+
 
 # Before the value of a field in the name of a case; other fields are flags.
 SHORT = {
@@ -157,6 +176,7 @@ SHORT = {
     "norm_type": "norm",
     "num_bags": "B",
     "output_dtype": "to_",
+    "into": "into_",
     "group_size": "G",
 }
 
@@ -183,6 +203,7 @@ def _gradient(case: Case, backend: TritonBackend) -> None:
             case.num_embeddings,
             case.padding_idx,
             case.scale_grad_by_freq,
+            case.existing(case.num_embeddings, case.embedding_dim),
         )
 
 
@@ -203,6 +224,7 @@ def _bag_gradient(case: Case, backend: TritonBackend) -> None:
             case.padding_idx,
             "mean" if case.mean else "sum",
             case.scale_grad_by_freq,
+            case.existing(case.num_embeddings, case.embedding_dim),
         )
 
 
@@ -230,7 +252,7 @@ def _table_gradient(case: Case, backend: TritonBackend) -> None:
     grad_output = weight.new_ones(case.num_bags, batch.width)
     with gpu_embed.use_gradient_method(case.operation.removeprefix("table_")):
         backend.table_batched_embedding_dense_backward(
-            grad_output, case.bag_weights(), batch, weight.shape
+            grad_output, case.bag_weights(), batch, weight.shape, case.existing(*weight.shape)
         )
 
 
@@ -353,6 +375,15 @@ CASES = (
     Case("sorted", 33, FP64, scale_grad_by_freq=True),
     Case("sorted", 128, FP32, num_indices=1, num_embeddings=1),
     Case("sorted", 2, BF16, num_embeddings=PAST_INT32),
+    Case("atomic", 128, into=FP32, rows_apart=True),
+    Case("atomic", 128, BF16, into=FP32),
+    Case("atomic", 33, FP64, into=FP64, rows_apart=True),
+    Case("sorted", 128, FP32, into=FP32),
+    Case("sorted", 768, FP32, into=FP32, rows_apart=True),
+    Case("sorted", 4096, BF16, into=FP32),
+    Case("sorted", 4096, BF16, into=BF16),
+    Case("sorted", 300, FP16, into=FP16, scale_grad_by_freq=True),
+    Case("sorted", 33, FP64, into=FP64),
     *(Case("renorm", 128, norm_type=norm_type) for norm_type in (2.0, 1.0, 0.0, inf, -inf, 2.5)),
     Case("renorm", 300, BF16),
     Case("renorm", 4096, FP16, norm_type=3.0),
@@ -391,6 +422,8 @@ CASES = (
     Case("bag_sorted", 64, BF16, mean=True, equal_lengths=True),
     Case("bag_sorted", 128, FP32, mean=True, padding_idx=0),
     Case("bag_sorted", 33, FP64, per_sample_weights=True),
+    Case("bag_atomic", 128, BF16, into=FP32, mean=True),
+    Case("bag_sorted", 128, BF16, into=FP32, per_sample_weights=True),
     Case("bag_sample_weights", 128, FP32),
     Case("bag_sample_weights", 300, BF16, padding_idx=0),
     Case("bag_sample_weights", 33, FP64),
@@ -421,6 +454,9 @@ CASES = (
     Case("table_sorted", 512, BF16, per_sample_weights=True, dims=(512, 64)),
     Case("table_sorted", 300, FP16, dims=(300, 12)),
     Case("table_sorted", 33, FP64, index_dtype=torch.int32, dims=(33, 8)),
+    Case("table_atomic", 128, BF16, mean=True, into=FP32, dims=(128, 64, 32)),
+    Case("table_sorted", 128, BF16, into=FP32, dims=(128, 64, 32)),
+    Case("table_sorted", 128, BF16, into=BF16, max=True, dims=(128, 64)),
     Case("table_atomic", 128, FP32, max=True, dims=(128, 64, 32)),
     Case("table_sorted", 128, BF16, max=True, mean=True, dims=(128, 128)),
     Case("table_sorted", 128, FP32, max=True, dims=(128, 64)),
@@ -477,6 +513,7 @@ CASES = (
     Case("sorted_atomic", 33, padding_idx=0),
     Case("sorted_atomic", 16, num_indices=3073),
     Case("sorted_atomic", 64, FP64),
+    Case("sorted_atomic", 768, into=FP32, rows_apart=True),
     # Every row of the one-hot table.
     *(Case("one_hot", 768, BF16, num_embeddings=rows) for rows in candidates.ONE_HOT),
     Case("one_hot", 33, FP16, num_embeddings=200, index_dtype=torch.uint8, padding_idx=0),

@@ -33,16 +33,24 @@ class CountedCase(Case):
     num_indices: int = N
     num_embeddings: int = 4096
     hot: float = 0.0  # share of the ids that name row 0
+    distinct: bool = False  # no two ids name one row
 
     def ids(self) -> Tensor:
         generator = torch.Generator(CPU).manual_seed(0)
         shape = (self.num_indices,)
+        if self.distinct:
+            rows = torch.randperm(self.num_embeddings, generator=generator, device=CPU)
+            return rows[: self.num_indices].to(self.index_dtype)
         drawn = torch.randint(self.num_embeddings, shape, generator=generator, device=CPU)
         drawn[torch.rand(shape, generator=generator, device=CPU) < self.hot] = 0
         return drawn.to(self.index_dtype)
 
     def matrix(self, rows: int) -> Tensor:
         return torch.ones(rows, self.embedding_dim, dtype=self.dtype, device=CPU)
+
+    def existing(self, *shape: int) -> Tensor | None:
+        into = super().existing(*shape)
+        return None if into is None else torch.ones_like(into, device=CPU)
 
     def bags(self) -> Bags:
         offsets = None if self.equal_lengths else self._starts(self.num_bags)[:-1]
@@ -121,7 +129,7 @@ def _scatter_add(case: Case) -> dict[str, Ideal]:
     ids, dim, itemsize = case.ids(), case.embedding_dim, case.dtype.itemsize
     scatter_add = Ideal(
         loads=_ids_sectors(case) + array_sectors(len(ids) * dim, itemsize),
-        atomics=row_sectors(ids, dim, itemsize),
+        atomics=row_sectors(ids, dim, case.gradient_itemsize),
         moved_bytes=len(ids) * dim * itemsize,
     )
     return {"scatter_add": scatter_add}
@@ -133,7 +141,7 @@ def _bag_scatter_add(case: Case) -> dict[str, Ideal]:
     numbers = array_sectors(len(ids), BAG_NUMBER_BYTES)
     scatter_add = Ideal(
         loads=_ids_sectors(case) + numbers + row_sectors(bag_of, dim, itemsize),
-        atomics=row_sectors(ids, dim, itemsize),
+        atomics=row_sectors(ids, dim, case.gradient_itemsize),
         moved_bytes=len(ids) * dim * itemsize,
     )
     offsets = 0 if case.equal_lengths else array_sectors(case.num_bags, 8)
@@ -147,9 +155,13 @@ def _sorted(case: Case) -> dict[str, Ideal]:
     ids, dim, itemsize = case.ids(), case.embedding_dim, case.dtype.itemsize
     keys = array_sectors(len(ids), sort_key_dtype(case.num_embeddings).itemsize)
     order = ids.sort(stable=True)[1]
+    rows = row_sectors(ids.unique(), dim, case.gradient_itemsize)
     segment_sum = Ideal(
-        loads=keys + array_sectors(len(ids), 8) + row_sectors(order, dim, itemsize),
-        stores=row_sectors(ids.unique(), dim, itemsize),
+        loads=keys
+        + array_sectors(len(ids), 8)
+        + row_sectors(order, dim, itemsize)
+        + (rows if case.into else 0),
+        stores=rows,
         moved_bytes=len(ids) * dim * itemsize,
     )
     sort_keys = Ideal(loads=_ids_sectors(case), stores=keys, moved_bytes=_ids_bytes(case))
@@ -275,13 +287,15 @@ def _table_sorted(case: Case) -> dict[str, Ideal]:
     )
     rows, first = refer.first_byte.unique(return_inverse=True)
     num_bytes = torch.empty_like(rows).index_put_((first,), refer.num_bytes)
+    stores = span_sectors(rows, num_bytes)
     sums = Ideal(
         loads=keys
         + array_sectors(case.num_indices, 8)
         + row_sectors(order, 1, BAG_NUMBER_BYTES)
         + span_sectors(refer.first_grad_byte, refer.num_bytes)
-        + (0 if batch.is_uniform else refer.fields),
-        stores=span_sectors(rows, num_bytes),
+        + (0 if batch.is_uniform else refer.fields)
+        + (stores if case.into else 0),
+        stores=stores,
         moved_bytes=int(refer.num_bytes.sum()),
     )
     name = "segment_sum" if batch.is_uniform else "table_segment_sum"
@@ -350,6 +364,15 @@ CASES = (
     ),
     *(_case("sorted", dim) for dim in (1, 5, 8, 33, 50, 64, 300, 768)),
     *(_case("sorted", dim, BF16) for dim in HALF_WIDTHS),
+    # Added to a gradient that exists.
+    *(_case("atomic", dim, into=FP32) for dim in (50, 128)),
+    _case("atomic", 128, BF16, into=FP32),
+    *(
+        _case("sorted", dim, dtype, into=into, distinct=distinct)
+        for dim in (50, 128, 768)
+        for dtype, into in ((FP32, FP32), (BF16, FP32), (BF16, BF16))
+        for distinct in (True, False)
+    ),
     *(_case(operation, num_indices=UNEVEN) for operation in ("sorted", "counts", "bag_atomic")),
     *(_case(operation) for operation in ("counts", "bag_atomic")),
     # Bags that are never cut, by their mean length; that may be, but none is; long ones, cut many times; equal lengths.
@@ -385,6 +408,11 @@ CASES = (
     *(
         _tables(operation, (64, 32), num_indices=UNEVEN)
         for operation in ("table_bag", "table_atomic", "table_sorted")
+    ),
+    *(
+        _tables(operation, dims, into=FP32)
+        for operation in ("table_atomic", "table_sorted")
+        for dims in ((64, 64, 64, 64), (128, 64, 32))
     ),
     _tables("table_rows", (64, 64), num_indices=UNEVEN),
     _tables("table_atomic", (64, 64), hot=0.5),

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-from .in_place import weight_gradient
+from . import in_place
 from .plain import is_plain_call
 
 _library = torch.library.Library("gpu_embed", "DEF")
@@ -98,8 +98,8 @@ def register_multilinear(
                 if ctx.needs_input_grad[i + 1]:
                     shape, others = ctx.shapes[i], (*linear[:i], *linear[i + 1 :])
                     inputs = (grad, shape[0], *others, *tensors, *ctx.arguments)
-                    if i == 0 and of_table:
-                        grads[1] = weight_gradient(ctx, shape, derivative, *inputs)
+                    if i == 0 and of_table and in_place.in_force:
+                        grads[1] = in_place.weight_gradient(ctx, shape, derivative, *inputs)
                     else:
                         grads[i + 1] = derivative(*inputs)
             return tuple(grads)
@@ -171,7 +171,10 @@ def register_argmax(
         def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
             shape = ctx.weight_shape
             inputs = (grad, shape, *ctx.saved_tensors, *ctx.arguments)
-            grad_weight = weight_gradient(ctx, shape, adjoint, *inputs)
+            if in_place.in_force:
+                grad_weight = in_place.weight_gradient(ctx, shape, adjoint, *inputs)
+            else:
+                grad_weight = adjoint(*inputs)
             return None, grad_weight, *(None,) * (num_inputs - 1)
 
         @staticmethod

@@ -13,21 +13,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from .. import settings
 from ..dtypes import FLOATS, accumulation
 
 # The attribute of a marked leaf: like a hook it goes where the Python object goes, and is neither copied nor saved.
 _MARK = "_gpu_embed_in_place"
-# Handles in force, by id. Where there is none, nothing else is asked.
-_in_force: set[int] = set()
+# Handles in force, by id. Where there is none, no backward calls `weight_gradient`.
+in_force: set[int] = set()
 # Two threads may run backward through one leaf: autograd holds such a lock around its own addition.
 _adding = threading.Lock()
 _AccumulateGrad = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 _is_grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
 _num_modes = torch._C._len_torch_dispatch_stack
 _has_transforms = torch._C._are_functorch_transforms_active
-_will_execute = getattr(torch._C, "_will_engine_execute_node", None)
+_will_execute: Any = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 class Handles(list["Handle"]):
@@ -43,27 +45,27 @@ class Handle:
 
     def __init__(self, leaves: Iterable[Tensor]) -> None:
         for leaf in leaves:
-            others = [other for other in getattr(leaf, _MARK, ()) if id(other) in _in_force]
+            others = [other for other in getattr(leaf, _MARK, ()) if id(other) in in_force]
             setattr(leaf, _MARK, Handles([*others, self]))
         # Without that private function every gradient is returned.
         if _engine().tells:
-            _in_force.add(id(self))
+            in_force.add(id(self))
         settings.changed()
 
     def remove(self) -> None:
         """Return gradients to autograd again, unless another handle holds. May be called twice."""
-        _in_force.discard(id(self))
+        in_force.discard(id(self))
         settings.changed()
 
     def __del__(self) -> None:
-        _in_force.discard(id(self))
+        in_force.discard(id(self))
 
 
 def is_marked(leaf: Tensor) -> bool:
     """Whether a handle in force marked it."""
     # A loop, since every backward asks: any(...) takes three times as long.
     for handle in getattr(leaf, _MARK, ()):  # noqa: SIM110
-        if id(handle) in _in_force:
+        if id(handle) in in_force:
             return True
     return False
 
@@ -86,7 +88,7 @@ def weight_gradient(
     Returns:
         None where the gradient was added to the weight's `.grad`.
     """
-    if _in_force and not torch.compiler.is_compiling():
+    if not is_compiling():
         node = ctx.next_functions[0][0]
         # Without a node that adds to a leaf: views, functions of a weight, functorch's levels.
         if type(node) is _AccumulateGrad and is_marked(node.variable):
@@ -115,8 +117,9 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         or type(grad_output) is not Tensor
         or _is_grad_enabled()  # create_graph
         or into.requires_grad
+        or not leaf.requires_grad
         or leaf._backward_hooks  # which see the gradient
-        or into.layout is not torch.strided
+        or into.layout is not _strided
         or (into.dtype is not dtype and into.dtype is not accumulation(dtype))
         or dtype not in FLOATS
         or into.shape != shape
@@ -135,6 +138,8 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         if not _will_execute(node):
             return None
     except RuntimeError:
+        return None
+    if into.untyped_storage().data_ptr() == grad_output.untyped_storage().data_ptr():
         return None
     if into.is_cuda or grad_output.is_cuda:
         if into.device != grad_output.device:

@@ -1,12 +1,14 @@
 """Tables that were looked up before: the short way gives what the long way gives, and knows when it may not."""
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from cases import GRADIENT_DTYPES, integer_gradient, same_bits, table
 from targets import Target
 from torch import Tensor
@@ -18,10 +20,10 @@ from gpu_embed.functional import embedding
 from gpu_embed.ops.known import known_tables
 
 
-def known_parameter(device: str, dtype: torch.dtype = torch.float32) -> Parameter:
-    """A table [10, 4] that has been looked up once."""
+def known_parameter(device: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> Parameter:
+    """A table [10, 4] that has been looked up once, with these arguments."""
     weight = Parameter(table(10, 4, dtype, device))
-    embedding(torch.tensor([1], device=device), weight)
+    embedding(torch.tensor([1], device=device), weight, **arguments)
     assert id(weight) in known_tables
     return weight
 
@@ -126,6 +128,122 @@ def test_backend_chosen_later(weight: Parameter, monkeypatch: pytest.MonkeyPatch
         assert len(calls) == 2
     embedding(IDS, weight)
     assert len(calls) == 2
+
+
+@pytest.fixture(params=["its own node", "ours"])
+def node(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which node known tables have on the CPU: what is tested with both is the same with both."""
+    if request.param == "ours":
+        looked_up = torch.embedding
+
+        def refuse(weight: Tensor, indices: Tensor, *arguments: Any) -> Tensor:
+            if arguments:
+                raise IndexError
+            return looked_up(weight, indices)
+
+        monkeypatch.setattr(torch, "embedding", refuse)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("id_dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("padding_idx", [None, 3, -1])
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (), (0,), (2, 0, 3)], ids=str)
+@pytest.mark.full
+def test_first_and_second_derivatives(
+    node: str,
+    dtype: torch.dtype,
+    id_dtype: torch.dtype,
+    padding_idx: int | None,
+    shape: tuple[int, ...],
+) -> None:
+    weight = known_parameter("cpu", dtype, padding_idx=padding_idx)
+    ids = torch.tensor([3, 9, 3, 0, 9, 3])[: math.prod(shape)].view(shape).to(id_dtype)
+    output = embedding(ids, weight, padding_idx)
+    grad_output = integer_gradient((*shape, 4), dtype, "cpu").requires_grad_()
+    (grad,) = torch.autograd.grad(output, weight, grad_output, create_graph=True)
+    kept = torch.ones(10, 1, dtype=dtype)
+    if padding_idx is not None:
+        kept[padding_idx] = 0
+    expected = torch.zeros(10, 4, dtype=dtype)
+    expected.index_add_(0, ids.long().flatten(), grad_output.detach().view(-1, 4))
+    assert torch.equal(grad, expected * kept)
+    assert grad.stride() == (4, 1)
+    (second,) = torch.autograd.grad(grad, grad_output, weight.detach(), create_graph=True)
+    assert torch.equal(second, (weight.detach() * kept)[ids.long()])
+
+
+def test_the_node_is_torch_s_where_it_does_what_ours_does() -> None:
+    def name(ids: Tensor = IDS, dtype: torch.dtype = torch.float32, **arguments: Any) -> str:
+        weight = known_parameter("cpu", dtype, **arguments)
+        output = embedding(ids, weight, **arguments)
+        assert output.grad_fn is not None
+        return str(output.grad_fn.name())
+
+    theirs = "EmbeddingBackward0"
+    assert name() == name(IDS.int()) == name(dtype=torch.float64, padding_idx=3) == theirs
+    # It sums 16-bit numbers in 16 bits, has no int16 ids, and raises or is wrong in second derivatives of the others.
+    for other in (
+        {"dtype": torch.bfloat16},
+        {"ids": IDS.short()},
+        {"ids": IDS[:0]},
+        {"sparse": True},
+        {"scale_grad_by_freq": True},
+    ):
+        assert name(**other) == "KnownEmbeddingBackward", other  # type: ignore[arg-type]
+    with gpu_embed.use_backend("reference"):
+        assert name() == "KnownEmbeddingBackward"
+
+
+def test_second_derivatives_that_torch_has_not() -> None:
+    """Over the counts; and of sparse gradients of one padding id."""
+    weight = known_parameter("cpu", scale_grad_by_freq=True)
+    grad_output = torch.ones(2, 3, 4, requires_grad=True)
+    output = embedding(IDS, weight, scale_grad_by_freq=True)
+    (grad,) = torch.autograd.grad(output, weight, grad_output, create_graph=True)
+    (second,) = torch.autograd.grad(grad, grad_output, weight.detach())
+    counts = torch.tensor([[3, 1, 1], [3, 3, 1]])[..., None]
+    assert torch.equal(second, weight.detach()[IDS] / counts)
+    weight = known_parameter("cpu", sparse=True, padding_idx=3)
+    embedding(torch.tensor(3), weight, 3, sparse=True).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad._nnz() == 0
+
+
+@pytest.mark.full
+def test_gradients_of_many_outputs_at_once(node: str, weight: Parameter) -> None:
+    many = integer_gradient((5, 2, 3, 4), torch.float32, "cpu")
+    output = embedding(IDS, weight)
+    (grads,) = torch.autograd.grad(output, weight, many, is_grads_batched=True)
+    for grad_output, grad in zip(many, grads, strict=True):
+        expected = torch.zeros(10, 4).index_add_(0, IDS.flatten(), grad_output.flatten(0, 1))
+        assert torch.equal(grad, expected)
+
+
+@pytest.mark.full
+def test_hooks_of_saved_tensors_see_the_ids(node: str, weight: Parameter) -> None:
+    seen = []
+
+    def pack(saved: Tensor) -> Tensor:
+        seen.append(saved)
+        return saved + 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved - 1):
+        output = embedding(IDS, weight)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], IDS)
+    again = torch.utils.checkpoint.checkpoint(embedding, IDS, weight, use_reentrant=False)
+    (output + again).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[:, 0].tolist() == [2, 2, 0, 6, 0, 0, 0, 0, 0, 2]
+
+
+def test_an_id_out_of_range_has_no_gradient(node: str, weight: Parameter) -> None:
+    with gpu_embed.set_bounds_check("off"):
+        embedding(IDS, weight)
+        embedding(torch.tensor([10, 2, -1]), weight).sum().backward()
+    assert weight.grad is not None
+    assert weight.grad[:, 0].tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
 
 
 def test_other_arguments(weight: Parameter) -> None:

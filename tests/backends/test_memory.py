@@ -133,6 +133,33 @@ def test_memory_beyond_the_gradient(
     assert peak <= limit(num_indices, num_embeddings)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "into", "method"),
+    [
+        (torch.float32, torch.float32, "atomic"),
+        (torch.float32, torch.float32, "sorted"),
+        (torch.bfloat16, torch.float32, "atomic"),
+        (torch.bfloat16, torch.bfloat16, "sorted"),
+    ],
+    ids=str,
+)
+def test_a_gradient_in_place_takes_no_other_table(backend, dtype, into, method):
+    """What sorts 4096 ids and holds the partial sums, and nothing where atomics add."""
+    grad_output = meta(4096, 512, dtype=dtype)
+    indices = meta(4096, dtype=torch.int64)
+    grad_weight = meta(1_000_000, 512, dtype=into)
+    with (
+        LiveBytes(grad_output, indices, grad_weight) as live,
+        gpu_embed.use_gradient_method(method),
+    ):
+        result = backend.embedding_dense_backward(
+            grad_output, indices, 1_000_000, 0, False, grad_weight
+        )
+    assert result is grad_weight
+    partial = 2 * (4096 // 16) * 512 * 4
+    assert live.peak <= (0 if method == "atomic" else 40 * 4096 + partial + MIB)
+
+
 # Rows of different lengths are not looked up.
 @where(lambda dims, pooled: pooled or len(set(dims)) == 1)
 @pytest.mark.parametrize("dims", [(128, 128), (128, 64), (1,)], ids=str)

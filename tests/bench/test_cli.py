@@ -163,15 +163,9 @@ def test_a_table_that_does_not_fit_is_refused_before_it_is_made(tmp_path, monkey
         raise AssertionError("a table was made")
 
     monkeypatch.setattr(cli.Bench, "problem", made)
-    command = ["run", "--device", "cpu", "--set", "J", "--vocab", "5e7", "--mode", "step_adam"]
-    command += [
-        "--distribution",
-        "spread:8192",
-        "--providers",
-        "torch",
-        "torch-sparse",
-        "gpu_embed",
-    ]
+    command = ["run", "--device", "cpu", "--set", "J", "--vocab", "5e7", "--ids", "65536"]
+    command += ["--mode", "step_adam", "--distribution", "spread:8192"]
+    command += ["--providers", "torch", "torch-sparse", "gpu_embed"]
     assert cli.main([*command, "--max-memory", "20G", "--out", str(tmp_path / "20")]) == 0
     said = {row.provider: (row.status, row.note) for row in read_rows(tmp_path / "20")}
     assert said == {

@@ -2,8 +2,12 @@
 
 import itertools
 from dataclasses import asdict, replace
+from operator import attrgetter
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 image = pytest.importorskip("matplotlib.image", reason="the benchmark's extra is not installed")
 
@@ -14,6 +18,10 @@ from gpu_embed.bench.results import HOST_TIME, RowWriter, read_header, read_rows
 from gpu_embed.bench.run import Choice  # noqa: E402
 from gpu_embed.bench.shapes import MICRO_STEPS, SETS  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = [path.parent for path in (ROOT / "bench/results").glob(f"*/{HOST_TIME}")]
+# The newest alone.
+COMMITTED = sorted(FIGURES, key=lambda directory: str(read_header(directory)["date"]))[-1:]
 TIMES = [
     host_time.HostTime("torch", "forward", 2.0, 1.0),
     host_time.HostTime(host_time.TORCH_BACKEND, "forward", 4.0, 2.0),
@@ -107,8 +115,34 @@ def test_directories_without_a_ratio_are_an_error(tmp_path, capsys):
     assert "no time there stands beside torch's" in capsys.readouterr().err
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("directory", COMMITTED, ids=attrgetter("name"))
+def test_the_pictures_of_the_docs_are_drawn_from_the_newest_committed_figures(directory, tmp_path):
+    drawn = {path.name: path for path in ratios.draw_ratios([directory], tmp_path)}
+    items = plots.pictures(read_rows(directory), read_header(directory))
+    (grown,) = (item for item in items if getattr(item, "name", "").startswith("accumulation"))
+    accumulation = "accumulation_as_the_table_grows.png"
+    drawn[accumulation] = tmp_path / accumulation
+    drawn[accumulation].write_bytes(plots.png(grown.figure))
+    for name, path in drawn.items():
+        now, shown = image.imread(path), image.imread(ROOT / "docs/pictures" / name)
+        assert now.shape == shown.shape, name
+        # Another matplotlib may set a letter elsewhere.
+        assert np.abs(now - shown).mean() < 0.01, name
+
+
+def test_figures_are_of_cells_that_their_providers_take():
+    jobs = figures.figures_jobs(torch.device("cpu"))
+    assert {job.set for job in jobs} == {"J", "L", "M"}
+    for job in jobs:
+        assert job.provider.needs_no_setting
+        assert job.provider.missing_reason(torch.device("cpu")) is None
+        assert job.provider.refuses(job.cell, job.mode) is None, job
+
+
+@pytest.mark.full
 def test_figures_measures_in_turns_what_ratios_draws(tmp_path, monkeypatch, capsys):
-    small = {"vocab": [60], "dim": [8], "num_ids": [40], "distribution": ["uniform"]}
+    small = {"vocab": [60], "dim": [8], "num_ids": [256], "distribution": ["uniform"]}
     choices = [
         Choice(each.sets, each.providers, each.modes, {**each.axes, **small}, 1)
         for each in figures.CHOICES
@@ -117,7 +151,9 @@ def test_figures_measures_in_turns_what_ratios_draws(tmp_path, monkeypatch, caps
     monkeypatch.setattr(host_time, "measure_host_time", lambda: TIMES)
     monkeypatch.setattr(cli, "copy_gbps", lambda *arguments: 10.0)
     monkeypatch.setattr(timing, "flush", lambda device: None)
-    monkeypatch.setattr(cli, "Effort", lambda **options: timing.Effort(0.002, 3, 4, False, 0))
+    monkeypatch.setattr(
+        cli, "Effort", lambda **options: timing.Effort(0.002, 3, 4, host_seconds=0, cold=False)
+    )
     assert cli.main(["figures", "--device", "cpu", "--out", str(tmp_path)]) == 0
     (directory,) = tmp_path.iterdir()
     rows = read_rows(directory)

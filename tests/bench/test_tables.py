@@ -27,8 +27,9 @@ CPU = torch.device("cpu")
 FACTS = {"device": "a CPU", "torch": "2", "triton": "3", "commit": "abc"}
 ROWS = Cell(50, 8, 60, tables=3)
 BAGS = Cell(50, 8, 60, operation="embedding_bag", hotness=5, tables=3)
-NAMES = ("gpu_embed", "gpu_embed-sparse", "gpu_embed-in-backward", "torch", "torch-sparse",
-         "fbgemm-gpu-cpu")  # fmt: skip
+MIXED = Cell(50, 8, 60, operation="embedding_bag_mixed", hotness=5, tables=3)
+NAMES = ("gpu_embed", "gpu_embed-sparse", "gpu_embed-in-backward", "torch", "torch-together",
+         "torch-sparse", "fbgemm-gpu-cpu")  # fmt: skip
 
 
 @pytest.fixture
@@ -44,13 +45,13 @@ def measured(bench, provider, cell, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("cell", [ROWS, BAGS], ids=["rows", "bags"])
+@pytest.mark.parametrize("cell", [ROWS, BAGS, MIXED], ids=["rows", "bags", "mixed"])
 @pytest.mark.parametrize("name", NAMES)
 def test_right_results_are_timed(bench, name, cell, mode):
     provider = PROVIDERS[name]
     if (reason := provider.missing_reason(CPU)) is not None:
         pytest.skip(reason)
-    if mode not in provider.modes:
+    if provider.refuses(cell, mode) or (mode.startswith("step") and not cell.is_uniform):
         return
     row = measured(bench, provider, cell, mode)
     assert (row.status, row.note) == ("ok", ""), row.match

@@ -23,6 +23,7 @@ from gpu_embed.bench.traffic import table as traffic_table
 from gpu_embed.bench.traffic.cases import (
     BF16,
     CASES,
+    FP32,
     CountedCase,
     Ideal,
     array_sectors,
@@ -40,6 +41,9 @@ needs_nvrtc = pytest.mark.skipif(count.no_nvrtc() is not None, reason="no NVRTC"
 # of 2 or 4 bytes ends within a row and a sector, which the next request touches again, so there it may have one more.
 MOST_OF_IDEAL = {"gather": 1.06, "scatter_add": 1.06}
 CUT_WORDS = (2, 4)
+# Of a sorted sum that is added to distinct rows. Where these have as few bytes as this one's, 100, what the join reads
+# of the keys shows.
+MOST_IN_PLACE = {"sorted-D50-bfloat16-into_bfloat16-distinct": 1.07}
 IDEAL_STORES = ("gather", "take", "sort_keys", "bag_of", "table_gather", "table_bag", "table_keys")
 # Instructions of a join with no bag to join, against the sum before it.
 MOST_OF_SUM = 0.1
@@ -74,6 +78,13 @@ class SmallCase(CountedCase):
             "sorted",
             {},
             {"segment_sum": Ideal(1 + 1 + 6, 5, 0, 80), "sort_keys": Ideal(1, 1, 0, 32)},
+        ),
+        # Added to rows of 20 bytes; rows of 10 bytes, in their order, lie in 1 + 2 + 1 + 1.
+        ("atomic", {"dtype": BF16, "into": FP32}, {"scatter_add": Ideal(1 + 2, 0, 7, 40)}),
+        (
+            "sorted",
+            {"dtype": BF16, "into": FP32},
+            {"segment_sum": Ideal(1 + 1 + 5 + 5, 5, 0, 40), "sort_keys": Ideal(1, 1, 0, 32)},
         ),
         (
             "adam",
@@ -309,6 +320,24 @@ def test_each_sector_is_stored_once(stem):
         for row in rows
         if row.store_sectors != row.ideal_store_sectors
     ]
+    assert rows
+    assert not problems, "\n".join(problems)
+
+
+def test_a_gradient_in_place_reads_and_writes_its_rows_once():
+    """Values are read, rows of the gradient read and written; a store elsewhere would show in the number of sectors."""
+    rows = [
+        row
+        for row in of_kernel("segment_sum", traffic_table.TRITON)
+        if "-into_" in row.config and "-distinct" in row.config
+    ]
+    problems = []
+    for row in rows:
+        ideal = row.ideal_load_sectors + row.ideal_store_sectors
+        if total(row) > MOST_IN_PLACE.get(row.config, 1.06) * ideal:
+            problems.append(f"{row.key}: {total(row) / ideal:.3f} of the ideal")
+        if row.store_sectors != row.ideal_store_sectors:
+            problems.append(f"{row.key}: {row.store_sectors} stored of {row.ideal_store_sectors}")
     assert rows
     assert not problems, "\n".join(problems)
 

@@ -15,7 +15,7 @@ from tiers import where
 from torch import Tensor
 
 import gpu_embed
-from gpu_embed import Embedding, bounds, optim
+from gpu_embed import Embedding, backends, bounds, optim
 from gpu_embed.functional import embedding, embedding_bag
 
 pytestmark = pytest.mark.gpu
@@ -645,6 +645,33 @@ def test_memory_of_a_backward(backend, shape, dtype, method):
     assert grad_weight.nbytes <= peak <= grad_weight.nbytes + 40 * num_indices + 64 * 2**20
 
 
+@every_method
+def test_gradients_are_added_in_place(backend, dtype, method):
+    """No host sync and no second table of gradients: each replay of a captured backward adds to the same one."""
+    indices = random_ids(2048, 128_256)
+    grad_output = integers(2048, 512, dtype=dtype)
+    grad_weight = integers(128_256, 512, dtype=dtype)
+    total = exact_gradient(indices, 128_256, grad_output)
+    own = backends.load(backend)
+
+    def step() -> tuple[Tensor]:
+        arguments = (grad_output, indices, 128_256, -1, False)
+        return (own.embedding_dense_backward(*arguments, grad_weight),)
+
+    with gpu_embed.use_gradient_method(method):
+        graph, _ = captured(step)
+        torch.cuda.synchronize()
+        before = grad_weight.clone()
+        allocated = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with no_host_sync():
+            step()
+        peak = torch.cuda.max_memory_allocated() - allocated
+    graph.replay()
+    assert torch.equal(grad_weight, (before.double() + 2 * total).to(dtype))
+    assert peak <= 40 * 2048 + 64 * 2**20
+
+
 @pytest.mark.parametrize("kind", ["uniform", "zipf", "equal", "sorted"])
 @pytest.mark.parametrize("num_embeddings", [15, 1_000_000])
 def test_gradients_of_many_ids(backend, kind, num_embeddings):
@@ -915,6 +942,9 @@ def test_sanitizer_finds_nothing_in_any_kernel(backend, dtype):
                 expected = exact_gradient(indices, 19, grad_output)
                 expected[2] = 0
                 assert torch.equal(weight.grad, expected.to(dtype))
+                arguments = (grad_output, indices, 19, 2, False, weight.grad)
+                backends.load(backend).embedding_dense_backward(*arguments)
+                assert torch.equal(weight.grad, (2 * expected).to(dtype))
         gradient(indices, 19, grad_output, scale_grad_by_freq=True, max_norm=1.0)
         check_bad_ids(indices, weight.detach())
 

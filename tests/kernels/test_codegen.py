@@ -205,15 +205,16 @@ def test_atomics_are_vectors_where_the_card_has_them(
     launches: Launches, architecture: int, case: Case
 ):
     (launch,) = gradient_of_case(launches, case, "scatter_add_kernel")
-    assert launch.widths("load", "grad_output_ptr") == {case.access_bytes(case.dtype.itemsize)}
+    items, itemsize = case.gradient_vector, case.gradient_itemsize
+    assert launch.widths("load", "grad_output_ptr") == {items * case.dtype.itemsize}
     added = launch.widths("add", "grad_weight_ptr")
     # fp32 only, and from sm_90 on.
     if case.dtype == torch.float64 or architecture < 90:
-        assert added == {case.dtype.itemsize}
+        assert added == {itemsize}
     elif case.transposed:
-        assert min(added) >= case.dtype.itemsize
+        assert min(added) >= itemsize
     else:
-        assert added == {case.access_bytes(case.dtype.itemsize)}
+        assert added == {items * itemsize}
 
 
 def walk_and_joins(found: list[Compiled]) -> tuple[Compiled, list[Compiled]]:
@@ -226,12 +227,11 @@ def walk_and_joins(found: list[Compiled]) -> tuple[Compiled, list[Compiled]]:
 
 @each(lambda case: case.operation == "sorted")
 def test_segment_sum_loads_and_stores_whole_vectors(launches: Launches, case: Case):
-    itemsize = case.dtype.itemsize
+    items, itemsize = case.gradient_vector, case.gradient_itemsize
     acc_itemsize = max(itemsize, 4)
     walk, joins = walk_and_joins(gradient_of_case(launches, case, "segment_sum_kernel"))
-    width = case.access_bytes(itemsize)
-    items = width // itemsize
-    assert walk.widths("load", "values_ptr") == {width}
+    assert walk.widths("load", "values_ptr") == {items * case.dtype.itemsize}
+    assert walk.widths("load", "grad_weight_ptr") == ({items * itemsize} if case.into else set())
     assert walk.widths("store", "grad_weight_ptr") == {items * itemsize}
     assert walk.widths("store", "carry_in_ptr") == {min(16, items * acc_itemsize)}
     for join in joins:
@@ -355,11 +355,11 @@ def test_gradients_of_batched_tables_are_added_as_vectors(
     launches: Launches, architecture: int, case: Case
 ):
     (launch,) = of_case(launches, case)
-    width = case.access_bytes(case.dtype.itemsize)
-    assert launch.widths("load", "grad_output_ptr") == {width}
+    items, itemsize = case.gradient_vector, case.gradient_itemsize
+    assert launch.widths("load", "grad_output_ptr") == {items * case.dtype.itemsize}
     # Of a maximum a thread adds those of its elements that have won.
-    vectors = case.dtype == torch.float32 and architecture >= 90 and not case.max
-    assert launch.widths("add", "grad_weight_ptr") == {width if vectors else case.dtype.itemsize}
+    vectors = itemsize == 4 and architecture >= 90 and not case.max
+    assert launch.widths("add", "grad_weight_ptr") == {items * itemsize if vectors else itemsize}
     assert launch.shared_bytes == 0
 
 
@@ -367,8 +367,11 @@ def test_gradients_of_batched_tables_are_added_as_vectors(
 def test_runs_of_tables_of_different_widths_move_as_whole_vectors(launches: Launches, case: Case):
     kernel = "table_segment_sum_kernel"
     walk, _ = walk_and_joins([one for one in of_case(launches, case) if one.kernel == kernel])
-    width = case.access_bytes(case.dtype.itemsize)
-    assert walk.widths("load", "values_ptr") == {width}
+    # Of a maximum's columns a lane has as many as it holds positions.
+    items = min(case.gradient_vector, 4) if case.max else case.gradient_vector
+    width = items * case.gradient_itemsize
+    assert walk.widths("load", "values_ptr") == {items * case.dtype.itemsize}
+    assert walk.widths("load", "grad_weight_ptr") == ({width} if case.into else set())
     assert walk.widths("store", "grad_weight_ptr") == {width}
 
 

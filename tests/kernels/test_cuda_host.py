@@ -284,9 +284,10 @@ def test_only_new_cards_add_vectors(sm_90: HostShimCupyBackend) -> None:
             for columns in (4, 6, 7):
                 backend.embedding_dense_backward(torch.ones(10, columns), indices, 10, -1, False)
             backend.embedding_dense_backward(torch.ones(10, 4).double(), indices, 10, -1, False)
-    names = [f"scatter_add_kernel<float, {vec}, 4>" for vec in (4, 2, 1)]
-    assert launched(sm_90, "scatter") == [*names, "scatter_add_kernel<double, 1, 4>"]
-    assert launched(sm_80, "scatter") == [names[2]] * 3 + ["scatter_add_kernel<double, 1, 4>"]
+    names = [f"scatter_add_kernel<float, float, {vec}, 4, false>" for vec in (4, 2, 1)]
+    fp64 = "scatter_add_kernel<double, double, 1, 4, false>"
+    assert launched(sm_90, "scatter") == [*names, fp64]
+    assert launched(sm_80, "scatter") == [names[2]] * 3 + [fp64]
 
 
 def test_subnormal_gradients_are_not_lost(backend: HostShimCupyBackend) -> None:

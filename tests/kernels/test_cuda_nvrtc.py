@@ -172,13 +172,14 @@ def test_taken_rows_move_in_vectors(
         ("float", "float", 4, 128, 128),
         ("double", "double", 2, 128, 128),
         ("bfloat16", "bfloat16", 4, 64, 64),
-        ("float", "float16", 4, 128, 64),
+        ("float16", "float", 4, 64, 128),
     ],
 )
+@pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
 def test_segment_sum_loads_and_stores_vectors(
-    arch: int, values: str, grads: str, vec: int, load_bits: int, store_bits: int
+    arch: int, values: str, grads: str, vec: int, load_bits: int, store_bits: int, in_place: bool
 ) -> None:
-    expression = f"segment_sum_kernel<{values}, {grads}, {vec}, false, 4, false>"
+    expression = f"segment_sum_kernel<{values}, {grads}, {vec}, false, 4, false, false, {str(in_place).lower()}>"
     opcodes = sass(Kernel("segment_sum", expression), arch)
     # Partial sums take 128 bits; NVRTC stores some of fp64 one by one.
     assert accesses(opcodes, "LDG") == {8, 16, 32, 64, 128, load_bits}
@@ -191,7 +192,7 @@ def test_segment_sum_loads_and_stores_vectors(
     ("arch", "vec", "atomic"), [(80, 4, "F32"), (90, 2, "F32x2"), (90, 4, "F32x4")]
 )
 def test_ends_of_chunks_are_added_and_the_rest_is_stored(arch: int, vec: int, atomic: str) -> None:
-    expression = f"segment_sum_kernel<float, float, {vec}, false, 4, true>"
+    expression = f"segment_sum_kernel<float, float, {vec}, false, 4, true, false, false>"
     opcodes = sass(Kernel("segment_sum", expression), arch)
     found = {opcode for opcode in opcodes if opcode.startswith("RED")}
     assert {part for opcode in found for part in opcode.split(".") if "F32" in part} == {atomic}
@@ -203,17 +204,21 @@ def test_ends_of_chunks_are_added_and_the_rest_is_stored(arch: int, vec: int, at
     ("arch", "vec", "atomic"),
     [(80, 4, "F32"), (80, 1, "F32"), (90, 1, "F32"), (90, 2, "F32x2"), (90, 4, "F32x4")],
 )
-def test_scatter_add_adds_vectors_from_sm_90_on(arch: int, vec: int, atomic: str) -> None:
-    opcodes = sass(Kernel("scatter_add", f"scatter_add_kernel<float, {vec}, 4>"), arch)
+@pytest.mark.parametrize("values", ["float", "bfloat16"])
+def test_scatter_add_adds_vectors_from_sm_90_on(
+    arch: int, vec: int, atomic: str, values: str
+) -> None:
+    expression = f"scatter_add_kernel<{values}, float, {vec}, 4, false>"
+    opcodes = sass(Kernel("scatter_add", expression), arch)
     found = {opcode for opcode in opcodes if opcode.startswith("RED")}
     # A reduction returns nothing; an ATOM would wait for the old value, a CAS would loop.
     assert {part for opcode in found for part in opcode.split(".") if "F32" in part} == {atomic}
     assert not [opcode for opcode in opcodes if opcode.startswith("ATOM")]
-    assert 32 * vec in accesses(opcodes, "LDG")
+    assert vec * (32 if values == "float" else 16) in accesses(opcodes, "LDG")
 
 
 def test_double_atomics_do_not_loop() -> None:
-    opcodes = sass(Kernel("scatter_add", "scatter_add_kernel<double, 1, 4>"), 80)
+    opcodes = sass(Kernel("scatter_add", "scatter_add_kernel<double, double, 1, 4, false>"), 80)
     assert any(opcode.startswith("RED") and "F64" in opcode for opcode in opcodes)
     assert not [opcode for opcode in opcodes if opcode.startswith("ATOM")]
 

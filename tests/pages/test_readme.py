@@ -57,6 +57,12 @@ def test_every_link_leads_to_a_file():
         assert (ROOT / target).exists(), target
 
 
+def test_every_picture_is_there():
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', README)
+    assert len(pictures) == 2
+    assert all((ROOT / picture).is_file() for picture in pictures)
+
+
 def arguments_of(row):
     """How a row of the support table is used."""
     return {

@@ -107,6 +107,8 @@ def accumulation(kind, tmp_path):
     model = Model(kind)
     arguments = {"micro_steps": 2} if kind == IN_BACKWARD else {}
     optimizers = optimizers_of(model, kind, **arguments)
+    if kind == DENSE:
+        gpu_embed.accumulate_in_place(model)
     for step in range(STEPS):
         for half in halves(batch_of(step)):
             model(**half)["loss"].backward()

@@ -50,18 +50,26 @@ def _all_kernels() -> tuple[Kernel, ...]:
             launches.table_bag,
         )
     )
-    # values, grad_weight, widths; the last two read the partial sums of a 16-bit table.
-    segments = (
-        ("float", "float", (1, 2, 4)),
-        ("double", "double", (1, 2)),
-        ("float16", "float16", (1, 2, 4)),
-        ("bfloat16", "bfloat16", (1, 2, 4)),
-        ("float", "float16", (1, 2, 4)),
-        ("float", "bfloat16", (1, 2, 4)),
+    tables = (
+        ("float", (1, 2, 4)),
+        ("double", (1, 2)),
+        ("float16", (1, 2, 4)),
+        ("bfloat16", (1, 2, 4)),
     )
-    # The partial sums of a gradient, which the last two read, know nothing of bags.
-    tables = [(value, widths) for value, _, widths in segments[:4]]
+    same = [(table, table, widths) for table, widths in tables]
+    # Values of one dtype, and rows of another: the sums of 16-bit ones, and 16-bit rows that sums update.
+    wide_sums = [(table, "float", widths) for table, widths in tables[2:]]
+    updates = [*same, *(("float", table, widths) for table, widths in tables[2:])]
     flags = ("false", "true")
+    # Values and sums of atomics, which are added one by one in fp64.
+    atomics = [
+        *(
+            f"{value}, float, {vec}"
+            for value in ("float", "float16", "bfloat16")
+            for vec in (1, 2, 4)
+        ),
+        "double, double, 1",
+    ]
     # A dtype of rows, and one that they are converted to.
     conversions = (
         *((dtype, dtype) for dtype in FLOATS.values()),
@@ -75,52 +83,36 @@ def _all_kernels() -> tuple[Kernel, ...]:
     found = [
         *(("gather", f"gather_rows_kernel<{word}, {r}>") for word in words for r in rows),
         *(("gather", f"gather_flat_kernel<{word}, {flat}>") for word in words),
-        *(("scatter_add", f"scatter_add_kernel<float, {vec}, {scatter}>") for vec in (1, 2, 4)),
-        ("scatter_add", f"scatter_add_kernel<double, 1, {scatter}>"),
+        *(
+            ("scatter_add", f"scatter_add_kernel<{arguments}, {scatter}, {bags}>")
+            for arguments in atomics
+            for bags in flags
+        ),
         ("sort_keys", "sort_keys_kernel"),
         *(
-            ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {vec}, {scale}, {unroll}, false>")
-            for value, grad, widths in segments
-            for vec, scale in (*((vec, "false") for vec in widths), (1, "true"))
-        ),
-        *(
-            ("segment_sum", f"segment_sum_kernel<{dtype}, {dtype}, {vec}, false, {unroll}, true>")
-            for dtype, _, widths in segments[:2]
-            for vec in widths
-        ),
-        # The sums of row-wise Adagrad, which keep the width of the arithmetic.
-        *(
-            ("segment_sum", f"segment_sum_kernel<{value}, float, {vec}, false, {unroll}, false>")
-            for value in ("float16", "bfloat16")
-            for vec in (1, 2, 4)
+            ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {', '.join(map(str, rest))}>")
+            for value, grad, widths in (*same, *wide_sums)
+            for vec, scale, atomic in (
+                *((vec, "false", "false") for vec in widths),
+                (1, "true", "false"),
+                *((vec, "false", "true") for vec in widths if grad in ("float", "double")),
+            )
+            for bags in flags
+            for in_place in flags
+            # New, they are the sums of row-wise Adagrad.
+            if value == grad or in_place == "true" or (scale, atomic, bags) == ("false",) * 3
+            for rest in [(vec, scale, unroll, atomic, bags, in_place)]
         ),
         ("row_update", "select_rows_kernel"),
         *(
             ("row_update", f"row_update_kernel<{value}, {weight}, {vec}, {unroll}>")
-            for value, weight, widths in segments
+            for value, weight, widths in updates
             for vec in widths
         ),
         *(
             ("row_update", f"rowwise_adagrad_kernel<{table}, {vec}>")
             for table, widths in tables
             for vec in widths
-        ),
-        *(
-            ("scatter_add", f"scatter_add_kernel<float, {vec}, {scatter}, true>")
-            for vec in (1, 2, 4)
-        ),
-        ("scatter_add", f"scatter_add_kernel<double, 1, {scatter}, true>"),
-        *(
-            (
-                "segment_sum",
-                f"segment_sum_kernel<{table}, {table}, {vec}, {scale}, {unroll}, {atomic}, true>",
-            )
-            for table, widths in tables
-            for vec, scale, atomic in (
-                *((vec, "false", "false") for vec in widths),
-                (1, "true", "false"),
-                *((vec, "false", "true") for vec in widths if table in ("float", "double")),
-            )
         ),
         *(
             ("bag", f"bag_sum_kernel<{table}, {vec}, {mean}, {bag}>")
@@ -155,12 +147,16 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ),
         *(("tables", f"table_gather_kernel<{word}>") for word in words[1:]),
         ("tables", "table_keys_kernel"),
-        *(("tables", f"table_scatter_add_kernel<float, {vec}, {tables_bag}>") for vec in (1, 2, 4)),
-        ("tables", f"table_scatter_add_kernel<double, 1, {tables_bag}>"),
         *(
-            ("tables", f"table_segment_sum_kernel<{value}, {grad}, {vec}, {unroll}>")
-            for value, grad, widths in segments
+            ("tables", f"table_scatter_add_kernel<{arguments}, {tables_bag}>")
+            for arguments in atomics
+        ),
+        *(
+            ("tables", f"table_segment_sum_kernel<{value}, {grad}, {vec}, {unroll}, {in_place}>")
+            for value, grad, widths in (*same, *wide_sums)
             for vec in widths
+            for in_place in flags
+            if value == grad or in_place == "true"
         ),
         *(
             ("tables", f"table_sample_weights_kernel<{table}, {vec}>")
@@ -169,7 +165,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ),
         *(
             ("tables_row_update", f"table_row_update_kernel<{value}, {weight}, {vec}, {unroll}>")
-            for value, weight, widths in segments
+            for value, weight, widths in updates
             for vec in widths
         ),
         *(

@@ -114,18 +114,20 @@ def _sums_are_right(launch: Launch) -> bool:
     row = first + np.arange(len(ids)) if bags is None else bags[first:].astype(np.int64)
     takes_part &= row >= 0
     values = np.zeros((len(ids), D))
-    values[takes_part] = tensors["grad_output_ptr"][launch.places("grad", row[takes_part])]
+    grads = tensors["grad_output_ptr"][launch.places("grad", row[takes_part])]
+    values[takes_part] = launch.decode("grad_output_ptr", grads)
     if "per_sample_weights_ptr" in tensors:
-        values *= tensors["per_sample_weights_ptr"][first:, None]
+        weights = tensors["per_sample_weights_ptr"][first:, None]
+        values *= launch.decode("per_sample_weights_ptr", weights)
     if "sizes_ptr" in tensors:
         values[takes_part] /= tensors["sizes_ptr"][row[takes_part], None]
     values.flat[: launch.first_item - first * D] = 0
-    used, inverse = np.unique(ids[takes_part], return_inverse=True)
-    sums = np.zeros((len(used), D), tensors["grad_weight_ptr"].dtype)
-    np.add.at(sums, inverse, values[takes_part].astype(sums.dtype))
-    table = tensors["grad_weight_ptr"].reshape(-1, D)
+    sums = launch.named_before.copy()
+    place = np.searchsorted(launch.named, ids[takes_part])
+    np.add.at(sums, place, values[takes_part].astype(sums.dtype))
+    grad_weight, places = tensors["grad_weight_ptr"], launch.places("grad_weight", launch.named)
     if launch.is_far:
-        return np.array_equal(table[used], sums)
-    expected = np.zeros_like(table)
-    expected[used] = sums
-    return np.array_equal(table, expected)
+        return np.array_equal(grad_weight[places], sums)
+    expected = launch.before("grad_weight_ptr")
+    expected[places] = sums
+    return np.array_equal(grad_weight.view(np.uint8), expected.view(np.uint8))

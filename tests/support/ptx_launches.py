@@ -6,7 +6,7 @@ pointers that are.
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -22,7 +22,8 @@ from gpu_embed.bench.ptx.warp import WARP
 MOST_COPIED = 2**26
 # Of a table whose items all have values.
 MOST_ITEMS = 2**19
-DTYPES = {"*fp32": "f4", "*fp64": "f8"}
+# NumPy has no bf16: its bits.
+DTYPES = {"*fp32": "f4", "*fp64": "f8", "*fp16": "f2", "*bf16": "u2"}
 # ids(draw, count, rows, dtype): what a launch looks up.
 Ids = Callable[[np.random.Generator, int, int, np.dtype], np.ndarray]
 
@@ -174,6 +175,23 @@ class Launch:
         known = self.of.constants
         return (rows * row * known["VEC"])[:, None] + np.arange(known["D"]) * col
 
+    def before(self, name: str) -> np.ndarray:
+        """A copy of the tensor as it is before each run, where no tensor is far."""
+        window = self._before[list(self.tensors).index(name)]
+        return window.view(self.tensors[name].dtype).copy()
+
+    def encode(self, name: str, values: np.ndarray) -> np.ndarray:
+        """In the tensor's dtype, which holds them exactly."""
+        if self.of.signature[name] == "*bf16":
+            return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        return values.astype(self.of.dtype(name))
+
+    def decode(self, name: str, items: np.ndarray) -> np.ndarray:
+        """What the tensor's items stand for."""
+        if self.of.signature[name] == "*bf16":
+            return (items.astype(np.uint32) << 16).view(np.float32)
+        return items
+
     # What lies in memory.
 
     def _put(
@@ -202,9 +220,9 @@ class Launch:
         first = count - len(end)
         self._put(name, count, [slice(first, None)])[first:] = end
 
-    def _put_rows(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        """Rows of a matrix, by their numbers; between them lies anything."""
-        places = self.places(name.split("_")[0], rows)
+    def _put_rows(self, name: str, of: str, rows: np.ndarray, values: np.ndarray) -> None:
+        """Rows of a matrix with the strides of `of`, by their numbers; between them lies anything."""
+        places = self.places(of, rows)
         extent = int(places.max(initial=-1)) + 1
         far = extent * values.itemsize > MOST_COPIED
         touched = [slice(int(p), int(p) + 1) for p in places.flat] if far else ()
@@ -225,7 +243,7 @@ class Launch:
         self._put_end("indices_ptr", numbers["num_indices"], end)
         words = of.dtype("weight_ptr")
         values = self._bits(rows * D, words).reshape(rows, D)
-        self._put_rows("weight_ptr", np.arange(rows), values)
+        self._put_rows("weight_ptr", "weight", np.arange(rows), values)
         garbage = np.repeat(self._bits(1, words), len(end) * D)
         self._put_end("output_ptr", numbers["num_indices"] * D, garbage)
         if of.has("record_ptr"):
@@ -245,22 +263,29 @@ class Launch:
             grads = np.arange(max(len(end) // 3, 2))
             self._put_end("bag_of_ptr", count, draw.integers(-1, len(grads), len(end)))
         if of.has("per_sample_weights_ptr"):
-            weights = draw.choice([1, -1, 2, 0.5, -4], len(end))
+            weights = self.encode(
+                "per_sample_weights_ptr", draw.choice([1, -1, 2, 0.5, -4], len(end))
+            )
             self._put_end("per_sample_weights_ptr", count, weights)
         if of.has("sizes_ptr"):
             self._put("sizes_ptr", draw.choice([1, 2, 4, 8], len(grads)))
         self._choose_strides(given, "grad", len(grads))
         # Their sums are exact in any order.
-        numbers_drawn = 0.25 * draw.integers(-8, 9, (len(grads), D))
-        values = numbers_drawn.astype(of.dtype("grad_output_ptr"))
+        values = 0.25 * draw.integers(-8, 9, (len(grads), D))
         if given.special:
             values[:] = draw.standard_normal(values.shape)
             values.flat[::5], values.flat[1::5], values.flat[2::5] = np.nan, np.inf, -0.0
         elif not of.has("bag_of_ptr") and not self.is_partial and self._are_apart("grad"):
             values[~added(end, rows, padding)] = np.nan
-        self._put_rows("grad_output_ptr", grads, values)
-        used = np.unique(end[added(end, rows, -1)]).astype(int)
-        self._put("grad_weight_ptr", rows * D, [slice(i * D, (i + 1) * D) for i in used])
+        values = self.encode("grad_output_ptr", values)
+        self._put_rows("grad_output_ptr", "grad", grads, values)
+        self._choose_strides(replace(given, gap=max(given.gap, 0)), "grad_weight", rows, apart=True)
+        self.named = np.unique(end[added(end, rows, -1)]).astype(int)
+        before = 0.25 * draw.integers(-8, 9, (len(self.named), D))
+        if given.special:
+            before[:] = draw.standard_normal(before.shape)
+        self.named_before = self.encode("grad_weight_ptr", before)
+        self._put_rows("grad_weight_ptr", "grad_weight", self.named, self.named_before)
 
     def _are_apart(self, name: str) -> bool:
         """Whether a row ends before the next one begins."""
@@ -279,17 +304,19 @@ class Launch:
         length = min(few, count) if self.is_partial else count
         return given.make_ids(self._draw, length, self.numbers["num_embeddings"], kind)
 
-    def _choose_strides(self, given: Input, name: str, rows: int) -> None:
-        """The distances of rows, in units of VEC, and of columns."""
+    def _choose_strides(self, given: Input, name: str, rows: int, *, apart: bool = False) -> None:
+        """The distances of rows, in units of VEC, and of columns; `apart`: no two items lie in one place."""
         of, D, VEC = self.of, self.of.constants["D"], self.of.constants["VEC"]
         row_name, col_name = f"{name}_row_stride", f"{name}_col_stride"
         # Of two columns the second would need a stride of more than 32 bits.
         far = given.far_columns and D > 2 and of.is_narrow(col_name)
-        col = of.fit(col_name, 2**31 // (D - 1) + 5 if far else given.columns)
+        # A row's distance that is known may be that of a transposed matrix.
+        known = (of.constants.get(row_name) or 0) * VEC * rows if apart else 0
+        col = of.fit(col_name, 2**31 // (D - 1) + 5 if far else max(given.columns, known))
         row = max(cdiv((D - 1) * col + 1 + given.gap, VEC), 0)
         if given.far_rows and of.is_narrow(row_name):
             row = 2**31 // (max(rows - 1, 1) * VEC) + 5
-        elif far or self.numbers.get("num_indices", 0) > MOST_ITEMS:
+        elif far or (self.numbers.get("num_indices", 0) > MOST_ITEMS and not apart):
             # Rows between one another's columns, or over one another.
             row = 2
         row = of.fit(row_name, row)

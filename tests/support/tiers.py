@@ -24,6 +24,7 @@ FULL_FILES = frozenset(
         "kernels/test_cuda_nvrtc",
         "keras/test_examples",
         "optim/test_training_loops",
+        "pages/test_accumulation_page",
         "pages/test_demo",
         "pages/test_examples",
         "pages/test_training_page",
@@ -45,6 +46,7 @@ PTX_FILES = frozenset(
         "api/test_renorm",
         "api/test_tables",
         "api/test_tables_gradient",
+        "backends/test_in_place",
         "backends/test_row_update",
         "backends/test_take",
     )

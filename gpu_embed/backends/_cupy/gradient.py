@@ -24,17 +24,23 @@ class CupyGradient(CupyDevice, GradientPlan):
         bags: OutputBags | None,
         grad_weight: Tensor,
         padding_idx: int,
+        in_place: bool,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         launch = self._launches[ids.device].scatter_add
         vec = 1
         # Without vector atomics VEC > 1 puts adjacent threads VEC elements apart: uncoalesced.
         if (
-            grad_output.dtype == torch.float32
+            grad_weight.dtype == torch.float32
             and self._capability(ids.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
             vec = vector_width(grad_output)
-        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {launch.UNROLL}{with_bags(bags)}"
+            if in_place:
+                vec = min(vec, vector_width(grad_weight))
+        arguments = (
+            f"{FLOATS[grad_output.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
+            f"{launch.UNROLL}, {cpp_bool(bags is not None)}"
+        )
         self._launch(
             Kernel("scatter_add", f"scatter_add_kernel<{arguments}>"),
             *launch.grid(ids.numel() * (embedding_dim // vec)),
@@ -48,6 +54,8 @@ class CupyGradient(CupyDevice, GradientPlan):
             padding_idx,
             grad_output.stride(0) // vec,
             grad_output.stride(1),
+            grad_weight.stride(0) // vec,
+            grad_weight.stride(1),
             embedding_dim,
             ids.element_size(),
             bag_bytes(bags),
@@ -63,16 +71,19 @@ class CupyGradient(CupyDevice, GradientPlan):
         join: bool,
         in_place: bool,
     ) -> None:
-        assert not in_place
         values, order, keys = runs
         num_embeddings, embedding_dim = grad_weight.shape
         launch = self._launches[keys.device].segment_sum
         atomic_carry = carries.partial is None
         # scale_grad_by_freq is rare: not worth a kernel for each width.
         vec = 1 if scale_grad_by_freq else min(vector_width(values), MAX_SEGMENT_VECTOR)
+        if in_place:
+            # A row is read and written in one access too.
+            vec = min(vec, vector_width(grad_weight))
+        flags = (atomic_carry, bags is not None, in_place)
         arguments = (
             f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
-            f"{cpp_bool(scale_grad_by_freq)}, {launch.UNROLL}, {cpp_bool(atomic_carry)}{with_bags(bags)}"
+            f"{cpp_bool(scale_grad_by_freq)}, {launch.UNROLL}, {', '.join(map(cpp_bool, flags))}"
         )
         self._launch(
             Kernel("segment_sum", f"segment_sum_kernel<{arguments}>"),
@@ -87,6 +98,8 @@ class CupyGradient(CupyDevice, GradientPlan):
             carries.chunk_size,
             values.stride(0) // vec,
             values.stride(1),
+            grad_weight.stride(0) // vec,
+            grad_weight.stride(1),
             embedding_dim,
             int(join),
             order.element_size(),
@@ -105,11 +118,6 @@ class CupyGradient(CupyDevice, GradientPlan):
             counts.numel(),
             ids.element_size(),
         )
-
-
-def with_bags(bags: OutputBags | None) -> str:
-    """The template argument that makes a gradient kernel look up bags."""
-    return ", true" if bags else ""
 
 
 def bag_bytes(bags: OutputBags | None) -> int:

@@ -155,15 +155,20 @@ class CupyTables(CupyDevice, TablesPlan):
         batch: TableBatch,
         grad_weight: Tensor,
         splits: int,
+        in_place: bool,
     ) -> None:
         launch = self._launches[grad_output.device].table_scatter_add
         vec = 1
         if (
-            grad_output.dtype == torch.float32
+            grad_weight.dtype == torch.float32
             and self._capability(grad_output.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
             vec = table_vector_width(grad_output, batch.shape.dim_divisor)
-        arguments = f"{FLOATS[grad_output.dtype]}, {vec}, {launch.UNROLL}"
+            if in_place:
+                vec = min(vec, table_vector_width(grad_weight, batch.shape.dim_divisor))
+        arguments = (
+            f"{FLOATS[grad_output.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {launch.UNROLL}"
+        )
         (blocks, _), threads = launch.grid(batch.bags_per_table * (batch.width // vec))
         self._launch(
             Kernel("tables", f"table_scatter_add_kernel<{arguments}>"),
@@ -199,12 +204,17 @@ class CupyTables(CupyDevice, TablesPlan):
         join: bool,
         in_place: bool,
     ) -> None:
-        assert not in_place
         values, order, keys = runs
         widest = batch.shape.widest
         vec = table_vector(values, batch.shape.dim_divisor)
+        if in_place:
+            # A row is read and written in one access too.
+            vec = min(vec, table_vector(grad_weight, batch.shape.dim_divisor))
         launch = self._launches[keys.device].table_segment_sum
-        arguments = f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {launch.UNROLL}"
+        arguments = (
+            f"{FLOATS[values.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {launch.UNROLL}, "
+            f"{cpp_bool(in_place)}"
+        )
         self._launch(
             Kernel("tables", f"table_segment_sum_kernel<{arguments}>"),
             *launch.grid(carries.num_chunks * (widest // vec)),

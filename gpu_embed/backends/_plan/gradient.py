@@ -61,7 +61,7 @@ class GradientPlan(SortPlan):
 
         `steps` lead from one position's row to the next, as `row_matrix` says.
         """
-        grad_weight = into
+        in_place, grad_weight = into is not None, into
         if grad_weight is None:
             grad_weight = grad_output.new_zeros((num_embeddings, grad_output.shape[1]))
         method = choose(
@@ -78,7 +78,7 @@ class GradientPlan(SortPlan):
             rows = row_numbers(steps, indices.device)
             if rows is not None:
                 bags = OutputBags(rows, None, None)
-            self._scatter_add(grad_output, ids, bags, grad_weight, padding_idx)
+            self._scatter_add(grad_output, ids, bags, grad_weight, padding_idx, in_place)
             return grad_weight
         keys, order = self._sorted_keys(indices, num_embeddings, padding_idx)
         # Not made before the sort has freed its memory.
@@ -89,7 +89,6 @@ class GradientPlan(SortPlan):
             del rows
         runs = Runs(grad_output, order, keys)
         atomic = method == "sorted_atomic"
-        in_place = into is not None
         self._sum_runs(
             runs, bags, grad_weight, scale_grad_by_freq, atomic=atomic, in_place=in_place
         )
@@ -124,8 +123,12 @@ class GradientPlan(SortPlan):
         bags: OutputBags | None,
         grad_weight: Tensor,
         padding_idx: int,
+        in_place: bool,
     ) -> None:
-        """Add each position's row to its id's row of grad_weight, of any strides."""
+        """Add each position's row to its id's row of grad_weight.
+
+        `in_place`: grad_weight has any strides. Else it is contiguous, and as aligned as an allocation.
+        """
 
     @abstractmethod
     def _segment_sum(
@@ -140,8 +143,8 @@ class GradientPlan(SortPlan):
     ) -> None:
         """Store the sums of the runs within a chunk, and the others' carries; `join`: the sums of those.
 
-        `in_place`: a sum is added to its row of grad_weight, of any strides. Else it is stored, and grad_weight is
-        contiguous and zero on entry.
+        `in_place`: a sum is added to its row of grad_weight, as `_scatter_add`'s. Else it is stored, and grad_weight
+        is zero on entry.
         """
 
     @abstractmethod

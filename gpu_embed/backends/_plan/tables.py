@@ -112,11 +112,13 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         )
         if method == "atomic" and batch.shape.pooled:
             splits = self._table_splits(grad_output, batch)
-            self._table_scatter_add(grad_output, per_sample_weights, batch, grad_weight, splits)
+            self._table_scatter_add(
+                grad_output, per_sample_weights, batch, grad_weight, splits, in_place
+            )
             return grad_weight
         if method == "atomic":
             keys = self._table_row_keys(batch, torch.int64)
-            self._scatter_add(grad_output, keys, None, grad_weight, padding_idx=-1)
+            self._scatter_add(grad_output, keys, None, grad_weight, -1, in_place)
             return grad_weight
         keys, order = self._sorted_row_keys(batch)
         # Not made before the sort has freed its memory.
@@ -252,6 +254,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         batch: TableBatch,
         grad_weight: Tensor,
         splits: int,
+        in_place: bool,
     ) -> None: ...
 
     @abstractmethod

@@ -7,7 +7,7 @@ from ...bounds import BoundsRecord
 from ...row_update import RowUpdate
 from ...tables.batch import TableBatch, write_out_of_range
 from ...tables.entries import TableEntries
-from . import tables
+from . import tables, tables_cpu
 from .bag import TorchBags
 from .row_update import row_update_, table_row_update_
 from .take import TorchTake
@@ -29,6 +29,10 @@ class TorchBackend(TorchBags, TorchTake):
         zero_padding: bool,
         record: BoundsRecord | None,
     ) -> Tensor:
+        if weight.device.type == "cpu":
+            output = tables_cpu.embedding(weight, per_sample_weights, batch, zero_padding)
+            if output is not None:
+                return output
         places = batch.places()
         if record is not None:
             write_out_of_range(record, batch, places)
@@ -41,6 +45,10 @@ class TorchBackend(TorchBags, TorchTake):
         with_argmax: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
+        if weight.device.type == "cpu":
+            found = tables_cpu.embedding_max(weight, batch, with_argmax)
+            if found is not None:
+                return found
         places = batch.places()
         if record is not None:
             write_out_of_range(record, batch, places)
@@ -54,11 +62,20 @@ class TorchBackend(TorchBags, TorchTake):
         weight_shape: tuple[int, ...],
         into: Tensor | None = None,
     ) -> Tensor:
-        return tables.dense_backward(grad_output, per_sample_weights, batch, weight_shape, into)
+        inputs = grad_output, per_sample_weights, batch, weight_shape, into
+        if grad_output.device.type == "cpu":
+            gradient = tables_cpu.dense_backward(*inputs)
+            if gradient is not None:
+                return gradient
+        return tables.dense_backward(*inputs)
 
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
+        if weight.device.type == "cpu":
+            gradient = tables_cpu.sample_weights_backward(grad_output, weight, batch)
+            if gradient is not None:
+                return gradient
         return tables.sample_weights_backward(grad_output, weight, batch)
 
     def row_update_(

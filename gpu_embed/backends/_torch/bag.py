@@ -115,7 +115,7 @@ def _add_to_rows(
 
     def read(positions: Tensor | slice) -> Tensor:
         of = bag[positions]
-        rows = grad_output[of].to(wide)
+        rows = grad_output.index_select(0, of).to(wide)
         if sizes is not None:
             rows /= sizes[of, None]
         if per_sample_weights is not None:

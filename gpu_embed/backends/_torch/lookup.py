@@ -1,6 +1,7 @@
 """Lookups in torch's operators, their gradients, and what else goes by rows of one table."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ class TorchLookup:
                 ids.is_cuda or scale_grad_by_freq or not kept.all()
             ):
                 return into.index_add_(0, ids, grad_output)
-            return add_rows(into, ids, kept, grad_output.__getitem__, scale_grad_by_freq)
+            read = partial(_rows_at, grad_output)
+            return add_rows(into, ids, kept, read, scale_grad_by_freq)
         if ids.is_cuda:
             # torch's kernels trust the ids, so those out of range go to an extra row, without a sync.
             ids = torch.where(kept, ids, num_embeddings)
@@ -122,6 +124,13 @@ class TorchLookup:
 
 def torch_ids(indices: Tensor) -> Tensor:
     return indices if indices.dtype in TORCH_IDS else indices.to(torch.int32)
+
+
+def _rows_at(rows: Tensor, positions: Tensor | slice) -> Tensor:
+    """rows[positions], of 16-bit rows in a tenth of the time."""
+    if isinstance(positions, slice):
+        return rows[positions]
+    return rows.index_select(0, positions)
 
 
 def add_rows(
@@ -176,7 +185,7 @@ def _add_in_chunks(
             total.index_add_(0, run[part] - first, read(order[part]).to(wide))
         if scale_grad_by_freq:
             total /= counts[first : first + step, None]
-        total += into[chunk_rows]
+        total += into.index_select(0, chunk_rows)
         into.index_copy_(0, chunk_rows.to(torch.int64), total.to(into.dtype))
     return into
 

@@ -90,17 +90,20 @@ def dense_backward(
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
     total = sums_of_rows(torch.where(kept, places.row, -1), values)
-    # Every position of a row writes the same sum.
-    if into is not None:
-        used = kept[:, None] & _in_row(batch, places)
-        elements = _elements(batch, places, kept, 0)[used]
-        flat = into.view(-1)
-        flat[elements] = (total[used] + flat[elements]).to(into.dtype)
-        return into
-    grad_weight = grad_output.new_zeros(torch.Size(weight_shape).numel() + 1)
-    places_of_rows = _elements(batch, places, kept, len(grad_weight) - 1)
-    grad_weight[places_of_rows] = total.to(grad_output.dtype)
-    return grad_weight[:-1].view(weight_shape)
+    grad_weight = grad_output.new_zeros(weight_shape) if into is None else into
+    flat = grad_weight.view(-1)
+    if len(kept) == 0:
+        return grad_weight
+    # Every position of a row writes the same sum. What takes no part writes the first sum of a row once more, or
+    # where there is none what the first element holds: no slice and no count waits for the GPU.
+    first = kept.to(torch.int8).argmax().view(1)
+    elements = _elements(batch, places, kept, -1)
+    in_use = elements >= 0
+    elements = torch.where(in_use, elements, elements[:, 0].index_select(0, first).clamp(min=0))
+    sums = flat[elements] + torch.where(in_use, total, 0)
+    again = torch.where(in_use.any(), sums[:, 0].index_select(0, first), flat[:1])
+    flat[elements] = torch.where(in_use, sums, again).to(flat.dtype)
+    return grad_weight
 
 
 def sample_weights_backward(grad_output: Tensor, weight: Tensor, batch: TableBatch) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._plan.in_force import InForce
 from .._plan.trial_launch import TrialLaunch, no_cuda_device
-from .known_launch import launch
+from .known_launch import Known, launch
 from .launch import TritonLaunches, TritonMethods
 
 # Triton compiles for these and newer cards only.
@@ -59,19 +59,20 @@ class TritonDevice:
 
     def _launch(
         self, kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **settings: Any
-    ) -> None:
+    ) -> Known | None:
+        """Launch, and say how to launch the same again where this device is the current one."""
         if self._interpreted:
             # It runs one kernel at a time.
             with _interpreter_lock:
                 kernel[grid](*args, **settings)
-            return
+            return None
         settings.setdefault("enable_fp_fusion", ENABLE_FP_FUSION)
         if device.index == torch.cuda.current_device():
+            return launch(kernel, grid, device.index, args, settings)
+        # Triton launches on the current device.
+        with torch.cuda.device(device):
             launch(kernel, grid, device.index, args, settings)
-        else:
-            # Triton launches on the current device.
-            with torch.cuda.device(device):
-                launch(kernel, grid, device.index, args, settings)
+        return None
 
     @cached_property
     def _unfused(self) -> dict[str, bool]:

@@ -11,6 +11,7 @@ from ...settings import GATHER_METHOD
 from .._plan.access import WordLayout, cdiv, word_layout
 from .._plan.gather import Gather, GatherPlan
 from .device import TritonDevice
+from .known_launch import ALIGNMENT_MASK, prepare_launch
 from .launch import NARROWEST_ROWS, WIDEST_ROWS, chunk_launch, next_power_of_2
 
 
@@ -27,6 +28,7 @@ class TritonGather(TritonDevice, GatherPlan):
         row_stride = None if adjacent else layout.row_stride // layout.vec
         kernel, grid, settings = self._gather_launch(layout, device)
         settings = {"D": layout.row_words, "VEC": layout.vec, **settings}
+        launch = prepare_launch(self._launch, kernel, grid, device, settings)
 
         def gather(
             ids: Tensor,
@@ -35,22 +37,24 @@ class TritonGather(TritonDevice, GatherPlan):
             zero_idx: int,
             record: BoundsRecord | None,
         ) -> None:
-            self._launch(
-                kernel,
-                grid(num_indices),
-                device,
-                table,
-                ids,
-                self._view(output, word),
-                # Not record_arguments: the call that every lookup makes is worth two lines.
-                None if record is None else record.words,
-                None if record is None else record.flag,
+            aligned = ids.data_ptr() & ALIGNMENT_MASK, output.data_ptr() & ALIGNMENT_MASK
+            launch(
+                # A record's tensors are whole allocations, so aligned.
+                (ids.dtype, aligned, zero_idx, record is None),
                 num_indices,
-                num_embeddings,
-                zero_idx,
-                row_stride,
-                layout.col_stride,
-                **settings,
+                (
+                    table,
+                    ids,
+                    self._view(output, word),
+                    # Not record_arguments: the call that every lookup makes is worth two lines.
+                    None if record is None else record.words,
+                    None if record is None else record.flag,
+                    num_indices,
+                    num_embeddings,
+                    zero_idx,
+                    row_stride,
+                    layout.col_stride,
+                ),
             )
 
         return gather

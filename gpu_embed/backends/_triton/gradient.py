@@ -20,9 +20,12 @@ class TritonGradient(TritonDevice, GradientPlan):
         bags: OutputBags | None,
         grad_weight: Tensor,
         padding_idx: int,
+        in_place: bool,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
-        vec = min(vector_width(grad_output), vector_width(grad_weight))
+        vec = vector_width(grad_output)
+        if in_place:
+            vec = min(vec, vector_width(grad_weight))
         launch = chunk_launch(self._launches[ids.device].scatter_add, embedding_dim // vec)
         num_vectors = ids.numel() * embedding_dim // vec
         # None: D / VEC, which the compiler knows.
@@ -63,7 +66,7 @@ class TritonGradient(TritonDevice, GradientPlan):
         values, _, keys = runs
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(values)
-        strides = (None, None)
+        strides: tuple[int | None, ...] = (None, None)
         if in_place:
             # A row is to be read in one access too.
             vec = min(vec, vector_width(grad_weight))

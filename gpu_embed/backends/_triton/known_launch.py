@@ -6,15 +6,16 @@ that Triton chose. Settings of the process are in the key too: profilers that in
 """
 
 import threading
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
+
+import torch
 
 from ...settings import KNOWN_LAUNCH
 
 # Versions whose launch path was compared with this one; with any other, Triton launches.
 CHECKED_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
-# Knobs that change a binary, where the version has them.
-KNOBS = ("instrumentation_mode", "fpsan_homomorphic_casts")
 INT32 = 2**31
 INT64 = 2**63
 # Triton specializes on addresses and integers that are multiples of 16.
@@ -23,24 +24,29 @@ ALIGNMENT_MASK = 15
 Key = tuple[Any, ...]
 
 
+# A binary: run(*grid, stream, *head, *arguments, *constants), head, constants; and the kernel, whose id is in the key.
+Known = tuple[Callable[..., None], Key, Key, Any]
+# prepared(key, num_items, args); `key` and num_items tell the binary of these arguments from that of others.
+PreparedLaunch = Callable[[Key, int, Key], None]
+# Numbers of items, and what else differs, that a prepared launch keeps.
+MAX_PREPARED = 1024
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], device: int | None, args: Key, settings: dict[str, Any]
-) -> None:
-    """`kernel[grid](*args, **settings)` on this device, which is the current one.
+) -> Known | None:
+    """`kernel[grid](*args, **settings)` on this device, which is the current one; what is known of it from here on.
 
     Args:
         settings: the kernel's constants, by name, and Triton's options.
     """
-    if not is_used():
-        with _first_launch:
-            kernel[grid](*args, **settings)
-        return
-    key = _key(kernel, device, args, settings)
-    known = _binaries.get(key)
+    key = _key(kernel, device, args, settings) if is_used() else None
+    known = _launches.get(key)
     if known is not None:
-        binary, constants, _ = known
-        binary[(*grid, 1, 1)[:3]](*args, *constants)
-        return
+        run, head, constants, _ = known
+        stream = _driver().active.get_current_stream(device)
+        run(*(*grid, 1, 1)[:3], stream, *head, *args, *constants)
+        return known
     # A thread that meets another's half-loaded binary would launch nothing.
     with _first_launch:
         binary = kernel[grid](*args, **settings)
@@ -48,8 +54,46 @@ def launch(
     if key is not None and hasattr(type(binary), "__getitem__"):
         rest = kernel.params[len(args) :]
         constants = tuple(settings.get(param.name, param.default) for param in rest)
-        # The kernel is kept, as its id is in the key.
-        _binaries[key] = binary, constants, kernel
+        # The last three: hooks before and after a launch, and what they are told. With a hook there is no key.
+        head = binary.function, binary.packed_metadata, None, None, None
+        known = _launches[key] = binary.run, head, constants, kernel
+    return known
+
+
+def prepare_launch(
+    first: Callable[..., Known | None],
+    kernel: Any,
+    grid: Callable[[int], tuple[int, ...]],
+    device: torch.device,
+    settings: dict[str, Any],
+) -> PreparedLaunch:
+    """Launches of one kernel with these settings, which differ in little: their key is only what does.
+
+    Args:
+        first: `launch` as a backend makes it; what that returns is launched from then on.
+        grid: of a number of items.
+    """
+    prepared: dict[Key, tuple[Known, Key]] = {}
+
+    def launch(key: Key, num_items: int, args: Key) -> None:
+        if prepared:
+            current = _driver().active.get_current_device()
+            found = prepared.get((_key(kernel, current, (), {}), num_items, key))
+            if found is not None:
+                (run, head, constants, _), places = found
+                stream = _driver().active.get_current_stream(current)
+                run(*places, stream, *head, *args, *constants)
+                return
+        places = grid(num_items)
+        known = first(kernel, places, device, *args, **settings)
+        if known is not None:
+            if len(prepared) == MAX_PREPARED:
+                prepared.clear()
+            current = _driver().active.get_current_device()
+            environment = _key(kernel, current, (), {})
+            prepared[environment, num_items, key] = known, (*places, 1, 1)[:3]
+
+    return launch
 
 
 @cache
@@ -75,27 +119,35 @@ def _key(kernel: Any, device: int | None, args: Key, settings: dict[str, Any]) -
     """What Triton specialises a binary for; None: an argument whose type is not known here, or a hook on the way."""
     try:
         runtime, compilation = _knobs()
-        # Not every version has all of these.
-        if kernel.pre_run_hooks or getattr(runtime, "add_stages_inspection_hook", None) is not None:
+        if (
+            kernel.pre_run_hooks
+            or runtime.launch_enter_hook.calls
+            or runtime.launch_exit_hook.calls
+            # Not every version has this, nor both options of the compilation.
+            or getattr(runtime, "add_stages_inspection_hook", None) is not None
+        ):
             return None
-        # A kernel's own hash takes as long as two arguments.
-        key: list[Any] = [id(kernel), device, runtime.debug]
-        key += [getattr(compilation, knob, None) for knob in KNOBS]
-        key += settings
-        key += settings.values()
-        append = key.append
-        for arg in args:
-            kind = type(arg)
-            if kind is int:
-                append(_number_kind(arg))
-            elif arg is None or kind is float:
-                append(kind)
-            else:
-                append(arg.dtype)
-                append(arg.data_ptr() & ALIGNMENT_MASK)
+        kinds = [
+            _number_kind(arg)
+            if type(arg) is int
+            else type(arg)
+            if arg is None or type(arg) is float
+            else (arg.dtype, arg.data_ptr() & ALIGNMENT_MASK)
+            for arg in args
+        ]
+        return (
+            # A kernel's own hash takes as long as two arguments.
+            id(kernel),
+            device,
+            runtime.debug,
+            getattr(compilation, "instrumentation_mode", None),
+            getattr(compilation, "fpsan_homomorphic_casts", None),
+            *settings,
+            *settings.values(),
+            *kinds,
+        )
     except AttributeError:
         return None
-    return tuple(key)
 
 
 @cache
@@ -105,6 +157,13 @@ def _knobs() -> tuple[Any, Any]:
     return knobs.runtime, knobs.compilation
 
 
+@cache
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver
+
+
 @lru_cache(maxsize=2**14)
 def _number_kind(number: int) -> int:
     """Numbers of one kind are the same to Triton: 1, multiples of 16, and the others, each by its width."""
@@ -112,5 +171,5 @@ def _number_kind(number: int) -> int:
     return 4 * width + 2 * (number & ALIGNMENT_MASK == 0) + (number == 1)
 
 
-_binaries: dict[Key | None, tuple[Any, Key, Any]] = {}
+_launches: dict[Key | None, Known] = {}
 _first_launch = threading.RLock()

@@ -156,9 +156,11 @@ class TritonTables(TritonDevice, TablesPlan):
         batch: TableBatch,
         grad_weight: Tensor,
         splits: int,
+        in_place: bool,
     ) -> None:
-        matrices = (grad_output, grad_weight)
-        vec = min(table_vector_width(matrix, batch.shape.dim_divisor) for matrix in matrices)
+        vec = table_vector_width(grad_output, batch.shape.dim_divisor)
+        if in_place:
+            vec = min(vec, table_vector_width(grad_weight, batch.shape.dim_divisor))
         launch = self._launches[grad_output.device].table_scatter_add
         self._launch(
             self._kernels.table_scatter_add,

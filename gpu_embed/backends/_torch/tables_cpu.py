@@ -1,0 +1,420 @@
+"""Batched tables on the CPU: tables of one width are rows of one matrix, and torch's bags sum them at once.
+
+The functions for the backend return None where an id is out of range or offsets are wrong: `tables` serves that call.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...dtypes import accumulation
+from ...tables.batch import TableBatch
+from ...tables.layout import MODES, TableColumn
+from .lookup import torch_ids
+
+Integers = NDArray[np.integer]
+
+# From so many ids on a feature is looked up alone: to number its ids anew would cost more than a call does.
+ALONE = 4096
+# Up to so many rows an id, all rows of a gradient are summed, rather than zeros written and sums put between them.
+DENSE = 4
+# Plans that are kept: one for each layer, and for each choice of features that are looked up alone.
+PLANS = 64
+SUM, MEAN, MAX = range(len(MODES))
+
+
+class Group(NamedTuple):
+    """F features of one mode whose tables' rows are rows of one matrix [V, D]."""
+
+    features: list[int]
+    first: int  # of these features, in the order of all groups; so is `end`
+    end: int
+    mode: int
+    dim: int  # D
+    first_element: int  # where in the buffer the matrix begins
+    num_rows: int  # V
+    # Its columns of an output, in pieces of `TableShape.dim_divisor`; None: all of them.
+    pieces: Integers | None
+
+    def matrix(self, buffer: Tensor) -> Tensor:
+        """[V, D], in the memory of a buffer."""
+        first = buffer.storage_offset() + self.first_element
+        return buffer.as_strided((self.num_rows, self.dim), (self.dim, 1), first)
+
+    def bag_rows(self, output: Tensor, batch: TableBatch) -> Tensor:
+        """Its columns of an output [B, sum D], contiguous -> [B * F, D], bag b of the f-th feature at b * F + f."""
+        if self.pieces is not None:
+            in_pieces = output.numpy().reshape(len(output), -1, batch.shape.dim_divisor)
+            output = torch.from_numpy(in_pieces.take(self.pieces, 1))
+        return output.view(-1, self.dim)
+
+
+class Plan(NamedTuple):
+    """What follows from a layer's features alone; [T] each, and from `features` on in the order of the groups."""
+
+    num_rows: NDArray[np.uint64]  # of each feature's table
+    padding: Integers | None  # -1: none; None: no feature has any
+    features: Integers | None  # None: in their own order
+    first_rows: Integers | None  # where in its group's matrix each table begins; None: all at 0
+    place: Integers  # of each feature in its group
+    group_size: Integers  # of each feature's group
+    groups: list[Group]
+
+
+class Ids(NamedTuple):
+    """The n ids of a batch that are in a bag, group by group."""
+
+    rows: Integers  # [n]: each id's row of its group's matrix
+    positions: Integers | slice  # [n]: where in the batch each id is
+    begins: Integers  # [T * B + 1]: where each bag begins; those of a feature's B bags are adjacent
+    plan: Plan
+
+    def begins_of(self, group: Group) -> Integers:
+        """Where the bags of a group begin, and where the last one ends -> [F * B + 1]."""
+        num_bags = (len(self.begins) - 1) // len(self.plan.place)
+        return self.begins[group.first * num_bags : group.end * num_bags + 1]
+
+    def of(self, group: Group) -> slice:
+        """Where in `rows` the ids of a group are."""
+        begins = self.begins_of(group)
+        return slice(int(begins[0]), int(begins[-1]))
+
+    def bag_of(self) -> Integers:
+        """The row of each id's bag among its group's `bag_rows` -> [n]."""
+        place, size = self.plan.place[:, None], self.plan.group_size[:, None]
+        bags = np.arange((len(self.begins) - 1) // len(place))
+        return np.repeat((bags * size + place).ravel(), np.diff(self.begins))
+
+    def bag_values(self, group: Group, grad_output: Tensor, batch: TableBatch) -> Tensor:
+        """What an id's row gets from each bag: `bag_rows` of the gradient, of means divided -> [B * F, D]."""
+        if not batch.shape.pooled:
+            return grad_output
+        values = group.bag_rows(grad_output, batch)
+        if group.mode != MEAN:
+            return values
+        sizes = np.diff(self.begins_of(group)).clip(1)
+        return values / torch.from_numpy(sizes.reshape(len(group.features), -1).T.reshape(-1, 1))
+
+
+def embedding(
+    weight: Tensor, per_sample_weights: Tensor | None, batch: TableBatch, zero_padding: bool
+) -> Tensor | None:
+    """`Backend.table_batched_embedding` if all ids are in their tables."""
+    if batch.shape.pooled:
+        bags = _bags(weight, per_sample_weights, batch, False)
+        return None if bags is None else bags[0]
+    ids = _ids(batch, zero_padding)
+    if ids is None:
+        return None
+    rows = torch.embedding(ids.plan.groups[0].matrix(weight), torch.from_numpy(ids.rows))
+    if len(rows) == len(batch.indices):
+        return rows
+    output = weight.new_zeros(len(batch.indices), batch.shape.widest)
+    output[ids.positions] = rows
+    return output
+
+
+def embedding_max(
+    weight: Tensor, batch: TableBatch, with_argmax: bool
+) -> tuple[Tensor, Tensor] | None:
+    """`Backend.table_batched_embedding_max` if all ids are in their tables."""
+    return _bags(weight, None, batch, with_argmax)
+
+
+def dense_backward(
+    grad_output: Tensor,
+    per_sample_weights: Tensor | None,
+    batch: TableBatch,
+    weight_shape: tuple[int, ...],
+    into: Tensor | None,
+) -> Tensor | None:
+    """`Backend.table_batched_embedding_dense_backward` if all ids are in their tables."""
+    ids = _ids(batch, True)
+    if ids is None:
+        return None
+    dtype, grad_output = grad_output.dtype, grad_output.to(accumulation(grad_output.dtype))
+    grad_output = grad_output.contiguous()
+    if batch.shape.pooled:
+        source = ids.bag_of()
+    else:
+        source = np.arange(len(grad_output))[ids.positions]
+    # One sort for all groups: the rows of each are numbered from the end of those before it.
+    rows, groups = ids.rows, ids.plan.groups
+    num_rows, first = np.array([group.num_rows for group in groups]), groups[0]
+    if len(groups) > 1:
+        num_ids = np.diff([*(ids.of(group).start for group in groups), len(rows)])
+        rows = rows + np.repeat(num_rows.cumsum() - num_rows, num_ids)
+    runs, scales = _runs(rows, int(num_rows.sum())), None
+    source = source[runs.order]
+    if per_sample_weights is not None:
+        scales = per_sample_weights.to(grad_output.dtype)[ids.positions][runs.order]
+    max_rows = _max_rows(ids, batch)
+    is_dense = len(groups) == 1 and first.num_rows <= DENSE * len(rows)
+    if into is None and dtype == grad_output.dtype and max_rows is None and is_dense:
+        # Every row is a run, if an empty one: the sums are the gradient, which is not filled with zeros first.
+        counts = np.bincount(rows, minlength=first.num_rows)
+        values = ids.bag_values(first, grad_output, batch)
+        return _sums(values, source, counts.cumsum() - counts, scales).view(weight_shape)
+    grad_weight = grad_output.new_zeros(weight_shape, dtype=dtype) if into is None else into
+    used = ids.rows[runs.order[runs.begins]]
+    for group in groups:
+        matrix, values = group.matrix(grad_weight), ids.bag_values(group, grad_output, batch)
+        if group.mode == MAX and max_rows is not None:
+            of_max = group.bag_rows(max_rows, batch).numpy().ravel()
+            places = np.flatnonzero(of_max >= 0)
+            elements = of_max[places] * group.dim + places % group.dim
+            own = _runs(elements, matrix.numel())
+            elements, places = elements[own.order], places[own.order]
+            sums = _sums(values.view(-1, 1), places, own.begins, None)
+            _add_rows(matrix.view(-1, 1), elements[own.begins], sums, into is None)
+            continue
+        of_group = ids.of(group)
+        a, b = np.searchsorted(runs.begins, (of_group.start, of_group.stop))
+        if a < b:
+            begins = runs.begins[a:b] - of_group.start
+            own_scales = None if scales is None else scales[of_group]
+            sums = _sums(values, source[of_group], begins, own_scales)
+            _add_rows(matrix, used[a:b], sums, into is None)
+    return grad_weight
+
+
+def sample_weights_backward(
+    grad_output: Tensor, weight: Tensor, batch: TableBatch
+) -> Tensor | None:
+    """`Backend.table_batched_embedding_sample_weights_backward` if all ids are in their tables."""
+    ids = _ids(batch, True)
+    if ids is None:
+        return None
+    wide = accumulation(weight.dtype)
+    grad_output = grad_output.to(wide).contiguous()
+    bag_of, products = ids.bag_of(), grad_output.new_empty(len(ids.rows))
+    for group in ids.plan.groups:
+        own = ids.of(group)
+        rows = group.matrix(weight)[ids.rows[own]].to(wide)
+        values = group.bag_rows(grad_output, batch)[bag_of[own]]
+        products[own] = (rows * values).sum(1)
+    grad = weight.new_zeros(len(batch.indices))
+    grad[ids.positions] = products.to(grad.dtype)
+    return grad
+
+
+def _bags(
+    weight: Tensor, per_sample_weights: Tensor | None, batch: TableBatch, with_argmax: bool
+) -> tuple[Tensor, Tensor] | None:
+    """The output [B, sum D], and of the maxima in it the positions if with_argmax."""
+    ids = _ids(batch, True, ALONE)
+    if ids is None:
+        return None
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights[ids.positions]
+    # A view of a parameter requires a gradient, and then torch notes each id's bag, even where none is recorded.
+    weight, max_rows = weight.detach(), _max_rows(ids, batch)
+    outputs, argmax = [weight] * batch.num_tables, [weight] * batch.num_tables
+    for group in ids.plan.groups:
+        own, places = ids.of(group), None
+        if group.mode == MAX and max_rows is not None:
+            bags = _at_rows(group, weight, group.bag_rows(max_rows, batch))
+        elif own.start == own.stop:
+            bags = weight.new_zeros(len(ids.begins_of(group)) - 1, group.dim)
+        else:
+            scales = None if per_sample_weights is None else per_sample_weights[own]
+            try:
+                bags, places = _group_bags(weight, scales, ids, group, with_argmax)
+            except (IndexError, RuntimeError):
+                return None
+        _hand_out(bags, group, outputs)
+        if with_argmax:
+            positions = torch.full_like(bags, -1, dtype=torch.int64)
+            if places is not None:
+                in_batch = np.arange(len(batch.indices))[ids.positions][own]
+                positions = torch.from_numpy(np.append(in_batch, -1))[places]
+            _hand_out(positions, group, argmax)
+    output = torch.cat(outputs, 1)
+    if not with_argmax:
+        return output, output.new_empty(0, dtype=batch.position_dtype)
+    return output, torch.cat(argmax, 1).to(batch.position_dtype)
+
+
+def _hand_out(bags: Tensor, group: Group, outputs: list[Tensor]) -> None:
+    """Set the output [B, D] of each of a group's features, given [F * B, D]."""
+    if len(group.features) == 1:
+        outputs[group.features[0]] = bags
+        return
+    by_feature = bags.split(len(bags) // len(group.features))
+    for feature, output in zip(group.features, by_feature, strict=True):
+        outputs[feature] = output
+
+
+def _group_bags(
+    weight: Tensor, scales: Tensor | None, ids: Ids, group: Group, with_argmax: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none."""
+    own, begins = ids.of(group), ids.begins_of(group)
+    matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[own])
+    begins = torch.from_numpy((begins[:-1] - own.start).astype(ids.rows.dtype, copy=False))
+    # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
+    names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
+    if names_row or (is_mean and weight.dtype.itemsize == 2):
+        matrix, rows = matrix.index_select(0, rows), torch.arange(len(rows), dtype=rows.dtype)
+    if is_mean:
+        matrix = matrix.to(accumulation(weight.dtype))
+    bags, _, sizes, places = torch.embedding_bag(
+        matrix, rows, begins, False, group.mode, False, scales
+    )
+    return bags.to(weight.dtype), torch.where(sizes[:, None] > 0, places, -1) if names_row else None
+
+
+def _at_rows(group: Group, weight: Tensor, rows: Tensor) -> Tensor:
+    """Of each element of a group's `bag_rows` what stands in the given row, 0 at -1 -> [F * B, D]."""
+    elements = rows.clamp(min=0) * group.dim + torch.arange(group.dim)
+    values = torch.where(rows >= 0, group.matrix(weight).view(-1)[elements], 0)
+    return values.view(-1, len(group.features), group.dim).transpose(0, 1).flatten(0, 1)
+
+
+def _max_rows(ids: Ids, batch: TableBatch) -> Tensor | None:
+    """What `batch.max_positions` names, as rows of the groups' matrices -> [B, sum D]; -1: no id of the bag."""
+    if batch.max_positions is None:
+        return None
+    num_ids, num_tables = len(batch.indices), batch.num_tables
+    positions = batch.max_positions.numpy()
+    positions = np.where((positions >= 0) & (positions < num_ids), positions, num_ids)
+    place_at = np.full(num_ids + 1, -1)
+    place_at[:-1][ids.positions] = np.arange(len(ids.rows))
+    places = place_at[positions]
+    columns = batch.table_of_column.numpy()
+    if ids.plan.features is not None:
+        columns = ids.plan.features.argsort()[columns]
+    begins, ends = (x.reshape(num_tables, -1)[columns].T for x in (ids.begins[:-1], ids.begins[1:]))
+    is_own = (places >= begins) & (places < ends)
+    return torch.from_numpy(np.where(is_own, np.append(ids.rows, -1)[places], -1))
+
+
+def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | None:
+    """The ids that are in a bag, by groups; a feature of at least `alone` ids is one of its own.
+
+    None: an id is out of range, offsets are wrong, or rows of different widths are looked up without sums.
+    """
+    num_bags, pooled = batch.bags_per_table, batch.shape.pooled
+    indices, begins = torch_ids(batch.indices).numpy(), batch.offsets.numpy()
+    begins = begins.astype(np.int64, copy=False)
+    if begins[0] != 0 or begins[-1] > len(indices) or (begins[1:] < begins[:-1]).any():
+        return None
+    rows, first_ids = indices[: begins[-1]], begins[::num_bags]
+    num_ids = np.diff(first_ids)
+    is_alone = num_ids >= alone
+    plan = _plan(batch.fields.numpy().tobytes(), *batch.shape[1:3], pooled, is_alone.tobytes())
+    # Of a feature that is looked up alone torch looks at the ids.
+    is_checked = is_alone.all() or _in_range(rows, first_ids, num_ids, plan.num_rows)
+    if not is_checked or not (pooled or batch.is_uniform):
+        return None
+    positions: Integers | slice = slice(len(rows))
+    if drop_padding and plan.padding is not None:
+        kept = np.flatnonzero(rows != np.repeat(plan.padding, num_ids))
+        if len(kept) < len(rows):
+            begins = np.searchsorted(kept, begins)
+            rows, positions, first_ids = rows[kept], kept, begins[::num_bags]
+            num_ids = np.diff(first_ids)
+    if plan.features is not None:
+        lengths = np.diff(begins).reshape(-1, num_bags)[plan.features].ravel()
+        begins, from_ids = np.append(0, lengths.cumsum()), first_ids[plan.features]
+        num_ids, first_ids = num_ids[plan.features], begins[::num_bags]
+        moved = np.arange(len(rows)) + np.repeat(from_ids - first_ids[:-1], num_ids)
+        rows = rows[moved]
+        positions = moved if isinstance(positions, slice) else positions[moved]
+    if plan.first_rows is not None:
+        rows = rows + np.repeat(plan.first_rows, num_ids)
+    return Ids(rows, positions, begins, plan)
+
+
+@lru_cache(PLANS)
+def _plan(fields: bytes, widest: int, dim_divisor: int, pooled: bool, is_alone: bytes) -> Plan:
+    """The groups of features, given the bytes of `TableBatch.fields`, and of which are looked up alone."""
+    of_features = np.frombuffer(fields, np.int64).reshape(-1, len(TableColumn))
+    num_rows, padding = (
+        of_features[:, column] for column in (TableColumn.NUM_ROWS, TableColumn.PADDING_IDX)
+    )
+    columns = TableColumn.DIM, TableColumn.FIRST_ELEMENT, TableColumn.FIRST_COLUMN
+    dim, element, column = (of_features[:, number] for number in columns)
+    mode, count = of_features[:, TableColumn.MODE] * pooled, len(of_features)
+    # Matrices of one width begin at different places of a row, as tables begin at multiples of 8 elements alone.
+    key = (dim * (widest + 1) + element % dim) * len(MODES) + mode
+    key = np.where(np.frombuffer(is_alone, bool), np.arange(-count, 0), key)
+    features = np.argsort(key, kind="stable")
+    starts = np.flatnonzero(np.diff(key[features], prepend=key.min() - 1))
+    sizes = np.diff(starts, append=count)
+    base = np.minimum.reduceat(element[features], starts)
+    first_rows = (element[features] - np.repeat(base, sizes)) // dim[features]
+    heights = np.maximum.reduceat(first_rows + num_rows[features], starts)
+    groups = []
+    for start, size, first_element, height in zip(
+        *(numbers.tolist() for numbers in (starts, sizes, base, heights)), strict=True
+    ):
+        own = features[start : start + size]
+        width, pieces = int(dim[own[0]]), None
+        if size < count:
+            pieces = column[own, None] // dim_divisor + np.arange(width // dim_divisor)
+            pieces = pieces.ravel()
+        shape = int(mode[own[0]]), width, first_element, height
+        groups.append(Group(own.tolist(), start, start + size, *shape, pieces))
+    return Plan(
+        num_rows.astype(np.uint64),
+        padding if (padding >= 0).any() else None,
+        features if (features != np.arange(count)).any() else None,
+        first_rows if first_rows.any() else None,
+        np.arange(count) - np.repeat(starts, sizes),
+        np.repeat(sizes, sizes),
+        groups,
+    )
+
+
+def _in_range(
+    ids: Integers, first_ids: Integers, num_ids: Integers, num_rows: NDArray[np.uint64]
+) -> bool:
+    """Whether every id is in its table."""
+    used = np.flatnonzero(num_ids)
+    if len(used) == 0:
+        return True
+    # A negative id is a large unsigned one.
+    highest = np.maximum.reduceat(ids.view(f"u{ids.itemsize}"), first_ids[used])
+    return bool((highest < num_rows[used]).all())
+
+
+class Runs(NamedTuple):
+    """Numbers in ascending order."""
+
+    order: Integers  # [n]: where each was, equal ones from the first to the last
+    begins: Integers  # where in this order each number begins
+
+
+def _runs(numbers: Integers, end: int) -> Runs:
+    """Sort numbers from 0 up to an end."""
+    bits = len(numbers).bit_length()
+    if end >= 1 << (63 - bits):
+        order = np.argsort(numbers, kind="stable")
+        ordered = numbers[order]
+    else:
+        # Numbers with their places behind them are sorted in a tenth of the time.
+        keys = np.sort(numbers.astype(np.int64) << bits | np.arange(len(numbers)))
+        order, ordered = keys & (1 << bits) - 1, keys >> bits
+    is_begin = np.ones(len(ordered), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=is_begin[1:])
+    return Runs(order, np.flatnonzero(is_begin))
+
+
+def _sums(values: Tensor, source: Integers, begins: Integers, scales: Tensor | None) -> Tensor:
+    """Of rows source[n] of `values`, times scales[n], the sum from each of `begins` to the next."""
+    arguments = values, torch.from_numpy(source), torch.from_numpy(begins)
+    sums, *_ = torch.embedding_bag(*arguments, False, SUM, False, scales)
+    return sums
+
+
+def _add_rows(matrix: Tensor, used: Integers, sums: Tensor, is_new: bool) -> None:
+    """Add to rows of a matrix, each named once; is_new: it holds zeros."""
+    rows = torch.from_numpy(used)
+    if not is_new:
+        sums += matrix.index_select(0, rows)
+    matrix[rows] = sums.to(matrix.dtype)
