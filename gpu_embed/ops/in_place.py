@@ -57,8 +57,9 @@ class Handle:
         in_force.discard(id(self))
         settings.changed()
 
-    def __del__(self) -> None:
-        in_force.discard(id(self))
+    # An argument, since at the interpreter's exit the module may have lost its names.
+    def __del__(self, discard: Callable[[int], None] = in_force.discard) -> None:
+        discard(id(self))
 
 
 def is_marked(leaf: Tensor) -> bool:

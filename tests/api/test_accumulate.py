@@ -4,6 +4,8 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -13,7 +15,7 @@ from functools import partial
 import pytest
 import table_cases
 import torch
-from cases import GRADIENT_DTYPES, same_bits
+from cases import GRADIENT_DTYPES, ID_DTYPES, same_bits
 from torch import func
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +25,16 @@ import gpu_embed
 from gpu_embed import accumulate_in_place
 from gpu_embed.backends._torch import lookup as torch_lookup
 from gpu_embed.ops import in_place
+
+# torch's own: about its compiler, and about gradients that this test makes on purpose.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "`torch.jit.script` is deprecated",
+        "grad and param do not obey the gradient layout contract",
+        "Using backward\\(\\) with create_graph=True",
+    )
+]
 
 HAS_GRAD_DTYPE = hasattr(torch.nn.Parameter, "grad_dtype")
 
@@ -180,6 +192,17 @@ def test_ids_out_of_range_add_nothing(target, added):
         layer(torch.tensor([1, -1, 9, 1], device=target.device)).sum().backward()
     assert len(added) == 1
     assert layer.weight.grad[:, 0].tolist() == [1, 3, *[1] * 7]
+
+
+@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ids_of_each_dtype(target, id_dtype, dtype, added):
+    layer = gpu_embed.Embedding(9, 4, padding_idx=2, dtype=dtype, device=target.device)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    accumulate_in_place(layer)
+    layer(torch.tensor([[5, 2], [5, 8]], dtype=id_dtype, device=target.device)).sum().backward()
+    assert len(added) == 1
+    assert layer.weight.grad[:, 1].tolist() == [1, 1, 1, 1, 1, 3, 1, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -907,6 +930,17 @@ def test_a_mark_outlives_its_handle_and_no_handle_its_leaves(added):
     assert in_place.in_force - before == {id(handle)}
     del handle
     assert not in_place.in_force - before
+
+
+@pytest.mark.full
+def test_the_interpreter_exits_in_silence():
+    code = (
+        "import gpu_embed, torch\n"
+        "layer = torch.keep = gpu_embed.Embedding(3, 2)\n"
+        "gpu_embed.accumulate_in_place(layer)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_what_a_module_means(added):

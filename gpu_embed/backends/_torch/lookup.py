@@ -75,6 +75,13 @@ class TorchLookup:
         ids = torch_ids(indices).reshape(-1)
         grad_output = grad_output.reshape(ids.numel(), grad_output.shape[-1])
         kept = in_table(ids, num_embeddings)
+        if (
+            into is None
+            and not ids.is_cuda
+            and grad_output.dtype in (torch.float16, torch.bfloat16)
+        ):
+            # torch's CPU kernel sums in 16 bit, which stops growing at 256 (bf16) or 2048 (fp16).
+            into = grad_output.new_zeros(num_embeddings, grad_output.shape[1])
         if into is not None:
             if padding_idx >= 0:
                 kept &= ids != padding_idx
@@ -92,10 +99,6 @@ class TorchLookup:
             )[:num_embeddings]
         if not kept.all():
             ids, grad_output = ids[kept], grad_output[kept]
-        if grad_output.dtype in (torch.float16, torch.bfloat16):
-            return _dense_backward_in_fp32(
-                grad_output, ids, num_embeddings, padding_idx, scale_grad_by_freq
-            )
         return torch.ops.aten.embedding_dense_backward(
             grad_output, ids, num_embeddings, padding_idx, scale_grad_by_freq
         )
@@ -211,27 +214,3 @@ def _add_without_sync(
     # Every position of a row writes the same sum.
     keys = keys.to(torch.int64)
     return into.index_copy_(0, keys, (total[run] + into[keys]).to(into.dtype))
-
-
-def _dense_backward_in_fp32(
-    grad_output: Tensor,
-    ids: Tensor,
-    num_embeddings: int,
-    padding_idx: int,
-    scale_grad_by_freq: bool,
-) -> Tensor:
-    """The gradient of a 16-bit table, summed in fp32 over the used rows only.
-
-    torch's CPU kernel sums in 16 bit, which stops growing at 256 (bf16) or 2048 (fp16).
-    """
-    kept = ids != padding_idx
-    rows, run = torch.unique(ids[kept], return_inverse=True)
-    total = torch.zeros(
-        len(rows), grad_output.shape[1], dtype=torch.float32, device=grad_output.device
-    )
-    total.index_add_(0, run, grad_output[kept].float())
-    if scale_grad_by_freq:
-        total /= torch.bincount(run, minlength=len(rows))[:, None]
-    grad_weight = grad_output.new_zeros(num_embeddings, grad_output.shape[1])
-    grad_weight[rows] = total.to(grad_output.dtype)
-    return grad_weight
