@@ -16,9 +16,17 @@ from matplotlib.text import Text  # noqa: E402
 from pictured import BASE, HEADER, texts_of  # noqa: E402
 
 from gpu_embed.bench import plots  # noqa: E402
-from gpu_embed.bench.results import Row, RowWriter, write_header, write_whole  # noqa: E402
+from gpu_embed.bench.results import (  # noqa: E402
+    Row,
+    RowWriter,
+    read_header,
+    read_rows,
+    write_header,
+    write_whole,
+)
 from gpu_embed.bench.shapes import ACCUMULATE, STEPS  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
 SPEED = {"gpu_embed": 1.0, "gpu_embed-sorted": 1.5, "torch": 2.0, "liger-kernel": 4.0}
 OTHERS = {"gpu_embed-in-backward": 1.0, "fbgemm-gpu-cpu": 2.0}
 
@@ -347,6 +355,18 @@ def test_pictures_of_steps_say_how_times_grow():
         assert "±" in ours.get_text()
         assert ours.get_color() != theirs.get_color()
         assert "least squares" in picture.figure.get_supxlabel()
+
+
+@pytest.mark.full
+def test_the_docs_picture_of_steps_is_drawn_from_committed_rows():
+    picture = (ROOT / "docs" / "pictures" / "step_as_the_table_grows.png").resolve()
+    items = plots.pictures(read_rows(picture.parent), read_header(picture.parent))
+    (again,) = (item for item in items if getattr(item, "name", "") == picture.stem)
+    drawn_now = image.imread(io.BytesIO(plots.png(again.figure)))
+    shown = image.imread(picture)
+    assert drawn_now.shape == shown.shape
+    # Another matplotlib may set a letter elsewhere.
+    assert np.abs(drawn_now - shown).mean() < 0.01
 
 
 def test_steps_without_memory_have_no_empty_panel_and_no_other_picture_of_time():

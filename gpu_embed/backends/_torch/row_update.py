@@ -1,5 +1,6 @@
 """The formulas of `RowUpdate` in torch's operators, for the torch backend."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from ...dtypes import accumulation
 from ...reference.rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
 from ...row_update import STATE, RowUpdate, Stream
 from ...tables.entries import TableEntries
-from ...tables.layout import TableColumn
+from ...tables.layout import MODES, TableColumn
 from .sort import sort_ids
 
 LOW = 0xFFFFFFFF
@@ -53,31 +54,66 @@ def table_row_update_(
 ) -> None:
     """`Backend.table_row_update_`; on CUDA it waits to learn how many rows there are.
 
-    Rows are as wide as the widest here, with zeros behind each one's D.
+    The tables of one D at a time, whose rows are then a matrix.
     """
-    sums = _row_sums(entries.num_rows, entries.rows, entries.row_values(), rows)
-    # Any entry of a row tells its table.
-    of_rows = entries._replace(rows=sums.used, output_bag=entries.output_bag[sums.entry])
-    in_row = of_rows.in_row()
-    elements = of_rows.elements(0)[in_row]
+    per_row = [False] + [layout.per_row for layout in STATE[update.formula]]
+    entries = entries._replace(values=entries.values.contiguous())
+    dims = entries.field(TableColumn.DIM)
+    for dim in dims.unique().tolist():
+        positions = (dims == dim).nonzero()[:, 0]
+        ids = entries.rows.index_select(0, positions)
+        sums = _row_sums(entries.num_rows, ids, _values_of(entries, positions, dim), rows)
+        # Any entry of a row tells its table.
+        output_bag = entries.output_bag[positions.index_select(0, sums.entry)]
+        of_rows = entries._replace(rows=sums.used, output_bag=output_bag)
+        row = sums.used - of_rows.field(TableColumn.FIRST_ROW)
+        begin = of_rows.field(TableColumn.FIRST_ELEMENT) + row * dim
+        size = _piece_size(entries, dim, TableColumn.FIRST_ELEMENT, weight)
+        pieces = _pieces(begin, dim, size)
+        buffers = [
+            (tensor, sums.used) if is_row else (tensor.view(-1, size), pieces)
+            for tensor, is_row in zip((weight, *state), per_row, strict=True)
+        ]
+        w, *kept_state = (
+            tensor.index_select(0, places).view(-1, *[] if is_row else [dim])
+            for (tensor, places), is_row in zip(buffers, per_row, strict=True)
+        )
+        w = _updated(update, w, kept_state, sums, dim)
+        for (tensor, places), new in zip(buffers, (w, *kept_state), strict=True):
+            _write_rows(tensor, places, new.view(-1, *tensor.shape[1:]))
 
-    def read(buffer: Tensor) -> Tensor:
-        wide = buffer.new_zeros(in_row.shape)
-        wide[in_row] = buffer.view(-1)[elements]
-        return wide
 
-    per_row = [layout.per_row for layout in STATE[update.formula]]
-    kept_state = [
-        tensor[sums.used] if is_row else read(tensor)
-        for tensor, is_row in zip(state, per_row, strict=True)
-    ]
-    dim = of_rows.field(TableColumn.DIM)
-    weight.view(-1)[elements] = _updated(update, read(weight), kept_state, sums, dim)[in_row]
-    for tensor, new, is_row in zip(state, kept_state, per_row, strict=True):
-        if is_row:
-            tensor[sums.used] = new
-        else:
-            tensor.view(-1)[elements] = new[in_row]
+def _values_of(entries: TableEntries, positions: Tensor, dim: int) -> Tensor:
+    """`TableEntries.row_values` of the entries [n] of tables of one D, which have a meaning where those take part."""
+    output_bag = entries.output_bag.index_select(0, positions)
+    chosen = entries._replace(output_bag=output_bag)
+    bag = output_bag.to(torch.int64) // entries.num_tables
+    begin = bag * entries.values.shape[1] + chosen.field(TableColumn.FIRST_COLUMN)
+    size = _piece_size(entries, dim, TableColumn.FIRST_COLUMN, entries.values[0])
+    pieces = _pieces(begin, dim, size)
+
+    def gathered(of_output: Tensor) -> Tensor:
+        return of_output.reshape(-1, size).index_select(0, pieces).view(-1, dim)
+
+    values = gathered(entries.values).to(accumulation(entries.values.dtype))
+    if entries.max_positions is not None:
+        is_max = chosen.field(TableColumn.MODE) == MODES.index("max")
+        is_argmax = gathered(entries.max_positions) == positions[:, None]
+        values = torch.where(is_argmax | ~is_max[:, None], values, 0)
+    if entries.scales is not None:
+        values = values * entries.scales.index_select(0, positions)[:, None]
+    return values
+
+
+def _piece_size(entries: TableEntries, dim: int, column: TableColumn, buffer: Tensor) -> int:
+    """The largest number that divides D, where its tables begin in a buffer, and how long that is."""
+    begins = entries.fields[entries.fields[:, TableColumn.DIM] == dim][:, column]
+    return math.gcd(dim, buffer.numel(), *begins.tolist())
+
+
+def _pieces(begin: Tensor, dim: int, size: int) -> Tensor:
+    """The pieces of which rows [n, D] consist that begin at these elements -> int64 [n * D / size]."""
+    return (begin[:, None] // size + torch.arange(dim // size, device=begin.device)).view(-1)
 
 
 class RowSums(NamedTuple):
