@@ -152,6 +152,23 @@ def test_a_16_bit_gradient_gets_sums_of_fp32(module):
     assert into[:, 0].tolist() == [4128, 32, 32, 4128, 32]
 
 
+@pytest.mark.parametrize("num_rows", [100, 20_000, 40_000])
+def test_many_ids_of_several_groups(num_rows):
+    """Groups stay in their order, whatever the dtype of the keys that are sorted."""
+    layout = make_layout([(num_rows, 4), (num_rows, 8)], "sum", None)
+    constants = layout.fields(CPU), layout.table_of_column(CPU), layout.shape(True)
+    ids = integers(torch.Generator().manual_seed(0), 0, num_rows, 40_000)
+    batch = TableBatch(ids, torch.arange(0, 40_001, 8), *constants)
+    grad_output = integers(torch.Generator().manual_seed(1), -2, 3, 2500, 12).float()
+    expected = [
+        torch.zeros(num_rows, dim).index_add_(0, own, grad.repeat_interleave(8, 0))
+        for own, dim, grad in zip(ids.chunk(2), (4, 8), grad_output.split([4, 8], 1), strict=True)
+    ]
+    gradient = tables_cpu.dense_backward(grad_output, None, batch, layout.buffer_shape, None)
+    for table, rows in enumerate(expected):
+        assert torch.equal(layout.view(gradient, table), rows)
+
+
 @pytest.mark.parametrize("alone", [1, 4096])
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_an_id_out_of_range_is_left_to_the_other(monkeypatch, mode, alone):

@@ -15,6 +15,7 @@ from ...dtypes import accumulation
 from ...tables.batch import TableBatch
 from ...tables.layout import MODES, TableColumn
 from .lookup import torch_ids
+from .sort import sort_ids
 
 Integers = NDArray[np.integer]
 
@@ -30,15 +31,19 @@ SUM, MEAN, MAX = range(len(MODES))
 class Group(NamedTuple):
     """F features of one mode whose tables' rows are rows of one matrix [V, D]."""
 
+    number: int  # of this group among all
     features: list[int]
-    first: int  # of these features, in the order of all groups; so is `end`
-    end: int
+    places: slice  # of these features, in the order of all groups
     mode: int
     dim: int  # D
     first_element: int  # where in the buffer the matrix begins
     num_rows: int  # V
     # Its columns of an output, in pieces of `TableShape.dim_divisor`; None: all of them.
     pieces: Integers | None
+
+    def bags(self, bags_per_table: int) -> slice:
+        """Its bags among those of all groups, feature by feature."""
+        return slice(self.places.start * bags_per_table, self.places.stop * bags_per_table)
 
     def matrix(self, buffer: Tensor) -> Tensor:
         """[V, D], in the memory of a buffer."""
@@ -71,17 +76,12 @@ class Ids(NamedTuple):
     rows: Integers  # [n]: each id's row of its group's matrix
     positions: Integers | slice  # [n]: where in the batch each id is
     begins: Integers  # [T * B + 1]: where each bag begins; those of a feature's B bags are adjacent
+    bounds: list[int]  # where each group's ids begin, and where the last one's end
     plan: Plan
-
-    def begins_of(self, group: Group) -> Integers:
-        """Where the bags of a group begin, and where the last one ends -> [F * B + 1]."""
-        num_bags = (len(self.begins) - 1) // len(self.plan.place)
-        return self.begins[group.first * num_bags : group.end * num_bags + 1]
 
     def of(self, group: Group) -> slice:
         """Where in `rows` the ids of a group are."""
-        begins = self.begins_of(group)
-        return slice(int(begins[0]), int(begins[-1]))
+        return slice(*self.bounds[group.number : group.number + 2])
 
     def bag_of(self) -> Integers:
         """The row of each id's bag among its group's `bag_rows` -> [n]."""
@@ -96,7 +96,7 @@ class Ids(NamedTuple):
         values = group.bag_rows(grad_output, batch)
         if group.mode != MEAN:
             return values
-        sizes = np.diff(self.begins_of(group)).clip(1)
+        sizes = np.diff(self.begins)[group.bags(batch.bags_per_table)].clip(1)
         return values / torch.from_numpy(sizes.reshape(len(group.features), -1).T.reshape(-1, 1))
 
 
@@ -110,7 +110,8 @@ def embedding(
     ids = _ids(batch, zero_padding)
     if ids is None:
         return None
-    rows = torch.embedding(ids.plan.groups[0].matrix(weight), torch.from_numpy(ids.rows))
+    (group,) = ids.plan.groups
+    rows = torch.embedding(group.matrix(weight.detach()), torch.from_numpy(ids.rows))
     if len(rows) == len(batch.indices):
         return rows
     output = weight.new_zeros(len(batch.indices), batch.shape.widest)
@@ -136,8 +137,8 @@ def dense_backward(
     ids = _ids(batch, True)
     if ids is None:
         return None
-    dtype, grad_output = grad_output.dtype, grad_output.to(accumulation(grad_output.dtype))
-    grad_output = grad_output.contiguous()
+    dtype = grad_output.dtype
+    grad_output = grad_output.detach().to(accumulation(dtype)).contiguous()
     if batch.shape.pooled:
         source = ids.bag_of()
     else:
@@ -146,8 +147,7 @@ def dense_backward(
     rows, groups = ids.rows, ids.plan.groups
     num_rows, first = np.array([group.num_rows for group in groups]), groups[0]
     if len(groups) > 1:
-        num_ids = np.diff([*(ids.of(group).start for group in groups), len(rows)])
-        rows = rows + np.repeat(num_rows.cumsum() - num_rows, num_ids)
+        rows = rows + np.repeat(num_rows.cumsum() - num_rows, np.diff(ids.bounds))
     runs, scales = _runs(rows, int(num_rows.sum())), None
     source = source[runs.order]
     if per_sample_weights is not None:
@@ -161,24 +161,18 @@ def dense_backward(
         return _sums(values, source, counts.cumsum() - counts, scales).view(weight_shape)
     grad_weight = grad_output.new_zeros(weight_shape, dtype=dtype) if into is None else into
     used = ids.rows[runs.order[runs.begins]]
+    bounds = np.searchsorted(runs.begins, ids.bounds).tolist()
     for group in groups:
         matrix, values = group.matrix(grad_weight), ids.bag_values(group, grad_output, batch)
         if group.mode == MAX and max_rows is not None:
-            of_max = group.bag_rows(max_rows, batch).numpy().ravel()
-            places = np.flatnonzero(of_max >= 0)
-            elements = of_max[places] * group.dim + places % group.dim
-            own = _runs(elements, matrix.numel())
-            elements, places = elements[own.order], places[own.order]
-            sums = _sums(values.view(-1, 1), places, own.begins, None)
-            _add_rows(matrix.view(-1, 1), elements[own.begins], sums, into is None)
+            _add_maxima(matrix, group.bag_rows(max_rows, batch), values, into is None)
             continue
-        of_group = ids.of(group)
-        a, b = np.searchsorted(runs.begins, (of_group.start, of_group.stop))
-        if a < b:
-            begins = runs.begins[a:b] - of_group.start
-            own_scales = None if scales is None else scales[of_group]
-            sums = _sums(values, source[of_group], begins, own_scales)
-            _add_rows(matrix, used[a:b], sums, into is None)
+        own, own_runs = ids.of(group), slice(*bounds[group.number : group.number + 2])
+        if own.start < own.stop:
+            begins = runs.begins[own_runs] - own.start
+            own_scales = None if scales is None else scales[own]
+            sums = _sums(values, source[own], begins, own_scales)
+            _add_rows(matrix, used[own_runs], sums, into is None)
     return grad_weight
 
 
@@ -190,11 +184,11 @@ def sample_weights_backward(
     if ids is None:
         return None
     wide = accumulation(weight.dtype)
-    grad_output = grad_output.to(wide).contiguous()
+    grad_output = grad_output.detach().to(wide).contiguous()
     bag_of, products = ids.bag_of(), grad_output.new_empty(len(ids.rows))
     for group in ids.plan.groups:
         own = ids.of(group)
-        rows = group.matrix(weight)[ids.rows[own]].to(wide)
+        rows = group.matrix(weight.detach())[ids.rows[own]].to(wide)
         values = group.bag_rows(grad_output, batch)[bag_of[own]]
         products[own] = (rows * values).sum(1)
     grad = weight.new_zeros(len(batch.indices))
@@ -213,30 +207,34 @@ def _bags(
         per_sample_weights = per_sample_weights[ids.positions]
     # A view of a parameter requires a gradient, and then torch notes each id's bag, even where none is recorded.
     weight, max_rows = weight.detach(), _max_rows(ids, batch)
+    num_bags = [len(group.features) * batch.bags_per_table for group in ids.plan.groups]
+    begins_in_group = ids.begins[:-1] - np.repeat(ids.bounds[:-1], num_bags)
+    begins_in_group = begins_in_group.astype(ids.rows.dtype, copy=False)
     outputs, argmax = [weight] * batch.num_tables, [weight] * batch.num_tables
     for group in ids.plan.groups:
         own, places = ids.of(group), None
+        begins = torch.from_numpy(begins_in_group[group.bags(batch.bags_per_table)])
         if group.mode == MAX and max_rows is not None:
             bags = _at_rows(group, weight, group.bag_rows(max_rows, batch))
         elif own.start == own.stop:
-            bags = weight.new_zeros(len(ids.begins_of(group)) - 1, group.dim)
+            bags = weight.new_zeros(len(begins), group.dim)
         else:
             scales = None if per_sample_weights is None else per_sample_weights[own]
             try:
-                bags, places = _group_bags(weight, scales, ids, group, with_argmax)
+                bags, places = _group_bags(weight, scales, ids, group, begins, with_argmax)
             except (IndexError, RuntimeError):
                 return None
         _hand_out(bags, group, outputs)
-        if with_argmax:
-            positions = torch.full_like(bags, -1, dtype=torch.int64)
-            if places is not None:
-                in_batch = np.arange(len(batch.indices))[ids.positions][own]
-                positions = torch.from_numpy(np.append(in_batch, -1))[places]
-            _hand_out(positions, group, argmax)
+        if with_argmax and places is not None:
+            positions = torch.arange(len(batch.indices), dtype=batch.position_dtype)
+            positions = torch.cat([positions[ids.positions][own], positions.new_full((1,), -1)])
+            _hand_out(positions[places], group, argmax)
+        elif with_argmax:
+            _hand_out(torch.full_like(bags, -1, dtype=batch.position_dtype), group, argmax)
     output = torch.cat(outputs, 1)
     if not with_argmax:
         return output, output.new_empty(0, dtype=batch.position_dtype)
-    return output, torch.cat(argmax, 1).to(batch.position_dtype)
+    return output, torch.cat(argmax, 1)
 
 
 def _hand_out(bags: Tensor, group: Group, outputs: list[Tensor]) -> None:
@@ -250,12 +248,20 @@ def _hand_out(bags: Tensor, group: Group, outputs: list[Tensor]) -> None:
 
 
 def _group_bags(
-    weight: Tensor, scales: Tensor | None, ids: Ids, group: Group, with_argmax: bool
+    weight: Tensor,
+    scales: Tensor | None,
+    ids: Ids,
+    group: Group,
+    begins: Tensor,
+    with_argmax: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none."""
-    own, begins = ids.of(group), ids.begins_of(group)
-    matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[own])
-    begins = torch.from_numpy((begins[:-1] - own.start).astype(ids.rows.dtype, copy=False))
+    """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none.
+
+    Args:
+        scales: of these ids, the per-sample weights.
+        begins: where among them each bag begins.
+    """
+    matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[ids.of(group)])
     # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
     names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
     if names_row or (is_mean and weight.dtype.itemsize == 2):
@@ -279,18 +285,18 @@ def _max_rows(ids: Ids, batch: TableBatch) -> Tensor | None:
     """What `batch.max_positions` names, as rows of the groups' matrices -> [B, sum D]; -1: no id of the bag."""
     if batch.max_positions is None:
         return None
-    num_ids, num_tables = len(batch.indices), batch.num_tables
+    num_ids, bags_per_table = len(batch.indices), batch.bags_per_table
+    row_at, bag_at = np.full((2, num_ids + 1), -1)
+    row_at[:-1][ids.positions] = ids.rows
+    bag_at[:-1][ids.positions] = np.repeat(np.arange(batch.bags.num_bags), np.diff(ids.begins))
+    # A negative position is a large unsigned one.
     positions = batch.max_positions.numpy()
-    positions = np.where((positions >= 0) & (positions < num_ids), positions, num_ids)
-    place_at = np.full(num_ids + 1, -1)
-    place_at[:-1][ids.positions] = np.arange(len(ids.rows))
-    places = place_at[positions]
+    positions = np.minimum(positions.view(f"u{positions.itemsize}"), num_ids).view(positions.dtype)
     columns = batch.table_of_column.numpy()
     if ids.plan.features is not None:
         columns = ids.plan.features.argsort()[columns]
-    begins, ends = (x.reshape(num_tables, -1)[columns].T for x in (ids.begins[:-1], ids.begins[1:]))
-    is_own = (places >= begins) & (places < ends)
-    return torch.from_numpy(np.where(is_own, np.append(ids.rows, -1)[places], -1))
+    bags = columns.astype(np.int64) * bags_per_table + np.arange(bags_per_table)[:, None]
+    return torch.from_numpy(np.where(bag_at[positions] == bags, row_at[positions], -1))
 
 
 def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | None:
@@ -306,7 +312,8 @@ def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | 
     rows, first_ids = indices[: begins[-1]], begins[::num_bags]
     num_ids = np.diff(first_ids)
     is_alone = num_ids >= alone
-    plan = _plan(batch.fields.numpy().tobytes(), *batch.shape[1:3], pooled, is_alone.tobytes())
+    shape = batch.shape.widest, batch.shape.dim_divisor, pooled
+    plan = _plan(batch.fields.numpy().tobytes(), *shape, is_alone.tobytes())
     # Of a feature that is looked up alone torch looks at the ids.
     is_checked = is_alone.all() or _in_range(rows, first_ids, num_ids, plan.num_rows)
     if not is_checked or not (pooled or batch.is_uniform):
@@ -327,7 +334,8 @@ def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | 
         positions = moved if isinstance(positions, slice) else positions[moved]
     if plan.first_rows is not None:
         rows = rows + np.repeat(plan.first_rows, num_ids)
-    return Ids(rows, positions, begins, plan)
+    bounds = begins[[*(group.places.start * num_bags for group in plan.groups), -1]].tolist()
+    return Ids(rows, positions, begins, bounds, plan)
 
 
 @lru_cache(PLANS)
@@ -349,7 +357,7 @@ def _plan(fields: bytes, widest: int, dim_divisor: int, pooled: bool, is_alone: 
     base = np.minimum.reduceat(element[features], starts)
     first_rows = (element[features] - np.repeat(base, sizes)) // dim[features]
     heights = np.maximum.reduceat(first_rows + num_rows[features], starts)
-    groups = []
+    groups: list[Group] = []
     for start, size, first_element, height in zip(
         *(numbers.tolist() for numbers in (starts, sizes, base, heights)), strict=True
     ):
@@ -359,7 +367,8 @@ def _plan(fields: bytes, widest: int, dim_divisor: int, pooled: bool, is_alone: 
             pieces = column[own, None] // dim_divisor + np.arange(width // dim_divisor)
             pieces = pieces.ravel()
         shape = int(mode[own[0]]), width, first_element, height
-        groups.append(Group(own.tolist(), start, start + size, *shape, pieces))
+        places = slice(start, start + size)
+        groups.append(Group(len(groups), own.tolist(), places, *shape, pieces))
     return Plan(
         num_rows.astype(np.uint64),
         padding if (padding >= 0).any() else None,
@@ -384,25 +393,20 @@ def _in_range(
 
 
 class Runs(NamedTuple):
-    """Numbers in ascending order."""
+    """Ids with equal ones side by side."""
 
-    order: Integers  # [n]: where each was, equal ones from the first to the last
-    begins: Integers  # where in this order each number begins
+    order: Integers  # [n]: where each was, of equal ones the first first
+    begins: Integers  # where in this order each id begins
 
 
-def _runs(numbers: Integers, end: int) -> Runs:
-    """Sort numbers from 0 up to an end."""
-    bits = len(numbers).bit_length()
-    if end >= 1 << (63 - bits):
-        order = np.argsort(numbers, kind="stable")
-        ordered = numbers[order]
-    else:
-        # Numbers with their places behind them are sorted in a tenth of the time.
-        keys = np.sort(numbers.astype(np.int64) << bits | np.arange(len(numbers)))
-        order, ordered = keys & (1 << bits) - 1, keys >> bits
-    is_begin = np.ones(len(ordered), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=is_begin[1:])
-    return Runs(order, np.flatnonzero(is_begin))
+def _runs(ids: Integers, num_rows: int) -> Runs:
+    """Sort ids of a table in ascending order."""
+    # Keys for twice as many rows do not wrap around, which would change the order of groups.
+    keys, order = sort_ids(torch.from_numpy(ids), 2 * num_rows)
+    sorted_keys = keys.numpy()
+    is_begin = np.ones(len(ids), bool)
+    np.not_equal(sorted_keys[1:], sorted_keys[:-1], out=is_begin[1:])
+    return Runs(order.numpy(), np.flatnonzero(is_begin))
 
 
 def _sums(values: Tensor, source: Integers, begins: Integers, scales: Tensor | None) -> Tensor:
@@ -412,9 +416,23 @@ def _sums(values: Tensor, source: Integers, begins: Integers, scales: Tensor | N
     return sums
 
 
+def _add_maxima(matrix: Tensor, rows: Tensor, values: Tensor, is_new: bool) -> None:
+    """Add each element of `values` [M, D] to its column of the given row [M, D], -1: none; the rest as `_add_rows`."""
+    of_values, dim = rows.numpy(), matrix.shape[1]
+    places = np.flatnonzero(of_values >= 0)
+    elements = (of_values * dim + np.arange(dim)).ravel()[places]
+    if matrix.dtype == values.dtype:
+        added = values.view(-1)[torch.from_numpy(places)]
+        matrix.view(-1).scatter_add_(0, torch.from_numpy(elements), added)
+        return
+    runs = _runs(elements, matrix.numel())
+    sums = _sums(values.view(-1, 1), places[runs.order], runs.begins, None)
+    _add_rows(matrix.view(-1, 1), elements[runs.order[runs.begins]], sums, is_new)
+
+
 def _add_rows(matrix: Tensor, used: Integers, sums: Tensor, is_new: bool) -> None:
     """Add to rows of a matrix, each named once; is_new: it holds zeros."""
-    rows = torch.from_numpy(used)
+    rows = torch.from_numpy(used).to(torch.int64)
     if not is_new:
         sums += matrix.index_select(0, rows)
-    matrix[rows] = sums.to(matrix.dtype)
+    matrix.index_copy_(0, rows, sums.to(matrix.dtype))
