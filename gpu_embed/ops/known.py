@@ -15,11 +15,11 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from .. import backends, bounds, settings
-from ..dtypes import IDS, TORCH_IDS
+from ..dtypes import FLOATS, IDS, TORCH_IDS
 from . import in_place
 from .autograd import SingleLevelFunction
 from .lookup import embedding, embedding_adjoint
-from .plain import PLAIN_MODES, included_keys, profiler_enabled
+from .plain import PLAIN_MODES, included_keys, is_plain_call, profiler_enabled
 
 
 class KnownTable:
@@ -30,24 +30,6 @@ class KnownTable:
         padding_idx, scale_grad_by_freq, sparse: as the caller gave them.
         arguments: the same three, checked, padding_idx counted from the start (-1: none).
     """
-
-    __slots__ = (
-        "_address",
-        "_device_index",
-        "_dtype",
-        "_generation",
-        "_may_be_lazy",
-        "_padding_idx",
-        "_prepared",
-        "_record",
-        "_scale_grad_by_freq",
-        "_sparse",
-        "_stride",
-        "arguments",
-        "by_torch",
-        "num_embeddings",
-        "shape",
-    )
 
     def __init__(
         self,
@@ -74,6 +56,11 @@ class KnownTable:
         backend = backends.select(weight.device)
         self._prepared = backend.prepare_embedding(weight)
         self.arguments = arguments
+        # Not every backend prepares it.
+        prepare = getattr(backend, "prepare_embedding_dense_backward", None)
+        self.prepared_backward = None
+        if prepare is not None and weight.dtype in FLOATS and not (scale_grad_by_freq or sparse):
+            self.prepared_backward = prepare(weight, arguments[0])
         # Where ours is torch's own gradient on the CPU, its node takes a third of the host time. It has no right second
         # derivative for the other two, ours adds up 16-bit numbers in fp32, and ours alone adds in place.
         self.by_torch = (
@@ -119,14 +106,7 @@ class KnownTable:
                 and input.dtype in IDS
                 and input.get_device() == self._device_index
                 and not input.is_neg()
-                # `describes`, without the call; an address in use is on one device.
-                and type(weight) is Parameter
-                and weight.data_ptr() == self._address
-                and weight.shape == self.shape
-                and weight.stride() == self._stride
-                and weight.dtype is self._dtype
-                and not (self._may_be_lazy and (weight.is_neg() or weight.is_conj()))
-                and self._generation == settings.generation
+                and self.describes(weight)
             )
         except RuntimeError:
             return False
@@ -172,6 +152,11 @@ class KnownEmbedding(SingleLevelFunction):
         if in_place.in_force:
             grad_weight = in_place.weight_gradient(ctx, table.shape, embedding_adjoint, *inputs)
             return grad_weight, None, None
+        if table.prepared_backward and not torch.is_grad_enabled() and is_plain_call(grad, indices):
+            bounds.raise_pending(grad.device)
+            grad_weight = table.prepared_backward(grad, indices)
+            if grad_weight is not None:
+                return grad_weight, None, None
         return embedding_adjoint(*inputs), None, None
 
 

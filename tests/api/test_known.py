@@ -173,6 +173,58 @@ def test_first_and_second_derivatives(
     assert torch.equal(second, (weight.detach() * kept)[ids.long()])
 
 
+def as_given(grad_output: Tensor) -> Tensor:
+    return grad_output
+
+
+def by_columns(grad_output: Tensor) -> Tensor:
+    return grad_output.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def expanded(grad_output: Tensor) -> Tensor:
+    return grad_output[:1].expand(grad_output.shape)
+
+
+def off_by_one(grad_output: Tensor) -> Tensor:
+    """At an address that is no multiple of 16."""
+    memory = grad_output.new_empty(grad_output.numel() + 1)
+    memory[1:] = grad_output.flatten()
+    return memory[1:].view(grad_output.shape)
+
+
+@pytest.mark.parametrize("given", [as_given, by_columns, expanded, off_by_one])
+@pytest.mark.parametrize("ids", ["adjacent", "apart", "uint8", "none"])
+@pytest.mark.parametrize("method", ["auto", "deterministic", "sorted"])
+@pytest.mark.full
+def test_gradients_of_known_tables(
+    target: Target, given: Callable[[Tensor], Tensor], ids: str, method: str
+) -> None:
+    """Those that a backend prepares, and those that it cannot."""
+    weight = known_parameter(target.device, padding_idx=9)
+    indices = torch.tensor([3, 0, 9, 3, 3, 1, 10, -1])
+    indices = {
+        "adjacent": indices,
+        "apart": indices.repeat_interleave(2)[::2],
+        "uint8": indices.to(torch.uint8),
+        "none": indices[:0],
+    }[ids].to(target.device)
+    with gpu_embed.set_bounds_check("off"):
+        embedding(indices, weight, 9)
+        for _ in range(3):
+            output = embedding(indices, weight, 9)
+            grad_output = given(integer_gradient(output.shape, torch.float32, target.device))
+            torch.use_deterministic_algorithms(method == "deterministic")
+            try:
+                with gpu_embed.use_gradient_method("sorted" if method == "sorted" else "auto"):
+                    (grad,) = torch.autograd.grad(output, weight, grad_output)
+            finally:
+                torch.use_deterministic_algorithms(False)
+            kept = (indices.long() >= 0) & (indices.long() < 9)
+            expected = torch.zeros(10, 4, device=target.device)
+            expected.index_add_(0, indices.long()[kept], grad_output[kept])
+            assert torch.equal(grad, expected)
+
+
 def test_the_node_is_torch_s_where_it_does_what_ours_does() -> None:
     def name(ids: Tensor = IDS, dtype: torch.dtype = torch.float32, **arguments: Any) -> str:
         weight = known_parameter("cpu", dtype, **arguments)

@@ -243,39 +243,63 @@ def test_a_prepared_launch_keeps_a_bounded_number(launched, monkeypatch):
     assert [launch[0] for launch in launched] == [2, 3, 2, 3, 4, 4, 2]
 
 
-@pytest.mark.parametrize("columns", [16, 3])
-def test_what_differs_between_lookups_is_in_their_key(launched, columns):
-    """Their binary and grid are those that the whole key would give, whatever ids come in whatever order."""
-    runs = 0
+@pytest.fixture
+def keyed(launched):
+    """A backend whose launches find that their grid and whole key are what they would be anew, and are counted."""
 
     class Keyed(TritonBackend):
         _interpreted = False
+        known = 0
 
         def _launch(self, kernel, grid, device, *args, **settings):
             def again(x, y, z, stream, *others):
-                nonlocal runs
-                runs += 1
+                self.known += 1
                 assert (x, y, z) == (*grid, 1, 1)[:3]
                 assert known_launch._key(kernel, None, others, settings) == key
 
             key = known_launch._key(kernel, None, args, settings)
             return again, (), (), kernel
 
-    weight = torch.zeros(300, columns)
-    lookup = Keyed().prepare_embedding(weight)
-    given = [
-        (torch.zeros(40, dtype=dtype)[start:][:number], zero_idx, record)
+    return Keyed()
+
+
+def many_ids():
+    """Of every dtype and address, one and many, for each of two calls, in no order."""
+    ids = [
+        torch.zeros(40, dtype=dtype)[start:][:number]
         for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
         for start in (0, 1, 2, 16)
         for number in (1, 2, 15, 16, 17)
-        for zero_idx in (-1, 0, 1)
-        for record in (BoundsRecord(CPU), BoundsRecord(CPU), None)
-    ]
-    for _ in range(2):
-        random.Random(0).shuffle(given)
-        for ids, *rest in given:
-            lookup(weight, ids, *rest)
-    assert len(given) < runs < 2 * len(given)
+    ] * 2
+    random.Random(0).shuffle(ids)
+    return ids
+
+
+@pytest.mark.parametrize("columns", [16, 3])
+def test_what_differs_between_lookups_is_in_their_key(keyed, columns):
+    weight = torch.zeros(300, columns)
+    lookup = keyed.prepare_embedding(weight)
+    ids = many_ids()
+    for indices in ids:
+        for zero_idx in (-1, 0, 1):
+            for record in (BoundsRecord(CPU), None):
+                lookup(weight, indices, zero_idx, record)
+    assert len(ids) // 2 * 6 <= keyed.known < len(ids) * 6
+
+
+@pytest.mark.parametrize("columns", [16, 3])
+def test_what_differs_between_gradients_is_in_their_key(keyed, columns):
+    gradient = keyed.prepare_embedding_dense_backward(torch.zeros(300, columns), 1)
+    ids = many_ids()
+    for indices in ids:
+        assert gradient(torch.zeros(len(indices), columns), indices).shape == (300, columns)
+    assert len(ids) // 2 <= keyed.known < len(ids)
+    # Others that are not launched this way.
+    keyed.known = 0
+    assert gradient(torch.zeros(columns, 2).T, torch.zeros(2, dtype=torch.int64)) is None
+    assert gradient(torch.zeros(2, columns), torch.zeros(4, dtype=torch.int64)[::2]) is None
+    assert gradient(torch.zeros(2 * columns + 1)[1:].view(2, columns), ids[0][:1].expand(2)) is None
+    assert keyed.known == 0
 
 
 def test_what_compiles_in_the_background_is_launched_triton_s_way(launched):

@@ -240,17 +240,47 @@ print("" if spec is None else [spec.origin, *(spec.submodule_search_locations or
     assert str(ROOT) not in run_python(code, cwd=tmp_path)
 
 
-def test_import_brings_in_neither_triton_nor_cupy_nor_keras(tmp_path: Path) -> None:
-    """Free import: import costs nothing. Torch's own imports are not counted."""
-    code = """
+# Modules, and packages with all in them, that neither the import nor a lookup on the CPU may load.
+LATE = (
+    *(
+        "triton",
+        "cupy",
+        "cupy_backends",
+        "keras",
+        "numpy.typing",
+        "torch._dynamo",
+        "torch._inductor",
+    ),
+    *("gpu_embed.optim", "gpu_embed.swap", "gpu_embed.accumulate", "gpu_embed.reference"),
+    *("gpu_embed.kernels", "gpu_embed.text", "gpu_embed.keras", "gpu_embed.plot"),
+    *("gpu_embed._self_check", "gpu_embed.bench", "gpu_embed.tune", "gpu_embed.demo"),
+    "gpu_embed.env_report",
+    *("gpu_embed.backends._triton", "gpu_embed.backends._cupy", "gpu_embed.backends._reference"),
+)
+
+
+def test_import_brings_in_nothing_that_a_lookup_does_without(tmp_path: Path) -> None:
+    """Free import: import costs little, and a first lookup too. Torch's own imports are not counted."""
+    code = f"""
 import sys
 import torch
+
+def late():
+    names = set(sys.modules) - before
+    return sorted(name for name in names for one in {LATE} if f"{{name}}.".startswith(f"{{one}}."))
+
 before = set(sys.modules)
 import gpu_embed
-added = {name.split(".")[0] for name in set(sys.modules) - before}
-print(sorted(added & {"triton", "cupy", "cupy_backends", "keras"}))
+assert not late(), late()
+assert not [name for name in sys.modules if name.startswith("gpu_embed.backends._torch")]
+for layer in (gpu_embed.Embedding(7, 2), gpu_embed.EmbeddingBag(7, 2)):
+    layer(torch.tensor([[5, 1]]))
+assert not late(), late()
+gpu_embed.optim
+assert "gpu_embed.optim" in late()
+print("ok")
 """
-    assert run_python(code, cwd=tmp_path).strip() == "[]"
+    assert run_python(code, cwd=tmp_path).strip() == "ok"
 
 
 def test_works_where_neither_triton_nor_cupy_is_installed(tmp_path: Path) -> None:
@@ -290,13 +320,81 @@ print("ok")
 
 
 def test_public_names_exist(tmp_path: Path) -> None:
-    """Packaging: every name in `__all__` is there."""
+    """Packaging: every name in `__all__` is there, also those that are loaded when they are asked for."""
     code = """
+import pickle
+import sys
 import gpu_embed
 assert gpu_embed.__all__, "gpu_embed names its public API in __all__"
+assert "gpu_embed.optim" not in sys.modules
+assert {*gpu_embed.__all__, "swap", "__version__"} <= set(dir(gpu_embed))
+assert dir(gpu_embed) == sorted(set(dir(gpu_embed)))
+try:
+    gpu_embed.optimizers
+except AttributeError as error:
+    assert str(error) == "module 'gpu_embed' has no attribute 'optimizers'"
+else:
+    raise AssertionError
+assert not hasattr(gpu_embed, "optimizers")
+assert pickle.loads(b"cgpu_embed.optim\\nSGD\\n.") is gpu_embed.optim.SGD
+print([name for name in gpu_embed.__all__ if not hasattr(gpu_embed, name)])
+for late in gpu_embed._LATE:
+    assert vars(gpu_embed)[late] is getattr(gpu_embed, late)
+names = {}
+exec("from gpu_embed import *", names)
+assert set(gpu_embed.__all__) <= set(names)
+"""
+    assert run_python(code, cwd=tmp_path).strip() == "[]"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import gpu_embed.optim as one",
+        "import gpu_embed.swap.replacement as one",
+        "import gpu_embed.reference.bag as one",
+        "import gpu_embed.tables.inputs as one",
+        "import gpu_embed.ops.known as one",
+        "import gpu_embed.backends._torch as one",
+        "from gpu_embed import optim as one",
+        "from gpu_embed import replace_embeddings as one",
+        "from gpu_embed.optim import in_backward as one",
+    ],
+)
+def test_any_module_may_be_the_first(first: str, tmp_path: Path) -> None:
+    code = f"""
+{first}
+import gpu_embed
 print([name for name in gpu_embed.__all__ if not hasattr(gpu_embed, name)])
 """
     assert run_python(code, cwd=tmp_path).strip() == "[]"
+
+
+@pytest.mark.full
+def test_threads_may_ask_for_the_same_module_at_once(tmp_path: Path) -> None:
+    code = """
+import threading
+import gpu_embed
+found = []
+start = threading.Barrier(8)
+
+def ask(name):
+    start.wait()
+    found.append((name, getattr(gpu_embed, name)))
+
+names = ["optim", "reference", "replace_embeddings", "override_aten"] * 2
+threads = [threading.Thread(target=ask, args=(name,)) for name in names]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert len(found) == 8
+assert all(one is getattr(gpu_embed, name) for name, one in found)
+gpu_embed.optim.apply_in_backward, gpu_embed.reference.embedding
+print("ok")
+"""
+    assert run_python(code, cwd=tmp_path).strip() == "ok"
 
 
 def make_targets() -> set[str]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...bounds import all_in_table, in_table
 from ...dtypes import accumulation
-from ...reference.rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
 from ...row_update import STATE, RowUpdate, Stream
 from ...tables.entries import TableEntries
 from ...tables.layout import MODES, TableColumn
@@ -224,6 +223,9 @@ def _times_lr(number: float, update: RowUpdate) -> float | Tensor:
 
 def _random_words(rows: Tensor, num_columns: int, stream: Stream) -> Tensor:
     """`stochastic_rounding.random_words` of rows [U] -> [U, num_columns], as int64 below 2**32."""
+    # Not before: a lookup does not need it.
+    from ...reference.rounding import KEY_STEPS, MULTIPLIERS, ROUNDS
+
     blocks = torch.arange(-(-num_columns // 4), device=rows.device)
     c0, c1, c2, c3 = (
         word.expand(len(rows), len(blocks))

@@ -1,12 +1,18 @@
 """Launches of the kernels of a dense gradient, and of counts."""
 
+from collections.abc import Callable
+from math import gcd
+
+import torch
 from torch import Tensor
 
 from ...dtypes import accumulation
-from .._plan.access import cdiv, vector_width
+from .._plan.access import VECTOR_BYTES, cdiv, vector_width
 from .._plan.carries import Carries, Runs
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
+from .._plan.gradient_method import choose
 from .device import TritonDevice
+from .known_launch import ALIGNMENT_MASK, prepare_launch
 from .launch import carry_vector, chunk_launch, segment_launch
 
 
@@ -52,6 +58,53 @@ class TritonGradient(TritonDevice, GradientPlan):
             VEC=vec,
             **launch.settings,
         )
+
+    def prepare_embedding_dense_backward(
+        self, weight: Tensor, padding_idx: int
+    ) -> Callable[[Tensor, Tensor], Tensor | None]:
+        """`embedding_dense_backward` in one table of contiguous rows and ids, where atomics add them up; else None."""
+        (num_embeddings, embedding_dim), dtype, device = weight.shape, weight.dtype, weight.device
+        vec = gcd(VECTOR_BYTES, embedding_dim * weight.element_size()) // weight.element_size()
+        row_vectors = embedding_dim // vec
+        chunks = chunk_launch(self._launches[device].scatter_add, row_vectors)
+        launch = prepare_launch(
+            self._launch,
+            self._kernels.scatter_add,
+            lambda num_indices: (cdiv(num_indices * row_vectors, chunks.BLOCK),),
+            device,
+            {"D": embedding_dim, "VEC": vec, **chunks.settings},
+        )
+        limits = self._methods[device].gradient
+
+        def backward(grad_output: Tensor, ids: Tensor) -> Tensor | None:
+            num_indices = ids.numel()
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            if (
+                not (num_indices and grad_output.is_contiguous() and ids.is_contiguous())
+                or grad_output.dtype is not dtype
+                or grad_output.data_ptr() & ALIGNMENT_MASK
+                or choose(num_indices, num_embeddings, dtype, deterministic, False, limits)
+                != "atomic"
+            ):
+                return None
+            grad_weight = grad_output.new_zeros((num_embeddings, embedding_dim))
+            launch(
+                (
+                    ids.dtype,
+                    ids.data_ptr() & ALIGNMENT_MASK,
+                    grad_weight.data_ptr() & ALIGNMENT_MASK,
+                ),
+                num_indices,
+                (
+                    *(grad_output, ids, *NO_BAGS, grad_weight),
+                    *(num_indices, num_embeddings, padding_idx),
+                    # Of adjacent rows, and of adjacent columns.
+                    *(None, 1, None, 1),
+                ),
+            )
+            return grad_weight
+
+        return backward
 
     def _segment_sum(
         self,
