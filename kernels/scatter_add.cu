@@ -6,22 +6,24 @@
 // owner: block i: vectors [i * blockDim.x * UNROLL, ...) of the flattened [num_indices, D], across row boundaries
 // why:   neighbouring threads add to neighbouring vectors, so a warp's atomics fall on whole sectors
 //
+// IN_PLACE: a template argument, since strides of grad_weight cost instructions.
 // BAGS: position n adds row bag_of[n] of grad_output, times its per-sample weight or over its bag's size.
-template <typename Value, typename Grad, int VEC, int UNROLL, bool BAGS>
+template <typename Value, typename Grad, int VEC, int UNROLL, bool BAGS, bool IN_PLACE>
 __global__ void scatter_add_kernel(
     const Value* __restrict__ grad_output_ptr,         // [*, D], any strides; VEC > 1: column stride 1
     const void* __restrict__ indices_ptr,              // any integer dtype, [num_indices], contiguous
     const void* __restrict__ bag_of_ptr,               // BAGS: [num_indices]: each position's bag, -1: in no bag
     const Value* __restrict__ per_sample_weights_ptr,  // BAGS: [num_indices]; null: all 1
     const int32* __restrict__ sizes_ptr,               // BAGS: [num_bags]: the divisors of means; null: all 1
-    Grad* grad_weight_ptr,  // fp32 or fp64, [num_embeddings, D], any strides; VEC > 1: column stride 1
+    // fp32 or fp64, [num_embeddings, D]. IN_PLACE: any strides (VEC > 1: column stride 1); else contiguous
+    Grad* grad_weight_ptr,
     int64 num_indices,
     int64 num_embeddings,
     int64 padding_idx,      // -1: none
     int64 grad_row_stride,         // in units of VEC elements
     int64 grad_col_stride,         // in elements
-    int64 grad_weight_row_stride,  // in units of VEC elements
-    int64 grad_weight_col_stride,  // in elements
+    int64 grad_weight_row_stride,  // IN_PLACE: in units of VEC elements
+    int64 grad_weight_col_stride,  // IN_PLACE: in elements
     int64 D,                       // VEC divides it
     int64 index_bytes,
     int64 bag_bytes) {
@@ -62,7 +64,8 @@ __global__ void scatter_add_kernel(
     for (int i = 0; i < VEC; ++i) {
       grad.lane[i] = BAGS ? widen(value[u].lane[i]) * scale[u] : widen(value[u].lane[i]);
     }
-    atomic_add_vector(
-        grad_weight_ptr + index[u] * grad_weight_row_stride * VEC + d * grad_weight_col_stride, grad);
+    const int64 offset = IN_PLACE ? index[u] * grad_weight_row_stride * VEC + d * grad_weight_col_stride
+                                  : index[u] * D + d;
+    atomic_add_vector(grad_weight_ptr + offset, grad);
   }
 }

@@ -93,34 +93,41 @@ __device__ inline void sum_table_runs(
       next_key[u] = position + 1 < num_keys ? load_key(keys_ptr, position + 1, key_bytes) : -1;
       n[u] = position < end ? load_integer(order_ptr, position, order_bytes) : 0;
     }
+    // In two steps: in one, NVRTC would copy the code behind each branch, tenfold.
+    int64 row[UNROLL];
+    int32 tables[UNROLL];
+    Acc scale[UNROLL];
+#pragma unroll
+    for (int u = 0; u < UNROLL; ++u) {
+      row[u] = -1;
+      tables[u] = 0;
+      scale[u] = 1;
+      if (first + u >= end || !names_row(u == 0 ? key : next_key[u - 1], num_rows)) continue;
+      const int64 output_bag = load_integer(output_bag_ptr, n[u], output_bag_bytes);
+      row[u] = output_bag / num_tables;
+      tables[u] = output_bag % num_tables;
+      scale[u] = bag_scale<Acc>(scales_ptr, n[u], sizes_ptr, output_bag);
+    }
     Vector<Value, VEC> value[UNROLL];
     typename EndRun::Row old[UNROLL];
-    Acc scale[UNROLL];
-    int32 tables[UNROLL];
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       set_zero(value[u]);
-      scale[u] = 1;
-      tables[u] = 0;
+      const Table& owner = tables_ptr[tables[u]];
+      if (row[u] < 0 || d >= owner.dim) continue;
+      const int64 column = d + owner.first_column;
+      value[u] = *(const Vector<Value, VEC>*)(
+          values_ptr + row[u] * value_row_stride * VEC + column * value_col_stride);
       const int64 key_here = u == 0 ? key : next_key[u - 1];
-      if (first + u >= end || !names_row(key_here, num_rows)) continue;
-      const int64 output_bag = load_integer(output_bag_ptr, n[u], output_bag_bytes);
-      const int64 row = output_bag / num_tables;
-      tables[u] = output_bag % num_tables;
-      const int64 column = d + tables_ptr[tables[u]].first_column;
-      scale[u] = bag_scale<Acc>(scales_ptr, n[u], sizes_ptr, output_bag);
-      if (d >= tables_ptr[tables[u]].dim) continue;
       // A run that began in an earlier chunk is that chunk's.
       if (key_here != next_key[u] && !(carried && key_here == key)) {
-        old[u] = end_run.load(element_of(key_here, tables_ptr[tables[u]]));
+        old[u] = end_run.load(element_of(key_here, owner));
       }
-      value[u] = *(const Vector<Value, VEC>*)(
-          values_ptr + row * value_row_stride * VEC + column * value_col_stride);
-      if (!max_positions_ptr || tables_ptr[tables[u]].mode != MAX_MODE) continue;
+      if (!max_positions_ptr || owner.mode != MAX_MODE) continue;
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
-        const int64 argmax =
-            load_integer(max_positions_ptr, row * max_position_row_stride + column + i, max_position_bytes);
+        const int64 argmax = load_integer(
+            max_positions_ptr, row[u] * max_position_row_stride + column + i, max_position_bytes);
         if (argmax != n[u]) value[u].lane[i] = Value{};
       }
     }

@@ -64,7 +64,7 @@ def has_liger() -> bool:
 
 def liger_rows(case: CountedCase) -> Iterator[Row]:
     """No row where it has no such operation."""
-    if case.operation not in LIGER_OPERATIONS:
+    if case.operation not in LIGER_OPERATIONS or case.into:
         return
     apply = importlib.import_module(LIGER).LigerEmbeddingFunction.apply
     weight = case.weight().requires_grad_(case.operation == "atomic")

@@ -348,7 +348,13 @@ def test_only_methods_that_are_known_to_pay_are_chosen():
 
 REFUSALS = {
     "atomic-bf16": ("atomic", torch.bfloat16, (4, 4), {}, "a gradient of torch.bfloat16"),
-    "sorted_atomic-fp16": ("sorted_atomic", torch.float16, (4, 4), {}, "a gradient of torch.float16"),
+    "sorted_atomic-fp16": (
+        "sorted_atomic",
+        torch.float16,
+        (4, 4),
+        {},
+        "a gradient of torch.float16",
+    ),
     **{
         f"{method}-scale": (
             method,

@@ -276,7 +276,9 @@ def test_the_committed_table_is_whole_and_of_the_pinned_compilers():
     for provider in traffic_table.OWN:
         assert {row.config for row in rows if row.provider == provider} == {str(c) for c in CASES}
     rivals = {row.config for row in rows if row.provider not in traffic_table.OWN}
-    assert rivals == {str(c) for c in CASES if c.operation in count.LIGER_OPERATIONS}
+    # None of theirs adds to a gradient that exists.
+    theirs = [case for case in CASES if case.operation in count.LIGER_OPERATIONS and not case.into]
+    assert rivals == {str(case) for case in theirs}
 
 
 def of_kernel(stem, *providers):
@@ -339,6 +341,24 @@ def test_a_gradient_in_place_reads_and_writes_its_rows_once():
         if row.store_sectors != row.ideal_store_sectors:
             problems.append(f"{row.key}: {row.store_sectors} stored of {row.ideal_store_sectors}")
     assert rows
+    assert not problems, "\n".join(problems)
+
+
+def test_a_sum_in_place_reads_the_rows_that_it_writes_and_no_more():
+    """Against the same sum into a new gradient, wherever its requests cut rows."""
+    sums = {(row.provider, row.config): row for row in of_kernel("segment_sum", *traffic_table.OWN)}
+    problems, seen = [], set()
+    for (provider, config), row in sums.items():
+        found = re.fullmatch(r"(.*-D\d+-(\w+)(-dims\w+)?)-into_\2", config)
+        if found is None:
+            continue
+        seen.add(provider)
+        new = sums[provider, found[1]]
+        if row.load_sectors > new.load_sectors + new.store_sectors:
+            problems.append(f"{row.key}: {row.load_sectors - new.load_sectors} more loaded")
+        if row.store_sectors != new.store_sectors:
+            problems.append(f"{row.key}: {row.store_sectors} stored, was {new.store_sectors}")
+    assert seen == set(traffic_table.OWN)
     assert not problems, "\n".join(problems)
 
 

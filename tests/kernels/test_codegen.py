@@ -481,7 +481,7 @@ def test_gradients_of_bags_move_what_those_of_lookups_move(launches: Launches, c
     }[case.operation]
     assert [launch.kernel for launch in found[:2]] == ["bag_of_kernel", kernel]
     assert {launch.kernel for launch in found[2:]} <= {kernel}
-    assert found[1].widths("load", pointer) == {case.access_bytes(case.dtype.itemsize)}
+    assert found[1].widths("load", pointer) == {case.gradient_vector * case.dtype.itemsize}
     assert found[1].widths("load", "bag_of_ptr") == {4}
     assert bool(found[1].widths("load", "sizes_ptr")) == case.mean
     assert bool(found[1].widths("load", "per_sample_weights_ptr")) == case.per_sample_weights

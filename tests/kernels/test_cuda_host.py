@@ -284,8 +284,8 @@ def test_only_new_cards_add_vectors(sm_90: HostShimCupyBackend) -> None:
             for columns in (4, 6, 7):
                 backend.embedding_dense_backward(torch.ones(10, columns), indices, 10, -1, False)
             backend.embedding_dense_backward(torch.ones(10, 4).double(), indices, 10, -1, False)
-    names = [f"scatter_add_kernel<float, float, {vec}, 4, false>" for vec in (4, 2, 1)]
-    fp64 = "scatter_add_kernel<double, double, 1, 4, false>"
+    names = [f"scatter_add_kernel<float, float, {vec}, 4, false, false>" for vec in (4, 2, 1)]
+    fp64 = "scatter_add_kernel<double, double, 1, 4, false, false>"
     assert launched(sm_90, "scatter") == [*names, fp64]
     assert launched(sm_80, "scatter") == [names[2]] * 3 + [fp64]
 
@@ -313,6 +313,61 @@ def test_sorted_gradient_does_not_depend_on_the_order_of_threads(
     assert all(torch.equal(result, results[0]) for result in results)
     exact = exact_gradient(grad_output.double(), indices, 300, -1, scale)
     torch.testing.assert_close(results[0].double(), exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "into_dtype"),
+    [*((dtype, dtype) for dtype in FLOATS), *((dtype, torch.float32) for dtype in FLOATS[2:])],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [False, True], ids=["", "scale_grad_by_freq"])
+def test_a_sum_in_place_does_not_depend_on_the_order_of_threads(
+    dtype: torch.dtype, into_dtype: torch.dtype, scale: bool
+) -> None:
+    """No thread reads a row that another one writes: runs cross many chunks, of random floats."""
+    indices = power_law(2000, 300)
+    grad_output = torch.randn(2000, 6, generator=seeded()).to(dtype)
+    into = torch.randn(300, 6, generator=seeded(1)).to(into_dtype)
+    acc = torch.promote_types(dtype, torch.float32)
+    with use_gradient_method("sorted"):
+        results = [
+            make_backend(name).embedding_dense_backward(
+                grad_output, indices, 300, 1, scale, into.clone()
+            )
+            for name in BACKENDS
+        ]
+        total = make_backend("sm_90").embedding_dense_backward(
+            grad_output.to(acc), indices, 300, 1, scale
+        )
+    expected = (into.to(acc) + total).to(into_dtype)
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
+@pytest.mark.parametrize(
+    ("view", "vec"),
+    [
+        (lambda storage: storage[:, :8], 4),
+        (lambda storage: storage[:, 2:10], 2),
+        (lambda storage: storage[:, 3:11], 1),
+        (lambda storage: storage[::2, :8], 4),
+        (lambda storage: storage[:, ::2], 1),
+    ],
+    ids=["aligned", "half aligned", "unaligned", "every other row", "every other column"],
+)
+def test_the_gradient_in_place_decides_how_wide_it_is_read(
+    sm_90: HostShimCupyBackend, method: str, view: Callable[[Tensor], Tensor], vec: int
+) -> None:
+    """Values could be moved four at once."""
+    into = view(torch.zeros(40, 16))
+    grad_output = torch.randint(-4, 5, (60, 8), generator=seeded()).float()
+    indices = power_law(60, len(into))
+    with use_gradient_method(method):
+        sm_90.embedding_dense_backward(grad_output, indices, len(into), -1, False, into)
+    assert torch.equal(into, exact_gradient(grad_output, indices, len(into), -1, False))
+    kernels = launched(sm_90, "scatter_add" if method == "atomic" else "segment_sum")
+    assert kernels
+    assert all(f"<float, float, {vec}, " in kernel for kernel in kernels)
 
 
 def test_sorted_gradient_adds_in_the_same_order_as_triton(sm_90: HostShimCupyBackend) -> None:

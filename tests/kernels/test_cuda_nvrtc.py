@@ -208,7 +208,7 @@ def test_ends_of_chunks_are_added_and_the_rest_is_stored(arch: int, vec: int, at
 def test_scatter_add_adds_vectors_from_sm_90_on(
     arch: int, vec: int, atomic: str, values: str
 ) -> None:
-    expression = f"scatter_add_kernel<{values}, float, {vec}, 4, false>"
+    expression = f"scatter_add_kernel<{values}, float, {vec}, 4, false, true>"
     opcodes = sass(Kernel("scatter_add", expression), arch)
     found = {opcode for opcode in opcodes if opcode.startswith("RED")}
     # A reduction returns nothing; an ATOM would wait for the old value, a CAS would loop.
@@ -218,7 +218,9 @@ def test_scatter_add_adds_vectors_from_sm_90_on(
 
 
 def test_double_atomics_do_not_loop() -> None:
-    opcodes = sass(Kernel("scatter_add", "scatter_add_kernel<double, double, 1, 4, false>"), 80)
+    opcodes = sass(
+        Kernel("scatter_add", "scatter_add_kernel<double, double, 1, 4, false, true>"), 80
+    )
     assert any(opcode.startswith("RED") and "F64" in opcode for opcode in opcodes)
     assert not [opcode for opcode in opcodes if opcode.startswith("ATOM")]
 

@@ -84,9 +84,11 @@ def _all_kernels() -> tuple[Kernel, ...]:
         *(("gather", f"gather_rows_kernel<{word}, {r}>") for word in words for r in rows),
         *(("gather", f"gather_flat_kernel<{word}, {flat}>") for word in words),
         *(
-            ("scatter_add", f"scatter_add_kernel<{arguments}, {scatter}, {bags}>")
+            ("scatter_add", f"scatter_add_kernel<{arguments}, {scatter}, {bags}, {in_place}>")
             for arguments in atomics
             for bags in flags
+            for in_place in flags
+            if in_place == "true" or "float16" not in arguments
         ),
         ("sort_keys", "sort_keys_kernel"),
         *(

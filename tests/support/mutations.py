@@ -41,6 +41,7 @@ class Mutation(NamedTuple):
 
 GATHER = ("tests/api/test_forward.py",)
 GRADIENT = ("tests/api/test_gradient.py",)
+IN_PLACE = ("tests/backends/test_in_place.py",)
 BAG = ("tests/api/test_bag.py",)
 OPTIM = ("tests/backends/test_row_update.py",)
 
@@ -64,9 +65,25 @@ MUTATIONS = (
     Mutation(
         "Triton's atomic gradient doubled",
         "kernels/scatter_add.py",
-        "grads[step].to(grad_weight_ptr.dtype.element_ty)",
-        "(grads[step] * 2).to(grad_weight_ptr.dtype.element_ty)",
+        "            grads[step],\n",
+        "            grads[step] * 2,\n",
         GRADIENT,
+        "triton-cpu",
+    ),
+    Mutation(
+        "Triton's sums stored where they should be added",
+        "kernels/segment_walk.py",
+        "(row.to(total.dtype) + total).to(row.dtype)",
+        "total.to(row.dtype)",
+        IN_PLACE,
+        "triton-cpu",
+    ),
+    Mutation(
+        "the columns of a gradient in place side by side in Triton's atomics",
+        "kernels/scatter_add.py",
+        "d.to(tl.int64) * grad_weight_col_stride",
+        "d.to(tl.int64)",
+        IN_PLACE,
         "triton-cpu",
     ),
     Mutation(
@@ -112,8 +129,8 @@ MUTATIONS = (
     Mutation(
         "CUDA C++'s sorted gradient doubled",
         "kernels/segment_sum.cu",
-        "total.lane[i] / (Acc)count : total.lane[i], row",
-        "total.lane[i] / (Acc)count : 2 * total.lane[i], row",
+        "total.lane[i] / (Acc)count : total.lane[i];",
+        "total.lane[i] / (Acc)count : 2 * total.lane[i];",
         GRADIENT,
         "cupy-cpu",
     ),

@@ -48,7 +48,10 @@ WHAT_TO_DO = (
 )
 # Tests that launch these kernels.
 DEFAULT_FILES = ("tests/bench/test_ptx_target.py",)
-FULL_FILES = tuple(f"tests/api/test_{name}.py" for name in ("forward", "gradient", "bounds", "bag"))
+FULL_FILES = (
+    *(f"tests/api/test_{name}.py" for name in ("forward", "gradient", "bounds", "bag")),
+    "tests/backends/test_in_place.py",
+)
 # Changes of each program; those of the list are of the full tier.
 EACH = 3
 

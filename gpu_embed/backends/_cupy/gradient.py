@@ -39,7 +39,7 @@ class CupyGradient(CupyDevice, GradientPlan):
                 vec = min(vec, vector_width(grad_weight))
         arguments = (
             f"{FLOATS[grad_output.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, "
-            f"{launch.UNROLL}, {cpp_bool(bags is not None)}"
+            f"{launch.UNROLL}, {cpp_bool(bags is not None)}, {cpp_bool(in_place)}"
         )
         self._launch(
             Kernel("scatter_add", f"scatter_add_kernel<{arguments}>"),

@@ -126,7 +126,7 @@ def choose(
 def use_gradient_method(name: str) -> Restore:
     """Force a gradient kernel for tests and benchmarks; "auto" gives the choice back to the rules.
 
-    "atomic" and "sorted_atomic" serve fp32 and fp64, but neither deterministic algorithms nor
+    "atomic" and "sorted_atomic" serve gradients of fp32 and fp64, but neither deterministic algorithms nor
     scale_grad_by_freq. "sorted" serves everything up to 2**31 - 1 ids. The backends triton and cupy have them all;
     the others have no choice and ignore it.
 
