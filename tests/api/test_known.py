@@ -23,6 +23,8 @@ from gpu_embed.ops.known import known_tables
 def known_parameter(device: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> Parameter:
     """A table [10, 4] that has been looked up once, with these arguments."""
     weight = Parameter(table(10, 4, dtype, device))
+    # What is known of a table that is gone, of this address and id, has its arguments.
+    known_tables.pop(id(weight), None)
     embedding(torch.tensor([1], device=device), weight, **arguments)
     assert id(weight) in known_tables
     return weight

@@ -226,7 +226,7 @@ def _bags(
                 return None
         _hand_out(bags, group, outputs)
         if with_argmax and places is not None:
-            positions = torch.arange(len(batch.indices), dtype=batch.position_dtype)
+            positions = torch.arange(len(batch.indices), dtype=batch.position_dtype, device="cpu")
             positions = torch.cat([positions[ids.positions][own], positions.new_full((1,), -1)])
             _hand_out(positions[places], group, argmax)
         elif with_argmax:
@@ -265,7 +265,10 @@ def _group_bags(
     # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
     names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
     if names_row or (is_mean and weight.dtype.itemsize == 2):
-        matrix, rows = matrix.index_select(0, rows), torch.arange(len(rows), dtype=rows.dtype)
+        matrix, rows = (
+            matrix.index_select(0, rows),
+            torch.arange(len(rows), dtype=rows.dtype, device="cpu"),
+        )
     if is_mean:
         matrix = matrix.to(accumulation(weight.dtype))
     bags, _, sizes, places = torch.embedding_bag(
@@ -276,7 +279,7 @@ def _group_bags(
 
 def _at_rows(group: Group, weight: Tensor, rows: Tensor) -> Tensor:
     """Of each element of a group's `bag_rows` what stands in the given row, 0 at -1 -> [F * B, D]."""
-    elements = rows.clamp(min=0) * group.dim + torch.arange(group.dim)
+    elements = rows.clamp(min=0) * group.dim + torch.arange(group.dim, device="cpu")
     values = torch.where(rows >= 0, group.matrix(weight).view(-1)[elements], 0)
     return values.view(-1, len(group.features), group.dim).transpose(0, 1).flatten(0, 1)
 
