@@ -264,13 +264,13 @@ extern "C" __global__ void table_keys_kernel(
 template <typename Value, typename Grad, int VEC, int UNROLL>
 __global__ void table_scatter_add_kernel(
     const Value* __restrict__ grad_output_ptr,         // [num_bags, D], any strides; VEC > 1: column stride 1
-    const void* __restrict__ indices_ptr,             // any integer dtype, [num_indices], contiguous
-    const void* __restrict__ offsets_ptr,             // any integer dtype, [num_all_bags + 1]
+    const void* __restrict__ indices_ptr,              // any integer dtype, [num_indices], contiguous
+    const void* __restrict__ offsets_ptr,              // any integer dtype, [num_all_bags + 1]
     const Value* __restrict__ per_sample_weights_ptr,  // [num_indices], contiguous; null: all 1
-    const void* __restrict__ max_positions_ptr,       // [num_bags, D]: the argmax as a position; null: no maxima
-    const Table* __restrict__ tables_ptr,             // [num_tables]
-    const int32* __restrict__ table_of_column_ptr,    // [D]
-    Grad* grad_weight_ptr,                            // the tables' buffer, fp32 or fp64
+    const void* __restrict__ max_positions_ptr,        // [num_bags, D]: the argmax as a position; null: no maxima
+    const Table* __restrict__ tables_ptr,              // [num_tables]
+    const int32* __restrict__ table_of_column_ptr,     // [D]
+    Grad* grad_weight_ptr,                             // the tables' buffer, fp32 or fp64
     int64 num_indices,
     int64 num_bags,  // per table
     int64 num_all_bags,
