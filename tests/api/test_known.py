@@ -22,6 +22,8 @@ from gpu_embed.ops.known import known_tables
 
 def known_parameter(device: str, dtype: torch.dtype = torch.float32, **arguments: Any) -> Parameter:
     """A table [10, 4] that has been looked up once, with these arguments."""
+    # One just like it, which is gone, may have been looked up with others.
+    known_tables.clear()
     weight = Parameter(table(10, 4, dtype, device))
     # What is known of a table that is gone, of this address and id, has its arguments.
     known_tables.pop(id(weight), None)
