@@ -96,7 +96,7 @@ def test_forced_methods_are_said() -> None:
     ):
         operations = env_report.collect()["serves"]["cpu"]["operations"]
     assert operations["lookup"]["kernels"] == "flat, forced"
-    refusal = "'atomic' is forced but cannot serve a table of torch.bfloat16"
+    refusal = "'atomic' is forced but cannot serve a gradient of torch.bfloat16"
     assert refusal in operations["gradient"]["kernels"]
 
 
