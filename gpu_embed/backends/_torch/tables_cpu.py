@@ -4,11 +4,10 @@ The functions for the backend return None where an id is out of range or offsets
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ...dtypes import accumulation
@@ -17,7 +16,9 @@ from ...tables.layout import MODES, TableColumn
 from .lookup import torch_ids
 from .sort import sort_ids
 
-Integers = NDArray[np.integer]
+# Not numpy.typing, which every first lookup would import.
+Integers = np.ndarray[Any, np.dtype[np.integer]]
+Unsigned = np.ndarray[Any, np.dtype[np.uint64]]
 
 # From so many ids on a feature is looked up alone: to number its ids anew would cost more than a call does.
 ALONE = 4096
@@ -61,7 +62,7 @@ class Group(NamedTuple):
 class Plan(NamedTuple):
     """What follows from a layer's features alone; [T] each, and from `features` on in the order of the groups."""
 
-    num_rows: NDArray[np.uint64]  # of each feature's table
+    num_rows: Unsigned  # of each feature's table
     padding: Integers | None  # -1: none; None: no feature has any
     features: Integers | None  # None: in their own order
     first_rows: Integers | None  # where in its group's matrix each table begins; None: all at 0
@@ -383,9 +384,7 @@ def _plan(fields: bytes, widest: int, dim_divisor: int, pooled: bool, is_alone: 
     )
 
 
-def _in_range(
-    ids: Integers, first_ids: Integers, num_ids: Integers, num_rows: NDArray[np.uint64]
-) -> bool:
+def _in_range(ids: Integers, first_ids: Integers, num_ids: Integers, num_rows: Unsigned) -> bool:
     """Whether every id is in its table."""
     used = np.flatnonzero(num_ids)
     if len(used) == 0:
