@@ -41,18 +41,20 @@ def accumulate_in_place(
     functions behind them. `.grad` has the table's dtype, or is fp32 beside a 16-bit table (`Parameter.grad_dtype`).
     Where somebody could tell the difference, the gradient is made as before: no `.grad` yet, a sparse one or one with a
     graph, `create_graph=True`, `torch.autograd.grad`, hooks on the tensor (`register_hook`), a weight that is not the
-    parameter itself (`weight * 2`, `torch.func`), complex tables, `torch.compile`, DTensor. Post-accumulate hooks run
-    as before, and so does `DistributedDataParallel`. Hooks on autograd's nodes, of the lookup and of the parameter
+    parameter itself (`weight * 2`, `torch.func`), complex tables, `torch.compile`, `detect_anomaly`, DTensor.
+    Post-accumulate hooks run as before, and so does `DistributedDataParallel`. Hooks on autograd's nodes, of the lookup and of the parameter
     (`AccumulateGrad`), get None as the gradient. Two threads may run backward through one table at once if neither
     uses it in another operator.
 
     A table that is also the head of a model gains from the second micro-step on: at the first one autograd waits for
     both gradients.
 
-    A table of some thousand rows gains no time, as making its whole gradient costs less than finding its rows.
+    A table of few rows gains little time, and with few ids none: its whole gradient is made in less than it takes to
+    decide and to find the rows.
 
-    The mark is on the parameter, as a hook is. It stays when the module moves or loads a state_dict, and is neither
-    copied nor saved. The handle keeps no parameter alive, and need not be kept.
+    The mark is on the parameter, as a hook is. It stays when the module moves or loads a state_dict, and is in no deep
+    copy and no file. Where torch puts another parameter in its place, mark that one: `to_empty()` of a module on the
+    meta device and `load_state_dict(assign=True)` do so. The handle keeps no parameter alive, and need not be kept.
 
     Args:
         module_or_parameters: a module, whose layers of this package are meant, frozen ones included and those with
@@ -91,8 +93,9 @@ def _tables_of(module: torch.nn.Module) -> list[Tensor]:
     if not tables:
         raise ValueError(
             f"accumulate_in_place: {type(module).__name__} holds no layer of gpu_embed with a dense gradient: an "
-            "Embedding, an EmbeddingBag or batched tables with sparse=False. gpu_embed.replace_embeddings(model) puts "
-            "them in the place of torch's"
+            "Embedding, an EmbeddingBag or batched tables. Layers with sparse=True need none, as their gradients have the "
+            "rows of the batch alone. gpu_embed.replace_embeddings(model) puts layers in the place of torch's. Of another "
+            "layer that looks up by gpu_embed give the parameters themselves"
         )
     return tables
 
@@ -109,7 +112,8 @@ def _leaves(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     for number, parameter in enumerate(parameters):
         if not isinstance(parameter, Tensor):
             raise TypeError(
-                f"accumulate_in_place: expected parameters, got {type(parameter).__name__} at position {number}"
+                f"accumulate_in_place: expected parameters, got {type(parameter).__name__} at position {number}; give "
+                "the model itself, or model.parameters()"
             )
         leaf = parent_of(parameter)
         if leaf.grad_fn is not None:

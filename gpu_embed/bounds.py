@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .bags import Bags
+from .forkable_lock import forkable_lock
 from .own_thread import on_own_thread
 from .settings import BOUNDS_CHECK, Restore
 
@@ -401,7 +402,7 @@ def _cuda_index(device: torch.device) -> int:
 _cuda_records: dict[int, BoundsRecord] = {}
 _cpu_records = threading.local()
 _table_ids: dict[str, int] = {}
-_creation_lock = threading.Lock()
+_creation_lock = forkable_lock()
 
 
 def record_arguments(record: BoundsRecord | None) -> tuple[Tensor | None, Tensor | None]:

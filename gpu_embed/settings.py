@@ -4,10 +4,11 @@ Plain globals on purpose: autograd runs CUDA backwards on threads of its own, wh
 """
 
 import os
-import threading
 from collections.abc import Callable
 from functools import cached_property
 from types import TracebackType
+
+from .forkable_lock import forkable_lock
 
 # Counts the changes of all settings: what was derived from them is out of date once this has moved.
 generation = 0
@@ -113,7 +114,7 @@ class Restore:
 
 
 # Held while a setting changes: until what was derived from it is forgotten and `generation` has moved.
-assigning = threading.Lock()
+assigning = forkable_lock()
 BACKEND = Setting("GPU_EMBED_BACKEND", ("auto", "triton", "cupy", "torch", "reference"))
 BOUNDS_CHECK = Setting("GPU_EMBED_BOUNDS_CHECK", ("raise", "sync", "off"))
 GATHER_METHOD = Setting("GPU_EMBED_GATHER_METHOD", ("auto", "rows", "flat"))

@@ -4,7 +4,6 @@
 autograd's own addition. Wherever somebody might, the gradient is returned, as without the mark.
 """
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -17,15 +16,17 @@ from torch.compiler import is_compiling
 
 from .. import settings
 from ..dtypes import FLOATS, accumulation
+from ..forkable_lock import forkable_lock
 
 # The attribute of a marked leaf: like a hook it goes where the Python object goes, and is neither copied nor saved.
 _MARK = "_gpu_embed_in_place"
 # Handles in force, by id. Where there is none, no backward calls `weight_gradient`.
 in_force: set[int] = set()
 # Two threads may run backward through one leaf: autograd holds such a lock around its own addition.
-_adding = threading.Lock()
+_adding = forkable_lock()
 _AccumulateGrad = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 _is_grad_enabled = torch.is_grad_enabled
+_is_anomaly_enabled = torch.is_anomaly_enabled
 _strided = torch.strided
 _num_modes = torch._C._len_torch_dispatch_stack
 _has_transforms = torch._C._are_functorch_transforms_active
@@ -117,6 +118,7 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         type(into) is not Tensor
         or type(grad_output) is not Tensor
         or _is_grad_enabled()  # create_graph
+        or _is_anomaly_enabled()  # looks for NaN in what a node returns
         or into.requires_grad
         or not leaf.requires_grad
         or leaf._backward_hooks  # which see the gradient

@@ -20,6 +20,7 @@ from targets import has_kernels, has_method, takes_mapped_memory
 from tiers import where
 
 import gpu_embed
+from gpu_embed import TableBatchedEmbeddingBag
 from gpu_embed.backends._plan import bag as bag_plan
 from gpu_embed.backends._torch import bag as _torch
 from gpu_embed.functional import embedding_bag
@@ -293,6 +294,26 @@ def test_sums_are_rounded_once(target, dtype, mode):
 def stops_growing_at(dtype):
     """The integer to which 16-bit sums of ones would add up, and no further."""
     return 2 / torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_ties_are_rounded_to_even(target, dtype, weighted):
+    """Accumulation: halfway between two numbers the even one is stored; numbers from here on are 2 apart."""
+    most = stops_growing_at(dtype)
+    rows = torch.tensor([[most], [most + 2], [1]], dtype=dtype).expand(3, 2).contiguous()
+    indices = torch.tensor([[0, 2], [1, 2]], device=target.device)
+    scales = torch.ones(2, 2, dtype=dtype, device=target.device) if weighted else None
+    weight = rows.to(target.device)
+    output = embedding_bag(indices, weight, mode="sum", per_sample_weights=scales)
+    assert output[:, 0].tolist() == [most, most + 4]
+    tables = TableBatchedEmbeddingBag([(3, 2)], dtype=dtype, device=target.device)
+    with torch.no_grad():
+        tables.weight.copy_(weight)
+    offsets = torch.tensor([0, 2, 4], device=target.device)
+    scales = None if scales is None else scales.flatten()
+    output = tables(indices.flatten(), offsets, per_sample_weights=scales)
+    assert output[:, 0].tolist() == [most, most + 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

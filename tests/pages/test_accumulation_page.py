@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import warnings
 from functools import partial
 
 import pytest
@@ -76,6 +77,13 @@ def create_graph(table):
     table.weight.grad = table.weight.grad.detach()
 
 
+def anomaly(table):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.autograd.detect_anomaly():
+            backward(table)
+
+
 def func_grad(table):
     def loss(weight):
         return torch.func.functional_call(table, {"weight": weight}, (IDS,)).sum()
@@ -148,6 +156,7 @@ CASES = {
         (Plain, create_graph),
         (Plain, func_grad),
     ],
+    "`torch.autograd.detect_anomaly`": [(Plain, anomaly)],
     "a weight that is computed from the parameter, such as `weight * 2`": [(Plain, computed)],
     "`weight.register_hook`": [(Plain, hooked)],
     "`register_post_accumulate_grad_hook`": [(Plain, post_hooked)],

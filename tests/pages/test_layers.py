@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # "" is the package's own `__init__`. An import goes to a lower layer, or stays in its own without a circle.
 LAYERS = {
     "gpu_embed": (
-        {"settings", "own_thread", "user_cache", "dtypes"},
+        {"forkable_lock", "own_thread", "user_cache", "dtypes"},
+        {"settings"},
         {"bags", "bounds", "row_update", "take"},
         {"tables"},
         {"reference"},

@@ -22,8 +22,8 @@ class TorchBags(TorchLookup):
         record: BoundsRecord | None,
     ) -> Tensor:
         wide = accumulation(weight.dtype)
-        # torch would round a 16-bit mean twice, and its CUDA kernels trust the ids.
-        if not weight.is_cuda and (mode == "sum" or weight.dtype == wide):
+        # torch's CUDA kernels trust the ids.
+        if not weight.is_cuda and rounds_as_torch(weight.dtype, mode):
             output = _cpu_bags(weight, per_sample_weights, bags, padding_idx, mode)
             if output is not None:
                 return output[0]
@@ -95,6 +95,16 @@ class TorchBags(TorchLookup):
         rows = self.embedding(weight, bags.indices, -1, None).to(wide)
         products = rows * grad_output[bag.clamp(min=0)].to(wide)
         return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
+
+
+def rounds_as_torch(dtype: torch.dtype, mode: str) -> bool:
+    """Whether torch's CPU bags are summed in the accumulation dtype and rounded once, ties to even.
+
+    It rounds a 16-bit mean twice, and a tie of a sum in bf16 upwards.
+    """
+    if mode == "sum":
+        return dtype != torch.bfloat16
+    return mode == "max" or dtype == accumulation(dtype)
 
 
 def _add_to_rows(

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...dtypes import accumulation
 from ...tables.batch import TableBatch
 from ...tables.layout import MODES, TableColumn
+from .bag import rounds_as_torch
 from .lookup import torch_ids
 from .sort import sort_ids
 
@@ -263,15 +264,17 @@ def _group_bags(
         begins: where among them each bag begins.
     """
     matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[ids.of(group)])
-    # torch names the row of a maximum and not its place, and would round a 16-bit mean twice.
-    names_row, is_mean = group.mode == MAX and with_argmax, group.mode == MEAN
-    if names_row or (is_mean and weight.dtype.itemsize == 2):
+    # torch names the row of a maximum and not its place.
+    names_row = group.mode == MAX and with_argmax
+    is_wide = not rounds_as_torch(weight.dtype, MODES[group.mode])
+    if names_row or is_wide:
         matrix, rows = (
             matrix.index_select(0, rows),
             torch.arange(len(rows), dtype=rows.dtype, device="cpu"),
         )
-    if is_mean:
+    if is_wide:
         matrix = matrix.to(accumulation(weight.dtype))
+        scales = None if scales is None else scales.to(matrix.dtype)
     bags, _, sizes, places = torch.embedding_bag(
         matrix, rows, begins, False, group.mode, False, scales
     )
