@@ -42,9 +42,9 @@ def accumulate_in_place(
     Where somebody could tell the difference, the gradient is made as before: no `.grad` yet, a sparse one or one with a
     graph, `create_graph=True`, `torch.autograd.grad`, hooks on the tensor (`register_hook`), a weight that is not the
     parameter itself (`weight * 2`, `torch.func`), complex tables, `torch.compile`, `detect_anomaly`, DTensor.
-    Post-accumulate hooks run as before, and so does `DistributedDataParallel`. Hooks on autograd's nodes, of the lookup and of the parameter
-    (`AccumulateGrad`), get None as the gradient. Two threads may run backward through one table at once if neither
-    uses it in another operator.
+    Post-accumulate hooks run as before, and so does `DistributedDataParallel`. Hooks on autograd's nodes, of the lookup
+    and of the parameter (`AccumulateGrad`), get None as the gradient. Two threads may run backward through one table at
+    once if neither uses it in another operator.
 
     A table that is also the head of a model gains from the second micro-step on: at the first one autograd waits for
     both gradients.
@@ -93,9 +93,9 @@ def _tables_of(module: torch.nn.Module) -> list[Tensor]:
     if not tables:
         raise ValueError(
             f"accumulate_in_place: {type(module).__name__} holds no layer of gpu_embed with a dense gradient: an "
-            "Embedding, an EmbeddingBag or batched tables. Layers with sparse=True need none, as their gradients have the "
-            "rows of the batch alone. gpu_embed.replace_embeddings(model) puts layers in the place of torch's. Of another "
-            "layer that looks up by gpu_embed give the parameters themselves"
+            "Embedding, an EmbeddingBag or batched tables. Layers with sparse=True need none, as their gradients have "
+            "the rows of the batch alone. gpu_embed.replace_embeddings(model) puts layers in the place of torch's. Of "
+            "another layer that looks up by gpu_embed give the parameters themselves"
         )
     return tables
 
