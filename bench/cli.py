@@ -127,7 +127,7 @@ RUN: Options = (
     *((f"--{name}", f"{text}, in place of the set's", MANY) for name, text in AXES.items()),
     ("--out", None, {"type": Path, "default": Path("bench-results"), "metavar": "DIR"}),
     MAX_MEMORY,
-    ("--limit", "the first N cells alone", {"type": int, "metavar": "N"}),
+    ("--limit", "the first N shapes alone", {"type": int, "metavar": "N"}),
     ("--seconds", "for each measurement (default: %(default)s)", {"type": float, "default": 0.5}),
     (
         "--turns",

@@ -626,7 +626,7 @@ def _finish(figure: Figure, styles: Styles, title: str, caption: str, *name: obj
 
 
 def _with_failures(caption: str, rows: Iterable[Row]) -> str:
-    """The caption beneath lines that name the rows with no time to draw, "torch oom at 3", and the noisy ones."""
+    """The caption beneath lines that name the rows with no time to draw, "torch oom at 3 sizes", and the noisy ones."""
     failed: Counter[str] = Counter()
     noisy: Counter[str] = Counter()
     for row in rows:
@@ -636,7 +636,8 @@ def _with_failures(caption: str, rows: Iterable[Row]) -> str:
             noisy[row.provider] += 1
     lines = []
     if failed:
-        lines.append("No point: " + " · ".join(f"{what} at {n}" for what, n in failed.items()))
+        at = (f"{what} at {n} size{'s' * (n > 1)}" for what, n in failed.items())
+        lines.append("No point: " + " · ".join(at))
     if noisy:
         lines.append(_noisy_line(*(f"{name} at {n} hollow points" for name, n in noisy.items())))
     return "\n".join([*lines, caption])

@@ -85,13 +85,15 @@ def _accumulation_label(key: Key) -> str:
 
 
 def _tables_label(key: Key) -> str:
-    widths = ", four widths" if key.operation == "embedding_bag_mixed" else ""
+    widths = ", D 8 to 64" if key.operation == "embedding_bag_mixed" else ""
     bags = f" in bags of {key.hotness}" if key.hotness > 1 else ""
     backward = "" if key.mode == "forward" else ", with backward"
-    return f"{key.tables} tables{widths}, {key.num_ids // key.tables:,} ids{bags}{backward}"
+    return f"{key.tables} tables{widths}, {key.num_ids // key.tables:,} ids each{bags}{backward}"
 
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+# The picture of steps has those between.
+STEP_ROWS = (10_000, 1_000_000, 10_000_000)
 _MICRO_STEPS = {(cell.vocab, cell.dim, cell.num_ids) for cell in MICRO_STEPS}
 SECTIONS = (
     Section(
@@ -106,7 +108,10 @@ SECTIONS = (
         "gpu_embed-in-backward",
         "torch-sparse",
         lambda key: (
-            key.mode in STEPS and key.distribution.startswith("spread:") and key.num_ids == 65_536
+            key.mode in STEPS
+            and key.distribution.startswith("spread:")
+            and key.num_ids == 65_536
+            and key.vocab in STEP_ROWS
         ),
         lambda key: f"{STEPS[key.mode]}, {short_number(key.vocab)} rows",
     ),
@@ -114,20 +119,21 @@ SECTIONS = (
         "The sums of many tables, beside a loop over torch.nn.EmbeddingBag and torch.cat",
         "gpu_embed",
         "torch-together",
-        lambda key: key.set == "M",
+        # Bags of one id come out alike.
+        lambda key: key.set == "M" and key.hotness > 1,
         _tables_label,
     ),
 )
-HOST = "The host's time of a tiny lookup"
+HOST = f"The host's time of a lookup of {host_time.NUM_IDS} ids, rows of {host_time.DIM}"
 
 
 def bars_of(rows: Sequence[Row], times: Iterable[host_time.HostTime]) -> dict[str, list[Bar]]:
     """By the titles of the sections that have any."""
     found = {section.title: section.bars(rows) for section in SECTIONS}
     found[HOST] = [
-        Bar(entry.mode, 1 / entry.times_torch)
+        Bar(f"{entry.who.removeprefix('gpu_embed, ')}, {entry.mode}", 1 / entry.times_torch)
         for entry in times
-        if entry.who == host_time.TORCH_BACKEND
+        if entry.who.startswith("gpu_embed") and entry.mode != "inference"
     ]
     return {title: bars for title, bars in found.items() if bars}
 
@@ -169,8 +175,10 @@ def _small_png(figure: Figure) -> bytes:
 
 
 def _ratio_text(ratio: float) -> str:
-    """To two digits behind the point where that says anything."""
-    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
+    """To two digits; near 1 to three, which say whether it is a gain."""
+    if ratio < 2:
+        return f"{ratio:.2f}x"
+    return f"{ratio:.1f}x" if ratio < 9.95 else f"{float(f'{ratio:.2g}'):,.0f}x"
 
 
 def draw(sections: Mapping[str, list[Bar]], caption: str, theme: Theme) -> Figure:

@@ -227,7 +227,7 @@ def test_a_row_without_a_time_breaks_its_line_and_is_named():
     assert set(curves) == {"gpu_embed", "torch"}
     assert np.isnan(curves["torch"].get_ydata()).tolist() == [v == 4096 for v in VOCABS]
     caption = picture.figure.get_supxlabel()
-    assert caption.startswith("No point: torch oom at 1 · liger-kernel wrong at 8")
+    assert caption.startswith("No point: torch oom at 1 size · liger-kernel wrong at 8 sizes")
 
 
 def test_many_shapes_go_to_several_pictures():
