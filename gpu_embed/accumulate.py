@@ -9,7 +9,6 @@ from torch import Tensor
 from .nn import Embedding, EmbeddingBag
 from .nn.tables import BatchedTables
 from .ops.in_place import Handle
-from .tables.parameter import parent_of
 
 
 class AccumulationHandle(Handle):
@@ -58,8 +57,7 @@ def accumulate_in_place(
 
     Args:
         module_or_parameters: a module, whose layers of this package are meant, frozen ones included and those with
-            `sparse=True` left out; or one parameter, or several. Rows from `parameters_of` stand for the whole
-            parameter of their layer.
+            `sparse=True` left out; or one parameter, or several.
 
     Returns:
         A handle: `handle.remove()` ends it, also at the end of a `with` block. Marks of other handles stay.
@@ -115,14 +113,12 @@ def _leaves(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
                 f"accumulate_in_place: expected parameters, got {type(parameter).__name__} at position {number}; give "
                 "the model itself, or model.parameters()"
             )
-        leaf = parent_of(parameter)
-        if leaf.grad_fn is not None:
+        if parameter.grad_fn is not None:
             raise ValueError(
-                f"accumulate_in_place: the tensor {list(leaf.shape)} at position {number} is no leaf but the output of "
-                f"{leaf.grad_fn.name()}, and has no .grad; name the "
-                "parameter that it is computed from"
+                f"accumulate_in_place: the tensor {list(parameter.shape)} at position {number} is no leaf but the "
+                f"output of {parameter.grad_fn.name()}, and has no .grad; name the parameter that it is computed from"
             )
-        leaves.append(leaf)
+        leaves.append(parameter)
     if not leaves:
         raise ValueError("accumulate_in_place: got no parameters")
     return leaves

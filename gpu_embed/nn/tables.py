@@ -191,7 +191,10 @@ class BatchedTables(torch.nn.Module, ABC):
             optimizer = gpu_embed.optim.RowWiseAdagrad(groups)
         """
         if not self.sparse:
-            raise ValueError("parameters_of is for layers with sparse=True")
+            raise ValueError(
+                f"parameters_of: a dense gradient cannot be taken apart by tables; make the {type(self).__name__} with "
+                "sparse=True, or give an optimizer its parameters()"
+            )
         if not names:
             raise ValueError("parameters_of: name at least one table")
         for name in names:

@@ -72,6 +72,13 @@ def is_marked(leaf: Tensor) -> bool:
     return False
 
 
+def is_of_marked(ctx: Any) -> bool:
+    """Whether the first tensor of this Function is a marked leaf."""
+    node = ctx.next_functions[0][0]
+    # Without a node that adds to a leaf: views, functions of a weight, functorch's levels.
+    return type(node) is _AccumulateGrad and is_marked(node.variable)
+
+
 def weight_gradient(
     ctx: Any,
     shape: torch.Size,
@@ -90,18 +97,15 @@ def weight_gradient(
     Returns:
         None where the gradient was added to the weight's `.grad`.
     """
-    if not is_compiling():
-        node = ctx.next_functions[0][0]
-        # Without a node that adds to a leaf: views, functions of a weight, functorch's levels.
-        if type(node) is _AccumulateGrad and is_marked(node.variable):
-            with _adding:
-                into = _gradient_to_add_to(node, shape, grad_output)
-                if into is not None:
-                    gradient = derivative(grad_output, *inputs, into=into)
-                    if gradient is not into:
-                        return gradient
-                    torch.autograd.graph.increment_version(into)
-                    return None
+    if not is_compiling() and is_of_marked(ctx):
+        with _adding:
+            into = _gradient_to_add_to(ctx.next_functions[0][0], shape, grad_output)
+            if into is not None:
+                gradient = derivative(grad_output, *inputs, into=into)
+                if gradient is not into:
+                    return gradient
+                torch.autograd.graph.increment_version(into)
+                return None
     return derivative(grad_output, *inputs)
 
 

@@ -1,10 +1,12 @@
 """What is kept of a lookup for the next one in the same table.
 
-A lookup of a few ids takes the GPU less time than its arguments take Python to check. So the second call with
-a Parameter finds the checks, the backend and the launch settings of the first one in `known_tables`, as long
-as nothing that they depend on has changed. That is the table's address and form, and not which object holds it:
-what is kept of a table that is gone, or whose Parameter has other content (`torch.utils.swap_tensors`, which
-refuses a Parameter that a weak reference points to), serves no table but one just like it.
+A lookup of a few ids takes the GPU less time than its arguments take Python to check. So a later call with the same
+Parameter finds the checks, the backend and the launch settings of the first one in `known_tables`, as long as nothing
+that they depend on has changed. On the CPU torch's own node may serve it.
+
+An entry knows its table by address, shape, strides and dtype, and holds no reference to it: `torch.utils.swap_tensors`
+refuses a Parameter that a weak reference points to. So it may serve a later table in the same memory, which is of the
+same form.
 """
 
 from typing import Any
@@ -149,7 +151,7 @@ class KnownEmbedding(SingleLevelFunction):
         (indices,) = ctx.saved_tensors
         table = ctx.table
         inputs = grad, table.num_embeddings, indices, *table.arguments
-        if in_place.in_force:
+        if in_place.in_force and in_place.is_of_marked(ctx):
             grad_weight = in_place.weight_gradient(ctx, table.shape, embedding_adjoint, *inputs)
             return grad_weight, None, None
         if table.prepared_backward and not torch.is_grad_enabled() and is_plain_call(grad, indices):

@@ -1009,13 +1009,6 @@ def test_what_a_module_means(added):
     assert adds_in_place(model.frozen, added)
 
 
-def test_rows_of_a_table_stand_for_the_whole_parameter(added):
-    layer = gpu_embed.TableBatchedEmbeddingBag({"a": (9, 4), "b": (3, 4)}, sparse=True)
-    (rows,) = layer.parameters_of("a")
-    accumulate_in_place(rows)
-    assert in_place.is_marked(layer.weight)
-
-
 def test_tied_layers_and_plain_leaves(added):
     weight = torch.zeros(9, 4, requires_grad=True)
     accumulate_in_place(weight)

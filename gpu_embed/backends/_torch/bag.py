@@ -23,7 +23,9 @@ class TorchBags(TorchLookup):
     ) -> Tensor:
         wide = accumulation(weight.dtype)
         # torch's CUDA kernels trust the ids.
-        if not weight.is_cuda and rounds_as_torch(weight.dtype, mode):
+        if not weight.is_cuda and (
+            weight.dtype == wide or sums_16_bits_as_torch(weight.dtype, mode)
+        ):
             output = _cpu_bags(weight, per_sample_weights, bags, padding_idx, mode)
             if output is not None:
                 return output[0]
@@ -97,14 +99,12 @@ class TorchBags(TorchLookup):
         return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
 
 
-def rounds_as_torch(dtype: torch.dtype, mode: str) -> bool:
-    """Whether torch's CPU bags are summed in the accumulation dtype and rounded once, ties to even.
+def sums_16_bits_as_torch(dtype: torch.dtype, mode: str) -> bool:
+    """Whether torch's CPU bags of a 16-bit table are summed in fp32 and rounded once, ties to even.
 
-    It rounds a 16-bit mean twice, and a tie of a sum in bf16 upwards.
+    It rounds a mean twice, and a tie of a sum in bf16 upwards.
     """
-    if mode == "sum":
-        return dtype != torch.bfloat16
-    return mode == "max" or dtype == accumulation(dtype)
+    return mode == "max" or (mode == "sum" and dtype == torch.float16)
 
 
 def _add_to_rows(

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...dtypes import accumulation
 from ...tables.batch import TableBatch
 from ...tables.layout import MODES, TableColumn
-from .bag import rounds_as_torch
+from .bag import sums_16_bits_as_torch
 from .lookup import torch_ids
 from .sort import sort_ids
 
@@ -266,7 +266,8 @@ def _group_bags(
     matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[ids.of(group)])
     # torch names the row of a maximum and not its place.
     names_row = group.mode == MAX and with_argmax
-    is_wide = not rounds_as_torch(weight.dtype, MODES[group.mode])
+    is_wide = weight.dtype.itemsize == 2
+    is_wide = is_wide and not sums_16_bits_as_torch(weight.dtype, MODES[group.mode])
     if names_row or is_wide:
         matrix, rows = (
             matrix.index_select(0, rows),
