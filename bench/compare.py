@@ -279,12 +279,14 @@ def _conclude(console: Console, comparison: Comparison, fail_below: float) -> in
     slower = sum(pair.regressed(fail_below) for pair in judged) - broke
     lost = len(comparison.lost)
     if broke or slower or lost:
+        worse = "REGRESSION" if broke or slower else "INCOMPLETE"
         console.print(
-            f"REGRESSION: of {len(judged) + lost} rows of gpu_embed, {slower} below {fail_below:g}, "
+            f"{worse}: of {len(judged) + lost} rows of gpu_embed, {slower} below {fail_below:g}, "
             f"{broke} no longer ok and {lost} missing in new.",
             style="bold red",
         )
-        return REGRESSION
+        if broke or slower or noisy < len(judged):
+            return REGRESSION
     if noisy == len(judged):
         return UNUSABLE
     said = f"OK: none of {len(judged) - noisy} rows of gpu_embed is below {fail_below:g}."

@@ -201,6 +201,21 @@ def test_two_machines_are_compared_with_a_warning_and_no_verdict(run):
     assert "0.500" in text
 
 
+def test_rows_that_are_only_missing_are_no_slower_ones(run):
+    code, text = run([row(), row(2048)], [row()])
+    assert code == 1
+    assert "INCOMPLETE: of 2 rows" in text
+    assert "REGRESSION" not in text
+
+
+def test_noise_alone_gives_no_verdict_where_others_are_missing_too(run):
+    noisy = row(ms_p20=0.5, ms_p80=2.0)
+    code, text = run([row(), row(2048)], [noisy])
+    assert code == 2
+    assert "1 of 1 rows of gpu_embed are noisy" in text
+    assert "INCOMPLETE" in text
+
+
 def test_rivals_that_are_gone_and_rows_that_had_no_time_are_no_regression(run):
     gone = [row(8192, provider="torch"), row(4096, ms=None, status="oom")]
     assert run([row(), *gone], [row()])[0] == 0
