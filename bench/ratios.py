@@ -93,7 +93,7 @@ def _tables_label(key: Key) -> str:
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 # The picture of steps has those between.
-STEP_ROWS = (10_000, 1_000_000, 10_000_000)
+STEP_ROWS = (10_000, 1_000_000, 10_000_000, 50_000_000)
 _MICRO_STEPS = {(cell.vocab, cell.dim, cell.num_ids) for cell in MICRO_STEPS}
 SECTIONS = (
     Section(

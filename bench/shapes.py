@@ -63,7 +63,9 @@ class Cell:
         return torch.float32 if mode == "accumulate_fp32" else DTYPES[self.dtype]
 
     def has(self, mode: str) -> bool:
-        """Whether the mode is one of this cell's: fp32 gradients are for tables of 16 bits."""
+        """Whether the mode is one of this cell's: fp32 gradients are for tables of 16 bits, updates for one width."""
+        if not (self.is_uniform or mode in ("forward", "backward", "full")):
+            return False
         return mode != "accumulate_fp32" or DTYPES[self.dtype].itemsize == 2
 
     @property

@@ -55,8 +55,8 @@ def test_bars_are_what_the_sections_show():
     assert bars[accumulation][0].label == "128,256 x 512 fp32, 8 ids"
     assert bars[accumulation][-1].label == "32,000 x 4,096 bf16, fp32 gradient, 4,096 ids"
     # Losses too; of the ids on the same rows alone, and by optimizer.
-    assert [bar.ratio for bar in bars[step]] == [0.5] * 6
-    assert [bar.label for bar in bars[step]][2:4] == ["SGD, 10M rows", "Adam, 10k rows"]
+    assert [bar.ratio for bar in bars[step]] == [0.5] * 8
+    assert [bar.label for bar in bars[step]][3:5] == ["SGD, 50M rows", "Adam, 10k rows"]
     assert bars[ratios.HOST] == [
         ratios.Bar("torch backend, forward", 0.5),
         ratios.Bar("triton backend up to the driver, forward", 1 / 4.5),
