@@ -1,5 +1,8 @@
 """torch's own operators: CPU tensors, and CUDA where no kernel of ours can run."""
 
+from functools import cached_property
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -7,7 +10,7 @@ from ...bounds import BoundsRecord
 from ...row_update import RowUpdate
 from ...tables.batch import TableBatch, write_out_of_range
 from ...tables.entries import TableEntries
-from . import tables, tables_cpu
+from . import tables
 from .bag import TorchBags
 from .row_update import row_update_, table_row_update_
 from .take import TorchTake
@@ -21,6 +24,13 @@ class TorchBackend(TorchBags, TorchTake):
     def unusable_reason(self, device: torch.device) -> str | None:
         return None
 
+    @cached_property
+    def _tables_cpu(self) -> ModuleType:
+        # Not before: it would be a third of a first lookup's time.
+        from . import tables_cpu
+
+        return tables_cpu
+
     def table_batched_embedding(
         self,
         weight: Tensor,
@@ -30,7 +40,7 @@ class TorchBackend(TorchBags, TorchTake):
         record: BoundsRecord | None,
     ) -> Tensor:
         if weight.device.type == "cpu":
-            output = tables_cpu.embedding(weight, per_sample_weights, batch, zero_padding)
+            output = self._tables_cpu.embedding(weight, per_sample_weights, batch, zero_padding)
             if output is not None:
                 return output
         places = batch.places()
@@ -46,7 +56,7 @@ class TorchBackend(TorchBags, TorchTake):
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
         if weight.device.type == "cpu":
-            found = tables_cpu.embedding_max(weight, batch, with_argmax)
+            found = self._tables_cpu.embedding_max(weight, batch, with_argmax)
             if found is not None:
                 return found
         places = batch.places()
@@ -64,7 +74,7 @@ class TorchBackend(TorchBags, TorchTake):
     ) -> Tensor:
         inputs = grad_output, per_sample_weights, batch, weight_shape, into
         if grad_output.device.type == "cpu":
-            gradient = tables_cpu.dense_backward(*inputs)
+            gradient = self._tables_cpu.dense_backward(*inputs)
             if gradient is not None:
                 return gradient
         return tables.dense_backward(*inputs)
@@ -73,7 +83,7 @@ class TorchBackend(TorchBags, TorchTake):
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
         if weight.device.type == "cpu":
-            gradient = tables_cpu.sample_weights_backward(grad_output, weight, batch)
+            gradient = self._tables_cpu.sample_weights_backward(grad_output, weight, batch)
             if gradient is not None:
                 return gradient
         return tables.sample_weights_backward(grad_output, weight, batch)
