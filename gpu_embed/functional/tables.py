@@ -113,7 +113,7 @@ def _check_is_tensor(function: str, name: str, value: object) -> None:
     if isinstance(value, Tensor):
         return
     hint = tensor_hint(name, value)
-    if isinstance(value, Mapping | TableInput):
+    if value is None or isinstance(value, Mapping | TableInput):
         hint = (
             "; put ids together with gpu_embed.batch_bags or batch_padded, and call layer(*batch)"
         )
