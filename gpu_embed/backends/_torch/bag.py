@@ -23,9 +23,7 @@ class TorchBags(TorchLookup):
     ) -> Tensor:
         wide = accumulation(weight.dtype)
         # torch's CUDA kernels trust the ids.
-        if not weight.is_cuda and (
-            weight.dtype == wide or sums_16_bits_as_torch(weight.dtype, mode)
-        ):
+        if not weight.is_cuda:
             output = _cpu_bags(weight, per_sample_weights, bags, padding_idx, mode)
             if output is not None:
                 return output[0]
@@ -155,7 +153,12 @@ def _cpu_bags(
         ids, offsets = ids[:last], offsets[:-1]
         if per_sample_weights is not None:
             per_sample_weights = per_sample_weights[:last]
+    # Of a parameter torch notes each id's bag, even where no gradient is recorded.
+    weight, dtype, wide = weight.detach(), weight.dtype, accumulation(weight.dtype)
     try:
+        if dtype != wide and not sums_16_bits_as_torch(dtype, mode):
+            weight, ids, padding_idx = _rows_in(wide, weight, ids, padding_idx)
+            per_sample_weights = None if per_sample_weights is None else per_sample_weights.to(wide)
         output, _, sizes, max_ids = torch.embedding_bag(
             weight,
             ids,
@@ -167,11 +170,28 @@ def _cpu_bags(
             False,
             padding_idx if padding_idx >= 0 else None,
         )
-    except RuntimeError:
+    except (IndexError, RuntimeError):
         return None
     if mode == "max":
         max_ids = torch.where(sizes[:, None] > 0, max_ids, -1)
-    return output, max_ids
+    return output.to(dtype), max_ids
+
+
+def _rows_in(
+    dtype: torch.dtype, weight: Tensor, ids: Tensor, padding_idx: int
+) -> tuple[Tensor, Tensor, int]:
+    """A table with the row of each id, in this dtype; ids of these rows, and which of them is padding, -1: none.
+
+    Raises IndexError for an id out of range.
+    """
+    places = torch.arange(len(ids), dtype=ids.dtype, device=ids.device)
+    is_padding = ids == padding_idx
+    first = int(is_padding.to(torch.uint8).argmax()) if padding_idx >= 0 and len(ids) else -1
+    if first >= 0:
+        # All padding is one row.
+        places = torch.where(is_padding, first, places)
+        padding_idx = first if is_padding[first] else -1
+    return weight.index_select(0, ids).to(dtype), places, padding_idx
 
 
 def _elements(max_ids: Tensor) -> Tensor:
