@@ -113,7 +113,8 @@ def _check_is_tensor(function: str, name: str, value: object) -> None:
     if isinstance(value, Tensor):
         return
     hint = tensor_hint(name, value)
-    if value is None or isinstance(value, Mapping | TableInput):
+    is_missing = name == "offsets" and value is None
+    if is_missing or isinstance(value, Mapping | TableInput):
         hint = (
             "; put ids together with gpu_embed.batch_bags or batch_padded, and call layer(*batch)"
         )
