@@ -65,7 +65,6 @@ class Setting:
         )
 
     def _assign(self, value: str | None) -> None:
-        global generation
         with assigning:
             if value is None:
                 vars(self).pop("value", None)
@@ -73,7 +72,7 @@ class Setting:
                 self.value = value
             if self.on_change is not None:
                 self.on_change()
-            generation += 1
+            changed()
 
     def _checked(self, value: str, source: str) -> str:
         if value not in self.choices:

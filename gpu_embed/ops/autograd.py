@@ -94,11 +94,12 @@ def register_multilinear(
             saved = ctx.saved_tensors  # once: a checkpoint unpacks no tensor twice
             linear, tensors = saved[:count], saved[count:]
             grads: list[Tensor | None] = [None] * (num_inputs + 1)
+            is_marked = of_table and in_place.in_force and in_place.is_of_marked(ctx)
             for i, derivative in enumerate(derivatives):
                 if ctx.needs_input_grad[i + 1]:
                     shape, others = ctx.shapes[i], (*linear[:i], *linear[i + 1 :])
                     inputs = (grad, shape[0], *others, *tensors, *ctx.arguments)
-                    if i == 0 and of_table and in_place.in_force:
+                    if i == 0 and is_marked:
                         grads[1] = in_place.weight_gradient(ctx, shape, derivative, *inputs)
                     else:
                         grads[i + 1] = derivative(*inputs)
@@ -171,7 +172,7 @@ def register_argmax(
         def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
             shape = ctx.weight_shape
             inputs = (grad, shape, *ctx.saved_tensors, *ctx.arguments)
-            if in_place.in_force:
+            if in_place.in_force and in_place.is_of_marked(ctx):
                 grad_weight = in_place.weight_gradient(ctx, shape, adjoint, *inputs)
             else:
                 grad_weight = adjoint(*inputs)

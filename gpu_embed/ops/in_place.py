@@ -73,7 +73,9 @@ def is_marked(leaf: Tensor) -> bool:
 
 
 def is_of_marked(ctx: Any) -> bool:
-    """Whether the first tensor of this Function is a marked leaf."""
+    """Whether the first tensor of this Function is a marked leaf, in eager mode."""
+    if is_compiling():
+        return False
     node = ctx.next_functions[0][0]
     # Without a node that adds to a leaf: views, functions of a weight, functorch's levels.
     return type(node) is _AccumulateGrad and is_marked(node.variable)
@@ -86,10 +88,10 @@ def weight_gradient(
     grad_output: Tensor,
     *inputs: Any,
 ) -> Tensor | None:
-    """The gradient that a Function's backward returns for its first tensor, the weight.
+    """The gradient that a Function's backward returns for its first tensor, a weight.
 
     Args:
-        ctx: of the Function.
+        ctx: of the Function, for which `is_of_marked` holds.
         shape: the weight's in the forward.
         derivative: derivative(grad_output, *inputs, into=None) -> gradient of the weight. Given the weight's `.grad` as
             `into`, it adds to that and returns it, or it returns a gradient all the same.
@@ -97,15 +99,14 @@ def weight_gradient(
     Returns:
         None where the gradient was added to the weight's `.grad`.
     """
-    if not is_compiling() and is_of_marked(ctx):
-        with _adding:
-            into = _gradient_to_add_to(ctx.next_functions[0][0], shape, grad_output)
-            if into is not None:
-                gradient = derivative(grad_output, *inputs, into=into)
-                if gradient is not into:
-                    return gradient
-                torch.autograd.graph.increment_version(into)
-                return None
+    with _adding:
+        into = _gradient_to_add_to(ctx.next_functions[0][0], shape, grad_output)
+        if into is not None:
+            gradient = derivative(grad_output, *inputs, into=into)
+            if gradient is not into:
+                return gradient
+            torch.autograd.graph.increment_version(into)
+            return None
     return derivative(grad_output, *inputs)
 
 

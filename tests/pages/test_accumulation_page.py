@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from commands import ROOT
+from process_groups import one_process
 from torch.utils.checkpoint import checkpoint
 
 import gpu_embed
@@ -164,18 +165,6 @@ CASES = {
     "a table of few rows, most of which the batch names": [(Plain, most)],
 }
 RUNS = [(row, number) for row, runs in CASES.items() for number in range(len(runs))]
-
-
-@contextlib.contextmanager
-def one_process():
-    """A process group of one, on gloo."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def model_of(make, marked):

@@ -4,13 +4,13 @@ All numbers are small integers times powers of two, which fp32 holds exactly: th
 a norm is a root, so after clipping they are compared to within its rounding.
 """
 
-import contextlib
 import os
 import re
 
 import pytest
 import torch
 from commands import ROOT
+from process_groups import one_process
 from torch.utils.checkpoint import checkpoint
 
 import gpu_embed
@@ -178,18 +178,6 @@ def scheduler(kind, tmp_path):
         for one in schedulers:
             one.step()
     return model, expected(lrs=(1.0, 0.5, 0.25))
-
-
-@contextlib.contextmanager
-def one_process():
-    """A process group of one, on gloo."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def ddp(kind, tmp_path):

@@ -186,12 +186,11 @@ def _rows_in(
     """
     places = torch.arange(len(ids), dtype=ids.dtype, device=ids.device)
     is_padding = ids == padding_idx
-    first = int(is_padding.to(torch.uint8).argmax()) if padding_idx >= 0 and len(ids) else -1
-    if first >= 0:
-        # All padding is one row.
-        places = torch.where(is_padding, first, places)
-        padding_idx = first if is_padding[first] else -1
-    return weight.index_select(0, ids).to(dtype), places, padding_idx
+    found = is_padding.nonzero()
+    first = int(found[0]) if len(found) else -1
+    # All padding is one row.
+    places[is_padding] = first
+    return weight.index_select(0, ids).to(dtype), places, first
 
 
 def _elements(max_ids: Tensor) -> Tensor:

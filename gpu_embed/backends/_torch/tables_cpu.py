@@ -265,9 +265,8 @@ def _group_bags(
     """
     matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[ids.of(group)])
     # torch names the row of a maximum and not its place.
-    names_row = group.mode == MAX and with_argmax
-    is_wide = weight.dtype.itemsize == 2
-    is_wide = is_wide and not sums_16_bits_as_torch(weight.dtype, MODES[group.mode])
+    names_row, mode = group.mode == MAX and with_argmax, MODES[group.mode]
+    is_wide = weight.dtype.itemsize == 2 and not sums_16_bits_as_torch(weight.dtype, mode)
     if names_row or is_wide:
         matrix, rows = (
             matrix.index_select(0, rows),
