@@ -9,6 +9,7 @@ from torch import Tensor
 from ...bounds import BoundsRecord, in_table
 from ...dtypes import TORCH_IDS, accumulation
 from ..protocol import PreparedEmbedding
+from .sort import sort_ids
 
 # Bytes of the rows that a gradient in place adds at a time: they stay in the cache, and it allocates little else.
 CHUNK_BYTES = 1 << 19
@@ -174,11 +175,15 @@ def _add_in_chunks(
             into.index_add_(0, ids[chunk], read(chunk).to(wide))
         return into
     # Whole runs of equal ids, so that each row is read and written once.
-    keys, order = torch.sort(ids if positions is None else ids[positions], stable=True)
     if positions is not None:
-        order = positions[order]
-    rows, run, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).tolist()
+        ids = ids.index_select(0, positions)
+    keys, order = sort_ids(ids, len(into))
+    _, run, counts = torch.unique_consecutive(keys, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0) - 1
+    rows = ids.index_select(0, order.index_select(0, last)).to(torch.int64)
+    ends = (last + 1).tolist()
+    if positions is not None:
+        order = positions.index_select(0, order)
     for first in range(0, len(rows), step):
         chunk_rows = rows[first : first + step]
         total = torch.zeros(len(chunk_rows), into.shape[1], dtype=wide, device=into.device)
@@ -189,7 +194,7 @@ def _add_in_chunks(
         if scale_grad_by_freq:
             total /= counts[first : first + step, None]
         total += into.index_select(0, chunk_rows)
-        into.index_copy_(0, chunk_rows.to(torch.int64), total.to(into.dtype))
+        into.index_copy_(0, chunk_rows, total.to(into.dtype))
     return into
 
 
