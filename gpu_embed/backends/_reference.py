@@ -1,5 +1,6 @@
 """The NumPy reference behind the `Backend` protocol: any device, by way of host copies."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..dtypes import accumulation
 from ..reference import rounding as stochastic_rounding
+from ..reference.bag import largest_of_bags
 from ..row_update import STATE, RowUpdate
+from ..shard import Shard, table_rows
 from ..tables.batch import TableBatch, write_out_of_range
 from ..tables.entries import TableEntries
 from ..tables.layout import TableColumn
@@ -32,12 +35,18 @@ class ReferenceBackend:
         return None
 
     def embedding(
-        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        zero_idx: int,
+        record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> Tensor:
         if indices.numel() == 0:
             return weight.new_empty(*indices.shape, weight.shape[1])
         if record is not None:
-            record.write(indices, weight.shape[0])
+            record.write(indices, table_rows(weight.shape[0], shard))
+        indices, zero_idx = _local(indices, weight.shape[0], zero_idx, shard)
         # NumPy does not know every dtype, but a lookup copies bytes.
         table = (
             weight.detach()
@@ -49,8 +58,8 @@ class ReferenceBackend:
         rows = reference.embedding(table, indices.cpu().numpy(), zero_idx)
         return torch.from_numpy(rows).view(weight.dtype).to(weight.device)
 
-    def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
-        return self.embedding
+    def prepare_embedding(self, weight: Tensor, shard: Shard | None = None) -> PreparedEmbedding:
+        return partial(self.embedding, shard=shard)
 
     def embedding_dense_backward(
         self,
@@ -60,7 +69,9 @@ class ReferenceBackend:
         padding_idx: int,
         scale_grad_by_freq: bool,
         into: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
+        indices, padding_idx = _local(indices, num_embeddings, padding_idx, shard)
         grad_weight = reference.embedding_dense_backward(
             grad_output.detach().cpu().double().numpy(),
             indices.cpu().numpy(),
@@ -71,13 +82,25 @@ class ReferenceBackend:
         return _gradient(grad_weight, grad_output, into)
 
     def embedding_renorm_(
-        self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        max_norm: float,
+        norm_type: float,
+        shard: Shard | None = None,
     ) -> None:
+        if shard is not None:
+            indices, _ = _local(indices, weight.shape[0], -1, shard)
+            # Other shards' ids are no error; there may be none left.
+            indices = indices[indices >= 0]
         table = weight.detach().cpu().double().numpy()
         renormed = reference.embedding_renorm(table, indices.cpu().numpy(), max_norm, norm_type)
         weight.copy_(torch.from_numpy(renormed))
 
-    def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
+    def embedding_counts(
+        self, indices: Tensor, num_embeddings: int, shard: Shard | None = None
+    ) -> Tensor:
+        indices, _ = _local(indices, num_embeddings, -1, shard)
         counts = reference.embedding_counts(indices.cpu().numpy(), num_embeddings)
         return torch.from_numpy(counts).to(indices.device)
 
@@ -115,9 +138,11 @@ class ReferenceBackend:
         padding_idx: int,
         mode: str,
         record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> Tensor:
         if record is not None:
-            record.write_bags(bags, weight.shape[0])
+            record.write_bags(bags, table_rows(weight.shape[0], shard))
+        bags, padding_idx = _local_bags(bags, weight.shape[0], padding_idx, shard)
         output = reference.embedding_bag(
             _array(weight), *_bag_arrays(bags), padding_idx, mode, _array(per_sample_weights)
         )
@@ -130,14 +155,21 @@ class ReferenceBackend:
         padding_idx: int,
         with_argmax: bool,
         record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, Tensor]:
         if record is not None:
-            record.write_bags(bags, weight.shape[0])
-        output, max_elements = reference.embedding_bag_max(
-            _array(weight), *_bag_arrays(bags), padding_idx
-        )
-        max_elements = max_elements if with_argmax else max_elements[:0, 0]
-        return torch.from_numpy(output).to(weight), torch.from_numpy(max_elements).to(weight.device)
+            record.write_bags(bags, table_rows(weight.shape[0], shard))
+        if shard is None:
+            output, argmax = reference.embedding_bag_max(
+                _array(weight), *_bag_arrays(bags), padding_idx
+            )
+        else:
+            bags, padding_idx = _local_bags(bags, weight.shape[0], padding_idx, shard)
+            output, argmax = largest_of_bags(
+                _array(weight), *_bag_arrays(bags), padding_idx, others_idx=-1
+            )
+        argmax = argmax if with_argmax else argmax[:0, 0]
+        return torch.from_numpy(output).to(weight), torch.from_numpy(argmax).to(weight.device)
 
     def embedding_bag_dense_backward(
         self,
@@ -149,7 +181,9 @@ class ReferenceBackend:
         mode: str,
         scale_grad_by_freq: bool,
         into: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
+        bags, padding_idx = _local_bags(bags, num_embeddings, padding_idx, shard)
         grad_weight = reference.embedding_bag_dense_backward(
             _array(grad_output),
             *_bag_arrays(bags),
@@ -162,8 +196,14 @@ class ReferenceBackend:
         return _gradient(grad_weight, grad_output, into)
 
     def embedding_bag_sample_weights_backward(
-        self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        bags: Bags,
+        padding_idx: int,
+        shard: Shard | None = None,
     ) -> Tensor:
+        bags, padding_idx = _local_bags(bags, weight.shape[0], padding_idx, shard)
         grad = reference.embedding_bag_sample_weights_backward(
             _array(grad_output), _array(weight), *_bag_arrays(bags), padding_idx
         )
@@ -303,6 +343,22 @@ class ReferenceBackend:
                 None,
                 first_row,
             )
+
+
+def _local(
+    indices: Tensor, num_rows: int, padding_idx: int, shard: Shard | None
+) -> tuple[Tensor, int]:
+    """Ids and padding as rows of the shard, as `Shard.local` numbers them."""
+    if shard is None:
+        return indices, padding_idx
+    return shard.local(indices, num_rows, padding_idx), num_rows
+
+
+def _local_bags(
+    bags: Bags, num_rows: int, padding_idx: int, shard: Shard | None
+) -> tuple[Bags, int]:
+    indices, padding_idx = _local(bags.indices, num_rows, padding_idx, shard)
+    return bags._replace(indices=indices), padding_idx
 
 
 def _ids_array(indices: Tensor) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..bags import Bags
 from ..bounds import BoundsRecord
 from ..row_update import RowUpdate
+from ..shard import Shard
 from ..tables.batch import TableBatch
 from ..tables.entries import TableEntries
 from ..take import QuantizedTable
@@ -27,6 +28,9 @@ class Backend(Protocol):
     strides that do not overlap (a tables' buffer: contiguous), of grad_output's dtype, or fp32 where that has 16
     bits. Each row that an id names is summed in `accumulation(dtype)`, added to its row of `into` there, and rounded
     once. No other row is read or written. `into` is returned, and its version counter is the caller's to raise.
+
+    With a `shard` the table in hand, or its gradient, is those rows of a larger one: see `shard.Shard`. Ids, zero_idx
+    and padding_idx are the larger table's; what is recorded and counted as out of range is what is not in that.
     """
 
     name: str
@@ -35,15 +39,20 @@ class Backend(Protocol):
         """None where the backend can serve tensors on this device, else the reason in one sentence."""
 
     def embedding(
-        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        zero_idx: int,
+        record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> Tensor:
         """weight[indices], bit for bit -> [..., D]; ids equal to zero_idx (-1: none) give zero rows.
 
         Ids out of range are written to `record` unless it is None.
         """
 
-    def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
-        """`embedding` for this table alone, with all that does not depend on the ids decided once.
+    def prepare_embedding(self, weight: Tensor, shard: Shard | None = None) -> PreparedEmbedding:
+        """`embedding` for this table or shard alone, with all that does not depend on the ids decided once.
 
         Good while the table keeps its address, shape, strides and dtype. Holds no tensor, and none's memory.
         """
@@ -56,6 +65,7 @@ class Backend(Protocol):
         padding_idx: int,
         scale_grad_by_freq: bool,
         into: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
         """Sum of grad_output [..., D] (real, floating) over each id's positions -> [V, D], same dtype.
 
@@ -63,11 +73,18 @@ class Backend(Protocol):
         """
 
     def embedding_renorm_(
-        self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        max_norm: float,
+        norm_type: float,
+        shard: Shard | None = None,
     ) -> None:
         """Scale the looked-up rows to max_norm in place; none if any id is out of range."""
 
-    def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
+    def embedding_counts(
+        self, indices: Tensor, num_embeddings: int, shard: Shard | None = None
+    ) -> Tensor:
         """How often each id occurs -> int32 [V]."""
 
     def row_update_(
@@ -93,11 +110,13 @@ class Backend(Protocol):
         padding_idx: int,
         mode: str,
         record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> Tensor:
         """Sum (mode "sum") or mean ("mean") of the rows of each bag -> [B, D].
 
         per_sample_weights [N], of weight's dtype, multiply the rows. Ids equal to padding_idx (-1: none) take no
-        part, and do not count for the mean. Ids out of range are written to `record` unless it is None.
+        part, and do not count for the mean; those of other rows than the shard's do count. Ids out of range are
+        written to `record` unless it is None.
         """
 
     def embedding_bag_max(
@@ -107,11 +126,16 @@ class Backend(Protocol):
         padding_idx: int,
         with_argmax: bool,
         record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Largest value of each column in each bag, 0 in an empty one -> [B, D], and where it was found.
 
         The second: int64 [B, D], id * D + column, -1 for none; an empty tensor unless with_argmax. The
         first of equals wins; NaN wins where it comes first, and nowhere else.
+
+        With a shard, the largest among its own rows, and as the second the position in bags.indices that it is of: so
+        the first of equals in several shards can be found. NaN wins where no id of the bag but padding, nor one out
+        of range, comes before it, of whatever shard.
         """
 
     def embedding_bag_dense_backward(
@@ -124,13 +148,19 @@ class Backend(Protocol):
         mode: str,
         scale_grad_by_freq: bool,
         into: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
         """Gradient of embedding_bag's weight from grad_output [B, D] -> [V, D], same dtype; or added to `into`."""
 
     def embedding_bag_sample_weights_backward(
-        self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        bags: Bags,
+        padding_idx: int,
+        shard: Shard | None = None,
     ) -> Tensor:
-        """Gradient of embedding_bag's per_sample_weights, mode "sum" -> [N], same dtype."""
+        """Gradient of embedding_bag's per_sample_weights, mode "sum" -> [N], same dtype; 0 for other shards' ids."""
 
     def table_batched_embedding(
         self,

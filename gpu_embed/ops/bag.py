@@ -10,8 +10,12 @@ other two, and they differentiate any number of times, in both directions:
 
 `embedding_bag_max` gives the largest values and where in the table they lie. From there on it is a lookup of
 single elements, so its gradient is `gpu_embed::embedding_dense_backward` of a table with one column.
+
+A shard is as in `lookup`: W is some rows of a larger table. F, G and P are then those rows' part of it. Of maxima there
+is no such part; `embedding_bag_shard_max` says what the largest in the shard are, for `max_elements` to choose from.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +25,7 @@ from torch import Tensor
 from .. import backends, bounds
 from ..bags import Bags, check_offsets, count_bags, make_bags
 from ..dtypes import accumulation
+from ..shard import Shard, as_shard, table_rows
 from .autograd import define, register_argmax, register_loop, register_multilinear
 from .lookup import (
     _embedding_dense_backward,
@@ -48,24 +53,31 @@ def _embedding_bag(
     mode: str,
     scale_grad_by_freq: bool,
     sparse: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     bags = _checked_bags(indices, offsets, include_last_offset)
     if indices.numel() == 0 or bags.num_bags == 0:
         bounds.raise_pending(weight.device)
         return weight.new_empty((bags.num_bags, weight.shape[1])).zero_()
     if weight.shape[1] == 0:
-        return bounds.looked_up(weight.device, indices, partial(_no_columns, weight, bags))
+        num_embeddings = table_rows(weight.shape[0], as_shard(shard))
+        compute = partial(_no_columns, weight, bags, num_embeddings)
+        return bounds.looked_up(weight.device, indices, compute)
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.contiguous().view(-1)
     compute_bag = backends.select(weight.device).embedding_bag
     compute = partial(compute_bag, weight, per_sample_weights, bags, padding_idx, mode)
+    if shard is not None:
+        compute = partial(compute, shard=as_shard(shard))
     return bounds.looked_up(weight.device, indices, compute)
 
 
-def _no_columns(weight: Tensor, bags: Bags, record: bounds.BoundsRecord | None) -> Tensor:
+def _no_columns(
+    weight: Tensor, bags: Bags, num_embeddings: int, record: bounds.BoundsRecord | None
+) -> Tensor:
     """Bags of a table without columns."""
     if record is not None:
-        record.write_bags(bags, weight.shape[0])
+        record.write_bags(bags, num_embeddings)
     return weight.new_empty((bags.num_bags, 0))
 
 
@@ -76,6 +88,7 @@ def _embedding_bag_max(
     include_last_offset: bool,
     padding_idx: int,
     with_argmax: bool,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor]:
     bags = _checked_bags(indices, offsets, include_last_offset)
     shape = (bags.num_bags, weight.shape[1])
@@ -83,12 +96,29 @@ def _embedding_bag_max(
         if weight.shape[1]:
             compute_bag_max = backends.select(weight.device).embedding_bag_max
             compute = partial(compute_bag_max, weight, bags, padding_idx, with_argmax)
+            if shard is not None:
+                compute = partial(compute, shard=shard)
             return bounds.looked_up(weight.device, indices, compute)
-        bounds.looked_up(weight.device, indices, partial(_no_columns, weight, bags))
+        num_embeddings = table_rows(weight.shape[0], shard)
+        compute = partial(_no_columns, weight, bags, num_embeddings)
+        bounds.looked_up(weight.device, indices, compute)
     else:
         bounds.raise_pending(weight.device)
     max_elements = weight.new_full(shape if with_argmax else (0,), -1, dtype=torch.int64)
     return weight.new_empty(shape).zero_(), max_elements
+
+
+def _embedding_bag_shard_max(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int,
+    shard: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    return _embedding_bag_max(
+        weight, indices, offsets, include_last_offset, padding_idx, True, Shard(*shard)
+    )
 
 
 def _embedding_bag_dense_backward(
@@ -101,6 +131,7 @@ def _embedding_bag_dense_backward(
     mode: str,
     scale_grad_by_freq: bool,
     num_embeddings: int,
+    shard: Sequence[int] | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
     bounds.raise_pending(grad_output.device)
@@ -120,6 +151,7 @@ def _embedding_bag_dense_backward(
         mode,
         scale_grad_by_freq,
         into,
+        as_shard(shard),
     )
 
 
@@ -130,21 +162,25 @@ def _embedding_bag_sample_weights_backward(
     offsets: Tensor | None,
     include_last_offset: bool,
     padding_idx: int,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     bounds.raise_pending(grad_output.device)
     bags = make_bags(indices, offsets, include_last_offset)
     if grad_output.numel() == 0 or weight.numel() == 0 or bags.indices.numel() == 0:
         return grad_output.new_zeros(indices.shape)
     grad = backends.select(grad_output.device).embedding_bag_sample_weights_backward(
-        grad_output, weight, bags, padding_idx
+        grad_output, weight, bags, padding_idx, as_shard(shard)
     )
     return grad.view(indices.shape)
 
 
-def _embedding_counts(indices: Tensor, num_embeddings: int) -> Tensor:
+def _embedding_counts(
+    indices: Tensor, num_embeddings: int, shard: Sequence[int] | None = None
+) -> Tensor:
     if indices.numel() == 0 or num_embeddings == 0:
         return _embedding_counts_fake(indices, num_embeddings).zero_()
-    return backends.select(indices.device).embedding_counts(indices, num_embeddings)
+    backend = backends.select(indices.device)
+    return backend.embedding_counts(indices, num_embeddings, as_shard(shard))
 
 
 # Fake kernels.
@@ -160,6 +196,7 @@ def _embedding_bag_fake(
     mode: str,
     scale_grad_by_freq: bool,
     sparse: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     bounds.prepare(weight.device)
     num_bags = count_bags(indices, offsets, include_last_offset)
@@ -176,6 +213,7 @@ def _embedding_bag_dense_backward_fake(
     mode: str,
     scale_grad_by_freq: bool,
     num_embeddings: int,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     return grad_output.new_empty((num_embeddings, grad_output.shape[1]))
 
@@ -187,6 +225,7 @@ def _embedding_bag_sample_weights_backward_fake(
     offsets: Tensor | None,
     include_last_offset: bool,
     padding_idx: int,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     return grad_output.new_empty(indices.shape)
 
@@ -205,28 +244,41 @@ def _embedding_bag_max_fake(
     return output, output.new_empty(shape if with_argmax else (0,), dtype=torch.int64)
 
 
-def _embedding_counts_fake(indices: Tensor, num_embeddings: int) -> Tensor:
+def _embedding_bag_shard_max_fake(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int,
+    shard: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    return _embedding_bag_max_fake(weight, indices, offsets, include_last_offset, padding_idx, True)
+
+
+def _embedding_counts_fake(
+    indices: Tensor, num_embeddings: int, shard: Sequence[int] | None = None
+) -> Tensor:
     return indices.new_empty((num_embeddings,), dtype=torch.int32)
 
 
 # The tensors in front of the ids are those that are differentiated.
 embedding_bag = define(
     "embedding_bag(Tensor weight, Tensor? per_sample_weights, Tensor indices, Tensor? offsets, "
-    "bool include_last_offset, SymInt padding_idx, str mode, bool scale_grad_by_freq, bool sparse) "
-    "-> Tensor",
+    "bool include_last_offset, SymInt padding_idx, str mode, bool scale_grad_by_freq, bool sparse, "
+    "SymInt[]? shard=None) -> Tensor",
     _embedding_bag,
     _embedding_bag_fake,
 )
 embedding_bag_dense_backward = define(
     "embedding_bag_dense_backward(Tensor grad_output, Tensor? per_sample_weights, Tensor indices, "
     "Tensor? offsets, bool include_last_offset, SymInt padding_idx, str mode, "
-    "bool scale_grad_by_freq, SymInt num_embeddings) -> Tensor",
+    "bool scale_grad_by_freq, SymInt num_embeddings, SymInt[]? shard=None) -> Tensor",
     _embedding_bag_dense_backward,
     _embedding_bag_dense_backward_fake,
 )
 embedding_bag_sample_weights_backward = define(
     "embedding_bag_sample_weights_backward(Tensor grad_output, Tensor weight, Tensor indices, "
-    "Tensor? offsets, bool include_last_offset, SymInt padding_idx) -> Tensor",
+    "Tensor? offsets, bool include_last_offset, SymInt padding_idx, SymInt[]? shard=None) -> Tensor",
     _embedding_bag_sample_weights_backward,
     _embedding_bag_sample_weights_backward_fake,
 )
@@ -236,8 +288,14 @@ embedding_bag_max = define(
     _embedding_bag_max,
     _embedding_bag_max_fake,
 )
+embedding_bag_shard_max = define(
+    "embedding_bag_shard_max(Tensor weight, Tensor indices, Tensor? offsets, bool include_last_offset, "
+    "SymInt padding_idx, SymInt[] shard) -> (Tensor, Tensor)",
+    _embedding_bag_shard_max,
+    _embedding_bag_shard_max_fake,
+)
 embedding_counts = define(
-    "embedding_counts(Tensor indices, SymInt num_embeddings) -> Tensor",
+    "embedding_counts(Tensor indices, SymInt num_embeddings, SymInt[]? shard=None) -> Tensor",
     _embedding_counts,
     _embedding_counts_fake,
 )
@@ -257,6 +315,7 @@ def _bag_by_weight(
     mode: str,
     scale_grad_by_freq: bool,
     sparse: bool,
+    shard: Sequence[int] | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
     if sparse:
@@ -279,6 +338,7 @@ def _bag_by_weight(
         mode,
         scale_grad_by_freq,
         num_embeddings,
+        shard,
     )
     if into is not None:
         return _embedding_bag_dense_backward(*inputs, into)
@@ -293,10 +353,13 @@ def _bag_by_sample_weights(
     offsets: Tensor | None,
     include_last_offset: bool,
     padding_idx: int,
-    *rest: Any,
+    mode: str,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     return call_embedding_bag_sample_weights_backward(
-        grad, weight, indices, offsets, include_last_offset, padding_idx
+        grad, weight, indices, offsets, include_last_offset, padding_idx, shard
     )
 
 
@@ -311,10 +374,11 @@ def _dense_backward_by_grad(
     mode: str,
     scale_grad_by_freq: bool,
     num_embeddings: int,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     dtype = grad.dtype
     if scale_grad_by_freq:
-        grad = _over_counts(grad, indices, offsets, include_last_offset)
+        grad = _over_counts(grad, indices, offsets, include_last_offset, shard)
         if per_sample_weights is not None:
             per_sample_weights = per_sample_weights.to(grad.dtype)
     return call_embedding_bag(
@@ -327,6 +391,7 @@ def _dense_backward_by_grad(
         mode,
         False,
         False,
+        shard,
     ).to(dtype)
 
 
@@ -341,37 +406,58 @@ def _dense_backward_by_sample_weights(
     mode: str,
     scale_grad_by_freq: bool,
     num_embeddings: int,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     dtype = grad.dtype
     if scale_grad_by_freq:
-        grad = _over_counts(grad, indices, offsets, include_last_offset)
+        grad = _over_counts(grad, indices, offsets, include_last_offset, shard)
     return call_embedding_bag_sample_weights_backward(
-        grad_output.to(grad.dtype), grad, indices, offsets, include_last_offset, padding_idx
+        grad_output.to(grad.dtype), grad, indices, offsets, include_last_offset, padding_idx, shard
     ).to(dtype)
 
 
 def _sample_weights_backward_by_grad(
-    grad: Tensor, _: int, weight: Tensor, *bags_and_padding: Any
+    grad: Tensor,
+    _: int,
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
-    return call_embedding_bag(weight, grad, *bags_and_padding, "sum", False, False)
+    bags = indices, offsets, include_last_offset, padding_idx
+    return call_embedding_bag(weight, grad, *bags, "sum", False, False, shard)
 
 
 def _sample_weights_backward_by_weight(
-    grad: Tensor, num_embeddings: int, grad_output: Tensor, *bags_and_padding: Any
+    grad: Tensor,
+    num_embeddings: int,
+    grad_output: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
+    bags = indices, offsets, include_last_offset, padding_idx
     return call_embedding_bag_dense_backward(
-        grad_output, grad, *bags_and_padding, "sum", False, num_embeddings
+        grad_output, grad, *bags, "sum", False, num_embeddings, shard
     )
 
 
 def _over_counts(
-    table: Tensor, indices: Tensor, offsets: Tensor | None, include_last_offset: bool
+    table: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    include_last_offset: bool,
+    shard: Sequence[int] | None,
 ) -> Tensor:
     """Each row over how often its id occurs, in the accumulation dtype."""
     if include_last_offset and offsets is not None:
         positions = torch.arange(indices.numel(), device=indices.device)
         indices = torch.where(positions < offsets[-1], indices.to(torch.int64), -1)
-    counts = embedding_counts(indices, table.shape[0]).clamp(min=1)[:, None]
+    counts = embedding_counts(indices, table.shape[0], shard).clamp(min=1)[:, None]
     return table.to(accumulation(table.dtype)) / counts
 
 
@@ -435,7 +521,7 @@ def _max_adjoint(
     inputs = grad.reshape(-1, 1), max_elements.view(-1), shape.numel(), -1, False
     # The elements of another gradient are no table of one column.
     if into is not None and into.is_contiguous():
-        _embedding_dense_backward(*inputs, into.view(-1, 1))
+        _embedding_dense_backward(*inputs, into=into.view(-1, 1))
         return into
     return call_embedding_dense_backward(*inputs).view(shape)
 

@@ -6,8 +6,12 @@ to differentiate them any number of times, in both directions:
     embedding                       weight [V, D]       -> output [..., D]
     embedding_dense_backward        grad_output [..., D] -> grad_weight [V, D]
     embedding_dense_double_backward grad [V, D]          -> [..., D], zero at padding_idx, over the counts
+
+With a shard, those V rows are part of a larger table, which the ids are of: the numbers of `shard.Shard`. In a graph
+that serves every rank its first row is a symbol, so nothing may branch on it.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from .. import backends, bounds
 from ..dtypes import FLOATS
+from ..shard import as_shard, table_rows
 from .autograd import _library, define, register_multilinear
 from .plain import PLAIN_MODES, included_keys
 
@@ -23,19 +28,31 @@ from .plain import PLAIN_MODES, included_keys
 
 
 def _embedding(
-    weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     """weight[indices], ids out of range recorded and, where that needs no stall, reported."""
     if weight.shape[1] == 0 or indices.numel() == 0:
-        return bounds.looked_up(weight.device, indices, partial(_nothing, weight, indices))
+        num_embeddings = table_rows(weight.shape[0], as_shard(shard))
+        compute = partial(_nothing, weight, indices, num_embeddings)
+        return bounds.looked_up(weight.device, indices, compute)
     embedding = backends.select(weight.device).embedding
-    return bounds.looked_up(weight.device, indices, partial(embedding, weight, indices, -1))
+    compute = partial(embedding, weight, indices, -1)
+    if shard is not None:
+        compute = partial(compute, shard=as_shard(shard))
+    return bounds.looked_up(weight.device, indices, compute)
 
 
-def _nothing(weight: Tensor, indices: Tensor, record: bounds.BoundsRecord | None) -> Tensor:
+def _nothing(
+    weight: Tensor, indices: Tensor, num_embeddings: int, record: bounds.BoundsRecord | None
+) -> Tensor:
     """A lookup of no ids, or in a table without columns."""
     if record is not None:
-        record.write(indices, weight.shape[0])
+        record.write(indices, num_embeddings)
     return weight.new_empty(*indices.shape, weight.shape[1])
 
 
@@ -45,6 +62,7 @@ def _embedding_dense_backward(
     num_embeddings: int,
     padding_idx: int,
     scale_grad_by_freq: bool,
+    shard: Sequence[int] | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
     bounds.raise_pending(grad_output.device)
@@ -52,7 +70,7 @@ def _embedding_dense_backward(
     if dtype.is_complex:
         parts = torch.view_as_real(grad_output).flatten(-2)
         grad_weight = _embedding_dense_backward(
-            parts, indices, num_embeddings, padding_idx, scale_grad_by_freq
+            parts, indices, num_embeddings, padding_idx, scale_grad_by_freq, shard
         )
         return torch.view_as_complex(grad_weight.unflatten(-1, (-1, 2)))
     if dtype not in FLOATS:
@@ -63,41 +81,62 @@ def _embedding_dense_backward(
             return into
         return grad_output.new_zeros((num_embeddings, grad_output.shape[-1]))
     return backends.select(grad_output.device).embedding_dense_backward(
-        grad_output, indices, num_embeddings, padding_idx, scale_grad_by_freq, into
+        grad_output,
+        indices,
+        num_embeddings,
+        padding_idx,
+        scale_grad_by_freq,
+        into,
+        as_shard(shard),
     )
 
 
 def _embedding_dense_double_backward(
-    grad: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
+    grad: Tensor,
+    indices: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     bounds.raise_pending(grad.device)
     shape = (*indices.shape, grad.shape[1])
     if indices.numel() == 0 or grad.shape[1] == 0:
         return grad.new_empty(shape)
-    backend = backends.select(grad.device)
-    output = backend.embedding(grad, indices, padding_idx, None)
+    backend, rows = backends.select(grad.device), as_shard(shard)
+    output = backend.embedding(grad, indices, padding_idx, None, rows)
     if scale_grad_by_freq:
-        counts = backend.embedding_counts(indices, grad.shape[0])
+        counts = backend.embedding_counts(indices, grad.shape[0], rows)
         # Looked up by the same kernel: it alone can be trusted with an id out of range.
-        output /= backend.embedding(counts[:, None], indices, -1, None).clamp_(min=1)
+        output /= backend.embedding(counts[:, None], indices, -1, None, rows).clamp_(min=1)
     return output
 
 
-def _embedding_renorm_(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> None:
+def _embedding_renorm_(
+    weight: Tensor,
+    indices: Tensor,
+    max_norm: float,
+    norm_type: float,
+    shard: Sequence[int] | None = None,
+) -> None:
     bounds.raise_pending(weight.device)
     if indices.numel() and weight.numel():
         backend = backends.select(weight.device)
         if weight.dtype not in FLOATS:
             # No kernel of ours has the norm of complex numbers; torch decides on the rest.
             backend = backends.load("torch")
-        backend.embedding_renorm_(weight, indices, max_norm, norm_type)
+        backend.embedding_renorm_(weight, indices, max_norm, norm_type, as_shard(shard))
 
 
 # Fake kernels.
 
 
 def _embedding_fake(
-    weight: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool, sparse: bool
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     bounds.prepare(weight.device)
     return weight.new_empty((*indices.shape, weight.shape[1]))
@@ -109,41 +148,52 @@ def _embedding_dense_backward_fake(
     num_embeddings: int,
     padding_idx: int,
     scale_grad_by_freq: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     return grad_output.new_empty((num_embeddings, grad_output.shape[-1]))
 
 
 def _embedding_dense_double_backward_fake(
-    grad: Tensor, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
+    grad: Tensor,
+    indices: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     return grad.new_empty((*indices.shape, grad.shape[1]))
 
 
 def _embedding_renorm_fake(
-    weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
+    weight: Tensor,
+    indices: Tensor,
+    max_norm: float,
+    norm_type: float,
+    shard: Sequence[int] | None = None,
 ) -> None:
     return None
 
 
 embedding = define(
-    "embedding(Tensor weight, Tensor indices, SymInt padding_idx, bool scale_grad_by_freq, bool sparse) -> Tensor",
+    "embedding(Tensor weight, Tensor indices, SymInt padding_idx, bool scale_grad_by_freq, bool sparse, "
+    "SymInt[]? shard=None) -> Tensor",
     _embedding,
     _embedding_fake,
 )
 embedding_dense_backward = define(
     "embedding_dense_backward(Tensor grad_output, Tensor indices, SymInt num_embeddings, SymInt padding_idx, "
-    "bool scale_grad_by_freq) -> Tensor",
+    "bool scale_grad_by_freq, SymInt[]? shard=None) -> Tensor",
     _embedding_dense_backward,
     _embedding_dense_backward_fake,
 )
 embedding_dense_double_backward = define(
     "embedding_dense_double_backward(Tensor grad, Tensor indices, SymInt padding_idx, "
-    "bool scale_grad_by_freq) -> Tensor",
+    "bool scale_grad_by_freq, SymInt[]? shard=None) -> Tensor",
     _embedding_dense_double_backward,
     _embedding_dense_double_backward_fake,
 )
 embedding_renorm_ = define(
-    "embedding_renorm_(Tensor(a!) weight, Tensor indices, float max_norm, float norm_type) -> ()",
+    "embedding_renorm_(Tensor(a!) weight, Tensor indices, float max_norm, float norm_type, "
+    "SymInt[]? shard=None) -> ()",
     _embedding_renorm_,
     _embedding_renorm_fake,
 )
@@ -159,17 +209,15 @@ def embedding_adjoint(
     padding_idx: int,
     scale_grad_by_freq: bool,
     sparse: bool,
+    shard: Sequence[int] | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
     if sparse:
         return sparse_gradient(grad, indices, num_embeddings, padding_idx, scale_grad_by_freq)
+    inputs = grad, indices, num_embeddings, padding_idx, scale_grad_by_freq, shard
     if into is not None:
-        return _embedding_dense_backward(
-            grad, indices, num_embeddings, padding_idx, scale_grad_by_freq, into
-        )
-    return call_embedding_dense_backward(
-        grad, indices, num_embeddings, padding_idx, scale_grad_by_freq
-    )
+        return _embedding_dense_backward(*inputs, into)
+    return call_embedding_dense_backward(*inputs)
 
 
 def _embedding_dense_backward_adjoint(
@@ -179,15 +227,23 @@ def _embedding_dense_backward_adjoint(
     num_embeddings: int,
     padding_idx: int,
     scale_grad_by_freq: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
-    return call_embedding_dense_double_backward(grad, indices, padding_idx, scale_grad_by_freq)
+    return call_embedding_dense_double_backward(
+        grad, indices, padding_idx, scale_grad_by_freq, shard
+    )
 
 
 def _embedding_dense_double_backward_adjoint(
-    grad: Tensor, num_embeddings: int, indices: Tensor, padding_idx: int, scale_grad_by_freq: bool
+    grad: Tensor,
+    num_embeddings: int,
+    indices: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    shard: Sequence[int] | None = None,
 ) -> Tensor:
     return call_embedding_dense_backward(
-        grad, indices, num_embeddings, padding_idx, scale_grad_by_freq
+        grad, indices, num_embeddings, padding_idx, scale_grad_by_freq, shard
     )
 
 

@@ -57,16 +57,26 @@ def embedding_bag_max(
 
 
 def largest_of_bags(
-    weight: Array, indices: Array, offsets: Array, padding_idx: int = -1
+    weight: Array,
+    indices: Array,
+    offsets: Array,
+    padding_idx: int = -1,
+    others_idx: int | None = None,
 ) -> tuple[Array, Array]:
-    """embedding_bag_max's output, and the position in indices of each row that it is of -> [B, D]; -1: none."""
+    """embedding_bag_max's output, and the position in indices of each row that it is of -> [B, D]; -1: none.
+
+    others_idx stands for rows that lie elsewhere: they take no part, but NaN behind one does not come first.
+    """
     output = np.zeros((len(offsets) - 1, weight.shape[1]), weight.dtype)
     position = np.full(output.shape, -1)
     read = in_table(indices, len(weight)) & (indices != padding_idx)
+    elsewhere = indices == others_idx
     for bag, (begin, end) in enumerate(pairwise(offsets)):
-        for n in begin + np.flatnonzero(read[begin:end]):
+        for place, n in enumerate(begin + np.flatnonzero((read | elsewhere)[begin:end])):
+            if elsewhere[n]:
+                continue
             row = weight[indices[n]]
-            better = (row > output[bag]) | (position[bag] < 0)
+            better = (row > output[bag]) | ((position[bag] < 0) & ((place == 0) | ~np.isnan(row)))
             output[bag] = np.where(better, row, output[bag])
             position[bag] = np.where(better, n, position[bag])
     return output, position

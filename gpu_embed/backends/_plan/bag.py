@@ -9,6 +9,7 @@ from torch import Tensor
 from ...bags import Bags
 from ...bounds import BoundsRecord
 from ...dtypes import accumulation
+from ...shard import Shard
 from .access import cdiv
 from .gradient import GradientPlan, OutputBags
 
@@ -48,6 +49,7 @@ class BagPlan(GradientPlan):
         padding_idx: int,
         mode: str,
         record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> Tensor:
         embedding_dim = weight.shape[1]
         output = weight.new_empty((bags.num_bags, embedding_dim))
@@ -63,7 +65,9 @@ class BagPlan(GradientPlan):
                 output.new_empty(2 * num_chunks, dtype=torch.int64) if mean else None,
                 output.new_empty(num_chunks, dtype=torch.int64),
             )
-        self._bag_sum(weight, per_sample_weights, bags, output, parts, padding_idx, mean, record)
+        self._bag_sum(
+            weight, per_sample_weights, bags, output, parts, padding_idx, mean, record, shard
+        )
         if parts is not None:
             self._bag_join(parts, bags, output)
         return output
@@ -75,13 +79,14 @@ class BagPlan(GradientPlan):
         padding_idx: int,
         with_argmax: bool,
         record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, Tensor]:
         output = weight.new_empty((bags.num_bags, weight.shape[1]))
-        max_elements = output.new_empty(output.shape if with_argmax else (0,), dtype=torch.int64)
+        argmax = output.new_empty(output.shape if with_argmax else (0,), dtype=torch.int64)
         self._bag_max(
-            weight, bags, output, max_elements if with_argmax else None, padding_idx, record
+            weight, bags, output, argmax if with_argmax else None, padding_idx, record, shard
         )
-        return output, max_elements
+        return output, argmax
 
     def embedding_bag_dense_backward(
         self,
@@ -93,6 +98,7 @@ class BagPlan(GradientPlan):
         mode: str,
         scale_grad_by_freq: bool,
         into: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
         def make_output_bags() -> OutputBags:
             sizes = None
@@ -110,14 +116,22 @@ class BagPlan(GradientPlan):
             padding_idx,
             scale_grad_by_freq,
             into,
+            shard,
         )
 
     def embedding_bag_sample_weights_backward(
-        self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        bags: Bags,
+        padding_idx: int,
+        shard: Shard | None = None,
     ) -> Tensor:
         bag_of = self._bag_of_positions(bags, None, padding_idx)
         grad = grad_output.new_empty(bags.indices.numel())
-        self._bag_sample_weights(grad_output, weight, bags.indices, bag_of, grad, padding_idx)
+        self._bag_sample_weights(
+            grad_output, weight, bags.indices, bag_of, grad, padding_idx, shard
+        )
         return grad
 
     def _bag_of_positions(self, bags: Bags, sizes: Tensor | None, padding_idx: int) -> Tensor:
@@ -138,6 +152,7 @@ class BagPlan(GradientPlan):
         padding_idx: int,
         mean: bool,
         record: BoundsRecord | None,
+        shard: Shard | None,
     ) -> None: ...
 
     @abstractmethod
@@ -149,10 +164,12 @@ class BagPlan(GradientPlan):
         weight: Tensor,
         bags: Bags,
         output: Tensor,
-        max_elements: Tensor | None,
+        argmax: Tensor | None,
         padding_idx: int,
         record: BoundsRecord | None,
-    ) -> None: ...
+        shard: Shard | None,
+    ) -> None:
+        """`argmax` gets elements, or with a shard positions: see `Backend`."""
 
     @abstractmethod
     def _bag_of(
@@ -168,6 +185,7 @@ class BagPlan(GradientPlan):
         bag_of: Tensor,
         grad: Tensor,
         padding_idx: int,
+        shard: Shard | None,
     ) -> None: ...
 
 

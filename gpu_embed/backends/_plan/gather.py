@@ -5,11 +5,13 @@ Left alone, each backend chooses by the width of the rows: whole rows, or a flat
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...settings import GATHER_METHOD, Restore
+from ...shard import Shard
 from ..protocol import PreparedEmbedding
 
 # gather(ids, num_indices, output, zero_idx, record) from one table; ids are contiguous, of any shape.
@@ -20,15 +22,20 @@ class GatherPlan(ABC):
     """`embedding` of a `Backend`."""
 
     def embedding(
-        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        zero_idx: int,
+        record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> Tensor:
-        return self.prepare_embedding(weight)(weight, indices, zero_idx, record)
+        return self.prepare_embedding(weight, shard)(weight, indices, zero_idx, record)
 
-    def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
+    def prepare_embedding(self, weight: Tensor, shard: Shard | None = None) -> PreparedEmbedding:
         if weight.element_size() == 16 and weight.stride(1) != 1:
-            return self._embedding_of_copy
+            return partial(self._embedding_of_copy, shard)
         embedding_dim = weight.shape[1]
-        gather = self._prepare_gather(weight)
+        gather = self._prepare_gather(weight, shard)
 
         def embedding(
             weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
@@ -42,13 +49,18 @@ class GatherPlan(ABC):
         return embedding
 
     def _embedding_of_copy(
-        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+        self,
+        shard: Shard | None,
+        weight: Tensor,
+        indices: Tensor,
+        zero_idx: int,
+        record: BoundsRecord | None,
     ) -> Tensor:
         """For complex128 with column stride != 1: words have at most 8 bytes, so an item's two must be adjacent."""
-        return self.embedding(weight.contiguous(), indices, zero_idx, record)
+        return self.embedding(weight.contiguous(), indices, zero_idx, record, shard)
 
     @abstractmethod
-    def _prepare_gather(self, weight: Tensor) -> Gather: ...
+    def _prepare_gather(self, weight: Tensor, shard: Shard | None) -> Gather: ...
 
 
 def use_gather_method(name: str) -> Restore:

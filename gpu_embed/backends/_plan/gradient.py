@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import accumulation
+from ...shard import Shard
 from .access import RowSteps, flat_ids, row_matrix, row_numbers
 from .carries import Carries, Runs, cut
 from .gradient_method import choose
@@ -40,10 +41,19 @@ class GradientPlan(SortPlan):
         padding_idx: int,
         scale_grad_by_freq: bool,
         into: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
         matrix, steps = row_matrix(grad_output)
         return self._dense_backward(
-            matrix, steps, indices, None, num_embeddings, padding_idx, scale_grad_by_freq, into
+            matrix,
+            steps,
+            indices,
+            None,
+            num_embeddings,
+            padding_idx,
+            scale_grad_by_freq,
+            into,
+            shard,
         )
 
     def _dense_backward(
@@ -56,6 +66,7 @@ class GradientPlan(SortPlan):
         padding_idx: int,
         scale_grad_by_freq: bool,
         into: Tensor | None,
+        shard: Shard | None,
     ) -> Tensor:
         """Rows of grad_output [*, D], one a position unless there are bags, summed over each id's positions.
 
@@ -78,9 +89,9 @@ class GradientPlan(SortPlan):
             rows = row_numbers(steps, indices.device)
             if rows is not None:
                 bags = OutputBags(rows, None, None)
-            self._scatter_add(grad_output, ids, bags, grad_weight, padding_idx, in_place)
+            self._scatter_add(grad_output, ids, bags, grad_weight, padding_idx, in_place, shard)
             return grad_weight
-        keys, order = self._sorted_keys(indices, num_embeddings, padding_idx)
+        keys, order = self._sorted_keys(indices, num_embeddings, padding_idx, shard)
         # Not made before the sort has freed its memory.
         bags = make_output_bags() if make_output_bags else None
         rows = row_numbers(steps, indices.device)
@@ -94,9 +105,11 @@ class GradientPlan(SortPlan):
         )
         return grad_weight
 
-    def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
+    def embedding_counts(
+        self, indices: Tensor, num_embeddings: int, shard: Shard | None = None
+    ) -> Tensor:
         counts = torch.zeros(num_embeddings, dtype=torch.int32, device=indices.device)
-        self._counts(flat_ids(indices), counts)
+        self._counts(flat_ids(indices), counts, shard)
         return counts
 
     def _sum_runs(
@@ -124,6 +137,7 @@ class GradientPlan(SortPlan):
         grad_weight: Tensor,
         padding_idx: int,
         in_place: bool,
+        shard: Shard | None = None,
     ) -> None:
         """Add each position's row to its id's row of grad_weight.
 
@@ -148,4 +162,4 @@ class GradientPlan(SortPlan):
         """
 
     @abstractmethod
-    def _counts(self, ids: Tensor, counts: Tensor) -> None: ...
+    def _counts(self, ids: Tensor, counts: Tensor, shard: Shard | None) -> None: ...

@@ -4,6 +4,7 @@ from abc import abstractmethod
 
 from torch import Tensor
 
+from ...shard import Shard
 from .sort import SortPlan
 
 
@@ -11,13 +12,23 @@ class RenormPlan(SortPlan):
     """`embedding_renorm_` of a `Backend`."""
 
     def embedding_renorm_(
-        self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        max_norm: float,
+        norm_type: float,
+        shard: Shard | None = None,
     ) -> None:
-        keys, _ = self._sorted_keys(indices, weight.shape[0], padding_idx=-1)
-        self._renorm(weight, keys, float(max_norm), float(norm_type))
+        num_rows = weight.shape[0]
+        keys, _ = self._sorted_keys(indices, num_rows, padding_idx=-1, shard=shard)
+        last_valid_key = num_rows - 1 if shard is None else num_rows
+        self._renorm(weight, keys, last_valid_key, float(max_norm), float(norm_type))
 
     @abstractmethod
-    def _renorm(self, weight: Tensor, keys: Tensor, max_norm: float, norm_type: float) -> None: ...
+    def _renorm(
+        self, weight: Tensor, keys: Tensor, last_valid_key: int, max_norm: float, norm_type: float
+    ) -> None:
+        """Scale the rows that sorted keys name, unless there is a key behind last_valid_key."""
 
 
 def norm_name(norm_type: float) -> str:

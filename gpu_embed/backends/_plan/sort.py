@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from ...shard import Shard
 from .access import flat_ids, sort_key_dtype
 
 # torch.sort counts positions in 32 bits on CUDA.
@@ -15,17 +16,23 @@ class SortPlan(ABC):
     """Sorted keys, which the sorted gradient, row updates and renorm walk."""
 
     def _sorted_keys(
-        self, indices: Tensor, num_embeddings: int, padding_idx: int
+        self,
+        indices: Tensor,
+        num_embeddings: int,
+        padding_idx: int,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The ids [N] in ascending order, and the position (int64) that each came from.
 
         Stable, or the order of the additions would change from run to run. Ids out of range and padding
-        become num_embeddings, so they come last.
+        become num_embeddings, so they come last. With a shard, that stands for ids of other rows and padding, and
+        num_embeddings + 1 for ids out of range.
         """
         check_sortable(indices.numel())
         ids = flat_ids(indices)
-        keys = ids.new_empty(ids.numel(), dtype=sort_key_dtype(num_embeddings))
-        self._sort_keys(ids, keys, num_embeddings, padding_idx)
+        largest = num_embeddings if shard is None else num_embeddings + 1
+        keys = ids.new_empty(ids.numel(), dtype=sort_key_dtype(largest))
+        self._sort_keys(ids, keys, num_embeddings, padding_idx, shard)
         # Where the ids are a copy, they make room.
         del ids
         keys, order = torch.sort(keys, stable=True)
@@ -33,7 +40,12 @@ class SortPlan(ABC):
 
     @abstractmethod
     def _sort_keys(
-        self, ids: Tensor, keys: Tensor, num_embeddings: int, padding_idx: int
+        self,
+        ids: Tensor,
+        keys: Tensor,
+        num_embeddings: int,
+        padding_idx: int,
+        shard: Shard | None,
     ) -> None: ...
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from ...bags import Bags
 from ...bounds import BoundsRecord, in_table
 from ...dtypes import accumulation
+from ...shard import Shard, table_rows
 from .lookup import TorchLookup, add_rows, torch_ids
 
 
@@ -20,15 +21,17 @@ class TorchBags(TorchLookup):
         padding_idx: int,
         mode: str,
         record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> Tensor:
         wide = accumulation(weight.dtype)
         # torch's CUDA kernels trust the ids.
-        if not weight.is_cuda:
+        if not weight.is_cuda and shard is None:
             output = _cpu_bags(weight, per_sample_weights, bags, padding_idx, mode)
             if output is not None:
                 return output[0]
         if record is not None:
-            record.write_bags(bags, weight.shape[0])
+            record.write_bags(bags, table_rows(weight.shape[0], shard))
+        bags, padding_idx = _local(bags, weight.shape[0], padding_idx, shard)
         bag = bags.bag_of()
         rows = self.embedding(weight, bags.indices, padding_idx, None).to(wide)
         if per_sample_weights is not None:
@@ -49,14 +52,16 @@ class TorchBags(TorchLookup):
         padding_idx: int,
         with_argmax: bool,
         record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not weight.is_cuda:
+        if not weight.is_cuda and shard is None:
             found = _cpu_bags(weight, None, bags, padding_idx, "max")
             if found is not None:
                 return found[0], _elements(found[1]) if with_argmax else found[1].new_empty(0)
         if record is not None:
-            record.write_bags(bags, weight.shape[0])
-        return _max_by_scatter(weight, bags, padding_idx, with_argmax)
+            record.write_bags(bags, table_rows(weight.shape[0], shard))
+        bags, padding_idx = _local(bags, weight.shape[0], padding_idx, shard)
+        return _max_by_scatter(weight, bags, padding_idx, with_argmax, shard is not None)
 
     def embedding_bag_dense_backward(
         self,
@@ -68,7 +73,9 @@ class TorchBags(TorchLookup):
         mode: str,
         scale_grad_by_freq: bool,
         into: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
+        bags, padding_idx = _local(bags, num_embeddings, padding_idx, shard)
         if into is not None:
             return _add_to_rows(
                 into, grad_output, per_sample_weights, bags, padding_idx, mode, scale_grad_by_freq
@@ -87,14 +94,27 @@ class TorchBags(TorchLookup):
         ).to(grad_output.dtype)
 
     def embedding_bag_sample_weights_backward(
-        self, grad_output: Tensor, weight: Tensor, bags: Bags, padding_idx: int
+        self,
+        grad_output: Tensor,
+        weight: Tensor,
+        bags: Bags,
+        padding_idx: int,
+        shard: Shard | None = None,
     ) -> Tensor:
+        bags, padding_idx = _local(bags, weight.shape[0], padding_idx, shard)
         wide = accumulation(weight.dtype)
         bag = bags.bag_of()
         read = (bag >= 0) & in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)
         rows = self.embedding(weight, bags.indices, -1, None).to(wide)
         products = rows * grad_output[bag.clamp(min=0)].to(wide)
         return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
+
+
+def _local(bags: Bags, num_rows: int, padding_idx: int, shard: Shard | None) -> tuple[Bags, int]:
+    """The bags with rows of the shard as ids, as `Shard.local` numbers them, and its padding."""
+    if shard is None:
+        return bags, padding_idx
+    return bags._replace(indices=shard.local(bags.indices, num_rows, padding_idx)), num_rows
 
 
 def sums_16_bits_as_torch(dtype: torch.dtype, mode: str) -> bool:
@@ -201,9 +221,9 @@ def _elements(max_ids: Tensor) -> Tensor:
 
 
 def _max_by_scatter(
-    weight: Tensor, bags: Bags, padding_idx: int, with_argmax: bool
+    weight: Tensor, bags: Bags, padding_idx: int, with_argmax: bool, of_shard: bool
 ) -> tuple[Tensor, Tensor]:
-    """The maxima with operators that take any ids, and wait for nothing."""
+    """The maxima with operators that take any ids, and wait for nothing; of a shard, with their positions."""
     num_indices, embedding_dim = bags.indices.numel(), weight.shape[1]
     bag = bags.bag_of()
     kept = (bag >= 0) & in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)
@@ -212,26 +232,33 @@ def _max_by_scatter(
         max_elements = torch.full_like(output, -1, dtype=torch.int64)
         return output, max_elements if with_argmax else max_elements.new_empty(0)
     ids = torch.where(kept, bags.indices.to(torch.int64), 0)
-    # What takes no part goes to an extra bag.
-    bag = torch.where(kept, bag, bags.num_bags)[:, None].expand(-1, embedding_dim)
+    # What takes no part goes to an extra bag. An id of another shard's comes before later ones, too.
+    counted = kept | ((bag >= 0) & (bags.indices == -1)) if of_shard else kept
+    counted_bag, bag = (
+        torch.where(of, bag, bags.num_bags)[:, None].expand(-1, embedding_dim)
+        for of in (counted, kept)
+    )
     rows = torch.embedding(weight, ids)
     places = torch.arange(num_indices, device=ids.device)[:, None].expand(-1, embedding_dim)
 
-    def lowest_place(candidate: Tensor) -> Tensor:
+    def lowest_place(candidate: Tensor, bag: Tensor = bag) -> Tensor:
         """The first place of each bag where it holds; num_indices: nowhere."""
         found = places.new_full((bags.num_bags + 1, embedding_dim), num_indices)
         return found.scatter_reduce_(0, bag, torch.where(candidate, places, num_indices), "amin")
 
     # NaN is the largest where it comes first; elsewhere nothing is larger than what was there.
-    first = lowest_place(torch.ones_like(rows, dtype=torch.bool))
+    first = lowest_place(torch.ones_like(rows, dtype=torch.bool), counted_bag)
     is_nan = rows.isnan()
     floor = rows.new_full((bags.num_bags + 1, embedding_dim), -torch.inf)
     largest = floor.scatter_reduce(0, bag, torch.where(is_nan, -torch.inf, rows), "amax")
     place = lowest_place((rows == largest.gather(0, bag)) & ~is_nan)
-    place = torch.where(lowest_place(is_nan) == first, first, place)[:-1]
+    nan_place = lowest_place(is_nan)
+    place = torch.where((nan_place == first) & (first < num_indices), first, place)[:-1]
     nowhere = place == num_indices
     place = place.clamp(max=num_indices - 1)
     output = torch.where(nowhere, 0, rows.gather(0, place))
     if not with_argmax:
         return output, place.new_empty(0)
+    if of_shard:
+        return output, torch.where(nowhere, -1, place)
     return output, torch.where(nowhere, -1, _elements(ids[place]))

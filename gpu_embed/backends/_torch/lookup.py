@@ -6,8 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...bounds import BoundsRecord, in_table
+from ...bounds import BoundsRecord, all_in_table, in_table
 from ...dtypes import TORCH_IDS, accumulation
+from ...shard import Shard
 from ..protocol import PreparedEmbedding
 from .sort import sort_ids
 
@@ -19,9 +20,18 @@ class TorchLookup:
     """Lookups in one table. Casts int16 and uint8 ids, which torch does not take."""
 
     def embedding(
-        self, weight: Tensor, indices: Tensor, zero_idx: int, record: BoundsRecord | None
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        zero_idx: int,
+        record: BoundsRecord | None,
+        shard: Shard | None = None,
     ) -> Tensor:
-        return self._embedding(weight, indices, zero_idx, record, weight.shape[0])
+        num_rows = weight.shape[0]
+        if shard is None:
+            return self._embedding(weight, indices, zero_idx, record, num_rows)
+        write_out_of_range(record, indices, shard)
+        return _rows_or_zeros(weight, shard.local(indices, num_rows, zero_idx), num_rows)
 
     def _embedding(
         self,
@@ -40,14 +50,11 @@ class TorchLookup:
                 pass
         if record is not None:
             record.write(ids, recorded_rows)
-        if weight.shape[0] == 0:
-            return weight.new_zeros((*indices.shape, weight.shape[1]))
-        ids = ids.contiguous()  # torch.where would hand its strides on to the output
-        read = in_table(ids, weight.shape[0]) & (ids != zero_idx)
-        rows = torch.embedding(weight, torch.where(read, ids, 0))
-        return torch.where(read[..., None], rows, rows.new_zeros(()))
+        return _rows_or_zeros(weight, ids, zero_idx)
 
-    def prepare_embedding(self, weight: Tensor) -> PreparedEmbedding:
+    def prepare_embedding(self, weight: Tensor, shard: Shard | None = None) -> PreparedEmbedding:
+        if shard is not None:
+            return partial(self.embedding, shard=shard)
         if weight.is_cuda or weight.shape[0] == 0:
             return self.embedding
 
@@ -72,7 +79,13 @@ class TorchLookup:
         padding_idx: int,
         scale_grad_by_freq: bool,
         into: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
+        if shard is not None:
+            indices, padding_idx = (
+                shard.local(indices, num_embeddings, padding_idx),
+                num_embeddings,
+            )
         ids = torch_ids(indices).reshape(-1)
         grad_output = grad_output.reshape(ids.numel(), grad_output.shape[-1])
         kept = in_table(ids, num_embeddings)
@@ -105,25 +118,58 @@ class TorchLookup:
         )
 
     def embedding_renorm_(
-        self, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
+        self,
+        weight: Tensor,
+        indices: Tensor,
+        max_norm: float,
+        norm_type: float,
+        shard: Shard | None = None,
     ) -> None:
+        num_rows = weight.shape[0]
+        if shard is not None:
+            indices = shard.local(indices, num_rows)
         ids = torch_ids(indices).reshape(-1)
-        kept = in_table(ids, weight.shape[0])
-        ids = torch.where(kept, ids, 0)
+        kept = in_table(ids, num_rows)
+        unchanged = ~kept.all() if shard is None else (ids > num_rows).any() | ~kept.any()
+        # Another shard's id stands for a row that is looked up here.
+        ids = torch.where(kept, ids, torch.where(kept, ids, 0).amax())
         rows = weight[ids]
         wide = rows.to(accumulation(rows.dtype))
         norm = torch.linalg.vector_norm(wide, norm_type, dim=1)
-        scaled = (norm > max_norm) & kept.all()
+        scaled = (norm > max_norm) & ~unchanged
         renormed = (wide * (max_norm / (norm + 1e-7))[:, None]).to(rows.dtype)
         # An id that occurs twice writes the same row twice: every copy was scaled from the old table.
         weight[ids] = torch.where(scaled[:, None], renormed, rows)
 
-    def embedding_counts(self, indices: Tensor, num_embeddings: int) -> Tensor:
+    def embedding_counts(
+        self, indices: Tensor, num_embeddings: int, shard: Shard | None = None
+    ) -> Tensor:
+        if shard is not None:
+            indices = shard.local(indices, num_embeddings)
         ids = torch_ids(indices).reshape(-1)
         ids = torch.where(in_table(ids, num_embeddings), ids, num_embeddings)
         counts = torch.zeros(num_embeddings + 1, dtype=torch.int32, device=ids.device)
         counts.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
         return counts[:num_embeddings]
+
+
+def _rows_or_zeros(weight: Tensor, ids: Tensor, zero_idx: int) -> Tensor:
+    """The rows of ids in the table but zero_idx, and zeros of the others."""
+    if weight.shape[0] == 0:
+        return weight.new_zeros((*ids.shape, weight.shape[1]))
+    ids = ids.contiguous()  # torch.where would hand its strides on to the output
+    read = in_table(ids, weight.shape[0]) & (ids != zero_idx)
+    rows = torch.embedding(weight, torch.where(read, ids, 0))
+    return torch.where(read[..., None], rows, rows.new_zeros(()))
+
+
+def write_out_of_range(record: BoundsRecord | None, indices: Tensor, shard: Shard) -> None:
+    """Record an id that the whole table does not have."""
+    if record is None or (
+        not indices.is_cuda and all_in_table(torch_ids(indices), shard.num_embeddings)
+    ):
+        return
+    record.write(indices, shard.num_embeddings)
 
 
 def torch_ids(indices: Tensor) -> Tensor:
