@@ -596,6 +596,7 @@ def bag_sample_weights_kernel(
     grad_ptr,  # [num_indices]
     num_indices,
     num_embeddings,
+    first_row,  # of this shard in a larger table, which has the ids; None: no shard
     padding_idx,  # -1: none
     grad_row_stride,  # in units of VEC elements
     grad_col_stride,  # in elements
@@ -613,14 +614,15 @@ def bag_sample_weights_kernel(
     in_range = n < num_indices
     index = tl.load(indices_ptr + n, mask=in_range, other=-1).to(tl.int64)
     bag = tl.load(bag_of_ptr + n, mask=in_range, other=-1).to(tl.int64)
-    read = in_range & (bag >= 0) & (index >= 0) & (index < num_embeddings)
+    table_row = local_row(index, first_row)
+    read = in_range & (bag >= 0) & (table_row >= 0) & (table_row < num_embeddings)
     read = read & (index != padding_idx)
     total = tl.zeros([BLOCK_N, BLOCK_D], acc_dtype)
     for first in range(0, D, BLOCK_D):
         d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
         in_row = read[:, None] & (d < D)
         row = tl.load(
-            weight_ptr + (index * weight_row_stride * VEC)[:, None] + d * weight_col_stride,
+            weight_ptr + (table_row * weight_row_stride * VEC)[:, None] + d * weight_col_stride,
             mask=in_row,
             other=0,
         )
