@@ -13,7 +13,7 @@ from cases import (
     same_bits,
 )
 from table_cases import integers
-from targets import has_method
+from targets import has_kernels, has_method
 from tiers import where
 from torch import Tensor
 
@@ -29,14 +29,25 @@ from gpu_embed.shard import Shard
 full = partial(pytest.param, marks=pytest.mark.full)
 pytestmark = [
     where(has_method),
-    where(lambda target, gather_method: has_method(target, gather_method)),
+    where(lambda target, gather_method: has_kernels(target) == (gather_method != "auto")),
 ]
 
 V = 12
 # Rows of each shard of the table.
-CUTS = ((5, 0, 7), *map(full, ((4, 4, 4), (0, 0, 11, 1), (1, 10, 1, 0), (1,) * V)))
+CUTS = ((5, 0, 7), *map(full, ((4, 4, 4), (0, 11, 0, 1, 0), (1,) * V)))
 each_cut = pytest.mark.parametrize("cut", CUTS, ids=str)
-each_padding = pytest.mark.parametrize("padding_idx", [-1, 5, full(0), full(V - 1)])
+# With a padding row: none, or in the first shard, in the last, or between.
+each_cut_and_padding = pytest.mark.parametrize(
+    ("cut", "padding_idx"),
+    [
+        ((5, 0, 7), -1),
+        ((5, 0, 7), 5),
+        full((4, 4, 4), 0),
+        full((0, 11, 0, 1, 0), V - 1),
+        full((1,) * V, 6),
+    ],
+    ids=str,
+)
 # Of items of 1, 2, 4 and 16 bytes.
 DEFAULT_DTYPES = (torch.bool, torch.bfloat16, torch.float32, torch.complex128)
 each_gradient_dtype = pytest.mark.parametrize(
@@ -133,18 +144,17 @@ def check_lookup(target, weight, indices, zero_idx, cut):
         assert part.holds(weight[rows])
 
 
-@each_cut
+@each_cut_and_padding
 @pytest.mark.parametrize(
     "dtype",
     [dtype if dtype in DEFAULT_DTYPES else full(dtype) for dtype in FORWARD_DTYPES],
     ids=str,
 )
-@pytest.mark.parametrize("zero_idx", [-1, 5])
-def test_rows_of_the_shard_and_zeros_for_all_others(target, gather_method, dtype, cut, zero_idx):
+def test_rows_of_the_shard_and_zeros_for_all_others(target, gather_method, dtype, cut, padding_idx):
     """Exact copy: bit for bit, in every dtype; other shards' rows and ids of none read as zeros."""
     weight = raw_rows(V, 5, dtype, target.device)
     indices = some_ids(target.device, STRANGERS)[-20:].view(4, 5)
-    check_lookup(target, weight, indices, zero_idx, cut)
+    check_lookup(target, weight, indices, padding_idx, cut)
 
 
 @pytest.mark.parametrize("columns", [33, 128, *map(full, (1, 4, 300, 4100))])
@@ -152,7 +162,7 @@ def test_rows_of_the_shard_and_zeros_for_all_others(target, gather_method, dtype
 def test_rows_of_every_width(target, gather_method, dtype, columns):
     """Exact copy: tiles, ragged ones, and rows wider than a tile."""
     weight = raw_rows(V, columns, dtype, target.device)
-    check_lookup(target, weight, some_ids(target.device, STRANGERS)[-9:], -1, CUTS[0])
+    check_lookup(target, weight, some_ids(target.device, STRANGERS)[-9:], -1, (5, 0, 7))
 
 
 @pytest.mark.parametrize("index_dtype", ID_DTYPES, ids=str)
@@ -194,28 +204,25 @@ def put_together(target, operation, cut, *args, before, after=()) -> Tensor:
     return torch.cat(parts)
 
 
-GRADIENT_VIEWS = {
-    "contiguous": lambda grad: grad,
-    "transposed": lambda grad: grad.t().contiguous().t(),
-    "one row": lambda grad: grad[:1].expand_as(grad),
-    "one number": lambda grad: grad[:1, :1].expand_as(grad),
-    "columns apart": lambda grad: torch.stack([grad, grad], 2)[..., 0],
+# Columns, and how a gradient lies.
+GRADIENTS = {
+    "contiguous": (8, lambda grad: grad),
+    "one row": (8, lambda grad: grad[:1].expand_as(grad)),
+    "transposed": (130, lambda grad: grad.t().contiguous().t()),
+    "one number": (5, lambda grad: grad[:1, :1].expand_as(grad)),
+    "one column apart": (1, lambda grad: torch.stack([grad, grad], 2)[..., 0]),
 }
 
 
 @where(serves)
-@each_cut
-@each_padding
+@each_cut_and_padding
 @each_gradient_dtype
-@pytest.mark.parametrize(
-    "view", ["contiguous", "one row", *map(full, ("transposed", "one number", "columns apart"))]
-)
-@pytest.mark.parametrize("columns", [8, full(1), full(130)])
-def test_gradients_put_together(target, method, cut, padding_idx, dtype, view, columns):
+@pytest.mark.parametrize("kind", [*list(GRADIENTS)[:2], *map(full, list(GRADIENTS)[2:])])
+def test_gradients_put_together(target, method, cut, padding_idx, dtype, kind):
     """Accumulation: each shard has its own rows' sums, exactly, and a row of zeros for padding."""
     indices = some_ids(target.device, STRANGERS)
-    grad_output = integer_gradient((len(indices), columns), dtype, target.device) + 1
-    grad_output = GRADIENT_VIEWS[view](grad_output)
+    columns, view = GRADIENTS[kind]
+    grad_output = view(integer_gradient((len(indices), columns), dtype, target.device) + 1)
     before, after = (grad_output, indices), (padding_idx, False)
     expected = reference("embedding_dense_backward", *before, V, *after)
     actual = put_together(target, "embedding_dense_backward", cut, before=before, after=after)
@@ -223,8 +230,7 @@ def test_gradients_put_together(target, method, cut, padding_idx, dtype, view, c
 
 
 @pytest.mark.parametrize("method", ["sorted"], indirect=True)
-@each_cut
-@each_padding
+@each_cut_and_padding
 @each_gradient_dtype
 @pytest.mark.parametrize("in_place", [False, True])
 def test_scale_grad_by_freq(target, method, cut, padding_idx, dtype, in_place):
@@ -243,8 +249,7 @@ def test_scale_grad_by_freq(target, method, cut, padding_idx, dtype, in_place):
 
 
 @where(serves)
-@each_cut
-@each_padding
+@each_cut_and_padding
 @each_gradient_dtype
 @pytest.mark.parametrize("wide", [False, True])
 @where(lambda dtype, wide: not wide or dtype.itemsize == 2)
@@ -331,34 +336,38 @@ def test_an_id_of_no_row_stops_every_shards_renorm(target, cut, bad):
 
 # Ids a bag but for padding: powers of two, so that means of integers are exact; two bags are empty, or of padding.
 SIZES = (4, 0, 1, 2, 16, 1, 0, 8, 4)
-FORMS = ("offsets", "last offset", "equal")
+FORMS = ("equal", "last offset", "offsets")
 each_form = pytest.mark.parametrize("form", FORMS)
+# mode, and whether there are per-sample weights.
 MODES = {"sum": ("sum", False), "weights": ("sum", True), "mean": ("mean", False)}
-each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+each_form_and_mode = pytest.mark.parametrize(
+    ("form", "mode", "weighted"),
+    [(form, *mode) for form, mode in zip(FORMS, MODES.values(), strict=True)],
+    ids=MODES,
+)
 
 
-def make_bags(form: str, padding_idx: int, device: str, strangers: bool = False) -> Bags:
-    """Bags that mix the shards; each second one has padding in front, and its like behind."""
-    sizes = (4,) * 6 if form == "equal" else SIZES
-    generator = torch.Generator().manual_seed(len(sizes) + padding_idx)
+def make_bags(form: str, padding_idx: int, device: str) -> Bags:
+    """Bags that mix the shards and hold three ids of no row; each second one has padding in front, and behind."""
+    generator = torch.Generator().manual_seed(padding_idx + 1)
     lists: list[list[int]] = []
-    for b, size in enumerate(sizes):
-        drawn = torch.randint(V - 1, (size,), generator=generator)
-        bag = (drawn + (drawn >= padding_idx) if padding_idx >= 0 else drawn).tolist()
-        if form != "equal" and padding_idx >= 0 and b % 2:
+    for b, size in enumerate((4,) * 6 if form == "equal" else SIZES):
+        rows = torch.randint(V, (size,), generator=generator)
+        if padding_idx >= 0 and form != "equal":
+            rows[rows == padding_idx] = V - 1 - padding_idx
+        bag = rows.tolist()
+        if padding_idx >= 0 and form != "equal" and b % 2:
             bag = [padding_idx, *bag, padding_idx]
         lists.append(bag)
-    if strangers:
-        lists[0][0], lists[-1][-1], lists[2][0] = V, -1, 2**40
+    lists[0][0], lists[-1][-1], lists[2][0] = V, -1, 2**40
     indices = torch.tensor([one for bag in lists for one in bag], device=device)
     if form == "equal":
-        return Bags(indices, None, len(sizes))
-    lengths = torch.tensor([0, *map(len, lists)])
-    offsets = lengths.cumsum(0)
-    if form == "last offset":
-        # Ids in no bag.
-        indices = torch.cat([indices, indices[:5]])
-    return Bags(indices, offsets[: None if form == "last offset" else -1].to(device), len(sizes))
+        return Bags(indices, None, len(lists))
+    offsets = torch.tensor([0, *map(len, lists)]).cumsum(0).to(device)
+    if form == "offsets":
+        return Bags(indices, offsets[:-1], len(lists))
+    in_no_bag = indices[:5]
+    return Bags(torch.cat([indices, in_no_bag]), offsets, len(lists))
 
 
 def bag_weights(bags: Bags, weighted: bool, dtype: torch.dtype) -> Tensor | None:
@@ -369,16 +378,12 @@ def small_table(columns: int, dtype: torch.dtype, device: str) -> Tensor:
     return 16 * integers(V, columns, low=-3, high=4).to(device, dtype)
 
 
-@each_cut
-@each_padding
-@each_form
-@each_mode
+@each_cut_and_padding
+@each_form_and_mode
 @each_gradient_dtype
-@pytest.mark.parametrize("strangers", [False, True])
-def test_bags_of_sums_and_means(target, cut, padding_idx, form, mode, dtype, strangers):
+def test_bags_of_sums_and_means(target, cut, padding_idx, form, mode, weighted, dtype):
     """Each shard has the part of its own rows, over the ids of all shards; the parts' sum is the bag."""
-    mode, weighted = mode
-    bags = make_bags(form, padding_idx, target.device, strangers)
+    bags = make_bags(form, padding_idx, target.device)
     sample_weights = bag_weights(bags, weighted, dtype)
     weight = small_table(5, dtype, target.device)
     arguments = bags, padding_idx, mode, None
@@ -430,17 +435,13 @@ EXTREMES = {
 }
 
 
-@each_cut
-@each_padding
+@each_cut_and_padding
 @each_form
 @each_gradient_dtype
 @pytest.mark.parametrize("kind", EXTREMES)
-@pytest.mark.parametrize("strangers", [False, True])
-def test_maxima_are_found_among_those_of_the_shards(
-    target, cut, padding_idx, form, dtype, kind, strangers
-):
+def test_maxima_are_found_among_those_of_the_shards(target, cut, padding_idx, form, dtype, kind):
     """The first of equals of several shards wins, and NaN where it comes first; argmax as of the whole table."""
-    bags = make_bags(form, padding_idx, target.device, strangers)
+    bags = make_bags(form, padding_idx, target.device)
     weight = EXTREMES[kind](small_table(5, dtype, target.device))
     whole = reference("embedding_bag_max", weight, bags, padding_idx, True, None)
     parts = []
@@ -461,18 +462,15 @@ def test_maxima_are_found_among_those_of_the_shards(
 
 
 @where(serves)
-@each_cut
-@each_padding
-@each_form
-@each_mode
+@each_cut_and_padding
+@each_form_and_mode
 @each_gradient_dtype
 @pytest.mark.parametrize("in_place", [False, True])
 def test_gradients_of_bags_put_together(
-    target, method, cut, padding_idx, form, mode, dtype, in_place
+    target, method, cut, padding_idx, form, mode, weighted, dtype, in_place
 ):
     """Accumulation: means over the ids of all shards; other rows of a gradient that exists keep their bytes."""
-    mode, weighted = mode
-    bags = make_bags(form, padding_idx, target.device, strangers=True)
+    bags = make_bags(form, padding_idx, target.device)
     sample_weights = bag_weights(bags, weighted, dtype)
     grad_output = 16 * integer_gradient((bags.num_bags, 6), dtype, target.device)
     total = reference(
@@ -522,13 +520,12 @@ def test_scale_grad_by_freq_of_bags(target, cut, dtype, mode):
     assert torch.equal(actual, expected)
 
 
-@each_cut
-@each_padding
+@each_cut_and_padding
 @each_form
 @each_gradient_dtype
 def test_gradients_of_sample_weights(target, cut, padding_idx, form, dtype):
     """Each position has its gradient from the shard that has its row, and zeros from all others."""
-    bags = make_bags(form, padding_idx, target.device, strangers=True)
+    bags = make_bags(form, padding_idx, target.device)
     weight = small_table(5, dtype, target.device).abs() + 1
     grad_output = integer_gradient((bags.num_bags, 5), dtype, target.device)
     # Times a row that is not read it is no NaN.
@@ -646,8 +643,7 @@ def test_lookups_record_ids_that_no_shard_has(target, cut, bad):
 
 @pytest.mark.parametrize("bad", [None, *STRANGERS[:2], *map(full, STRANGERS[2:])])
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
-@pytest.mark.parametrize("padding_idx", [-1, 5])
-@each_cut
+@each_cut_and_padding
 def test_bags_record_ids_that_no_shard_has(target, cut, mode, padding_idx, bad):
     """Bounds: with bag and place; an id in no bag is none."""
     weight = small_table(3, torch.float32, target.device)
@@ -691,7 +687,7 @@ each_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=O
 def test_the_error_names_the_whole_tables_rows(target, operation, mode, columns, bad):
     """Bounds: on every shard, and on those without rows or columns; with ids of other shards there is none."""
     indices = torch.tensor([0, V - 1, 2**40 if bad else 7, 3], device=target.device)
-    for shard, rows in shards(CUTS[0]):
+    for shard, rows in shards((5, 0, 7)):
         weight = torch.ones(rows.stop - rows.start, columns, device=target.device)
         raises = pytest.raises(IndexError, match=f"{2**40}.* has {V} rows, so ids .* to {V - 1}")
         with gpu_embed.set_bounds_check(mode), raises if bad and mode != "off" else nullcontext():
