@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import backends, bounds
 from ..bags import Bags, check_offsets, count_bags, make_bags
 from ..dtypes import accumulation
-from ..shard import Shard, as_shard, table_rows
+from ..shard import Shard, as_shard, local_bags, table_rows
 from .autograd import define, register_argmax, register_loop, register_multilinear
 from .lookup import (
     _embedding_dense_backward,
@@ -319,14 +319,10 @@ def _bag_by_weight(
     into: Tensor | None = None,
 ) -> Tensor:
     if sparse:
+        bags = make_bags(indices, offsets, include_last_offset)
+        bags, padding_idx = local_bags(bags, num_embeddings, padding_idx, as_shard(shard))
         return _sparse_gradient(
-            grad,
-            per_sample_weights,
-            make_bags(indices, offsets, include_last_offset),
-            num_embeddings,
-            padding_idx,
-            mode,
-            scale_grad_by_freq,
+            grad, per_sample_weights, bags, num_embeddings, padding_idx, mode, scale_grad_by_freq
         )
     inputs = (
         grad,
