@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord, record_arguments
+from ...shard import Shard
 from .._plan.access import vector_width
 from .._plan.bag import NO_PARTS, BagParts, BagPlan
 from .device import FLOATS, CupyDevice, cpp_bool
@@ -24,6 +25,7 @@ class CupyBag(CupyDevice, BagPlan):
         padding_idx: int,
         mean: bool,
         record: BoundsRecord | None,
+        shard: Shard | None,
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = bag_vector(weight)
@@ -73,9 +75,10 @@ class CupyBag(CupyDevice, BagPlan):
         weight: Tensor,
         bags: Bags,
         output: Tensor,
-        max_elements: Tensor | None,
+        argmax: Tensor | None,
         padding_idx: int,
         record: BoundsRecord | None,
+        shard: Shard | None,
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = bag_vector(weight)
@@ -88,7 +91,7 @@ class CupyBag(CupyDevice, BagPlan):
             bags.indices,
             bags.offsets,
             output,
-            max_elements,
+            argmax,
             *record_arguments(record),
             *bags.counts(),
             weight.shape[0],
@@ -124,6 +127,7 @@ class CupyBag(CupyDevice, BagPlan):
         bag_of: Tensor,
         grad: Tensor,
         padding_idx: int,
+        shard: Shard | None,
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
         vec = min(bag_vector(grad_output), bag_vector(weight))

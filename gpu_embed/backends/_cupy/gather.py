@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...settings import GATHER_METHOD
+from ...shard import Shard
 from .._plan.access import word_layout
 from .._plan.gather import Gather, GatherPlan
 from .device import CupyDevice
@@ -16,7 +17,7 @@ from .nvrtc import Kernel
 class CupyGather(CupyDevice, GatherPlan):
     """Lookups: rows, or a flat range."""
 
-    def _prepare_gather(self, weight: Tensor) -> Gather:
+    def _prepare_gather(self, weight: Tensor, shard: Shard | None) -> Gather:
         layout = word_layout(weight)
         # Two words of 8 bytes that one access moves are a word of 16 here.
         word = f"word{layout.word_bytes * layout.vec}"

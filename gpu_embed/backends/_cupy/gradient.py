@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...shard import Shard
 from .._plan.access import vector_width
 from .._plan.carries import Carries, Runs
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
@@ -25,6 +26,7 @@ class CupyGradient(CupyDevice, GradientPlan):
         grad_weight: Tensor,
         padding_idx: int,
         in_place: bool,
+        shard: Shard | None = None,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         launch = self._launches[ids.device].scatter_add
@@ -107,7 +109,7 @@ class CupyGradient(CupyDevice, GradientPlan):
             bag_bytes(bags),
         )
 
-    def _counts(self, ids: Tensor, counts: Tensor) -> None:
+    def _counts(self, ids: Tensor, counts: Tensor, shard: Shard | None) -> None:
         self._launch(
             Kernel("counts", "counts_kernel"),
             *self._launches[ids.device].counts.grid(ids.numel()),

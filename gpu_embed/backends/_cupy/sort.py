@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ...shard import Shard
 from .._plan.sort import SortPlan
 from .device import CupyDevice
 from .nvrtc import Kernel
@@ -16,6 +17,7 @@ class CupySort(CupyDevice, SortPlan):
         keys: Tensor,
         num_embeddings: int,
         padding_idx: int,
+        shard: Shard | None,
     ) -> None:
         self._launch(
             Kernel("sort_keys", "sort_keys_kernel"),
