@@ -126,30 +126,30 @@ def transposed(weight: Tensor) -> Tensor:
 
 
 WORD_CASES: list[tuple[str, torch.dtype, int, Callable[[Tensor], Tensor], str]] = [
-    ("bool odd", torch.bool, 7, lambda w: w, "gather_flat_kernel<word1, 4>"),
-    ("bool even", torch.bool, 48, lambda w: w, "gather_flat_kernel<word16, 4>"),
-    ("float8", torch.float8_e4m3fn, 64, lambda w: w, "gather_flat_kernel<word16, 4>"),
-    ("fp16 odd", torch.float16, 7, lambda w: w, "gather_flat_kernel<word2, 4>"),
-    ("fp32 odd", torch.float32, 7, lambda w: w, "gather_flat_kernel<word4, 4>"),
-    ("fp32 50", torch.float32, 50, lambda w: w, "gather_flat_kernel<word8, 4>"),
-    ("fp32 300", torch.float32, 300, lambda w: w, "gather_flat_kernel<word16, 4>"),
-    ("fp32 512", torch.float32, 512, lambda w: w, "gather_rows_kernel<word16, 4>"),
-    ("fp32 1024", torch.float32, 1024, lambda w: w, "gather_rows_kernel<word16, 4>"),
-    ("fp32 1025", torch.float32, 1025, lambda w: w, "gather_rows_kernel<word4, 4>"),
-    ("fp64 64", torch.float64, 64, lambda w: w, "gather_rows_kernel<word16, 4>"),
-    ("int16 33", torch.int16, 33, lambda w: w, "gather_flat_kernel<word2, 4>"),
-    ("complex64", torch.complex64, 3, lambda w: w, "gather_flat_kernel<word8, 4>"),
-    ("complex128", torch.complex128, 3, lambda w: w, "gather_flat_kernel<word16, 4>"),
-    ("fp32 shifted", torch.float32, 4, shifted, "gather_flat_kernel<word4, 4>"),
-    ("bf16 shifted", torch.bfloat16, 512, shifted, "gather_rows_kernel<word2, 4>"),
-    ("fp64 shifted", torch.float64, 4, shifted, "gather_flat_kernel<word8, 4>"),
-    ("transposed", torch.float32, 64, transposed, "gather_rows_kernel<word4, 4>"),
-    ("apart", torch.float32, 8, lambda w: w[:, ::2], "gather_flat_kernel<word4, 4>"),
-    ("first columns", torch.float32, 9, lambda w: w[:, :4], "gather_flat_kernel<word4, 4>"),
-    ("every second row", torch.float32, 8, lambda w: w[::2], "gather_flat_kernel<word16, 4>"),
-    ("one row", torch.float32, 8, lambda w: w[:1].expand(9, 8), "gather_flat_kernel<word16, 4>"),
-    ("one column", torch.float32, 8, lambda w: w[:, 3:4], "gather_flat_kernel<word4, 4>"),
-    ("complex128 apart", torch.complex128, 3, transposed, "gather_flat_kernel<word16, 4>"),
+    ("bool odd", torch.bool, 7, lambda w: w, "gather_flat_kernel<word1, 4, false>"),
+    ("bool even", torch.bool, 48, lambda w: w, "gather_flat_kernel<word16, 4, false>"),
+    ("float8", torch.float8_e4m3fn, 64, lambda w: w, "gather_flat_kernel<word16, 4, false>"),
+    ("fp16 odd", torch.float16, 7, lambda w: w, "gather_flat_kernel<word2, 4, false>"),
+    ("fp32 odd", torch.float32, 7, lambda w: w, "gather_flat_kernel<word4, 4, false>"),
+    ("fp32 50", torch.float32, 50, lambda w: w, "gather_flat_kernel<word8, 4, false>"),
+    ("fp32 300", torch.float32, 300, lambda w: w, "gather_flat_kernel<word16, 4, false>"),
+    ("fp32 512", torch.float32, 512, lambda w: w, "gather_rows_kernel<word16, 4, false>"),
+    ("fp32 1024", torch.float32, 1024, lambda w: w, "gather_rows_kernel<word16, 4, false>"),
+    ("fp32 1025", torch.float32, 1025, lambda w: w, "gather_rows_kernel<word4, 4, false>"),
+    ("fp64 64", torch.float64, 64, lambda w: w, "gather_rows_kernel<word16, 4, false>"),
+    ("int16 33", torch.int16, 33, lambda w: w, "gather_flat_kernel<word2, 4, false>"),
+    ("complex64", torch.complex64, 3, lambda w: w, "gather_flat_kernel<word8, 4, false>"),
+    ("complex128", torch.complex128, 3, lambda w: w, "gather_flat_kernel<word16, 4, false>"),
+    ("fp32 shifted", torch.float32, 4, shifted, "gather_flat_kernel<word4, 4, false>"),
+    ("bf16 shifted", torch.bfloat16, 512, shifted, "gather_rows_kernel<word2, 4, false>"),
+    ("fp64 shifted", torch.float64, 4, shifted, "gather_flat_kernel<word8, 4, false>"),
+    ("transposed", torch.float32, 64, transposed, "gather_rows_kernel<word4, 4, false>"),
+    ("apart", torch.float32, 8, lambda w: w[:, ::2], "gather_flat_kernel<word4, 4, false>"),
+    ("first columns", torch.float32, 9, lambda w: w[:, :4], "gather_flat_kernel<word4, 4, false>"),
+    ("every second row", torch.float32, 8, lambda w: w[::2], "gather_flat_kernel<word16, 4, false>"),
+    ("one row", torch.float32, 8, lambda w: w[:1].expand(9, 8), "gather_flat_kernel<word16, 4, false>"),
+    ("one column", torch.float32, 8, lambda w: w[:, 3:4], "gather_flat_kernel<word4, 4, false>"),
+    ("complex128 apart", torch.complex128, 3, transposed, "gather_flat_kernel<word16, 4, false>"),
 ]  # fmt: skip
 
 
@@ -494,8 +494,8 @@ def test_the_host_build_sees_a_misaligned_access(sm_90: HostShimCupyBackend) -> 
     weight = shifted(torch.zeros(2, 4))
     indices = torch.zeros(1, dtype=torch.long)
     output = torch.zeros(1, 4)
-    arguments = (weight, indices, output, None, None, 1, 2, -1, 1, 1, 1, 8)
-    kernel = Kernel("gather", "gather_flat_kernel<word16, 4>")
+    arguments = (weight, indices, output, None, None, 1, 2, 0, 0, -1, 1, 1, 1, 8)
+    kernel = Kernel("gather", "gather_flat_kernel<word16, 4, false>")
     with pytest.raises(RuntimeError, match="misaligned"):
         sm_90._launch(kernel, (1, 1), (32, 1), weight.device, *arguments)
 

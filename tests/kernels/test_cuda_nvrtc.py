@@ -139,8 +139,9 @@ def accesses(opcodes: set[str], name: str) -> set[int]:
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("bytes_", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("name", ["gather_flat_kernel", "gather_rows_kernel"])
-def test_a_word_is_moved_by_one_instruction(arch: int, bytes_: int, name: str) -> None:
-    opcodes = sass(Kernel("gather", f"{name}<word{bytes_}, 4>"), arch)
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_a_word_is_moved_by_one_instruction(arch: int, bytes_: int, name: str, shard: str) -> None:
+    opcodes = sass(Kernel("gather", f"{name}<word{bytes_}, 4, {shard}>"), arch)
     # Ids are loaded in four widths, the record stores 32 and 64 bits; no other width but the word's.
     assert accesses(opcodes, "LDG") == {8, 16, 32, 64, 8 * bytes_}
     assert accesses(opcodes, "STG") == {32, 64, 8 * bytes_}

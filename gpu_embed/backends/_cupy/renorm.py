@@ -26,6 +26,7 @@ class CupyRenorm(CupyDevice, RenormPlan):
             keys,
             keys.numel(),
             num_embeddings,
+            last_valid_key,
             weight.stride(0),
             weight.stride(1),
             max_norm,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ...shard import Shard
+from ...shard import Shard, shard_arguments
 from .._plan.sort import SortPlan
 from .device import CupyDevice
 from .nvrtc import Kernel
@@ -27,6 +27,7 @@ class CupySort(CupyDevice, SortPlan):
             keys,
             ids.numel(),
             num_embeddings,
+            *shard_arguments(shard),
             padding_idx,
             ids.element_size(),
             keys.element_size(),
