@@ -147,6 +147,29 @@ def test_a_word_is_moved_by_one_instruction(arch: int, bytes_: int, name: str, s
     assert accesses(opcodes, "STG") == {32, 64, 8 * bytes_}
 
 
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("gather", "gather_rows_kernel<word16, 4"),
+        ("gather", "gather_flat_kernel<word4, 4"),
+        ("bag", "bag_sum_kernel<float, 4, true, 4"),
+        ("bag", "bag_max_kernel<bfloat16, 4, 4"),
+    ],
+)
+def test_a_whole_table_pays_nothing_for_shards(stem: str, name: str) -> None:
+    """Its kernel does not read what a shard is told."""
+    require(90)
+    kernels = [Kernel(stem, f"{name}, {shard}>") for shard in ("false", "true")]
+    image, symbols, _ = nvrtc.compile_kernels(
+        stem, [kernel.expression for kernel in kernels], "compute_90"
+    )
+    for kernel, is_shard in zip(kernels, (False, True), strict=True):
+        for argument in ("first_row", "table_rows"):
+            number = parameter_names(kernel).index(argument)
+            parameter = f"[{symbols[kernel.expression]}_param_{number}]"
+            assert (parameter in image.decode()) is is_shard
+
+
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
     ("stem", "arguments", "load_bits", "store_bits"),
