@@ -149,24 +149,20 @@ def test_4096_ones_in_16_bits(ranks, table, ids_lie, dtype):
 
 def differentiates_twice(mesh_shape, table, ids_lie, options):
     """d/dgrad of the weight's gradient is a lookup: of `direction`, without padding, over the counts."""
-    over, ids = mesh(*mesh_shape), some_ids(11, 4, 6)
-    multiple = MULTIPLE if options.get("scale_grad_by_freq") else 1
-    weight, direction = integers(11, 6), integers(11, 6, seed=2, multiple=multiple)
-    grad = integers(4, 6, 6, seed=1, multiple=multiple)
+    over, ids, by_frequency = mesh(*mesh_shape), some_ids(11, 4, 6), "scale_grad_by_freq" in options
+    direction = integers(11, 6, seed=2, multiple=MULTIPLE)
+    expected = direction / (ids.flatten().bincount(minlength=11)[:, None] if by_frequency else 1)
+    if "padding_idx" in options:
+        expected[options["padding_idx"]] = 0
 
-    def second(weight, ids, grad, direction, lookup):
-        weight, grad = weight.requires_grad_(), grad.requires_grad_()
-        output = lookup(ids, weight, **options)
-        (grad_weight,) = torch.autograd.grad(output, weight, grad, create_graph=True)
-        (grad_grad,) = torch.autograd.grad(grad_weight, grad, direction)
-        return grad_grad
-
-    expected = second(weight.clone(), ids, grad.clone(), direction, torch.nn.functional.embedding)
-    sharded = distribute(weight, over, table), distribute(ids, over, ids_lie)
-    # The output's gradient lies on all ranks.
-    everywhere = "r" * len(mesh_shape)
-    grads = distribute(grad, over, everywhere), distribute(direction, over, table)
-    assert_equal(second(*sharded, *grads, embedding), expected)
+    weight = distribute(integers(11, 6), over, table).requires_grad_()
+    grad = integers(4, 6, 6, seed=1, multiple=MULTIPLE)
+    grad = distribute(grad, over, "r" * len(mesh_shape)).requires_grad_()
+    output = embedding(distribute(ids, over, ids_lie), weight, **options)
+    (grad_weight,) = torch.autograd.grad(output, weight, grad, create_graph=True)
+    direction = distribute(direction, over, table)
+    (grad_grad,) = torch.autograd.grad(grad_weight, grad, direction)
+    assert_equal(grad_grad, expected[ids])
 
 
 @every_option

@@ -35,7 +35,11 @@ def one_hangs():
 @pytest.mark.parametrize(
     ("case", "limit", "said"),
     [
-        (one_raises, 30, ["rank 0 of 2: no answer .*in one_raises", "rank 1 .*ValueError: no such row"]),
+        (
+            one_raises,
+            30,
+            ["rank 0 of 2: no answer .*in one_raises", "rank 1 .*ValueError: no such row"],
+        ),
         (one_ends, 30, ["rank 1 of 2: ended with exit code 7"]),
         (one_hangs, 1, ["rank 0 of 2: passed", "rank 1 of 2: no answer .*in one_hangs"]),
     ],
