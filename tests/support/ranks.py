@@ -1,6 +1,6 @@
 """Groups of gloo processes on the CPU that run the cases of many tests, one after another.
 
-A test calls `Ranks(size).run(case, *arguments)`; the case is a function at the top of the test's file, and runs on every
+A test calls `Ranks(size).run(case, *arguments)`; the case is a function at the top of the test's file, and runs on each
 rank. Imports take seconds, so each rank is forked from a server that has done them, and serves until a case fails.
 """
 
