@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import mesh
-from sharded_cases import assert_equal, assert_lies_as, integers, some_ids
+from sharded_cases import assert_equal, assert_lies_as, integers, part, some_ids
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -40,15 +40,6 @@ class Model(nn.Module):
 
     def forward(self, ids):
         return self.head(self.embed(ids))
-
-
-def part(tensor, dim, over=None):
-    """What `Shard(dim)` gives this rank."""
-    over = over or mesh(dist.get_world_size())
-    parts = tensor.tensor_split(over.size(), dim)
-    if tensor.shape[dim] % over.size():
-        parts = tensor.chunk(over.size(), dim)
-    return parts[over.get_local_rank()] if over.get_local_rank() < len(parts) else parts[0][:0]
 
 
 # What the output of one layer is in each style.

@@ -1,6 +1,7 @@
 """What the tests of sharded tables share: placements by short names, integers, and how shards are compared."""
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
@@ -37,9 +38,9 @@ def some_ids(num_embeddings: int, *shape: int, dtype: torch.dtype = torch.int64)
 
 
 def assert_equal(actual: DTensor, expected: torch.Tensor) -> None:
-    """Bit-equal once its shards are put together."""
+    """Equal once its shards are put together; NaN equals NaN."""
     assert isinstance(actual, DTensor)
-    torch.testing.assert_close(actual.full_tensor(), expected, rtol=0, atol=0)
+    torch.testing.assert_close(actual.full_tensor(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_lies_as(grad: DTensor | None, weight: DTensor) -> None:
@@ -49,3 +50,11 @@ def assert_lies_as(grad: DTensor | None, weight: DTensor) -> None:
     local, rows = grad.to_local(), weight.to_local()
     assert local.shape == rows.shape
     assert local.untyped_storage().nbytes() == rows.numel() * rows.element_size()
+
+
+def part(tensor: torch.Tensor, dim: int, mesh: DeviceMesh | None = None) -> torch.Tensor:
+    """What `Shard(dim)` gives this rank of a mesh of one dimension; without one, of all ranks."""
+    ranks = dist.get_world_size() if mesh is None else mesh.size()
+    rank = dist.get_rank() if mesh is None else mesh.get_local_rank()
+    parts = tensor.chunk(ranks, dim)
+    return parts[rank] if rank < len(parts) else tensor.narrow(dim, 0, 0)
