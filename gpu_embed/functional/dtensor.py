@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -191,12 +193,24 @@ def _shard(table: DTensor, layout: Layout) -> shard.Shard | None:
     first_row, num_rows, mesh = 0, table.shape[0], table.device_mesh
     by_rows = [d for d, p in enumerate(layout.table) if p == Shard(0)]
     for mesh_dim in by_rows:
-        # As torch.chunk cuts them. In a graph that all ranks share, the rank is a symbol.
+        # As torch.chunk cuts them.
         chunk = -(-num_rows // mesh.size(mesh_dim))
-        start = torch.sym_min(mesh.get_local_rank(mesh_dim) * chunk, num_rows)
+        start = torch.sym_min(_place(mesh, mesh_dim) * chunk, num_rows)
         first_row += start
         num_rows = torch.sym_min(chunk, num_rows - start)
     return shard.Shard(first_row, table.shape[0]) if by_rows else None
+
+
+def _place(mesh: DeviceMesh, mesh_dim: int) -> int:
+    """This rank's place in a dimension of the mesh; a symbol in a graph that one rank compiles for all."""
+    config = getattr(torch.distributed, "config", None)
+    if is_compiling() and getattr(config, "compile_on_one_rank", False):
+        # Registers the operator.
+        from torch.distributed._ops import device_mesh  # noqa: F401
+
+        place = torch.ops.device_mesh._runtime_compute_coordinate_on_dim
+        return place(mesh.mesh[None], mesh_dim)  # type: ignore[no-any-return]
+    return mesh.get_local_rank(mesh_dim)
 
 
 def _local(tensor: DTensor, placements: Placements, grad_placements: Placements) -> Tensor:
