@@ -13,7 +13,7 @@ from .tables.gradient import TableGradient
 from .tables.inputs import batch_bags, batch_padded
 
 if TYPE_CHECKING:
-    from . import optim, reference
+    from . import distributed, optim, reference
     from .accumulate import accumulate_in_place
     from .swap.aten_override import override_aten
     from .swap.replacement import replace_embeddings, restore_embeddings
@@ -30,6 +30,7 @@ __all__ = [
     "batch_bags",
     "batch_padded",
     "check_bounds",
+    "distributed",
     "functional",
     "optim",
     "override_aten",
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 # Loaded when they are first asked for: a lookup needs none of them. By the module that has them, or is them.
 _LATE = {
     "accumulate_in_place": "accumulate",
+    "distributed": "distributed",
     "optim": "optim",
     "override_aten": "swap.aten_override",
     "reference": "reference",

@@ -15,10 +15,13 @@ from .checks import (
     PLAIN_TYPES,
     as_float,
     check_norm,
+    check_not_sparse,
     integer_hint,
+    is_sharded,
     tensor_hint,
     wrong_type,
 )
+from .replicas import check_renorm_lasts
 
 
 def embedding_bag(
@@ -66,6 +69,7 @@ def embedding_bag(
 
     Which tensors go to torch's own function is as for `embedding`.
     """
+    sharded = False
     if (
         type(weight) not in PLAIN_TYPES
         or type(input) not in PLAIN_TYPES
@@ -78,19 +82,21 @@ def embedding_bag(
         # The ONNX exporter translates torch's operators, not ours.
         or (is_compiling() and torch.onnx.is_in_onnx_export())
     ):
-        return _embedding_bag_by_torch(
-            input,
-            weight,
-            offsets,
-            max_norm,
-            norm_type,
-            scale_grad_by_freq,
-            mode,
-            sparse,
-            per_sample_weights,
-            include_last_offset,
-            padding_idx,
-        )
+        sharded = is_sharded(input, weight, offsets, per_sample_weights)
+        if not sharded:
+            return _embedding_bag_by_torch(
+                input,
+                weight,
+                offsets,
+                max_norm,
+                norm_type,
+                scale_grad_by_freq,
+                mode,
+                sparse,
+                per_sample_weights,
+                include_last_offset,
+                padding_idx,
+            )
     if weight.dtype == torch.long and input.is_floating_point():
         warnings.warn(
             "Argument order of nn.functional.embedding_bag was changed. "
@@ -106,6 +112,8 @@ def embedding_bag(
         max_norm = as_float(max_norm, "max_norm", 3)
         norm_type = as_float(norm_type, "norm_type", 4)
         check_norm(weight)
+        if not is_compiling():
+            check_renorm_lasts(weight)
     if per_sample_weights is not None and mode != "sum":
         raise NotImplementedError(
             "embedding_bag: per_sample_weights was not None. "
@@ -122,6 +130,22 @@ def embedding_bag(
     _check_bag_tensors(input, weight, offsets, per_sample_weights)
     if include_last_offset and offsets is not None and offsets.size(0) == 0:
         raise RuntimeError("include_last_offset: number of offset should be at least 1")
+    if sharded:
+        from . import dtensor
+
+        check_not_sparse("embedding_bag", sparse)
+        return dtensor.embedding_bag(
+            input,
+            weight,
+            offsets,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
     if max_norm is not None:
         # Last, so that a call that was refused has not changed the table.
         embedding_renorm_(weight.detach(), input, max_norm, norm_type)

@@ -15,6 +15,21 @@ from ..dtypes import FLOATS
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
+def is_sharded(*tensors: object) -> bool:
+    """Whether these are tensors, one of them a DTensor; by the name, as that is slow to import and may not be there."""
+    return all(isinstance(tensor, Tensor) for tensor in tensors if tensor is not None) and any(
+        type(tensor).__name__ == "DTensor" for tensor in tensors
+    )
+
+
+def check_not_sparse(function: str, sparse: bool) -> None:
+    if sparse:
+        raise NotImplementedError(
+            f"{function}: sparse=True has no gradient for a DTensor; leave it out, or shard the table with "
+            "gpu_embed.distributed.ShardedEmbedding"
+        )
+
+
 def as_index(padding_idx: Any) -> Any:
     """padding_idx as an int; NumPy's integers and 0-d tensors are fine, as for torch."""
     if padding_idx is None or isinstance(padding_idx, torch.SymInt):

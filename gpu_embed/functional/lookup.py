@@ -13,10 +13,13 @@ from .checks import (
     as_float,
     as_index,
     check_norm,
+    check_not_sparse,
     integer_hint,
+    is_sharded,
     wrap_padding_idx,
     wrong_type,
 )
+from .replicas import check_renorm_lasts
 
 
 def embedding(
@@ -48,7 +51,8 @@ def embedding(
         RuntimeError: ids are not integers, weight is not 2-D, or the two are on different devices.
         TypeError: an argument is no tensor.
 
-    A weight or input of another tensor subclass (DTensor, torchao), tensors that are sparse, quantized
+    DTensors are looked up on each rank in its own rows or columns, and the output is a DTensor: see
+    `functional.dtensor`. A weight or input of another tensor subclass (torchao), tensors that are sparse, quantized
     or nested, and calls that `torch.onnx.export` records go to torch's own function.
     """
     known = None if is_compiling() else known_tables.get(id(weight))
@@ -58,6 +62,7 @@ def embedding(
         and known.serves(input, weight, padding_idx, scale_grad_by_freq, sparse)
     ):
         return call_known_embedding(known, weight, input)
+    sharded = False
     if (
         type(weight) not in PLAIN_TYPES
         or type(input) not in PLAIN_TYPES
@@ -68,9 +73,11 @@ def embedding(
         # ONNX can say what torch's lookup is, and not what ours is.
         or (is_compiling() and torch.onnx.is_in_onnx_export())
     ):
-        return _embedding_by_torch(
-            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
-        )
+        sharded = is_sharded(weight, input)
+        if not sharded:
+            return _embedding_by_torch(
+                input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+            )
     _check_tensors(input, weight)
     _check_flags(scale_grad_by_freq, sparse)
     row = wrap_padding_idx(as_index(padding_idx), weight.size(0))
@@ -78,6 +85,14 @@ def embedding(
         max_norm = as_float(max_norm, "max_norm", 3)
         norm_type = as_float(norm_type, "norm_type", 4)
         check_norm(weight)
+        if not is_compiling():
+            check_renorm_lasts(weight)
+    if sharded:
+        from . import dtensor
+
+        check_not_sparse("embedding", sparse)
+        return dtensor.embedding(input, weight, row, max_norm, norm_type, scale_grad_by_freq)
+    if max_norm is not None:
         # Detached, so there is nothing for autograd to see.
         embedding_renorm_(weight.detach(), input, max_norm, norm_type)
     output = call_embedding(weight, input, row, scale_grad_by_freq, sparse)
