@@ -83,9 +83,9 @@ def embedding(
     sharded_ids = () if scale_grad_by_freq else tuple(range(ids.dim()))
     layout = Layout.of(table, ids, ids.dim(), sharded_ids)
     rows = _shard(table, layout)
-    local_table = _local_table(table, layout)
     if max_norm is not None:
-        _renorm(local_table, table, ids, layout, rows, max_norm, norm_type)
+        _renorm(table, ids, layout, rows, max_norm, norm_type)
+    local_table = _local(table, layout.table, layout.grad_weight)
     local_ids = _local_ids(ids, layout.ids)
     output = call_embedding(local_table, local_ids, padding_idx, scale_grad_by_freq, False, rows)
     return _whole(output, table, layout, (*ids.shape, table.shape[1]))
@@ -114,7 +114,6 @@ def embedding_bag(
     sharded_ids = (0,) if offsets is None and not scale_grad_by_freq else ()
     layout = Layout.of(table, ids, 1, sharded_ids)
     rows = _shard(table, layout)
-    local_table = _local_table(table, layout)
     everywhere = (Replicate(),) * len(layout.ids)
     local_offsets = None
     if offsets is not None:
@@ -130,7 +129,8 @@ def embedding_bag(
         )
         local_weights = _local(scales, layout.ids, grad)
     if max_norm is not None:
-        _renorm(local_table, table, ids, layout, rows, max_norm, norm_type)
+        _renorm(table, ids, layout, rows, max_norm, norm_type)
+    local_table = _local(table, layout.table, layout.grad_weight)
     local_ids = _local_ids(ids, layout.ids)
     bags = (local_ids, local_offsets, include_last_offset, padding_idx)
     if mode == "max" and rows is not None:
@@ -143,6 +143,14 @@ def embedding_bag(
         )
     num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - include_last_offset
     return _whole(output, table, layout, (num_bags, table.shape[1]))
+
+
+def zero_row_(weight: DTensor, row: int) -> None:
+    """Fill a row with zeros wherever it lies; `weight[row].fill_(0)` fills a copy where rows are sharded."""
+    is_row = torch.arange(weight.shape[0], device=weight.device)[:, None] == row
+    mesh = weight.device_mesh
+    everywhere = DTensor.from_local(is_row, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    weight.masked_fill_(everywhere, 0)
 
 
 def _dtensors(function: str, **tensors: Tensor) -> list[Any]:
@@ -189,10 +197,6 @@ def _shard(table: DTensor, layout: Layout) -> shard.Shard | None:
         first_row += start
         num_rows = torch.sym_min(chunk, num_rows - start)
     return shard.Shard(first_row, table.shape[0]) if by_rows else None
-
-
-def _local_table(table: DTensor, layout: Layout) -> Tensor:
-    return _local(table, layout.table, layout.grad_weight)
 
 
 def _local(tensor: DTensor, placements: Placements, grad_placements: Placements) -> Tensor:
@@ -247,7 +251,6 @@ class _FromLocal(torch.autograd.Function):
 
 
 def _renorm(
-    local_table: Tensor,
     table: DTensor,
     ids: DTensor,
     layout: Layout,
@@ -266,9 +269,9 @@ def _renorm(
             f"max_norm: a table with placements {table.placements} cannot be scaled in place; shard it by rows, "
             "or leave max_norm out"
         )
-    everywhere = (Replicate(),) * len(layout.ids)
-    all_ids = _local_ids(ids, everywhere)
-    embedding_renorm_(local_table.detach(), all_ids, max_norm, norm_type, rows)
+    all_ids = _local_ids(ids, (Replicate(),) * len(layout.ids))
+    # Detached before it is local, so that there is nothing for autograd to see.
+    embedding_renorm_(table.detach().to_local(), all_ids, max_norm, norm_type, rows)
 
 
 def _max_of_shards(

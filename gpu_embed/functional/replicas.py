@@ -31,7 +31,7 @@ def _warn_of_replicas() -> None:
         "max_norm under DistributedDataParallel: each rank scales the rows that its own ids name, so the ranks' tables "
         "drift apart. Shard the table by rows (torch.distributed.tensor.parallel.RowwiseParallel), or scale the rows "
         "of all ranks yourself after each step",
-        stacklevel=5,
+        stacklevel=2,
     )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from .padding import zero_padding_row
 
 
 class EmbeddingBag(torch.nn.EmbeddingBag):
@@ -20,6 +21,9 @@ class EmbeddingBag(torch.nn.EmbeddingBag):
         ids = torch.tensor([4, 7, 199], device="cuda")
         sums = table(ids, torch.tensor([0, 2], device="cuda"))  # of rows 4 and 7, and of row 199: [2, 32]
     """
+
+    # Called by reset_parameters.
+    _fill_padding_idx_with_zero = zero_padding_row
 
     def forward(
         self,

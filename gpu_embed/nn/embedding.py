@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from .padding import zero_padding_row
 
 
 class Embedding(torch.nn.Embedding):
     """A trainable table of `num_embeddings` rows of `embedding_dim` numbers, looked up by integer ids.
 
-    Everything but `forward` is `torch.nn.Embedding`'s own: arguments, attributes, initialisation,
-    `state_dict` keys, `from_pretrained`, `extra_repr`. Input: ids of any shape, int64 or int32 as in torch, or
-    int16 or uint8. Output: `[*input.shape, embedding_dim]` in the table's dtype, bit-equal to `weight[input]`.
+    Everything but `forward` and the padding row of a sharded table is `torch.nn.Embedding`'s own: arguments,
+    attributes, initialisation, `state_dict` keys, `from_pretrained`, `extra_repr`. Input: ids of any shape, int64 or
+    int32 as in torch, or int16 or uint8. Output: `[*input.shape, embedding_dim]` in the table's dtype, bit-equal to
+    `weight[input]`.
 
     Errors are those of `gpu_embed.functional.embedding`.
 
@@ -20,6 +22,9 @@ class Embedding(torch.nn.Embedding):
         table = gpu_embed.Embedding(200, 32, device="cuda")
         rows = table(torch.tensor([[4, 7, 199]], device="cuda"))  # [1, 3, 32]
     """
+
+    # Called by reset_parameters.
+    _fill_padding_idx_with_zero = zero_padding_row
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.embedding(
