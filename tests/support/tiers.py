@@ -48,6 +48,7 @@ PTX_FILES = frozenset(
         "api/test_tables_gradient",
         "backends/test_in_place",
         "backends/test_row_update",
+        "backends/test_shard",
         "backends/test_take",
     )
 )
