@@ -54,6 +54,7 @@ PTX_FILES = frozenset(
         "backends/test_row_update",
         "backends/test_shard",
         "backends/test_take",
+        "kernels/test_shards",
     )
 )
 
