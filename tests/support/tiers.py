@@ -56,7 +56,9 @@ PTX_FILES = frozenset(
         "api/test_tables_gradient",
         "backends/test_in_place",
         "backends/test_row_update",
+        "backends/test_shard",
         "backends/test_take",
+        "kernels/test_shards",
     )
 )
 
