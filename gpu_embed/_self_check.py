@@ -16,6 +16,7 @@ from .backends._plan.gather import use_gather_method
 from .backends._plan.gradient_method import use_gradient_method
 from .bags import Bags
 from .row_update import RowUpdate
+from .shard import Shard
 from .tables.batch import TableBatch
 from .tables.entries import TableEntries
 from .tables.layout import TableLayout, make_layout
@@ -140,6 +141,20 @@ def _bag_gradient(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
     )
 
 
+def _shard(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
+    """Rows 10 to 29 of the table."""
+    rows, bags, shard = _table(device)[10:30], _bags(device), Shard(10, ROWS)
+    grad_output = _numbers((NUM_IDS, COLUMNS), 7, device)
+    return (
+        backend.embedding(rows, bags.indices, PADDING, None, shard),
+        backend.embedding_dense_backward(
+            grad_output, bags.indices, len(rows), PADDING, False, None, shard
+        ),
+        backend.embedding_bag(rows, None, bags, PADDING, "sum", None, shard),
+        *backend.embedding_bag_max(rows, bags, PADDING, True, None, shard),
+    )
+
+
 def _batch(device: torch.device, mode: str = "mean") -> tuple[TableLayout, TableBatch]:
     """A table of sums and a wider one of this mode, each with bags of four ids."""
     layout = make_layout([(ROWS, 8), (ROWS, COLUMNS)], ["sum", mode], [PADDING, None])
@@ -238,6 +253,7 @@ SAMPLES: dict[str, Callable[[Backend, torch.device], tuple[Tensor, ...]]] = {
     "scale_grad_by_freq": _counts,
     "bags": _bag,
     "gradient of bags": _bag_gradient,
+    "shards": _shard,
     "batched tables": _table_batched,
     "gradient of batched tables": _table_batched_gradient,
     "optimizer updates": _row_update,

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .bags import Bags
+
 
 class Shard(NamedTuple):
     """The rows from `first_row` on of a table of `num_embeddings` rows; how many, the tensor that holds them says.
@@ -37,6 +39,23 @@ def as_shard(numbers: Sequence[int] | None) -> Shard | None:
 def table_rows(num_rows: int, shard: Shard | None) -> int:
     """Rows of the whole table, of which the tensor in hand has `num_rows`."""
     return num_rows if shard is None else shard.num_embeddings
+
+
+def local_ids(
+    indices: Tensor, num_rows: int, padding_idx: int, shard: Shard | None
+) -> tuple[Tensor, int]:
+    """Ids and padding of a table, or with a shard its rows, as `Shard.local` numbers them."""
+    if shard is None:
+        return indices, padding_idx
+    return shard.local(indices, num_rows, padding_idx), num_rows
+
+
+def local_bags(
+    bags: Bags, num_rows: int, padding_idx: int, shard: Shard | None
+) -> tuple[Bags, int]:
+    """`local_ids` of bags."""
+    indices, padding_idx = local_ids(bags.indices, num_rows, padding_idx, shard)
+    return bags._replace(indices=indices), padding_idx
 
 
 def shard_arguments(shard: Shard | None) -> tuple[int | None, int | None]:

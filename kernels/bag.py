@@ -20,7 +20,7 @@ from run to run.
 import triton
 import triton.language as tl
 
-from .bounds import record_bag_out_of_range
+from .bounds import local_row, record_bag_out_of_range
 from .lanes import block_positions
 from .rounding import divide
 
@@ -80,7 +80,7 @@ def count_ids(
     begin,
     first,
     last,
-    num_embeddings,
+    table_rows,
     padding_idx,
     BLOCK_B: tl.constexpr,
     BLOCK_L: tl.constexpr,
@@ -99,10 +99,10 @@ def count_ids(
             record_bag_out_of_range(
                 record_ptr,
                 flag_ptr,
-                inside & ((index < 0) | (index >= num_embeddings)),
+                inside & ((index < 0) | (index >= table_rows)),
                 n,
                 index,
-                num_embeddings,
+                table_rows,
                 n * 0 + bag[:, None] + 1,
                 n * 0 + begin[:, None],
             )
@@ -188,7 +188,7 @@ def to_row_layout(x, d):
 # tile:  BLOCK_B bags or carry-ins by BLOCK_D columns; num_warps 1: no barrier
 # owner: program (i, j): bags [i * BLOCK_B, ...), or behind those the carry-ins of chunks; columns [j * BLOCK_D, ...)
 # why:   each tile row sums one bag; the loop runs to the tile's longest bag, shorter rows are masked
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])  # one binary for all ranks
 def bag_sum_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
@@ -207,6 +207,8 @@ def bag_sum_kernel(
     chunk_length,
     search_steps,  # bits of num_bags
     num_embeddings,
+    first_row,  # of this shard in a table of table_rows rows, which has the ids; None: no shard
+    table_rows,  # None: no shard
     padding_idx,  # -1: none
     weight_row_stride,  # in units of VEC elements, so that the compiler sees the alignment
     weight_col_stride,  # in elements
@@ -268,7 +270,7 @@ def bag_sum_kernel(
                 begin,
                 first,
                 last,
-                num_embeddings,
+                num_embeddings if table_rows is None else table_rows,
                 padding_idx,
                 BLOCK_B,
                 BLOCK_L,
@@ -283,7 +285,7 @@ def bag_sum_kernel(
                 begin,
                 first,
                 last,
-                num_embeddings,
+                num_embeddings if table_rows is None else table_rows,
                 padding_idx,
                 BLOCK_B,
                 BLOCK_L,
@@ -302,10 +304,11 @@ def bag_sum_kernel(
         for u in tl.static_range(UNROLL):
             n = first + step + u
             index = indices[u]
-            in_table = (index >= 0) & (index < num_embeddings)
+            row = local_row(index, first_row)
+            in_table = (row >= 0) & (row < num_embeddings)
             taken = (n < last) & (index != padding_idx)
             value = tl.load(
-                weight_ptr + (index * weight_row_stride * VEC)[:, None] + d * weight_col_stride,
+                weight_ptr + (row * weight_row_stride * VEC)[:, None] + d * weight_col_stride,
                 mask=(taken & in_table)[:, None] & in_row,
                 other=0,
             )  # [BLOCK_B, BLOCK_D]
@@ -425,13 +428,13 @@ def bag_join_kernel(
 # owner: program (i, j): bags [i * BLOCK_B, ...), columns [j * BLOCK_D, ...)
 # why:   never cuts a bag: with cuts, Triton 3.7 keeps the maxima in two layouts, which triples the instructions of
 #        16-bit tables
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])  # one binary for all ranks
 def bag_max_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
     offsets_ptr,  # any integer dtype, [num_offsets]; None: equal lengths
     output_ptr,  # [num_bags, D]
-    max_elements_ptr,  # int64 [num_bags, D]: the argmax as id * D + column, -1: none; None: not wanted
+    argmax_ptr,  # int64 [num_bags, D]: id * D + column, of a shard the position; -1: none; None: not wanted
     record_ptr,  # int64 [7]; None: do not record
     flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
@@ -439,6 +442,8 @@ def bag_max_kernel(
     num_offsets,
     bag_length,  # without offsets: ids per bag
     num_embeddings,
+    first_row,  # of this shard in a table of table_rows rows, which has the ids; None: no shard
+    table_rows,  # None: no shard
     padding_idx,  # -1: none
     weight_row_stride,  # in units of VEC elements
     weight_col_stride,  # in elements
@@ -483,7 +488,7 @@ def bag_max_kernel(
                 begin,
                 begin,
                 end,
-                num_embeddings,
+                num_embeddings if table_rows is None else table_rows,
                 padding_idx,
                 BLOCK_B,
                 BLOCK_L,
@@ -492,6 +497,8 @@ def bag_max_kernel(
     largest = tl.zeros([BLOCK_B, BLOCK_D], acc_dtype)
     argmax = tl.full([BLOCK_B, BLOCK_D], -1, tl.int64)
     empty = in_range
+    # Of a shard: no id of the bag is before, of whatever rows of the whole table.
+    leads = in_range
     for step in range(0, tl.max(end - begin, 0), UNROLL):
         indices = ()
         values = ()
@@ -502,9 +509,10 @@ def bag_max_kernel(
         for u in tl.static_range(UNROLL):
             index = indices[u]
             taken = (begin + step + u < end) & (index != padding_idx)
-            in_table = (index >= 0) & (index < num_embeddings)
+            row = local_row(index, first_row)
+            in_table = (row >= 0) & (row < num_embeddings)
             value = tl.load(
-                weight_ptr + (index * weight_row_stride * VEC)[:, None] + d * weight_col_stride,
+                weight_ptr + (row * weight_row_stride * VEC)[:, None] + d * weight_col_stride,
                 mask=(taken & in_table)[:, None] & in_row,
                 other=0,
             )  # [BLOCK_B, BLOCK_D]
@@ -512,20 +520,30 @@ def bag_max_kernel(
         for u in tl.static_range(UNROLL):
             n = begin + step + u
             index = indices[u]
-            in_table = (index >= 0) & (index < num_embeddings)
+            row = local_row(index, first_row)
+            in_table = (row >= 0) & (row < num_embeddings)
             taken = (n < end) & (index != padding_idx)
             value = values[u].to(acc_dtype)
+            first = empty[:, None]
+            place = index
+            if first_row is not None:
+                # NaN is the largest only where it leads the whole bag; what comes behind it is then the first.
+                first = (argmax < 0) & (leads[:, None] | (value == value))
+                leads = leads & ~(taken & (index >= 0) & (index < table_rows))
+                place = n
             # `>`, not `>=`: the first of equals stays, as does a NaN in the bag's first row.
-            better = (taken & in_table)[:, None] & (empty[:, None] | (value > largest))
+            better = (taken & in_table)[:, None] & (first | (value > largest))
             largest = tl.where(better, value, largest)
-            argmax = tl.where(better, index[:, None], argmax)
+            argmax = tl.where(better, place[:, None], argmax)
             empty = empty & ~(taken & in_table)
 
     out = (bag * D)[:, None] + d
     stored = in_range[:, None] & in_row
     tl.store(output_ptr + out, largest.to(output_ptr.dtype.element_ty), mask=stored)
-    if max_elements_ptr is not None:
-        tl.store(max_elements_ptr + out, tl.where(argmax < 0, -1, argmax * D + d), mask=stored)
+    if argmax_ptr is not None:
+        if first_row is None:
+            argmax = tl.where(argmax < 0, -1, argmax * D + d)
+        tl.store(argmax_ptr + out, argmax, mask=stored)
 
 
 # grid:  (cdiv(num_indices, BLOCK),)
@@ -569,7 +587,7 @@ def bag_of_kernel(
 # tile:  BLOCK_N positions by BLOCK_D columns, a loop over D
 # owner: program i: positions [i * BLOCK_N, ...); each is the inner product of its row and its bag's gradient
 # why:   each result is reduced within its program, in a fixed order
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])  # one binary for all ranks
 def bag_sample_weights_kernel(
     grad_output_ptr,  # [num_bags, D], any strides
     weight_ptr,  # [num_embeddings, D], any strides
@@ -578,6 +596,7 @@ def bag_sample_weights_kernel(
     grad_ptr,  # [num_indices]
     num_indices,
     num_embeddings,
+    first_row,  # of this shard in a larger table, which has the ids; None: no shard
     padding_idx,  # -1: none
     grad_row_stride,  # in units of VEC elements
     grad_col_stride,  # in elements
@@ -595,14 +614,15 @@ def bag_sample_weights_kernel(
     in_range = n < num_indices
     index = tl.load(indices_ptr + n, mask=in_range, other=-1).to(tl.int64)
     bag = tl.load(bag_of_ptr + n, mask=in_range, other=-1).to(tl.int64)
-    read = in_range & (bag >= 0) & (index >= 0) & (index < num_embeddings)
+    table_row = local_row(index, first_row)
+    read = in_range & (bag >= 0) & (table_row >= 0) & (table_row < num_embeddings)
     read = read & (index != padding_idx)
     total = tl.zeros([BLOCK_N, BLOCK_D], acc_dtype)
     for first in range(0, D, BLOCK_D):
         d = (first + tl.arange(0, BLOCK_D)).to(tl.int64)[None, :]  # [1, BLOCK_D]
         in_row = read[:, None] & (d < D)
         row = tl.load(
-            weight_ptr + (index * weight_row_stride * VEC)[:, None] + d * weight_col_stride,
+            weight_ptr + (table_row * weight_row_stride * VEC)[:, None] + d * weight_col_stride,
             mask=in_row,
             other=0,
         )

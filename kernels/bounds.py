@@ -16,6 +16,18 @@ import triton.language as tl
 
 
 @triton.jit
+def local_row(index, first_row):
+    """The row of each id, int64, in the table in hand; of a shard it may be that of another one.
+
+    first_row: of a table of more rows, which has the ids; None: the table in hand has them.
+    """
+    row = index
+    if first_row is not None:
+        row = index - first_row
+    return row
+
+
+@triton.jit
 def record_out_of_range(record_ptr, flag_ptr, out_of_range, position, index, num_embeddings):
     """Record one of the elements' ids, if any is out of range; otherwise the cost is a predicate.
 

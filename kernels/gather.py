@@ -7,17 +7,22 @@ kernel serves all dtypes. Rows aligned to 16 bytes are read as VEC = 2 words of 
 import triton
 import triton.language as tl
 
-from .bounds import record_out_of_range
+from .bounds import local_row, record_out_of_range
 from .flat_chunk import chunk_start, of_rows, step_vectors, window_rows
 
 
 @triton.jit
-def load_indices(indices_ptr, n, in_range, num_embeddings, zero_idx):
+def load_indices(
+    indices_ptr, n, in_range, num_embeddings, zero_idx, first_row=None, table_rows=None
+):
     """The ids at positions n, int64; a mask of rows to copy; a mask of ids out of range."""
     index = tl.load(indices_ptr + n, mask=in_range, other=0).to(tl.int64)
-    # Without its sign a negative id is larger than any number of rows.
-    in_table = index.to(tl.uint64) < num_embeddings
-    return index, in_range & in_table & (index != zero_idx), in_range & ~in_table
+    # Without its sign a negative number is larger than any number of rows.
+    in_table = local_row(index, first_row).to(tl.uint64) < num_embeddings
+    copied = in_range & in_table & (index != zero_idx)
+    if table_rows is not None:
+        in_table = index.to(tl.uint64) < table_rows
+    return index, copied, in_range & ~in_table
 
 
 @triton.jit
@@ -60,7 +65,7 @@ def copy_rows(
 # tile:  BLOCK_D words, BLOCK_N times
 # owner: program (i, j): rows [i * BLOCK_N, ...) of the output, words [j * BLOCK_D, ...) of each
 # why:   ids are numbers of the whole program: a row costs no lane an instruction but its load and its store
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])  # one binary for all ranks
 def gather_rows_kernel(
     weight_ptr,  # words, [num_embeddings, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
@@ -69,6 +74,8 @@ def gather_rows_kernel(
     flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
     num_embeddings,
+    first_row,  # of this shard in a table of table_rows rows, which has the ids; None: no shard
+    table_rows,  # None: no shard
     zero_idx,  # this id's rows are zeroed; -1: none
     weight_row_stride,  # in units of VEC words, so that the compiler sees the alignment; None: D / VEC
     weight_col_stride,  # in words
@@ -89,11 +96,13 @@ def gather_rows_kernel(
     for r in tl.static_range(BLOCK_N):
         n = first_n + r
         index, copied, out_of_range = load_indices(
-            indices_ptr, n, n < num_indices, num_embeddings, zero_idx
+            indices_ptr, n, n < num_indices, num_embeddings, zero_idx, first_row, table_rows
         )
-        row = index * row_stride * VEC
+        row = local_row(index, first_row)
         word = tl.load(
-            weight_ptr + row + d.to(tl.int64) * weight_col_stride, mask=copied & in_row, other=0
+            weight_ptr + row * row_stride * VEC + d.to(tl.int64) * weight_col_stride,
+            mask=copied & in_row,
+            other=0,
         )  # [BLOCK_D]
         indices += (index,)
         words += (word,)
@@ -108,7 +117,12 @@ def gather_rows_kernel(
                 # that none has written.
                 if tl.program_id(1) == 0:
                     record_out_of_range(
-                        record_ptr, flag_ptr, bad[r], first_n + r, indices[r], num_embeddings
+                        record_ptr,
+                        flag_ptr,
+                        bad[r],
+                        first_n + r,
+                        indices[r],
+                        num_embeddings if table_rows is None else table_rows,
                     )
 
 
@@ -117,7 +131,7 @@ def gather_rows_kernel(
 # owner: program i: vectors [i * BLOCK, ...) of the flattened output, across row boundaries
 # why:   no lane idles when a row is shorter than a warp, or its length no power of two; loads and stores have the same
 #        lanes, so nothing is exchanged but ids
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])  # one binary for all ranks
 def gather_flat_kernel(
     weight_ptr,  # words, [num_embeddings, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
@@ -126,6 +140,8 @@ def gather_flat_kernel(
     flag_ptr,  # int32 [1], pinned host memory; None: do not record
     num_indices,
     num_embeddings,
+    first_row,  # of this shard in a table of table_rows rows, which has the ids; None: no shard
+    table_rows,  # None: no shard
     zero_idx,  # this id's rows are zeroed; -1: none
     weight_row_stride,  # in units of VEC words; None: D / VEC
     weight_col_stride,  # in words
@@ -149,9 +165,16 @@ def gather_flat_kernel(
         k, touched = window_rows(first_vector, window, VECTORS, BLOCK)
         n = chunk_n + k
         index, copied, out_of_range = load_indices(
-            indices_ptr + first_n, n, touched & (n < num_rows), num_embeddings, zero_idx
+            indices_ptr + first_n,
+            n,
+            touched & (n < num_rows),
+            num_embeddings,
+            zero_idx,
+            first_row,
+            table_rows,
         )
-        rows += (tl.where(copied, index, -1).to(row_dtype),)
+        row = local_row(index, first_row)
+        rows += (tl.where(copied, row, -1).to(row_dtype),)
         if window == 0:
             bad = out_of_range
             bad_n = n
@@ -176,5 +199,10 @@ def gather_flat_kernel(
     if record_ptr is not None:
         if tl.max(bad.to(tl.int32), 0) > 0:
             record_out_of_range(
-                record_ptr, flag_ptr, bad, first_n + bad_n, bad_index, num_embeddings
+                record_ptr,
+                flag_ptr,
+                bad,
+                first_n + bad_n,
+                bad_index,
+                num_embeddings if table_rows is None else table_rows,
             )

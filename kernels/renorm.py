@@ -40,9 +40,10 @@ def add_power(total, magnitude, norm_type: tl.constexpr, NORM: tl.constexpr):
 @triton.jit
 def renorm_kernel(
     weight_ptr,  # [num_embeddings, D], any strides
-    keys_ptr,  # [num_indices], sorted ids; num_embeddings: sentinel of an id out of range
+    keys_ptr,  # [num_indices], sorted row numbers; from num_embeddings on: sentinels
     num_indices,
     num_embeddings,
+    last_valid_key,  # a key behind it is that of an id out of range
     weight_row_stride,  # in elements
     weight_col_stride,  # in elements
     max_norm: tl.float64,
@@ -58,9 +59,9 @@ def renorm_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     key = load_key(keys_ptr, n, n < num_indices)
     before = load_key(keys_ptr, n - 1, (n > 0) & (n < num_indices))
-    # Sentinels sort last. If there is one, the call leaves the whole table unchanged.
-    all_valid = load_key(keys_ptr, num_indices - 1, True) < num_embeddings
-    owns = (n < num_indices) & ((n == 0) | (key != before)) & all_valid
+    # Ids out of range sort last. If there is one, the call leaves the whole table unchanged.
+    all_valid = load_key(keys_ptr, num_indices - 1, True) <= last_valid_key
+    owns = (n < num_indices) & ((n == 0) | (key != before)) & (key < num_embeddings) & all_valid
     row_ptr = weight_ptr + (key * weight_row_stride)[:, None]
 
     total = tl.zeros([BLOCK_N], acc_dtype)

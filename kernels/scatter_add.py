@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .bounds import local_row
 from .flat_chunk import chunk_start, of_rows, step_vectors, window_rows
 from .rounding import divide
 
@@ -11,7 +12,7 @@ from .rounding import divide
 # tile:  32 vectors of VEC elements, BLOCK / 32 times; one warp
 # owner: program i: vectors [i * BLOCK, ...) of the flattened [num_indices, D], across row boundaries
 # why:   neighbouring lanes add to neighbouring vectors, so a warp's atomics fall on whole sectors
-@triton.jit
+@triton.jit(do_not_specialize=["first_row"])  # one binary for all ranks
 def scatter_add_kernel(
     grad_output_ptr,  # [*, D], any strides
     indices_ptr,  # any integer dtype, [num_indices], contiguous
@@ -21,6 +22,7 @@ def scatter_add_kernel(
     grad_weight_ptr,  # fp32 or fp64, [num_embeddings, D], any strides
     num_indices,
     num_embeddings,
+    first_row,  # of this shard in a larger table, which has the ids; None: no shard
     padding_idx,  # -1: none
     grad_row_stride,  # in units of VEC elements, so that the compiler sees the alignment; None: D / VEC
     grad_col_stride,  # in elements
@@ -49,8 +51,9 @@ def scatter_add_kernel(
         n = chunk_n + k
         in_range = touched & (n < num_indices - first_n)
         index = tl.load(indices_ptr + first_n + n, mask=in_range, other=0).to(tl.int64)
-        # Without its sign a negative id is larger than any number of rows.
-        added = in_range & (index.to(tl.uint64) < num_embeddings) & (index != padding_idx)
+        row = local_row(index, first_row)
+        # Without its sign a negative number is larger than any number of rows.
+        added = in_range & (row.to(tl.uint64) < num_embeddings) & (index != padding_idx)
         if bag_of_ptr is not None:
             bag = tl.load(bag_of_ptr + first_n + n, mask=added, other=-1)
             added = added & (bag >= 0)
@@ -61,7 +64,7 @@ def scatter_add_kernel(
         elif sizes_ptr is not None:
             size = tl.load(sizes_ptr + bag, mask=added, other=1).to(acc_dtype)
             scales += (divide(tl.full(size.shape, 1, acc_dtype), size),)
-        rows += (tl.where(added, index, -1).to(row_dtype),)
+        rows += (tl.where(added, row, -1).to(row_dtype),)
 
     row_stride = D // VEC if grad_row_stride is None else grad_row_stride
     target_stride = D // VEC if grad_weight_row_stride is None else grad_weight_row_stride

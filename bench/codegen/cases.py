@@ -18,6 +18,7 @@ from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.dtypes import accumulation
 from gpu_embed.row_update import STATE, RowUpdate, Stream
+from gpu_embed.shard import Shard
 from gpu_embed.tables.batch import TableBatch
 from gpu_embed.tables.entries import TableEntries
 from gpu_embed.tables.layout import TableLayout, make_layout
@@ -59,6 +60,7 @@ class Case:
     rows_apart: bool = False  # of that gradient
     # Columns of a quantized row that share a scale and a zero; 0: all, with no zero.
     group_size: int = 0
+    first_row: int | None = None  # of a shard
 
     def __str__(self) -> str:
         """The operation, D, the dtype, and what differs from the defaults."""
@@ -103,6 +105,15 @@ class Case:
 
     def bounds(self) -> BoundsRecord | None:
         return BoundsRecord(META) if self.record else None
+
+    @property
+    def shard(self) -> Shard | None:
+        if self.first_row is None:
+            return None
+        # All ranks know the same number of rows.
+        return Shard(
+            self.first_row, max(self.first_row, 2 * self.num_embeddings) + self.num_embeddings
+        )
 
     def bags(self) -> Bags:
         offsets = None if self.equal_lengths else self.ids().new_empty(self.num_bags)
@@ -178,6 +189,7 @@ SHORT = {
     "output_dtype": "to_",
     "into": "into_",
     "group_size": "G",
+    "first_row": "shard",
 }
 
 
@@ -204,13 +216,20 @@ def _gradient(case: Case, backend: TritonBackend) -> None:
             case.padding_idx,
             case.scale_grad_by_freq,
             case.existing(case.num_embeddings, case.embedding_dim),
+            case.shard,
         )
 
 
 def _bag(case: Case, backend: TritonBackend) -> None:
     mode = case.operation.removeprefix("bag_")
     backend.embedding_bag(
-        case.weight(), case.bag_weights(), case.bags(), case.padding_idx, mode, case.bounds()
+        case.weight(),
+        case.bag_weights(),
+        case.bags(),
+        case.padding_idx,
+        mode,
+        case.bounds(),
+        case.shard,
     )
 
 
@@ -225,13 +244,14 @@ def _bag_gradient(case: Case, backend: TritonBackend) -> None:
             "mean" if case.mean else "sum",
             case.scale_grad_by_freq,
             case.existing(case.num_embeddings, case.embedding_dim),
+            case.shard,
         )
 
 
 def _bag_sample_weights(case: Case, backend: TritonBackend) -> None:
     grad_output = case.matrix(case.num_bags)
     backend.embedding_bag_sample_weights_backward(
-        grad_output, case.weight(), case.bags(), case.padding_idx
+        grad_output, case.weight(), case.bags(), case.padding_idx, case.shard
     )
 
 
@@ -295,18 +315,20 @@ def _table_update(case: Case, backend: TritonBackend) -> None:
 
 OPERATIONS: dict[str, Callable[[Case, TritonBackend], object]] = {
     "embedding": lambda c, backend: backend.embedding(
-        c.weight(), c.ids(), c.padding_idx, c.bounds()
+        c.weight(), c.ids(), c.padding_idx, c.bounds(), c.shard
     ),
     "embedding_descriptor": lambda c, backend: candidates.gather(
         backend, c.weight(), c.ids(), c.padding_idx, c.bounds()
     ),
     **dict.fromkeys(("atomic", "sorted_atomic", "sorted"), _gradient),
     **dict.fromkeys(("descriptor", "one_hot"), _candidate_gradient),
-    "renorm": lambda c, backend: backend.embedding_renorm_(c.weight(), c.ids(), 1.5, c.norm_type),
-    "counts": lambda c, backend: backend.embedding_counts(c.ids(), c.num_embeddings),
+    "renorm": lambda c, backend: backend.embedding_renorm_(
+        c.weight(), c.ids(), 1.5, c.norm_type, c.shard
+    ),
+    "counts": lambda c, backend: backend.embedding_counts(c.ids(), c.num_embeddings, c.shard),
     **dict.fromkeys(("bag_sum", "bag_mean"), _bag),
     "bag_max": lambda c, backend: backend.embedding_bag_max(
-        c.weight(), c.bags(), c.padding_idx, True, c.bounds()
+        c.weight(), c.bags(), c.padding_idx, True, c.bounds(), c.shard
     ),
     **dict.fromkeys(("bag_atomic", "bag_sorted"), _bag_gradient),
     "bag_sample_weights": _bag_sample_weights,
@@ -329,6 +351,8 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 PAST_INT32 = 2**31 + 16
 # As many ids as can be sorted, less a few so that vectors fit.
 MOST_SORTED = 2**31 - 16
+FIRST_ROWS = (0, 1, 4096)
+FAR_ROW = 2**40 + 4096
 CASES = (
     # Every row of the gather's table; its key is words of 8 bytes.
     *(Case("embedding", 4 * words, BF16, record=True) for words in GATHER_ROWS),
@@ -533,4 +557,23 @@ CASES = (
     Case("dequantize_int4", 256, FP32, group_size=128, output_dtype=FP16, record=True),
     Case("dequantize_int4", 33, FP32, num_indices=3073, record=True),
     Case("dequantize_int4", 4, FP32, num_indices=PAST_INT32, num_embeddings=PAST_INT32),
+    # Shards; one binary serves every first row below 2**31.
+    *(Case("embedding", 128, FP32, record=True, first_row=row) for row in FIRST_ROWS),
+    Case("embedding", 1024, BF16, record=True, first_row=4096),
+    Case("embedding", 300, BF16, record=True, first_row=FAR_ROW),
+    Case("embedding", 5, FP32, index_dtype=torch.int16, record=True, first_row=4096),
+    Case("atomic", 128, first_row=4096),
+    Case("atomic", 768, num_indices=3073, index_dtype=torch.int32, padding_idx=0, first_row=4096),
+    Case("atomic", 50, first_row=FAR_ROW),
+    Case("sorted", 4096, BF16, first_row=4096),
+    Case("renorm", 128, first_row=4096),
+    Case("counts", first_row=4096),
+    Case("bag_sum", 128, FP32, record=True, first_row=4096),
+    Case("bag_sum", 300, BF16, per_sample_weights=True, record=True, first_row=FAR_ROW),
+    Case("bag_sum", 32, BF16, num_indices=2**20, num_bags=4, record=True, first_row=4096),
+    Case("bag_mean", 32, BF16, record=True, padding_idx=0, first_row=4096),
+    Case("bag_max", 128, FP32, record=True, first_row=4096),
+    Case("bag_max", 300, FP16, first_row=FAR_ROW),
+    Case("bag_atomic", 50, FP32, mean=True, padding_idx=0, first_row=4096),
+    Case("bag_sample_weights", 128, FP32, first_row=4096),
 )

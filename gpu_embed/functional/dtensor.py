@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -52,7 +54,7 @@ class Layout(NamedTuple):
             columns: the dimension of the output that the table's columns are.
             sharded_ids: dimensions on which ids may stay sharded beside a replicated table.
         """
-        rules = []
+        rules: list[Placements] = []
         for of_table, of_ids in zip(table.placements, ids.placements, strict=True):
             if type(of_table) is Shard:
                 by_rows = of_table.dim == 0
@@ -191,12 +193,24 @@ def _shard(table: DTensor, layout: Layout) -> shard.Shard | None:
     first_row, num_rows, mesh = 0, table.shape[0], table.device_mesh
     by_rows = [d for d, p in enumerate(layout.table) if p == Shard(0)]
     for mesh_dim in by_rows:
-        # As torch.chunk cuts them. In a graph that all ranks share, the rank is a symbol.
+        # As torch.chunk cuts them.
         chunk = -(-num_rows // mesh.size(mesh_dim))
-        start = torch.sym_min(mesh.get_local_rank(mesh_dim) * chunk, num_rows)
+        start = torch.sym_min(_place(mesh, mesh_dim) * chunk, num_rows)
         first_row += start
         num_rows = torch.sym_min(chunk, num_rows - start)
     return shard.Shard(first_row, table.shape[0]) if by_rows else None
+
+
+def _place(mesh: DeviceMesh, mesh_dim: int) -> int:
+    """This rank's place in a dimension of the mesh; a symbol in a graph that one rank compiles for all."""
+    config = getattr(torch.distributed, "config", None)
+    if is_compiling() and getattr(config, "compile_on_one_rank", False):
+        # Registers the operator.
+        from torch.distributed._ops import device_mesh  # noqa: F401
+
+        place = torch.ops.device_mesh._runtime_compute_coordinate_on_dim
+        return place(mesh.mesh[None], mesh_dim)
+    return mesh.get_local_rank(mesh_dim)
 
 
 def _local(tensor: DTensor, placements: Placements, grad_placements: Placements) -> Tensor:
@@ -210,7 +224,7 @@ def _local_ids(ids: DTensor, placements: Placements) -> Tensor:
     if ids.placements != placements:
         if ids.dtype == torch.int16:
             # Collectives do not take it.
-            ids = ids.to(torch.int32)
+            ids = ids.to(torch.int32)  # type: ignore[assignment]
         ids = ids.redistribute(placements=placements)
     local = ids.to_local()
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
@@ -271,7 +285,8 @@ def _renorm(
         )
     all_ids = _local_ids(ids, (Replicate(),) * len(layout.ids))
     # Detached before it is local, so that there is nothing for autograd to see.
-    embedding_renorm_(table.detach().to_local(), all_ids, max_norm, norm_type, rows)
+    own: Any = table.detach()
+    embedding_renorm_(own.to_local(), all_ids, max_norm, norm_type, rows)
 
 
 def _max_of_shards(
@@ -321,5 +336,5 @@ def _reduced(x: Tensor, op: str, table: DTensor, layout: Layout) -> Tensor:
     """x over the ranks that have the other rows."""
     mesh = table.device_mesh
     of_ranks = [Partial(op) if p == Shard(0) else Replicate() for p in layout.table]
-    terms = DTensor.from_local(x, mesh, of_ranks, run_check=False)
+    terms: Any = DTensor.from_local(x, mesh, of_ranks, run_check=False)
     return terms.redistribute(placements=[Replicate()] * mesh.ndim).to_local()

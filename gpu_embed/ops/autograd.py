@@ -19,6 +19,7 @@ from torch.autograd.function import _SingleLevelFunction
 from . import in_place
 from .plain import is_plain_call
 
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 _library = torch.library.Library("gpu_embed", "DEF")
 
 
@@ -42,7 +43,9 @@ def inside_function(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any
         # The levels below differentiate too, and this one has switched their modes off.
         with torch.enable_grad(), _set_fwd_grad_enabled(True):
             return below_autograd(keyset, op, *inputs)
-    return below_autograd(keyset, op, *inputs)
+    # A result that is a slice of what a kernel allocated is no view to forward mode, which would refuse its tangent.
+    with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+        return below_autograd(keyset, op, *inputs)
 
 
 # functorch hands each of its levels to the Autograd key in turn, so one level is what we differentiate.
@@ -235,19 +238,22 @@ def _register_autograd(
 
 def register_loop(op: torch._ops.OpOverload) -> None:
     """vmap: one example after the other, as torch has it for its bags."""
+    torch.library.register_vmap(op._schema.name, partial(loop, op), lib=_library)
 
-    def loop(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        examples = [
-            op(
-                *(
-                    arg if dim is None else arg.select(dim, i)
-                    for arg, dim in zip(args, in_dims, strict=True)
-                )
+
+def loop(
+    op: torch._ops.OpOverload, info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[Any, Any]:
+    """A rule for vmap that calls the operator for each example."""
+    examples = [
+        op(
+            *(
+                arg.select(dim, i) if isinstance(dim, int) else arg
+                for arg, dim in zip(args, in_dims, strict=True)
             )
-            for i in range(info.batch_size)
-        ]
-        if isinstance(examples[0], tuple):
-            return tuple(map(torch.stack, zip(*examples, strict=True))), (0,) * len(examples[0])
-        return torch.stack(examples), 0
-
-    torch.library.register_vmap(op._schema.name, loop, lib=_library)
+        )
+        for i in range(info.batch_size)
+    ]
+    if isinstance(examples[0], tuple):
+        return tuple(map(torch.stack, zip(*examples, strict=True))), (0,) * len(examples[0])
+    return torch.stack(examples), 0

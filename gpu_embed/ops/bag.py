@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import backends, bounds
 from ..bags import Bags, check_offsets, count_bags, make_bags
 from ..dtypes import accumulation
-from ..shard import Shard, as_shard, table_rows
+from ..shard import Shard, as_shard, local_bags, table_rows
 from .autograd import define, register_argmax, register_loop, register_multilinear
 from .lookup import (
     _embedding_dense_backward,
@@ -99,9 +99,8 @@ def _embedding_bag_max(
             if shard is not None:
                 compute = partial(compute, shard=shard)
             return bounds.looked_up(weight.device, indices, compute)
-        num_embeddings = table_rows(weight.shape[0], shard)
-        compute = partial(_no_columns, weight, bags, num_embeddings)
-        bounds.looked_up(weight.device, indices, compute)
+        nothing = partial(_no_columns, weight, bags, table_rows(weight.shape[0], shard))
+        bounds.looked_up(weight.device, indices, nothing)
     else:
         bounds.raise_pending(weight.device)
     max_elements = weight.new_full(shape if with_argmax else (0,), -1, dtype=torch.int64)
@@ -319,14 +318,10 @@ def _bag_by_weight(
     into: Tensor | None = None,
 ) -> Tensor:
     if sparse:
+        bags = make_bags(indices, offsets, include_last_offset)
+        bags, padding_idx = local_bags(bags, num_embeddings, padding_idx, as_shard(shard))
         return _sparse_gradient(
-            grad,
-            per_sample_weights,
-            make_bags(indices, offsets, include_last_offset),
-            num_embeddings,
-            padding_idx,
-            mode,
-            scale_grad_by_freq,
+            grad, per_sample_weights, bags, num_embeddings, padding_idx, mode, scale_grad_by_freq
         )
     inputs = (
         grad,

@@ -11,7 +11,7 @@ With a shard, those V rows are part of a larger table, which the ids are of: the
 that serves every rank its first row is a symbol, so nothing may branch on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .. import backends, bounds
 from ..dtypes import FLOATS
-from ..shard import as_shard, table_rows
-from .autograd import _library, define, register_multilinear
+from ..shard import as_shard, local_ids, table_rows
+from .autograd import _library, define, loop, register_multilinear
 from .plain import PLAIN_MODES, included_keys
 
 # Dispatcher kernels (CompositeExplicitAutograd).
@@ -213,6 +213,7 @@ def embedding_adjoint(
     into: Tensor | None = None,
 ) -> Tensor:
     if sparse:
+        indices, padding_idx = local_ids(indices, num_embeddings, padding_idx, as_shard(shard))
         return sparse_gradient(grad, indices, num_embeddings, padding_idx, scale_grad_by_freq)
     inputs = grad, indices, num_embeddings, padding_idx, scale_grad_by_freq, shard
     if into is not None:
@@ -343,7 +344,20 @@ def _renorm_in_place(keyset: Any, weight: Tensor, *arguments: Any) -> None:
 _library.impl("embedding_renorm_", _renorm_in_place, "ADInplaceOrView", with_keyset=True)
 
 
-# vmap: B tables are one table of B * V rows, in which example b's ids are shifted by b * V.
+# vmap: B tables are one table of B * V rows, in which example b's ids are shifted by b * V. Shards: a loop.
+
+
+def _register_vmap(op: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], None]:
+    """Register a rule for whole tables."""
+
+    def register(rule: Callable[..., Any]) -> None:
+        def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            has_shard = len(args) == len(op._schema.arguments)
+            return loop(op, info, in_dims, *args) if has_shard else rule(info, in_dims, *args)
+
+        torch.library.register_vmap(op._schema.name, vmap, lib=_library)
+
+    return register
 
 
 def _batched(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -360,7 +374,7 @@ def _shifted(indices: Tensor, num_embeddings: int, dropped_idx: int) -> Tensor:
     return torch.where(kept, indices + shift, -1)
 
 
-@torch.library.register_vmap("gpu_embed::embedding", lib=_library)
+@_register_vmap(embedding)
 def _embedding_vmap(
     info: Any,
     in_dims: tuple[int | None, ...],
@@ -386,7 +400,7 @@ def _embedding_vmap(
     return output, 0
 
 
-@torch.library.register_vmap("gpu_embed::embedding_dense_backward", lib=_library)
+@_register_vmap(embedding_dense_backward)
 def _embedding_dense_backward_vmap(
     info: Any,
     in_dims: tuple[int | None, ...],
@@ -415,7 +429,7 @@ def _embedding_dense_backward_vmap(
     return grad_weight.unflatten(0, (info.batch_size, num_embeddings)), 0
 
 
-@torch.library.register_vmap("gpu_embed::embedding_dense_double_backward", lib=_library)
+@_register_vmap(embedding_dense_double_backward)
 def _embedding_dense_double_backward_vmap(
     info: Any,
     in_dims: tuple[int | None, ...],
@@ -439,11 +453,12 @@ def _embedding_renorm_vmap(
     indices: Tensor,
     max_norm: float,
     norm_type: float,
+    shard: Sequence[int] | None = None,
 ) -> tuple[None, None]:
     if in_dims[0] is None:
-        embedding_renorm_(weight, indices, max_norm, norm_type)
+        embedding_renorm_(weight, indices, max_norm, norm_type, shard)
         return None, None
     examples = _batched(indices, in_dims[1], info.batch_size)
     for table, ids in zip(weight.movedim(in_dims[0], 0), examples, strict=True):
-        embedding_renorm_(table, ids, max_norm, norm_type)
+        embedding_renorm_(table, ids, max_norm, norm_type, shard)
     return None, None

@@ -24,6 +24,7 @@ from gpu_embed.bench.codegen.compile import record_launches
 from gpu_embed.bench.host_time import stub_driver, stub_kernel
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.settings import KNOWN_LAUNCH
+from gpu_embed.shard import Shard
 
 
 def one_of_each(pointer, other_ptr, number, factor, D: tl.constexpr, BLOCK: tl.constexpr):
@@ -275,10 +276,12 @@ def many_ids():
     return ids
 
 
-@pytest.mark.parametrize("columns", [16, 3])
-def test_what_differs_between_lookups_is_in_their_key(keyed, columns):
+@pytest.mark.parametrize(
+    ("columns", "shard"), [(16, None), (3, None), (16, Shard(1, 600)), (3, Shard(2**40, 2**41))]
+)
+def test_what_differs_between_lookups_is_in_their_key(keyed, columns, shard):
     weight = torch.zeros(300, columns)
-    lookup = keyed.prepare_embedding(weight)
+    lookup = keyed.prepare_embedding(weight, shard)
     ids = many_ids()
     for indices in ids:
         for zero_idx in (-1, 0, 1):

@@ -16,7 +16,9 @@ from torch import Tensor
 
 import gpu_embed
 from gpu_embed import Embedding, backends, bounds, optim
+from gpu_embed.bags import Bags
 from gpu_embed.functional import embedding, embedding_bag
+from gpu_embed.shard import Shard
 
 pytestmark = pytest.mark.gpu
 
@@ -984,6 +986,33 @@ def test_sanitizer_finds_nothing_in_copies(backend, dtype):
             indices = random_ids(77, len(view))
             assert same_bits(embedding(indices, view), view[indices])
     torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("first_row", [5, 2**31 + 5, 2**40], ids=str)
+def test_sanitizer_finds_nothing_around_shards(backend, first_row):
+    """Bounds, without a host sync: ids before and behind the shard's rows touch nothing."""
+    kernels, shard = backends.load(backend), Shard(first_row, first_row + 40)
+    weight, grad_output = integers(19, 33), integers(77, 33)
+    local = random_ids(77, 29) - 5
+    read = (local >= 0) & (local < 19)
+    indices, bags = local + first_row, Bags(local + first_row, None, 7)
+    with no_host_sync():
+        rows = kernels.embedding(weight, indices, -1, None, shard)
+        sums = kernels.embedding_bag(weight, None, bags, -1, "sum", None, shard)
+        largest, position = kernels.embedding_bag_max(weight, bags, -1, True, None, shard)
+    expected = torch.where(read[:, None], weight[local.clamp(0, 18)], 0)
+    assert torch.equal(rows, expected)
+    assert torch.equal(sums, expected.view(7, 11, 33).sum(1))
+    found = torch.where(read[:, None], expected, -torch.inf).view(7, 11, 33).max(1).values
+    assert torch.equal(largest, torch.where(found.isinf(), 0, found))
+    assert torch.equal(largest, torch.where(position < 0, 0, rows.gather(0, position.clamp(0))))
+    for method in ("atomic", "sorted", "sorted_atomic"):
+        with gpu_embed.use_gradient_method(method), no_host_sync():
+            actual = kernels.embedding_dense_backward(
+                grad_output, indices, 19, -1, False, None, shard
+            )
+        exact = exact_gradient(local[read], 19, grad_output[read])
+        assert torch.equal(actual, exact.float())
 
 
 # Bags.

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
@@ -20,7 +21,7 @@ from gpu_embed.backends._plan.access import cdiv
 from gpu_embed.backends._triton.launch import GATHER_ROWS
 from gpu_embed.bench.candidates.launch import ONE_HOT
 from gpu_embed.bench.codegen import table as codegen_table
-from gpu_embed.bench.codegen.cases import CASES, Case
+from gpu_embed.bench.codegen.cases import CASES, FIRST_ROWS, Case
 from gpu_embed.bench.codegen.compile import Compiled
 from gpu_embed.bench.occupancy import TARGETS
 from gpu_embed.row_update import STATE
@@ -133,6 +134,25 @@ def test_every_kernel_and_every_row_of_the_launch_tables_is_compiled(
     assert rows == {(row.BLOCK_N, row.BLOCK_D, row.num_warps) for row in GATHER_ROWS.values()}
     one_hot = {launch.settings["BLOCK_V"] for launch in of_kernel(launches, "one_hot_kernel")}
     assert one_hot == set(ONE_HOT)
+
+
+def test_all_ranks_share_a_binary(launches: Launches):
+    cases = [case for case in CASES if case.embedding_dim == 128 and case.first_row in FIRST_ROWS]
+    lookups = [case for case in cases if case.operation == "embedding"]
+    assert [case.first_row for case in lookups] == list(FIRST_ROWS)
+    assert len({of_case(launches, case)[0].binary for case in lookups}) == 1
+
+
+@each(lambda case: case.first_row is not None and replace(case, first_row=None) in CASES)
+def test_a_shard_moves_what_a_whole_table_moves(launches: Launches, case: Case):
+    of_whole = of_case(launches, replace(case, first_row=None))
+    for shard, whole in zip(of_case(launches, case), of_whole, strict=True):
+        assert (shard.kernel, shard.settings) == (whole.kernel, whole.settings)
+        assert accesses(shard) == accesses(whole)
+
+
+def accesses(launch: Compiled) -> set[tuple[str, str, int]]:
+    return {(i.operation, i.pointer, i.num_bytes) for i in launch.instructions}
 
 
 # On sm_80 the assembler gives this one 80 registers, and keeps 8 bytes on the stack.

@@ -13,9 +13,9 @@ from ptx_launches import (
     Launch,
     Launches,
     Specialization,
-    added,
     bad_id_at,
     good_ids,
+    in_table,
     some_bad_ids,
 )
 
@@ -53,9 +53,9 @@ INPUTS = (
     Input("some bad ids", some_bad_ids, rows=129, padding=2),
     Input("ids in range", good_ids, rows=300),
     Input("a wide table", some_bad_ids, rows=33_000, padding=0),
-    Input("one row", some_bad_ids, rows=1, more=-1),
+    Input("one row", some_bad_ids, rows=1, more=-1, first_row=0),
     Input("no padding", ids_of_no_row, rows=11),
-    Input("strides", some_bad_ids, gap=3, columns=3, padding=4),
+    Input("strides", some_bad_ids, gap=3, columns=3, padding=4, first_row=1),
     Input("far rows", some_bad_ids, rows=5, far_rows=True),
     Input("far columns", good_ids, far_columns=True),
     Input("far ids", some_bad_ids, far_ids=True),
@@ -77,12 +77,12 @@ def check(program: Program, launches: Launches) -> None:
 
 
 def _rows_are_right(launch: Launch) -> bool:
-    of, numbers, tensors = launch.of, launch.numbers, launch.tensors
+    of, tensors = launch.of, launch.tensors
     D, first = of.constants["D"], launch.first_item // of.constants["D"]
     ids = tensors["indices_ptr"][first:].astype(np.int64)
-    copied = added(ids, numbers["num_embeddings"], numbers["zero_idx"])
+    copied = launch.takes_part(ids)
     rows = np.zeros((len(ids), D), of.dtype("output_ptr"))
-    rows[copied] = tensors["weight_ptr"][launch.places("weight", ids[copied])]
+    rows[copied] = tensors["weight_ptr"][launch.places("weight", launch.rows_of(ids[copied]))]
     output = tensors["output_ptr"][launch.first_item :]
     return np.array_equal(output, rows.ravel()[launch.first_item - first * D :])
 
@@ -92,10 +92,11 @@ def _record_is_right(launch: Launch) -> bool:
     if not launch.of.has("record_ptr"):
         return True
     record, flag = launch.tensors["record_ptr"], launch.tensors["flag_ptr"]
-    ids, rows = launch.tensors["indices_ptr"], launch.numbers["num_embeddings"]
+    ids, numbers = launch.tensors["indices_ptr"], launch.numbers
+    rows = numbers.get("table_rows", numbers["num_embeddings"])
     # A program may leave a row that begins before it to the one before it.
     first, part = divmod(launch.first_item, launch.of.constants["D"])
-    bad = first + np.flatnonzero(~added(ids[first:], rows, -1))
+    bad = first + np.flatnonzero(~in_table(ids[first:], rows))
     if record[0] == launch.given.claimed:
         must = launch.given.claimed == 0 and (bad >= first + (part > 0)).any()
         return not must and not record[1:].any() and flag[0] == 0
@@ -106,10 +107,10 @@ def _record_is_right(launch: Launch) -> bool:
 
 
 def _sums_are_right(launch: Launch) -> bool:
-    numbers, tensors, D = launch.numbers, launch.tensors, launch.of.constants["D"]
+    tensors, D = launch.tensors, launch.of.constants["D"]
     first = launch.first_item // D
     ids = tensors["indices_ptr"][first:].astype(np.int64)
-    takes_part = added(ids, numbers["num_embeddings"], numbers["padding_idx"])
+    takes_part = launch.takes_part(ids)
     bags = tensors.get("bag_of_ptr")
     row = first + np.arange(len(ids)) if bags is None else bags[first:].astype(np.int64)
     takes_part &= row >= 0
@@ -123,7 +124,7 @@ def _sums_are_right(launch: Launch) -> bool:
         values[takes_part] /= tensors["sizes_ptr"][row[takes_part], None]
     values.flat[: launch.first_item - first * D] = 0
     sums = launch.named_before.copy()
-    place = np.searchsorted(launch.named, ids[takes_part])
+    place = np.searchsorted(launch.named, launch.rows_of(ids[takes_part]))
     np.add.at(sums, place, values[takes_part].astype(sums.dtype))
     grad_weight, places = tensors["grad_weight_ptr"], launch.places("grad_weight", launch.named)
     if launch.is_far:

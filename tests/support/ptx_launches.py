@@ -97,7 +97,8 @@ class Input:
     programs: float = 3  # whose ids there are
     more: int = 5  # ids than that
     rows: int = 9
-    padding: int = -1  # zero_idx or padding_idx
+    padding: int = -1  # zero_idx or padding_idx; of a shard, its row
+    first_row: int = 7  # of a shard; more where that needs 64 bits
     gap: int = 0  # items between one row's last and the next row's first
     columns: int = 1  # the distance of two columns
     far_rows: bool = False  # the last row begins past 2**31 items
@@ -234,10 +235,38 @@ class Launch:
     def _bits(self, count: int, dtype: np.dtype) -> np.ndarray:
         return np.frombuffer(self._draw.bytes(count * dtype.itemsize), dtype)
 
+    def _choose_rows(self, given: Input, rows: int, padding: str) -> int:
+        of, numbers = self.of, self.numbers
+        rows = of.fit("num_embeddings", rows)
+        first_row = 0
+        if of.has("first_row"):
+            # No number of these has code of its own.
+            first_row = given.first_row + (0 if of.is_narrow("first_row") else 2**40)
+            numbers |= {"first_row": first_row}
+        if of.has("table_rows"):
+            # Two rows of the table lie behind the shard's.
+            numbers |= {"table_rows": of.fit("table_rows", first_row + rows + 2)}
+        padding_idx = given.padding
+        if padding_idx >= 0 and not (
+            of.has(padding) and of.is_narrow(padding) and first_row >= 2**31
+        ):
+            padding_idx += first_row
+        numbers |= {"num_embeddings": rows, padding: of.fit(padding, padding_idx)}
+        self.padding_idx = numbers[padding]
+        return rows
+
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """The number of each id's row in the tensor in hand, which may not have it."""
+        return ids.astype(np.int64) - self.numbers.get("first_row", 0)
+
+    def takes_part(self, ids: np.ndarray) -> np.ndarray:
+        """Which ids name a row of the tensor in hand, and no padding."""
+        rows = self.rows_of(ids)
+        return in_table(rows, self.numbers["num_embeddings"]) & (ids != self.padding_idx)
+
     def _make_gather(self, given: Input) -> None:
         of, D, numbers = self.of, self.of.constants["D"], self.numbers
-        rows = of.fit("num_embeddings", min(given.rows, MOST_ITEMS // D))
-        numbers |= {"num_embeddings": rows, "zero_idx": of.fit("zero_idx", given.padding)}
+        rows = self._choose_rows(given, min(given.rows, MOST_ITEMS // D), "zero_idx")
         self._choose_strides(given, "weight", rows)
         end = self._ids(given)
         self._put_end("indices_ptr", numbers["num_indices"], end)
@@ -254,8 +283,7 @@ class Launch:
         of, D, numbers, draw = self.of, self.of.constants["D"], self.numbers, self._draw
         large = given.far_table and of.is_narrow("num_embeddings")
         rows = min(2**31 // D + 5, 2**31 - 16) if large else min(given.rows, MOST_ITEMS // D)
-        rows, padding = of.fit("num_embeddings", rows), of.fit("padding_idx", given.padding)
-        numbers |= {"num_embeddings": rows, "padding_idx": padding}
+        rows = self._choose_rows(given, rows, "padding_idx")
         end, count = self._ids(given), numbers["num_indices"]
         self._put_end("indices_ptr", count, end)
         grads = np.arange(count - len(end), count)
@@ -276,11 +304,12 @@ class Launch:
             values[:] = draw.standard_normal(values.shape)
             values.flat[::5], values.flat[1::5], values.flat[2::5] = np.nan, np.inf, -0.0
         elif not of.has("bag_of_ptr") and not self.is_partial and self._are_apart("grad"):
-            values[~added(end, rows, padding)] = np.nan
+            values[~self.takes_part(end)] = np.nan
         values = self.encode("grad_output_ptr", values)
         self._put_rows("grad_output_ptr", "grad", grads, values)
         self._choose_strides(replace(given, gap=max(given.gap, 0)), "grad_weight", rows, apart=True)
-        self.named = np.unique(end[added(end, rows, -1)]).astype(int)
+        named = self.rows_of(end)
+        self.named = np.unique(named[in_table(named, rows)])
         before = 0.25 * draw.integers(-8, 9, (len(self.named), D))
         if given.special:
             before[:] = draw.standard_normal(before.shape)
@@ -302,7 +331,13 @@ class Launch:
         self.numbers["num_indices"] = count
         kind = of.dtype("indices_ptr")
         length = min(few, count) if self.is_partial else count
-        return given.make_ids(self._draw, length, self.numbers["num_embeddings"], kind)
+        ids = given.make_ids(self._draw, length, self.numbers["num_embeddings"], kind)
+        if first_row := self.numbers.get("first_row", 0):
+            # Of ten ids some nine are counted from the shard's first row, and all that are behind its rows.
+            wide = ids.astype(np.int64)
+            moved = (self._draw.random(length) < 0.9) | (wide >= self.numbers["num_embeddings"])
+            ids = np.where(moved, wide + first_row, wide).astype(kind)
+        return ids
 
     def _choose_strides(self, given: Input, name: str, rows: int, *, apart: bool = False) -> None:
         """The distances of rows, in units of VEC, and of columns; `apart`: no two items lie in one place."""
@@ -324,10 +359,9 @@ class Launch:
         self.numbers |= {row_name: D // VEC if row is None else row, col_name: col}
 
 
-def added(ids: np.ndarray, rows: int, padding: int) -> np.ndarray:
-    """Which ids name a row that takes part."""
+def in_table(ids: np.ndarray, rows: int) -> np.ndarray:
     wide = ids.astype(np.int64)
-    return (wide >= 0) & (wide < rows) & (wide != padding)
+    return (wide >= 0) & (wide < rows)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ...shard import Shard, shard_arguments
 from .._plan.sort import SortPlan
 from .device import CupyDevice
 from .nvrtc import Kernel
@@ -16,6 +17,7 @@ class CupySort(CupyDevice, SortPlan):
         keys: Tensor,
         num_embeddings: int,
         padding_idx: int,
+        shard: Shard | None,
     ) -> None:
         self._launch(
             Kernel("sort_keys", "sort_keys_kernel"),
@@ -25,6 +27,7 @@ class CupySort(CupyDevice, SortPlan):
             keys,
             ids.numel(),
             num_embeddings,
+            *shard_arguments(shard),
             padding_idx,
             ids.element_size(),
             keys.element_size(),

@@ -6,7 +6,7 @@ from torch import Tensor
 from ...bags import Bags
 from ...bounds import BoundsRecord, in_table
 from ...dtypes import accumulation
-from ...shard import Shard, table_rows
+from ...shard import Shard, local_bags, table_rows
 from .lookup import TorchLookup, add_rows, torch_ids
 
 
@@ -31,7 +31,7 @@ class TorchBags(TorchLookup):
                 return output[0]
         if record is not None:
             record.write_bags(bags, table_rows(weight.shape[0], shard))
-        bags, padding_idx = _local(bags, weight.shape[0], padding_idx, shard)
+        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
         bag = bags.bag_of()
         rows = self.embedding(weight, bags.indices, padding_idx, None).to(wide)
         if per_sample_weights is not None:
@@ -60,7 +60,7 @@ class TorchBags(TorchLookup):
                 return found[0], _elements(found[1]) if with_argmax else found[1].new_empty(0)
         if record is not None:
             record.write_bags(bags, table_rows(weight.shape[0], shard))
-        bags, padding_idx = _local(bags, weight.shape[0], padding_idx, shard)
+        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
         return _max_by_scatter(weight, bags, padding_idx, with_argmax, shard is not None)
 
     def embedding_bag_dense_backward(
@@ -75,7 +75,7 @@ class TorchBags(TorchLookup):
         into: Tensor | None = None,
         shard: Shard | None = None,
     ) -> Tensor:
-        bags, padding_idx = _local(bags, num_embeddings, padding_idx, shard)
+        bags, padding_idx = local_bags(bags, num_embeddings, padding_idx, shard)
         if into is not None:
             return _add_to_rows(
                 into, grad_output, per_sample_weights, bags, padding_idx, mode, scale_grad_by_freq
@@ -101,20 +101,13 @@ class TorchBags(TorchLookup):
         padding_idx: int,
         shard: Shard | None = None,
     ) -> Tensor:
-        bags, padding_idx = _local(bags, weight.shape[0], padding_idx, shard)
+        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
         wide = accumulation(weight.dtype)
         bag = bags.bag_of()
         read = (bag >= 0) & in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)
         rows = self.embedding(weight, bags.indices, -1, None).to(wide)
         products = rows * grad_output[bag.clamp(min=0)].to(wide)
         return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
-
-
-def _local(bags: Bags, num_rows: int, padding_idx: int, shard: Shard | None) -> tuple[Bags, int]:
-    """The bags with rows of the shard as ids, as `Shard.local` numbers them, and its padding."""
-    if shard is None:
-        return bags, padding_idx
-    return bags._replace(indices=shard.local(bags.indices, num_rows, padding_idx)), num_rows
 
 
 def sums_16_bits_as_torch(dtype: torch.dtype, mode: str) -> bool:

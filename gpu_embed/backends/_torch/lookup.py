@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord, all_in_table, in_table
 from ...dtypes import TORCH_IDS, accumulation
-from ...shard import Shard
+from ...shard import Shard, local_ids
 from ..protocol import PreparedEmbedding
 from .sort import sort_ids
 
@@ -81,11 +81,7 @@ class TorchLookup:
         into: Tensor | None = None,
         shard: Shard | None = None,
     ) -> Tensor:
-        if shard is not None:
-            indices, padding_idx = (
-                shard.local(indices, num_embeddings, padding_idx),
-                num_embeddings,
-            )
+        indices, padding_idx = local_ids(indices, num_embeddings, padding_idx, shard)
         ids = torch_ids(indices).reshape(-1)
         grad_output = grad_output.reshape(ids.numel(), grad_output.shape[-1])
         kept = in_table(ids, num_embeddings)

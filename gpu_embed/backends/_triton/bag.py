@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord, record_arguments
+from ...shard import Shard, shard_arguments
 from .._plan.access import cdiv, vector_width
 from .._plan.bag import NO_PARTS, BagParts, BagPlan
 from .device import TritonDevice
@@ -29,6 +30,7 @@ class TritonBag(TritonDevice, BagPlan):
         padding_idx: int,
         mean: bool,
         record: BoundsRecord | None,
+        shard: Shard | None,
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = vector_width(weight)
@@ -50,6 +52,7 @@ class TritonBag(TritonDevice, BagPlan):
             0 if parts is None else parts.chunk_length,
             bags.num_bags.bit_length(),
             weight.shape[0],
+            *shard_arguments(shard),
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
@@ -82,9 +85,10 @@ class TritonBag(TritonDevice, BagPlan):
         weight: Tensor,
         bags: Bags,
         output: Tensor,
-        max_elements: Tensor | None,
+        argmax: Tensor | None,
         padding_idx: int,
         record: BoundsRecord | None,
+        shard: Shard | None,
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = vector_width(weight)
@@ -97,10 +101,11 @@ class TritonBag(TritonDevice, BagPlan):
             bags.indices,
             bags.offsets,
             output,
-            max_elements,
+            argmax,
             *record_arguments(record),
             *bags.counts(),
             weight.shape[0],
+            *shard_arguments(shard),
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
@@ -133,6 +138,7 @@ class TritonBag(TritonDevice, BagPlan):
         bag_of: Tensor,
         grad: Tensor,
         padding_idx: int,
+        shard: Shard | None,
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
         vec = min(vector_width(grad_output), vector_width(weight))
@@ -149,6 +155,7 @@ class TritonBag(TritonDevice, BagPlan):
             grad,
             ids.numel(),
             num_embeddings,
+            shard_arguments(shard)[0],
             padding_idx,
             grad_output.stride(0) // vec,
             grad_output.stride(1),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...settings import GATHER_METHOD
+from ...shard import Shard, shard_arguments
 from .._plan.access import WordLayout, cdiv, word_layout
 from .._plan.gather import Gather, GatherPlan
 from .device import TritonDevice
@@ -18,12 +19,12 @@ from .launch import NARROWEST_ROWS, WIDEST_ROWS, chunk_launch, next_power_of_2
 class TritonGather(TritonDevice, GatherPlan):
     """Lookups: rows, or a flat range."""
 
-    def _prepare_gather(self, weight: Tensor) -> Gather:
+    def _prepare_gather(self, weight: Tensor, shard: Shard | None) -> Gather:
         layout = word_layout(weight)
         word = self._words[layout.word_bytes]
         table = self._view(weight, word)
         device = weight.device
-        num_embeddings = weight.shape[0]
+        table_rows = weight.shape[0], *shard_arguments(shard)
         adjacent = layout.row_stride == layout.row_words
         row_stride = None if adjacent else layout.row_stride // layout.vec
         kernel, grid, settings = self._gather_launch(layout, device)
@@ -50,7 +51,7 @@ class TritonGather(TritonDevice, GatherPlan):
                     None if record is None else record.words,
                     None if record is None else record.flag,
                     num_indices,
-                    num_embeddings,
+                    *table_rows,
                     zero_idx,
                     row_stride,
                     layout.col_stride,

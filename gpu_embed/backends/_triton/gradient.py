@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import accumulation
+from ...shard import Shard, shard_arguments
 from .._plan.access import VECTOR_BYTES, cdiv, vector_width
 from .._plan.carries import Carries, Runs
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
@@ -27,6 +28,7 @@ class TritonGradient(TritonDevice, GradientPlan):
         grad_weight: Tensor,
         padding_idx: int,
         in_place: bool,
+        shard: Shard | None = None,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
         vec = vector_width(grad_output)
@@ -49,6 +51,7 @@ class TritonGradient(TritonDevice, GradientPlan):
             grad_weight,
             ids.numel(),
             num_embeddings,
+            shard_arguments(shard)[0],
             padding_idx,
             row_strides[0],
             grad_output.stride(1),
@@ -97,7 +100,7 @@ class TritonGradient(TritonDevice, GradientPlan):
                 num_indices,
                 (
                     *(grad_output, ids, *NO_BAGS, grad_weight),
-                    *(num_indices, num_embeddings, padding_idx),
+                    *(num_indices, num_embeddings, None, padding_idx),
                     # Of adjacent rows, and of adjacent columns.
                     *(None, 1, None, 1),
                 ),
@@ -149,7 +152,7 @@ class TritonGradient(TritonDevice, GradientPlan):
             **launch.settings,
         )
 
-    def _counts(self, ids: Tensor, counts: Tensor) -> None:
+    def _counts(self, ids: Tensor, counts: Tensor, shard: Shard | None) -> None:
         launch = self._launches[ids.device].counts
         self._launch(
             self._kernels.counts,
@@ -159,5 +162,6 @@ class TritonGradient(TritonDevice, GradientPlan):
             counts,
             ids.numel(),
             counts.numel(),
+            shard_arguments(shard)[0],
             **launch.settings,
         )

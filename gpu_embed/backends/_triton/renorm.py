@@ -11,7 +11,9 @@ from .launch import RENORM_ITEMS, next_power_of_2
 class TritonRenorm(TritonDevice, RenormPlan):
     """Rows scaled down to a norm."""
 
-    def _renorm(self, weight: Tensor, keys: Tensor, max_norm: float, norm_type: float) -> None:
+    def _renorm(
+        self, weight: Tensor, keys: Tensor, last_valid_key: int, max_norm: float, norm_type: float
+    ) -> None:
         num_embeddings, embedding_dim = weight.shape
         block_d = min(next_power_of_2(embedding_dim), RENORM_ITEMS)
         block_n = RENORM_ITEMS // block_d
@@ -23,6 +25,7 @@ class TritonRenorm(TritonDevice, RenormPlan):
             keys,
             keys.numel(),
             num_embeddings,
+            last_valid_key,
             *weight.stride(),
             max_norm,
             # Only the general formula reads it.

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ...shard import Shard, shard_arguments
 from .._plan.access import cdiv
 from .._plan.sort import SortPlan
 from .device import TritonDevice
@@ -16,6 +17,7 @@ class TritonSort(TritonDevice, SortPlan):
         keys: Tensor,
         num_embeddings: int,
         padding_idx: int,
+        shard: Shard | None,
     ) -> None:
         launch = self._launches[ids.device].sort_keys
         self._launch(
@@ -26,6 +28,7 @@ class TritonSort(TritonDevice, SortPlan):
             keys,
             ids.numel(),
             num_embeddings,
+            *shard_arguments(shard),
             padding_idx,
             **launch.settings,
         )
