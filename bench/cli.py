@@ -196,6 +196,14 @@ HOST_CALLS: Options = (
 COLD_START: Options = (
     ("--starts", "processes for each row (default: %(default)s)", {"type": int, "default": 5}),
 )
+DISTRIBUTED: Options = (
+    ("--ranks", "processes; each number is a run (default: 2 4)", {**MANY, "default": ["2", "4"]}),
+    ("--rows", "of the table, in all ranks (default: %(default)s)", {"default": "1_000_000"}),
+    ("--dim", "columns of the table (default: %(default)s)", {"default": "64"}),
+    ("--ids", "the same on all ranks (default: %(default)s)", {"default": "4096"}),
+    ("--rounds", "steps of each layer that are timed (default: %(default)s)", {"default": "9"}),
+    ("--out", "write the figures as CSV", FILE),
+)
 DIRECTORY: Options = (("directory", None, {"type": Path, "metavar": "DIR"}),)
 
 
@@ -732,6 +740,43 @@ def cold_start(args: argparse.Namespace) -> int:
     return 0
 
 
+def distributed(args: argparse.Namespace) -> int:
+    """Run a table's steps on ranks of their own, and print what they take, send and hold."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        raise CannotRunError("distributed needs gloo, which this torch is built without")
+    from . import distributed as ranks
+    from . import loopback, row_csv
+
+    sizes = {
+        name: whole_number(f"--{name}", getattr(args, name))
+        for name in ("rows", "dim", "ids", "rounds")
+    }
+    numbers = [whole_number("--ranks", text) for text in args.ranks]
+    # Torch's layer makes the whole gradient on each rank.
+    needed = ranks.needed_bytes(max(numbers), sizes["rows"] * sizes["dim"])
+    free = machine.usable_memory(torch.device("cpu"))
+    if needed > free:
+        said = f"{machine.readable_bytes(needed)}, this machine has {machine.readable_bytes(free)}"
+        raise CannotRunError(f"--rows, --dim and --ranks need {said}: choose smaller ones")
+    if args.out is not None:
+        results.check_file_writable(args.out)
+    namespace = loopback.has_namespaces()
+    found = []
+    with progress_bar(make_console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(numbers) * (sizes["rounds"] + 1))
+        for number in numbers:
+            progress.update(task, description=f"{number} ranks")
+            shape = ranks.Shape(number, **sizes, has_namespace=namespace)
+            try:
+                found += ranks.measure_distributed(shape, partial(progress.advance, task))
+            except ranks.RankError as problem:
+                raise CannotRunError(str(problem)) from None
+    print_table(make_console(), ranks.rich_table(found))
+    if args.out is not None:
+        row_csv.write(args.out, ranks.ShardedStep, found)
+    return 0 if all(step.equal for step in found) else 1
+
+
 def plot(args: argparse.Namespace) -> int:
     from .plots import plot_directory
 
@@ -803,6 +848,11 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         "what the first lookup of a process costs: imports, compilation, up to the launch",
         COLD_START,
         cold_start,
+    ),
+    "distributed": (
+        "a table whose rows are spread over processes on gloo, torch's layer beside ours",
+        DISTRIBUTED,
+        distributed,
     ),
     "ratios": ("draw how many times faster than torch the results in DIR are", RATIOS, ratios),
     "plot": ("draw the results in DIR", DIRECTORY, plot),

@@ -17,11 +17,11 @@ TABLE_WIDTH = 120
 FILE_WIDTH = 160
 
 
-def make_console() -> Console:
+def make_console(stderr: bool = False) -> Console:
     """rich's console, which leaves brackets, numbers and colons as they are."""
     from rich.console import Console
 
-    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+    console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True, stderr=stderr)
     if not console.is_terminal:
         console.width = FILE_WIDTH
     return console

@@ -70,7 +70,9 @@ __device__ inline Part find_part(
 // owner: thread i of the grid: bag i / (D / VEC), or behind the bags the carry-in of a chunk; VEC columns from
 //        i % (D / VEC) * VEC on
 // why:   each thread reduces its own part: no shared memory, no __syncthreads
-template <typename Weight, int VEC, bool MEAN, int UNROLL>
+//
+// SHARD: a template argument, since first_row costs registers.
+template <typename Weight, int VEC, bool MEAN, int UNROLL, bool SHARD>
 __global__ void bag_sum_kernel(
     const Weight* __restrict__ weight_ptr,              // [num_embeddings, D], any strides; VEC > 1: column stride 1
     const void* __restrict__ indices_ptr,               // any integer dtype, [num_indices], contiguous
@@ -88,6 +90,8 @@ __global__ void bag_sum_kernel(
     int64 bag_length,    // without offsets: ids per bag
     int64 chunk_length,  // 0: no bag is cut
     int64 num_embeddings,
+    int64 first_row,          // SHARD: its first row in the whole table, which the ids are of
+    int64 table_rows,         // SHARD: rows of the whole table
     int64 padding_idx,        // -1: none
     int64 weight_row_stride,  // in units of VEC elements
     int64 weight_col_stride,  // in elements
@@ -108,6 +112,7 @@ __global__ void bag_sum_kernel(
   const int64 last = part.last;
   if (row >= num_bags && d == 0) cut_bags_ptr[row - num_bags] = part.follows_head ? part.bag : -1;
 
+  const int64 limit = SHARD ? table_rows : num_embeddings;
   Vector<Acc, VEC> total;
   set_zero(total);
   int64 size = 0;
@@ -124,18 +129,19 @@ __global__ void bag_sum_kernel(
     for (int u = 0; u < UNROLL; ++u) {
       set_zero(value[u]);
       scale[u] = 0;
-      if (index[u] == padding_idx || !names_row(index[u], num_embeddings)) continue;
+      const int64 table_row = local_row<SHARD>(index[u], first_row);
+      if (index[u] == padding_idx || !names_row(table_row, num_embeddings)) continue;
       value[u] = *(const Vector<Weight, VEC>*)(
-          weight_ptr + index[u] * weight_row_stride * VEC + d * weight_col_stride);
+          weight_ptr + table_row * weight_row_stride * VEC + d * weight_col_stride);
       scale[u] = per_sample_weights_ptr ? widen(per_sample_weights_ptr[step + u]) : (Acc)1;
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       if (step + u >= last || is_padding(index[u], padding_idx)) continue;
       ++size;
-      if (record_ptr && !names_row(index[u], num_embeddings)) {
+      if (record_ptr && !names_row(index[u], limit)) {
         record_out_of_range(
-            record_ptr, flag_ptr, step + u, index[u], num_embeddings, part.bag + 1, part.begin);
+            record_ptr, flag_ptr, step + u, index[u], limit, part.bag + 1, part.begin);
       }
 #pragma unroll
       for (int i = 0; i < VEC; ++i) total.lane[i] += widen(value[u].lane[i]) * scale[u];
@@ -198,13 +204,15 @@ __global__ void bag_join_kernel(
 // grid:  cdiv(num_bags * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: bag i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
 // why:   as bag_sum_kernel, but never cuts a bag: both backends share one plan, and Triton cannot cut these well
-template <typename Weight, int VEC, int UNROLL>
+//
+// SHARD: a template argument, since its rule for NaN costs instructions: see Backend.embedding_bag_max.
+template <typename Weight, int VEC, int UNROLL, bool SHARD>
 __global__ void bag_max_kernel(
     const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1
     const void* __restrict__ indices_ptr,   // any integer dtype, [num_indices], contiguous
     const void* __restrict__ offsets_ptr,   // any integer dtype, [num_offsets]; null: equal lengths
     Weight* __restrict__ output_ptr,        // [num_bags, D]
-    int64* __restrict__ max_elements_ptr,   // [num_bags, D]: the argmax as id * D + column, -1: none; null: not wanted
+    int64* __restrict__ argmax_ptr,  // [num_bags, D]: id * D + column (SHARD: position), -1: none; null: not wanted
     int64* record_ptr,                      // [7]; null: do not record
     int32* flag_ptr,                        // [1], pinned host memory; null: do not record
     int64 num_indices,
@@ -212,6 +220,8 @@ __global__ void bag_max_kernel(
     int64 num_offsets,
     int64 bag_length,  // without offsets: ids per bag
     int64 num_embeddings,
+    int64 first_row,          // SHARD: its first row in the whole table, which the ids are of
+    int64 table_rows,         // SHARD: rows of the whole table
     int64 padding_idx,        // -1: none
     int64 weight_row_stride,  // in units of VEC elements
     int64 weight_col_stride,  // in elements
@@ -226,11 +236,14 @@ __global__ void bag_max_kernel(
   const Range range = load_range(
       offsets_ptr, bag, record_ptr, flag_ptr, num_indices, num_offsets, bag_length, offset_bytes);
 
+  const int64 limit = SHARD ? table_rows : num_embeddings;
   Vector<Weight, VEC> largest;
   set_zero(largest);
   int64 argmax[VEC];
 #pragma unroll
   for (int i = 0; i < VEC; ++i) argmax[i] = -1;
+  // Whether a row of the bag came before, of whatever shard.
+  bool begun = false;
   for (int64 step = range.begin; step < range.end; step += UNROLL) {
     int64 index[UNROLL];
     Vector<Weight, VEC> value[UNROLL];
@@ -241,34 +254,39 @@ __global__ void bag_max_kernel(
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
-      if (index[u] == padding_idx || !names_row(index[u], num_embeddings)) continue;
+      const int64 row = local_row<SHARD>(index[u], first_row);
+      if (index[u] == padding_idx || !names_row(row, num_embeddings)) continue;
       value[u] = *(const Vector<Weight, VEC>*)(
-          weight_ptr + index[u] * weight_row_stride * VEC + d * weight_col_stride);
+          weight_ptr + row * weight_row_stride * VEC + d * weight_col_stride);
     }
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       if (step + u >= range.end || is_padding(index[u], padding_idx)) continue;
-      if (!names_row(index[u], num_embeddings)) {
+      if (!names_row(index[u], limit)) {
         if (record_ptr) {
           record_out_of_range(
-              record_ptr, flag_ptr, step + u, index[u], num_embeddings, bag + 1, range.begin);
+              record_ptr, flag_ptr, step + u, index[u], limit, bag + 1, range.begin);
         }
         continue;
       }
+      const bool leads = !SHARD || !begun;
+      begun = true;
+      if (SHARD && !names_row(local_row(index[u], first_row), num_embeddings)) continue;
 #pragma unroll
       for (int i = 0; i < VEC; ++i) {
+        const auto lane = widen(value[u].lane[i]);
         // `>`, not `>=`: the first of equals stays, as does a NaN in the bag's first row.
-        if (argmax[i] < 0 || widen(value[u].lane[i]) > widen(largest.lane[i])) {
+        if ((argmax[i] < 0 && (leads || lane == lane)) || lane > widen(largest.lane[i])) {
           largest.lane[i] = value[u].lane[i];
-          argmax[i] = index[u] * D + d + i;
+          argmax[i] = SHARD ? step + u : index[u] * D + d + i;
         }
       }
     }
   }
   *(Vector<Weight, VEC>*)(output_ptr + bag * D + d) = largest;
-  if (!max_elements_ptr) return;
+  if (!argmax_ptr) return;
 #pragma unroll
-  for (int i = 0; i < VEC; ++i) max_elements_ptr[bag * D + d + i] = argmax[i];
+  for (int i = 0; i < VEC; ++i) argmax_ptr[bag * D + d + i] = argmax[i];
 }
 
 // grid:  cdiv(num_indices, blockDim.x); block: 1-D
@@ -308,6 +326,7 @@ __global__ void bag_sample_weights_kernel(
     Weight* __restrict__ grad_ptr,               // [num_indices]
     int64 num_indices,
     int64 num_embeddings,
+    int64 first_row,          // of a shard, in the whole table, which the ids are of; no shard: 0
     int64 padding_idx,        // -1: none
     int64 grad_row_stride,    // in units of VEC elements
     int64 grad_col_stride,    // in elements
@@ -320,11 +339,12 @@ __global__ void bag_sample_weights_kernel(
   const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (n >= num_indices) return;
   const int64 index = load_integer(indices_ptr, n, index_bytes);
+  const int64 table_row = local_row(index, first_row);
   const int64 bag = load_integer(bag_of_ptr, n, bag_bytes);
   Acc total = 0;
-  if (bag >= 0 && names_row(index, num_embeddings) && index != padding_idx) {
+  if (bag >= 0 && names_row(table_row, num_embeddings) && index != padding_idx) {
     const Weight* const grad_row = grad_output_ptr + bag * grad_row_stride * VEC;
-    const Weight* const row = weight_ptr + index * weight_row_stride * VEC;
+    const Weight* const row = weight_ptr + table_row * weight_row_stride * VEC;
 #pragma unroll 4
     for (int64 d = 0; d < D; d += VEC) {
       const auto grad = *(const Vector<Weight, VEC>*)(grad_row + d * grad_col_stride);

@@ -163,6 +163,18 @@ __device__ inline bool names_row(int64 index, int64 num_embeddings) {
   return index >= 0 && index < num_embeddings;
 }
 
+// The row of an id in the table in hand, which begins at row first_row of the whole table, as the ids have it. Another
+// shard's id names no row here. Unsigned: an id may be any number.
+__device__ inline int64 local_row(int64 index, int64 first_row) {
+  return (int64)((uint64)index - (uint64)first_row);
+}
+
+// The same, where the compiler knows whether there is a shard.
+template <bool SHARD>
+__device__ inline int64 local_row(int64 index, int64 first_row) {
+  return local_row(index, SHARD ? first_row : 0);
+}
+
 // The factor of bag `bag`'s gradient at position n: the per-sample weight, 1 / size of the bag, or 1.
 template <typename Acc, typename Weight>
 __device__ inline Acc bag_scale(

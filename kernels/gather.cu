@@ -10,7 +10,9 @@
 // owner: thread (x, y) of block (i, j): ROWS rows of the output from (i * blockDim.y + y) * ROWS on; in each, word
 //        j * blockDim.x + x and every gridDim.y * blockDim.x further
 // why:   the ROWS loads are in flight together, and no division finds a word's id
-template <typename Word, int ROWS>
+//
+// SHARD: a template argument, since first_row costs registers.
+template <typename Word, int ROWS, bool SHARD>
 __global__ void gather_rows_kernel(
     const Word* __restrict__ weight_ptr,   // [num_embeddings, D], any strides
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
@@ -19,6 +21,8 @@ __global__ void gather_rows_kernel(
     int32* flag_ptr,                       // [1], pinned host memory; null: do not record
     int64 num_indices,
     int64 num_embeddings,
+    int64 first_row,          // SHARD: its first row in the whole table, which the ids are of
+    int64 table_rows,         // SHARD: rows of the whole table
     int64 zero_idx,           // this id's rows are zeroed; -1: none
     int64 weight_row_stride,  // in words
     int64 weight_col_stride,  // in words
@@ -38,8 +42,9 @@ __global__ void gather_rows_kernel(
     Word word[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const bool copied = names_row(index[r], num_embeddings) && index[r] != zero_idx;
-      word[r] = copied ? weight_ptr[index[r] * weight_row_stride + d * weight_col_stride] : Word{};
+      const int64 row = local_row<SHARD>(index[r], first_row);
+      const bool copied = names_row(row, num_embeddings) && index[r] != zero_idx;
+      word[r] = copied ? weight_ptr[row * weight_row_stride + d * weight_col_stride] : Word{};
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -47,10 +52,11 @@ __global__ void gather_rows_kernel(
     }
   }
   if (!record_ptr || first_d > 0) return;
+  const int64 limit = SHARD ? table_rows : num_embeddings;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
-    if (first_n + r < num_indices && !names_row(index[r], num_embeddings)) {
-      record_out_of_range(record_ptr, flag_ptr, first_n + r, index[r], num_embeddings);
+    if (first_n + r < num_indices && !names_row(index[r], limit)) {
+      record_out_of_range(record_ptr, flag_ptr, first_n + r, index[r], limit);
     }
   }
 }
@@ -58,7 +64,7 @@ __global__ void gather_rows_kernel(
 // grid:  cdiv(num_indices * D, blockDim.x * UNROLL); block: 1-D
 // owner: block i: words [i * blockDim.x * UNROLL, ...) of the flattened output, across row boundaries
 // why:   no lane idles when a row is shorter than a warp, or its length no power of two
-template <typename Word, int UNROLL>
+template <typename Word, int UNROLL, bool SHARD>
 __global__ void gather_flat_kernel(
     const Word* __restrict__ weight_ptr,   // [num_embeddings, D], any strides
     const void* __restrict__ indices_ptr,  // any integer dtype, [num_indices], contiguous
@@ -67,6 +73,8 @@ __global__ void gather_flat_kernel(
     int32* flag_ptr,                       // [1], pinned host memory; null: do not record
     int64 num_indices,
     int64 num_embeddings,
+    int64 first_row,          // SHARD: its first row in the whole table, which the ids are of
+    int64 table_rows,         // SHARD: rows of the whole table
     int64 zero_idx,           // this id's rows are zeroed; -1: none
     int64 weight_row_stride,  // in words
     int64 weight_col_stride,  // in words
@@ -89,15 +97,17 @@ __global__ void gather_flat_kernel(
   Word word[UNROLL];
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
-    const bool copied = names_row(index[u], num_embeddings) && index[u] != zero_idx;
-    word[u] = copied ? weight_ptr[index[u] * weight_row_stride + d[u] * weight_col_stride] : Word{};
+    const int64 row = local_row<SHARD>(index[u], first_row);
+    const bool copied = names_row(row, num_embeddings) && index[u] != zero_idx;
+    word[u] = copied ? weight_ptr[row * weight_row_stride + d[u] * weight_col_stride] : Word{};
   }
+  const int64 limit = SHARD ? table_rows : num_embeddings;
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     if (n[u] >= num_indices) break;
     output_ptr[start + u * blockDim.x + threadIdx.x] = word[u];
-    if (record_ptr && d[u] == 0 && !names_row(index[u], num_embeddings)) {
-      record_out_of_range(record_ptr, flag_ptr, n[u], index[u], num_embeddings);
+    if (record_ptr && d[u] == 0 && !names_row(index[u], limit)) {
+      record_out_of_range(record_ptr, flag_ptr, n[u], index[u], limit);
     }
   }
 }

@@ -29,9 +29,10 @@ __device__ inline Acc add_power(Acc total, Acc magnitude, Acc norm_type, int64 N
 template <typename Weight>
 __global__ void renorm_kernel(
     Weight* weight_ptr,                 // [num_embeddings, D], any strides
-    const void* __restrict__ keys_ptr,  // [num_indices], sorted ids; num_embeddings: sentinel of an id out of range
+    const void* __restrict__ keys_ptr,  // [num_indices], sorted, as sort_keys.cu makes them
     int64 num_indices,
     int64 num_embeddings,
+    int64 last_valid_key,     // larger ones are sentinels of ids out of range
     int64 weight_row_stride,  // in elements
     int64 weight_col_stride,  // in elements
     double max_norm,
@@ -43,9 +44,10 @@ __global__ void renorm_kernel(
   constexpr int BLOCK_D = 16;
   const int64 n = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (n >= num_indices) return;
-  // Sentinels sort last. If there is one, the call leaves the whole table unchanged.
-  if (load_key(keys_ptr, num_indices - 1, key_bytes) >= num_embeddings) return;
+  // Sentinels sort last. If one is of an id out of range, the call leaves the whole table unchanged.
+  if (load_key(keys_ptr, num_indices - 1, key_bytes) > last_valid_key) return;
   const int64 key = load_key(keys_ptr, n, key_bytes);
+  if (key >= num_embeddings) return;
   if (n > 0 && key == load_key(keys_ptr, n - 1, key_bytes)) return;
   Weight* const row_ptr = weight_ptr + key * weight_row_stride;
 

@@ -19,7 +19,8 @@ __global__ void scatter_add_kernel(
     Grad* grad_weight_ptr,
     int64 num_indices,
     int64 num_embeddings,
-    int64 padding_idx,      // -1: none
+    int64 first_row,               // of a shard, in the whole table, which the ids are of; no shard: 0
+    int64 padding_idx,             // -1: none
     int64 grad_row_stride,         // in units of VEC elements
     int64 grad_col_stride,         // in elements
     int64 grad_weight_row_stride,  // IN_PLACE: in units of VEC elements
@@ -31,41 +32,41 @@ __global__ void scatter_add_kernel(
   const int64 start = (int64)blockIdx.x * blockDim.x * UNROLL;
   const int64 first_n = start / vectors;
   const uint32 first_flat_offset = (uint32)(start - first_n * vectors) + threadIdx.x;
-  int64 index[UNROLL];
+  int64 row[UNROLL];
   Vector<Value, VEC> value[UNROLL];
   Grad scale[UNROLL];
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     const int64 n = first_n + (first_flat_offset + u * blockDim.x) / (uint32)vectors;
-    index[u] = n < num_indices ? load_integer(indices_ptr, n, index_bytes) : -1;
-    if (index[u] == padding_idx) index[u] = -1;
+    const int64 index = n < num_indices ? load_integer(indices_ptr, n, index_bytes) : -1;
+    row[u] = index == padding_idx ? -1 : local_row(index, first_row);
   }
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     const uint32 flat_offset = first_flat_offset + u * blockDim.x;
     const int64 n = first_n + flat_offset / (uint32)vectors;
     const int64 d = (int64)(flat_offset % (uint32)vectors) * VEC;
-    if (!names_row(index[u], num_embeddings)) continue;
-    const int64 row = BAGS ? load_integer(bag_of_ptr, n, bag_bytes) : n;
-    if (BAGS && row < 0) {
-      index[u] = -1;
+    if (!names_row(row[u], num_embeddings)) continue;
+    const int64 grad_row = BAGS ? load_integer(bag_of_ptr, n, bag_bytes) : n;
+    if (BAGS && grad_row < 0) {
+      row[u] = -1;
       continue;
     }
     value[u] = *(const Vector<Value, VEC>*)(
-        grad_output_ptr + row * grad_row_stride * VEC + d * grad_col_stride);
-    if (BAGS) scale[u] = bag_scale<Grad>(per_sample_weights_ptr, n, sizes_ptr, row);
+        grad_output_ptr + grad_row * grad_row_stride * VEC + d * grad_col_stride);
+    if (BAGS) scale[u] = bag_scale<Grad>(per_sample_weights_ptr, n, sizes_ptr, grad_row);
   }
 #pragma unroll
   for (int u = 0; u < UNROLL; ++u) {
     const int64 d = (int64)((first_flat_offset + u * blockDim.x) % (uint32)vectors) * VEC;
-    if (!names_row(index[u], num_embeddings)) continue;
+    if (!names_row(row[u], num_embeddings)) continue;
     Vector<Grad, VEC> grad;
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
       grad.lane[i] = BAGS ? widen(value[u].lane[i]) * scale[u] : widen(value[u].lane[i]);
     }
-    const int64 offset = IN_PLACE ? index[u] * grad_weight_row_stride * VEC + d * grad_weight_col_stride
-                                  : index[u] * D + d;
+    const int64 offset = IN_PLACE ? row[u] * grad_weight_row_stride * VEC + d * grad_weight_col_stride
+                                  : row[u] * D + d;
     atomic_add_vector(grad_weight_ptr + offset, grad);
   }
 }

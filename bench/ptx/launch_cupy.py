@@ -14,6 +14,7 @@ from torch import Tensor
 from gpu_embed.backends._cupy import CupyBackend
 from gpu_embed.backends._cupy.nvrtc import Kernel, compile_kernels, import_cupy, source
 from gpu_embed.backends._plan.gather import Gather
+from gpu_embed.shard import Shard
 
 from .fresh import watches_memory
 from .launch import ARCHITECTURE, region
@@ -40,8 +41,8 @@ class PtxCupyBackend(CupyBackend):
             return f"cupy finds no NVRTC: {error}"
         return None if device.type == "cpu" else "PTX runs on CPU tensors alone"
 
-    def _prepare_gather(self, weight: Tensor) -> Gather:
-        gather = super()._prepare_gather(weight)
+    def _prepare_gather(self, weight: Tensor, shard: Shard | None) -> Gather:
+        gather = super()._prepare_gather(weight, shard)
 
         def gather_from_table(*args: Any) -> None:
             self._table = weight

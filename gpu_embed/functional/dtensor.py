@@ -54,7 +54,7 @@ class Layout(NamedTuple):
             columns: the dimension of the output that the table's columns are.
             sharded_ids: dimensions on which ids may stay sharded beside a replicated table.
         """
-        rules = []
+        rules: list[Placements] = []
         for of_table, of_ids in zip(table.placements, ids.placements, strict=True):
             if type(of_table) is Shard:
                 by_rows = of_table.dim == 0
@@ -209,7 +209,7 @@ def _place(mesh: DeviceMesh, mesh_dim: int) -> int:
         from torch.distributed._ops import device_mesh  # noqa: F401
 
         place = torch.ops.device_mesh._runtime_compute_coordinate_on_dim
-        return place(mesh.mesh[None], mesh_dim)  # type: ignore[no-any-return]
+        return place(mesh.mesh[None], mesh_dim)
     return mesh.get_local_rank(mesh_dim)
 
 
@@ -224,7 +224,7 @@ def _local_ids(ids: DTensor, placements: Placements) -> Tensor:
     if ids.placements != placements:
         if ids.dtype == torch.int16:
             # Collectives do not take it.
-            ids = ids.to(torch.int32)
+            ids = ids.to(torch.int32)  # type: ignore[assignment]
         ids = ids.redistribute(placements=placements)
     local = ids.to_local()
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
@@ -285,7 +285,8 @@ def _renorm(
         )
     all_ids = _local_ids(ids, (Replicate(),) * len(layout.ids))
     # Detached before it is local, so that there is nothing for autograd to see.
-    embedding_renorm_(table.detach().to_local(), all_ids, max_norm, norm_type, rows)
+    own: Any = table.detach()
+    embedding_renorm_(own.to_local(), all_ids, max_norm, norm_type, rows)
 
 
 def _max_of_shards(
@@ -335,5 +336,5 @@ def _reduced(x: Tensor, op: str, table: DTensor, layout: Layout) -> Tensor:
     """x over the ranks that have the other rows."""
     mesh = table.device_mesh
     of_ranks = [Partial(op) if p == Shard(0) else Replicate() for p in layout.table]
-    terms = DTensor.from_local(x, mesh, of_ranks, run_check=False)
+    terms: Any = DTensor.from_local(x, mesh, of_ranks, run_check=False)
     return terms.redistribute(placements=[Replicate()] * mesh.ndim).to_local()

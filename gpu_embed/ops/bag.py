@@ -99,9 +99,8 @@ def _embedding_bag_max(
             if shard is not None:
                 compute = partial(compute, shard=shard)
             return bounds.looked_up(weight.device, indices, compute)
-        num_embeddings = table_rows(weight.shape[0], shard)
-        compute = partial(_no_columns, weight, bags, num_embeddings)
-        bounds.looked_up(weight.device, indices, compute)
+        nothing = partial(_no_columns, weight, bags, table_rows(weight.shape[0], shard))
+        bounds.looked_up(weight.device, indices, nothing)
     else:
         bounds.raise_pending(weight.device)
     max_elements = weight.new_full(shape if with_argmax else (0,), -1, dtype=torch.int64)

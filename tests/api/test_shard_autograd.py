@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import integer_gradient
+from targets import MODELS, params
 from tiers import where
 from torch import func
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -14,6 +15,18 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 import gpu_embed
 from gpu_embed.ops import bag as bags
 from gpu_embed.ops import lookup as ops
+
+# Of the operators alone: what each backend computes is tests/backends/test_shard.py.
+pytestmark = pytest.mark.parametrize(
+    "target",
+    [
+        one
+        if one.id == "torch-cpu"
+        else pytest.param(*one.values, id=one.id, marks=[*one.marks, pytest.mark.full])
+        for one in params(*MODELS)
+    ],
+    indirect=True,
+)
 
 V, FIRST_ROW, ROWS, DIM = 9, 2, 3, 2
 SHARD = [FIRST_ROW, V]

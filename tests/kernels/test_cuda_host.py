@@ -17,9 +17,12 @@ from torch import Tensor
 
 from gpu_embed import reference
 from gpu_embed.backends._cupy.nvrtc import Kernel
+from gpu_embed.backends._plan.access import rows_of_keys, sort_key_dtype
 from gpu_embed.backends._plan.gradient_method import use_gradient_method
+from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.reference.renorm import row_norm
+from gpu_embed.shard import Shard
 from gpu_embed.take import QuantizedTable
 
 KERNELS_DIR = Path(__file__).parents[2] / "kernels"
@@ -126,30 +129,30 @@ def transposed(weight: Tensor) -> Tensor:
 
 
 WORD_CASES: list[tuple[str, torch.dtype, int, Callable[[Tensor], Tensor], str]] = [
-    ("bool odd", torch.bool, 7, lambda w: w, "gather_flat_kernel<word1, 4>"),
-    ("bool even", torch.bool, 48, lambda w: w, "gather_flat_kernel<word16, 4>"),
-    ("float8", torch.float8_e4m3fn, 64, lambda w: w, "gather_flat_kernel<word16, 4>"),
-    ("fp16 odd", torch.float16, 7, lambda w: w, "gather_flat_kernel<word2, 4>"),
-    ("fp32 odd", torch.float32, 7, lambda w: w, "gather_flat_kernel<word4, 4>"),
-    ("fp32 50", torch.float32, 50, lambda w: w, "gather_flat_kernel<word8, 4>"),
-    ("fp32 300", torch.float32, 300, lambda w: w, "gather_flat_kernel<word16, 4>"),
-    ("fp32 512", torch.float32, 512, lambda w: w, "gather_rows_kernel<word16, 4>"),
-    ("fp32 1024", torch.float32, 1024, lambda w: w, "gather_rows_kernel<word16, 4>"),
-    ("fp32 1025", torch.float32, 1025, lambda w: w, "gather_rows_kernel<word4, 4>"),
-    ("fp64 64", torch.float64, 64, lambda w: w, "gather_rows_kernel<word16, 4>"),
-    ("int16 33", torch.int16, 33, lambda w: w, "gather_flat_kernel<word2, 4>"),
-    ("complex64", torch.complex64, 3, lambda w: w, "gather_flat_kernel<word8, 4>"),
-    ("complex128", torch.complex128, 3, lambda w: w, "gather_flat_kernel<word16, 4>"),
-    ("fp32 shifted", torch.float32, 4, shifted, "gather_flat_kernel<word4, 4>"),
-    ("bf16 shifted", torch.bfloat16, 512, shifted, "gather_rows_kernel<word2, 4>"),
-    ("fp64 shifted", torch.float64, 4, shifted, "gather_flat_kernel<word8, 4>"),
-    ("transposed", torch.float32, 64, transposed, "gather_rows_kernel<word4, 4>"),
-    ("apart", torch.float32, 8, lambda w: w[:, ::2], "gather_flat_kernel<word4, 4>"),
-    ("first columns", torch.float32, 9, lambda w: w[:, :4], "gather_flat_kernel<word4, 4>"),
-    ("every second row", torch.float32, 8, lambda w: w[::2], "gather_flat_kernel<word16, 4>"),
-    ("one row", torch.float32, 8, lambda w: w[:1].expand(9, 8), "gather_flat_kernel<word16, 4>"),
-    ("one column", torch.float32, 8, lambda w: w[:, 3:4], "gather_flat_kernel<word4, 4>"),
-    ("complex128 apart", torch.complex128, 3, transposed, "gather_flat_kernel<word16, 4>"),
+    ("bool odd", torch.bool, 7, lambda w: w, "gather_flat_kernel<word1, 4, false>"),
+    ("bool even", torch.bool, 48, lambda w: w, "gather_flat_kernel<word16, 4, false>"),
+    ("float8", torch.float8_e4m3fn, 64, lambda w: w, "gather_flat_kernel<word16, 4, false>"),
+    ("fp16 odd", torch.float16, 7, lambda w: w, "gather_flat_kernel<word2, 4, false>"),
+    ("fp32 odd", torch.float32, 7, lambda w: w, "gather_flat_kernel<word4, 4, false>"),
+    ("fp32 50", torch.float32, 50, lambda w: w, "gather_flat_kernel<word8, 4, false>"),
+    ("fp32 300", torch.float32, 300, lambda w: w, "gather_flat_kernel<word16, 4, false>"),
+    ("fp32 512", torch.float32, 512, lambda w: w, "gather_rows_kernel<word16, 4, false>"),
+    ("fp32 1024", torch.float32, 1024, lambda w: w, "gather_rows_kernel<word16, 4, false>"),
+    ("fp32 1025", torch.float32, 1025, lambda w: w, "gather_rows_kernel<word4, 4, false>"),
+    ("fp64 64", torch.float64, 64, lambda w: w, "gather_rows_kernel<word16, 4, false>"),
+    ("int16 33", torch.int16, 33, lambda w: w, "gather_flat_kernel<word2, 4, false>"),
+    ("complex64", torch.complex64, 3, lambda w: w, "gather_flat_kernel<word8, 4, false>"),
+    ("complex128", torch.complex128, 3, lambda w: w, "gather_flat_kernel<word16, 4, false>"),
+    ("fp32 shifted", torch.float32, 4, shifted, "gather_flat_kernel<word4, 4, false>"),
+    ("bf16 shifted", torch.bfloat16, 512, shifted, "gather_rows_kernel<word2, 4, false>"),
+    ("fp64 shifted", torch.float64, 4, shifted, "gather_flat_kernel<word8, 4, false>"),
+    ("transposed", torch.float32, 64, transposed, "gather_rows_kernel<word4, 4, false>"),
+    ("apart", torch.float32, 8, lambda w: w[:, ::2], "gather_flat_kernel<word4, 4, false>"),
+    ("first columns", torch.float32, 9, lambda w: w[:, :4], "gather_flat_kernel<word4, 4, false>"),
+    ("every second row", torch.float32, 8, lambda w: w[::2], "gather_flat_kernel<word16, 4, false>"),
+    ("one row", torch.float32, 8, lambda w: w[:1].expand(9, 8), "gather_flat_kernel<word16, 4, false>"),
+    ("one column", torch.float32, 8, lambda w: w[:, 3:4], "gather_flat_kernel<word4, 4, false>"),
+    ("complex128 apart", torch.complex128, 3, transposed, "gather_flat_kernel<word16, 4, false>"),
 ]  # fmt: skip
 
 
@@ -423,6 +426,149 @@ def test_counts(backend: HostShimCupyBackend, id_dtype: torch.dtype, count: int)
     assert counts.tolist() == torch.bincount(indices.long(), minlength=120)[:100].tolist()
 
 
+# Shards of a table: what holds on every backend is in tests/backends/test_shard.py.
+
+SHARDS = (Shard(0, 50), Shard(20, 50), Shard(20, 50), Shard(33, 50))
+SHARD_ROWS = (slice(0, 20), slice(20, 20), slice(20, 33), slice(33, 50))
+
+
+def bags_of(indices: Tensor) -> Bags:
+    return Bags(indices, torch.tensor([0, 1, 1, 30, 100]), 5)
+
+
+@pytest.mark.parametrize("columns", [6, 512])
+@pytest.mark.parametrize("card", BACKENDS)
+def test_shards_put_together(card: str, columns: int) -> None:
+    """In any order of threads, and with the atomics of any card."""
+    backend = make_backend(card)
+    weight = torch.randint(-9, 9, (50, columns), generator=seeded()).float()
+    indices = power_law(131, 50)
+    bags, mine = bags_of(indices), torch.arange(131)
+    outputs, sums, largest, positions = [], [], [], []
+    for shard, rows in zip(SHARDS, SHARD_ROWS, strict=True):
+        part = weight[rows].clone()
+        outputs.append(backend.embedding(part, indices, 21, record(), shard))
+        sums.append(backend.embedding_bag(part, None, bags, 21, "sum", record(), shard))
+        values, found = backend.embedding_bag_max(part, bags, 21, True, record(), shard)
+        largest.append(torch.where(found < 0, -math.inf, values))
+        positions.append(torch.where(found < 0, len(mine), found))
+    assert torch.equal(sum(outputs), backend.embedding(weight, indices, 21, None))
+    assert torch.equal(sum(sums), backend.embedding_bag(weight, None, bags, 21, "sum", None))
+    values, elements = backend.embedding_bag_max(weight, bags, 21, True, None)
+    wins = torch.stack(largest) == values
+    first = torch.where(wins, torch.stack(positions), len(mine)).amin(0)
+    expected = torch.cat([indices, torch.zeros(1, dtype=torch.int64)])[first] * columns
+    expected += torch.arange(columns)
+    assert torch.equal(torch.where(first == len(mine), -1, expected), elements)
+
+
+@pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
+@pytest.mark.parametrize("card", BACKENDS)
+def test_gradients_of_shards_put_together(card: str, method: str) -> None:
+    backend = make_backend(card)
+    indices = DISTRIBUTIONS["some bad"](600, 50)
+    grad_output = torch.randint(-4, 5, (600, 4), generator=seeded()).float()
+    with use_gradient_method(method):
+        parts = [
+            backend.embedding_dense_backward(
+                grad_output, indices, rows.stop - rows.start, 21, False, None, shard
+            )
+            for shard, rows in zip(SHARDS, SHARD_ROWS, strict=True)
+        ]
+    assert torch.equal(torch.cat(parts), exact_gradient(grad_output, indices, 50, 21, False))
+
+
+def test_a_whole_table_has_kernels_that_know_no_shard(sm_90: HostShimCupyBackend) -> None:
+    indices = torch.arange(50)
+    for shard in (None, Shard(0, 50)):
+        for weight in (torch.ones(50, 6), torch.ones(50, 512)):
+            sm_90.embedding(weight, indices, -1, None, shard)
+        sm_90.embedding_bag(weight, None, bags_of(indices), -1, "mean", None, shard)
+        sm_90.embedding_bag_max(weight, bags_of(indices), -1, False, None, shard)
+    names = [kernel.expression for kernel in sm_90.launched if "join" not in kernel.expression]
+    assert [name.endswith(", true>") for name in names] == [False] * 4 + [True] * 4
+    assert [name.removesuffix("true>") for name in names[4:]] == [
+        name.removesuffix("false>") for name in names[:4]
+    ]
+
+
+class TestIdsAtTheEnds:
+    """64-bit addresses: an id less the first row wraps around, and names no row then either."""
+
+    shard = Shard(2**62, 2**63 - 1)
+    indices = torch.tensor(
+        [2**62 + 2, -(2**63), 2**62, 2**63 - 1, 2**62 + 3, 2**62 - 1, 2**62 + 2, 2**62 - 2**63]
+    )
+    rows = torch.tensor([2, 9, 0, 9, 9, 9, 2, 9])
+    weight = torch.arange(12.0).view(3, 4) + 1
+
+    def test_lookup(self, backend: HostShimCupyBackend) -> None:
+        found = record()
+        output = backend.embedding(self.weight, self.indices, 2**62, found, self.shard)
+        expected = backend.embedding(self.weight, self.rows, 0, None)
+        assert torch.equal(output, expected)
+        assert found.words[1:4].tolist() in [
+            [n, int(self.indices[n]), 2**63 - 1] for n in (1, 3, 7)
+        ]
+
+    @pytest.mark.parametrize("method", ["sorted", "atomic", "sorted_atomic"])
+    def test_gradient(self, backend: HostShimCupyBackend, method: str) -> None:
+        grad_output = torch.arange(32.0).view(8, 4)
+        with use_gradient_method(method):
+            actual = backend.embedding_dense_backward(
+                grad_output, self.indices, 3, 2**62, False, None, self.shard
+            )
+            expected = backend.embedding_dense_backward(grad_output, self.rows, 3, 0, False)
+        assert torch.equal(actual, expected)
+
+    def test_counts(self, backend: HostShimCupyBackend) -> None:
+        assert backend.embedding_counts(self.indices, 3, self.shard).tolist() == [1, 0, 2]
+
+    def test_bags(self, backend: HostShimCupyBackend) -> None:
+        bags, near = (Bags(ids, None, 2) for ids in (self.indices, self.rows))
+        for mode in ("sum", "mean"):
+            actual = backend.embedding_bag(self.weight, None, bags, 2**62, mode, None, self.shard)
+            assert torch.equal(
+                actual, backend.embedding_bag(self.weight, None, near, 0, mode, None)
+            )
+        largest = backend.embedding_bag_max(self.weight, bags, 2**62, True, None, self.shard)
+        assert torch.equal(largest[0], self.weight[[2, 2]])
+        assert largest[1].tolist() == [[0] * 4, [6] * 4]
+        grads = backend.embedding_bag_sample_weights_backward(
+            self.weight[:2], self.weight, bags, 2**62, self.shard
+        )
+        assert torch.equal(
+            grads,
+            backend.embedding_bag_sample_weights_backward(self.weight[:2], self.weight, near, 0),
+        )
+
+    def test_renorm(self, backend: HostShimCupyBackend) -> None:
+        whole, actual, expected = (self.weight.clone() for _ in range(3))
+        backend.embedding_renorm_(whole, self.indices, 1.0, math.inf, self.shard)
+        assert torch.equal(whole, self.weight)
+        inside = (self.indices >= 0) & (self.indices < 2**63 - 1)
+        backend.embedding_renorm_(actual, self.indices[inside], 1.0, math.inf, self.shard)
+        backend.embedding_renorm_(expected, torch.tensor([2, 0]), 1.0, math.inf)
+        assert torch.equal(actual, expected)
+        assert not torch.equal(actual, self.weight)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 254, 255, 2**15, 2**16 - 2, 2**16 - 1])
+@pytest.mark.parametrize("id_dtype", ID_DTYPES, ids=str)
+def test_sort_keys_of_a_shard(sm_90: HostShimCupyBackend, rows: int, id_dtype: torch.dtype) -> None:
+    """Behind the rows comes one sentinel of other shards' ids and padding, and one of ids out of range."""
+    shard = Shard(100, 100 + rows + 20)
+    indices = torch.tensor([101, -1, 100, 99, 0, 100 + rows - 1, 100 + rows, shard.num_embeddings])
+    ids = indices.clamp(0, 255) if id_dtype == torch.uint8 else indices.clamp(max=2**15 - 1)
+    ids = (indices if id_dtype.itemsize > 2 else ids).to(id_dtype)
+    keys, order = sm_90._sorted_keys(ids, rows, 101, shard)
+    local = shard.local(ids, rows, 101)
+    expected = torch.where(local < 0, rows, local).sort(stable=True)
+    assert keys.dtype == sort_key_dtype(rows + 1)
+    assert torch.equal(rows_of_keys(keys), expected.values)
+    assert torch.equal(order, expected.indices)
+
+
 # Addresses past 2**31 elements. The tables are mapped but never filled, so they cost an address range alone.
 
 
@@ -494,8 +640,8 @@ def test_the_host_build_sees_a_misaligned_access(sm_90: HostShimCupyBackend) -> 
     weight = shifted(torch.zeros(2, 4))
     indices = torch.zeros(1, dtype=torch.long)
     output = torch.zeros(1, 4)
-    arguments = (weight, indices, output, None, None, 1, 2, -1, 1, 1, 1, 8)
-    kernel = Kernel("gather", "gather_flat_kernel<word16, 4>")
+    arguments = (weight, indices, output, None, None, 1, 2, 0, 0, -1, 1, 1, 1, 8)
+    kernel = Kernel("gather", "gather_flat_kernel<word16, 4, false>")
     with pytest.raises(RuntimeError, match="misaligned"):
         sm_90._launch(kernel, (1, 1), (32, 1), weight.device, *arguments)
 

@@ -139,11 +139,36 @@ def accesses(opcodes: set[str], name: str) -> set[int]:
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("bytes_", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("name", ["gather_flat_kernel", "gather_rows_kernel"])
-def test_a_word_is_moved_by_one_instruction(arch: int, bytes_: int, name: str) -> None:
-    opcodes = sass(Kernel("gather", f"{name}<word{bytes_}, 4>"), arch)
+@pytest.mark.parametrize("shard", ["false", "true"])
+def test_a_word_is_moved_by_one_instruction(arch: int, bytes_: int, name: str, shard: str) -> None:
+    opcodes = sass(Kernel("gather", f"{name}<word{bytes_}, 4, {shard}>"), arch)
     # Ids are loaded in four widths, the record stores 32 and 64 bits; no other width but the word's.
     assert accesses(opcodes, "LDG") == {8, 16, 32, 64, 8 * bytes_}
     assert accesses(opcodes, "STG") == {32, 64, 8 * bytes_}
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("gather", "gather_rows_kernel<word16, 4, "),
+        ("gather", "gather_flat_kernel<word4, 4, "),
+        ("sort_keys", "sort_keys_kernel<"),
+        ("bag", "bag_sum_kernel<float, 4, true, 4, "),
+        ("bag", "bag_max_kernel<bfloat16, 4, 4, "),
+    ],
+)
+def test_a_whole_table_pays_nothing_for_shards(stem: str, name: str) -> None:
+    """Its kernel does not read what a shard is told."""
+    require(90)
+    kernels = [Kernel(stem, f"{name}{shard}>") for shard in ("false", "true")]
+    image, symbols, _ = nvrtc.compile_kernels(
+        stem, [kernel.expression for kernel in kernels], "compute_90"
+    )
+    for kernel, is_shard in zip(kernels, (False, True), strict=True):
+        for argument in ("first_row", "table_rows"):
+            number = parameter_names(kernel).index(argument)
+            parameter = f"[{symbols[kernel.expression]}_param_{number}]"
+            assert (parameter in image.decode()) is is_shard
 
 
 @pytest.mark.parametrize("arch", [80, 90])

@@ -202,6 +202,98 @@ def test_phrases(tmp_path):
     assert image.imread(tmp_path / "phrases.png").shape[:2] == (840, 960)
 
 
+def run_sharded(folder: Path, processes: int) -> str:
+    """The sharded example under torchrun; one process is this one's child, without it."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else ()), EXAMPLES / "sharded.py"]
+        + ["--quick", "--device", "cpu"],
+        cwd=folder,
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(folder.iterdir()) == []
+    return done.stdout
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch is built without gloo",
+)
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_sharded_trains_and_keeps_its_checkpoint(processes: int, tmp_path: Path):
+    """301 rows, which neither 2 nor 3 processes can share evenly; each holds its own and no more."""
+    output = run_sharded(tmp_path, processes)
+    assert ("one process holds all rows" in output) == (processes == 1)
+    assert output.count("backend: torch serves cpu") == 1
+    first, last = map(float, re.search(r"^loss (\S+) -> (\S+)$", output, re.M).groups())
+    assert first == pytest.approx(math.log(301), rel=0.01)
+    guessing = float(re.search(r"^guessing by word frequency alone: (\S+)$", output, re.M)[1])
+    assert last < guessing
+    lines = re.findall(
+        r"^process (\d): rows (\d+) to (\d+) of 301: table (\S+) KiB, gradient (\S+) KiB, Adam's state (\S+) KiB$",
+        output,
+        re.M,
+    )
+    assert [int(line[0]) for line in lines] == list(range(processes))
+    rows = [row for line in lines for row in range(int(line[1]), int(line[2]) + 1)]
+    assert rows == list(range(301))
+    for _, begin, end, table, gradient, state in lines:
+        held = (int(end) - int(begin) + 1) * 16 * 4 / 1024
+        assert [float(table), float(gradient), float(state) / 2] == pytest.approx(
+            [held] * 3, abs=0.06
+        )
+    before, after = re.search(r"read back: loss (\S+) and (\S+)$", output, re.M).groups()
+    assert before == after
+
+
+def test_sharded_refuses_more_processes_than_cards(monkeypatch, capsys):
+    example = runpy.run_path(str(EXAMPLES / "sharded.py"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["sharded.py", "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        example["main"]()
+    said = "each of 4 processes needs a GPU of its own, and there are 2: choose --device cpu"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.parametrize("whom", ["torchrun", "all"])
+def test_ctrl_c_ends_all_processes_of_torchrun(whom: str, tmp_path: Path):
+    """A terminal interrupts all of them, a scheduler torchrun alone."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with subprocess.Popen(
+        [sys.executable, *launch, EXAMPLES / "sharded.py", "--device", "cpu"],
+        cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("backend: ")
+        time.sleep(1.5)
+        if whom == "torchrun":
+            process.send_signal(signal.SIGINT)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert errors.count("interrupted, nothing was written") == 1
+    # torchrun's own words are no concern of the example's.
+    assert "sharded.py" not in errors
+    assert "loss" not in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.gpu
 def test_recommender_runs_on_the_gpu(tmp_path):
     assert "serves cuda" in run_short(tmp_path, "cuda")
@@ -266,6 +358,7 @@ PROGRAMS = {
     "keras_text_classifier.py": (("keras", "tokenizers"), "no picture was written"),
     "lora.py": (("transformers", "peft"), "nothing was written"),
     "phrases.py": (("tokenizers",), "no picture was written"),
+    "sharded.py": ((), "nothing was written"),
     "recommender.py": ((), "no picture was written"),
     "swap_transformers.py": (("transformers",), "nothing was written"),
 }

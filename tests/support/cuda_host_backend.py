@@ -81,8 +81,15 @@ def _all_kernels() -> tuple[Kernel, ...]:
     )
     words = [f"word{2**i}" for i in range(5)]
     found = [
-        *(("gather", f"gather_rows_kernel<{word}, {r}>") for word in words for r in rows),
-        *(("gather", f"gather_flat_kernel<{word}, {flat}>") for word in words),
+        *(
+            ("gather", f"{name}, {shard}>")
+            for word in words
+            for name in (
+                *(f"gather_rows_kernel<{word}, {r}" for r in rows),
+                f"gather_flat_kernel<{word}, {flat}",
+            )
+            for shard in flags
+        ),
         *(
             ("scatter_add", f"scatter_add_kernel<{arguments}, {scatter}, {bags}, {in_place}>")
             for arguments in atomics
@@ -90,7 +97,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for in_place in flags
             if in_place == "true" or "float16" not in arguments
         ),
-        ("sort_keys", "sort_keys_kernel"),
+        *(("sort_keys", f"sort_keys_kernel<{shard}>") for shard in flags),
         *(
             ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {', '.join(map(str, rest))}>")
             for value, grad, widths in (*same, *wide_sums)
@@ -117,10 +124,11 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for vec in widths
         ),
         *(
-            ("bag", f"bag_sum_kernel<{table}, {vec}, {mean}, {bag}>")
+            ("bag", f"bag_sum_kernel<{table}, {vec}, {mean}, {bag}, {shard}>")
             for table, widths in tables
             for vec in widths
             for mean in flags
+            for shard in flags
         ),
         *(("bag", f"bag_join_kernel<{table}>") for table, _ in tables),
         *(("tables", f"table_combine_kernel<{table}>") for table, _ in tables),
@@ -129,7 +137,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for table, widths in tables
             for vec in widths
             for kernel in (
-                f"bag_max_kernel<{table}, {vec}, {bag}>",
+                *(f"bag_max_kernel<{table}, {vec}, {bag}, {shard}>" for shard in flags),
                 f"bag_sample_weights_kernel<{table}, {vec}>",
             )
         ),

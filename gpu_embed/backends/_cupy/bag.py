@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord, record_arguments
+from ...shard import Shard, shard_arguments
 from .._plan.access import vector_width
 from .._plan.bag import NO_PARTS, BagParts, BagPlan
 from .device import FLOATS, CupyDevice, cpp_bool
@@ -24,11 +25,13 @@ class CupyBag(CupyDevice, BagPlan):
         padding_idx: int,
         mean: bool,
         record: BoundsRecord | None,
+        shard: Shard | None,
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = bag_vector(weight)
         launch = self._launches[weight.device].bag_sum
-        arguments = f"{FLOATS[weight.dtype]}, {vec}, {cpp_bool(mean)}, {launch.UNROLL}"
+        is_shard = cpp_bool(shard is not None)
+        arguments = f"{FLOATS[weight.dtype]}, {vec}, {cpp_bool(mean)}, {launch.UNROLL}, {is_shard}"
         num_chunks = 0 if parts is None else len(parts.cut_bags)
         self._launch(
             Kernel("bag", f"bag_sum_kernel<{arguments}>"),
@@ -44,6 +47,7 @@ class CupyBag(CupyDevice, BagPlan):
             *bags.counts(),
             0 if parts is None else parts.chunk_length,
             weight.shape[0],
+            *shard_arguments(shard),
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
@@ -73,25 +77,29 @@ class CupyBag(CupyDevice, BagPlan):
         weight: Tensor,
         bags: Bags,
         output: Tensor,
-        max_elements: Tensor | None,
+        argmax: Tensor | None,
         padding_idx: int,
         record: BoundsRecord | None,
+        shard: Shard | None,
     ) -> None:
         embedding_dim = weight.shape[1]
         vec = bag_vector(weight)
         launch = self._launches[weight.device].bag_max
+        is_shard = cpp_bool(shard is not None)
+        arguments = f"{FLOATS[weight.dtype]}, {vec}, {launch.UNROLL}, {is_shard}"
         self._launch(
-            Kernel("bag", f"bag_max_kernel<{FLOATS[weight.dtype]}, {vec}, {launch.UNROLL}>"),
+            Kernel("bag", f"bag_max_kernel<{arguments}>"),
             *launch.grid(bags.num_bags * (embedding_dim // vec)),
             weight.device,
             weight,
             bags.indices,
             bags.offsets,
             output,
-            max_elements,
+            argmax,
             *record_arguments(record),
             *bags.counts(),
             weight.shape[0],
+            *shard_arguments(shard),
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
@@ -124,8 +132,10 @@ class CupyBag(CupyDevice, BagPlan):
         bag_of: Tensor,
         grad: Tensor,
         padding_idx: int,
+        shard: Shard | None,
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
+        first_row, _ = shard_arguments(shard)
         vec = min(bag_vector(grad_output), bag_vector(weight))
         self._launch(
             Kernel("bag", f"bag_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
@@ -138,6 +148,7 @@ class CupyBag(CupyDevice, BagPlan):
             grad,
             ids.numel(),
             num_embeddings,
+            first_row,
             padding_idx,
             grad_output.stride(0) // vec,
             grad_output.stride(1),

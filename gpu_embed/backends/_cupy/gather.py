@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...settings import GATHER_METHOD
+from ...shard import Shard, shard_arguments
 from .._plan.access import word_layout
 from .._plan.gather import Gather, GatherPlan
-from .device import CupyDevice
+from .device import CupyDevice, cpp_bool
 from .launch import WIDEST_ROWS, RowsLaunch
 from .nvrtc import Kernel
 
@@ -16,7 +17,7 @@ from .nvrtc import Kernel
 class CupyGather(CupyDevice, GatherPlan):
     """Lookups: rows, or a flat range."""
 
-    def _prepare_gather(self, weight: Tensor) -> Gather:
+    def _prepare_gather(self, weight: Tensor, shard: Shard | None) -> Gather:
         layout = word_layout(weight)
         # Two words of 8 bytes that one access moves are a word of 16 here.
         word = f"word{layout.word_bytes * layout.vec}"
@@ -32,13 +33,15 @@ class CupyGather(CupyDevice, GatherPlan):
             rows = rows or long_rows
         elif method == "flat":
             rows = None
+        is_shard = cpp_bool(shard is not None)
         if rows is not None:
-            kernel = Kernel("gather", f"gather_rows_kernel<{word}, {rows.ROWS}>")
+            kernel = Kernel("gather", f"gather_rows_kernel<{word}, {rows.ROWS}, {is_shard}>")
         else:
-            kernel = Kernel("gather", f"gather_flat_kernel<{word}, {flat.UNROLL}>")
+            kernel = Kernel("gather", f"gather_flat_kernel<{word}, {flat.UNROLL}, {is_shard}>")
         # Not the table itself: what is prepared must not keep it alive.
         address = weight.data_ptr()
         num_embeddings = weight.shape[0]
+        first_row, table_rows = shard_arguments(shard)
 
         def gather(
             ids: Tensor,
@@ -63,6 +66,8 @@ class CupyGather(CupyDevice, GatherPlan):
                 None if record is None else record.flag,
                 num_indices,
                 num_embeddings,
+                first_row,
+                table_rows,
                 zero_idx,
                 layout.row_stride // layout.vec,
                 layout.col_stride,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...shard import Shard, shard_arguments
 from .._plan.access import vector_width
 from .._plan.carries import Carries, Runs
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
@@ -25,8 +26,10 @@ class CupyGradient(CupyDevice, GradientPlan):
         grad_weight: Tensor,
         padding_idx: int,
         in_place: bool,
+        shard: Shard | None = None,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
+        first_row, _ = shard_arguments(shard)
         launch = self._launches[ids.device].scatter_add
         vec = 1
         # Without vector atomics VEC > 1 puts adjacent threads VEC elements apart: uncoalesced.
@@ -51,6 +54,7 @@ class CupyGradient(CupyDevice, GradientPlan):
             grad_weight,
             ids.numel(),
             num_embeddings,
+            first_row,
             padding_idx,
             grad_output.stride(0) // vec,
             grad_output.stride(1),
@@ -107,7 +111,8 @@ class CupyGradient(CupyDevice, GradientPlan):
             bag_bytes(bags),
         )
 
-    def _counts(self, ids: Tensor, counts: Tensor) -> None:
+    def _counts(self, ids: Tensor, counts: Tensor, shard: Shard | None) -> None:
+        first_row, _ = shard_arguments(shard)
         self._launch(
             Kernel("counts", "counts_kernel"),
             *self._launches[ids.device].counts.grid(ids.numel()),
@@ -116,6 +121,7 @@ class CupyGradient(CupyDevice, GradientPlan):
             counts,
             ids.numel(),
             counts.numel(),
+            first_row,
             ids.element_size(),
         )
 

@@ -14,7 +14,9 @@ NORMS = ("inf", "-inf", "0", "1", "2", "p")
 class CupyRenorm(CupyDevice, RenormPlan):
     """Rows scaled down to a norm."""
 
-    def _renorm(self, weight: Tensor, keys: Tensor, max_norm: float, norm_type: float) -> None:
+    def _renorm(
+        self, weight: Tensor, keys: Tensor, last_valid_key: int, max_norm: float, norm_type: float
+    ) -> None:
         num_embeddings, embedding_dim = weight.shape
         self._launch(
             Kernel("renorm", f"renorm_kernel<{FLOATS[weight.dtype]}>"),
@@ -24,6 +26,7 @@ class CupyRenorm(CupyDevice, RenormPlan):
             keys,
             keys.numel(),
             num_embeddings,
+            last_valid_key,
             weight.stride(0),
             weight.stride(1),
             max_norm,

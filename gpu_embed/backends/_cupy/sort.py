@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
+from ...shard import Shard, shard_arguments
 from .._plan.sort import SortPlan
-from .device import CupyDevice
+from .device import CupyDevice, cpp_bool
 from .nvrtc import Kernel
 
 
@@ -16,15 +17,17 @@ class CupySort(CupyDevice, SortPlan):
         keys: Tensor,
         num_embeddings: int,
         padding_idx: int,
+        shard: Shard | None,
     ) -> None:
         self._launch(
-            Kernel("sort_keys", "sort_keys_kernel"),
+            Kernel("sort_keys", f"sort_keys_kernel<{cpp_bool(shard is not None)}>"),
             *self._launches[ids.device].sort_keys.grid(ids.numel()),
             ids.device,
             ids,
             keys,
             ids.numel(),
             num_embeddings,
+            *shard_arguments(shard),
             padding_idx,
             ids.element_size(),
             keys.element_size(),

@@ -1,0 +1,141 @@
+"""The training step of a table whose rows are spread over processes: torch's layer and ours, under torch's DTensor.
+
+On the CPU and gloo. So it is about how much is computed, held and sent, and says nothing of a GPU or NCCL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .console import make_table
+from .machine import readable_bytes
+from .sharded_step import DISTRIBUTION, LAYERS, Shape, command
+from .timing import percentiles
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# How the bytes of a step were counted.
+COUNTED = {
+    "loopback": "on the loopback of a network namespace of their own",
+    "collectives": "as what collectives are given, since this machine allows no network namespace",
+}
+
+
+class RankError(Exception):
+    """Ranks that failed, and their last words."""
+
+
+@dataclass(frozen=True)
+class ShardedStep:
+    """A layer's training step, and how it stands to torch's in the same rounds."""
+
+    layer: str  # by LAYERS
+    ranks: int
+    rows: int
+    dim: int
+    ids: int
+    rounds: int
+    ms_p20: float
+    ms_p50: float
+    ms_p80: float
+    # Of the rounds' quotients.
+    times_torch_p20: float
+    times_torch_p50: float
+    times_torch_p80: float
+    sent_bytes: int  # a rank and step
+    sent_counted: str  # by COUNTED
+    gradient_bytes: int  # of the rank that holds most
+    equal: int  # 1 where outputs and tables are equal to torch's, bit for bit
+
+
+def measure_distributed(
+    shape: Shape, advance: Callable[[], Any] = lambda: None
+) -> list[ShardedStep]:
+    """One line a layer; `advance` is called after each round. Raises RankError."""
+    *rounds, end = list(_spoken(shape, advance))
+    seconds = {layer: [one["seconds"][layer] for one in rounds] for layer in LAYERS}
+    found = []
+    for layer, own in seconds.items():
+        ms = percentiles([1e3 * one for one in own])
+        against = percentiles([a / b for a, b in zip(own, seconds["torch"], strict=True)])
+        counted = "loopback" if shape.has_namespace else "collectives"
+        sent, gradient = end["sent_bytes"][layer], end["gradient_bytes"][layer]
+        sizes = shape.ranks, shape.rows, shape.dim, shape.ids, shape.rounds
+        bits = int(end["equal"])
+        found.append(ShardedStep(layer, *sizes, *ms, *against, sent, counted, gradient, bits))
+    return found
+
+
+def _spoken(shape: Shape, advance: Callable[[], Any]) -> list[dict[str, Any]]:
+    """What the ranks say, line by line."""
+    said = []
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(
+            command(shape), stdout=subprocess.PIPE, stderr=errors, text=True, env=_environ()
+        ) as process:
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    # Gloo may have words of its own.
+                    if line.startswith("{"):
+                        said.append(json.loads(line))
+                        advance()
+            finally:
+                # Its ranks end with it.
+                process.terminate()
+        errors.seek(0)
+        words = errors.read().strip().splitlines()
+    if len(said) != shape.rounds + 1:
+        raise RankError(f"{shape.ranks} ranks: {words[-1] if words else process.returncode}")
+    return said
+
+
+def _environ() -> dict[str, str]:
+    """Without what a launcher has set for ranks of its own."""
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in launched}
+
+
+def needed_bytes(ranks: int, elements: int) -> int:
+    """Of all ranks, at the peak: two tables, and torch's gradient, whole on each rank and once more when it is cut."""
+    return 4 * elements * (2 + 2 * ranks)
+
+
+def rich_table(steps: Sequence[ShardedStep]) -> Table:
+    """The steps of one size and several numbers of ranks, torch's before ours."""
+    first = steps[0]
+    title = (
+        f"A training step of {first.rows:,} x {first.dim} fp32, rows spread over ranks on gloo; {first.ids:,} ids "
+        f"({DISTRIBUTION}), the same on all ranks.\n"
+        f"Median of {first.rounds} rounds in turns, the ratio with its 20th and 80th percentile; sent: counted "
+        f"{COUNTED[first.sent_counted]}"
+    )
+    columns = ("layer", ">ms", ">x torch", ">sent a rank", ">x torch", ">gradient a rank")
+    table = make_table(title, ">ranks", *columns, ">x torch", "equal to torch's")
+    theirs = {step.ranks: step for step in steps if step.layer == "torch"}
+    for step in steps:
+        of = theirs[step.ranks]
+        low, middle, high = step.times_torch_p20, step.times_torch_p50, step.times_torch_p80
+        table.add_row(
+            str(step.ranks),
+            step.layer,
+            f"{step.ms_p50:.4g}",
+            "1" if step is of else f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            f"{step.sent_bytes / 1e6:.4g} MB",
+            ratio(step.sent_bytes, of.sent_bytes),
+            readable_bytes(step.gradient_bytes),
+            ratio(step.gradient_bytes, of.gradient_bytes),
+            "yes" if step.equal else "NO",
+        )
+    return table
+
+
+def ratio(bytes_: int, theirs: int) -> str:
+    return f"{bytes_ / theirs:.4g}" if theirs else ""
