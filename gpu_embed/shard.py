@@ -31,6 +31,10 @@ class Shard(NamedTuple):
         return torch.where(ids == padding_idx, num_rows, rows) if padding_idx >= 0 else rows
 
 
+# Kernels that read ids are passed this where there is no shard.
+NO_SHARD = None, None
+
+
 def as_shard(numbers: Sequence[int] | None) -> Shard | None:
     """A shard of what an operator's schema makes of it."""
     return None if numbers is None else Shard(*numbers)
@@ -56,8 +60,3 @@ def local_bags(
     """`local_ids` of bags."""
     indices, padding_idx = local_ids(bags.indices, num_rows, padding_idx, shard)
     return bags._replace(indices=indices), padding_idx
-
-
-def shard_arguments(shard: Shard | None) -> tuple[int | None, int | None]:
-    """What every kernel that reads ids is passed of a shard: its first row, and the whole table's rows."""
-    return (None, None) if shard is None else (shard.first_row, shard.num_embeddings)
