@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord, record_arguments
-from ...shard import Shard, shard_arguments
+from ...shard import NO_SHARD, Shard
 from .._plan.access import vector_width
 from .._plan.bag import NO_PARTS, BagParts, BagPlan
 from .device import FLOATS, CupyDevice, cpp_bool
@@ -47,7 +47,7 @@ class CupyBag(CupyDevice, BagPlan):
             *bags.counts(),
             0 if parts is None else parts.chunk_length,
             weight.shape[0],
-            *shard_arguments(shard),
+            *(shard or NO_SHARD),
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
@@ -99,7 +99,7 @@ class CupyBag(CupyDevice, BagPlan):
             *record_arguments(record),
             *bags.counts(),
             weight.shape[0],
-            *shard_arguments(shard),
+            *(shard or NO_SHARD),
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
@@ -135,7 +135,7 @@ class CupyBag(CupyDevice, BagPlan):
         shard: Shard | None,
     ) -> None:
         num_embeddings, embedding_dim = weight.shape
-        first_row, _ = shard_arguments(shard)
+        first_row, _ = shard or NO_SHARD
         vec = min(bag_vector(grad_output), bag_vector(weight))
         self._launch(
             Kernel("bag", f"bag_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),

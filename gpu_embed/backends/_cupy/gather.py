@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...settings import GATHER_METHOD
-from ...shard import Shard, shard_arguments
+from ...shard import NO_SHARD, Shard
 from .._plan.access import word_layout
 from .._plan.gather import Gather, GatherPlan
 from .device import CupyDevice, cpp_bool
@@ -41,7 +41,7 @@ class CupyGather(CupyDevice, GatherPlan):
         # Not the table itself: what is prepared must not keep it alive.
         address = weight.data_ptr()
         num_embeddings = weight.shape[0]
-        first_row, table_rows = shard_arguments(shard)
+        first_row, table_rows = shard or NO_SHARD
 
         def gather(
             ids: Tensor,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...shard import Shard, shard_arguments
+from ...shard import NO_SHARD, Shard
 from .._plan.access import vector_width
 from .._plan.carries import Carries, Runs
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
@@ -29,7 +29,7 @@ class CupyGradient(CupyDevice, GradientPlan):
         shard: Shard | None = None,
     ) -> None:
         num_embeddings, embedding_dim = grad_weight.shape
-        first_row, _ = shard_arguments(shard)
+        first_row, _ = shard or NO_SHARD
         launch = self._launches[ids.device].scatter_add
         vec = 1
         # Without vector atomics VEC > 1 puts adjacent threads VEC elements apart: uncoalesced.
@@ -112,7 +112,7 @@ class CupyGradient(CupyDevice, GradientPlan):
         )
 
     def _counts(self, ids: Tensor, counts: Tensor, shard: Shard | None) -> None:
-        first_row, _ = shard_arguments(shard)
+        first_row, _ = shard or NO_SHARD
         self._launch(
             Kernel("counts", "counts_kernel"),
             *self._launches[ids.device].counts.grid(ids.numel()),

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ...shard import Shard, shard_arguments
+from ...shard import NO_SHARD, Shard
 from .._plan.sort import SortPlan
 from .device import CupyDevice, cpp_bool
 from .nvrtc import Kernel
@@ -27,7 +27,7 @@ class CupySort(CupyDevice, SortPlan):
             keys,
             ids.numel(),
             num_embeddings,
-            *shard_arguments(shard),
+            *(shard or NO_SHARD),
             padding_idx,
             ids.element_size(),
             keys.element_size(),

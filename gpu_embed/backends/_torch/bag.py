@@ -6,7 +6,7 @@ from torch import Tensor
 from ...bags import Bags
 from ...bounds import BoundsRecord, in_table
 from ...dtypes import accumulation
-from ...shard import Shard, local_bags, table_rows
+from ...shard import Shard, table_rows
 from .lookup import TorchLookup, add_rows, torch_ids
 
 
@@ -31,7 +31,11 @@ class TorchBags(TorchLookup):
                 return output[0]
         if record is not None:
             record.write_bags(bags, table_rows(weight.shape[0], shard))
-        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
+        if shard is not None:
+            bags, padding_idx = (
+                shard.local_bags(bags, weight.shape[0], padding_idx),
+                weight.shape[0],
+            )
         bag = bags.bag_of()
         rows = self.embedding(weight, bags.indices, padding_idx, None).to(wide)
         if per_sample_weights is not None:
@@ -60,7 +64,11 @@ class TorchBags(TorchLookup):
                 return found[0], _elements(found[1]) if with_argmax else found[1].new_empty(0)
         if record is not None:
             record.write_bags(bags, table_rows(weight.shape[0], shard))
-        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
+        if shard is not None:
+            bags, padding_idx = (
+                shard.local_bags(bags, weight.shape[0], padding_idx),
+                weight.shape[0],
+            )
         return _max_by_scatter(weight, bags, padding_idx, with_argmax, shard is not None)
 
     def embedding_bag_dense_backward(
@@ -75,7 +83,8 @@ class TorchBags(TorchLookup):
         into: Tensor | None = None,
         shard: Shard | None = None,
     ) -> Tensor:
-        bags, padding_idx = local_bags(bags, num_embeddings, padding_idx, shard)
+        if shard is not None:
+            bags, padding_idx = shard.local_bags(bags, num_embeddings, padding_idx), num_embeddings
         if into is not None:
             return _add_to_rows(
                 into, grad_output, per_sample_weights, bags, padding_idx, mode, scale_grad_by_freq
@@ -101,7 +110,11 @@ class TorchBags(TorchLookup):
         padding_idx: int,
         shard: Shard | None = None,
     ) -> Tensor:
-        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
+        if shard is not None:
+            bags, padding_idx = (
+                shard.local_bags(bags, weight.shape[0], padding_idx),
+                weight.shape[0],
+            )
         wide = accumulation(weight.dtype)
         bag = bags.bag_of()
         read = (bag >= 0) & in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ...bags import Bags
 from ...bounds import BoundsRecord, record_arguments
-from ...shard import Shard, shard_arguments
+from ...shard import NO_SHARD, Shard
 from .._plan.access import cdiv, vector_width
 from .._plan.bag import NO_PARTS, BagParts, BagPlan
 from .device import TritonDevice
@@ -52,7 +52,7 @@ class TritonBag(TritonDevice, BagPlan):
             0 if parts is None else parts.chunk_length,
             bags.num_bags.bit_length(),
             weight.shape[0],
-            *shard_arguments(shard),
+            *(shard or NO_SHARD),
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
@@ -105,7 +105,7 @@ class TritonBag(TritonDevice, BagPlan):
             *record_arguments(record),
             *bags.counts(),
             weight.shape[0],
-            *shard_arguments(shard),
+            *(shard or NO_SHARD),
             padding_idx,
             weight.stride(0) // vec,
             weight.stride(1),
@@ -155,7 +155,7 @@ class TritonBag(TritonDevice, BagPlan):
             grad,
             ids.numel(),
             num_embeddings,
-            shard_arguments(shard)[0],
+            (shard or NO_SHARD)[0],
             padding_idx,
             grad_output.stride(0) // vec,
             grad_output.stride(1),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord
 from ...settings import GATHER_METHOD
-from ...shard import Shard, shard_arguments
+from ...shard import NO_SHARD, Shard
 from .._plan.access import WordLayout, cdiv, word_layout
 from .._plan.gather import Gather, GatherPlan
 from .device import TritonDevice
@@ -24,7 +24,7 @@ class TritonGather(TritonDevice, GatherPlan):
         word = self._words[layout.word_bytes]
         table = self._view(weight, word)
         device = weight.device
-        table_rows = weight.shape[0], *shard_arguments(shard)
+        table_rows = weight.shape[0], *(shard or NO_SHARD)
         adjacent = layout.row_stride == layout.row_words
         row_stride = None if adjacent else layout.row_stride // layout.vec
         kernel, grid, settings = self._gather_launch(layout, device)

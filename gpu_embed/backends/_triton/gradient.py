@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import accumulation
-from ...shard import Shard, shard_arguments
+from ...shard import NO_SHARD, Shard
 from .._plan.access import VECTOR_BYTES, cdiv, vector_width
 from .._plan.carries import Carries, Runs
 from .._plan.gradient import NO_BAGS, GradientPlan, OutputBags
@@ -51,7 +51,7 @@ class TritonGradient(TritonDevice, GradientPlan):
             grad_weight,
             ids.numel(),
             num_embeddings,
-            shard_arguments(shard)[0],
+            (shard or NO_SHARD)[0],
             padding_idx,
             row_strides[0],
             grad_output.stride(1),
@@ -162,6 +162,6 @@ class TritonGradient(TritonDevice, GradientPlan):
             counts,
             ids.numel(),
             counts.numel(),
-            shard_arguments(shard)[0],
+            (shard or NO_SHARD)[0],
             **launch.settings,
         )

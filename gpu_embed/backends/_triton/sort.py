@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ...shard import Shard, shard_arguments
+from ...shard import NO_SHARD, Shard
 from .._plan.access import cdiv
 from .._plan.sort import SortPlan
 from .device import TritonDevice
@@ -28,7 +28,7 @@ class TritonSort(TritonDevice, SortPlan):
             keys,
             ids.numel(),
             num_embeddings,
-            *shard_arguments(shard),
+            *(shard or NO_SHARD),
             padding_idx,
             **launch.settings,
         )
