@@ -150,16 +150,17 @@ def test_a_word_is_moved_by_one_instruction(arch: int, bytes_: int, name: str, s
 @pytest.mark.parametrize(
     ("stem", "name"),
     [
-        ("gather", "gather_rows_kernel<word16, 4"),
-        ("gather", "gather_flat_kernel<word4, 4"),
-        ("bag", "bag_sum_kernel<float, 4, true, 4"),
-        ("bag", "bag_max_kernel<bfloat16, 4, 4"),
+        ("gather", "gather_rows_kernel<word16, 4, "),
+        ("gather", "gather_flat_kernel<word4, 4, "),
+        ("sort_keys", "sort_keys_kernel<"),
+        ("bag", "bag_sum_kernel<float, 4, true, 4, "),
+        ("bag", "bag_max_kernel<bfloat16, 4, 4, "),
     ],
 )
 def test_a_whole_table_pays_nothing_for_shards(stem: str, name: str) -> None:
     """Its kernel does not read what a shard is told."""
     require(90)
-    kernels = [Kernel(stem, f"{name}, {shard}>") for shard in ("false", "true")]
+    kernels = [Kernel(stem, f"{name}{shard}>") for shard in ("false", "true")]
     image, symbols, _ = nvrtc.compile_kernels(
         stem, [kernel.expression for kernel in kernels], "compute_90"
     )

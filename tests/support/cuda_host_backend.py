@@ -97,7 +97,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for in_place in flags
             if in_place == "true" or "float16" not in arguments
         ),
-        ("sort_keys", "sort_keys_kernel"),
+        *(("sort_keys", f"sort_keys_kernel<{shard}>") for shard in flags),
         *(
             ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {', '.join(map(str, rest))}>")
             for value, grad, widths in (*same, *wide_sums)

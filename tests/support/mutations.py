@@ -43,6 +43,7 @@ GATHER = ("tests/api/test_forward.py",)
 GRADIENT = ("tests/api/test_gradient.py",)
 IN_PLACE = ("tests/backends/test_in_place.py",)
 BAG = ("tests/api/test_bag.py",)
+SHARD = ("tests/backends/test_shard.py",)
 OPTIM = ("tests/backends/test_row_update.py",)
 
 MUTATIONS = (
@@ -57,9 +58,25 @@ MUTATIONS = (
     Mutation(
         "Triton's bound of the ids one too high",
         "kernels/gather.py",
-        "index.to(tl.uint64) < num_embeddings",
-        "index.to(tl.uint64) <= num_embeddings",
+        ".to(tl.uint64) < num_embeddings",
+        ".to(tl.uint64) <= num_embeddings",
         ("tests/api/test_bounds.py",),
+        "triton-cpu",
+    ),
+    Mutation(
+        "ids of other shards counted as bad in Triton's gather",
+        "kernels/gather.py",
+        "in_table = index.to(tl.uint64) < table_rows",
+        "pass",
+        SHARD,
+        "triton-cpu",
+    ),
+    Mutation(
+        "a neighbour's row scaled by Triton's max_norm",
+        "kernels/renorm.py",
+        " & (key < num_embeddings)",
+        "",
+        ("tests/kernels/test_shards.py",),
         "triton-cpu",
     ),
     Mutation(

@@ -21,6 +21,10 @@ FULL_FILES = frozenset(
         "api/test_torch_samples",
         "bench/test_candidates",
         "distributed/test_bags",
+        "distributed/test_checkpoint",
+        "distributed/test_compile",
+        "distributed/test_errors",
+        "distributed/test_interpreter",
         "distributed/test_lookup",
         "distributed/test_parallel",
         "distributed/test_ranks",
@@ -52,7 +56,9 @@ PTX_FILES = frozenset(
         "api/test_tables_gradient",
         "backends/test_in_place",
         "backends/test_row_update",
+        "backends/test_shard",
         "backends/test_take",
+        "kernels/test_shards",
     )
 )
 

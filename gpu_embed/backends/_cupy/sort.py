@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ...shard import Shard, shard_arguments
 from .._plan.sort import SortPlan
-from .device import CupyDevice
+from .device import CupyDevice, cpp_bool
 from .nvrtc import Kernel
 
 
@@ -20,7 +20,7 @@ class CupySort(CupyDevice, SortPlan):
         shard: Shard | None,
     ) -> None:
         self._launch(
-            Kernel("sort_keys", "sort_keys_kernel"),
+            Kernel("sort_keys", f"sort_keys_kernel<{cpp_bool(shard is not None)}>"),
             *self._launches[ids.device].sort_keys.grid(ids.numel()),
             ids.device,
             ids,
