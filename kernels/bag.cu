@@ -70,6 +70,8 @@ __device__ inline Part find_part(
 // owner: thread i of the grid: bag i / (D / VEC), or behind the bags the carry-in of a chunk; VEC columns from
 //        i % (D / VEC) * VEC on
 // why:   each thread reduces its own part: no shared memory, no __syncthreads
+//
+// SHARD: a template argument, since first_row costs registers.
 template <typename Weight, int VEC, bool MEAN, int UNROLL, bool SHARD>
 __global__ void bag_sum_kernel(
     const Weight* __restrict__ weight_ptr,              // [num_embeddings, D], any strides; VEC > 1: column stride 1
@@ -202,6 +204,8 @@ __global__ void bag_join_kernel(
 // grid:  cdiv(num_bags * D / VEC, blockDim.x); block: 1-D
 // owner: thread i of the grid: bag i / (D / VEC), VEC columns from i % (D / VEC) * VEC on
 // why:   as bag_sum_kernel, but never cuts a bag: both backends share one plan, and Triton cannot cut these well
+//
+// SHARD: a template argument, since its rule for NaN costs instructions: see Backend.embedding_bag_max.
 template <typename Weight, int VEC, int UNROLL, bool SHARD>
 __global__ void bag_max_kernel(
     const Weight* __restrict__ weight_ptr,  // [num_embeddings, D], any strides; VEC > 1: column stride 1

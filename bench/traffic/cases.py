@@ -114,23 +114,29 @@ def span_sectors(first: Tensor, num_bytes: Tensor | int) -> int:
     return int((last // SECTOR_BYTES - first // SECTOR_BYTES + 1).sum())
 
 
+def _own_rows(case: Case) -> Tensor:
+    """The row of each id that the table in hand has."""
+    rows = case.ids().long() - (case.first_row or 0)
+    return rows[(rows >= 0) & (rows < case.num_embeddings)]
+
+
 def _gather(case: Case) -> dict[str, Ideal]:
-    ids, dim = case.ids(), case.embedding_dim
+    rows, dim = _own_rows(case), case.embedding_dim
     output_itemsize = (case.output_dtype or case.dtype).itemsize
     gather = Ideal(
-        loads=_ids_sectors(case) + row_sectors(ids, dim, case.dtype.itemsize),
-        stores=array_sectors(len(ids) * dim, output_itemsize),
-        moved_bytes=len(ids) * dim * case.dtype.itemsize,
+        loads=_ids_sectors(case) + row_sectors(rows, dim, case.dtype.itemsize),
+        stores=array_sectors(case.num_indices * dim, output_itemsize),
+        moved_bytes=case.num_indices * dim * case.dtype.itemsize,
     )
     return {"take" if case.operation == "take" else "gather": gather}
 
 
 def _scatter_add(case: Case) -> dict[str, Ideal]:
-    ids, dim, itemsize = case.ids(), case.embedding_dim, case.dtype.itemsize
+    rows, dim, itemsize = _own_rows(case), case.embedding_dim, case.dtype.itemsize
     scatter_add = Ideal(
-        loads=_ids_sectors(case) + array_sectors(len(ids) * dim, itemsize),
-        atomics=row_sectors(ids, dim, case.gradient_itemsize),
-        moved_bytes=len(ids) * dim * itemsize,
+        loads=_ids_sectors(case) + array_sectors(len(rows) * dim, itemsize),
+        atomics=row_sectors(rows, dim, case.gradient_itemsize),
+        moved_bytes=len(rows) * dim * itemsize,
     )
     return {"scatter_add": scatter_add}
 
@@ -199,12 +205,12 @@ def _counts(case: Case) -> dict[str, Ideal]:
 
 
 def _bag_sum(case: Case) -> dict[str, Ideal]:
-    ids, dim, itemsize = case.ids(), case.embedding_dim, case.dtype.itemsize
+    rows, dim, itemsize = _own_rows(case), case.embedding_dim, case.dtype.itemsize
     offsets = 0 if case.equal_lengths else array_sectors(case.num_bags, 8)
     bag_sum = Ideal(
-        loads=_ids_sectors(case) + offsets + row_sectors(ids, dim, itemsize),
+        loads=_ids_sectors(case) + offsets + row_sectors(rows, dim, itemsize),
         stores=array_sectors(case.num_bags * dim, itemsize),
-        moved_bytes=len(ids) * dim * itemsize,
+        moved_bytes=len(rows) * dim * itemsize,
     )
     return {"bag_sum": bag_sum}
 
@@ -390,6 +396,8 @@ CASES = (
     *(_case("take", dim, output_dtype=BF16) for dim in (50, 64)),
     *(_case(formula, 64) for formula in STATE),
     *(_case("sgd", dim, BF16) for dim in (50, 64, 300)),
+    # Shards that half of the ids name: the rows of the others move nothing.
+    *(_case(operation, first_row=2048) for operation in ("embedding", "atomic", "bag_sum")),
     # Half of all ids name one row.
     *(_case(operation, hot=0.5) for operation in ("atomic", "counts", "bag_atomic")),
     # Tables of one width and of several, each with 32 bags, and one whose ids fill no grid.

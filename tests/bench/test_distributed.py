@@ -105,6 +105,12 @@ def test_the_counter_is_what_the_loopback_has_sent(monkeypatch, tmp_path):
     assert loopback.sent_bytes() == 12345
 
 
+def test_a_machine_without_namespaces_is_noticed(monkeypatch):
+    for command in ("false", "no-such-command"):
+        monkeypatch.setattr(loopback, "UNSHARE", (command,))
+        assert not loopback.has_namespaces()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("way", ["collectives", "loopback"])
 def test_real_ranks(way):
@@ -119,7 +125,9 @@ def test_real_ranks(way):
         assert output <= step.sent_bytes < 1.02 * output
         assert step.ms_p50 > 0
     assert theirs.sent_counted == ours.sent_counted == way
+    # Torch's layer makes all of it on each rank.
     assert theirs.gradient_bytes == 5000 * 64 * 4
+    assert ours.gradient_bytes == theirs.gradient_bytes // 2
 
 
 @pytest.mark.full

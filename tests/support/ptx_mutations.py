@@ -51,7 +51,7 @@ DEFAULT_FILES = ("tests/bench/test_ptx_target.py",)
 FULL_FILES = (
     *(f"tests/api/test_{name}.py" for name in ("forward", "gradient", "bounds", "bag")),
     "tests/backends/test_in_place.py",
-    "tests/backends/test_shard.py",
+    "tests/kernels/test_shards.py",
 )
 # Changes of each program; those of the list are of the full tier.
 EACH = 3
