@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmark's extra is not installed")
 
-from gpu_embed.bench import cli, distributed, loopback, row_csv, sharded_step
-from gpu_embed.bench.sharded_step import Shape
+from gpu_embed.bench import cli, distributed, loopback, row_csv
+from gpu_embed.bench.distributed import Shape
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -162,10 +162,13 @@ def wait_for(happened, seconds=60.0):
         time.sleep(0.1)
 
 
+@pytest.mark.full
 def test_collectives_alone_are_summed():
     """Not what wraps their outputs, nor what waits for them."""
     from process_groups import one_process
     from torch.distributed import _functional_collectives as collectives
+
+    from gpu_embed.bench import sharded_step
 
     with one_process(), sharded_step.GivenBytes() as given:
         summed = collectives.all_reduce(torch.ones(8), "sum", torch.distributed.group.WORLD)

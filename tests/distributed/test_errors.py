@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import mesh
-from sharded_cases import assert_equal, distribute, integers, some_ids
+from sharded_cases import assert_equal, distribute, integers, renorm_equals_whole, some_ids
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
@@ -154,42 +154,16 @@ def test_torchrun_ends_when_a_rank_fails(tmp_path, case):
 # max_norm.
 
 
-def renormed(mesh_shape, table, ids_lie, mode):
-    """Each rank scales the rows that it has, of all ranks' ids; the others stay as they are."""
-    over, ids = mesh(*mesh_shape), some_ids(11, 4, 3)
-    weight = torch.zeros(11, 6)
-    # Norms of 5 and 10, which become 5 exactly, or nearly.
-    weight[:, 0], weight[:, 1] = 3, 4
-    weight[::2] *= 2
-    expected = weight.clone()
-    sharded = distribute(weight.clone(), over, table).requires_grad_()
-    placed = distribute(ids, over, ids_lie)
-    if mode is None:
-        one = embedding(ids, expected, max_norm=5.0)
-        output = embedding(placed, sharded, max_norm=5.0)
-    else:
-        one = embedding_bag(ids, expected, max_norm=5.0, mode=mode)
-        output = embedding_bag(placed, sharded, max_norm=5.0, mode=mode)
-    torch.testing.assert_close(output.full_tensor(), one)
-    output.sum().full_tensor().backward()
-    assert not torch.equal(expected, weight)
-    assert_equal(sharded.detach(), expected)
-    other = torch.ones(11, dtype=torch.bool)
-    other[ids.flatten()] = False
-    assert other.any()
-    assert torch.equal(sharded.detach().full_tensor()[other], weight[other])
-
-
 @pytest.mark.parametrize("mode", [None, "sum", "mean", "max"])
 @pytest.mark.parametrize("ids_lie", "r01")
 @pytest.mark.parametrize("table", "r0")
 def test_max_norm_of_whole_rows(ranks, table, ids_lie, mode):
-    ranks.run(renormed, (ranks.size,), table, ids_lie, mode)
+    ranks.run(renorm_equals_whole, (ranks.size,), table, ids_lie, mode)
 
 
 @pytest.mark.parametrize("table", ["00", "0r", "r0"])
 def test_max_norm_on_two_mesh_dimensions(four, table):
-    four.run(renormed, (2, 2), table, "0r", None)
+    four.run(renorm_equals_whole, (2, 2), table, "0r", None)
 
 
 def refused_by_columns(call):
