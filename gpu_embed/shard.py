@@ -34,8 +34,8 @@ class Shard(NamedTuple):
         return bags._replace(indices=self.local(bags.indices, num_rows, padding_idx))
 
 
-# Kernels that read ids are passed this where there is no shard.
-NO_SHARD = None, None
+# What kernels are passed of a shard, where there is none.
+NO_SHARD = (None, None)
 
 
 def table_rows(num_rows: int, shard: Shard | None) -> int:

@@ -121,7 +121,7 @@ def verify(
     return Verification(tuple(results))
 
 
-def _watched(module: Embedding | EmbeddingBag, result: Verified) -> list[Any]:
+def _watched(module: Any, result: Verified) -> list[Any]:
     """Hooks that let a module's forward, and that alone, run under a mode that sees our ops."""
     watch = _Watch(result, module.embedding_dim)
 
@@ -232,12 +232,12 @@ def _compare_embedding_bag(
     # As in a lookup: what torch has no answer to is not compared, and kept from its kernels.
     if output.numel() == 0 or not _cut_bags(offsets, len(ids)):
         return True, True
-    own = in_table(ids, num_rows)
-    used = torch.unique(ids[own])
+    in_shard = in_table(ids, num_rows)
+    used = torch.unique(ids[in_shard])
     # Behind them a row of zeros, which stands for other shards' rows, and one for padding.
     rows = torch.cat([weight.index_select(0, used), weight.new_zeros(2, weight.shape[1])])
     behind = len(used) + (ids == num_rows).to(torch.int64)
-    places = torch.where(own, torch.searchsorted(used, ids), behind)
+    places = torch.where(in_shard, torch.searchsorted(used, ids), behind)
     if mode != "max":
         # Its 16-bit means are rounded more than once.
         rows = rows.to(accumulation(rows.dtype))
@@ -246,7 +246,7 @@ def _compare_embedding_bag(
     of_rows = partial(of_bags, places, mode=mode, padding_idx=len(used) + 1)
     weights = None if per_sample_weights is None else per_sample_weights.to(rows.dtype)
     if weights is not None:
-        weights = torch.where(own, weights, 0)
+        weights = torch.where(in_shard, weights, 0)
     expected = of_rows(rows, per_sample_weights=weights).to(weight.dtype)
     known = (ids <= num_rows).to(torch.int64)
     outside = of_bags(known, rows.new_tensor([[1], [0]]), mode="sum")
@@ -344,6 +344,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """A block in which the model can be run; what a run changes is as before afterwards."""
     training: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
     kept = []
+    tensor: Any
     for holder, name, tensor in _changed_by_running(model):
         if is_dtensor(tensor):
             tensor = tensor.to_local()
