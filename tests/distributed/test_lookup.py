@@ -13,8 +13,10 @@ from sharded_cases import (
     distribute,
     integers,
     lookup_equals_whole,
+    part,
     some_ids,
 )
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from gpu_embed.functional import embedding
 
@@ -208,3 +210,34 @@ def without_gradient(table):
 @every_table_placement
 def test_a_frozen_table(two, table):
     two.run(without_gradient, table)
+
+
+def within_transforms():
+    over, ids, weight = mesh(dist.get_world_size()), some_ids(11, 4, 6), integers(11, 6)
+    table, placed = distribute(weight, over, "0"), distribute(ids, over, "r")
+    rows = torch.func.vmap(lambda row: embedding(row, table))(placed)
+    assert_equal(rows, weight[ids])
+    grad = torch.func.grad(lambda weight: embedding(placed, weight).sum())(table)
+    counts = ids.flatten().bincount(minlength=11).float()
+    assert_equal(grad, counts[:, None].expand(11, 6))
+
+
+def test_within_transforms(two):
+    """Drop-in: torch.func hides what is sharded, and its lookup is torch's."""
+    two.run(within_transforms)
+
+
+def of_more_placements():
+    """A table that is a sum over ranks, and ids whose dimension is counted from the end."""
+    over, ids, weight = mesh(dist.get_world_size()), some_ids(11, 4, 6), integers(11, 6)
+    table = DTensor.from_local(weight, over, [Partial()], run_check=False).requires_grad_()
+    placed = DTensor.from_local(part(ids, 1), over, [Shard(-1)], run_check=False)
+    output = embedding(placed, table)
+    assert_equal(output.detach(), weight[ids] * over.size())
+    output.sum().full_tensor().backward()
+    counts = ids.flatten().bincount(minlength=11).float()
+    assert_equal(table.grad, counts[:, None].expand(11, 6))
+
+
+def test_more_placements(two):
+    two.run(of_more_placements)
