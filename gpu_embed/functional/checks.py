@@ -20,7 +20,7 @@ def is_sharded(*tensors: object) -> bool:
 
     Not within torch.func's transforms, whose own tensors hide what they wrap: there torch's function serves.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
+    given: list[Any] = [tensor for tensor in tensors if tensor is not None]
     return (
         all(isinstance(tensor, Tensor) for tensor in given)
         and any(type(tensor).__name__ == "DTensor" for tensor in given)
