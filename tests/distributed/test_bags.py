@@ -12,6 +12,7 @@ from sharded_cases import (
     assert_equal,
     assert_lies_as,
     bag_equals_whole,
+    distribute,
     integers,
     part,
     some_ids,
@@ -23,6 +24,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import gpu_embed
 from gpu_embed.distributed import ColwiseBagParallel, RowwiseBagParallel
+from gpu_embed.functional import embedding_bag
 
 every_placement = pytest.mark.parametrize("table", "r01")
 every_mode = pytest.mark.parametrize("mode", ["sum", "mean", "max"])
@@ -130,6 +132,36 @@ def test_ids_of_any_dtype(two, table, mode, dtype):
     ids = some_ids(11, 4, 6, dtype=dtype)
     args = (2,), (11, 6), table, "r", "rows", mode, {}, False, None, ids
     two.run(bag_equals_whole, *args)
+
+
+def differentiates_twice(table, mode, weighted):
+    """The gradient of the weight's gradient, and of the scales', by the output's gradient."""
+    over, ids = mesh(dist.get_world_size()), some_ids(11, 4, 6)
+    scales, multiple = (integers(4, 6, seed=3), 1) if weighted else (None, MULTIPLE)
+
+    def second(lay):
+        weight = lay(integers(11, 6, multiple=multiple), table).requires_grad_()
+        grad = lay(integers(4, 6, seed=1, multiple=MULTIPLE), "r").requires_grad_()
+        factors = lay(scales, "r").requires_grad_() if weighted else None
+        output = embedding_bag(
+            lay(ids, "r"), weight, mode=mode, padding_idx=2, per_sample_weights=factors
+        )
+        leaves = [weight, factors] if weighted else [weight]
+        first = torch.autograd.grad(output, leaves, grad, create_graph=True)
+        along = [lay(integers(11, 6, seed=5, multiple=multiple), table)]
+        along += [lay(integers(4, 6, seed=6), "r")] if weighted else []
+        return torch.autograd.grad(first, grad, along)[0]
+
+    expected = second(lambda tensor, _: tensor.clone())
+    assert_equal(second(lambda tensor, names: distribute(tensor, over, names)), expected)
+
+
+@where(lambda mode, weighted: mode == "sum" or not weighted)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@every_mode
+@every_placement
+def test_double_backward(ranks, table, mode, weighted):
+    ranks.run(differentiates_twice, table, mode, weighted)
 
 
 # The styles.

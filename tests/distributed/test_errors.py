@@ -13,10 +13,11 @@ import torch.distributed as dist
 from ranks import mesh
 from sharded_cases import assert_equal, distribute, integers, renorm_equals_whole, some_ids
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    RowwiseParallel,
     parallelize_module,
 )
 
@@ -188,22 +189,34 @@ def test_max_norm_by_columns_is_refused(ranks, call):
     ranks.run(refused_by_columns, call)
 
 
-def refused_under_fsdp(bag, inner):
+def refused_under_fsdp(bag, way):
     over, ids = mesh(dist.get_world_size()), some_ids(11, 4, 6)
     layer = (gpu_embed.EmbeddingBag if bag else gpu_embed.Embedding)(11, 6, max_norm=1.0)
     model = nn.Sequential(layer)
-    if inner:
+    if way == "layer":
         fully_shard(layer, mesh=over)
-    fully_shard(model, mesh=over)
+    if way == "tensor parallel":
+        style = RowwiseBagParallel() if bag else RowwiseParallel(input_layouts=Replicate())
+        parallelize_module(model, mesh(2, 2)["tp"], {"0": style})
+        over = mesh(2, 2)["dp"]
+    if way == "first version":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    else:
+        fully_shard(model, mesh=over)
     with pytest.raises(NotImplementedError, match=r"max_norm under FSDP.*RowwiseParallel"):
         model(ids)
     still_works()
 
 
-@pytest.mark.parametrize("inner", [False, True], ids=["model", "layer"])
+@pytest.mark.parametrize("way", ["model", "layer", "first version"])
 @pytest.mark.parametrize("bag", [False, True], ids=["lookup", "bag"])
-def test_max_norm_under_fsdp_is_refused(ranks, bag, inner):
-    ranks.run(refused_under_fsdp, bag, inner)
+def test_max_norm_under_fsdp_is_refused(ranks, bag, way):
+    ranks.run(refused_under_fsdp, bag, way)
+
+
+@pytest.mark.parametrize("bag", [False, True], ids=["lookup", "bag"])
+def test_max_norm_under_fsdp_over_tensor_parallel_is_refused(four, bag):
+    four.run(refused_under_fsdp, bag, "tensor parallel")
 
 
 def remedies_of_fsdp(remedy):
@@ -286,6 +299,13 @@ def refuses(case):
         for layout in (Shard(1), Shard(-1)):
             with pytest.raises(ValueError, match=r"input_layouts must be Replicate\(\)"):
                 RowwiseBagParallel(input_layouts=layout)
+    elif case == "row-wise optimizer":
+        table.requires_grad_()
+        embedding(placed, table).sum().full_tensor().backward()
+        optimizer = gpu_embed.optim.SGD([table], lr=1.0)
+        with pytest.raises(RuntimeError, match=r"dense gradients.*torch\.optim"):
+            optimizer.step()
+        assert torch.equal(table.detach().full_tensor(), weight)
     elif case == "own offsets":
         model = nn.Sequential(gpu_embed.EmbeddingBag(11, 6))
         parallelize_module(model, over, {"0": RowwiseBagParallel(input_layouts=Shard(0))})
@@ -296,7 +316,7 @@ def refuses(case):
 
 CASES = (
     "sparse, plain ids, plain table, plain offsets, plain scales, float ids, padding_idx, "
-    "bag style on torch's, bag layouts, own offsets"
+    "bag style on torch's, bag layouts, own offsets, row-wise optimizer"
 )
 
 
