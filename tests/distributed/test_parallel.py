@@ -264,10 +264,19 @@ def swapped(style, before):
     expected = Model(layer=nn.Embedding)
     model = copy.deepcopy(expected)
     if before:
-        gpu_embed.replace_embeddings(model)
+        report = gpu_embed.replace_embeddings(model)
     parallelize_module(model, over, {"embed": STYLES[style](**layouts)})
     if not before:
-        gpu_embed.replace_embeddings(model)
+        report = gpu_embed.replace_embeddings(model)
+    assert report.replaced[0].served_by == "torch"
+    verified = report.verify(ids)
+    assert verified, verified
+    if style == "row-wise":
+        rows = part(torch.arange(11), 0).tolist()
+        said = f"rows {rows[0]} to {rows[-1]} of 11"
+    else:
+        said = f"{len(part(torch.arange(6), 0))} of 6 columns"
+    assert said in str(verified), verified
     assert isinstance(model.embed, gpu_embed.Embedding)
     output = model(ids)
     assert torch.equal(output, expected(ids))

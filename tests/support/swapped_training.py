@@ -68,7 +68,7 @@ def main() -> None:
     model = sharded(Model())
     assert isinstance(model.words.weight, DTensor)
     report = gpu_embed.replace_embeddings(model)
-    assert report.replaced[0].served_by == "torch where its weight is a DTensor"
+    assert report.replaced[0].served_by == "torch"
     assert train(model) == expected
     # Within the forward the weights are whole, and plain tensors.
     assert report.verify(ids), report.verify(ids)
