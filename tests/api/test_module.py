@@ -397,7 +397,7 @@ def mesh():
 
 
 def test_dtensor_weights(mesh):
-    """Drop-in: a sharded table goes to torch's forward, which DTensor implements."""
+    """Drop-in: a sharded table gives a DTensor; `tests/distributed` has more ranks."""
     from torch.distributed import tensor as dtensor
 
     layer = gpu_embed.Embedding(5, 3)
