@@ -16,8 +16,8 @@ from .checks import (
     as_float,
     check_norm,
     check_not_sparse,
+    has_dtensor,
     integer_hint,
-    is_sharded,
     tensor_hint,
     wrong_type,
 )
@@ -82,7 +82,7 @@ def embedding_bag(
         # The ONNX exporter translates torch's operators, not ours.
         or (is_compiling() and torch.onnx.is_in_onnx_export())
     ):
-        sharded = is_sharded(input, weight, offsets, per_sample_weights)
+        sharded = has_dtensor(input, weight, offsets, per_sample_weights)
         if not sharded:
             return _embedding_bag_by_torch(
                 input,

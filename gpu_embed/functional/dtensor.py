@@ -25,13 +25,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
-from .. import shard
-from ..ops.bag import call_embedding_bag, call_embedding_bag_max, embedding_bag_shard_max
-from ..ops.lookup import (
-    call_embedding,
-    call_embedding_dense_double_backward,
-    embedding_renorm_,
+from ..ops.bag import (
+    at_elements,
+    call_embedding_bag,
+    call_embedding_bag_max,
+    embedding_bag_shard_max,
 )
+from ..ops.lookup import call_embedding, embedding_renorm_
+from ..shard import Shard as RowShard
 
 Placements = tuple[Placement, ...]
 
@@ -46,21 +47,21 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(
-        cls, table: DTensor, ids: DTensor, columns: int, sharded_ids: tuple[int, ...]
+        cls, table: DTensor, ids: DTensor, column_dim: int, id_dims: tuple[int, ...]
     ) -> "Layout":
         """The layout of a lookup.
 
         Args:
-            columns: the dimension of the output that the table's columns are.
-            sharded_ids: dimensions on which ids may stay sharded beside a replicated table.
+            column_dim: the output's dimension of columns.
+            id_dims: the dimensions on which ids may stay sharded beside a replicated table.
         """
         rules: list[Placements] = []
         for of_table, of_ids in zip(table.placements, ids.placements, strict=True):
             if type(of_table) is Shard:
                 by_rows = of_table.dim == 0
-                output = Partial() if by_rows else Shard(columns)
+                output = Partial() if by_rows else Shard(column_dim)
                 rules.append((of_table, Replicate(), output, of_table))
-            elif type(of_ids) is Shard and of_ids.dim in sharded_ids:
+            elif type(of_ids) is Shard and of_ids.dim in id_dims:
                 rules.append((Replicate(), of_ids, of_ids, Partial()))
             else:
                 rules.append((Replicate(),) * 4)
@@ -78,18 +79,18 @@ def embedding(
     """`functional.embedding` of checked arguments, padding_idx counted from the start (-1: none).
 
     Returns:
-        A DTensor `[*input.shape, embedding_dim]`, with the placements of the table above.
+        A DTensor `[*input.shape, embedding_dim]`, placed as the module's docstring says.
     """
     ids, table = _dtensors("embedding", input=input, weight=weight)
     # The counts are those of the whole batch.
-    sharded_ids = () if scale_grad_by_freq else tuple(range(ids.dim()))
-    layout = Layout.of(table, ids, ids.dim(), sharded_ids)
-    rows = _shard(table, layout)
+    id_dims = () if scale_grad_by_freq else tuple(range(ids.dim()))
+    layout = Layout.of(table, ids, ids.dim(), id_dims)
+    shard = _shard(table, layout)
     if max_norm is not None:
-        _renorm(table, ids, layout, rows, max_norm, norm_type)
+        _renorm(table, ids, layout, shard, max_norm, norm_type)
     local_table = _local(table, layout.table, layout.grad_weight)
     local_ids = _local_ids(ids, layout.ids)
-    output = call_embedding(local_table, local_ids, padding_idx, scale_grad_by_freq, False, rows)
+    output = call_embedding(local_table, local_ids, padding_idx, scale_grad_by_freq, False, shard)
     return _whole(output, table, layout, (*ids.shape, table.shape[1]))
 
 
@@ -110,20 +111,21 @@ def embedding_bag(
     A mean is divided on each rank by how many ids the whole bag has, before it is rounded and added to the others'.
 
     Returns:
-        A DTensor `[B, embedding_dim]`, with the placements of the table above.
+        A DTensor `[B, embedding_dim]`, placed as the module's docstring says.
     """
-    ids, table = _dtensors("embedding_bag", input=input, weight=weight)
-    sharded_ids = (0,) if offsets is None and not scale_grad_by_freq else ()
-    layout = Layout.of(table, ids, 1, sharded_ids)
-    rows = _shard(table, layout)
-    everywhere = (Replicate(),) * len(layout.ids)
-    local_offsets = None
-    if offsets is not None:
-        of_bags, _ = _dtensors("embedding_bag", offsets=offsets, weight=weight)
-        local_offsets = _local_ids(of_bags, everywhere)
+    ids, table, of_bags, scales = _dtensors(
+        "embedding_bag",
+        input=input,
+        weight=weight,
+        offsets=offsets,
+        per_sample_weights=per_sample_weights,
+    )
+    id_dims = (0,) if offsets is None and not scale_grad_by_freq else ()
+    layout = Layout.of(table, ids, 1, id_dims)
+    shard = _shard(table, layout)
+    local_offsets = None if offsets is None else _local_ids(of_bags, _everywhere(table))
     local_weights = None
     if per_sample_weights is not None:
-        scales, _ = _dtensors("embedding_bag", per_sample_weights=per_sample_weights, weight=weight)
         # Each rank has the products with its own rows and columns.
         grad = tuple(
             Partial() if type(of_table) is Shard else of_ids
@@ -131,64 +133,80 @@ def embedding_bag(
         )
         local_weights = _local(scales, layout.ids, grad)
     if max_norm is not None:
-        _renorm(table, ids, layout, rows, max_norm, norm_type)
+        _renorm(table, ids, layout, shard, max_norm, norm_type)
     local_table = _local(table, layout.table, layout.grad_weight)
     local_ids = _local_ids(ids, layout.ids)
     bags = (local_ids, local_offsets, include_last_offset, padding_idx)
-    if mode == "max" and rows is not None:
-        output = _max_of_shards(local_table, table, layout, rows, *bags)
+    if mode == "max" and shard is not None:
+        output = _max_of_shards(local_table, table, layout, shard, *bags)
     elif mode == "max":
         output = call_embedding_bag_max(local_table, *bags)
     else:
         output = call_embedding_bag(
-            local_table, local_weights, *bags, mode, scale_grad_by_freq, False, rows
+            local_table, local_weights, *bags, mode, scale_grad_by_freq, False, shard
         )
     num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - include_last_offset
     return _whole(output, table, layout, (num_bags, table.shape[1]))
 
 
 def zero_row_(weight: DTensor, row: int) -> None:
-    """Fill a row with zeros wherever it lies; `weight[row].fill_(0)` fills a copy where rows are sharded."""
-    is_row = torch.arange(weight.shape[0], device=weight.device)[:, None] == row
-    mesh = weight.device_mesh
-    everywhere = DTensor.from_local(is_row, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    weight.masked_fill_(everywhere, 0)
+    """Fill a row with zeros wherever it lies; `weight[row].fill_(0)` fills a copy where rows are sharded.
+
+    A mask of a byte a row of the whole table says where, as that serves every placement.
+    """
+    is_row = torch.zeros(weight.shape[0], 1, dtype=torch.bool, device=weight.device)
+    is_row[row] = True
+    weight.masked_fill_(_replicated(is_row, weight.device_mesh), 0)
 
 
-def _dtensors(function: str, **tensors: Tensor) -> list[Any]:
+def _dtensors(function: str, **tensors: Tensor | None) -> list[Any]:
     """These tensors, all DTensors of one mesh; plain ones are taken for replicated where torch would.
 
     Raises:
         RuntimeError: one is a plain tensor, or lies on another mesh.
     """
-    mesh = next(tensor for tensor in tensors.values() if isinstance(tensor, DTensor)).device_mesh
-    found: list[DTensor] = []
-    for name, tensor in tensors.items():
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    sharded = [name for name, tensor in given.items() if isinstance(tensor, DTensor)]
+    mesh = given[sharded[0]].device_mesh  # type: ignore[attr-defined]
+    found: dict[str, DTensor] = {}
+    for name, tensor in given.items():
         if not isinstance(tensor, DTensor):
             if not torch._C._get_dtensor_allow_implicit_replication():
-                raise RuntimeError(_mixed(function, name, tensors))
-            tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+                raise RuntimeError(_mixed(function, name, sharded))
+            tensor = _replicated(tensor, mesh)
         if tensor.device_mesh != mesh:
             raise RuntimeError(
-                f"{function}: {name} lies on {tensor.device_mesh}, and another tensor on {mesh}; "
+                f"{function}: {name} lies on {tensor.device_mesh}, and {sharded[0]} on {mesh}; "
                 "distribute all of them on one mesh"
             )
-        found.append(tensor)
-    return found
+        found[name] = tensor
+    return [found.get(name) for name in tensors]
 
 
-def _mixed(function: str, name: str, tensors: dict[str, Tensor]) -> str:
+def _mixed(function: str, name: str, sharded: list[str]) -> str:
     remedy = (
         "distribute the table with torch.distributed.tensor.distribute_tensor"
         if name == "weight"
-        else f"make one with DTensor.from_local({name}, weight.device_mesh, placements), which says whether every "
-        "rank has the same, or let torch.distributed.tensor.parallel.parallelize_module shard the layer"
+        else f"make one with DTensor.from_local({name}, {sharded[0]}.device_mesh, placements), which says whether "
+        "every rank has the same, or let torch.distributed.tensor.parallel.parallelize_module shard the layer"
     )
-    others = ", ".join(other for other in tensors if other != name)
-    return f"{function}: got mixed torch.Tensor and DTensor: {name} is a plain tensor, and {others} a DTensor; {remedy}"
+    return (
+        f"{function}: got mixed torch.Tensor and DTensor: {name} is a plain tensor, and {', '.join(sharded)} a "
+        f"DTensor; {remedy}"
+    )
 
 
-def _shard(table: DTensor, layout: Layout) -> shard.Shard | None:
+def _everywhere(tensor: DTensor) -> Placements:
+    """Replicated on every dimension of its mesh."""
+    return (Replicate(),) * tensor.device_mesh.ndim
+
+
+def _replicated(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    """What every rank has the same of."""
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _shard(table: DTensor, layout: Layout) -> RowShard | None:
     """The rows of the table that this rank has; None: all of them."""
     first_row, num_rows, mesh = 0, table.shape[0], table.device_mesh
     by_rows = [d for d, p in enumerate(layout.table) if p == Shard(0)]
@@ -198,7 +216,7 @@ def _shard(table: DTensor, layout: Layout) -> shard.Shard | None:
         start = torch.sym_min(_place(mesh, mesh_dim) * chunk, num_rows)
         first_row += start
         num_rows = torch.sym_min(chunk, num_rows - start)
-    return shard.Shard(first_row, table.shape[0]) if by_rows else None
+    return RowShard(first_row, table.shape[0]) if by_rows else None
 
 
 def _place(mesh: DeviceMesh, mesh_dim: int) -> int:
@@ -215,6 +233,7 @@ def _place(mesh: DeviceMesh, mesh_dim: int) -> int:
 
 def _local(tensor: DTensor, placements: Placements, grad_placements: Placements) -> Tensor:
     """This rank's part; the gradient that it gets becomes one with the tensor's own placements."""
+    # With the placements that it has, it moves nothing, and reduces the gradient in backward.
     if tensor.placements != placements or grad_placements != placements:
         tensor = tensor.redistribute(placements=placements)
     return tensor.to_local(grad_placements=grad_placements)
@@ -223,10 +242,11 @@ def _local(tensor: DTensor, placements: Placements, grad_placements: Placements)
 def _local_ids(ids: DTensor, placements: Placements) -> Tensor:
     if ids.placements != placements:
         if ids.dtype == torch.int16:
-            # Collectives do not take it.
+            # Collectives do not take int16.
             ids = ids.to(torch.int32)  # type: ignore[assignment]
         ids = ids.redistribute(placements=placements)
     local = ids.to_local()
+    # Plain, or the lookup is not a plain call.
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
@@ -253,7 +273,7 @@ class _FromLocal(torch.autograd.Function):
             placements,
             run_check=False,
             shape=torch.Size(shape),
-            stride=tuple(strides[-len(shape) :]),
+            stride=tuple(strides),
         )
 
     @staticmethod
@@ -268,7 +288,7 @@ def _renorm(
     table: DTensor,
     ids: DTensor,
     layout: Layout,
-    rows: shard.Shard | None,
+    shard: RowShard | None,
     max_norm: float,
     norm_type: float,
 ) -> None:
@@ -283,17 +303,17 @@ def _renorm(
             f"max_norm: a table with placements {table.placements} cannot be scaled in place; shard it by rows, "
             "or leave max_norm out"
         )
-    all_ids = _local_ids(ids, (Replicate(),) * len(layout.ids))
+    all_ids = _local_ids(ids, _everywhere(table))
     # Detached before it is local, so that there is nothing for autograd to see.
     own: Any = table.detach()
-    embedding_renorm_(own.to_local(), all_ids, max_norm, norm_type, rows)
+    embedding_renorm_(own.to_local(), all_ids, max_norm, norm_type, shard)
 
 
 def _max_of_shards(
     local_table: Tensor,
     table: DTensor,
     layout: Layout,
-    rows: shard.Shard,
+    shard: RowShard,
     ids: Tensor,
     offsets: Tensor | None,
     include_last_offset: bool,
@@ -305,23 +325,20 @@ def _max_of_shards(
     """
     with torch.no_grad():
         values, positions = embedding_bag_shard_max(
-            local_table, ids, offsets, include_last_offset, padding_idx, rows
+            local_table, ids, offsets, include_last_offset, padding_idx, shard
         )
-        found = positions >= 0
+        found, num_ids = positions >= 0, ids.numel()
         keys = _ordered(values)
         keys = torch.where(found, keys, torch.iinfo(keys.dtype).min)
-        found = found & (keys == _reduced(keys, "max", table, layout))
-        nowhere = ids.numel()
-        first = _reduced(torch.where(found, positions, nowhere), "min", table, layout)
-        found = found & (positions == first)
+        found &= keys == _reduced(keys, "max", table, layout)
+        places = positions.to(torch.int32 if num_ids < 2**31 else torch.int64)
+        first = _reduced(torch.where(found, places, num_ids), "min", table, layout)
+        found &= places == first
         columns = torch.arange(values.shape[1], device=ids.device)
-        own = ids.reshape(-1)[positions.clamp(min=0)] if nowhere else positions
-        elements = (own.to(torch.int64) - rows.first_row) * values.shape[1] + columns
+        own = ids.reshape(-1)[positions.clamp(min=0)] if num_ids else positions
+        elements = (own.to(torch.int64) - shard.first_row) * values.shape[1] + columns
         elements = torch.where(found, elements, -1)
-    flat = call_embedding_dense_double_backward(
-        local_table.reshape(-1, 1), elements.view(-1), -1, False, None
-    )
-    return flat.view(values.shape)
+    return at_elements(local_table, elements)
 
 
 def _ordered(values: Tensor) -> Tensor:
@@ -337,4 +354,4 @@ def _reduced(x: Tensor, op: str, table: DTensor, layout: Layout) -> Tensor:
     mesh = table.device_mesh
     of_ranks = [Partial(op) if p == Shard(0) else Replicate() for p in layout.table]
     terms: Any = DTensor.from_local(x, mesh, of_ranks, run_check=False)
-    return terms.redistribute(placements=[Replicate()] * mesh.ndim).to_local()
+    return terms.redistribute(placements=_everywhere(table)).to_local()

@@ -14,8 +14,8 @@ from .checks import (
     as_index,
     check_norm,
     check_not_sparse,
+    has_dtensor,
     integer_hint,
-    is_sharded,
     wrap_padding_idx,
     wrong_type,
 )
@@ -73,7 +73,7 @@ def embedding(
         # ONNX can say what torch's lookup is, and not what ours is.
         or (is_compiling() and torch.onnx.is_in_onnx_export())
     ):
-        sharded = is_sharded(weight, input)
+        sharded = has_dtensor(weight, input)
         if not sharded:
             return _embedding_by_torch(
                 input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse

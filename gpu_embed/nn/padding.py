@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..functional.checks import is_sharded
+from ..functional.checks import has_dtensor
 
 
 def zero_padding_row(layer: Any) -> None:
@@ -13,7 +13,7 @@ def zero_padding_row(layer: Any) -> None:
     if padding_idx is None:
         return
     with torch.no_grad():
-        if is_sharded(weight):
+        if has_dtensor(weight):
             from ..functional.dtensor import zero_row_
 
             zero_row_(weight, padding_idx)

@@ -12,7 +12,8 @@ other two, and they differentiate any number of times, in both directions:
 single elements, so its gradient is `gpu_embed::embedding_dense_backward` of a table with one column.
 
 A shard is as in `lookup`: W is some rows of a larger table. F, G and P are then those rows' part of it. Of maxima there
-is no such part; `embedding_bag_shard_max` says what the largest in the shard are, for `max_elements` to choose from.
+is no such part; `embedding_bag_shard_max` says the largest of the shard's rows and their positions, and
+`functional.dtensor` compares them over the ranks.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from .autograd import define, register_argmax, register_loop, register_multiline
 from .lookup import (
     _embedding_dense_backward,
     call_embedding_dense_backward,
-    embedding_dense_double_backward,
+    call_embedding_dense_double_backward,
     sparse_gradient,
 )
 
@@ -525,10 +526,17 @@ def _max_adjoint(
     return call_embedding_dense_backward(*inputs).view(shape)
 
 
+def at_elements(table: Tensor, elements: Tensor) -> Tensor:
+    """The elements of a table at these places, 0 where one is -1, differentiable: a lookup in a table of one column."""
+    # Of the operators that look up, the one for which -1 is no error.
+    rows = call_embedding_dense_double_backward(
+        table.reshape(-1, 1), elements.view(-1), -1, False, None
+    )
+    return rows.view(elements.shape)
+
+
 def _at_max(weight: Tensor, max_elements: Tensor, *bags: Any) -> Tensor:
-    elements = weight.reshape(-1, 1)
-    rows: Tensor = embedding_dense_double_backward(elements, max_elements.view(-1), -1, False)
-    return rows.view(max_elements.shape)
+    return at_elements(weight, max_elements)
 
 
 call_embedding_bag_max = register_argmax(

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..functional.checks import PLAIN_TYPES
-from ..functional.checks import is_sharded as is_dtensor
+from ..functional.checks import PLAIN_TYPES, has_dtensor
 from ..nn import Embedding, EmbeddingBag
-from .verification import Verification, is_sharded, verify
+from .verification import Verification, is_fsdp_module, verify
 
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.Embedding: Embedding,
@@ -239,7 +238,7 @@ def _reason_to_skip(
         return f"already gpu_embed.{kind.__name__}"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "parametrized: replace before the parametrization is registered"
-    if is_sharded(module):
+    if is_fsdp_module(module):
         return "sharded by a fully_shard of its own: replace before that"
     if kind not in REPLACEMENTS:
         return f"a subclass, which may do more: {kind.__module__}.{kind.__qualname__}"
@@ -291,7 +290,7 @@ def _described(names: tuple[str, ...], module: Any) -> Replaced:
         execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if execution is not None:
             device = torch.device(execution)
-    if type(weight) not in PLAIN_TYPES and not is_dtensor(weight):
+    if type(weight) not in PLAIN_TYPES and not has_dtensor(weight):
         served_by = f"torch where its weight is a {type(weight).__name__}"
     else:
         try:

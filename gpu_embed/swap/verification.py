@@ -15,8 +15,7 @@ from .. import backends, bounds
 from ..bags import make_bags
 from ..bounds import in_table
 from ..dtypes import accumulation
-from ..functional.checks import PLAIN_TYPES
-from ..functional.checks import is_sharded as is_dtensor
+from ..functional.checks import PLAIN_TYPES, has_dtensor
 from ..nn import Embedding, EmbeddingBag
 from ..ops import bag as bag_ops
 from ..ops import lookup as ops
@@ -346,7 +345,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     kept = []
     tensor: Any
     for holder, name, tensor in _changed_by_running(model):
-        if is_dtensor(tensor):
+        if has_dtensor(tensor):
             tensor = tensor.to_local()
         # Of tensors with other wrappers or formats of their own no copy can be relied on.
         if (
@@ -368,7 +367,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
         finally:
             for module, mode in training:
                 module.training = mode
-                if is_sharded(module):
+                if is_fsdp_module(module):
                     # Or an optimizer that is made next would get parameters that hold no shard.
                     module.reshard()
             for holder, name, held, tensor, copy in kept:
@@ -378,7 +377,7 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
                     tensor.copy_(copy)
 
 
-def is_sharded(module: Any) -> bool:
+def is_fsdp_module(module: Any) -> bool:
     """Whether FSDP2's fully_shard was called on this module; by the name, as torch may be built without it."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
