@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 
 from ..dtypes import FLOATS
 
@@ -22,12 +24,10 @@ def has_dtensor(*tensors: object) -> bool:
     """
     given: list[Any] = [tensor for tensor in tensors if tensor is not None]
     return (
-        any(type(tensor).__name__ == "DTensor" for tensor in given)
-        and all(isinstance(tensor, Tensor) for tensor in given)
-        and (
-            torch.compiler.is_compiling()
-            or not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
-        )
+        all(isinstance(tensor, Tensor) for tensor in given)
+        and any(type(tensor).__name__ == "DTensor" for tensor in given)
+        # torch.compile cannot trace the question.
+        and (is_compiling() or not any(map(is_functorch_wrapped_tensor, given)))
     )
 
 
