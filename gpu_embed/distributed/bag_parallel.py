@@ -10,12 +10,21 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
 from ..nn import EmbeddingBag
+from ..nn.tables import BatchedTables
+
+# What to do about a module that is no bag of ours.
+HINTS = {
+    torch.nn.EmbeddingBag: "; call gpu_embed.replace_embeddings(model) before",
+    torch.nn.Embedding: "; for an Embedding take torch's RowwiseParallel or ColwiseParallel",
+    BatchedTables: "; batched tables are sharded by FSDP2 alone",
+}
 
 
 class _BagParallel(ParallelStyle):
     """A table sharded on one dimension; ids, offsets and per-sample weights to DTensors, the output back."""
 
     table_dim: int
+    default_output: Placement = Replicate()
 
     def __init__(
         self,
@@ -26,7 +35,7 @@ class _BagParallel(ParallelStyle):
     ) -> None:
         super().__init__()
         self.input_layouts = input_layouts or Replicate()
-        self.output_layouts = output_layouts or self._default_output()
+        self.output_layouts = output_layouts or self.default_output
         self.use_local_output = use_local_output
         if self.input_layouts not in (Replicate(), Shard(0)):
             raise ValueError(
@@ -34,21 +43,21 @@ class _BagParallel(ParallelStyle):
                 f"each rank's own rows of ids [B, L]; got {self.input_layouts}"
             )
 
-    @staticmethod
-    def _default_output() -> Placement:
-        return Replicate()
-
     def _apply(self, module: torch.nn.Module, device_mesh: DeviceMesh) -> torch.nn.Module:
+        style = type(self).__name__
         if not isinstance(module, EmbeddingBag):
-            hint = (
-                "; call gpu_embed.replace_embeddings(model) before"
-                if isinstance(module, torch.nn.EmbeddingBag)
-                else ""
-            )
+            hint = next((hint for kind, hint in HINTS.items() if isinstance(module, kind)), "")
             raise NotImplementedError(
-                f"{type(self).__name__} is for gpu_embed.EmbeddingBag, not {type(module).__name__}{hint}"
+                f"{style} is for gpu_embed.EmbeddingBag, not {type(module).__name__}{hint}"
+            )
+        if device_mesh.ndim != 1:
+            raise ValueError(
+                f"{style} shards over one dimension of a mesh, and this one has {device_mesh.ndim}: pass one of them, "
+                'as in mesh["tp"]'
             )
         weight = module.weight
+        if isinstance(weight, DTensor):
+            raise ValueError(f"{style}: the table is sharded already, as {weight.placements}")
         table = distribute_tensor(
             weight, device_mesh, [Shard(self.table_dim)], src_data_rank=self.src_data_rank
         )
@@ -91,8 +100,9 @@ class RowwiseBagParallel(_BagParallel):
         use_local_output: whether the output is a plain tensor (default), or a DTensor.
 
     Raises:
-        NotImplementedError: the module is no `gpu_embed.EmbeddingBag`; max_norm and offsets with Shard(0) are refused
-            by the forward.
+        NotImplementedError: the module is no `gpu_embed.EmbeddingBag`; offsets with Shard(0) are refused by the
+            forward.
+        ValueError: the mesh has several dimensions, or the table is sharded already.
 
     Example::
 
@@ -116,7 +126,4 @@ class ColwiseBagParallel(_BagParallel):
     """
 
     table_dim = 1
-
-    @staticmethod
-    def _default_output() -> Placement:
-        return Shard(1)
+    default_output = Shard(1)
