@@ -3,6 +3,8 @@
     pip install ".[demo]"
     torchrun --nproc-per-node 2 examples/sharded.py
 
+What shards is `sharded_model`, `train` and `save_and_load`; the rest is the command line.
+
 No process ever holds the whole table, its gradient or its optimizer's state. On GPUs each process takes a card of its
 own; on a CPU they talk over gloo. Without torchrun one process holds all rows.
 """
