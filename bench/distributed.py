@@ -8,19 +8,23 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import loopback
 from .console import make_table
 from .machine import readable_bytes
-from .sharded_step import DISTRIBUTION, LAYERS, Shape, command
 from .timing import percentiles
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+# torch's, and ours.
+LAYERS = ("torch", "gpu_embed")
+DISTRIBUTION = "zipf:1.05"
 # How the bytes of a step were counted.
 COUNTED = {
     "loopback": "on the loopback of a network namespace of their own",
@@ -30,6 +34,18 @@ COUNTED = {
 
 class RankError(Exception):
     """Ranks that failed, and their last words."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured, and whether the ranks have a network namespace of their own."""
+
+    ranks: int
+    rows: int
+    dim: int
+    ids: int  # the same on all ranks
+    rounds: int
+    has_namespace: bool
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,13 @@ def _spoken(shape: Shape, advance: Callable[[], Any]) -> list[dict[str, Any]]:
     if len(said) != shape.rounds + 1:
         raise RankError(f"{shape.ranks} ranks: {words[-1] if words else process.returncode}")
     return said
+
+
+def command(shape: Shape) -> list[str]:
+    """What starts the ranks."""
+    own_network = loopback.UNSHARE if shape.has_namespace else ()
+    module = "gpu_embed.bench.sharded_step"
+    return [*own_network, sys.executable, "-m", module, json.dumps(asdict(shape))]
 
 
 def _environ() -> dict[str, str]:

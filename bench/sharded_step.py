@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +28,11 @@ import gpu_embed
 
 from . import ids as ids_module
 from . import loopback
+from .distributed import DISTRIBUTION, LAYERS, Shape
 
-LAYERS: dict[str, type[torch.nn.Embedding]] = {
-    "torch": torch.nn.Embedding,
-    "gpu_embed": gpu_embed.Embedding,
-}
-DISTRIBUTION = "zipf:1.05"
+KINDS = dict(zip(LAYERS, (torch.nn.Embedding, gpu_embed.Embedding), strict=True))
 # Of torch's functional collectives those that send nothing.
 NO_TRANSFER = ("wait_tensor.default", "_wrap_tensor_autograd.default")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is measured, and whether the ranks have a network namespace of their own."""
-
-    ranks: int
-    rows: int
-    dim: int
-    ids: int  # the same on all ranks
-    rounds: int
-    has_namespace: bool
 
 
 class ShardedTable:
@@ -135,7 +119,7 @@ def run_rank(rank: int, shape: Shape, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=shape.ranks)
     mesh = init_device_mesh("cpu", (shape.ranks,))
-    tables = {name: ShardedTable(kind, shape, mesh) for name, kind in LAYERS.items()}
+    tables = {name: ShardedTable(kind, shape, mesh) for name, kind in KINDS.items()}
 
     def say(**words: object) -> None:
         if rank == 0:
@@ -165,13 +149,6 @@ def run_rank(rank: int, shape: Shape, store: str) -> None:
     all_equal = of_all_ranks(int(equal), dist.ReduceOp.MIN)
     say(equal=bool(all_equal), sent_bytes=sent, gradient_bytes=gradient)
     dist.destroy_process_group()
-
-
-def command(shape: Shape) -> list[str]:
-    """What starts this module."""
-    own_network = loopback.UNSHARE if shape.has_namespace else ()
-    module = "gpu_embed.bench.sharded_step"
-    return [*own_network, sys.executable, "-m", module, json.dumps(asdict(shape))]
 
 
 def main() -> None:

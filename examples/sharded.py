@@ -155,7 +155,8 @@ def process_group(device: torch.device) -> Iterator[None]:
         # torchrun ends its processes so where one has failed.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **({} if launched else alone))
+    card = device if device.type == "cuda" else None
+    dist.init_process_group(backend, device_id=card, **({} if launched else alone))
     try:
         yield
     except KeyboardInterrupt:

@@ -1,6 +1,5 @@
 """Which rows of a table a rank holds."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,33 +29,15 @@ class Shard(NamedTuple):
         rows = torch.where((ids >= 0) & (ids < self.num_embeddings), rows, num_rows + 1)
         return torch.where(ids == padding_idx, num_rows, rows) if padding_idx >= 0 else rows
 
+    def local_bags(self, bags: Bags, num_rows: int, padding_idx: int) -> Bags:
+        """The bags of `local` ids."""
+        return bags._replace(indices=self.local(bags.indices, num_rows, padding_idx))
 
-# Kernels that read ids are passed this where there is no shard.
-NO_SHARD = None, None
 
-
-def as_shard(numbers: Sequence[int] | None) -> Shard | None:
-    """A shard of what an operator's schema makes of it."""
-    return None if numbers is None else Shard(*numbers)
+# What kernels are passed of a shard, where there is none.
+NO_SHARD = (None, None)
 
 
 def table_rows(num_rows: int, shard: Shard | None) -> int:
     """Rows of the whole table, of which the tensor in hand has `num_rows`."""
     return num_rows if shard is None else shard.num_embeddings
-
-
-def local_ids(
-    indices: Tensor, num_rows: int, padding_idx: int, shard: Shard | None
-) -> tuple[Tensor, int]:
-    """Ids and padding of a table, or with a shard its rows, as `Shard.local` numbers them."""
-    if shard is None:
-        return indices, padding_idx
-    return shard.local(indices, num_rows, padding_idx), num_rows
-
-
-def local_bags(
-    bags: Bags, num_rows: int, padding_idx: int, shard: Shard | None
-) -> tuple[Bags, int]:
-    """`local_ids` of bags."""
-    indices, padding_idx = local_ids(bags.indices, num_rows, padding_idx, shard)
-    return bags._replace(indices=indices), padding_idx

@@ -13,7 +13,7 @@ from ..dtypes import accumulation
 from ..reference import rounding as stochastic_rounding
 from ..reference.bag import largest_of_bags
 from ..row_update import STATE, RowUpdate
-from ..shard import Shard, local_bags, local_ids, table_rows
+from ..shard import Shard, table_rows
 from ..tables.batch import TableBatch, write_out_of_range
 from ..tables.entries import TableEntries
 from ..tables.layout import TableColumn
@@ -46,7 +46,7 @@ class ReferenceBackend:
             return weight.new_empty(*indices.shape, weight.shape[1])
         if record is not None:
             record.write(indices, table_rows(weight.shape[0], shard))
-        indices, zero_idx = local_ids(indices, weight.shape[0], zero_idx, shard)
+        indices, zero_idx = _local(indices, weight.shape[0], zero_idx, shard)
         # NumPy does not know every dtype, but a lookup copies bytes.
         table = (
             weight.detach()
@@ -71,7 +71,7 @@ class ReferenceBackend:
         into: Tensor | None = None,
         shard: Shard | None = None,
     ) -> Tensor:
-        indices, padding_idx = local_ids(indices, num_embeddings, padding_idx, shard)
+        indices, padding_idx = _local(indices, num_embeddings, padding_idx, shard)
         grad_weight = reference.embedding_dense_backward(
             grad_output.detach().cpu().double().numpy(),
             indices.cpu().numpy(),
@@ -90,7 +90,7 @@ class ReferenceBackend:
         shard: Shard | None = None,
     ) -> None:
         if shard is not None:
-            indices, _ = local_ids(indices, weight.shape[0], -1, shard)
+            indices, _ = _local(indices, weight.shape[0], -1, shard)
             # Other shards' ids are no error; there may be none left.
             indices = indices[indices >= 0]
         table = weight.detach().cpu().double().numpy()
@@ -100,7 +100,7 @@ class ReferenceBackend:
     def embedding_counts(
         self, indices: Tensor, num_embeddings: int, shard: Shard | None = None
     ) -> Tensor:
-        indices, _ = local_ids(indices, num_embeddings, -1, shard)
+        indices, _ = _local(indices, num_embeddings, -1, shard)
         counts = reference.embedding_counts(indices.cpu().numpy(), num_embeddings)
         return torch.from_numpy(counts).to(indices.device)
 
@@ -142,7 +142,7 @@ class ReferenceBackend:
     ) -> Tensor:
         if record is not None:
             record.write_bags(bags, table_rows(weight.shape[0], shard))
-        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
+        bags, padding_idx = _local_bags(bags, weight.shape[0], padding_idx, shard)
         output = reference.embedding_bag(
             _array(weight), *_bag_arrays(bags), padding_idx, mode, _array(per_sample_weights)
         )
@@ -164,7 +164,7 @@ class ReferenceBackend:
                 _array(weight), *_bag_arrays(bags), padding_idx
             )
         else:
-            bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
+            bags, padding_idx = _local_bags(bags, weight.shape[0], padding_idx, shard)
             output, argmax = largest_of_bags(
                 _array(weight), *_bag_arrays(bags), padding_idx, others_idx=-1
             )
@@ -183,7 +183,7 @@ class ReferenceBackend:
         into: Tensor | None = None,
         shard: Shard | None = None,
     ) -> Tensor:
-        bags, padding_idx = local_bags(bags, num_embeddings, padding_idx, shard)
+        bags, padding_idx = _local_bags(bags, num_embeddings, padding_idx, shard)
         grad_weight = reference.embedding_bag_dense_backward(
             _array(grad_output),
             *_bag_arrays(bags),
@@ -203,7 +203,7 @@ class ReferenceBackend:
         padding_idx: int,
         shard: Shard | None = None,
     ) -> Tensor:
-        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
+        bags, padding_idx = _local_bags(bags, weight.shape[0], padding_idx, shard)
         grad = reference.embedding_bag_sample_weights_backward(
             _array(grad_output), _array(weight), *_bag_arrays(bags), padding_idx
         )
@@ -343,6 +343,23 @@ class ReferenceBackend:
                 None,
                 first_row,
             )
+
+
+def _local(
+    indices: Tensor, num_rows: int, padding_idx: int, shard: Shard | None
+) -> tuple[Tensor, int]:
+    """Ids and padding as rows of the shard, as `Shard.local` numbers them."""
+    if shard is None:
+        return indices, padding_idx
+    return shard.local(indices, num_rows, padding_idx), num_rows
+
+
+def _local_bags(
+    bags: Bags, num_rows: int, padding_idx: int, shard: Shard | None
+) -> tuple[Bags, int]:
+    if shard is None:
+        return bags, padding_idx
+    return shard.local_bags(bags, num_rows, padding_idx), num_rows
 
 
 def _ids_array(indices: Tensor) -> Any:

@@ -134,8 +134,8 @@ class Backend(Protocol):
         first of equals wins; NaN wins where it comes first, and nowhere else.
 
         With a shard, the largest among its own rows, and as the second the position in bags.indices that it is of: so
-        the first of equals in several shards can be found. NaN wins where no id of the bag but padding, nor one out
-        of range, comes before it, of whatever shard.
+        the first of equals in several shards can be found. NaN wins where it comes first among the bag's ids of all
+        shards, padding and ids out of range left out.
         """
 
     def embedding_bag_dense_backward(

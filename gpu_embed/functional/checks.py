@@ -16,9 +16,15 @@ PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def is_sharded(*tensors: object) -> bool:
-    """Whether these are tensors, one of them a DTensor; by the name, as that is slow to import and may not be there."""
-    return all(isinstance(tensor, Tensor) for tensor in tensors if tensor is not None) and any(
-        type(tensor).__name__ == "DTensor" for tensor in tensors
+    """Whether these are tensors, one of them a DTensor; by the name, as that is slow to import and may not be there.
+
+    Not within torch.func's transforms, whose own tensors hide what they wrap: there torch's function serves.
+    """
+    given: list[Any] = [tensor for tensor in tensors if tensor is not None]
+    return (
+        all(isinstance(tensor, Tensor) for tensor in given)
+        and any(type(tensor).__name__ == "DTensor" for tensor in given)
+        and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, given))
     )
 
 

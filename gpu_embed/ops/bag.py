@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import backends, bounds
 from ..bags import Bags, check_offsets, count_bags, make_bags
 from ..dtypes import accumulation
-from ..shard import Shard, as_shard, local_bags, table_rows
+from ..shard import Shard, table_rows
 from .autograd import define, register_argmax, register_loop, register_multilinear
 from .lookup import (
     _embedding_dense_backward,
@@ -60,7 +60,7 @@ def _embedding_bag(
         bounds.raise_pending(weight.device)
         return weight.new_empty((bags.num_bags, weight.shape[1])).zero_()
     if weight.shape[1] == 0:
-        num_embeddings = table_rows(weight.shape[0], as_shard(shard))
+        num_embeddings = weight.shape[0] if shard is None else shard[1]
         compute = partial(_no_columns, weight, bags, num_embeddings)
         return bounds.looked_up(weight.device, indices, compute)
     if per_sample_weights is not None:
@@ -68,7 +68,7 @@ def _embedding_bag(
     compute_bag = backends.select(weight.device).embedding_bag
     compute = partial(compute_bag, weight, per_sample_weights, bags, padding_idx, mode)
     if shard is not None:
-        compute = partial(compute, shard=as_shard(shard))
+        compute = partial(compute, shard=Shard(*shard))
     return bounds.looked_up(weight.device, indices, compute)
 
 
@@ -150,7 +150,7 @@ def _embedding_bag_dense_backward(
         mode,
         scale_grad_by_freq,
         into,
-        as_shard(shard),
+        None if shard is None else Shard(*shard),
     )
 
 
@@ -168,7 +168,7 @@ def _embedding_bag_sample_weights_backward(
     if grad_output.numel() == 0 or weight.numel() == 0 or bags.indices.numel() == 0:
         return grad_output.new_zeros(indices.shape)
     grad = backends.select(grad_output.device).embedding_bag_sample_weights_backward(
-        grad_output, weight, bags, padding_idx, as_shard(shard)
+        grad_output, weight, bags, padding_idx, None if shard is None else Shard(*shard)
     )
     return grad.view(indices.shape)
 
@@ -179,7 +179,9 @@ def _embedding_counts(
     if indices.numel() == 0 or num_embeddings == 0:
         return _embedding_counts_fake(indices, num_embeddings).zero_()
     backend = backends.select(indices.device)
-    return backend.embedding_counts(indices, num_embeddings, as_shard(shard))
+    return backend.embedding_counts(
+        indices, num_embeddings, None if shard is None else Shard(*shard)
+    )
 
 
 # Fake kernels.
@@ -319,7 +321,9 @@ def _bag_by_weight(
 ) -> Tensor:
     if sparse:
         bags = make_bags(indices, offsets, include_last_offset)
-        bags, padding_idx = local_bags(bags, num_embeddings, padding_idx, as_shard(shard))
+        if shard is not None:
+            bags = Shard(*shard).local_bags(bags, num_embeddings, padding_idx)
+            padding_idx = num_embeddings
         return _sparse_gradient(
             grad, per_sample_weights, bags, num_embeddings, padding_idx, mode, scale_grad_by_freq
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import backends, bounds
 from ..dtypes import FLOATS
-from ..shard import as_shard, local_ids, table_rows
+from ..shard import Shard
 from .autograd import _library, define, loop, register_multilinear
 from .plain import PLAIN_MODES, included_keys
 
@@ -37,13 +37,13 @@ def _embedding(
 ) -> Tensor:
     """weight[indices], ids out of range recorded and, where that needs no stall, reported."""
     if weight.shape[1] == 0 or indices.numel() == 0:
-        num_embeddings = table_rows(weight.shape[0], as_shard(shard))
+        num_embeddings = weight.shape[0] if shard is None else shard[1]
         compute = partial(_nothing, weight, indices, num_embeddings)
         return bounds.looked_up(weight.device, indices, compute)
     embedding = backends.select(weight.device).embedding
     compute = partial(embedding, weight, indices, -1)
     if shard is not None:
-        compute = partial(compute, shard=as_shard(shard))
+        compute = partial(compute, shard=Shard(*shard))
     return bounds.looked_up(weight.device, indices, compute)
 
 
@@ -87,7 +87,7 @@ def _embedding_dense_backward(
         padding_idx,
         scale_grad_by_freq,
         into,
-        as_shard(shard),
+        None if shard is None else Shard(*shard),
     )
 
 
@@ -102,7 +102,7 @@ def _embedding_dense_double_backward(
     shape = (*indices.shape, grad.shape[1])
     if indices.numel() == 0 or grad.shape[1] == 0:
         return grad.new_empty(shape)
-    backend, rows = backends.select(grad.device), as_shard(shard)
+    backend, rows = backends.select(grad.device), None if shard is None else Shard(*shard)
     output = backend.embedding(grad, indices, padding_idx, None, rows)
     if scale_grad_by_freq:
         counts = backend.embedding_counts(indices, grad.shape[0], rows)
@@ -124,7 +124,9 @@ def _embedding_renorm_(
         if weight.dtype not in FLOATS:
             # No kernel of ours has the norm of complex numbers; torch decides on the rest.
             backend = backends.load("torch")
-        backend.embedding_renorm_(weight, indices, max_norm, norm_type, as_shard(shard))
+        backend.embedding_renorm_(
+            weight, indices, max_norm, norm_type, None if shard is None else Shard(*shard)
+        )
 
 
 # Fake kernels.
@@ -213,7 +215,9 @@ def embedding_adjoint(
     into: Tensor | None = None,
 ) -> Tensor:
     if sparse:
-        indices, padding_idx = local_ids(indices, num_embeddings, padding_idx, as_shard(shard))
+        if shard is not None:
+            indices = Shard(*shard).local(indices, num_embeddings, padding_idx)
+            padding_idx = num_embeddings
         return sparse_gradient(grad, indices, num_embeddings, padding_idx, scale_grad_by_freq)
     inputs = grad, indices, num_embeddings, padding_idx, scale_grad_by_freq, shard
     if into is not None:

@@ -11,6 +11,7 @@ import torch
 
 from .. import backends
 from ..functional.checks import PLAIN_TYPES
+from ..functional.checks import is_sharded as is_dtensor
 from ..nn import Embedding, EmbeddingBag
 from .verification import Verification, is_sharded, verify
 
@@ -290,7 +291,7 @@ def _described(names: tuple[str, ...], module: Any) -> Replaced:
         execution = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if execution is not None:
             device = torch.device(execution)
-    if type(weight) not in PLAIN_TYPES:
+    if type(weight) not in PLAIN_TYPES and not is_dtensor(weight):
         served_by = f"torch where its weight is a {type(weight).__name__}"
     else:
         try:

@@ -1,6 +1,6 @@
 """Proof that a model looks up with our op: it is run once and watched, and left as it was."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +12,15 @@ from torch.nn.functional import embedding_bag
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backends, bounds
+from ..bags import make_bags
 from ..bounds import in_table
 from ..dtypes import accumulation
 from ..functional.checks import PLAIN_TYPES
+from ..functional.checks import is_sharded as is_dtensor
 from ..nn import Embedding, EmbeddingBag
 from ..ops import bag as bag_ops
 from ..ops import lookup as ops
+from ..shard import Shard
 
 
 @dataclass
@@ -32,6 +35,7 @@ class Verified:
         differing: in how many of these the output was not what torch's lookup gets.
         exact: whether all outputs were that bit for bit.
         served_by: the backend that looked up; "" where none did.
+        shard: the part of a DTensor that this rank looked up in; "" for a whole table.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Verified:
     differing: int = 0
     exact: bool = True
     served_by: str = ""
+    shard: str = ""
 
     @property
     def ok(self) -> bool:
@@ -54,6 +59,7 @@ class Verified:
             return "not reached by this input"
         calls = f"{self.lookups} of {self.calls} calls looked up with gpu_embed"
         calls += f" ({self.served_by})" if self.lookups else ""
+        calls += f" in {self.shard}" if self.shard else ""
         if self.lookups < self.calls:
             return f"{calls}; the others ran torch's lookup or another forward"
         if self.differing:
@@ -115,9 +121,9 @@ def verify(
     return Verification(tuple(results))
 
 
-def _watched(module: torch.nn.Module, result: Verified) -> list[Any]:
+def _watched(module: Any, result: Verified) -> list[Any]:
     """Hooks that let a module's forward, and that alone, run under a mode that sees our ops."""
-    watch = _Watch(result)
+    watch = _Watch(result, module.embedding_dim)
 
     def before(*_: Any) -> None:
         result.calls += 1
@@ -133,11 +139,11 @@ def _watched(module: torch.nn.Module, result: Verified) -> list[Any]:
 
 
 class _Watch(TorchDispatchMode):
-    """Compares each lookup of one module with torch's."""
+    """Compares each lookup of one module with torch's: of a DTensor, what this rank looks up in its own part."""
 
-    def __init__(self, result: Verified) -> None:
+    def __init__(self, result: Verified, embedding_dim: int) -> None:
         super().__init__()
-        self._result = result
+        self._result, self._embedding_dim = result, embedding_dim
 
     def __torch_dispatch__(
         self,
@@ -149,6 +155,9 @@ class _Watch(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         if func in COMPARISONS:
             is_exact, is_right = COMPARISONS[func](output, *args)
+            arguments = dict(zip((one.name for one in func._schema.arguments), args, strict=False))
+            shard = arguments.get("shard")
+            self._result.shard = _part(args[0], shard, self._embedding_dim)
             self._result.lookups += 1
             self._result.served_by = backends.select(args[0].device).name
             self._result.exact &= is_exact
@@ -156,19 +165,44 @@ class _Watch(TorchDispatchMode):
         return output
 
 
+def _part(weight: Tensor, shard: Sequence[int] | None, embedding_dim: int) -> str:
+    """Which rows and columns of a table this is; "" for all of them."""
+    num_rows, num_columns = weight.shape
+    parts = []
+    if shard is not None:
+        first_row, num_embeddings = shard
+        rows = f"rows {first_row:,} to {first_row + num_rows - 1:,}" if num_rows else "no rows"
+        parts.append(f"{rows} of {num_embeddings:,}")
+    if num_columns != embedding_dim:
+        parts.append(f"{num_columns:,} of {embedding_dim:,} columns")
+    return ", ".join(parts)
+
+
+def _shard_of(weight: Tensor, shard: Sequence[int] | None) -> Shard:
+    return Shard(0, weight.shape[0]) if shard is None else Shard(*shard)
+
+
 def _compare_embedding(
-    output: Tensor, weight: Tensor, indices: Tensor, *_: object
+    output: Tensor,
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    shard: Sequence[int] | None = None,
 ) -> tuple[bool, bool]:
     """Whether a lookup is bit-equal to torch's, and so right."""
     if output.numel() == 0:
         return True, True
-    ids = indices.reshape(-1).to(torch.int64)
+    rows = _shard_of(weight, shard).local(indices.reshape(-1), weight.shape[0])
     # To an id out of range torch has no answer, and on CUDA its kernels end the process.
-    places = in_table(ids, weight.shape[0]).nonzero()[:, 0]
+    places, others = (which.nonzero()[:, 0] for which in (in_table(rows, len(weight)), rows == -1))
     # What torch.embedding itself calls; within override_aten that may be ours.
-    expected = weight.index_select(0, ids[places])
-    found = output.reshape(len(ids), weight.shape[1]).index_select(0, places)
-    is_exact = same_bits(found, expected)
+    expected = weight.index_select(0, rows[places])
+    found = output.reshape(len(rows), weight.shape[1])
+    zeros = found.index_select(0, others)
+    is_exact = same_bits(found.index_select(0, places), expected)
+    is_exact &= same_bits(zeros, torch.zeros_like(zeros))
     return is_exact, is_exact
 
 
@@ -181,10 +215,13 @@ def _compare_embedding_bag(
     include_last_offset: bool,
     padding_idx: int,
     mode: str,
-    *_: object,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    shard: Sequence[int] | None = None,
 ) -> tuple[bool, bool]:
     """Whether bags are bit-equal to torch's, and whether they are within the rounding error of them."""
-    ids = indices.to(torch.int64)
+    num_rows = weight.shape[0]
+    ids = _shard_of(weight, shard).local(indices, num_rows, padding_idx)
     if offsets is not None:
         offsets = offsets.to(torch.int64)
         if include_last_offset:
@@ -193,26 +230,26 @@ def _compare_embedding_bag(
             if per_sample_weights is not None:
                 per_sample_weights = per_sample_weights[: len(ids)]
     # As in a lookup: what torch has no answer to is not compared, and kept from its kernels.
-    if output.numel() == 0 or weight.shape[0] == 0 or not _cut_bags(offsets, len(ids)):
+    if output.numel() == 0 or not _cut_bags(offsets, len(ids)):
         return True, True
-    kept = in_table(ids, weight.shape[0])
-    used, places = torch.unique(torch.where(kept, ids, 0), return_inverse=True)
-    rows = weight.index_select(0, used)
+    in_shard = in_table(ids, num_rows)
+    used = torch.unique(ids[in_shard])
+    # Behind them a row of zeros, which stands for other shards' rows, and one for padding.
+    rows = torch.cat([weight.index_select(0, used), weight.new_zeros(2, weight.shape[1])])
+    behind = len(used) + (ids == num_rows).to(torch.int64)
+    places = torch.where(in_shard, torch.searchsorted(used, ids), behind)
     if mode != "max":
         # Its 16-bit means are rounded more than once.
         rows = rows.to(accumulation(rows.dtype))
 
     of_bags = partial(embedding_bag, offsets=offsets, include_last_offset=include_last_offset)
-    is_padding = used == padding_idx
-    of_rows = partial(
-        of_bags,
-        places,
-        mode=mode,
-        padding_idx=int(is_padding.nonzero()) if is_padding.any() else None,
-    )
+    of_rows = partial(of_bags, places, mode=mode, padding_idx=len(used) + 1)
     weights = None if per_sample_weights is None else per_sample_weights.to(rows.dtype)
+    if weights is not None:
+        weights = torch.where(in_shard, weights, 0)
     expected = of_rows(rows, per_sample_weights=weights).to(weight.dtype)
-    outside = of_bags(kept.to(torch.int64), rows.new_tensor([[1], [0]]), mode="sum")
+    known = (ids <= num_rows).to(torch.int64)
+    outside = of_bags(known, rows.new_tensor([[1], [0]]), mode="sum")
     is_judged = outside[:, 0] == 0
     if same_bits(output[is_judged], expected[is_judged]):
         return True, True
@@ -250,15 +287,46 @@ def _compare_embedding_bag_max(
     *_: object,
 ) -> tuple[bool, bool]:
     """Whether maxima are bit-equal to torch's, and so right."""
-    return _compare_embedding_bag(
-        output[0], weight, None, indices, offsets, include_last_offset, padding_idx, "max"
+    bags = indices, offsets, include_last_offset, padding_idx
+    return _compare_embedding_bag(output[0], weight, None, *bags, "max", False, False)
+
+
+def _compare_embedding_bag_shard_max(
+    output: tuple[Tensor, Tensor],
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int,
+    shard: Sequence[int],
+) -> tuple[bool, bool]:
+    """Whether the maxima among a shard's rows are where they are said to be, and those that torch finds there."""
+    values, positions = output
+    bags = make_bags(indices, offsets, include_last_offset)
+    ids = Shard(*shard).local(bags.indices, weight.shape[0], padding_idx)
+    own = in_table(ids, weight.shape[0])
+    if values.numel() == 0 or not own.any():
+        return (right := not values.any()), right
+    rows = ids[positions.clamp(min=0)].clamp(0, weight.shape[0] - 1)
+    found = torch.where(positions < 0, 0, weight.gather(0, rows))
+    # torch gets the shard's ids alone.
+    before = torch.cat([own.new_zeros(1, dtype=torch.int64), own.cumsum(0)])
+    begin, end = bags.ends()
+    offsets = torch.cat([before[begin], before[end[-1:]]])
+    expected = embedding_bag(
+        ids[own], weight.detach(), offsets, mode="max", include_last_offset=True
     )
+    # Where another shard's id is first, torch cannot know that NaN is not.
+    is_judged = ~expected.isnan()
+    right = same_bits(values, found) and same_bits(values[is_judged], expected[is_judged])
+    return right, right
 
 
 COMPARISONS: dict[Any, Callable[..., tuple[bool, bool]]] = {
     ops.embedding: _compare_embedding,
     bag_ops.embedding_bag: _compare_embedding_bag,
     bag_ops.embedding_bag_max: _compare_embedding_bag_max,
+    bag_ops.embedding_bag_shard_max: _compare_embedding_bag_shard_max,
 }
 
 
@@ -276,14 +344,17 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
     """A block in which the model can be run; what a run changes is as before afterwards."""
     training: list[tuple[Any, bool]] = [(module, module.training) for module in model.modules()]
     kept = []
+    tensor: Any
     for holder, name, tensor in _changed_by_running(model):
-        # Of tensors with wrappers or formats of their own no copy can be relied on.
+        if is_dtensor(tensor):
+            tensor = tensor.to_local()
+        # Of tensors with other wrappers or formats of their own no copy can be relied on.
         if (
             type(tensor) in PLAIN_TYPES
             and tensor.layout is torch.strided
             and not (tensor.is_meta or tensor.is_quantized)
         ):
-            kept.append((holder, name, tensor, tensor.detach().clone()))
+            kept.append((holder, name, holder[name], tensor, tensor.detach().clone()))
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda})
     with (
@@ -300,8 +371,8 @@ def _undisturbed(model: torch.nn.Module) -> Iterator[None]:
                 if is_sharded(module):
                     # Or an optimizer that is made next would get parameters that hold no shard.
                     module.reshard()
-            for holder, name, tensor, copy in kept:
-                holder[name] = tensor
+            for holder, name, held, tensor, copy in kept:
+                holder[name] = held
                 # Only where it differs: a write would trip autograd, which may have saved the tensor.
                 if not same_bits(tensor.detach(), copy):
                     tensor.copy_(copy)

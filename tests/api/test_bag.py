@@ -534,7 +534,7 @@ def test_maxima_by_scattering_treat_nan_alike():
     sizes = torch.tensor([len(bag) for bag in SPECIAL.values()])
     bags = gpu_embed.bags.make_bags(indices, sizes.cumsum(0) - sizes, False)
     results = [
-        _torch._max_by_scatter(values[:, None], bags, 0, True),
+        _torch._max_by_scatter(values[:, None], bags, 0, True, False),
         gpu_embed.backends.load("reference").embedding_bag_max(
             values[:, None], bags, 0, True, None
         ),

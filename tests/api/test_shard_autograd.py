@@ -17,16 +17,20 @@ from gpu_embed.ops import bag as bags
 from gpu_embed.ops import lookup as ops
 
 # Of the operators alone: what each backend computes is tests/backends/test_shard.py.
-pytestmark = pytest.mark.parametrize(
-    "target",
-    [
-        one
-        if one.id == "torch-cpu"
-        else pytest.param(*one.values, id=one.id, marks=[*one.marks, pytest.mark.full])
-        for one in params(*MODELS)
-    ],
-    indirect=True,
-)
+pytestmark = [
+    pytest.mark.parametrize(
+        "target",
+        [
+            one
+            if one.id == "torch-cpu"
+            else pytest.param(*one.values, id=one.id, marks=[*one.marks, pytest.mark.full])
+            for one in params(*MODELS)
+        ],
+        indirect=True,
+    ),
+    # torch's own.
+    pytest.mark.filterwarnings("ignore:`torch.jit.\\w+` is deprecated"),
+]
 
 V, FIRST_ROW, ROWS, DIM = 9, 2, 3, 2
 SHARD = [FIRST_ROW, V]

@@ -293,6 +293,28 @@ def test_counts_put_together(target, cut):
     assert counts.tolist() == [2 ** (row % 4) for row in range(V)]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("num_rows", [2**15, 2**16 - 2, 2**16 - 1])
+def test_sort_keys_of_all_widths(target, method, num_rows):
+    """Keys are rows of the shard, and two more: for other shards' ids and for ids of no row."""
+    shard = Shard(100, 2**17)
+    rows = torch.tensor([0, num_rows - 1, 2**15 - 1, 1, 2**14, 2**15 - 2], device=target.device)
+    indices = 100 + rows.repeat(5)
+    indices[2::7] = torch.tensor([99, 100 + num_rows, -1, 2**17], device=target.device)
+    grad_output = integer_gradient((len(indices), 3), torch.float32, target.device) + 3
+    mine = owned(indices, slice(100, 100 + num_rows))
+    expected = torch.zeros(num_rows, 3, device=target.device)
+    expected.index_add_(0, indices[mine] - 100, grad_output[mine])
+    arguments = indices, num_rows, 101, False
+    actual = here(target).embedding_dense_backward(grad_output, *arguments, shard=shard)
+    assert torch.equal(actual, expected.index_fill(0, rows[3], 0))
+    weight = torch.full((num_rows, 1), 8.0, device=target.device)
+    here(target).embedding_renorm_(weight, indices, 4.0, 2.0, shard)
+    assert torch.equal(weight, torch.full_like(weight, 8.0))
+    here(target).embedding_renorm_(weight, indices[mine | (indices == 99)], 4.0, 2.0, shard)
+    assert torch.equal(weight.lt(5).flatten().nonzero()[:, 0], (indices[mine] - 100).unique())
+
+
 # max_norm.
 
 

@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmark's extra is not installed")
 
-from gpu_embed.bench import cli, distributed, loopback, row_csv, sharded_step
-from gpu_embed.bench.sharded_step import Shape
+from gpu_embed.bench import cli, distributed, loopback, row_csv
+from gpu_embed.bench.distributed import Shape
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -105,6 +105,12 @@ def test_the_counter_is_what_the_loopback_has_sent(monkeypatch, tmp_path):
     assert loopback.sent_bytes() == 12345
 
 
+def test_a_machine_without_namespaces_is_noticed(monkeypatch):
+    for command in ("false", "no-such-command"):
+        monkeypatch.setattr(loopback, "UNSHARE", (command,))
+        assert not loopback.has_namespaces()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("way", ["collectives", "loopback"])
 def test_real_ranks(way):
@@ -119,7 +125,9 @@ def test_real_ranks(way):
         assert output <= step.sent_bytes < 1.02 * output
         assert step.ms_p50 > 0
     assert theirs.sent_counted == ours.sent_counted == way
+    # Torch's layer makes all of it on each rank.
     assert theirs.gradient_bytes == 5000 * 64 * 4
+    assert ours.gradient_bytes == theirs.gradient_bytes // 2
 
 
 @pytest.mark.full
@@ -154,10 +162,13 @@ def wait_for(happened, seconds=60.0):
         time.sleep(0.1)
 
 
+@pytest.mark.full
 def test_collectives_alone_are_summed():
     """Not what wraps their outputs, nor what waits for them."""
     from process_groups import one_process
     from torch.distributed import _functional_collectives as collectives
+
+    from gpu_embed.bench import sharded_step
 
     with one_process(), sharded_step.GivenBytes() as given:
         summed = collectives.all_reduce(torch.ones(8), "sum", torch.distributed.group.WORLD)

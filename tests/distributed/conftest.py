@@ -8,7 +8,7 @@ from ranks import Ranks
 
 @pytest.fixture(scope="session")
 def groups() -> Iterator[dict[int, Ranks]]:
-    made = {size: Ranks(size) for size in (2, 4)}
+    made = {size: Ranks(size) for size in (1, 2, 3, 4)}
     yield made
     for ranks in made.values():
         ranks.close()

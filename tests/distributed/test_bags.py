@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from ranks import mesh
 from sharded_cases import (
+    FORMS,
     MULTIPLE,
     assert_equal,
     assert_lies_as,
-    distribute,
+    bag_equals_whole,
     integers,
     part,
     some_ids,
@@ -22,18 +23,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 import gpu_embed
 from gpu_embed.distributed import ColwiseBagParallel, RowwiseBagParallel
-from gpu_embed.functional import embedding_bag
 
 every_placement = pytest.mark.parametrize("table", "r01")
 every_mode = pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 
-# Bags 1 and 4 are empty.
-OFFSETS = torch.tensor([0, 5, 5, 6, 18, 18])
-FORMS = {
-    "rows": {},
-    "offsets": {"offsets": OFFSETS},
-    "last offset": {"offsets": torch.tensor([0, 5, 5, 6, 18, 24]), "include_last_offset": True},
-}
 every_form = pytest.mark.parametrize("form", FORMS)
 OPTIONS = {
     "plain": {},
@@ -42,46 +35,6 @@ OPTIONS = {
     "padding by frequency": {"padding_idx": 1, "scale_grad_by_freq": True},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-
-
-def bag_equals_whole(
-    mesh_shape, shape, table, ids_lie, form, mode, options, weighted=False, weight=None, ids=None
-):
-    over = mesh(*mesh_shape)
-    if weight is None:
-        # A mean is divided in the forward, and the gradient of scales is a product.
-        weight = integers(*shape, multiple=1 if weighted else MULTIPLE)
-    if ids is None:
-        ids = some_ids(len(weight), 4, 6)
-    if form != "rows":
-        ids = ids.view(-1)
-    arguments = {**FORMS[form], **options, "mode": mode}
-    scales = integers(*ids.shape, seed=3).to(weight) if weighted else None
-
-    def run(distributed):
-        lay = distributed or (lambda tensor, _: tensor.clone())
-        everywhere = "r" * len(mesh_shape)
-        placed = {
-            name: lay(value, everywhere) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
-        }
-        leaf = lay(weight, table).requires_grad_()
-        factors = None if scales is None else lay(scales, ids_lie).requires_grad_()
-        output = embedding_bag(lay(ids, ids_lie), leaf, **placed, per_sample_weights=factors)
-        grad = integers(*output.shape, seed=1, multiple=MULTIPLE).to(weight.dtype)
-        whole = output.full_tensor() if distributed else output
-        whole.backward(grad)
-        return output, leaf, factors
-
-    expected, one, one_factors = run(None)
-    actual, leaf, factors = run(lambda tensor, names: distribute(tensor, over, names))
-    assert actual.shape == expected.shape
-    assert actual.dtype == expected.dtype
-    assert_equal(actual, expected.detach())
-    assert_lies_as(leaf.grad, leaf)
-    assert_equal(leaf.grad, one.grad)
-    if weighted:
-        assert_equal(factors.grad, one_factors.grad)
 
 
 def by_frequency_exists(mode, options):

@@ -12,8 +12,11 @@ from sharded_cases import (
     assert_lies_as,
     distribute,
     integers,
+    lookup_equals_whole,
+    part,
     some_ids,
 )
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from gpu_embed.functional import embedding
 
@@ -32,44 +35,12 @@ every_table_placement = pytest.mark.parametrize("table", "r01")
 every_ids_placement = pytest.mark.parametrize("ids_lie", "r01")
 
 
-def whole(weight, ids, grad, options):
-    """The output, and the weight's gradient, of one process."""
-    weight = weight.clone().requires_grad_()
-    output = torch.nn.functional.embedding(ids.long(), weight, **options)
-    output.backward(grad)
-    return output.detach(), weight.grad
-
-
-def equals_whole(
-    mesh_shape, shape, table, ids_lie, options, ids=None, dtype=torch.float32, grads_lie=None
-):
-    """`table` and `ids_lie` have a letter a mesh dimension."""
-    over = mesh(*mesh_shape)
-    ids = some_ids(shape[0], 4, 6) if ids is None else ids
-    weight = integers(*shape, dtype=dtype)
-    multiple = MULTIPLE if options.get("scale_grad_by_freq") else 1
-    grad = integers(*ids.shape, shape[1], seed=1, dtype=dtype, multiple=multiple)
-    output, grad_weight = whole(weight, ids, grad, options)
-
-    sharded = distribute(weight, over, table).requires_grad_()
-    actual = embedding(distribute(ids, over, ids_lie), sharded, **options)
-    assert actual.shape == output.shape
-    assert actual.dtype == dtype
-    assert_equal(actual, output)
-    if grads_lie is None:
-        actual.full_tensor().backward(grad)
-    else:
-        actual.backward(distribute(grad, over, grads_lie))
-    assert_lies_as(sharded.grad, sharded)
-    assert_equal(sharded.grad, grad_weight)
-
-
 @every_option
 @every_table
 @every_ids_placement
 @every_table_placement
 def test_tables_on_one_mesh_dimension(ranks, table, ids_lie, shape, options):
-    ranks.run(equals_whole, (ranks.size,), shape, table, ids_lie, options)
+    ranks.run(lookup_equals_whole, (ranks.size,), shape, table, ids_lie, options)
 
 
 PAIRS = ["".join(pair) for pair in itertools.product("r01", repeat=2)]
@@ -79,7 +50,7 @@ PAIRS = ["".join(pair) for pair in itertools.product("r01", repeat=2)]
 @pytest.mark.parametrize("ids_lie", PAIRS)
 @pytest.mark.parametrize("table", PAIRS)
 def test_tables_on_two_mesh_dimensions(four, table, ids_lie, options):
-    four.run(equals_whole, (2, 2), (11, 6), table, ids_lie, options)
+    four.run(lookup_equals_whole, (2, 2), (11, 6), table, ids_lie, options)
 
 
 @pytest.mark.parametrize("grads_lie", "r012")
@@ -88,7 +59,7 @@ def test_tables_on_two_mesh_dimensions(four, table, ids_lie, options):
 def test_gradients_that_come_sharded(ranks, table, ids_lie, grads_lie):
     """Of an output whose own placement is another."""
     args = (ranks.size,), (11, 6), table, ids_lie, {}
-    ranks.run(equals_whole, *args, None, torch.float32, grads_lie)
+    ranks.run(lookup_equals_whole, *args, None, torch.float32, grads_lie)
 
 
 IDS = {
@@ -111,7 +82,7 @@ IDS = {
 )
 @every_table_placement
 def test_ids_of_any_shape(ranks, table, ids, ids_lie):
-    ranks.run(equals_whole, (ranks.size,), (11, 6), table, ids_lie, {}, ids)
+    ranks.run(lookup_equals_whole, (ranks.size,), (11, 6), table, ids_lie, {}, ids)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
@@ -119,14 +90,16 @@ def test_ids_of_any_shape(ranks, table, ids, ids_lie):
 @every_table_placement
 def test_ids_of_any_dtype(two, table, ids_lie, dtype):
     ids = some_ids(11, 4, 6, dtype=dtype)
-    two.run(equals_whole, (2,), (11, 6), table, ids_lie, OPTIONS["padding by frequency"], ids)
+    two.run(
+        lookup_equals_whole, (2,), (11, 6), table, ids_lie, OPTIONS["padding by frequency"], ids
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @every_ids_placement
 @every_table_placement
 def test_tables_of_any_dtype(two, table, ids_lie, dtype):
-    two.run(equals_whole, (2,), (11, 6), table, ids_lie, {"padding_idx": 3}, None, dtype)
+    two.run(lookup_equals_whole, (2,), (11, 6), table, ids_lie, {"padding_idx": 3}, None, dtype)
 
 
 def sums_ones(table, ids_lie, dtype):
@@ -237,3 +210,34 @@ def without_gradient(table):
 @every_table_placement
 def test_a_frozen_table(two, table):
     two.run(without_gradient, table)
+
+
+def within_transforms():
+    over, ids, weight = mesh(dist.get_world_size()), some_ids(11, 4, 6), integers(11, 6)
+    table, placed = distribute(weight, over, "0"), distribute(ids, over, "r")
+    rows = torch.func.vmap(lambda row: embedding(row, table))(placed)
+    assert_equal(rows, weight[ids])
+    grad = torch.func.grad(lambda weight: embedding(placed, weight).sum())(table)
+    counts = ids.flatten().bincount(minlength=11).float()
+    assert_equal(grad, counts[:, None].expand(11, 6))
+
+
+def test_within_transforms(two):
+    """Drop-in: torch.func hides what is sharded, and its lookup is torch's."""
+    two.run(within_transforms)
+
+
+def of_more_placements():
+    """A table that is a sum over ranks, and ids whose dimension is counted from the end."""
+    over, ids, weight = mesh(dist.get_world_size()), some_ids(11, 4, 6), integers(11, 6)
+    table = DTensor.from_local(weight, over, [Partial()], run_check=False).requires_grad_()
+    placed = DTensor.from_local(part(ids, 1), over, [Shard(-1)], run_check=False)
+    output = embedding(placed, table)
+    assert_equal(output.detach(), weight[ids] * over.size())
+    output.sum().full_tensor().backward()
+    counts = ids.flatten().bincount(minlength=11).float()
+    assert_equal(table.grad, counts[:, None].expand(11, 6))
+
+
+def test_more_placements(two):
+    two.run(of_more_placements)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import mesh
-from sharded_cases import assert_equal, assert_lies_as, integers, part, some_ids
+from sharded_cases import assert_equal, assert_lies_as, distribute, integers, part, some_ids
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -313,3 +313,75 @@ def under_autocast():
 
 def test_autocast(two):
     two.run(under_autocast)
+
+
+def in_place(style):
+    over, ids = mesh(dist.get_world_size()), some_ids(11, 3, 8)
+    model, expected = Model(), Model()
+    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+    parallelize_module(model, over, {"embed": STYLES[style](**layouts)})
+    gpu_embed.accumulate_in_place(model)
+    for _ in range(3):
+        model(ids).sum().backward()
+        expected(ids).sum().backward()
+    assert_lies_as(model.embed.weight.grad, model.embed.weight)
+    assert_equal(model.embed.weight.grad, expected.embed.weight.grad)
+
+
+@every_style
+def test_a_marked_table(two, style):
+    """Gradients are returned, and autograd adds them up."""
+    two.run(in_place, style)
+
+
+def sharded_twice():
+    """Between forwards FSDP2 leaves rows cut by both dimensions of the mesh, those of one in strides."""
+    over, ids = mesh(2, 2), some_ids(11, 3, 8)
+    model = Model()
+    parallelize_module(model, over["tp"], {"embed": RowwiseParallel(input_layouts=Replicate())})
+    fully_shard(model, mesh=over["dp"])
+    weight = model.embed.weight
+    placed = distribute(ids, over, "rr")
+    output = gpu_embed.functional.embedding(placed, weight)
+    assert_equal(output.detach(), integers(11, 6)[ids])
+    output.sum().full_tensor().backward()
+    assert weight.grad.placements == weight.placements
+    counts = ids.flatten().bincount(minlength=11).float()
+    assert_equal(weight.grad, counts[:, None].expand(11, 6))
+
+
+def test_a_table_that_is_sharded_twice(four):
+    four.run(sharded_twice)
+
+
+def hybrid():
+    """Replicated on one dimension of the mesh, sharded on the other."""
+    ids, expected = some_ids(11, 3, 8), Model()
+    model = fully_shard(copy.deepcopy(expected), mesh=mesh(2, 2))
+    assert torch.equal(model(ids), expected(ids))
+    model(ids).sum().backward()
+    expected(ids).sum().backward()
+    for weight, one in zip(model.parameters(), expected.parameters(), strict=True):
+        assert weight.grad.placements == (Replicate(), Shard(0))
+        assert_equal(weight.grad, one.grad)
+
+
+def test_hybrid_sharding(four):
+    four.run(hybrid)
+
+
+def keeps_dtensors(style, placement):
+    over, ids = mesh(dist.get_world_size()), some_ids(11, 3, 8)
+    model, expected = Model(), Model()
+    one = STYLES[style](input_layouts=Replicate(), use_local_output=False)
+    parallelize_module(model, over, {"embed": one})
+    output = model.embed(ids)
+    assert output.placements == (placement,)
+    assert_equal(output.detach(), expected.embed(ids).detach())
+
+
+@pytest.mark.parametrize(
+    ("style", "placement"), [("row-wise", Replicate()), ("column-wise", Shard(2))]
+)
+def test_outputs_that_stay_dtensors(ranks, style, placement):
+    ranks.run(keeps_dtensors, style, placement)

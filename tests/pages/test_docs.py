@@ -39,7 +39,12 @@ class Model(torch.nn.Module):
         return types.SimpleNamespace(loss=self.words(ids).sum())
 
 model, inputs = Model(), {"ids": torch.tensor([1, 8])}
-"""
+""",
+    # What torchrun gives to each of its processes.
+    "distributed.md": """
+import torch.distributed
+torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
+""",
 }
 
 
@@ -56,12 +61,21 @@ def name_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if python_blocks(page.read_text())], ids=name_of
+    "page",
+    [
+        # DTensor and FSDP take long to import.
+        pytest.param(page, marks=pytest.mark.full if page.stem == "distributed" else ())
+        for page in PAGES
+        if python_blocks(page.read_text())
+    ],
+    ids=name_of,
 )
 def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
     for extra in ("tokenizers", "matplotlib"):
         if extra in page.read_text():
             pytest.importorskip(extra)
+    if page.stem == "distributed" and not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
     # Not imported here: the page says to choose its backend before.
     if page.stem == "keras" and find_spec("keras") is None:
         pytest.skip("keras is not installed")
@@ -72,6 +86,8 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch, ca
             exec(compile(code, str(page), "exec"), {"__name__": "page"})
     finally:
         torch.use_deterministic_algorithms(False)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     printed = iter(capsys.readouterr().out.splitlines())
     for said in said_to_print(code):
         pattern = re.escape(said).replace(re.escape("..."), ".*")
@@ -92,6 +108,8 @@ def test_commands_exist(page):
         "python -m gpu_embed.env_report --xml",
         "python -m gpu_embed.nothing",
         "python examples/nothing.py",
+        "torchrun --nproc-per-node 2 examples/nothing.py",
+        "torchrun --nothing 2 examples/sharded.py",
         "python examples/phrases.py --nothing",
         "pip install '.[demo]'",
         'pip install ".[nothing]"',
@@ -109,9 +127,10 @@ def test_a_wrong_command_is_noticed(command):
 def test_every_public_name_is_in_the_reference():
     directives = re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in PAGES), re.M)
     assert len(directives) == len(set(directives))
-    owners = {"backends", "functional", "optim"}  # their names are listed one by one
+    owners = {"backends", "distributed", "functional", "optim"}  # their names are listed one by one
     expected = {f"gpu_embed.{name}" for name in set(gpu_embed.__all__) - owners}
-    expected |= {f"gpu_embed.optim.{name}" for name in gpu_embed.optim.__all__}
+    for owner in (gpu_embed.distributed, gpu_embed.optim):
+        expected |= {f"{owner.__name__}.{name}" for name in owner.__all__}
     expected |= {f"gpu_embed.functional.{name}" for name in ("embedding", "embedding_bag")}
     assert expected - set(directives) == set()
 

@@ -12,7 +12,7 @@ from gpu_embed.tune import cli as tune
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-COMMAND = r"(?:make|pip|python3?) "
+COMMAND = r"(?:make|pip|python3?|torchrun) "
 INLINE = re.compile(rf"`({COMMAND}[^`\n]+)`")
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Ours, and how they take their arguments: what they do not understand raises.
@@ -49,6 +49,9 @@ def _check(words: list[str]) -> None:
     if words[0] == "make":
         targets = [word for word in words[1:] if "=" not in word]
         assert all(target in TARGETS for target in targets), words
+    elif words[0] == "torchrun":
+        assert words[1] == "--nproc-per-node", words
+        _check(["python", *words[3:]])
     elif words[:2] == ["pip", "install"]:
         _check_install(words[2:])
     elif words[0] in ("python", "python3") and words[1] == "-m":

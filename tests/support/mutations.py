@@ -138,8 +138,8 @@ MUTATIONS = (
     Mutation(
         "padding ignored in CUDA C++'s atomic gradient",
         "kernels/scatter_add.cu",
-        "if (index[u] == padding_idx) index[u] = -1;",
-        "",
+        "index == padding_idx ? -1 : local_row",
+        "local_row",
         GRADIENT,
         "cupy-cpu",
     ),

@@ -16,21 +16,27 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint
-import torch.distributed.fsdp
-import torch.distributed.tensor.parallel
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import gpu_embed
 
 SUPPORT = Path(__file__).parent
+# What a first case would import, on each rank.
+PRELOAD = (
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+)
 # Seconds: a case's own, and what the other ranks get once one has failed.
 LIMIT, GRACE = 60, 3
 
@@ -38,9 +44,8 @@ LIMIT, GRACE = 60, 3
 class Ranks:
     """`size` processes in one process group. They start at the first case, and anew after one that failed."""
 
-    def __init__(self, size: int, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, size: int) -> None:
         self.size = size
-        self.environment = dict(environment or {})
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -76,29 +81,28 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pytest", "ranks"])
+        context.set_forkserver_preload([*PRELOAD, "ranks"])
         self._folder = tempfile.TemporaryDirectory()
-        # The server looks for what it imports where Python does.
-        before = os.environ.get("PYTHONPATH")
-        paths = str(SUPPORT), str(Path(gpu_embed.__file__).parents[1]), before or ""
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        try:
+        paths = str(SUPPORT), str(Path(gpu_embed.__file__).parents[1]), os.environ.get("PYTHONPATH")
+        environment = {
+            # The server looks for what it imports where Python does.
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "OMP_NUM_THREADS": "1",
+            # Read when triton is imported, which torch._dynamo does.
+            "TRITON_INTERPRET": "1",
+            # All processes are on this machine.
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+        }
+        with mock.patch.dict(os.environ, environment):
             for rank in range(self.size):
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_serve,
-                    args=(rank, self.size, self._folder.name, theirs, self.environment),
-                    daemon=True,
+                    target=_serve, args=(rank, self.size, self._folder.name, theirs), daemon=True
                 )
                 process.start()
                 theirs.close()
                 self._processes.append(process)
                 self._pipes.append(ours)
-        finally:
-            if before is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = before
 
     def _answers(self, deadline: float) -> list[tuple[bool, Any] | None]:
         """Of each rank whether it passed, with its value or traceback; None: no answer in time."""
@@ -128,10 +132,7 @@ class Ranks:
         return "no answer in time\n" + (Path(self._folder.name) / f"stack{rank}").read_text()
 
 
-def _serve(rank: int, size: int, folder: str, pipe: Any, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    # All processes are on this machine.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+def _serve(rank: int, size: int, folder: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     with open(os.path.join(folder, f"stack{rank}"), "w") as stack:
         faulthandler.register(signal.SIGUSR1, stack)
@@ -151,9 +152,10 @@ def _serve(rank: int, size: int, folder: str, pipe: Any, environment: dict[str, 
             pipe.send_bytes(pickle.dumps(answer))
 
 
-@functools.cache
 def _module(name: str, file: str) -> Any:
     """A test's file under its own name: pytest imports it by its place, and so do the ranks."""
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module

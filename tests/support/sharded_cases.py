@@ -2,8 +2,11 @@
 
 import torch
 import torch.distributed as dist
+from ranks import mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from gpu_embed.functional import embedding, embedding_bag
 
 # Divided by any count up to 12 it stays an integer.
 MULTIPLE = 27_720
@@ -58,3 +61,112 @@ def part(tensor: torch.Tensor, dim: int, mesh: DeviceMesh | None = None) -> torc
     rank = dist.get_rank() if mesh is None else mesh.get_local_rank()
     parts = tensor.chunk(ranks, dim)
     return parts[rank] if rank < len(parts) else tensor.narrow(dim, 0, 0)
+
+
+# Cases, which several files run on their ranks.
+
+# Bags 1 and 4 are empty.
+OFFSETS = torch.tensor([0, 5, 5, 6, 18, 18])
+FORMS = {
+    "rows": {},
+    "offsets": {"offsets": OFFSETS},
+    "last offset": {"offsets": torch.tensor([0, 5, 5, 6, 18, 24]), "include_last_offset": True},
+}
+
+
+def _whole(weight, ids, grad, options):
+    """The output, and the weight's gradient, of one process."""
+    weight = weight.clone().requires_grad_()
+    output = torch.nn.functional.embedding(ids.long(), weight, **options)
+    output.backward(grad)
+    return output.detach(), weight.grad
+
+
+def lookup_equals_whole(
+    mesh_shape, shape, table, ids_lie, options, ids=None, dtype=torch.float32, grads_lie=None
+):
+    """`table` and `ids_lie` have a letter a mesh dimension."""
+    over = mesh(*mesh_shape)
+    ids = some_ids(shape[0], 4, 6) if ids is None else ids
+    weight = integers(*shape, dtype=dtype)
+    multiple = MULTIPLE if options.get("scale_grad_by_freq") else 1
+    grad = integers(*ids.shape, shape[1], seed=1, dtype=dtype, multiple=multiple)
+    output, grad_weight = _whole(weight, ids, grad, options)
+
+    sharded = distribute(weight, over, table).requires_grad_()
+    actual = embedding(distribute(ids, over, ids_lie), sharded, **options)
+    assert actual.shape == output.shape
+    assert actual.dtype == dtype
+    assert_equal(actual, output)
+    if grads_lie is None:
+        actual.full_tensor().backward(grad)
+    else:
+        actual.backward(distribute(grad, over, grads_lie))
+    assert_lies_as(sharded.grad, sharded)
+    assert_equal(sharded.grad, grad_weight)
+
+
+def bag_equals_whole(
+    mesh_shape, shape, table, ids_lie, form, mode, options, weighted=False, weight=None, ids=None
+):
+    over = mesh(*mesh_shape)
+    if weight is None:
+        # A mean is divided in the forward, and the gradient of scales is a product.
+        weight = integers(*shape, multiple=1 if weighted else MULTIPLE)
+    if ids is None:
+        ids = some_ids(len(weight), 4, 6)
+    if form != "rows":
+        ids = ids.view(-1)
+    arguments = {**FORMS[form], **options, "mode": mode}
+    scales = integers(*ids.shape, seed=3).to(weight) if weighted else None
+
+    def run(distributed):
+        lay = distributed or (lambda tensor, _: tensor.clone())
+        everywhere = "r" * len(mesh_shape)
+        placed = {
+            name: lay(value, everywhere) if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }
+        leaf = lay(weight, table).requires_grad_()
+        factors = None if scales is None else lay(scales, ids_lie).requires_grad_()
+        output = embedding_bag(lay(ids, ids_lie), leaf, **placed, per_sample_weights=factors)
+        grad = integers(*output.shape, seed=1, multiple=MULTIPLE).to(weight.dtype)
+        whole = output.full_tensor() if distributed else output
+        whole.backward(grad)
+        return output, leaf, factors
+
+    expected, one, one_factors = run(None)
+    actual, leaf, factors = run(lambda tensor, names: distribute(tensor, over, names))
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    assert_equal(actual, expected.detach())
+    assert_lies_as(leaf.grad, leaf)
+    assert_equal(leaf.grad, one.grad)
+    if weighted:
+        assert_equal(factors.grad, one_factors.grad)
+
+
+def renorm_equals_whole(mesh_shape, table, ids_lie, mode):
+    """Each rank scales the rows that it has, of all ranks' ids; the others stay as they are."""
+    over, ids = mesh(*mesh_shape), some_ids(11, 4, 3)
+    weight = torch.zeros(11, 6)
+    # Norms of 5 and 10, which become 5 exactly, or nearly.
+    weight[:, 0], weight[:, 1] = 3, 4
+    weight[::2] *= 2
+    expected = weight.clone()
+    sharded = distribute(weight.clone(), over, table).requires_grad_()
+    placed = distribute(ids, over, ids_lie)
+    if mode is None:
+        one = embedding(ids, expected, max_norm=5.0)
+        output = embedding(placed, sharded, max_norm=5.0)
+    else:
+        one = embedding_bag(ids, expected, max_norm=5.0, mode=mode)
+        output = embedding_bag(placed, sharded, max_norm=5.0, mode=mode)
+    torch.testing.assert_close(output.full_tensor(), one)
+    output.sum().full_tensor().backward()
+    assert not torch.equal(expected, weight)
+    assert_equal(sharded.detach(), expected)
+    other = torch.ones(11, dtype=torch.bool)
+    other[ids.flatten()] = False
+    assert other.any()
+    assert torch.equal(sharded.detach().full_tensor()[other], weight[other])

@@ -6,7 +6,7 @@ from torch import Tensor
 from ...bags import Bags
 from ...bounds import BoundsRecord, in_table
 from ...dtypes import accumulation
-from ...shard import Shard, local_bags, table_rows
+from ...shard import Shard, table_rows
 from .lookup import TorchLookup, add_rows, torch_ids
 
 
@@ -23,19 +23,20 @@ class TorchBags(TorchLookup):
         record: BoundsRecord | None,
         shard: Shard | None = None,
     ) -> Tensor:
-        wide = accumulation(weight.dtype)
+        wide, num_rows = accumulation(weight.dtype), weight.shape[0]
         # torch's CUDA kernels trust the ids.
         if not weight.is_cuda and shard is None:
             output = _cpu_bags(weight, per_sample_weights, bags, padding_idx, mode)
             if output is not None:
                 return output[0]
         if record is not None:
-            record.write_bags(bags, table_rows(weight.shape[0], shard))
-        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
+            record.write_bags(bags, table_rows(num_rows, shard))
+        if shard is not None:
+            bags, padding_idx = shard.local_bags(bags, num_rows, padding_idx), num_rows
         bag = bags.bag_of()
         rows = self.embedding(weight, bags.indices, padding_idx, None).to(wide)
         if per_sample_weights is not None:
-            read = in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)
+            read = in_table(bags.indices, num_rows) & (bags.indices != padding_idx)
             rows = torch.where(read[:, None], rows * per_sample_weights[:, None], 0)
         # Positions in no bag go to an extra one.
         total = rows.new_zeros(bags.num_bags + 1, weight.shape[1])
@@ -54,13 +55,15 @@ class TorchBags(TorchLookup):
         record: BoundsRecord | None,
         shard: Shard | None = None,
     ) -> tuple[Tensor, Tensor]:
+        num_rows = weight.shape[0]
         if not weight.is_cuda and shard is None:
             found = _cpu_bags(weight, None, bags, padding_idx, "max")
             if found is not None:
                 return found[0], _elements(found[1]) if with_argmax else found[1].new_empty(0)
         if record is not None:
-            record.write_bags(bags, table_rows(weight.shape[0], shard))
-        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
+            record.write_bags(bags, table_rows(num_rows, shard))
+        if shard is not None:
+            bags, padding_idx = shard.local_bags(bags, num_rows, padding_idx), num_rows
         return _max_by_scatter(weight, bags, padding_idx, with_argmax, shard is not None)
 
     def embedding_bag_dense_backward(
@@ -75,7 +78,8 @@ class TorchBags(TorchLookup):
         into: Tensor | None = None,
         shard: Shard | None = None,
     ) -> Tensor:
-        bags, padding_idx = local_bags(bags, num_embeddings, padding_idx, shard)
+        if shard is not None:
+            bags, padding_idx = shard.local_bags(bags, num_embeddings, padding_idx), num_embeddings
         if into is not None:
             return _add_to_rows(
                 into, grad_output, per_sample_weights, bags, padding_idx, mode, scale_grad_by_freq
@@ -101,10 +105,11 @@ class TorchBags(TorchLookup):
         padding_idx: int,
         shard: Shard | None = None,
     ) -> Tensor:
-        bags, padding_idx = local_bags(bags, weight.shape[0], padding_idx, shard)
-        wide = accumulation(weight.dtype)
+        wide, num_rows = accumulation(weight.dtype), weight.shape[0]
+        if shard is not None:
+            bags, padding_idx = shard.local_bags(bags, num_rows, padding_idx), num_rows
         bag = bags.bag_of()
-        read = (bag >= 0) & in_table(bags.indices, weight.shape[0]) & (bags.indices != padding_idx)
+        read = (bag >= 0) & in_table(bags.indices, num_rows) & (bags.indices != padding_idx)
         rows = self.embedding(weight, bags.indices, -1, None).to(wide)
         products = rows * grad_output[bag.clamp(min=0)].to(wide)
         return torch.where(read, products.sum(1), 0).to(grad_output.dtype)

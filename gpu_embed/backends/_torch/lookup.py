@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...bounds import BoundsRecord, all_in_table, in_table
 from ...dtypes import TORCH_IDS, accumulation
-from ...shard import Shard, local_ids
+from ...shard import Shard
 from ..protocol import PreparedEmbedding
 from .sort import sort_ids
 
@@ -81,7 +81,9 @@ class TorchLookup:
         into: Tensor | None = None,
         shard: Shard | None = None,
     ) -> Tensor:
-        indices, padding_idx = local_ids(indices, num_embeddings, padding_idx, shard)
+        if shard is not None:
+            indices = shard.local(indices, num_embeddings, padding_idx)
+            padding_idx = num_embeddings
         ids = torch_ids(indices).reshape(-1)
         grad_output = grad_output.reshape(ids.numel(), grad_output.shape[-1])
         kept = in_table(ids, num_embeddings)

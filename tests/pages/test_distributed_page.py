@@ -1,0 +1,99 @@
+"""The numbers and messages of docs/distributed.md."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT, python_blocks
+
+PAGE = (ROOT / "docs/distributed.md").read_text()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch is built without gloo",
+)
+def test_the_code_runs_on_two_ranks(tmp_path: Path):
+    """As under torchrun; test_docs.py runs it on one, and compares what it prints."""
+    start, end = "dist.init_process_group('gloo')", "dist.destroy_process_group()"
+    code = "\n".join(["import torch.distributed as dist", start, *python_blocks(PAGE), end])
+    (tmp_path / "page.py").write_text(
+        code.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"')
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "page.py"]
+    done = subprocess.run(
+        [sys.executable, *launch],
+        cwd=tmp_path,
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(Shard(dim=0),)") == 4
+    # All ranks have the id that is out of range, and each says so.
+    assert done.stdout.count("id 1001 at position (0, 1)") == 2
+
+
+def sent(row: str, R: int, V: int, D: int, b: int, N: int, K: int) -> float:
+    """Bytes that a rank sends in forward and backward: all-gathers of the tensors that move, and their like."""
+    gathered = (R - 1) / R
+    rows, table = N * D * b, V * D * b
+    return {
+        # An all-reduce of the output; nothing in backward.
+        "`RowwiseParallel`, same ids": 2 * gathered * rows,
+        "`ColwiseParallel`, same ids, output gathered": gathered * rows,
+        # All ranks' ids; their rows are reduced and scattered, and the rows' gradients gathered.
+        "`RowwiseParallel`, own ids": gathered * R * (N * 8 + 2 * rows),
+        "FSDP2, or DDP with dense gradients": 2 * gathered * table,
+        "DDP with `sparse=True`": gathered * R * K * (D * b + 8),
+    }[row]
+
+
+def tables() -> list[tuple[dict[str, int], list[list[str]]]]:
+    """The sizes named before each table of costs, and its cells."""
+    section = PAGE.partition("## What a step sends")[2].partition("## Beside")[0]
+    sizes, found = {}, []
+    for line in section.splitlines():
+        if names := re.findall(r"\b([VDbNK]) = ([\d,]+\d|\d)", line):
+            sizes |= {name: int(number.replace(",", "")) for name, number in names}
+        if line.startswith("| engine"):
+            found.append((dict(sizes), []))
+        elif re.match(r"\| .*\d \|$", line):
+            found[-1][1].append(line.strip("| ").split(" | "))
+    return found
+
+
+def test_the_costs_on_paper_are_those_of_the_formulas():
+    assert len(tables()) == 2
+    for sizes, rows in tables():
+        assert sorted(sizes) == sorted("VDbNK")
+        assert len(rows) == 5
+        for name, formula, *numbers in rows:
+            for ranks, number in zip((8, 64, 1024), numbers, strict=True):
+                of_rule = sent(name, ranks, **sizes)
+                assert number == f"{of_rule / 1e6:,.0f}", (name, ranks)
+                # The formula as the page writes it: a space multiplies.
+                code = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula)
+                assert eval(code, {"R": ranks, **sizes}) == pytest.approx(of_rule), formula
+
+
+def test_measured_numbers_are_those_of_the_notes():
+    rows = re.findall(r"^\| \d ranks \|.*\|$", PAGE, re.M)
+    assert len(rows) == 2
+    assert set(rows) <= set((ROOT / "bench/NOTES.md").read_text().splitlines())
+
+
+def test_the_errors_are_those_of_the_code():
+    code = "\n".join(path.read_text() for path in (ROOT / "gpu_embed").rglob("*.py"))
+    section = PAGE.partition("| error | remedy |")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| (?:the warning )?`([^`]+)` \|", section, re.M)
+    assert len(messages) == 7
+    for message in messages:
+        # A class names itself.
+        assert message.removeprefix("RowwiseBagParallel ") in code, message
