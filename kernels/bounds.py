@@ -1,4 +1,4 @@
-"""The record of an out-of-range id: claimed and written by a kernel, read by gpu_embed/bounds.py.
+"""The row of an id; the record of one out of range: claimed and written by a kernel, read by gpu_embed/bounds.py.
 
 record_ptr, int64 [7] on the device:
     0  claimed: 0 or 1
@@ -17,9 +17,9 @@ import triton.language as tl
 
 @triton.jit
 def local_row(index, first_row):
-    """The row of each id, int64, in the table in hand; of a shard it may be that of another one.
+    """The row that each id, int64, has in the table in hand; another shard's has none there.
 
-    first_row: of a table of more rows, which has the ids; None: the table in hand has them.
+    first_row: of the shard, in the whole table, which the ids are of; None: the table in hand is whole.
     """
     row = index
     if first_row is not None:

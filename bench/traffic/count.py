@@ -62,9 +62,14 @@ def has_liger() -> bool:
     return importlib.util.find_spec(LIGER.partition(".")[0]) is not None
 
 
+def liger_has(case: CountedCase) -> bool:
+    """It adds to no gradient that exists, and knows no shards."""
+    return case.operation in LIGER_OPERATIONS and not case.into and case.first_row is None
+
+
 def liger_rows(case: CountedCase) -> Iterator[Row]:
     """No row where it has no such operation."""
-    if case.operation not in LIGER_OPERATIONS or case.into:
+    if not liger_has(case):
         return
     apply = importlib.import_module(LIGER).LigerEmbeddingFunction.apply
     weight = case.weight().requires_grad_(case.operation == "atomic")

@@ -276,9 +276,7 @@ def test_the_committed_table_is_whole_and_of_the_pinned_compilers():
     for provider in traffic_table.OWN:
         assert {row.config for row in rows if row.provider == provider} == {str(c) for c in CASES}
     rivals = {row.config for row in rows if row.provider not in traffic_table.OWN}
-    # None of theirs adds to a gradient that exists.
-    theirs = [case for case in CASES if case.operation in count.LIGER_OPERATIONS and not case.into]
-    assert rivals == {str(case) for case in theirs}
+    assert rivals == {str(case) for case in CASES if count.liger_has(case)}
 
 
 def of_kernel(stem, *providers):
