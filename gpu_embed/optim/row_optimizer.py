@@ -22,13 +22,15 @@ from ..tables.gradient import TableGradient
 from ..tables.layout import quoted
 from ..tables.parameter import TableSlice, gradient_of, num_rows_of, parent_of, row_range_of
 from .saved_state import (
-    by_table,
+    as_saved,
     flattened,
     kind_of,
+    of_rank,
     of_tables,
     put_together,
     rows_of_tables,
     saved_rows,
+    sharding_of,
     shared_state,
     step_number,
 )
@@ -356,7 +358,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         """torch's, which torch's optimizer of the same formula can load, too, for tables of their own.
 
         The state of a batched layer has a tensor for each table, named after it: "sum.user", "exp_avg.user", of shape
-        [num_embeddings] or [num_embeddings, embedding_dim]. Like torch's, it is the optimizer's memory, no copy.
+        [num_embeddings] or [num_embeddings, embedding_dim]. Like torch's, it is the optimizer's memory, no copy. The
+        state of a `distributed.ShardedEmbedding` is the whole table's, as DTensors.
         """
         # Every later hook must find it as it is saved.
         hook = self.register_state_dict_post_hook(
@@ -374,11 +377,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             if packed["rows"] is not None and group["params"]:
                 packed["rows"] = saved_rows(packed["rows"], group["params"][0])
             for key, param in zip(packed["params"], group["params"], strict=True):
-                row_range = row_range_of(param)
-                if row_range is not None and key in saved["state"]:
-                    saved["state"][key] = by_table(
-                        saved["state"][key], STATE[self.formula], row_range
-                    )
+                if key in saved["state"]:
+                    saved["state"][key] = as_saved(saved["state"][key], STATE[self.formula], param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of another optimizer of this class, or of torch's optimizer of the same formula.
@@ -472,10 +472,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _saved_states(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         """What was saved for each parameter."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        return {
-            param: flattened(state_dict["state"].get(key) or {})
-            for key, param in zip(keys, self._params(), strict=True)
-        }
+        states: dict[Tensor, dict[str, Any]] = {}
+        for key, param in zip(keys, self._params(), strict=True):
+            state = flattened(state_dict["state"].get(key) or {})
+            states[param] = {name: of_rank(value, param) for name, value in state.items()}
+        return states
 
     def _check_fits(
         self, saved_groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
