@@ -121,7 +121,7 @@ class ShardedEmbedding(torch.nn.Module):
         return made.train(layer.training)
 
     def reset_parameters(self) -> None:
-        """Draw this rank's rows from the normal distribution, as torch.nn.Embedding does; seed each rank differently."""
+        """Draw this rank's rows from the normal distribution, as torch.nn.Embedding does: seed each rank otherwise."""
         with torch.no_grad():
             self.weight.normal_()
             if self._padding_row >= 0:
@@ -296,7 +296,8 @@ class RowSharding:
         """This rank's rows of a whole table [num_embeddings, ...], plain or a DTensor."""
         if not isinstance(whole, DTensor):
             return whole[self.own_rows]
-        block = whole.detach().redistribute(self.mesh, [Shard(0)]).to_local()
+        with torch.no_grad():
+            block = whole.redistribute(self.mesh, [Shard(0)]).to_local()
         return self._of_blocks(block) if self.round_robin else block
 
     def _common(self, block: int, rank: int) -> range:
@@ -392,7 +393,7 @@ class _OwnedRows(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sent, wanted = ctx.sizes
         of_rows = grad.new_empty(sum(sent), grad.shape[1])

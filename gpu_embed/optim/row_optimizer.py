@@ -633,10 +633,21 @@ def _check_disjoint(params: Iterable[Tensor]) -> None:
 
 
 def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
-    """rows as bool [num_embeddings], on the first table's device."""
+    """rows as bool [num_embeddings], on the first table's device; of a sharded table, this rank's part of that."""
     if rows is None or not params:
         return None
-    heights = [num_rows_of(param) for param in params]
+    shardings = [sharding_of(param) for param in params]
+    heights = [
+        num_rows_of(param) if sharding is None else sharding.num_embeddings
+        for param, sharding in zip(params, shardings, strict=True)
+    ]
+    if any(
+        getattr(sharding, "own_rows", None) != getattr(shardings[0], "own_rows", None)
+        for sharding in shardings
+    ):
+        raise ValueError(
+            "rows: the tables of the group have other rows on a rank; give each a group of its own"
+        )
     num_embeddings = heights[0]
     if any(height != num_embeddings for height in heights):
         raise ValueError(f"rows: the tables of the group have {heights} rows, which must be equal")
@@ -647,11 +658,14 @@ def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"rows: expected a bool mask or integer ids, got {rows!r}") from error
     if rows.dtype == torch.bool:
+        if shardings[0] is not None and rows.shape == (shardings[0].num_rows,):
+            # It has been cut before.
+            return rows
         if rows.shape != (num_embeddings,):
             raise ValueError(
                 f"rows: the mask must be of shape [{num_embeddings}], got {list(rows.shape)}"
             )
-        return rows.contiguous()
+        return of_rank(rows, params[0]).contiguous()
     ids = rows.flatten()
     if ids.numel() == 0:
         ids = ids.to(torch.int64)
@@ -662,4 +676,5 @@ def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
             f"rows: ids must be from 0 to {num_embeddings - 1}, got {ids.tolist()[:8]}"
         )
     mask = torch.zeros(num_embeddings, dtype=torch.bool, device=ids.device)
-    return mask.index_fill_(0, ids.to(torch.int64), True)
+    mask.index_fill_(0, ids.to(torch.int64), True)
+    return of_rank(mask, params[0]).contiguous()

@@ -16,7 +16,7 @@ OfTables = dict[str, dict[str, Tensor]]
 
 
 def sharding_of(param: Any) -> Any:
-    """The `distributed.RowSharding` of a parameter that is one rank's rows of a `ShardedEmbedding`; None: of another."""
+    """The `distributed.RowSharding` of a parameter that is one rank's rows of a larger table, or None."""
     return getattr(param, "sharding", None)
 
 
@@ -173,10 +173,14 @@ def _place(values: Tensor) -> tuple[Any, ...]:
 
 
 def saved_rows(rows: Tensor, param: Tensor) -> Tensor | dict[str, Tensor]:
-    """The mask of the rows that may change, bool [num_embeddings]; of a batched layer that of each table, copied."""
+    """The mask of the rows that may change, bool [num_embeddings]; of a batched layer that of each table, copied.
+
+    Of a sharded table it is that of all ranks' rows.
+    """
     row_range, sharding = row_range_of(param), sharding_of(param)
     if sharding is not None:
-        return sharding.whole(rows)  # type: ignore[no-any-return]
+        whole: Tensor = sharding.whole(rows).full_tensor()
+        return whole
     if row_range is None:
         return rows
     return {name: mask.clone() for name, mask in row_range.views(rows, per_row=True).items()}
