@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from functorch.compile import make_boxed_func
+from torch._functorch.aot_autograd import make_boxed_func
 from ranks import mesh
 from sharded_cases import MULTIPLE, assert_equal, assert_lies_as, distribute, integers, some_ids
 from torch import nn
