@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from torch._functorch.aot_autograd import make_boxed_func
 from ranks import mesh
 from sharded_cases import MULTIPLE, assert_equal, assert_lies_as, distribute, integers, some_ids
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
