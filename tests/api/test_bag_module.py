@@ -234,6 +234,8 @@ REFUSED = {
     "last offset that is a number": refused("include_last_offset", 1),
     "a padding past the end": refused("padding_idx", 4),
     "weights of another dtype": refused("per_sample_weights", torch.ones(5).double()),
+    "offsets that begin late": refused("offsets", torch.tensor([1, 2])),
+    "offsets past the end": refused("offsets", torch.tensor([0, 99])),
 }
 
 

@@ -67,6 +67,27 @@ def test_fullgraph_with_options(two, style):
     two.run(styles_equal_whole, style, "aot_eager", options)
 
 
+def max_norm_equals_whole(style):
+    layer, parallel = STYLES[style]
+    model = nn.Sequential(layer(11, 6, max_norm=4.0))
+    model[0].weight.data = integers(11, 6)
+    expected = copy.deepcopy(model)
+    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+    parallelize_module(model, mesh(dist.get_world_size()), {"0": parallel(**layouts)})
+    ids = some_ids(11, 4, 6)
+    output, whole = compiled(model, "aot_eager")(ids), expected(ids)
+    torch.testing.assert_close(output, whole)
+    output.sum().backward()
+    whole.sum().backward()
+    torch.testing.assert_close(model[0].weight.full_tensor(), expected[0].weight.data)
+    torch.testing.assert_close(model[0].weight.grad.full_tensor(), expected[0].weight.grad)
+
+
+@pytest.mark.parametrize("style", ["row-wise", "row-wise bag"])
+def test_max_norm_fullgraph(two, style):
+    two.run(max_norm_equals_whole, style)
+
+
 @pytest.mark.parametrize("mode", ["sum", "max"])
 @pytest.mark.parametrize("style", ["row-wise bag", "column-wise bag"])
 def test_bags_fullgraph(two, style, mode):
