@@ -752,6 +752,12 @@ def distributed(args: argparse.Namespace) -> int:
         for name in ("rows", "dim", "ids", "rounds")
     }
     numbers = [whole_number("--ranks", text) for text in args.ranks]
+    for number in numbers:
+        if -(-sizes["rows"] // number) * (number - 1) >= sizes["rows"]:
+            raise CannotRunError(
+                f"of {number} ranks one has none of {sizes['rows']} rows, which torch's layer cannot train: "
+                "choose more --rows or fewer --ranks"
+            )
     # Torch's layer makes the whole gradient on each rank.
     needed = ranks.needed_bytes(max(numbers), sizes["rows"] * sizes["dim"])
     free = machine.usable_memory(torch.device("cpu"))

@@ -52,7 +52,8 @@ class ShardedTable:
         self.ids = ids_module.draw(DISTRIBUTION, shape.ids, shape.rows)
         # Small integers, whose sums are exact.
         values = torch.Generator("cpu").manual_seed(0)
-        self.grad_output = torch.randint(-2, 3, (shape.ids, shape.dim), generator=values).float()
+        size = (shape.ids, shape.dim)
+        self.grad_output = torch.randint(-2, 3, size, generator=values, device="cpu").float()
         self.optimizer = torch.optim.SGD(module.parameters(), lr=2.0**-3)
 
     @property

@@ -83,6 +83,7 @@ def test_a_result_that_is_not_equal_ends_with_1(monkeypatch, capsys):
         (["--ranks", "0"], "--ranks 0: expected a whole number"),
         (["--rows", "1e12"], "--rows, --dim and --ranks need"),
         (["--out", "."], "is a folder: name a file in --out"),
+        (["--ranks", "4", "--rows", "5"], "of 4 ranks one has none of 5 rows"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_sentence(options, said, monkeypatch, capsys):
