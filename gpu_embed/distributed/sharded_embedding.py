@@ -90,8 +90,8 @@ class ShardedEmbedding(torch.nn.Module):
 
         Raises:
             TypeError: the layer is no torch.nn.Embedding.
-            ValueError: the mesh has several dimensions; rows is another word; the layer has scale_grad_by_freq, or is
-                sharded already.
+            ValueError: the mesh has several dimensions, or lacks this process; rows is another word; the layer has
+                scale_grad_by_freq, or is sharded already.
         """
         where = f"{cls.__name__}.from_module"
         if not isinstance(layer, torch.nn.Embedding):
@@ -100,6 +100,10 @@ class ShardedEmbedding(torch.nn.Module):
             raise ValueError(
                 f"{where} spreads rows over one dimension of a mesh, and this one has {mesh.ndim}: pass one of them, "
                 'as in mesh["tp"]'
+            )
+        if mesh.get_coordinate() is None:
+            raise ValueError(
+                f"{where}: this process is not in the mesh; make the layer in those that are"
             )
         if rows not in ("blocks", "round_robin"):
             raise ValueError(f'{where}: rows must be "blocks" or "round_robin", got {rows!r}')

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 import gpu_embed
@@ -193,6 +194,10 @@ def refusals():
         ShardedEmbedding.from_module(plain_table(), over, rows="columns")
     with pytest.raises(ValueError, match=r'mesh\["tp"\]'):
         ShardedEmbedding.from_module(plain_table(), mesh(1, 2))
+    first = DeviceMesh("cpu", [0])
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="not in the mesh"):
+            ShardedEmbedding.from_module(plain_table(), first)
     layer = plain_table()
     layer.weight = nn.Parameter(sharded_table("blocks").state_dict()["weight"])
     with pytest.raises(ValueError, match="sharded already"):
