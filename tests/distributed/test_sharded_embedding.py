@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import gpu_embed
@@ -246,6 +247,23 @@ def test_under_ddp(two):
     two.run(under_ddp)
 
 
+def under_fsdp():
+    model = nn.Sequential(sharded_table("blocks", num_embeddings=12), nn.Linear(6, 2))
+    fully_shard(model, mesh=mesh(2))
+    with pytest.raises(RuntimeError, match="ignored_params"):
+        model(torch.tensor([1]))
+    layer = sharded_table("blocks", num_embeddings=12)
+    model = nn.Sequential(layer, nn.Linear(6, 2))
+    fully_shard(model, mesh=mesh(2), ignored_params={layer.weight})
+    model(torch.tensor([dist.get_rank(), 5])).sum().backward()
+    gradient = whole_rows(layer, layer.weight.grad.to_dense())
+    assert torch.equal(gradient[5], 2 * model[1].weight.full_tensor().sum(0))
+
+
+def test_under_fsdp(two):
+    two.run(under_fsdp)
+
+
 # Optimizers and state.
 
 OPTIMIZERS = {
@@ -422,6 +440,10 @@ def loads(rows):
     assert len(drawn.unique()) > 50
     layer.load_state_dict({"weight": table})
     assert torch.equal(whole_rows(layer, layer.weight), table)
+
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.weight.sharding is other.sharding
+        assert torch.equal(other(torch.tensor([4, 10])), table[[4, 10]])
 
     before = layer.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"size mismatch for weight.*\[10, 6\].*\[11, 6\]"):
