@@ -167,7 +167,7 @@ class ShardedEmbedding(torch.nn.Module):
                 "of rank 0, and would average their gradients. Make the model anew, and before it is wrapped name the "
                 "table's weight in model._ddp_params_and_buffers_to_ignore"
             )
-        if not hasattr(self.weight, "sharding") and is_gathered(self.weight):
+        if not hasattr(self.weight, "row_sharding") and is_gathered(self.weight):
             raise RuntimeError(
                 "ShardedEmbedding under FSDP: it takes each rank's rows for parts of the same. Make the model anew, "
                 "and keep the table out, by fully_shard(..., ignored_params={table.weight})"
@@ -199,7 +199,7 @@ class ShardedEmbedding(torch.nn.Module):
 
     def _mark(self) -> None:
         """Tell the optimizers of `gpu_embed.optim` whose rows these are."""
-        self.weight.sharding = self.sharding  # type: ignore[attr-defined]
+        self.weight.row_sharding = self.sharding  # type: ignore[attr-defined]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ShardedEmbedding":
         super()._apply(fn, recurse)
