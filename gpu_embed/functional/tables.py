@@ -98,11 +98,11 @@ def sizes_in_order(function: str, batch_sizes: BatchSizes, features: tuple[str, 
             f"{function}: batch_sizes has {len(values)} numbers, but there are {len(features)} features: "
             f"{quoted(features)}"
         )
-    for feature, value in zip(features, values, strict=True):
-        if not isinstance(value, torch.SymInt):
-            value = as_int(f"{function}: batch_sizes: feature {feature!r}", value)
-        if value < 0:
-            raise ValueError(f"{function}: batch_sizes: feature {feature!r} has {value} bags")
+    # A graph is not to be compiled anew for each size.
+    if not torch.compiler.is_compiling():
+        for feature, value in zip(features, values, strict=True):
+            if as_int(f"{function}: batch_sizes: feature {feature!r}", value) < 0:
+                raise ValueError(f"{function}: batch_sizes: feature {feature!r} has {value} bags")
     return values
 
 

@@ -742,10 +742,7 @@ class TableBatchedEmbeddingBag(BatchedTables):
             raise ValueError(
                 f"split: an output of at most {max(sizes)} bags a feature has as many rows, got {list(output.shape)}"
             )
-        return [
-            part if size == len(part) else part[:size]
-            for part, size in zip(columns, sizes, strict=True)
-        ]
+        return [part[:size] for part, size in zip(columns, sizes, strict=True)]
 
     @classmethod
     def _made_like(cls, named: dict[str, Any], **arguments: Any) -> "Self":

@@ -198,10 +198,18 @@ def pad_offsets(offsets: Tensor, sizes: Sequence[int]) -> Tensor:
     """Offsets `[sum of sizes + 1]` with empty bags behind each feature's, so that all have as many."""
     most, first, parts = max(sizes), 0, []
     for size in sizes:
-        parts.append(offsets[first : first + size])
+        parts += _begins(offsets[first : first + size + 1], most)
         first += size
-        parts.append(offsets[first : first + 1].expand(most - size))
     return torch.cat([*parts, offsets[first:]])
+
+
+def _begins(offsets: Tensor, num_bags: int) -> list[Tensor]:
+    """Where so many bags begin, in parts: those between the offsets, and empty ones behind them."""
+    if torch.compiler.is_compiling():
+        # By index: a graph with an end that is repeated would not serve other numbers of times.
+        places = torch.arange(num_bags, device=offsets.device)
+        return [offsets[places.clamp(max=len(offsets) - 1)]]
+    return [offsets[:-1], offsets[-1:].expand(num_bags - len(offsets) + 1)]
 
 
 def reorder(batch: TableInput, order: Sequence[int]) -> TableInput:
@@ -226,9 +234,13 @@ def reorder(batch: TableInput, order: Sequence[int]) -> TableInput:
     )
 
 
+def _are_equal(sizes: Sequence[int]) -> bool:
+    return all(size == sizes[0] for size in sizes)
+
+
 def _batch_sizes(features: tuple[str, ...] | int, sizes: Sequence[int]) -> BatchSizes | None:
     """How many bags each feature has; None: all have as many."""
-    if all(size == sizes[0] for size in sizes):
+    if _are_equal(sizes):
         return None
     return tuple(sizes) if isinstance(features, int) else dict(zip(features, sizes, strict=True))
 
@@ -373,13 +385,10 @@ def _checked_offsets(
             torch.cat([row, row.new_full((1,), len(values))])
             for row, values in zip(rows, ids, strict=True)
         ]
-    most = max(len(row) for row in rows)
-    given = torch.stack(
-        [
-            row if len(row) == most else torch.cat([row, row[-1:].expand(most - len(row))])
-            for row in rows
-        ]
-    )
+    sizes = [len(row) - 1 for row in rows]
+    if not _are_equal(sizes):
+        rows = [torch.cat([*_begins(row, max(sizes)), row[-1:]]) for row in rows]
+    given = torch.stack(rows)
     if given.device.type == "cpu" and not _is_traced():
         return given
     within = torch.stack(
