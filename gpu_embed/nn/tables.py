@@ -526,7 +526,8 @@ class TableBatchedEmbedding(BatchedTables):
     `f * B + b` holds example b's ids of feature f. There is one feature a table, unless `features` says otherwise.
     `gpu_embed.batch_bags` and `gpu_embed.batch_padded` make both, by the features' names. Ids and offsets are
     int64, int32, int16 or uint8. Output: `[N, embedding_dim]`, bit-equal to the tables' rows; ids behind the last
-    offset are in no table, and give rows of zeros. Nothing waits for the GPU.
+    offset are in no table, and give rows of zeros. Nothing waits for the GPU. `batch_sizes` is as in
+    TableBatchedEmbeddingBag.
 
     Args:
         tables: (num_embeddings, embedding_dim) of each table, by name; or in a sequence, for the names "0",
@@ -537,6 +538,8 @@ class TableBatchedEmbedding(BatchedTables):
         device, dtype: of all tables; fp64, fp32, fp16 or bf16.
         features: what looks up, by name, and in which table; `{"item": "item", "history": "item"}` lets two
             features share one. In this order come the ids. None: one feature a table, of its name.
+        output_dtype: of the rows; fp32, fp16 or bf16 (fp64 for fp64 tables). None: the tables'. Gradients have the
+            tables', and are summed from those of the output before they are rounded.
 
     Attributes:
         weight: the one parameter, `[sum of num_embeddings, embedding_dim]`: the tables, one under another.
@@ -631,6 +634,10 @@ class TableBatchedEmbeddingBag(BatchedTables):
     rows, where all tables have mode "sum". Ids behind the last offset are in no bag. Output:
     `[B, sum of embedding_dims]`, the features side by side; `layer.split(output)` gives each its view.
 
+    Features may have a batch size each: `batch_sizes`, by name or in the order of the ids, says how many bags each has,
+    and offsets are `[sum of batch_sizes + 1]`. Then the output has as many rows as the largest, and behind a feature's
+    own bags zeros; `layer.split(output, batch_sizes)` leaves these out.
+
     Args:
         tables: (num_embeddings, embedding_dim) of each table, by name; or in a sequence, for the names "0",
             "1", ... The kernels move as many bytes at a time, 16 at the most, as divide every table's rows.
@@ -645,6 +652,9 @@ class TableBatchedEmbeddingBag(BatchedTables):
         features: what looks up, by name, and in which table; `{"item": "item", "history": "item"}` lets two
             features share one, and their gradients add up. In this order come the ids, and the columns of the
             output. None: one feature a table, of its name.
+        output_dtype: of the output; fp32, fp16 or bf16 (fp64 for fp64 tables). None: the tables'. The tables and
+            per-sample weights keep theirs. So do their gradients, which are summed in fp32 from the gradient of the
+            output, and rounded once; of a sparse gradient each entry is rounded.
 
     Attributes:
         weight: the one parameter. `[sum of num_embeddings, embedding_dim]`, the tables one under another, if
@@ -655,13 +665,14 @@ class TableBatchedEmbeddingBag(BatchedTables):
     (fp64 for fp64) and rounded once; an empty bag's is zero.
 
     Raises:
-        ValueError: names, shapes, modes or offsets that do not fit.
+        ValueError: names, shapes, modes, offsets or batch_sizes that do not fit.
         IndexError, RuntimeError: an id is out of its table's range (an error that is both, as for
             EmbeddingBag); when, is set by `gpu_embed.set_bounds_check`. The message names the table, the bag,
             the id's place in it, and the table's rows.
-        RuntimeError: a wrong dtype or device; offsets on the CPU that do not cut the ids into bags.
+        RuntimeError: a wrong dtype or device; an output_dtype of fp64 for other tables, or another for fp64 ones;
+            offsets on the CPU that do not cut the ids into bags.
         NotImplementedError: per_sample_weights, and a table of mode "mean" or "max".
-        TypeError: an argument is no tensor; a size or a padding_idx is no int.
+        TypeError: an argument is no tensor; a size or a padding_idx is no int; output_dtype is no floating dtype.
 
     Example::
 
