@@ -33,8 +33,8 @@ __device__ inline Range split_range(Range range) {
 // why:   no thread idles, whatever the tables' widths; adjacent threads read adjacent columns of the same rows:
 //        coalesced
 //
-// Output: any dtype; SPLIT: Weight's accumulation dtype. MAX: some table has mode "max", and its argmax is to be found; not
-// with SPLIT.
+// Output: any dtype; SPLIT: Weight's accumulation dtype. MAX: some table has mode "max", and its argmax is to be found;
+// not with SPLIT.
 template <typename Weight, typename Output, int VEC, bool MAX, bool SPLIT, int UNROLL>
 __global__ void table_bag_kernel(
     const Weight* __restrict__ weight_ptr,              // the tables' buffer
