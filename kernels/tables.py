@@ -65,7 +65,7 @@ def table_bag_kernel(
     per_sample_weights_ptr,  # weight's dtype, [num_indices], contiguous; None: all 1
     tables_ptr,  # int64 [num_tables, NUM_TABLE_COLUMNS]
     table_of_column_ptr,  # int32 [D]
-    output_ptr,  # [num_bags, D]; SPLIT: partial sums, accumulation dtype, [num_splits, num_bags, D]
+    output_ptr,  # [num_bags, D], any floating dtype; SPLIT: partial sums, accumulation dtype, [num_splits, num_bags, D]
     sizes_ptr,  # SPLIT and MEAN: int64 [num_splits, num_bags, D]: each split's share of the divisor; else None
     # int32 or int64 [num_bags, D]: the argmax as a position, -1: none. MAX: an output; None: not wanted. Else an input,
     # the argmax of an earlier launch; None: no table has mode "max". Never both, so one argument serves.

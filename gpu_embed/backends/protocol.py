@@ -25,7 +25,7 @@ class Backend(Protocol):
     caller has checked everything else. Tensors may have any strides; results are contiguous.
 
     The three `*_dense_backward` of a table take `into`, a gradient that exists: of the table's shape, with any
-    strides that do not overlap (a tables' buffer: contiguous), of grad_output's dtype, or fp32 where that has 16
+    strides that do not overlap (a tables' buffer: contiguous), of the table's dtype, or fp32 where that has 16
     bits. Each row that an id names is summed in `accumulation(dtype)`, added to its row of `into` there, and rounded
     once. No other row is read or written. `into` is returned, and its version counter is the caller's to raise.
 
@@ -174,7 +174,8 @@ class Backend(Protocol):
 
         weight is the tables' buffer, contiguous. Each table's padding takes no part in its bags; a row of its
         own is zero if zero_padding says so. Positions in no bag give rows of zeros. Columns of a
-        max table take the values at the batch's `max_positions`.
+        max table take the values at the batch's `max_positions`. Where the batch's shape names an `output_dtype`, the
+        output has that, and gradients of it come in that; weight and its gradient have `table_dtype`.
         """
 
     def table_batched_embedding_max(
@@ -203,7 +204,7 @@ class Backend(Protocol):
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
     ) -> Tensor:
-        """Gradient of table_batched_embedding's per_sample_weights, for sums -> [N], same dtype."""
+        """Gradient of table_batched_embedding's per_sample_weights, for sums -> [N], of weight's dtype."""
 
     def take_rows(
         self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None

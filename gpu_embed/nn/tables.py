@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..dtypes import FLOATS
 from ..functional import tables as table_functional
 from ..tables.gradient import TableGradient
-from ..tables.inputs import TableInput, reorder
+from ..tables.inputs import BatchSizes, TableInput, reorder
 from ..tables.layout import TableLayout, Tables, make_layout, quoted
 from ..tables.parameter import TableSlice
 from .bag import EmbeddingBag
@@ -38,10 +39,17 @@ class BatchedTables(torch.nn.Module, ABC):
         sparse: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        output_dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        if output_dtype is not None and output_dtype not in FLOATS:
+            raise TypeError(
+                f"{type(self).__name__}: output_dtype must be torch.float32, float16, bfloat16 or float64, got "
+                f"{output_dtype!r}"
+            )
         self.layout = layout
         self.sparse = sparse
+        self.output_dtype = output_dtype
         self._tables_on: dict[torch.device, Tables] = {}
         # What a table's place was given in place of its rows, by the table's number.
         self._replaced: dict[int, Tensor] = {}
@@ -257,6 +265,8 @@ class BatchedTables(torch.nn.Module, ABC):
             parts.append(f"features=({', '.join(_shortened(of_features))})")
         if self.sparse:
             parts.append("sparse=True")
+        if self.output_dtype is not None:
+            parts.append(f"output_dtype={self.output_dtype}")
         return ", ".join(parts)
 
     def _number(self, name: str) -> int:
@@ -516,7 +526,8 @@ class TableBatchedEmbedding(BatchedTables):
     `f * B + b` holds example b's ids of feature f. There is one feature a table, unless `features` says otherwise.
     `gpu_embed.batch_bags` and `gpu_embed.batch_padded` make both, by the features' names. Ids and offsets are
     int64, int32, int16 or uint8. Output: `[N, embedding_dim]`, bit-equal to the tables' rows; ids behind the last
-    offset are in no table, and give rows of zeros. Nothing waits for the GPU.
+    offset are in no table, and give rows of zeros. Nothing waits for the GPU. `batch_sizes` is as in
+    TableBatchedEmbeddingBag.
 
     Args:
         tables: (num_embeddings, embedding_dim) of each table, by name; or in a sequence, for the names "0",
@@ -527,6 +538,8 @@ class TableBatchedEmbedding(BatchedTables):
         device, dtype: of all tables; fp64, fp32, fp16 or bf16.
         features: what looks up, by name, and in which table; `{"item": "item", "history": "item"}` lets two
             features share one. In this order come the ids. None: one feature a table, of its name.
+        output_dtype: of the rows; fp32, fp16 or bf16 (fp64 for fp64 tables). None: the tables'. Gradients have the
+            tables', and are summed from those of the output before they are rounded.
 
     Attributes:
         weight: the one parameter, `[sum of num_embeddings, embedding_dim]`: the tables, one under another.
@@ -559,6 +572,7 @@ class TableBatchedEmbedding(BatchedTables):
         dtype: torch.dtype | None = None,
         *,
         features: Mapping[str, str] | None = None,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         layout = make_layout(tables, "sum", padding_idx, features)
         if not layout.is_uniform:
@@ -566,7 +580,7 @@ class TableBatchedEmbedding(BatchedTables):
                 "TableBatchedEmbedding: rows of tables of different embedding_dims have no common shape, got "
                 f"{list(layout.embedding_dims)}; TableBatchedEmbeddingBag takes them"
             )
-        super().__init__(layout, sparse, device, dtype)
+        super().__init__(layout, sparse, device, dtype, output_dtype)
 
     def forward(
         self,
@@ -574,19 +588,24 @@ class TableBatchedEmbedding(BatchedTables):
         offsets: Tensor = None,  # type: ignore[assignment]  # so that a missing one is the check's to explain
         per_sample_weights: None = None,
         features: tuple[str, ...] | int | None = None,
+        batch_sizes: BatchSizes | None = None,
     ) -> Tensor:
         if per_sample_weights is not None:
             raise NotImplementedError(
                 "TableBatchedEmbedding: per_sample_weights are for bags; use TableBatchedEmbeddingBag"
             )
         tables, own, order = self.tables, self.layout.features, self._order_of(features)
+        if batch_sizes is not None:
+            offsets = table_functional.pad_batch(
+                "table_batched_embedding", input, offsets, batch_sizes, order
+            )
         if order != own:
             # Rows follow the ids, so the tables follow the order of the batch.
             fields = [tables.fields[own.index(feature)] for feature in order]
             tables = tables._replace(fields=torch.stack(fields))
         sparse = self.sparse and not self._replaced
         return table_functional.table_batched_embedding(
-            input, self._whole(), offsets, tables, sparse
+            input, self._whole(), offsets, tables, sparse, self.output_dtype
         )
 
     @classmethod
@@ -615,6 +634,10 @@ class TableBatchedEmbeddingBag(BatchedTables):
     rows, where all tables have mode "sum". Ids behind the last offset are in no bag. Output:
     `[B, sum of embedding_dims]`, the features side by side; `layer.split(output)` gives each its view.
 
+    Features may have a batch size each: `batch_sizes`, by name or in the order of the ids, says how many bags each has,
+    and offsets are `[sum of batch_sizes + 1]`. Then the output has as many rows as the largest, and behind a feature's
+    own bags zeros; `layer.split(output, batch_sizes)` leaves these out.
+
     Args:
         tables: (num_embeddings, embedding_dim) of each table, by name; or in a sequence, for the names "0",
             "1", ... The kernels move as many bytes at a time, 16 at the most, as divide every table's rows.
@@ -629,6 +652,9 @@ class TableBatchedEmbeddingBag(BatchedTables):
         features: what looks up, by name, and in which table; `{"item": "item", "history": "item"}` lets two
             features share one, and their gradients add up. In this order come the ids, and the columns of the
             output. None: one feature a table, of its name.
+        output_dtype: of the output; fp32, fp16 or bf16 (fp64 for fp64 tables). None: the tables'. The tables and
+            per-sample weights keep theirs. So do their gradients, which are summed in fp32 from the gradient of the
+            output, and rounded once; of a sparse gradient each entry is rounded.
 
     Attributes:
         weight: the one parameter. `[sum of num_embeddings, embedding_dim]`, the tables one under another, if
@@ -639,13 +665,14 @@ class TableBatchedEmbeddingBag(BatchedTables):
     (fp64 for fp64) and rounded once; an empty bag's is zero.
 
     Raises:
-        ValueError: names, shapes, modes or offsets that do not fit.
+        ValueError: names, shapes, modes, offsets or batch_sizes that do not fit.
         IndexError, RuntimeError: an id is out of its table's range (an error that is both, as for
             EmbeddingBag); when, is set by `gpu_embed.set_bounds_check`. The message names the table, the bag,
             the id's place in it, and the table's rows.
-        RuntimeError: a wrong dtype or device; offsets on the CPU that do not cut the ids into bags.
+        RuntimeError: a wrong dtype or device; an output_dtype of fp64 for other tables, or another for fp64 ones;
+            offsets on the CPU that do not cut the ids into bags.
         NotImplementedError: per_sample_weights, and a table of mode "mean" or "max".
-        TypeError: an argument is no tensor; a size or a padding_idx is no int.
+        TypeError: an argument is no tensor; a size or a padding_idx is no int; output_dtype is no floating dtype.
 
     Example::
 
@@ -667,9 +694,10 @@ class TableBatchedEmbeddingBag(BatchedTables):
         dtype: torch.dtype | None = None,
         *,
         features: Mapping[str, str] | None = None,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         layout = make_layout(tables, mode, padding_idx, features)
-        super().__init__(layout, sparse, device, dtype)
+        super().__init__(layout, sparse, device, dtype, output_dtype)
 
     def forward(
         self,
@@ -677,8 +705,13 @@ class TableBatchedEmbeddingBag(BatchedTables):
         offsets: Tensor = None,  # type: ignore[assignment]  # so that a missing one is the check's to explain
         per_sample_weights: Tensor | None = None,
         features: tuple[str, ...] | int | None = None,
+        batch_sizes: BatchSizes | None = None,
     ) -> Tensor:
         own, order = self.layout.features, self._order_of(features)
+        if batch_sizes is not None:
+            offsets = table_functional.pad_batch(
+                "table_batched_embedding_bag", input, offsets, batch_sizes, order
+            )
         if order != own:
             table_functional.check_batch(
                 "table_batched_embedding_bag", input, offsets, self.weight, self.layout
@@ -688,20 +721,39 @@ class TableBatchedEmbeddingBag(BatchedTables):
             )
             batch = TableInput(input, offsets, per_sample_weights)
             batch = reorder(batch, [order.index(feature) for feature in own])
-            input, offsets, per_sample_weights, _ = batch
+            input, offsets, per_sample_weights, *_ = batch
         sparse = self.sparse and not self._replaced
         return table_functional.table_batched_embedding_bag(
-            input, self._whole(), offsets, self.tables, per_sample_weights, sparse
+            input,
+            self._whole(),
+            offsets,
+            self.tables,
+            per_sample_weights,
+            sparse,
+            self.output_dtype,
         )
 
-    def split(self, output: Tensor) -> list[Tensor]:
-        """Each feature's columns of an output `[B, sum of embedding_dims]`: views `[B, embedding_dim]`."""
+    def split(self, output: Tensor, batch_sizes: BatchSizes | None = None) -> list[Tensor]:
+        """Each feature's columns of an output `[B, sum of embedding_dims]`: views `[B, embedding_dim]`.
+
+        Args:
+            batch_sizes: how many bags each feature has, by name or in the layer's order, such as the `batch_sizes` of
+                `batch_bags`. So many rows each view has, and not those of zeros behind them. None: all have B.
+        """
         dims = self.layout.feature_dims
         if output.dim() != 2 or output.shape[1] != sum(dims):
             raise ValueError(
                 f"split: expected an output of this layer, [B, {sum(dims)}], got {list(output.shape)}"
             )
-        return list(output.split(dims, dim=1))
+        columns = list(output.split(dims, dim=1))
+        if batch_sizes is None:
+            return columns
+        sizes = table_functional.sizes_in_order("split", batch_sizes, self.layout.features)
+        if output.shape[0] != max(sizes):
+            raise ValueError(
+                f"split: an output of at most {max(sizes)} bags a feature has as many rows, got {list(output.shape)}"
+            )
+        return [part[:size] for part, size in zip(columns, sizes, strict=True)]
 
     @classmethod
     def _made_like(cls, named: dict[str, Any], **arguments: Any) -> "Self":

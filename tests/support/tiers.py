@@ -55,6 +55,7 @@ PTX_FILES = frozenset(
         "api/test_renorm",
         "api/test_tables",
         "api/test_tables_gradient",
+        "api/test_tables_outputs",
         "backends/test_in_place",
         "backends/test_row_update",
         "backends/test_shard",
