@@ -23,6 +23,7 @@ from .dtypes import FLOATS
 from .nn.tables import BatchedTables, TableBatchedEmbedding, TableBatchedEmbeddingBag
 from .optim import RowOptimizer, apply_in_backward
 from .row_update import STATE
+from .tables.layout import TABLE_ALIGNMENT
 from .tables.parameter import TableSlice
 
 # The releases whose lookups, shardings and optimizer view this file fits.
@@ -62,7 +63,6 @@ from torchrec.distributed.embedding_types import (  # noqa: E402
     ShardedEmbeddingTable,
 )
 from torchrec.distributed.types import (  # noqa: E402
-    EmbeddingModuleShardingPlan,
     ParameterSharding,
     QuantizedCommCodecs,
     ShardingEnv,
@@ -146,11 +146,26 @@ class _RowUpdates:
                     f"sharder, {self.sharder}(optimizer=gpu_embed.optim.RowWiseAdagrad, lr=0.05), and others of "
                     "FBGEMM are not supported"
                 )
+            _check_columns(where, info.param_sharding)
             if kernel == EmbeddingComputeKernel.FUSED.value and self.optimizer is None:
                 raise ValueError(
                     f"{where} has the compute kernel 'fused', whose optimizer is the sharder's: give it one, "
                     f"{self.sharder}(optimizer=gpu_embed.optim.RowWiseAdagrad, lr=0.05)"
                 )
+
+
+def _check_columns(where: str, sharding: ParameterSharding) -> None:
+    """Raise for several column shards on one rank that cannot be one parameter, as TorchRec wants them."""
+    sizes: dict[Any, list[tuple[int, ...]]] = {}
+    for one in getattr(sharding.sharding_spec, "shards", ()):
+        sizes.setdefault(str(one.placement), []).append(tuple(one.shard_sizes))
+    for rank, shards in sizes.items():
+        rows, dim = shards[0]
+        if len(shards) > 1 and (len(set(shards)) > 1 or rows * dim % TABLE_ALIGNMENT):
+            raise NotImplementedError(
+                f"{where} has column shards of the sizes {shards} on {rank}; several on one rank must have one width, "
+                f"a multiple of {TABLE_ALIGNMENT}"
+            )
 
 
 # One group of tables on one rank.
@@ -216,20 +231,9 @@ class _Group(nn.Module):
             numbers.setdefault(table.name, []).append(number)
         slices = {}
         for name, (first, *others) in numbers.items():
+            # They lie side by side: `_check_columns`.
             rows, dim = layout.num_embeddings[first], layout.embedding_dims[first]
             count = len(others) + 1
-            begins = [layout.first_elements[number] for number in (first, *others)]
-            ends_at = [begins[0] + number * rows * dim for number in range(count)]
-            if layout.is_uniform:
-                ends_at = begins
-            alike = {
-                (layout.num_embeddings[number], layout.embedding_dims[number]) for number in others
-            }
-            if begins != ends_at or not alike <= {(rows, dim)}:
-                raise NotImplementedError(
-                    f"table {name!r} has {count} column shards on one rank that do not lie side by side; give it "
-                    "column shards of one width, a multiple of 8, or place them on different ranks"
-                )
             part = layout.row_range(first, first + count)._replace(shape=(count * rows, dim))
             slices[name] = _Rows(whole, part)
         return slices
