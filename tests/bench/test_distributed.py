@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     reason="torch is built without gloo",
 )
 
-SHAPE = Shape(ranks=2, rows=1000, dim=8, ids=512, rounds=3, has_namespace=False)
+SHAPE = Shape("rowwise", ranks=2, rows=1000, dim=8, ids=512, rounds=3, has_namespace=False)
 ROUNDS = [
     {"seconds": {"torch": 4.0, "gpu_embed": 1.0}},
     {"seconds": {"torch": 2.0, "gpu_embed": 1.5}},
@@ -51,9 +51,9 @@ def test_medians_are_of_times_and_of_the_quotients_of_each_round(monkeypatch):
     advanced = []
     theirs, ours = distributed.measure_distributed(SHAPE, lambda: advanced.append(1))
     assert len(advanced) == 4
-    assert (theirs.layer, theirs.ms_p50, theirs.times_torch_p50) == ("torch", 3000, 1)
-    assert (ours.layer, ours.ms_p50, ours.times_torch_p50) == ("gpu_embed", 1500, 0.5)
-    assert ours.times_torch_p20 == pytest.approx(0.35)
+    assert (theirs.layer, theirs.ms_p50, theirs.times_theirs_p50) == ("torch", 3000, 1)
+    assert (ours.layer, ours.ms_p50, ours.times_theirs_p50) == ("gpu_embed", 1500, 0.5)
+    assert ours.times_theirs_p20 == pytest.approx(0.35)
     assert (ours.sent_bytes, ours.sent_counted, ours.gradient_bytes) == (990, "collectives", 1024)
 
 
@@ -82,6 +82,7 @@ def test_a_result_that_is_not_equal_ends_with_1(monkeypatch, capsys):
     [
         (["--ranks", "0"], "--ranks 0: expected a whole number"),
         (["--rows", "1e12"], "--rows, --dim and --ranks need"),
+        (["--pairs", "rowwise", "other"], "unknown pair 'other': choose from rowwise, distinct"),
         (["--out", "."], "is a folder: name a file in --out"),
     ],
 )
@@ -91,6 +92,15 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(options, said, monkeypa
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_pair_without_its_package_says_what_installs_it(monkeypatch, capsys):
+    ranks_that_say(monkeypatch)
+    needs = distributed.Pair("any", "theirs", packages=("no_such_package",))
+    monkeypatch.setitem(distributed.PAIRS, "exchange", needs)
+    assert cli.main(["distributed", "--pairs", "rowwise", "exchange"]) == 2
+    said = "--pairs exchange needs no_such_package: `make torchrec`, in a clone, installs it"
+    assert said in capsys.readouterr().err
 
 
 def test_ranks_that_fail_end_it_with_their_last_words(monkeypatch, capsys):
@@ -118,7 +128,7 @@ def test_real_ranks(way):
     if way == "loopback" and not loopback.has_namespaces():
         pytest.skip("no network namespaces here")
     output = 4096 * 64 * 4
-    shape = Shape(2, 5000, 64, 4096, 2, has_namespace=way == "loopback")
+    shape = Shape("rowwise", 2, 5000, 64, 4096, 2, has_namespace=way == "loopback")
     theirs, ours = distributed.measure_distributed(shape)
     for step in (theirs, ours):
         assert step.equal
