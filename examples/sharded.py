@@ -149,8 +149,8 @@ def shared_folder() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """The processes that torchrun has started, or this one alone."""
+def process_group(device: torch.device, left: str = LEFT) -> Iterator[None]:
+    """The processes that torchrun has started, or this one alone. Where Ctrl-C ends them, one says what is `left`."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     launched = dist.is_torchelastic_launched()
     if launched:
@@ -165,7 +165,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         if launched:
             # At once: an orderly end waits for the other processes, which end too.
             if dist.get_rank() == 0:
-                print(f"\ninterrupted, {LEFT}", file=sys.stderr, flush=True)
+                print(f"\ninterrupted, {left}", file=sys.stderr, flush=True)
             os._exit(130)
         raise
     finally:
