@@ -765,6 +765,17 @@ def distributed(args: argparse.Namespace) -> int:
                 raise CannotRunError(
                     f"--pairs {pair} needs {package}: `make torchrec`, in a clone, installs it"
                 )
+        if sizes["ids"] % ranks.PAIRS[pair].multiple:
+            multiple = ranks.PAIRS[pair].multiple
+            raise CannotRunError(
+                f"--pairs {pair} takes a multiple of {multiple} --ids, got {sizes['ids']}"
+            )
+    for number in numbers:
+        if -(-sizes["rows"] // number) * (number - 1) >= sizes["rows"]:
+            raise CannotRunError(
+                f"of {number} ranks one has none of {sizes['rows']} rows, which torch's layer cannot train: "
+                "choose more --rows or fewer --ranks"
+            )
     # Torch's layer makes the whole gradient on each rank.
     needed = ranks.needed_bytes(max(numbers), sizes["rows"] * sizes["dim"])
     free = machine.usable_memory(torch.device("cpu"))

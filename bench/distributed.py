@@ -31,9 +31,12 @@ class Pair:
     theirs: str
     ours: str = "gpu_embed"
     packages: tuple[str, ...] = ()  # that it needs beside torch
+    multiple: int = 1  # that the number of ids is of
 
 
 _TORCHREC = ("torchrec", "fbgemm_gpu")
+# Of TorchRec's bags: tables, and ids of a bag.
+TABLES, BAG = 4, 4
 # sharded_tables.py says how each is made.
 PAIRS = {
     "rowwise": Pair("torch's RowwiseParallel, ids that are the same on all ranks", "torch"),
@@ -41,8 +44,18 @@ PAIRS = {
     "exchange": Pair(
         "a table by rows, ids of each rank's own", "EmbeddingCollection", packages=_TORCHREC
     ),
-    "bags-dense": Pair("TorchRec's bags by rows, kernel DENSE", "TorchRec", packages=_TORCHREC),
-    "bags-fused": Pair("TorchRec's bags by rows, kernel FUSED", "FBGEMM", packages=_TORCHREC),
+    "bags-dense": Pair(
+        f"TorchRec's bags of {BAG} ids in {TABLES} tables by rows, compute kernel DENSE",
+        "TorchRec",
+        packages=_TORCHREC,
+        multiple=TABLES * BAG,
+    ),
+    "bags-fused": Pair(
+        f"TorchRec's bags of {BAG} ids in {TABLES} tables by rows, compute kernel FUSED",
+        "FBGEMM",
+        packages=_TORCHREC,
+        multiple=TABLES * BAG,
+    ),
 }
 DISTRIBUTION = "zipf:1.05"
 # How the bytes of a step were counted.

@@ -17,13 +17,12 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 import gpu_embed
+from gpu_embed.distributed import ShardedEmbedding
 
 from . import ids as ids_module
-from .distributed import DISTRIBUTION, Shape
+from .distributed import BAG, DISTRIBUTION, TABLES, Shape
 
 LR = 2.0**-3
-# Of a batch of bags.
-TABLES, BAG = 4, 4
 
 
 class ShardedTable(ABC):
@@ -131,8 +130,7 @@ class ExchangedTable(ShardedTable):
 
     def make(self) -> torch.optim.Optimizer:
         whole = gpu_embed.Embedding(self.shape.rows, self.shape.dim, device="meta")
-        kind = gpu_embed.distributed.ShardedEmbedding
-        self.layer = kind.from_module(whole, self.mesh, distinct=self.distinct)
+        self.layer = ShardedEmbedding.from_module(whole, self.mesh, distinct=self.distinct)
         self.layer.to_empty(device="cpu")
         return gpu_embed.optim.SGD(self.layer.parameters(), lr=LR)
 

@@ -47,11 +47,12 @@ LEFT = "nothing was written"
 class NextWord(nn.Module):
     """Guess the next word from the rows of those before it, by the same rows."""
 
-    def __init__(self, size: next_word.Size) -> None:
+    def __init__(self, size: next_word.Size, device: str) -> None:
         super().__init__()
-        self.table = gpu_embed.Embedding(size.vocabulary, size.embedding_dim)
-        self.position = nn.Parameter(torch.ones(size.context, size.embedding_dim))
-        self.guess = nn.Linear(size.embedding_dim, size.vocabulary, bias=False)
+        rows, dim = size.vocabulary, size.embedding_dim
+        self.table = gpu_embed.Embedding(rows, dim, device=device)
+        self.position = nn.Parameter(torch.ones(size.context, dim, device=device))
+        self.guess = nn.Linear(dim, rows, bias=False, device=device)
 
     def forward(self, context: Tensor) -> Tensor:
         return self.guess((self.table(context) * self.position).sum(dim=1))
@@ -59,8 +60,7 @@ class NextWord(nn.Module):
 
 def sharded_model(size: next_word.Size, mesh: DeviceMesh, seed: int) -> NextWord:
     """The model on the mesh, made where it will lie."""
-    with torch.device("meta"):
-        model = NextWord(size)
+    model = NextWord(size, device="meta")
     styles = {
         # Every process has the same words, and gets their rows.
         "table": RowwiseParallel(input_layouts=Replicate()),

@@ -59,7 +59,7 @@ class ReferenceBackend:
         return torch.from_numpy(rows).view(weight.dtype).to(weight.device)
 
     def prepare_embedding(self, weight: Tensor, shard: Shard | None = None) -> PreparedEmbedding:
-        return partial(self.embedding, shard=shard)
+        return self.embedding if shard is None else partial(self.embedding, shard=shard)
 
     def embedding_dense_backward(
         self,

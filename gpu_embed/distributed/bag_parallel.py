@@ -37,6 +37,11 @@ class _BagParallel(ParallelStyle):
         self.input_layouts = input_layouts or Replicate()
         self.output_layouts = output_layouts or self.default_output
         self.use_local_output = use_local_output
+        if not isinstance(self.output_layouts, Placement):
+            raise TypeError(
+                f"{type(self).__name__}: output_layouts must be a placement, such as Replicate() or Shard(0), not "
+                f"{self.output_layouts!r}"
+            )
         if self.input_layouts not in (Replicate(), Shard(0)):
             raise ValueError(
                 f"{type(self).__name__}: input_layouts must be Replicate(), the same bags on every rank, or Shard(0), "

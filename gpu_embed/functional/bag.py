@@ -16,6 +16,7 @@ from .checks import (
     as_float,
     check_norm,
     check_not_sparse,
+    check_plain_offsets,
     has_dtensor,
     integer_hint,
     tensor_hint,
@@ -148,6 +149,7 @@ def embedding_bag(
         )
     if max_norm is not None:
         # Last, so that a call that was refused has not changed the table.
+        check_plain_offsets(offsets, input)
         embedding_renorm_(weight.detach(), input, max_norm, norm_type)
     if mode == "max":
         return call_embedding_bag_max(weight, input, offsets, include_last_offset, padding_idx)

@@ -11,7 +11,9 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 
+from ..bags import check_offsets
 from ..dtypes import FLOATS
+from ..ops.plain import is_plain_call
 
 # Tensors whose data (or stand-in for data) our ops can take; other subclasses bring their own embedding.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -37,6 +39,12 @@ def check_not_sparse(function: str, sparse: bool) -> None:
             f"{function}: sparse=True has no gradient for a DTensor; leave it out, or shard the table with "
             "gpu_embed.distributed.ShardedEmbedding"
         )
+
+
+def check_plain_offsets(offsets: Tensor | None, indices: Tensor) -> None:
+    """`check_offsets` for what the operator would refuse, before anything is changed; nothing on CUDA and in graphs."""
+    if offsets is not None and offsets.device.type == "cpu" and is_plain_call(offsets):
+        check_offsets(offsets, indices)
 
 
 def as_index(padding_idx: Any) -> Any:

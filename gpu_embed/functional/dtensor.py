@@ -33,6 +33,7 @@ from ..ops.bag import (
 )
 from ..ops.lookup import call_embedding, embedding_renorm_
 from ..shard import Shard as RowShard
+from .checks import check_plain_offsets
 
 Placements = tuple[Placement, ...]
 
@@ -85,13 +86,16 @@ def embedding(
     # The counts are those of the whole batch.
     id_dims = () if scale_grad_by_freq else tuple(range(ids.dim()))
     layout = Layout.of(table, ids, ids.dim(), id_dims)
+    shape = (*ids.shape, table.shape[1])
+    if table.device_mesh.get_coordinate() is None:
+        return _of_outsider(table, layout, shape)
     shard = _shard(table, layout)
     if max_norm is not None:
         _renorm(table, ids, layout, shard, max_norm, norm_type)
     local_table = _local(table, layout.table, layout.grad_weight)
     local_ids = _local_ids(ids, layout.ids)
     output = call_embedding(local_table, local_ids, padding_idx, scale_grad_by_freq, False, shard)
-    return _whole(output, table, layout, (*ids.shape, table.shape[1]))
+    return _whole(output, table, layout, shape)
 
 
 def embedding_bag(
@@ -122,6 +126,10 @@ def embedding_bag(
     )
     id_dims = (0,) if offsets is None and not scale_grad_by_freq else ()
     layout = Layout.of(table, ids, 1, id_dims)
+    num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - include_last_offset
+    shape = (num_bags, table.shape[1])
+    if table.device_mesh.get_coordinate() is None:
+        return _of_outsider(table, layout, shape)
     shard = _shard(table, layout)
     local_offsets = None if offsets is None else _local_ids(of_bags, _everywhere(table))
     local_weights = None
@@ -133,6 +141,7 @@ def embedding_bag(
         )
         local_weights = _local(scales, layout.ids, grad)
     if max_norm is not None:
+        check_plain_offsets(local_offsets, ids)
         _renorm(table, ids, layout, shard, max_norm, norm_type)
     local_table = _local(table, layout.table, layout.grad_weight)
     local_ids = _local_ids(ids, layout.ids)
@@ -145,8 +154,7 @@ def embedding_bag(
         output = call_embedding_bag(
             local_table, local_weights, *bags, mode, scale_grad_by_freq, False, shard
         )
-    num_bags = ids.shape[0] if offsets is None else offsets.shape[0] - include_last_offset
-    return _whole(output, table, layout, (num_bags, table.shape[1]))
+    return _whole(output, table, layout, shape)
 
 
 def zero_row_(weight: DTensor, row: int) -> None:
@@ -256,6 +264,11 @@ def _whole(output: Tensor, table: DTensor, layout: Layout, shape: tuple[int, ...
     return whole
 
 
+def _of_outsider(table: DTensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
+    """The output on a rank that is not in the mesh, and has nothing of it."""
+    return _whole(table.to_local(), table, layout, shape)
+
+
 class _FromLocal(torch.autograd.Function):
     """DTensor.from_local, whose gradient is differentiable too where the output is a term of a sum."""
 
@@ -304,9 +317,10 @@ def _renorm(
             "or leave max_norm out"
         )
     all_ids = _local_ids(ids, _everywhere(table))
-    # Detached before it is local, so that there is nothing for autograd to see.
+    # Detached before it is local, and without a gradient for a compiler, so that there is nothing for autograd to see.
     own: Any = table.detach()
-    embedding_renorm_(own.to_local(), all_ids, max_norm, norm_type, shard)
+    with torch.no_grad():
+        embedding_renorm_(own.to_local(), all_ids, max_norm, norm_type, shard)
 
 
 def _max_of_shards(

@@ -171,7 +171,7 @@ def restore_embeddings(model: torch.nn.Module) -> list[str]:
     Raises:
         TypeError: model is no module.
         RuntimeError: something else has changed a replaced module's class since (a parametrization,
-            `fully_shard`) and must be undone before; nothing is restored then.
+            `fully_shard`) and must be undone before, or the table of a bag is sharded; nothing is restored then.
     """
     _check_model("restore_embeddings", model)
     replaced = {name: m for name, m in model.named_modules() if MARK in m.__dict__}
@@ -180,6 +180,11 @@ def restore_embeddings(model: torch.nn.Module) -> list[str]:
             raise RuntimeError(
                 f"restore_embeddings: {name!r} has become {type(module).__name__} since it was replaced; remove "
                 "that first (its parametrization, or its own fully_shard). Nothing was restored."
+            )
+        if isinstance(module, EmbeddingBag) and has_dtensor(module.weight):
+            raise RuntimeError(
+                f"restore_embeddings: torch's EmbeddingBag has no lookup in a sharded table, which {name!r} holds. "
+                "Nothing was restored."
             )
     for module in replaced.values():
         _change_class(module, ORIGINALS[type(module)])

@@ -55,9 +55,12 @@ OFFSETS = torch.tensor([0, 2, 8])
 
 
 def test_only_forward_is_overridden():
-    """Drop-in: subclass, override forward only; a new torch brings its own everything else."""
+    """Drop-in: subclass, override forward and a sharded padding row's zeros; a new torch brings the rest."""
     generated = {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"}
-    assert set(vars(gpu_embed.EmbeddingBag)) - generated == {"forward"}
+    assert set(vars(gpu_embed.EmbeddingBag)) - generated == {
+        "forward",
+        "_fill_padding_idx_with_zero",
+    }
     assert gpu_embed.EmbeddingBag.__mro__[1] is nn.EmbeddingBag
 
 
@@ -231,6 +234,8 @@ REFUSED = {
     "last offset that is a number": refused("include_last_offset", 1),
     "a padding past the end": refused("padding_idx", 4),
     "weights of another dtype": refused("per_sample_weights", torch.ones(5).double()),
+    "offsets that begin late": refused("offsets", torch.tensor([1, 2])),
+    "offsets past the end": refused("offsets", torch.tensor([0, 99])),
 }
 
 

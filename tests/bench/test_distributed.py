@@ -1,5 +1,6 @@
 """A table spread over ranks: what is made of the ranks' words, and real ranks on gloo."""
 
+import dataclasses
 import json
 import os
 import re
@@ -84,6 +85,7 @@ def test_a_result_that_is_not_equal_ends_with_1(monkeypatch, capsys):
         (["--rows", "1e12"], "--rows, --dim and --ranks need"),
         (["--pairs", "rowwise", "other"], "unknown pair 'other': choose from rowwise, distinct"),
         (["--out", "."], "is a folder: name a file in --out"),
+        (["--ranks", "4", "--rows", "5"], "of 4 ranks one has none of 5 rows"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_sentence(options, said, monkeypatch, capsys):
@@ -101,6 +103,14 @@ def test_a_pair_without_its_package_says_what_installs_it(monkeypatch, capsys):
     assert cli.main(["distributed", "--pairs", "rowwise", "exchange"]) == 2
     said = "--pairs exchange needs no_such_package: `make torchrec`, in a clone, installs it"
     assert said in capsys.readouterr().err
+
+
+def test_bags_take_whole_bags_alone(monkeypatch, capsys):
+    ranks_that_say(monkeypatch)
+    pair = dataclasses.replace(distributed.PAIRS["bags-fused"], packages=())
+    monkeypatch.setitem(distributed.PAIRS, "bags-fused", pair)
+    assert cli.main(["distributed", "--pairs", "bags-fused", "--ids", "40"]) == 2
+    assert "--pairs bags-fused takes a multiple of 16 --ids, got 40" in capsys.readouterr().err
 
 
 def test_ranks_that_fail_end_it_with_their_last_words(monkeypatch, capsys):
@@ -138,6 +148,19 @@ def test_real_ranks(way):
     # Torch's layer makes all of it on each rank.
     assert theirs.gradient_bytes == 5000 * 64 * 4
     assert ours.gradient_bytes == theirs.gradient_bytes // 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pair", [name for name in distributed.PAIRS if name != "rowwise"])
+def test_real_ranks_with_ids_of_their_own(pair):
+    for package in distributed.PAIRS[pair].packages:
+        pytest.importorskip(package)
+    theirs, ours = distributed.measure_distributed(Shape(pair, 2, 5000, 64, 1024, 2, False))
+    assert theirs.equal
+    assert ours.equal
+    assert theirs.gradient_bytes >= ours.gradient_bytes or pair == "exchange"
+    same, distinct = 1.02 * theirs.sent_bytes, theirs.sent_bytes / 2
+    assert 0 < ours.sent_bytes <= (same if pair.startswith("bags") else distinct)
 
 
 @pytest.mark.full

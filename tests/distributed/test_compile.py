@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from functorch.compile import make_boxed_func
 from ranks import mesh
 from sharded_cases import MULTIPLE, assert_equal, assert_lies_as, distribute, integers, some_ids
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -65,6 +65,27 @@ def test_fullgraph(ranks, style):
 def test_fullgraph_with_options(two, style):
     options = {"padding_idx": 2, "scale_grad_by_freq": True}
     two.run(styles_equal_whole, style, "aot_eager", options)
+
+
+def max_norm_equals_whole(style):
+    layer, parallel = STYLES[style]
+    model = nn.Sequential(layer(11, 6, max_norm=4.0))
+    model[0].weight.data = integers(11, 6)
+    expected = copy.deepcopy(model)
+    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+    parallelize_module(model, mesh(dist.get_world_size()), {"0": parallel(**layouts)})
+    ids = some_ids(11, 4, 6)
+    output, whole = compiled(model, "aot_eager")(ids), expected(ids)
+    torch.testing.assert_close(output, whole)
+    output.sum().backward()
+    whole.sum().backward()
+    torch.testing.assert_close(model[0].weight.full_tensor(), expected[0].weight.data)
+    torch.testing.assert_close(model[0].weight.grad.full_tensor(), expected[0].weight.grad)
+
+
+@pytest.mark.parametrize("style", ["row-wise", "row-wise bag"])
+def test_max_norm_fullgraph(two, style):
+    two.run(max_norm_equals_whole, style)
 
 
 @pytest.mark.parametrize("mode", ["sum", "max"])

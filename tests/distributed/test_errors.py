@@ -34,6 +34,32 @@ def still_works():
     assert ranks == dist.get_world_size()
 
 
+def mixed(lookup, name):
+    """One argument is a DTensor, and the others are plain."""
+    over = mesh(dist.get_world_size())
+    tensors = {"input": some_ids(11, 12), "weight": integers(11, 6)}
+    if lookup is embedding_bag:
+        tensors |= {"offsets": torch.tensor([0, 5]), "per_sample_weights": torch.ones(12)}
+    tensors[name] = distribute(tensors[name], over, "r")
+    options = {"mode": "sum"} if lookup is embedding_bag else {}
+    with pytest.raises(
+        RuntimeError, match=f"got mixed torch.Tensor and DTensor: .*{name} a DTensor"
+    ):
+        lookup(**tensors, **options)
+    still_works()
+
+
+@pytest.mark.parametrize(
+    ("lookup", "name"),
+    [
+        *((embedding, name) for name in ("input", "weight")),
+        *((embedding_bag, name) for name in ("input", "weight", "offsets", "per_sample_weights")),
+    ],
+)
+def test_plain_tensors_beside_a_dtensor(two, lookup, name):
+    two.run(mixed, lookup, name)
+
+
 def raises_everywhere(table, ids_lie, wrong, lookup):
     over = mesh(dist.get_world_size())
     ids = some_ids(11, 4, 6)

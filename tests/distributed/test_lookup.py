@@ -16,9 +16,10 @@ from sharded_cases import (
     part,
     some_ids,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
-from gpu_embed.functional import embedding
+from gpu_embed.functional import embedding, embedding_bag
 
 # 11 rows are cut unevenly. Of four ranks one has none of 3 rows, and two have none of 2 columns.
 TABLES = {"11 x 6": (11, 6), "3 x 6": (3, 6), "11 x 2": (11, 2)}
@@ -225,6 +226,27 @@ def within_transforms():
 def test_within_transforms(two):
     """Drop-in: torch.func hides what is sharded, and its lookup is torch's."""
     two.run(within_transforms)
+
+
+def on_some_of_the_ranks(table, lookup):
+    some = DeviceMesh("cpu", [1, 3])
+    weight, ids = integers(11, 6, multiple=MULTIPLE), some_ids(11, 4, 6)
+    of_rank = distribute(weight, some, table).requires_grad_()
+    output = lookup(distribute(ids, some, "r"), of_rank)
+    if some.get_coordinate() is None:
+        assert output.to_local().shape == (0,)
+    else:
+        expected = lookup(ids, weight.requires_grad_())
+        assert_equal(output.detach(), expected.detach())
+        output.sum().full_tensor().backward()
+        expected.sum().backward()
+        assert_equal(of_rank.grad, weight.grad)
+
+
+@pytest.mark.parametrize("lookup", [embedding, embedding_bag])
+@pytest.mark.parametrize("table", "r01")
+def test_ranks_outside_of_the_mesh(four, table, lookup):
+    four.run(on_some_of_the_ranks, table, lookup)
 
 
 def of_more_placements():
