@@ -36,8 +36,8 @@ def has_dtensor(*tensors: object) -> bool:
 def check_not_sparse(function: str, sparse: bool) -> None:
     if sparse:
         raise NotImplementedError(
-            f"{function}: sparse=True has no gradient for a DTensor; leave it out, or shard the table with "
-            "gpu_embed.distributed.ShardedEmbedding"
+            f"{function}: sparse=True has no gradient for a DTensor; leave it out, or, for a table without bags, put "
+            "gpu_embed.distributed.ShardedEmbedding.from_module(layer, mesh) in the place of the layer"
         )
 
 

@@ -78,7 +78,7 @@ def embedding(
             return _embedding_by_torch(
                 input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
             )
-    _check_tensors(input, weight)
+    check_tensors(input, weight)
     _check_flags(scale_grad_by_freq, sparse)
     row = wrap_padding_idx(as_index(padding_idx), weight.size(0))
     if max_norm is not None:
@@ -121,7 +121,7 @@ def _embedding_by_torch(input: Tensor, weight: Tensor, *arguments: object) -> Te
     return torch.nn.functional.embedding(input, weight, *arguments)  # type: ignore[arg-type]
 
 
-def _check_tensors(input: Tensor, weight: Tensor) -> None:
+def check_tensors(input: Tensor, weight: Tensor) -> None:
     if weight.dim() != 2:
         raise RuntimeError("'weight' must be 2-D")
     if input.dtype not in IDS:

@@ -21,6 +21,7 @@ from ..nn.tables import BatchedTables
 from ..tables.gradient import TableGradient
 from ..tables.parameter import parent_of
 from .row_optimizer import Params, RowOptimizer
+from .saved_state import sharding_of
 
 
 class UpdatesInBackward:
@@ -119,7 +120,7 @@ def apply_in_backward(
 
     Args:
         params_or_module: tables, or param groups of them; or a module, of which every Embedding and EmbeddingBag
-            with sparse=True (torch's or ours, batched ones too) is taken, and no other parameter.
+            with sparse=True (torch's or ours, batched and sharded ones too) is taken, and no other parameter.
         optimizer_class: one of this package's, `RowWiseAdagrad` for one.
         scaler: that scales the loss. One that is not enabled changes nothing.
         micro_steps: how many backwards are one update.
@@ -202,7 +203,10 @@ def _sparse_layers(module: torch.nn.Module) -> list[Any]:
     return [
         layer
         for layer in module.modules()
-        if isinstance(layer, torch.nn.Embedding | torch.nn.EmbeddingBag | BatchedTables)
+        if (
+            isinstance(layer, torch.nn.Embedding | torch.nn.EmbeddingBag | BatchedTables)
+            or sharding_of(getattr(layer, "weight", None)) is not None
+        )
         and layer.sparse
         and layer.weight.requires_grad
     ]

@@ -22,13 +22,15 @@ from ..tables.gradient import TableGradient
 from ..tables.layout import quoted
 from ..tables.parameter import TableSlice, gradient_of, num_rows_of, parent_of, row_range_of
 from .saved_state import (
-    by_table,
+    as_saved,
     flattened,
     kind_of,
+    of_rank,
     of_tables,
     put_together,
     rows_of_tables,
     saved_rows,
+    sharding_of,
     shared_state,
     step_number,
 )
@@ -356,7 +358,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         """torch's, which torch's optimizer of the same formula can load, too, for tables of their own.
 
         The state of a batched layer has a tensor for each table, named after it: "sum.user", "exp_avg.user", of shape
-        [num_embeddings] or [num_embeddings, embedding_dim]. Like torch's, it is the optimizer's memory, no copy.
+        [num_embeddings] or [num_embeddings, embedding_dim]. Like torch's, it is the optimizer's memory, no copy. The
+        state of a `distributed.ShardedEmbedding` is the whole table's, as DTensors.
         """
         # Every later hook must find it as it is saved.
         hook = self.register_state_dict_post_hook(
@@ -374,11 +377,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             if packed["rows"] is not None and group["params"]:
                 packed["rows"] = saved_rows(packed["rows"], group["params"][0])
             for key, param in zip(packed["params"], group["params"], strict=True):
-                row_range = row_range_of(param)
-                if row_range is not None and key in saved["state"]:
-                    saved["state"][key] = by_table(
-                        saved["state"][key], STATE[self.formula], row_range
-                    )
+                if key in saved["state"]:
+                    saved["state"][key] = as_saved(saved["state"][key], STATE[self.formula], param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of another optimizer of this class, or of torch's optimizer of the same formula.
@@ -472,10 +472,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _saved_states(self, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         """What was saved for each parameter."""
         keys = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        return {
-            param: flattened(state_dict["state"].get(key) or {})
-            for key, param in zip(keys, self._params(), strict=True)
-        }
+        states: dict[Tensor, dict[str, Any]] = {}
+        for key, param in zip(keys, self._params(), strict=True):
+            state = flattened(state_dict["state"].get(key) or {})
+            states[param] = {name: of_rank(value, param) for name, value in state.items()}
+        return states
 
     def _check_fits(
         self, saved_groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
@@ -632,10 +633,21 @@ def _check_disjoint(params: Iterable[Tensor]) -> None:
 
 
 def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
-    """rows as bool [num_embeddings], on the first table's device."""
+    """rows as bool [num_embeddings], on the first table's device; of a sharded table, this rank's part of that."""
     if rows is None or not params:
         return None
-    heights = [num_rows_of(param) for param in params]
+    shardings = [sharding_of(param) for param in params]
+    heights = [
+        num_rows_of(param) if sharding is None else sharding.num_embeddings
+        for param, sharding in zip(params, shardings, strict=True)
+    ]
+    if any(
+        getattr(sharding, "own_rows", None) != getattr(shardings[0], "own_rows", None)
+        for sharding in shardings
+    ):
+        raise ValueError(
+            "rows: the tables of the group have other rows on a rank; give each a group of its own"
+        )
     num_embeddings = heights[0]
     if any(height != num_embeddings for height in heights):
         raise ValueError(f"rows: the tables of the group have {heights} rows, which must be equal")
@@ -646,11 +658,14 @@ def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"rows: expected a bool mask or integer ids, got {rows!r}") from error
     if rows.dtype == torch.bool:
+        if shardings[0] is not None and rows.shape == (shardings[0].num_rows,):
+            # It has been cut before.
+            return rows
         if rows.shape != (num_embeddings,):
             raise ValueError(
                 f"rows: the mask must be of shape [{num_embeddings}], got {list(rows.shape)}"
             )
-        return rows.contiguous()
+        return of_rank(rows, params[0]).contiguous()
     ids = rows.flatten()
     if ids.numel() == 0:
         ids = ids.to(torch.int64)
@@ -661,4 +676,5 @@ def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
             f"rows: ids must be from 0 to {num_embeddings - 1}, got {ids.tolist()[:8]}"
         )
     mask = torch.zeros(num_embeddings, dtype=torch.bool, device=ids.device)
-    return mask.index_fill_(0, ids.to(torch.int64), True)
+    mask.index_fill_(0, ids.to(torch.int64), True)
+    return of_rank(mask, params[0]).contiguous()

@@ -1,4 +1,4 @@
-"""An optimizer's state as it is saved: that of a batched layer by the names of its tables."""
+"""An optimizer's state as it is saved: of a batched layer by the names of its tables, of a sharded one as DTensors."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,6 +13,32 @@ from ..tables.parameter import num_rows_of, row_range_of
 
 # Of each kind of state, such as "sum", the tensor of each table.
 OfTables = dict[str, dict[str, Tensor]]
+
+
+def sharding_of(param: Any) -> Any:
+    """The `distributed.RowSharding` of a parameter that is one rank's rows of a larger table, or None."""
+    return getattr(param, "sharding", None)
+
+
+def as_saved(
+    state: Mapping[str, Any], layouts: Iterable[StateLayout], param: Tensor
+) -> Mapping[str, Any]:
+    """A parameter's state as it is saved."""
+    row_range, sharding = row_range_of(param), sharding_of(param)
+    if row_range is not None:
+        return by_table(state, layouts, row_range)
+    if sharding is None:
+        return state
+    names = [layout.name for layout in layouts if layout.name in state]
+    return {**state, **{name: sharding.whole(state[name]) for name in names}}
+
+
+def of_rank(value: Any, param: Tensor) -> Any:
+    """This rank's part of a state of the whole table; anything else as it is."""
+    sharding = sharding_of(param)
+    if sharding is None or not isinstance(value, Tensor):
+        return value
+    return sharding.own(value) if value.shape[:1] == (sharding.num_embeddings,) else value
 
 
 def by_table(
@@ -147,8 +173,14 @@ def _place(values: Tensor) -> tuple[Any, ...]:
 
 
 def saved_rows(rows: Tensor, param: Tensor) -> Tensor | dict[str, Tensor]:
-    """The mask of the rows that may change, bool [num_embeddings]; of a batched layer that of each table, copied."""
-    row_range = row_range_of(param)
+    """The mask of the rows that may change, bool [num_embeddings]; of a batched layer that of each table, copied.
+
+    Of a sharded table it is that of all ranks' rows.
+    """
+    row_range, sharding = row_range_of(param), sharding_of(param)
+    if sharding is not None:
+        whole: Tensor = sharding.whole(rows).full_tensor()
+        return whole
     if row_range is None:
         return rows
     return {name: mask.clone() for name, mask in row_range.views(rows, per_row=True).items()}

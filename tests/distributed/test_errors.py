@@ -145,6 +145,11 @@ if "{case}" == "same ids":
     plan = {{"0": RowwiseParallel(input_layouts=Replicate())}}
     parallelize_module(model, mesh, plan)
     ids = torch.tensor([1, 2, 11])
+elif "{case}" == "all-to-all":
+    # The other rank fails elsewhere while this one waits for it.
+    if dist.get_rank() == 0:
+        model = gpu_embed.distributed.ShardedEmbedding.from_module(model[0], mesh)
+    ids = torch.tensor([1, 2, 3 + 8 * dist.get_rank()])
 else:
     fully_shard(model, mesh=mesh)
     ids = torch.tensor([1, 2, 3 + 8 * dist.get_rank()])
@@ -152,7 +157,7 @@ model(ids).sum().backward()
 """
 
 
-@pytest.mark.parametrize("case", ["same ids", "own ids"])
+@pytest.mark.parametrize("case", ["same ids", "own ids", "all-to-all"])
 def test_torchrun_ends_when_a_rank_fails(tmp_path, case):
     script = tmp_path / "script.py"
     script.write_text(TORCHRUN.format(case=case))

@@ -3,9 +3,11 @@
 import torch
 import torch.distributed as dist
 from ranks import mesh
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from gpu_embed.distributed import ShardedEmbedding
 from gpu_embed.functional import embedding, embedding_bag
 
 # Divided by any count up to 12 it stays an integer.
@@ -170,3 +172,72 @@ def renorm_equals_whole(mesh_shape, table, ids_lie, mode):
     other[ids.flatten()] = False
     assert other.any()
     assert torch.equal(sharded.detach().full_tensor()[other], weight[other])
+
+
+# A ShardedEmbedding.
+
+
+def plain_table(num_embeddings=11, embedding_dim=6, dtype=torch.float32, seed=0, **options):
+    layer = nn.Embedding(num_embeddings, embedding_dim, dtype=dtype, **options)
+    layer.weight.data = integers(num_embeddings, embedding_dim, seed=seed, dtype=dtype)
+    return layer
+
+
+def sharded_table(rows, distinct=True, **options):
+    return ShardedEmbedding.from_module(
+        plain_table(**options), mesh(dist.get_world_size()), rows, distinct
+    )
+
+
+def own_ids(num_embeddings, counts, dtype=torch.int64, seed=0):
+    """Ids of each rank [2, count]; all of them, so that they are the same on each rank."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(num_embeddings, (2, count), generator=generator).to(dtype) for count in counts
+    ]
+
+
+def whole_rows(layer, rows):
+    """What the ranks' rows are together, in the order of ids, without the layer's own way to say so."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows.detach())
+    if not layer.sharding.round_robin:
+        return torch.cat(parts)
+    table = torch.empty(layer.num_embeddings, *rows.shape[1:], dtype=rows.dtype)
+    for rank, part in enumerate(parts):
+        table[rank :: len(parts)] = part
+    return table
+
+
+def table_equals_whole(rows, distinct, options, counts, id_dtype=torch.int64):
+    """Outputs and gradients, bit for bit; gradients are integers, so their sums are exact."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    one, layer = plain_table(**options), sharded_table(rows, distinct, **options)
+    ids = own_ids(layer.num_embeddings, [counts[r % len(counts)] for r in range(size)], id_dtype)
+    dtype = one.weight.dtype
+    grads = [
+        integers(*x.shape, layer.embedding_dim, seed=r, dtype=dtype) for r, x in enumerate(ids)
+    ]
+    entries = []
+    # torch adds no sparse gradients of fp16 on a CPU.
+    steps = 1 if dtype == torch.float16 else 2
+    for _ in range(steps):
+        output = layer(ids[rank])
+        assert output.dtype == dtype
+        assert output.is_contiguous()
+        assert torch.equal(output, one.weight.detach()[ids[rank].long()])
+        output.backward(grads[rank])
+        entries.append(layer.weight.grad._nnz())
+    reference = one.weight.detach().double().requires_grad_()
+    for x, grad in zip(ids, grads, strict=True):
+        found = nn.functional.embedding(x.long(), reference, one.padding_idx)
+        found.backward(steps * grad.double())
+    assert layer.weight.grad.is_sparse
+    gradient = layer.weight.grad.to(torch.float64).to_dense()
+    assert torch.equal(whole_rows(layer, gradient), reference.grad)
+    if distinct and dtype == torch.float32:
+        # One entry for each id of a rank.
+        wanted = torch.tensor(entries[0])
+        dist.all_reduce(wanted)
+        kept = [x[x != (-1 if one.padding_idx is None else one.padding_idx)] for x in ids]
+        assert wanted == sum(len(x.unique()) for x in kept)

@@ -28,6 +28,7 @@ FULL_FILES = frozenset(
         "distributed/test_lookup",
         "distributed/test_parallel",
         "distributed/test_ranks",
+        "distributed/test_sharded_embedding",
         "kernels/test_codegen",
         "kernels/test_cuda_nvrtc",
         "keras/test_examples",
