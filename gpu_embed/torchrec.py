@@ -1,0 +1,728 @@
+"""TorchRec's sharded collections on our kernels: sharders whose lookups are batched tables of this package.
+
+    import gpu_embed.torchrec
+
+    sharder = gpu_embed.torchrec.EmbeddingBagCollectionSharder(optimizer=gpu_embed.optim.RowWiseAdagrad, lr=0.05)
+    model = DistributedModelParallel(model, sharders=[sharder])
+
+The planner, the exchange of ids and rows, the optimizers' keyed view and the state_dict are TorchRec's. Tables of the
+compute kernels "dense" and "fused" are looked up here; data-parallel ones stay with TorchRec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .dtypes import FLOATS
+from .nn.tables import BatchedTables, TableBatchedEmbedding, TableBatchedEmbeddingBag
+from .optim import RowOptimizer, apply_in_backward
+from .row_update import STATE
+from .tables.layout import TABLE_ALIGNMENT
+from .tables.parameter import TableSlice
+
+# The releases whose lookups, shardings and optimizer view this file fits.
+KNOWN = ("1.9.2",)
+INSTALL = (
+    f"make torchrec in a clone, or pip install --no-deps torchrec=={KNOWN[-1]} fbgemm-gpu==1.8.0 (fbgemm-gpu-cpu "
+    "without a GPU) torchmetrics tensordict iopath pyre-extensions tqdm typing-inspect"
+)
+try:
+    found = metadata.version("torchrec").partition("+")[0]
+except metadata.PackageNotFoundError:
+    raise ImportError(f"gpu_embed.torchrec needs TorchRec: {INSTALL}", name="torchrec") from None
+if found not in KNOWN:
+    raise ImportError(
+        f"gpu_embed.torchrec knows TorchRec {', '.join(KNOWN)}, found {found}: {INSTALL}",
+        name="torchrec",
+    )
+
+from fbgemm_gpu.split_embedding_configs import SparseType  # noqa: E402
+from torchrec.distributed import embedding, embeddingbag  # noqa: E402
+from torchrec.distributed.batched_embedding_kernel import (  # noqa: E402
+    BaseBatchedEmbedding,
+    BaseBatchedEmbeddingBag,
+    EmbeddingFusedOptimizer,
+)
+from torchrec.distributed.embedding_lookup import (  # noqa: E402
+    GroupedEmbeddingsLookup,
+    GroupedPooledEmbeddingsLookup,
+)
+from torchrec.distributed.embedding_sharding import (  # noqa: E402
+    EmbeddingSharding,
+    EmbeddingShardingInfo,
+)
+from torchrec.distributed.embedding_types import (  # noqa: E402
+    EmbeddingComputeKernel,
+    GroupedEmbeddingConfig,
+    ShardedEmbeddingTable,
+)
+from torchrec.distributed.types import (  # noqa: E402
+    ParameterSharding,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingEnv2D,
+    ShardingStrategy,
+    ShardingType,
+)
+from torchrec.distributed.utils import append_prefix  # noqa: E402
+from torchrec.modules.embedding_configs import (  # noqa: E402
+    PoolingMode,
+    data_type_to_dtype,
+)
+from torchrec.modules.embedding_modules import (  # noqa: E402
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+)
+from torchrec.optim.fused import (  # noqa: E402
+    EmptyFusedOptimizer,
+    FusedOptimizer,
+    FusedOptimizerModule,
+)
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: E402
+
+__all__ = ["EmbeddingBagCollectionSharder", "EmbeddingCollectionSharder"]
+
+SERVED = (EmbeddingComputeKernel.DENSE, EmbeddingComputeKernel.FUSED)
+# TorchRec's settings for a table that mean something here, or nothing with tables in the device's memory.
+SETTINGS = frozenset({"output_dtype", "enforce_hbm", "use_one_tbe_per_table", "_batch_key"})
+MODES = {PoolingMode.SUM: "sum", PoolingMode.MEAN: "mean"}
+
+
+class _RowUpdates:
+    """The optimizer that a sharder was given, to be applied in backward."""
+
+    def __init__(
+        self, sharder: str, optimizer: type[RowOptimizer] | None, arguments: dict[str, Any]
+    ) -> None:
+        self.sharder, self.optimizer, self.arguments = sharder, optimizer, arguments
+        if optimizer is None:
+            if arguments:
+                raise TypeError(
+                    f"{sharder}: {', '.join(arguments)} is for an optimizer, but none was given; add "
+                    "optimizer=gpu_embed.optim.RowWiseAdagrad, for one"
+                )
+            return
+        if arguments.get("rows") is not None:
+            raise ValueError(f"{sharder}: rows= names rows of one table, and a rank has only some")
+        # Every error of an argument, before anything is sharded.
+        apply_in_backward([nn.Parameter(torch.zeros(1, 1, device="cpu"))], optimizer, **arguments)
+
+    def check(self, infos: Iterable[EmbeddingShardingInfo], env: ShardingEnv) -> None:
+        """Raise, on every rank alike, for tables that the kernels here do not serve."""
+        if (
+            isinstance(env, ShardingEnv2D)
+            and env.sharding_strategy == ShardingStrategy.FULLY_SHARDED
+        ):
+            raise NotImplementedError(
+                f"{self.sharder}: fully sharded 2D parallelism is not supported; use TorchRec's own sharder"
+            )
+        for info in infos:
+            config, kernel = info.embedding_config, info.param_sharding.compute_kernel
+            where = f"{self.sharder}: table {config.name!r}"
+            if kernel not in {one.value for one in SERVED}:
+                raise NotImplementedError(
+                    f"{where} has the compute kernel {kernel!r}, but only 'dense' and 'fused' are served; constrain "
+                    "the planner to these, or use TorchRec's own sharder"
+                )
+            dtype = data_type_to_dtype(config.data_type)
+            if dtype not in FLOATS:
+                raise NotImplementedError(
+                    f"{where} is {dtype}; served are float32, float16, bfloat16 and float64"
+                )
+            if config.use_virtual_table or config.enable_embedding_update:
+                raise NotImplementedError(
+                    f"{where} is virtual, or updated by writes, which only TorchRec's own sharder serves"
+                )
+            unknown = sorted(set(info.fused_params or ()) - SETTINGS)
+            if unknown:
+                raise ValueError(
+                    f"{where} has TorchRec's settings {', '.join(unknown)}; an optimizer and its arguments go to the "
+                    f"sharder, {self.sharder}(optimizer=gpu_embed.optim.RowWiseAdagrad, lr=0.05), and others of "
+                    "FBGEMM are not supported"
+                )
+            _check_columns(where, info.param_sharding)
+            if kernel == EmbeddingComputeKernel.FUSED.value and self.optimizer is None:
+                raise ValueError(
+                    f"{where} has the compute kernel 'fused', whose optimizer is the sharder's: give it one, "
+                    f"{self.sharder}(optimizer=gpu_embed.optim.RowWiseAdagrad, lr=0.05)"
+                )
+
+
+def _check_columns(where: str, sharding: ParameterSharding) -> None:
+    """Raise for several column shards on one rank that cannot be one parameter, as TorchRec wants them."""
+    sizes: dict[Any, list[tuple[int, ...]]] = {}
+    for one in getattr(sharding.sharding_spec, "shards", ()):
+        sizes.setdefault(str(one.placement), []).append(tuple(one.shard_sizes))
+    for rank, shards in sizes.items():
+        rows, dim = shards[0]
+        if len(shards) > 1 and (len(set(shards)) > 1 or rows * dim % TABLE_ALIGNMENT):
+            raise NotImplementedError(
+                f"{where} has column shards of the sizes {shards} on {rank}; several on one rank must have one width, "
+                f"a multiple of {TABLE_ALIGNMENT}"
+            )
+
+
+# One group of tables on one rank.
+
+
+class _Group(nn.Module):
+    """A group's tables, with what TorchRec asks of FBGEMM's module of tables."""
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        mode: str | None,
+        device: torch.device | None,
+        updates: _RowUpdates | None,
+    ) -> None:
+        super().__init__()
+        tables = config.embedding_tables
+        # Several column shards of a table may lie here, and a feature may look up in several tables.
+        names = _distinct(table.name for table in tables)
+        features = {
+            f"{feature}@{name}": name
+            for name, table in zip(names, tables, strict=True)
+            for feature in table.feature_names
+        }
+        sizes = {
+            name: (table.local_rows, table.local_cols)
+            for name, table in zip(names, tables, strict=True)
+        }
+        kind: dict[str, Any] = {
+            "sparse": updates is not None,
+            "dtype": data_type_to_dtype(config.data_type),
+            "features": features,
+            # TorchRec draws the rows.
+            "device": "meta",
+        }
+        self.config = config
+        self.layer: BatchedTables
+        if mode is None:
+            self.layer = TableBatchedEmbedding(sizes, **kind)
+        else:
+            self.layer = TableBatchedEmbeddingBag(sizes, mode, **kind)
+        self.layer._set_buffer(
+            torch.zeros(self.layer.layout.buffer_shape, dtype=kind["dtype"], device=device or "cpu")
+        )
+        self.updates = None
+        if updates is not None:
+            assert updates.optimizer is not None
+            self.updates = apply_in_backward(self.layer, updates.optimizer, **updates.arguments)
+
+    def forward(self, *batch: Tensor | None) -> Tensor:
+        output: Tensor = self.layer(*batch)
+        return output
+
+    def split_embedding_weights(self) -> list[Tensor]:
+        whole = self.layer.weight.detach()
+        return [self.layer.layout.view(whole, number) for number in range(len(self.layer))]
+
+    def slices(self, tables: list[ShardedEmbeddingTable]) -> dict[str, _Rows]:
+        """A parameter for each table, of its shards one under another, as TorchRec loads them."""
+        layout, whole = self.layer.layout, self.layer.weight
+        numbers: dict[str, list[int]] = {}
+        for number, table in enumerate(tables):
+            numbers.setdefault(table.name, []).append(number)
+        slices = {}
+        for name, (first, *others) in numbers.items():
+            # They lie side by side: `_check_columns`.
+            rows, dim = layout.num_embeddings[first], layout.embedding_dims[first]
+            count = len(others) + 1
+            part = layout.row_range(first, first + count)._replace(shape=(count * rows, dim))
+            slices[name] = _Rows(whole, part)
+        return slices
+
+    # Of a fused optimizer.
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        assert self.updates is not None
+        return self.updates.optimizer.param_groups[0]
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        """The optimizer's state of all tables, made if there is none."""
+        assert self.updates is not None
+        optimizer, group = self.updates.optimizer, self._settings
+        return optimizer._state_of(group, self.layer.weight, STATE[optimizer._formula(group)])
+
+    def get_optimizer_state(self) -> list[dict[str, Tensor]]:
+        """Of each table its part of each kind of state, such as "sum"."""
+        assert self.updates is not None
+        layout, state = self.layer.layout, self._state
+        whole = layout.row_range(0, len(self.layer))
+        parts: list[dict[str, Tensor]] = [{} for _ in layout.names]
+        for kind in STATE[self.updates.optimizer._formula(self._settings)]:
+            views = whole.views(state[kind.name], kind.per_row)
+            for part, view in zip(parts, views.values(), strict=True):
+                part[kind.name] = view
+        return parts
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether an update depends on how many came before."""
+        assert self.updates is not None
+        return self.updates.optimizer._depends_on_step(self._settings)
+
+    @property
+    def step(self) -> int:
+        return int(self._state["step"])
+
+    def set_optimizer_step(self, step: int) -> None:
+        self._state["step"] = step
+
+    def get_learning_rate(self) -> float:
+        return float(self._settings["lr"])
+
+    def set_learning_rate(self, lr: float) -> None:
+        if isinstance(self._settings["lr"], Tensor):
+            self._settings["lr"].fill_(lr)
+        else:
+            self._settings["lr"] = lr
+
+
+class _Rows(TableSlice):
+    """A table's rows as a parameter of TorchRec's, whose dense gradient can be set as well."""
+
+    @property
+    def grad(self) -> Tensor | None:
+        # What was set counts until there is a gradient.
+        own, self.zeros = self.zeros, None
+        try:
+            whole = TableSlice.grad.fget(self)  # type: ignore[attr-defined]
+        finally:
+            self.zeros = own
+        return own if whole is None else whole
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.zeros = None
+        if value is None:
+            self.parent.grad = None
+        elif self.parent.grad is not None:
+            part = self.grad
+            assert part is not None
+            part.copy_(value)
+        else:
+            self.zeros = value
+
+
+class _KeyedState(EmbeddingFusedOptimizer):
+    """TorchRec's view of an optimizer that is applied in backward; the state is the optimizer's memory."""
+
+    def __init__(self, config: GroupedEmbeddingConfig, group: _Group, pg: Any) -> None:
+        self._group = group
+        super().__init__(config, group, pg)
+
+    @property
+    def state(self) -> Any:
+        if self._group.counts_steps:
+            # New tensors, as a checkpoint may have been read into those that were given out before.
+            for weight, key in self._step_keys():
+                self._keyed[weight][key] = torch.tensor(self._group.step)
+        return self._keyed
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self._keyed = value
+
+    def _step_keys(self) -> list[tuple[Any, str]]:
+        names = {table.name for table in self._group.config.embedding_tables}
+        return [
+            (weight, f"{name}.step")
+            for key, weight in self.params.items()
+            if (name := key.removesuffix(".weight").rpartition(".")[2]) in names
+        ]
+
+    def post_load_state_dict(self) -> None:
+        if not self._group.counts_steps:
+            return
+        steps = {int(self._keyed[weight][key]) for weight, key in self._step_keys()}
+        if len(steps) > 1:
+            raise ValueError(
+                f"tables of one group were saved with different steps, {sorted(steps)}, and are updated as one"
+            )
+        self._group.set_optimizer_step(*steps)
+
+
+class _Kernel:
+    """What the four kernels are: a group's tables in TorchRec's place for FBGEMM's."""
+
+    _config: GroupedEmbeddingConfig
+    _emb_module: _Group
+
+    def _fill(
+        self, mode: str | None, device: torch.device | None, updates: _RowUpdates | None
+    ) -> None:
+        self._emb_module = _Group(self._config, mode, device, updates)
+        self._param_per_table = self._emb_module.slices(self._config.embedding_tables)
+        self._output_dtype = _output_dtype(self._config)
+        self.init_parameters()  # type: ignore[attr-defined]  # the base's
+
+    @property
+    def emb_module(self) -> Any:
+        return self._emb_module
+
+    def named_buffers(self, *_: Any, **__: Any) -> Iterator[tuple[str, Tensor]]:
+        yield from ()
+
+
+class _Dense(_Kernel):
+    """Dense gradients, for an optimizer of the user's."""
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        names = "/".join(table.name for table in self._config.embedding_tables)
+        yield append_prefix(prefix, f"{names}.weight"), self._emb_module.layer.weight
+
+
+class _Fused(_Kernel, FusedOptimizerModule):
+    """Updates in backward."""
+
+    _pg: Any
+
+    def _fill(
+        self, mode: str | None, device: torch.device | None, updates: _RowUpdates | None
+    ) -> None:
+        super()._fill(mode, device, updates)
+        self._optim = _KeyedState(self._config, self._emb_module, self._pg)
+        for part in self._param_per_table.values():
+            # By this TorchRec leaves them out of other optimizers.
+            part._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
+
+    @property
+    def fused_optimizer(self) -> FusedOptimizer:
+        return self._optim
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        named = self.named_split_embedding_weights(prefix)  # type: ignore[attr-defined]  # the base's
+        for name, rows in named:
+            part = nn.Parameter(rows)
+            part._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
+            yield name, part
+
+
+class _RowKernel(BaseBatchedEmbedding):
+    """A row an id."""
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: Any,
+        device: torch.device | None,
+        updates: _RowUpdates | None,
+    ) -> None:
+        super().__init__(config, pg, device)
+        self._fill(None, device, updates)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        offsets = features.offsets()
+        if features.variable_stride_per_key():
+            # Rows follow the ids, whatever bags these are in: one bag a feature.
+            ends = accumulate(features.stride_per_key(), initial=0)
+            offsets = offsets[torch.tensor(list(ends), device=offsets.device)]
+        return self._emb_module(features.values(), offsets).to(self._output_dtype)
+
+
+class _BagKernel(BaseBatchedEmbeddingBag):
+    """A sum or mean a bag."""
+
+    def __init__(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: Any,
+        device: torch.device | None,
+        sharding_type: ShardingType | None,
+        updates: _RowUpdates | None,
+    ) -> None:
+        super().__init__(config, pg, device, sharding_type)
+        self._fill(MODES[self._pooling], device, updates)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        weights = features.weights_or_none() if self._config.is_weighted else None
+        if weights is not None:
+            weights = weights.to(self._emb_module.layer.weight.dtype)
+        if features.variable_stride_per_key():
+            raise NotImplementedError("a batch size for each feature")
+        output = self._emb_module(features.values(), features.offsets(), weights)
+        return output.to(self._output_dtype)
+
+
+class _DenseRows(_Dense, _RowKernel):
+    pass
+
+
+class _FusedRows(_Fused, _RowKernel):
+    pass
+
+
+class _DenseBags(_Dense, _BagKernel):
+    pass
+
+
+class _FusedBags(_Fused, _BagKernel):
+    pass
+
+
+# All groups of one sharding on one rank.
+
+
+class _RowLookup(GroupedEmbeddingsLookup):
+    def __init__(self, updates: _RowUpdates, **arguments: Any) -> None:
+        self._row_updates = updates  # read by the base's constructor
+        super().__init__(**arguments)
+
+    def _create_embedding_kernel(
+        self,
+        config: GroupedEmbeddingConfig,
+        pg: Any,
+        device: torch.device | None,
+        env: ShardingEnv | None = None,
+    ) -> _RowKernel:
+        if config.compute_kernel == EmbeddingComputeKernel.DENSE:
+            return _DenseRows(config, pg, device, None)
+        return _FusedRows(config, pg, device, self._row_updates)
+
+
+class _BagLookup(GroupedPooledEmbeddingsLookup):
+    def __init__(self, updates: _RowUpdates, **arguments: Any) -> None:
+        self._row_updates = updates
+        super().__init__(**arguments)
+
+    def _create_embedding_kernel(
+        self,
+        config: GroupedEmbeddingConfig,
+        device: torch.device | None,
+        pg: Any,
+        sharding_type: ShardingType | None,
+        env: ShardingEnv | None,
+    ) -> _BagKernel:
+        if config.compute_kernel == EmbeddingComputeKernel.DENSE:
+            return _DenseBags(config, pg, device, sharding_type, None)
+        return _FusedBags(config, pg, device, sharding_type, self._row_updates)
+
+
+def _serve(
+    sharding: Any,
+    infos: list[EmbeddingShardingInfo],
+    env: ShardingEnv,
+    lookup: type[_RowLookup | _BagLookup],
+    updates: _RowUpdates,
+    **arguments: Any,
+) -> Any:
+    """Let a sharding of TorchRec's make our lookup; a data-parallel one makes TorchRec's."""
+    if infos[0].param_sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+        return sharding
+    updates.check(infos, env)
+
+    def create_lookup(
+        device: torch.device | None = None,
+        fused_params: dict[str, Any] | None = None,
+        feature_processor: Any = None,
+    ) -> nn.Module:
+        if feature_processor is not None:
+            arguments["feature_processor"] = feature_processor
+        return lookup(
+            updates,
+            grouped_configs=sharding._grouped_embedding_configs_per_rank[sharding._rank],
+            pg=sharding._pg,
+            device=sharding._device if device is None else device,
+            env=sharding._env,
+            **arguments,
+        )
+
+    sharding.create_lookup = create_lookup
+    return sharding
+
+
+class ShardedEmbeddingBagCollection(embeddingbag.ShardedEmbeddingBagCollection):
+    """TorchRec's, whose lookups are ours. A sharder makes it."""
+
+    def __init__(self, *arguments: Any, updates: _RowUpdates, **named: Any) -> None:
+        self._row_updates = updates  # read by the base's constructor
+        super().__init__(*arguments, **named)
+
+    def create_embedding_bag_sharding(  # type: ignore[override]  # a classmethod there
+        self,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        permute_embeddings: bool = False,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+    ) -> EmbeddingSharding[Any, Any, Any, Any]:
+        sharding = super().create_embedding_bag_sharding(
+            sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
+        )
+        kind = ShardingType(sharding_infos[0].param_sharding.sharding_type)
+        if kind == ShardingType.GRID_SHARD:
+            # As TorchRec's own: by this a mean is a sum, which is divided behind the exchange.
+            kind = ShardingType.TABLE_ROW_WISE
+        return _serve(
+            sharding, sharding_infos, env, _BagLookup, self._row_updates, sharding_type=kind
+        )
+
+
+class ShardedEmbeddingCollection(embedding.ShardedEmbeddingCollection):
+    """TorchRec's, whose lookups are ours. A sharder makes it."""
+
+    def __init__(self, *arguments: Any, updates: _RowUpdates, **named: Any) -> None:
+        self._row_updates = updates
+        super().__init__(*arguments, **named)
+
+    def create_embedding_sharding(  # type: ignore[override]
+        self,
+        sharding_type: str,
+        sharding_infos: list[EmbeddingShardingInfo],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+    ) -> EmbeddingSharding[Any, Any, Any, Any]:
+        sharding = super().create_embedding_sharding(
+            sharding_type, sharding_infos, env, device, qcomm_codecs_registry
+        )
+        return _serve(sharding, sharding_infos, env, _RowLookup, self._row_updates)
+
+
+class _Sharder:
+    """What both sharders are."""
+
+    _row_updates: _RowUpdates
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """TorchRec's choice for its planner, of what is served here."""
+        all_of_them = super().compute_kernels(sharding_type, compute_device_type)  # type: ignore[misc]
+        return [one for one in all_of_them if one in {kernel.value for kernel in SERVED}]
+
+
+class EmbeddingBagCollectionSharder(_Sharder, embeddingbag.EmbeddingBagCollectionSharder):
+    """TorchRec's `EmbeddingBagCollectionSharder`, whose tables are looked up and updated by this package.
+
+    For `torchrec.distributed.DistributedModelParallel(model, sharders=[sharder])`. Plan, exchange, outputs and
+    state_dict are TorchRec's. A table of the compute kernel "fused" is updated in backward by `optimizer`, one of
+    "dense" gets a dense `.grad`; data-parallel tables are TorchRec's.
+
+    Args:
+        optimizer: a class of `gpu_embed.optim`; needed for tables of the compute kernel "fused".
+        arguments: what it takes beside the parameters, such as lr=0.05; and `scaler` and `micro_steps` of
+            `gpu_embed.optim.apply_in_backward`.
+        fused_params: of TorchRec's only "output_dtype", fp32 unless it says otherwise.
+        qcomm_codecs_registry, sharded_module_order_overwrite: as for TorchRec's.
+
+    `model.fused_optimizer` is TorchRec's keyed view of all of them: its `param_groups` have the lr, its `state_dict()`
+    has "embedding_bags.name.weight" with "name.momentum1", the first kind of state, and others by their own names, as
+    ShardedTensors or DTensors in the optimizer's memory; "name.step" where updates depend on it (Adam). With
+    column-wise shards a row of `RowWiseAdagrad` has a sum for each shard, as in FBGEMM.
+
+    Raises:
+        TypeError, ValueError: what `optimizer` or `apply_in_backward` refuses; when it is sharded, a fused table and
+            no optimizer, or settings of FBGEMM.
+        NotImplementedError: when it is sharded, another compute kernel or dtype; two column shards of a table on one
+            rank that do not lie side by side.
+    """
+
+    def __init__(
+        self,
+        optimizer: type[RowOptimizer] | None = None,
+        *,
+        fused_params: dict[str, Any] | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        sharded_module_order_overwrite: list[str] | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
+        self._row_updates = _RowUpdates(type(self).__name__, optimizer, arguments)
+
+    def shard(
+        self,
+        module: EmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingBagCollection:
+        return ShardedEmbeddingBagCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            updates=self._row_updates,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            module_fqn=module_fqn,
+            sharded_module_order_overwrite=self._sharded_module_order_overwrite,
+        )
+
+    @property
+    def sharded_module_type(self) -> type[ShardedEmbeddingBagCollection]:
+        return ShardedEmbeddingBagCollection
+
+
+class EmbeddingCollectionSharder(_Sharder, embedding.EmbeddingCollectionSharder):
+    """TorchRec's `EmbeddingCollectionSharder`, whose tables are looked up and updated by this package.
+
+    Arguments, state and errors as for `EmbeddingBagCollectionSharder`, with keys "embeddings.name.weight".
+
+    Args:
+        use_index_dedup: TorchRec's: make ids distinct before they are exchanged.
+    """
+
+    def __init__(
+        self,
+        optimizer: type[RowOptimizer] | None = None,
+        *,
+        fused_params: dict[str, Any] | None = None,
+        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+        use_index_dedup: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
+        self._row_updates = _RowUpdates(type(self).__name__, optimizer, arguments)
+
+    def shard(
+        self,
+        module: EmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedEmbeddingCollection:
+        return ShardedEmbeddingCollection(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            updates=self._row_updates,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            use_index_dedup=self._use_index_dedup,
+            module_fqn=module_fqn,
+        )
+
+    @property
+    def sharded_module_type(self) -> type[ShardedEmbeddingCollection]:
+        return ShardedEmbeddingCollection
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The names; those that come again with a number."""
+    taken: dict[str, int] = {}
+    made = []
+    for name in names:
+        count = taken[name] = taken.get(name, -1) + 1
+        made.append(f"{name}#{count}" if count else name)
+    return made
+
+
+def _output_dtype(config: GroupedEmbeddingConfig) -> torch.dtype:
+    output_dtype = (config.fused_params or {}).get("output_dtype", SparseType.FP32)
+    dtype: torch.dtype = output_dtype.as_dtype()
+    return dtype

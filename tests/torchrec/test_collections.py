@@ -1,0 +1,143 @@
+"""Collections sharded by our sharders equal whole ones with torch's layers, bit for bit."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from collections_of_tables import (
+    assert_slices,
+    bag_collection,
+    batch,
+    columns_of,
+    layers_of,
+    loss_of,
+    outputs_of,
+    row_collection,
+    shard,
+)
+
+import gpu_embed
+from gpu_embed.torchrec import EmbeddingBagCollectionSharder, EmbeddingCollectionSharder
+
+OPTIMIZERS = {
+    "SGD": (gpu_embed.optim.SGD, {"lr": 0.5}),
+    "momentum": (gpu_embed.optim.SGD, {"lr": 0.5, "momentum": 0.5}),
+    "RowWiseAdagrad": (gpu_embed.optim.RowWiseAdagrad, {"lr": 0.5}),
+    "Adam": (gpu_embed.optim.Adam, {"lr": 0.125}),
+}
+KINDS = ["row-wise", "column-wise", "table-wise", "table-row-wise", "grid", "columns on one rank"]
+STEPS = 2
+
+
+def collection_of(what):
+    """ "rows", "sum", "mean" or "weighted"."""
+    if what == "rows":
+        return row_collection()
+    return bag_collection("mean" if what == "mean" else "sum", weighted=what == "weighted")
+
+
+def sharder_of(what, optimizer):
+    cls, arguments = OPTIMIZERS.get(optimizer, (None, {}))
+    sharder = EmbeddingCollectionSharder if what == "rows" else EmbeddingBagCollectionSharder
+    return sharder(cls, **arguments)
+
+
+def equals_whole(what, kinds, optimizer):
+    """optimizer: of `OPTIMIZERS`, in backward; None: dense gradients, to torch's SGD."""
+    rank, world, weighted = dist.get_rank(), dist.get_world_size(), what == "weighted"
+    whole = collection_of(what)
+    kernel = "dense" if optimizer is None else "fused"
+    model = shard(whole, kinds, kernel, sharder_of(what, optimizer))
+    cut = {name: columns_of(weight) for name, weight in model.state_dict().items()}
+    layers = layers_of(whole)
+    for layer in layers.values():
+        layer.sparse = optimizer is not None
+    reference = Reference(whole, cut, optimizer)
+    if optimizer is None:
+        step = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+    for number in range(STEPS):
+        total = torch.zeros(())
+        for other in range(world):
+            outputs = outputs_of(whole(batch(other, weighted, number)))
+            total = total + loss_of(outputs, other) / world
+            if other == rank:
+                expected = outputs
+        total.backward()
+        outputs = outputs_of(model(batch(rank, weighted, number)))
+        assert outputs.keys() == expected.keys()
+        for name in outputs if number == 0 else ():
+            torch.testing.assert_close(outputs[name], expected[name], rtol=0, atol=0)
+        loss_of(outputs, rank).backward()
+        if optimizer is None:
+            step.step()
+            step.zero_grad()
+        reference.step()
+        state = model.state_dict()
+        assert state.keys() == whole.state_dict().keys()
+        for name, weight in whole.state_dict().items():
+            assert_slices(state[name], weight)
+    saved = model.fused_optimizer.state_dict()["state"]
+    if optimizer is None:
+        assert not saved
+    for name, states in saved.items():
+        reference.check(name, states)
+
+
+class Reference:
+    """A whole collection's tables, each as its column shards, and an optimizer of them in one process."""
+
+    def __init__(self, whole, cut, optimizer):
+        self.weights = dict(whole.named_parameters())
+        self.parts = {
+            name: [torch.nn.Parameter(self.weights[name].detach()[:, a:b].clone()) for a, b in ends]
+            for name, ends in cut.items()
+        }
+        self.cut = cut
+        params = [part for parts in self.parts.values() for part in parts]
+        if optimizer is None:
+            self.optimizer = torch.optim.SGD(params, lr=0.5, momentum=0.5)
+        else:
+            cls, arguments = OPTIMIZERS[optimizer]
+            self.optimizer = cls(params, **arguments)
+
+    @torch.no_grad()
+    def step(self):
+        for name, parts in self.parts.items():
+            weight = self.weights[name]
+            for part, (a, b) in zip(parts, self.cut[name], strict=True):
+                grad = weight.grad
+                if grad.is_sparse:
+                    values = grad._values()[:, a:b].contiguous()
+                    size = grad.shape[0], b - a
+                    part.grad = torch.sparse_coo_tensor(grad._indices(), values, size)
+                else:
+                    part.grad = grad[:, a:b].clone()
+        self.optimizer.step()
+        for name, parts in self.parts.items():
+            self.weights[name].copy_(torch.cat(list(parts), 1))
+            self.weights[name].grad = None
+
+    def check(self, name, states):
+        table = name.split(".")[1]
+        kept = [self.optimizer.state[part] for part in self.parts[name]]
+        keys = [key for key in kept[0] if key != "step"]
+        expected = {f"{table}.{key}" for key in ["momentum1", *keys[1:]][: len(keys)]}
+        assert states.keys() - {f"{table}.step"} == expected
+        for key in keys:
+            whole = torch.cat([state[key] for state in kept], kept[0][key].dim() - 1)
+            saved = states[f"{table}.momentum1" if key == keys[0] else f"{table}.{key}"]
+            assert_slices(saved, whole)
+        if isinstance(self.optimizer, gpu_embed.optim.Adam):
+            assert states[f"{table}.step"] == STEPS
+
+
+@pytest.mark.parametrize("optimizer", [None, *OPTIMIZERS])
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("what", ["sum", "mean", "weighted"])
+def test_bags_equal_whole_ones(ranks, what, kinds, optimizer):
+    ranks.run(equals_whole, what, kinds, optimizer)
+
+
+@pytest.mark.parametrize("optimizer", [None, *OPTIMIZERS])
+@pytest.mark.parametrize("kinds", ["row-wise", "column-wise", "table-wise"])
+def test_rows_equal_whole_ones(ranks, kinds, optimizer):
+    ranks.run(equals_whole, "rows", kinds, optimizer)
