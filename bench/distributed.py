@@ -100,6 +100,7 @@ class ShardedStep:
     times_theirs_p20: float
     times_theirs_p50: float
     times_theirs_p80: float
+    cpu_ms: float  # a rank and step, in the mean: other programs hardly change it
     sent_bytes: int  # a rank and step
     sent_counted: str  # by COUNTED
     gradient_bytes: int  # of the rank that holds most
@@ -120,11 +121,14 @@ def measure_distributed(
         ms = percentiles([1e3 * one for one in own])
         against = percentiles([a / b for a, b in zip(own, seconds[pair.theirs], strict=True)])
         counted = "loopback" if shape.has_namespace else "collectives"
+        cpu_ms = 1e3 * end["cpu_seconds"][layer]
         sent, gradient = end["sent_bytes"][layer], end["gradient_bytes"][layer]
         sizes = shape.ranks, shape.rows, shape.dim, shape.ids, shape.rounds
         bits = int(end["equal"])
         found.append(
-            ShardedStep(shape.pair, layer, *sizes, *ms, *against, sent, counted, gradient, bits)
+            ShardedStep(
+                shape.pair, layer, *sizes, *ms, *against, cpu_ms, sent, counted, gradient, bits
+            )
         )
     return found
 
@@ -177,10 +181,10 @@ def rich_table(steps: Sequence[ShardedStep]) -> Table:
     title = (
         f"{PAIRS[first.pair].what}: a training step of {first.rows:,} x {first.dim} fp32 on gloo,\n"
         f"{first.ids:,} ids a rank ({DISTRIBUTION}).\n"
-        f"Median of {first.rounds} rounds in turns, the ratio with its 20th and 80th percentile; sent: counted "
-        f"{COUNTED[first.sent_counted]}"
+        f"Median of {first.rounds} rounds in turns, the ratio with its 20th and 80th percentile.\n"
+        f"A rank's mean of the CPU's time and of the bytes, counted {COUNTED[first.sent_counted]}"
     )
-    columns = ("layer", ">ms", ">x theirs", ">sent a rank", ">x theirs", ">gradient a rank")
+    columns = ("layer", ">ms", ">x theirs", ">ms of CPU", ">sent", ">x theirs", ">gradient")
     table = make_table(title, ">ranks", *columns, ">x theirs", "equal")
     theirs = {step.ranks: step for step in reversed(steps)}
     for step in steps:
@@ -191,6 +195,7 @@ def rich_table(steps: Sequence[ShardedStep]) -> Table:
             step.layer,
             f"{step.ms_p50:.4g}",
             "1" if step is of else f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            f"{step.cpu_ms:.3g} ({step.cpu_ms / of.cpu_ms:.2f})",
             f"{step.sent_bytes / 1e6:.4g} MB",
             ratio(step.sent_bytes, of.sent_bytes),
             readable_bytes(step.gradient_bytes),

@@ -97,19 +97,26 @@ def run_rank(rank: int, shape: Shape, store: str) -> None:
         table.update()
     equal &= have_equal_rows(theirs, ours)
     sent = {name: sent_bytes(table.step, shape) for name, table in tables.items()}
+    own_cpu = dict.fromkeys(tables, 0.0)
     for turn in range(shape.rounds):
         seconds = {}
         # There and back: nobody is always the first.
         for name in list(tables)[:: 1 if turn % 2 else -1]:
             dist.barrier()
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             tables[name].step()
+            own_cpu[name] += time.process_time() - cpu
             dist.barrier()
             seconds[name] = time.perf_counter() - start
         say(seconds=seconds)
     equal &= have_equal_rows(theirs, ours)
     all_equal = of_all_ranks(int(equal), dist.ReduceOp.MIN)
-    say(equal=bool(all_equal), sent_bytes=sent, gradient_bytes=gradient)
+    # A step's, in the mean of ranks and rounds.
+    cpu_times = torch.tensor(list(own_cpu.values()), device="cpu")
+    dist.all_reduce(cpu_times)
+    cpu_times /= shape.ranks * shape.rounds
+    cpu_seconds = dict(zip(tables, cpu_times.tolist(), strict=True))
+    say(equal=bool(all_equal), sent_bytes=sent, gradient_bytes=gradient, cpu_seconds=cpu_seconds)
     dist.destroy_process_group()
 
 

@@ -30,6 +30,7 @@ ROUNDS = [
 ]
 END = {
     "equal": True,
+    "cpu_seconds": {"torch": 0.02, "gpu_embed": 0.005},
     "sent_bytes": {"torch": 1000, "gpu_embed": 990},
     "gradient_bytes": {"torch": 2048, "gpu_embed": 1024},
 }
@@ -55,6 +56,7 @@ def test_medians_are_of_times_and_of_the_quotients_of_each_round(monkeypatch):
     assert (theirs.layer, theirs.ms_p50, theirs.times_theirs_p50) == ("torch", 3000, 1)
     assert (ours.layer, ours.ms_p50, ours.times_theirs_p50) == ("gpu_embed", 1500, 0.5)
     assert ours.times_theirs_p20 == pytest.approx(0.35)
+    assert (theirs.cpu_ms, ours.cpu_ms) == (20, 5)
     assert (ours.sent_bytes, ours.sent_counted, ours.gradient_bytes) == (990, "collectives", 1024)
 
 
@@ -65,7 +67,9 @@ def test_the_command_prints_and_writes_its_rows(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1,000,000 x 64 fp32" in said
     assert "as what collectives are given" in said
-    assert re.search(r"2 │ gpu_embed │ +1500 │ +0\.50 \(0\.\d+ to 0\.\d+\) │ .* 0\.99 │", said)
+    assert re.search(
+        r"2 │ gpu_embed │ +1500 │ +0\.50 \(0\.\d+ to 0\.\d+\) │ +5 \(0\.25\) │ .* 0\.99 │", said
+    )
     assert re.search(r"1\.0 KiB │ +0\.5 │ yes", said)
     rows = row_csv.read(out, distributed.ShardedStep, "other columns")
     assert [row.layer for row in rows] == ["torch", "gpu_embed"]
