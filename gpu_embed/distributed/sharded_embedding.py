@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import bounds
 from ..functional.checks import PLAIN_TYPES, wrap_padding_idx, wrong_type
 from ..functional.lookup import check_tensors
+from ..functional.replicas import is_gathered
 from ..ops.lookup import call_embedding, embedding_renorm_, sparse_gradient
 
 # How a rank tells the others, in place of how many rows it wants, that it has an id out of range.
@@ -29,8 +30,8 @@ class ShardedEmbedding(torch.nn.Module):
     several times are sent once, and so is the sum of their gradients, added in fp32 (fp64) and rounded once. Every call
     and every backward is a collective: a rank without ids takes part with an empty tensor.
 
-    The gradient of a row is the sum over all ranks, as if their losses were added; DistributedDataParallel, which takes
-    the mean of all other gradients, must leave this table out. It is sparse and of this rank's rows, so the
+    The gradient of a row is the sum over all ranks, as if their losses were added; DistributedDataParallel and FSDP,
+    which take the mean of all other gradients, must leave this table out. It is sparse and of this rank's rows, so the
     optimizers of `gpu_embed.optim` and torch.optim.SparseAdam take it, each on its own rank; norms that clip gradients
     are of this rank's rows too.
 
@@ -115,10 +116,10 @@ class ShardedEmbedding(torch.nn.Module):
                 "shard the table with torch.distributed.tensor.parallel.RowwiseParallel"
             )
         sharding = RowSharding(mesh, layer.num_embeddings, rows == "round_robin")
-        weight = layer.weight.detach()[sharding.own_rows]
-        if not weight.is_meta:
-            weight = weight.to(mesh.device_type)
-        weight = weight.clone(memory_format=torch.contiguous_format)
+        device = "meta" if layer.weight.is_meta else mesh.device_type
+        weight = layer.weight.detach()[sharding.own_rows].to(
+            device, copy=True, memory_format=torch.contiguous_format
+        )
         options = layer.padding_idx, layer.max_norm, layer.norm_type
         made = cls(weight, sharding, distinct, *options)
         made.weight.requires_grad_(layer.weight.requires_grad)
@@ -138,7 +139,7 @@ class ShardedEmbedding(torch.nn.Module):
         Raises:
             IndexError: an id of any rank is out of range, unless `set_bounds_check("off")`; on the rank that has it
                 the message names it, and every rank raises, so none waits for another.
-            RuntimeError: ids are not integers or on another device; or DistributedDataParallel has the table.
+            RuntimeError: ids are not integers or on another device; or DistributedDataParallel or FSDP has the table.
         """
         self._check(input)
         sharding, ids = self.sharding, input.reshape(-1)
@@ -165,6 +166,11 @@ class ShardedEmbedding(torch.nn.Module):
                 "ShardedEmbedding under DistributedDataParallel: it has overwritten the rows of each rank with those "
                 "of rank 0, and would average their gradients. Make the model anew, and before it is wrapped name the "
                 "table's weight in model._ddp_params_and_buffers_to_ignore"
+            )
+        if not hasattr(self.weight, "row_sharding") and is_gathered(self.weight):
+            raise RuntimeError(
+                "ShardedEmbedding under FSDP: it takes each rank's rows for parts of the same. Make the model anew, "
+                "and keep the table out, by fully_shard(..., ignored_params={table.weight})"
             )
 
     def _agree(self, route: "_Route", input: Tensor) -> tuple[list[int], list[int]]:
@@ -193,7 +199,7 @@ class ShardedEmbedding(torch.nn.Module):
 
     def _mark(self) -> None:
         """Tell the optimizers of `gpu_embed.optim` whose rows these are."""
-        self.weight.sharding = self.sharding  # type: ignore[attr-defined]
+        self.weight.row_sharding = self.sharding  # type: ignore[attr-defined]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ShardedEmbedding":
         super()._apply(fn, recurse)

@@ -15,7 +15,7 @@ def check_renorm_lasts(weight: Tensor) -> None:
 
     In a compiled graph nothing is checked.
     """
-    if _is_gathered(weight):
+    if is_gathered(weight):
         raise NotImplementedError(
             "max_norm under FSDP scales rows of a gathered copy of the table, which is thrown away: the table itself "
             "would never change. Keep the table out of FSDP (fully_shard's ignored_params, or a module of its own), "
@@ -35,7 +35,7 @@ def _warn_of_replicas() -> None:
     )
 
 
-def _is_gathered(weight: Tensor) -> bool:
+def is_gathered(weight: Tensor) -> bool:
     """Whether FSDP made this tensor for one forward, from what its ranks hold."""
     # FSDP's first version: a view of a flat parameter.
     if getattr(weight._base, "_is_flat_param", False):

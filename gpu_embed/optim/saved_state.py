@@ -17,7 +17,7 @@ OfTables = dict[str, dict[str, Tensor]]
 
 def sharding_of(param: Any) -> Any:
     """The `distributed.RowSharding` of a parameter that is one rank's rows of a larger table, or None."""
-    return getattr(param, "sharding", None)
+    return getattr(param, "row_sharding", None)
 
 
 def as_saved(

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import gpu_embed
@@ -246,33 +247,59 @@ def test_under_ddp(two):
     two.run(under_ddp)
 
 
+def under_fsdp():
+    model = nn.Sequential(sharded_table("blocks", num_embeddings=12), nn.Linear(6, 2))
+    fully_shard(model, mesh=mesh(2))
+    with pytest.raises(RuntimeError, match="ignored_params"):
+        model(torch.tensor([1]))
+    layer = sharded_table("blocks", num_embeddings=12)
+    model = nn.Sequential(layer, nn.Linear(6, 2))
+    fully_shard(model, mesh=mesh(2), ignored_params={layer.weight})
+    model(torch.tensor([dist.get_rank(), 5])).sum().backward()
+    gradient = whole_rows(layer, layer.weight.grad.to_dense())
+    assert torch.equal(gradient[5], 2 * model[1].weight.full_tensor().sum(0))
+
+
+def test_under_fsdp(two):
+    two.run(under_fsdp)
+
+
 # Optimizers and state.
+
+
+def some_rows(user, item, few):
+    return [
+        {"params": [user, item], "rows": [0, 1, 4, 5, 10]},
+        {"params": [few], "rows": torch.tensor([True, False, True])},
+    ]
+
 
 OPTIMIZERS = {
     "SGD": lambda params: gpu_embed.optim.SGD(params, lr=0.5, momentum=0.5),
     "Adagrad": lambda params: gpu_embed.optim.Adagrad(params, lr=0.5),
     "RowWiseAdagrad": lambda params: gpu_embed.optim.RowWiseAdagrad(params, lr=0.5),
     "Adam": lambda params: gpu_embed.optim.Adam(params, lr=0.125),
-    "some rows": lambda params: gpu_embed.optim.Adagrad(params, lr=0.5, rows=[0, 1, 4, 5, 10]),
+    "some rows": lambda params: gpu_embed.optim.Adagrad(some_rows(*params), lr=0.5),
 }
 
 
 class Model(nn.Module):
-    """Two tables, of which no rank has the same number of rows."""
+    """Tables of which the ranks have unequal numbers of rows, and some of four none of the last."""
 
     def __init__(self, rows=None, seed=0):
         super().__init__()
         layers = [
             plain_table(sparse=True, padding_idx=3, seed=seed),
             plain_table(sparse=True, seed=seed + 1),
+            plain_table(3, sparse=True, seed=seed + 2),
         ]
         if rows is not None:
             over, tables = mesh(dist.get_world_size()), layers
             layers = [ShardedEmbedding.from_module(layer, over, rows) for layer in tables]
-        self.user, self.item = layers
+        self.user, self.item, self.few = layers
 
     def forward(self, ids):
-        return self.user(ids) + 2 * self.item(ids)
+        return self.user(ids) + 2 * self.item(ids) + self.few(ids % 3)
 
 
 def train(model, optimizer, seeds, alone=False):
@@ -401,7 +428,7 @@ def loads(rows):
         layer = sharded_table(rows, padding_idx=3)
         layer.load_state_dict({"weight": table}, assign=assign)
         assert torch.equal(whole_rows(layer, layer.weight), table)
-        assert layer.weight.sharding is layer.sharding
+        assert layer.weight.row_sharding is layer.sharding
     layer = sharded_table(rows)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     given = {"weight": table} if dist.get_rank() == 0 else {}
@@ -414,7 +441,7 @@ def loads(rows):
     layer = ShardedEmbedding.from_module(made, mesh(dist.get_world_size()), rows)
     assert layer.weight.is_meta
     layer.to_empty(device="cpu")
-    assert layer.weight.sharding is layer.sharding
+    assert layer.weight.row_sharding is layer.sharding
     torch.manual_seed(dist.get_rank())
     layer.reset_parameters()
     drawn = whole_rows(layer, layer.weight)
@@ -422,6 +449,10 @@ def loads(rows):
     assert len(drawn.unique()) > 50
     layer.load_state_dict({"weight": table})
     assert torch.equal(whole_rows(layer, layer.weight), table)
+
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.weight.row_sharding is other.sharding
+        assert torch.equal(other(torch.tensor([4, 10])), table[[4, 10]])
 
     before = layer.weight.detach().clone()
     with pytest.raises(RuntimeError, match=r"size mismatch for weight.*\[10, 6\].*\[11, 6\]"):
