@@ -196,6 +196,10 @@ def main() -> None:
     device = choose_device(parser, args.device)
     with process_group(device):
         run(args, device)
+    if dist.is_torchelastic_launched():
+        # At once: a thread of gloo that still holds a tensor while Python ends would abort the process.
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
