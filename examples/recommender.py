@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from sharded import choose_device, process_group  # of this folder
+from sharded import choose_device, end_process, process_group  # of this folder
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -378,6 +378,8 @@ def main() -> None:
     launched = dist.is_available() and dist.is_torchelastic_launched()
     with process_group(args.device, LEFT) if launched else contextlib.nullcontext():
         run(args)
+    if launched:
+        end_process()
 
 
 def say_what_lies_where(console: Console, trainer: Trainer) -> None:

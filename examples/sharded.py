@@ -172,6 +172,13 @@ def process_group(device: torch.device, left: str = LEFT) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def end_process() -> None:
+    """End a process of torchrun at once: a thread of gloo that holds a tensor while Python ends would abort it."""
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        os._exit(0)
+
+
 def choose_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     if name != "cuda":
         return torch.device(name)
@@ -196,10 +203,7 @@ def main() -> None:
     device = choose_device(parser, args.device)
     with process_group(device):
         run(args, device)
-    if dist.is_torchelastic_launched():
-        # At once: a thread of gloo that still holds a tensor while Python ends would abort the process.
-        sys.stdout.flush()
-        os._exit(0)
+    end_process()
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
