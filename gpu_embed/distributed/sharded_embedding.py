@@ -24,31 +24,37 @@ FAILED = -1
 
 
 class ShardedEmbedding(torch.nn.Module):
-    """A table with some of its rows on each rank of a mesh: `from_module` makes one.
+    """A table whose rows are spread over the ranks of a mesh; `from_module` makes one.
 
-    Each rank calls the layer with ids of its own, of any number and shape, and gets their rows. Ids that occur
-    several times are sent once, and so is the sum of their gradients, added in fp32 (fp64) and rounded once. Every call
-    and every backward is a collective: a rank without ids takes part with an empty tensor.
+    Each rank calls the layer with its own ids, of any number and shape, and gets their rows. An id that occurs several
+    times is sent once; its gradients are added in fp32 (fp64 for fp64 tables), rounded once, and sent once. Every
+    forward and every backward is a collective: a rank without ids takes part with an empty tensor.
 
-    The gradient of a row is the sum over all ranks, as if their losses were added; DistributedDataParallel and FSDP,
-    which take the mean of all other gradients, must leave this table out. It is sparse and of this rank's rows, so the
-    optimizers of `gpu_embed.optim` and torch.optim.SparseAdam take it, each on its own rank; norms that clip gradients
-    are of this rank's rows too.
+    Input: ids `[*]` of the whole table, int64, int32, int16 or uint8, on the table's device. Output: `[*,
+    embedding_dim]`, a plain tensor in the table's dtype.
 
-    Input: ids `[*]`, int64, int32, int16 or uint8, of the whole table, on the table's device. Output: `[*,
-    embedding_dim]`, in the table's dtype.
+    **Gradient.** The sum over all ranks, as if their losses were added. DistributedDataParallel and FSDP, which take
+    the mean of other gradients, must leave this table out. The gradient is sparse and has this rank's rows: the
+    optimizers of `gpu_embed.optim` and torch.optim.SparseAdam take it. `clip_grad_norm_` sees this rank's rows alone.
 
-    The state_dict has the whole table as a DTensor, `Shard(0)` in the order of ids, whatever `rows` is, and takes such
-    a DTensor or a plain `[num_embeddings, embedding_dim]`. So has that of an optimizer of `gpu_embed.optim`;
-    that of torch.optim.SparseAdam has each rank's rows alone. With `rows="round_robin"` making and loading either
-    is a collective.
+    **State.** The state_dict holds the whole table as a DTensor, `Shard(0)` in the order of ids, for any `rows`. It
+    loads such a DTensor, or a plain `[num_embeddings, embedding_dim]`. The state_dict of an optimizer of
+    `gpu_embed.optim` holds DTensors too; torch.optim.SparseAdam saves each rank's rows alone. With
+    `rows="round_robin"` saving and loading are collectives.
 
     Attributes:
         weight: this rank's rows, `[own rows, embedding_dim]`.
         num_embeddings, embedding_dim: of the whole table.
-        padding_idx, max_norm, norm_type: as of torch.nn.Embedding; each rank scales the rows that any rank looks up.
+        padding_idx, max_norm, norm_type: as in torch.nn.Embedding; each rank scales those of its rows that any rank
+            looks up.
         distinct: whether ids are made distinct before they are sent.
-        sharding: which rows are whose.
+        sharding: which rank has which rows.
+
+    Example::
+
+        table = ShardedEmbedding.from_module(torch.nn.Embedding(1_000_000, 64), mesh, rows="round_robin")
+        optimizer = gpu_embed.optim.RowWiseAdagrad(table.parameters(), lr=0.05)
+        rows = table(ids)  # each rank its own ids
     """
 
     sparse = True
@@ -62,7 +68,7 @@ class ShardedEmbedding(torch.nn.Module):
         max_norm: float | None = None,
         norm_type: float = 2.0,
     ) -> None:
-        """`from_module` for one who has this rank's rows, `[sharding.num_rows, embedding_dim]`."""
+        """Take this rank's rows, `[sharding.num_rows, embedding_dim]`; `from_module` cuts them from a whole table."""
         super().__init__()
         self.sharding, self.distinct = sharding, distinct
         self.num_embeddings, self.embedding_dim = sharding.num_embeddings, weight.shape[1]
@@ -79,14 +85,14 @@ class ShardedEmbedding(torch.nn.Module):
         rows: Literal["blocks", "round_robin"] = "blocks",
         distinct: bool = True,
     ) -> "ShardedEmbedding":
-        """The table of a layer, which every rank has the same of, spread over a mesh.
+        """Spread the table of a layer over a mesh; every rank gives the same layer.
 
         Args:
             layer: torch's or ours; each rank copies its rows to the mesh's device. On the meta device there is
                 nothing to copy: call `to_empty`, and then load a state_dict or `reset_parameters`.
             mesh: of one dimension.
-            rows: "blocks": as torch.chunk cuts them. "round_robin": row i is rank i % ranks's, which spreads the
-                frequent ids of a table that is sorted by frequency.
+            rows: "blocks": as torch.chunk cuts them. "round_robin": rank i % ranks has row i; this spreads the frequent
+                ids of a table that is sorted by frequency.
             distinct: make ids distinct before they are sent; False saves a sort where few occur twice.
 
         Raises:
@@ -137,8 +143,8 @@ class ShardedEmbedding(torch.nn.Module):
         """The rows of these ids.
 
         Raises:
-            IndexError: an id of any rank is out of range, unless `set_bounds_check("off")`; on the rank that has it
-                the message names it, and every rank raises, so none waits for another.
+            IndexError: a rank has an id out of range, unless `set_bounds_check("off")`. Every rank raises in the same
+                call; the message of the rank that has the id names it.
             RuntimeError: ids are not integers or on another device; or DistributedDataParallel or FSDP has the table.
         """
         self._check(input)
@@ -192,13 +198,13 @@ class ShardedEmbedding(torch.nn.Module):
         if FAILED in counts[0]:
             failed = [rank for rank, count in enumerate(counts[0]) if count == FAILED]
             raise IndexError(
-                f"index out of range in self: ids of other ranks are, and their errors name them; ranks {failed} of "
-                "the mesh. The table is unchanged."
+                f"index out of range in self: ranks {failed} of the mesh have ids out of range, which their errors "
+                "name. The table and the ids are unchanged."
             )
         return counts[0], counts[1]
 
     def _mark(self) -> None:
-        """Tell the optimizers of `gpu_embed.optim` whose rows these are."""
+        """Tell the optimizers of `gpu_embed.optim` which rows these are."""
         self.weight.row_sharding = self.sharding  # type: ignore[attr-defined]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ShardedEmbedding":
@@ -256,9 +262,9 @@ class ShardedEmbedding(torch.nn.Module):
 
 
 class RowSharding:
-    """Which rows of a table are whose.
+    """Which rank has which rows of a table.
 
-    In blocks, rank r has the rows from r * chunk on, as torch.chunk cuts them; round robin, it has r, r + ranks,
+    In blocks, rank r has the rows from r * chunk on, as torch.chunk cuts them. Round robin, it has rows r, r + ranks,
     r + 2 * ranks and so on.
 
     Attributes:
