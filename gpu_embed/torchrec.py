@@ -73,6 +73,7 @@ from torchrec.distributed.types import (  # noqa: E402
 from torchrec.distributed.utils import append_prefix  # noqa: E402
 from torchrec.modules.embedding_configs import (  # noqa: E402
     PoolingMode,
+    PoolingType,
     data_type_to_dtype,
 )
 from torchrec.modules.embedding_modules import (  # noqa: E402
@@ -145,6 +146,12 @@ class _RowUpdates:
                     f"{where} has TorchRec's settings {', '.join(unknown)}; an optimizer and its arguments go to the "
                     f"sharder, {self.sharder}(optimizer=gpu_embed.optim.RowWiseAdagrad, lr=0.05), and others of "
                     "FBGEMM are not supported"
+                )
+            is_grid = info.param_sharding.sharding_type == ShardingType.GRID_SHARD.value
+            if is_grid and config.pooling == PoolingType.MEAN:
+                raise NotImplementedError(
+                    f"{where}: TorchRec {found} leaves a grid-sharded mean undivided; take row-wise or column-wise "
+                    "sharding, or sums"
                 )
             _check_columns(where, info.param_sharding)
             if kernel == EmbeddingComputeKernel.FUSED.value and self.optimizer is None:
@@ -404,7 +411,7 @@ class _Fused(_Kernel, FusedOptimizerModule):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        named = self.named_split_embedding_weights(prefix)  # type: ignore[attr-defined]  # the base's
+        named = self.named_split_embedding_weights(prefix)
         for name, rows in named:
             part = nn.Parameter(rows)
             part._in_backward_optimizers = [EmptyFusedOptimizer()]  # type: ignore[attr-defined]
@@ -551,7 +558,7 @@ class ShardedEmbeddingBagCollection(embeddingbag.ShardedEmbeddingBagCollection):
         self._row_updates = updates  # read by the base's constructor
         super().__init__(*arguments, **named)
 
-    def create_embedding_bag_sharding(  # type: ignore[override]  # a classmethod there
+    def create_embedding_bag_sharding(  # a classmethod there
         self,
         sharding_infos: list[EmbeddingShardingInfo],
         env: ShardingEnv,
@@ -562,10 +569,8 @@ class ShardedEmbeddingBagCollection(embeddingbag.ShardedEmbeddingBagCollection):
         sharding = super().create_embedding_bag_sharding(
             sharding_infos, env, device, permute_embeddings, qcomm_codecs_registry
         )
+        # By this a mean of rows on several ranks is a sum here, which is divided behind the exchange.
         kind = ShardingType(sharding_infos[0].param_sharding.sharding_type)
-        if kind == ShardingType.GRID_SHARD:
-            # As TorchRec's own: by this a mean is a sum, which is divided behind the exchange.
-            kind = ShardingType.TABLE_ROW_WISE
         return _serve(
             sharding, sharding_infos, env, _BagLookup, self._row_updates, sharding_type=kind
         )
@@ -578,7 +583,7 @@ class ShardedEmbeddingCollection(embedding.ShardedEmbeddingCollection):
         self._row_updates = updates
         super().__init__(*arguments, **named)
 
-    def create_embedding_sharding(  # type: ignore[override]
+    def create_embedding_sharding(
         self,
         sharding_type: str,
         sharding_infos: list[EmbeddingShardingInfo],

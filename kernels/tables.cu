@@ -405,14 +405,14 @@ __global__ void table_segment_sum_kernel(
 // grid:  cdiv(num_indices, blockDim.x); block: 1-D
 // owner: thread i of the grid: position i; its result is the inner product of its row and its bag's gradient
 // why:   each result is reduced within its thread, in a fixed order
-template <typename Weight, int VEC>
+template <typename Value, typename Weight, int VEC>
 __global__ void table_sample_weights_kernel(
-    const Weight* __restrict__ grad_output_ptr,  // [num_bags, *], any strides; VEC > 1: column stride 1
-    const Weight* __restrict__ weight_ptr,       // the tables' buffer
-    const void* __restrict__ keys_ptr,           // [num_indices]: each position's row; num_rows: none
-    const void* __restrict__ output_bag_ptr,     // [num_indices]: b * num_tables + t, -1: in no bag
-    const Table* __restrict__ tables_ptr,        // [num_tables]
-    Weight* __restrict__ grad_ptr,               // [num_indices]
+    const Value* __restrict__ grad_output_ptr,  // [num_bags, *], any strides; VEC > 1: column stride 1
+    const Weight* __restrict__ weight_ptr,      // the tables' buffer
+    const void* __restrict__ keys_ptr,          // [num_indices]: each position's row; num_rows: none
+    const void* __restrict__ output_bag_ptr,    // [num_indices]: b * num_tables + t, -1: in no bag
+    const Table* __restrict__ tables_ptr,       // [num_tables]
+    Weight* __restrict__ grad_ptr,              // [num_indices]
     int64 num_indices,
     int64 num_rows,  // of all tables
     int64 num_tables,
@@ -428,13 +428,13 @@ __global__ void table_sample_weights_kernel(
   Acc total = 0;
   if (output_bag >= 0 && key < num_rows) {
     const Table table = tables_ptr[output_bag % num_tables];
-    const Weight* const grad_row = grad_output_ptr + output_bag / num_tables * grad_row_stride * VEC +
-                                   table.first_column * grad_col_stride;
+    const Value* const grad_row = grad_output_ptr + output_bag / num_tables * grad_row_stride * VEC +
+                                  table.first_column * grad_col_stride;
     const Weight* const row =
         weight_ptr + table.first_element + (key - table.first_row) * table.dim;
 #pragma unroll 4
     for (int64 d = 0; d < table.dim; d += VEC) {
-      const auto grad = *(const Vector<Weight, VEC>*)(grad_row + d * grad_col_stride);
+      const auto grad = *(const Vector<Value, VEC>*)(grad_row + d * grad_col_stride);
       const auto value = *(const Vector<Weight, VEC>*)(row + d);
 #pragma unroll
       for (int i = 0; i < VEC; ++i) total += widen(grad.lane[i]) * widen(value.lane[i]);

@@ -1,6 +1,7 @@
 """The `target` fixture: a test of every backend on every device; the header says which of them run. Two tiers."""
 
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from targets import CUDA, REQUIRE_GPU, Target
 
 import gpu_embed
 from gpu_embed import backends
+
+TORCHREC = any(metadata.distributions(name="torchrec"))
 
 
 @pytest.fixture(params=targets.params(*targets.COLLECTED, *targets.PTX))
@@ -49,7 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     full = tiers.is_full(collection_path, config.rootpath)
-    return True if full and not config.option.full else None
+    lacks_torchrec = collection_path == config.rootpath / "tests/torchrec" and not TORCHREC
+    return True if (full and not config.option.full) or lacks_torchrec else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -89,6 +93,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         reason = targets.unusable_reason(one)
         how = " (compiled)" if one.ptx else ways.get(str(one), "")
         lines.append(f"{one}: {reason or 'runs' + how}")
+    lines.append(f"torchrec: {'runs' if TORCHREC else 'not installed (make torchrec)'}")
     return lines
 
 

@@ -227,7 +227,7 @@ class ReferenceBackend:
             zero_padding,
             _max_positions_array(batch),
         )
-        return torch.from_numpy(output).to(weight)
+        return torch.from_numpy(output).to(weight.device, batch.shape.output_dtype or weight.dtype)
 
     def table_batched_embedding_max(
         self,
@@ -242,8 +242,9 @@ class ReferenceBackend:
             _array(weight), *_batch_arrays(batch)
         )
         max_positions = max_positions if with_argmax else max_positions[:0, 0]
-        return torch.from_numpy(output).to(weight), torch.from_numpy(max_positions).to(
-            weight.device, batch.position_dtype
+        return (
+            torch.from_numpy(output).to(weight.device, batch.shape.output_dtype or weight.dtype),
+            torch.from_numpy(max_positions).to(weight.device, batch.position_dtype),
         )
 
     def table_batched_embedding_dense_backward(
@@ -262,7 +263,7 @@ class ReferenceBackend:
             _array(per_sample_weights),
             _max_positions_array(batch),
         )
-        return _gradient(grad_weight, grad_output, into)
+        return _gradient(grad_weight, grad_output, into, batch.shape.table_dtype)
 
     def table_batched_embedding_sample_weights_backward(
         self, grad_output: Tensor, weight: Tensor, batch: TableBatch
@@ -270,7 +271,7 @@ class ReferenceBackend:
         grad = reference.table_batched_embedding_sample_weights_backward(
             _array(grad_output), _array(weight), *_batch_arrays(batch)
         )
-        return torch.from_numpy(grad).to(grad_output)
+        return torch.from_numpy(grad).to(weight)
 
     def take_rows(
         self, weight: Tensor, indices: Tensor, dtype: torch.dtype, record: BoundsRecord | None
@@ -371,11 +372,13 @@ def _array(tensor: Tensor | None) -> Any:
     return None if tensor is None else tensor.detach().cpu().double().numpy()
 
 
-def _gradient(grad_weight: Any, grad_output: Tensor, into: Tensor | None) -> Tensor:
-    """A sum in fp64 rounded to the gradient's dtype, or what it adds to `into` where it is not zero."""
+def _gradient(
+    grad_weight: Any, grad_output: Tensor, into: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A sum in fp64 rounded to grad_output's dtype, or another, or what it adds to `into` where it is not zero."""
     total = torch.from_numpy(grad_weight)
     if into is None:
-        return total.to(grad_output)
+        return total.to(grad_output.device, dtype or grad_output.dtype)
     element = total.nonzero(as_tuple=True)
     here = tuple(index.to(into.device) for index in element)
     into[here] = (into[here].double() + total[element].to(into.device)).to(into.dtype)

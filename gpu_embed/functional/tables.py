@@ -1,19 +1,25 @@
 """Batched lookups in many tables; every user error of theirs is raised here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..dtypes import FLOATS, IDS
+from ..bags import check_offsets
+from ..dtypes import FLOATS, IDS, accumulation
 from ..ops.tables import call_table_batched_embedding
-from ..tables.inputs import TableInput
-from ..tables.layout import TableLayout, Tables, quoted
+from ..tables.inputs import BatchSizes, TableInput, pad_offsets
+from ..tables.layout import TableLayout, Tables, as_int, quoted
 from .checks import tensor_hint
 
 
 def table_batched_embedding(
-    input: Tensor, weight: Tensor, offsets: Tensor, tables: Tables, sparse: bool = False
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    tables: Tables,
+    sparse: bool = False,
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Rows of the ids of all tables, `[N, embedding_dim]`; see `gpu_embed.TableBatchedEmbedding`."""
     if not tables.layout.is_uniform:
@@ -21,7 +27,7 @@ def table_batched_embedding(
             "rows of tables of different embedding_dims have no common shape: "
             f"{_dims(tables)}; look them up with gpu_embed.TableBatchedEmbeddingBag, or table by table"
         )
-    return _look_up(input, weight, offsets, tables, None, sparse, pooled=False)
+    return _look_up(input, weight, offsets, tables, None, sparse, output_dtype, pooled=False)
 
 
 def table_batched_embedding_bag(
@@ -31,10 +37,13 @@ def table_batched_embedding_bag(
     tables: Tables,
     per_sample_weights: Tensor | None = None,
     sparse: bool = False,
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Sums, means and maxima of the bags of all tables, [B, sum of embedding_dims]; see `TableBatchedEmbeddingBag`."""
     check_sample_weights(input, per_sample_weights, weight, tables.layout)
-    return _look_up(input, weight, offsets, tables, per_sample_weights, sparse, pooled=True)
+    return _look_up(
+        input, weight, offsets, tables, per_sample_weights, sparse, output_dtype, pooled=True
+    )
 
 
 def _look_up(
@@ -44,6 +53,7 @@ def _look_up(
     tables: Tables,
     per_sample_weights: Tensor | None,
     sparse: bool,
+    output_dtype: torch.dtype | None,
     *,
     pooled: bool,
 ) -> Tensor:
@@ -56,10 +66,70 @@ def _look_up(
         raise RuntimeError(
             f"{function}: expected tables of float64, float32, float16 or bfloat16, got {weight.dtype}"
         )
+    if output_dtype is not None and accumulation(output_dtype) != accumulation(weight.dtype):
+        raise RuntimeError(
+            f"{function}: output_dtype is {output_dtype}, but the tables are {weight.dtype}: of float64 tables the "
+            "output is float64, and of no others"
+        )
     call = call_table_batched_embedding
     if sparse and not layout.is_uniform and torch.compiler.is_compiling():
         call = _call_in_eager_mode
-    return call(weight, per_sample_weights, input, offsets, tables, pooled, sparse)
+    return call(weight, per_sample_weights, input, offsets, tables, pooled, sparse, output_dtype)
+
+
+def sizes_in_order(function: str, batch_sizes: BatchSizes, features: tuple[str, ...]) -> list[int]:
+    """How many bags each of these features has, given by name or in their order."""
+    if isinstance(batch_sizes, Mapping):
+        if batch_sizes.keys() != set(features):
+            raise ValueError(
+                f"{function}: batch_sizes are given for {quoted(map(str, batch_sizes))}, but the features are "
+                f"{quoted(features)}"
+            )
+        values = [batch_sizes[feature] for feature in features]
+    elif isinstance(batch_sizes, Sequence) and not isinstance(batch_sizes, str):
+        values = list(batch_sizes)
+    else:
+        raise TypeError(
+            f"{function}: batch_sizes must be ints, one a feature: a mapping by the features' names, or a sequence, "
+            f"got {type(batch_sizes).__name__}"
+        )
+    if len(values) != len(features):
+        raise ValueError(
+            f"{function}: batch_sizes has {len(values)} numbers, but there are {len(features)} features: "
+            f"{quoted(features)}"
+        )
+    for feature, value in zip(features, values, strict=True):
+        if not isinstance(value, torch.SymInt):
+            value = as_int(f"{function}: batch_sizes: feature {feature!r}", value)
+        if value < 0:
+            raise ValueError(f"{function}: batch_sizes: feature {feature!r} has {value} bags")
+    return values
+
+
+def pad_batch(
+    function: str,
+    input: Tensor,
+    offsets: Tensor,
+    batch_sizes: BatchSizes,
+    features: tuple[str, ...],
+) -> Tensor:
+    """Offsets of features with a batch size each, as those of features that all have the largest.
+
+    Args:
+        features: in the order of their ids.
+    """
+    sizes = sizes_in_order(function, batch_sizes, features)
+    for name, value in (("input", input), ("offsets", offsets)):
+        _check_is_tensor(function, name, value)
+    if offsets.shape != (sum(sizes) + 1,):
+        raise ValueError(
+            f"{function}: offsets has to be of shape [{sum(sizes) + 1}], a number for each bag of batch_sizes and the "
+            f"end of the last, got {list(offsets.shape)}"
+        )
+    if offsets.device.type == "cpu" and offsets.dtype in IDS and not torch.compiler.is_compiling():
+        # Before there are more of them, as the message names places.
+        check_offsets(offsets, input)
+    return pad_offsets(offsets, sizes)
 
 
 def check_sample_weights(
@@ -105,7 +175,8 @@ def check_batch(
     if offsets.shape[0] % layout.num_features != 1 % layout.num_features or offsets.shape[0] == 0:
         raise ValueError(
             f"{function}: offsets must hold num_features * B + 1 numbers for some B, but it has "
-            f"{offsets.shape[0]} and there are {layout.num_features} features: {quoted(layout.features)}"
+            f"{offsets.shape[0]} and there are {layout.num_features} features: {quoted(layout.features)}; where each "
+            "has a B of its own, give them as batch_sizes"
         )
 
 

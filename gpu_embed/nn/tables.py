@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..dtypes import FLOATS
 from ..functional import tables as table_functional
 from ..tables.gradient import TableGradient
-from ..tables.inputs import TableInput, reorder
+from ..tables.inputs import BatchSizes, TableInput, reorder
 from ..tables.layout import TableLayout, Tables, make_layout, quoted
 from ..tables.parameter import TableSlice
 from .bag import EmbeddingBag
@@ -38,10 +39,17 @@ class BatchedTables(torch.nn.Module, ABC):
         sparse: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        output_dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        if output_dtype is not None and output_dtype not in FLOATS:
+            raise TypeError(
+                f"{type(self).__name__}: output_dtype must be torch.float32, float16, bfloat16 or float64, got "
+                f"{output_dtype!r}"
+            )
         self.layout = layout
         self.sparse = sparse
+        self.output_dtype = output_dtype
         self._tables_on: dict[torch.device, Tables] = {}
         # What a table's place was given in place of its rows, by the table's number.
         self._replaced: dict[int, Tensor] = {}
@@ -257,6 +265,8 @@ class BatchedTables(torch.nn.Module, ABC):
             parts.append(f"features=({', '.join(_shortened(of_features))})")
         if self.sparse:
             parts.append("sparse=True")
+        if self.output_dtype is not None:
+            parts.append(f"output_dtype={self.output_dtype}")
         return ", ".join(parts)
 
     def _number(self, name: str) -> int:
@@ -559,6 +569,7 @@ class TableBatchedEmbedding(BatchedTables):
         dtype: torch.dtype | None = None,
         *,
         features: Mapping[str, str] | None = None,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         layout = make_layout(tables, "sum", padding_idx, features)
         if not layout.is_uniform:
@@ -566,7 +577,7 @@ class TableBatchedEmbedding(BatchedTables):
                 "TableBatchedEmbedding: rows of tables of different embedding_dims have no common shape, got "
                 f"{list(layout.embedding_dims)}; TableBatchedEmbeddingBag takes them"
             )
-        super().__init__(layout, sparse, device, dtype)
+        super().__init__(layout, sparse, device, dtype, output_dtype)
 
     def forward(
         self,
@@ -574,19 +585,24 @@ class TableBatchedEmbedding(BatchedTables):
         offsets: Tensor = None,  # type: ignore[assignment]  # so that a missing one is the check's to explain
         per_sample_weights: None = None,
         features: tuple[str, ...] | int | None = None,
+        batch_sizes: BatchSizes | None = None,
     ) -> Tensor:
         if per_sample_weights is not None:
             raise NotImplementedError(
                 "TableBatchedEmbedding: per_sample_weights are for bags; use TableBatchedEmbeddingBag"
             )
         tables, own, order = self.tables, self.layout.features, self._order_of(features)
+        if batch_sizes is not None:
+            offsets = table_functional.pad_batch(
+                "table_batched_embedding", input, offsets, batch_sizes, order
+            )
         if order != own:
             # Rows follow the ids, so the tables follow the order of the batch.
             fields = [tables.fields[own.index(feature)] for feature in order]
             tables = tables._replace(fields=torch.stack(fields))
         sparse = self.sparse and not self._replaced
         return table_functional.table_batched_embedding(
-            input, self._whole(), offsets, tables, sparse
+            input, self._whole(), offsets, tables, sparse, self.output_dtype
         )
 
     @classmethod
@@ -667,9 +683,10 @@ class TableBatchedEmbeddingBag(BatchedTables):
         dtype: torch.dtype | None = None,
         *,
         features: Mapping[str, str] | None = None,
+        output_dtype: torch.dtype | None = None,
     ) -> None:
         layout = make_layout(tables, mode, padding_idx, features)
-        super().__init__(layout, sparse, device, dtype)
+        super().__init__(layout, sparse, device, dtype, output_dtype)
 
     def forward(
         self,
@@ -677,8 +694,13 @@ class TableBatchedEmbeddingBag(BatchedTables):
         offsets: Tensor = None,  # type: ignore[assignment]  # so that a missing one is the check's to explain
         per_sample_weights: Tensor | None = None,
         features: tuple[str, ...] | int | None = None,
+        batch_sizes: BatchSizes | None = None,
     ) -> Tensor:
         own, order = self.layout.features, self._order_of(features)
+        if batch_sizes is not None:
+            offsets = table_functional.pad_batch(
+                "table_batched_embedding_bag", input, offsets, batch_sizes, order
+            )
         if order != own:
             table_functional.check_batch(
                 "table_batched_embedding_bag", input, offsets, self.weight, self.layout
@@ -688,20 +710,42 @@ class TableBatchedEmbeddingBag(BatchedTables):
             )
             batch = TableInput(input, offsets, per_sample_weights)
             batch = reorder(batch, [order.index(feature) for feature in own])
-            input, offsets, per_sample_weights, _ = batch
+            input, offsets, per_sample_weights, *_ = batch
         sparse = self.sparse and not self._replaced
         return table_functional.table_batched_embedding_bag(
-            input, self._whole(), offsets, self.tables, per_sample_weights, sparse
+            input,
+            self._whole(),
+            offsets,
+            self.tables,
+            per_sample_weights,
+            sparse,
+            self.output_dtype,
         )
 
-    def split(self, output: Tensor) -> list[Tensor]:
-        """Each feature's columns of an output `[B, sum of embedding_dims]`: views `[B, embedding_dim]`."""
+    def split(self, output: Tensor, batch_sizes: BatchSizes | None = None) -> list[Tensor]:
+        """Each feature's columns of an output `[B, sum of embedding_dims]`: views `[B, embedding_dim]`.
+
+        Args:
+            batch_sizes: how many bags each feature has, by name or in the layer's order, such as the `batch_sizes` of
+                `batch_bags`. So many rows each view has, and not those of zeros behind them. None: all have B.
+        """
         dims = self.layout.feature_dims
         if output.dim() != 2 or output.shape[1] != sum(dims):
             raise ValueError(
                 f"split: expected an output of this layer, [B, {sum(dims)}], got {list(output.shape)}"
             )
-        return list(output.split(dims, dim=1))
+        columns = list(output.split(dims, dim=1))
+        if batch_sizes is None:
+            return columns
+        sizes = table_functional.sizes_in_order("split", batch_sizes, self.layout.features)
+        if output.shape[0] != max(sizes):
+            raise ValueError(
+                f"split: an output of at most {max(sizes)} bags a feature has as many rows, got {list(output.shape)}"
+            )
+        return [
+            part if size == len(part) else part[:size]
+            for part, size in zip(columns, sizes, strict=True)
+        ]
 
     @classmethod
     def _made_like(cls, named: dict[str, Any], **arguments: Any) -> "Self":

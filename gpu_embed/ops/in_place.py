@@ -118,7 +118,8 @@ def _gradient_to_add_to(node: Any, shape: torch.Size, grad_output: Tensor) -> Te
         shape: the leaf's in the forward.
     """
     leaf = node.variable
-    into, dtype = leaf.grad, grad_output.dtype
+    # That of the gradient: of grad_output, or where a table's output has a dtype of its own, of the table.
+    into, dtype = leaf.grad, leaf.dtype
     if (
         type(into) is not Tensor
         or type(grad_output) is not Tensor

@@ -33,7 +33,8 @@ from .lookup import sparse_gradient
 _IDS = "Tensor indices, Tensor offsets"
 _TABLES = (
     "Tensor fields, Tensor table_of_column, "
-    "SymInt num_rows, SymInt widest, SymInt dim_divisor, bool mean, bool pooled"
+    "SymInt num_rows, SymInt widest, SymInt dim_divisor, bool mean, bool pooled, "
+    "ScalarType? table_dtype, ScalarType? output_dtype"
 )
 _BATCH = f"{_IDS}, Tensor? max_positions, {_TABLES}"
 # The layer's own tensors: they are kept as arguments are, not saved as what the caller might change.
@@ -70,9 +71,13 @@ def call_table_batched_embedding(
     tables: Tables,
     pooled: bool,
     sparse: bool,
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Rows, or sums, means and maxima, of a batch in these tables."""
-    constants = (tables.fields, tables.table_of_column, *tables.layout.shape(pooled))
+    shape = tables.layout.shape(pooled)
+    if output_dtype is not None and output_dtype != weight.dtype:
+        shape = shape._replace(table_dtype=weight.dtype, output_dtype=output_dtype)
+    constants = (tables.fields, tables.table_of_column, *shape)
     if "max" in tables.layout.modes:
         return _call_max(weight, indices, offsets, *constants, sparse)
     return _call(weight, per_sample_weights, indices, offsets, None, *constants, False, sparse)
@@ -127,7 +132,8 @@ def _table_batched_embedding_dense_backward(
     batch = _batch(*arguments)
     shape = batch.buffer_shape(weight_length)
     if grad_output.numel() == 0 or batch.bags.num_bags == 0 or batch.shape.num_rows == 0:
-        return grad_output.new_zeros(shape) if into is None else into
+        zeros = grad_output.new_zeros(shape, dtype=batch.shape.table_dtype)
+        return zeros if into is None else into
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.contiguous()
     return backends.select(grad_output.device).table_batched_embedding_dense_backward(
@@ -141,17 +147,18 @@ def _table_batched_embedding_sample_weights_backward(
     bounds.raise_pending(grad_output.device)
     batch = _batch(*arguments)
     if grad_output.numel() == 0 or weight.numel() == 0 or batch.indices.numel() == 0:
-        return grad_output.new_zeros(batch.indices.shape)
+        return weight.new_zeros(batch.indices.shape)
     return backends.select(grad_output.device).table_batched_embedding_sample_weights_backward(
         grad_output, weight.contiguous(), batch
     )
 
 
 def _output_like(weight: Tensor, batch: TableBatch) -> Tensor:
-    """An output's shape and the table's dtype, with whatever is in memory."""
+    """An output's shape and dtype, with whatever is in memory."""
+    dtype = batch.shape.output_dtype
     if batch.shape.pooled:
-        return weight.new_empty((batch.bags_per_table, batch.width))
-    return weight.new_empty((batch.indices.shape[0], batch.shape.widest))
+        return weight.new_empty((batch.bags_per_table, batch.width), dtype=dtype)
+    return weight.new_empty((batch.indices.shape[0], batch.shape.widest), dtype=dtype)
 
 
 def _max_positions_like(output: Tensor, batch: TableBatch, with_argmax: bool) -> Tensor:
@@ -185,13 +192,15 @@ def _table_batched_embedding_dense_backward_fake(
     grad_output: Tensor, per_sample_weights: Tensor | None, *batch_and_length: Any
 ) -> Tensor:
     *arguments, weight_length = batch_and_length
-    return grad_output.new_empty(_batch(*arguments).buffer_shape(weight_length))
+    batch = _batch(*arguments)
+    shape = batch.buffer_shape(weight_length)
+    return grad_output.new_empty(shape, dtype=batch.shape.table_dtype)
 
 
 def _table_batched_embedding_sample_weights_backward_fake(
     grad_output: Tensor, weight: Tensor, indices: Tensor, *arguments: Any
 ) -> Tensor:
-    return grad_output.new_empty(indices.shape)
+    return weight.new_empty(indices.shape)
 
 
 table_batched_embedding = define(
@@ -294,7 +303,7 @@ def _sparse_gradient(
         values = grad_output.reshape(-1, batch.shape.widest).index_select(0, output_bag)
         if batch.shape.mean:
             wide = values.to(accumulation(values.dtype))
-            values = (wide / batch.bag_sizes(places)[bag][:, None]).to(values.dtype)
+            values = wide / batch.bag_sizes(places)[bag][:, None]
         if batch.max_positions is not None:
             is_max = batch.fields[:, TableColumn.MODE][places.table] == MODES.index("max")
             position = torch.arange(len(rows), device=rows.device)
@@ -304,7 +313,9 @@ def _sparse_gradient(
             values = torch.where(contributes | ~is_max[:, None], values, 0)
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
-    is_new = batch.shape.pooled or per_sample_weights is not None
+    dtype = batch.shape.table_dtype or grad_output.dtype
+    is_new = batch.shape.pooled or per_sample_weights is not None or dtype != grad_output.dtype
+    values = values.to(dtype)
     return sparse_gradient(values, rows, batch.shape.num_rows, -1, False, is_new)
 
 
@@ -323,6 +334,7 @@ def _table_gradient(
         )
     bounds.raise_pending(grad_output.device)
     scales = None
+    grad_output = grad_output.to(batch.shape.table_dtype or grad_output.dtype)
     if per_sample_weights is not None:
         scales = per_sample_weights.to(accumulation(grad_output.dtype))
     elif batch.shape.mean:

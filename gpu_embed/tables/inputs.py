@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .. import bounds
 from ..bags import Bags, check_offsets
@@ -17,10 +18,15 @@ class TableInput(NamedTuple):
     """The arguments of the batched layers: `layer(*batch)`."""
 
     input: Tensor  # [N]
-    offsets: Tensor  # int64 [F * B + 1]: bag f * B + b is bag b of feature f
+    offsets: Tensor  # int64 [F * B + 1], or [sum of batch_sizes + 1]: feature by feature, where each bag begins
     per_sample_weights: Tensor | None = None  # [N]
     # The features' names in the order of their ids, or how many there are; a layer checks them. None: unknown.
     features: tuple[str, ...] | int | None = None
+    # How many bags each feature has, by name or in the order of their ids. None: all have B.
+    batch_sizes: "BatchSizes | None" = None
+
+
+BatchSizes = Mapping[str, int] | Sequence[int]
 
 
 def batch_bags(
@@ -31,13 +37,13 @@ def batch_bags(
 
     Args:
         tables: for each feature what `torch.nn.EmbeddingBag` takes: (ids `[n]`, offsets `[B]`) or (ids, offsets,
-            per_sample_weights `[n]`); all features with the same B. By the features' names, in any order, or in
-            a sequence in the order of the layer's.
+            per_sample_weights `[n]`). By the features' names, in any order, or in a sequence in the order of the
+            layer's. Each may have a B of its own.
         include_last_offset: offsets are `[B + 1]`, the last where the last bag ends; ids behind it are put
             behind all bags.
 
     Returns:
-        ids, offsets, weights and names, which unpack into a batched layer's call.
+        ids, offsets, weights, names, and the features' B where they differ, which unpack into a batched layer's call.
 
     Raises:
         ValueError: shapes that do not fit, or weights for some features and not for others.
@@ -76,10 +82,10 @@ def batch_bags(
         )
     ids, offsets, *rest = zip(*features, strict=True)
     for label, values, begins in zip(labels, ids, offsets, strict=True):
-        if values.dim() != 1 or begins.dim() != 1 or len(begins) != len(offsets[0]):
+        if values.dim() != 1 or begins.dim() != 1:
             raise ValueError(
-                f"batch_bags: {label}: expected ids [n] and offsets {list(offsets[0].shape)}, as many as of "
-                f"{labels[0]}, got {list(values.shape)} and {list(begins.shape)}"
+                f"batch_bags: {label}: expected ids [n] and offsets [B], got {list(values.shape)} and "
+                f"{list(begins.shape)}"
             )
         _check_integers(f"batch_bags: {label}: ids", values)
         _check_integers(f"batch_bags: {label}: offsets", begins)
@@ -91,24 +97,29 @@ def batch_bags(
                     f"batch_bags: {label}: expected per_sample_weights {list(values.shape)}, got "
                     f"{list(weights.shape)}"
                 )
-    if include_last_offset and len(offsets[0]) == 0:
+    if include_last_offset and any(len(begins) == 0 for begins in offsets):
         raise RuntimeError("batch_bags: include_last_offset: number of offset should be at least 1")
+    sizes = [len(begins) - include_last_offset for begins in offsets]
     flat = _joined("batch_bags", "ids", labels, ids)
-    begins = _checked_offsets(labels, ids, offsets, include_last_offset)  # [F, B + 1]
+    begins = _checked_offsets(labels, ids, offsets, include_last_offset)  # [F, the largest B + 1]
     weights = _joined("batch_bags", "per_sample_weights", labels, rest[0]) if rest else None
     if not include_last_offset:
         # Each feature's last bag ends where the next feature's first one begins.
         firsts = [0]
         for values in ids:
             firsts.append(firsts[-1] + len(values))
-        shifted = [row[:-1] + first for row, first in zip(begins, firsts, strict=False)]
+        shifted = [
+            row[:size] + first for row, size, first in zip(begins, sizes, firsts, strict=False)
+        ]
         end = torch.full((1,), firsts[-1], dtype=torch.int64, device=flat.device)
-        return TableInput(flat, torch.cat([*shifted, end]), weights, names)
+        joined = torch.cat([*shifted, end])
+        return TableInput(flat, joined, weights, names, _batch_sizes(names, sizes))
     places = [
         torch.arange(len(values), device=flat.device) < row[-1]
         for values, row in zip(ids, begins, strict=True)
     ]
-    return _kept_first(flat, torch.cat(places), begins.diff(dim=1).flatten(), weights, names)
+    lengths = [row[:size] for row, size in zip(begins.diff(dim=1), sizes, strict=True)]
+    return _kept_first(flat, torch.cat(places), lengths, weights, names)
 
 
 def batch_padded(
@@ -122,8 +133,8 @@ def batch_padded(
     The result has the size of what is given: ids that are left out are put behind all bags.
 
     Args:
-        tables: ids `[B, L]` of each feature, with an L of its own: by the features' names, in any order, or in a
-            sequence in the order of the layer's; or a tensor `[F, B, L]`.
+        tables: ids `[B, L]` of each feature, with an L, and if need be a B, of its own: by the features' names, in
+            any order, or in a sequence in the order of the layer's; or a tensor `[F, B, L]`.
         lengths: how many ids of each row count, from its first on: `[B]` of each feature, by name or in the
             features' order; or a tensor `[F, B]`.
         padding_value: ids equal to it do not count, wherever they stand. Not beside lengths; without either,
@@ -131,7 +142,7 @@ def batch_padded(
         per_sample_weights: of the ids' shapes, given as these are.
 
     Returns:
-        ids, offsets, weights and names, which unpack into a batched layer's call.
+        ids, offsets, weights, names, and the features' B where they differ, which unpack into a batched layer's call.
 
     Raises:
         ValueError: shapes that do not fit; both lengths and padding_value; on the CPU, a length that is negative or
@@ -153,12 +164,8 @@ def batch_padded(
     labels = _labels(names)
     for label, ids in zip(labels, features, strict=True):
         _check_tensor(f"batch_padded: {label}: ids", ids)
-        if ids.dim() != 2 or len(ids) != len(features[0]):
-            like = f"{len(features[0])}, L], as many rows as of {labels[0]}"
-            raise ValueError(
-                f"batch_padded: {label}: expected ids [{like if features[0].dim() == 2 else 'B, L]'}, got "
-                f"{list(ids.shape)}"
-            )
+        if ids.dim() != 2:
+            raise ValueError(f"batch_padded: {label}: expected ids [B, L], got {list(ids.shape)}")
         _check_integers(f"batch_padded: {label}: ids", ids)
     counts = _like_features("lengths", lengths, names, features, 1)
     given_weights = _like_features("per_sample_weights", per_sample_weights, names, features, 2)
@@ -181,10 +188,20 @@ def batch_padded(
     return _kept_first(
         _joined("batch_padded", "ids", labels, [ids.reshape(-1) for ids in features]),
         torch.cat([mask.reshape(-1) for mask in kept]),
-        torch.cat([mask.sum(1) for mask in kept]),
+        [mask.sum(1) for mask in kept],
         weights,
         names,
     )
+
+
+def pad_offsets(offsets: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Offsets `[sum of sizes + 1]` with empty bags behind each feature's, so that all have as many."""
+    most, first, parts = max(sizes), 0, []
+    for size in sizes:
+        parts.append(offsets[first : first + size])
+        first += size
+        parts.append(offsets[first : first + 1].expand(most - size))
+    return torch.cat([*parts, offsets[first:]])
 
 
 def reorder(batch: TableInput, order: Sequence[int]) -> TableInput:
@@ -207,6 +224,13 @@ def reorder(batch: TableInput, order: Sequence[int]) -> TableInput:
     return TableInput(
         batch.input[source], offsets, None if weights is None else weights[source], batch.features
     )
+
+
+def _batch_sizes(features: tuple[str, ...] | int, sizes: Sequence[int]) -> BatchSizes | None:
+    """How many bags each feature has; None: all have as many."""
+    if all(size == sizes[0] for size in sizes):
+        return None
+    return tuple(sizes) if isinstance(features, int) else dict(zip(features, sizes, strict=True))
 
 
 def _in_sequence(
@@ -333,7 +357,10 @@ def _checked_offsets(
     offsets: Sequence[Tensor],
     include_last_offset: bool,
 ) -> Tensor:
-    """Each feature's offsets, and where its last bag ends -> int64 [F, B + 1], within its own ids."""
+    """Each feature's offsets, and where its last bag ends -> int64 [F, B + 1], within its own ids.
+
+    B is the largest: behind a feature's own bags come empty ones.
+    """
     for label, values, begins in zip(labels, ids, offsets, strict=True):
         if begins.device.type == "cpu" and not _is_traced():
             try:
@@ -346,14 +373,22 @@ def _checked_offsets(
             torch.cat([row, row.new_full((1,), len(values))])
             for row, values in zip(rows, ids, strict=True)
         ]
-    given = torch.stack(rows)
+    most = max(len(row) for row in rows)
+    given = torch.stack(
+        [
+            row if len(row) == most else torch.cat([row, row[-1:].expand(most - len(row))])
+            for row in rows
+        ]
+    )
     if given.device.type == "cpu" and not _is_traced():
         return given
-    within = torch.stack([row.clamp(0, len(values)) for row, values in zip(rows, ids, strict=True)])
+    within = torch.stack(
+        [row.clamp(0, len(values)) for row, values in zip(given, ids, strict=True)]
+    )
     within = torch.cat([torch.zeros_like(within[:, :1]), within[:, 1:]], 1).cummax(1).values
     if include_last_offset or given.shape[1] > 1:
         num_ids = torch.stack(
-            [torch.full_like(row, len(values)) for row, values in zip(rows, ids, strict=True)]
+            [torch.full_like(row, len(values)) for row, values in zip(given, ids, strict=True)]
         )
         # The end of the ids was put behind the offsets here, and is none of them.
         last = None if include_last_offset else -1
@@ -377,9 +412,11 @@ def _check_lengths(
                 f"batch_padded: {label}: lengths[{place}] is {int(count[place])}, but a row has {ids.shape[1]} ids, "
                 f"so lengths go from 0 to {ids.shape[1]}"
             )
-    if any(count.device.type == "cpu" for count in lengths) or not lengths[0].numel():
+    if any(count.device.type == "cpu" for count in lengths):
         return
-    given = torch.stack([count.to(torch.int64) for count in lengths])
+    given = pad_sequence([count.to(torch.int64) for count in lengths], batch_first=True)
+    if not given.numel():
+        return
     limits = torch.stack(
         [torch.full_like(row, ids.shape[1]) for row, ids in zip(given, features, strict=True)]
     )
@@ -409,14 +446,16 @@ def _is_traced() -> bool:
 def _kept_first(
     ids: Tensor,
     kept: Tensor,
-    lengths: Tensor,
+    lengths: Sequence[Tensor],
     weights: Tensor | None,
     features: tuple[str, ...] | int,
 ) -> TableInput:
     """The ids that are kept in their order, then the others, so that no shape depends on the data."""
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    sizes = [len(of_feature) for of_feature in lengths]
+    ends = torch.cat(tuple(lengths)).cumsum(0)
+    offsets = torch.cat([ends.new_zeros(1), ends])
     place = torch.where(kept, kept.cumsum(0), offsets[-1] + (~kept).cumsum(0)) - 1
     moved = torch.empty_like(ids).scatter_(0, place, ids)
     if weights is not None:
         weights = torch.zeros_like(weights).scatter(0, place, weights)
-    return TableInput(moved, offsets, weights, features)
+    return TableInput(moved, offsets, weights, features, _batch_sizes(features, sizes))

@@ -205,6 +205,9 @@ class TableShape(NamedTuple):
     dim_divisor: int  # the largest number that divides every D
     mean: bool  # whether any table takes means
     pooled: bool  # one output row a bag; else one an id
+    # Where the output's is another than the tables': both. None: that of the tensors.
+    table_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
 
 
 def make_layout(
@@ -265,7 +268,7 @@ def _size(name: str, value: object) -> tuple[int, int]:
             f"table {name!r}: expected (num_embeddings, embedding_dim), a pair of ints, got {value!r}"
         )
     rows, dim = (
-        _as_int(f"table {name!r}: {what}", number)
+        as_int(f"table {name!r}: {what}", number)
         for what, number in zip(("num_embeddings", "embedding_dim"), value, strict=True)
     )
     if rows < 0 or dim < 1:
@@ -276,7 +279,7 @@ def _size(name: str, value: object) -> tuple[int, int]:
     return rows, dim
 
 
-def _as_int(what: str, value: Any) -> int:
+def as_int(what: str, value: Any) -> int:
     """An int; NumPy's integers are fine, True is not."""
     try:
         if isinstance(value, bool):
@@ -333,7 +336,7 @@ def _per_table(argument: str, value: object, names: tuple[str, ...], default: ob
 def _wrap_padding_idx(name: str, padding_idx: int | None, num_embeddings: int) -> int:
     if padding_idx is None:
         return -1
-    padding_idx = _as_int(f"table {name!r}: padding_idx", padding_idx)
+    padding_idx = as_int(f"table {name!r}: padding_idx", padding_idx)
     if not -num_embeddings <= padding_idx < num_embeddings:
         raise ValueError(
             f"table {name!r}: padding_idx must be within num_embeddings, {num_embeddings}, got {padding_idx}"

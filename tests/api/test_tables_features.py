@@ -389,7 +389,7 @@ def test_a_batch_is_a_tuple_of_the_layers_arguments():
     assert batch.features == ("item", "user", "shop")
     assert batch_padded(list(ids.values())).features == 3
     assert isinstance(batch, TableInput)
-    input, offsets, _, _ = batch
+    input, offsets, *_ = batch
     assert torch.equal(layer(input, offsets), layer(*batch))
     moved = TableInput(*(one.to("cpu") if torch.is_tensor(one) else one for one in batch))
     assert torch.equal(layer(*moved), layer(*batch))

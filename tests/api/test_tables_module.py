@@ -397,9 +397,9 @@ ids = torch.tensor
 BAD_INPUTS = {
     "no table": (lambda: batch_bags([]), "at least one table is needed"),
     "2-D ids": (lambda: batch_bags([(torch.zeros(1, 1), torch.zeros(1))]), "table 0: expected ids"),
-    "other bags": (
-        lambda: batch_bags([(ids([0]), ids([0] * n)) for n in (1, 2)]),
-        "table 1: expected ids",
+    "bags": (
+        lambda: batch_bags([(ids([0]), ids([0])), (ids([0]), ids([[0]]))]),
+        r"table 1: expected ids \[n\] and offsets \[B\], got \[1\] and \[1, 1\]",
     ),
     "weights of some": (
         lambda: batch_bags([(torch.zeros(1),) * 2, (torch.zeros(1),) * 3]),
@@ -410,9 +410,9 @@ BAD_INPUTS = {
         "lengths or padding_value, not both",
     ),
     "1-D padded": (lambda: batch_padded([torch.zeros(3)]), "table 0: expected ids"),
-    "other batch": (
-        lambda: batch_padded([ids([[0] * 3] * 2), ids([[0] * 3] * 3)]),
-        r"table 1: expected ids \[2, L\], as many rows as of table 0, got \[3, 3\]",
+    "batch": (
+        lambda: batch_padded([ids([[0] * 3] * 2), ids([0] * 3)]),
+        r"table 1: expected ids \[B, L\], got \[3\]",
     ),
     "other lengths": (
         lambda: batch_padded(PADDED, lengths=[torch.zeros(2)]),

@@ -1,7 +1,6 @@
 """Collections of TorchRec's, sharded by our sharders and whole with torch's layers, on the same batches."""
 
 import copy
-import itertools
 from typing import Any
 
 import torch
@@ -20,12 +19,10 @@ from torchrec.distributed.sharding_plan import (
     table_row_wise,
     table_wise,
 )
-from torchrec.distributed.types import ModuleShardingPlan, ShardingPlan
+from torchrec.distributed.types import LazyAwaitable, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-import gpu_embed.torchrec
 
 CPU = torch.device("cpu")
 # Rows, columns and features of each table. On four ranks by rows the last one has none of "few"; feature "b" looks up
@@ -107,11 +104,6 @@ def shard(whole: nn.Module, kinds: Any, kernel: str, sharder: Any) -> Distribute
     for name, one in plan.items():
         if kinds[name] != "data-parallel":
             one.compute_kernel = kernel
-    return shard_by(whole, plan, sharder)
-
-
-def shard_by(whole: nn.Module, plan: Any, sharder: Any) -> DistributedModelParallel:
-    assert isinstance(plan, ModuleShardingPlan)
     model = DistributedModelParallel(
         copy.deepcopy(whole), device=CPU, plan=ShardingPlan({"": plan}), sharders=[sharder]
     )
@@ -130,6 +122,8 @@ def layers_of(whole: Any) -> nn.ModuleDict:
 
 def outputs_of(output: Any) -> dict[str, torch.Tensor]:
     """Of bags a matrix a feature, of rows those of all ids."""
+    if isinstance(output, LazyAwaitable):
+        output = output.wait()
     if isinstance(output, dict):
         return {name: jagged.values() for name, jagged in output.items()}
     return output.to_dict()
@@ -144,18 +138,23 @@ def loss_of(outputs: dict[str, torch.Tensor], rank: int) -> torch.Tensor:
     return sum(losses, torch.zeros(()))
 
 
-def assert_slices(actual: Any, whole: torch.Tensor) -> None:
+def assert_slices(actual: Any, whole: torch.Tensor, tolerance: float = 0) -> None:
     """This rank's shards are those parts of the whole."""
-    assert isinstance(actual, ShardedTensor | DTensor), type(actual)
-    if isinstance(actual, DTensor):
-        local = actual.to_local()
-        shards = list(zip(local.local_shards(), local.local_offsets(), strict=True))
-    else:
-        shards = [(one.tensor, one.metadata.shard_offsets) for one in actual.local_shards()]
+    if type(actual) is torch.Tensor:  # of a data-parallel table
+        torch.testing.assert_close(actual, whole, rtol=tolerance, atol=tolerance)
+        return
     assert actual.size() == whole.shape
-    for tensor, offsets in shards:
+    for tensor, offsets in shards_of(actual):
         region = [slice(at, at + size) for at, size in zip(offsets, tensor.shape, strict=True)]
-        torch.testing.assert_close(tensor, whole[tuple(region)], rtol=0, atol=0)
+        torch.testing.assert_close(tensor, whole[tuple(region)], rtol=tolerance, atol=tolerance)
+
+
+def shards_of(sharded: Any) -> list[tuple[torch.Tensor, Any]]:
+    """This rank's shards, and where each begins in the whole."""
+    if isinstance(sharded, DTensor):
+        local = sharded.to_local()
+        return list(zip(local.local_shards(), local.local_offsets(), strict=True))
+    return [(one.tensor, one.metadata.shard_offsets) for one in sharded.local_shards()]
 
 
 def columns_of(weight: Any) -> list[tuple[int, int]]:
@@ -164,10 +163,3 @@ def columns_of(weight: Any) -> list[tuple[int, int]]:
         shards = weight.metadata().shards_metadata
         return sorted({(s.shard_offsets[1], s.shard_offsets[1] + s.shard_sizes[1]) for s in shards})
     return [(0, weight.shape[1])]
-
-
-def flat(lists: Any) -> list[Any]:
-    return list(itertools.chain.from_iterable(lists))
-
-
-__all__ = ["gpu_embed"]

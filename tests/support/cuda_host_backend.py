@@ -60,6 +60,14 @@ def _all_kernels() -> tuple[Kernel, ...]:
     # Values of one dtype, and rows of another: the sums of 16-bit ones, and 16-bit rows that sums update.
     wide_sums = [(table, "float", widths) for table, widths in tables[2:]]
     updates = [*same, *(("float", table, widths) for table, widths in tables[2:])]
+    # Outputs of another dtype than their tables', as few as show every dtype of both, and with weights.
+    pairs = (
+        ("bfloat16", "float"),
+        ("float", "float16"),
+        ("float16", "bfloat16"),
+        ("float", "bfloat16"),
+    )
+    mixed = [(value, table, (4,)) for value, table in pairs]
     flags = ("false", "true")
     # Values and sums of atomics, which are added one by one in fp64.
     atomics = [
@@ -95,12 +103,12 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for arguments in atomics
             for bags in flags
             for in_place in flags
-            if in_place == "true" or "float16" not in arguments
+            if in_place == "true" or "float16" not in arguments or arguments.endswith(" 4")
         ),
         *(("sort_keys", f"sort_keys_kernel<{shard}>") for shard in flags),
         *(
             ("segment_sum", f"segment_sum_kernel<{value}, {grad}, {', '.join(map(str, rest))}>")
-            for value, grad, widths in (*same, *wide_sums)
+            for value, grad, widths in (*same, *wide_sums, *mixed)
             for vec, scale, atomic in (
                 *((vec, "false", "false") for vec in widths),
                 (1, "true", "false"),
@@ -109,7 +117,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for bags in flags
             for in_place in flags
             # New, they are the sums of row-wise Adagrad.
-            if value == grad or in_place == "true" or (scale, atomic, bags) == ("false",) * 3
+            if value == grad or in_place == "true" or (scale, atomic) == ("false",) * 2
             for rest in [(vec, scale, unroll, atomic, bags, in_place)]
         ),
         ("row_update", "select_rows_kernel"),
@@ -155,6 +163,12 @@ def _all_kernels() -> tuple[Kernel, ...]:
                 ("false", "true", _cupy_accumulator(table)),
             )
         ),
+        *(
+            ("tables", f"table_bag_kernel<{table}, {output}, {vec}, {find}, false, {tables_bag}>")
+            for output, table, widths in mixed
+            for vec in widths
+            for find in flags
+        ),
         *(("tables", f"table_gather_kernel<{word}>") for word in words[1:]),
         ("tables", "table_keys_kernel"),
         *(
@@ -163,14 +177,14 @@ def _all_kernels() -> tuple[Kernel, ...]:
         ),
         *(
             ("tables", f"table_segment_sum_kernel<{value}, {grad}, {vec}, {unroll}, {in_place}>")
-            for value, grad, widths in (*same, *wide_sums)
+            for value, grad, widths in (*same, *wide_sums, *mixed)
             for vec in widths
             for in_place in flags
-            if value == grad or in_place == "true"
+            if value == grad or in_place == "true" or vec == 4
         ),
         *(
-            ("tables", f"table_sample_weights_kernel<{table}, {vec}>")
-            for table, widths in tables
+            ("tables", f"table_sample_weights_kernel<{value}, {table}, {vec}>")
+            for value, table, widths in (*same, *mixed)
             for vec in widths
         ),
         *(
@@ -197,7 +211,7 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for bits in (8, 4)
         ),
     ]
-    return tuple(Kernel(*names) for names in found)
+    return tuple(Kernel(*names) for names in dict.fromkeys(found))
 
 
 def _cupy_accumulator(table: str) -> str:

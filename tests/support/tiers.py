@@ -41,6 +41,10 @@ FULL_FILES = frozenset(
         "swap/test_opacus",
         "swap/test_peft",
         "swap/test_transformers",
+        "torchrec/test_checkpoint",
+        "torchrec/test_collections",
+        "torchrec/test_errors",
+        "torchrec/test_training",
     )
 )
 

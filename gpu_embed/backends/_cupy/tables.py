@@ -164,7 +164,7 @@ class CupyTables(CupyDevice, TablesPlan):
             and self._capability(grad_output.device) >= VECTOR_ATOMICS_CAPABILITY
         ):
             vec = table_vector_width(grad_output, batch.shape.dim_divisor)
-            if in_place:
+            if in_place or grad_output.dtype != grad_weight.dtype:
                 vec = min(vec, table_vector_width(grad_weight, batch.shape.dim_divisor))
         arguments = (
             f"{FLOATS[grad_output.dtype]}, {FLOATS[grad_weight.dtype]}, {vec}, {launch.UNROLL}"
@@ -253,8 +253,9 @@ class CupyTables(CupyDevice, TablesPlan):
             table_vector(grad_output, batch.shape.dim_divisor),
             table_vector(weight, batch.shape.dim_divisor),
         )
+        arguments = f"{FLOATS[grad_output.dtype]}, {FLOATS[weight.dtype]}, {vec}"
         self._launch(
-            Kernel("tables", f"table_sample_weights_kernel<{FLOATS[weight.dtype]}, {vec}>"),
+            Kernel("tables", f"table_sample_weights_kernel<{arguments}>"),
             *TABLE_SAMPLE_WEIGHTS.grid(keys.numel()),
             keys.device,
             grad_output,

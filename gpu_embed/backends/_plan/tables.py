@@ -37,10 +37,11 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         record: BoundsRecord | None,
     ) -> Tensor:
         if not batch.shape.pooled:
-            output = weight.new_empty((batch.indices.numel(), batch.shape.widest))
-            self._table_gather(weight, batch, output, zero_padding, record)
-            return output
-        output = weight.new_empty((batch.bags_per_table, batch.width))
+            rows = weight.new_empty((batch.indices.numel(), batch.shape.widest))
+            self._table_gather(weight, batch, rows, zero_padding, record)
+            return rows.to(batch.shape.output_dtype or weight.dtype)
+        dtype = batch.shape.output_dtype
+        output = weight.new_empty((batch.bags_per_table, batch.width), dtype=dtype)
         splits = self._table_splits(weight, batch)
         if splits == 1:
             self._table_bag(
@@ -84,7 +85,8 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         with_argmax: bool,
         record: BoundsRecord | None,
     ) -> tuple[Tensor, Tensor]:
-        output = weight.new_empty((batch.bags_per_table, batch.width))
+        dtype = batch.shape.output_dtype
+        output = weight.new_empty((batch.bags_per_table, batch.width), dtype=dtype)
         shape = output.shape if with_argmax else (0,)
         max_positions = output.new_empty(shape, dtype=batch.position_dtype)
         found = max_positions if with_argmax else None
@@ -99,8 +101,13 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         weight_shape: tuple[int, ...],
         into: Tensor | None = None,
     ) -> Tensor:
-        in_place = into is not None
-        grad_weight = grad_output.new_zeros(weight_shape) if into is None else into
+        in_place, grad_weight = into is not None, into
+        if grad_weight is None:
+            grad_weight = grad_output.new_zeros(weight_shape, dtype=batch.shape.table_dtype)
+        if per_sample_weights is not None and per_sample_weights.dtype != grad_output.dtype:
+            # The kernels read both in one dtype.
+            wide = accumulation(grad_output.dtype)
+            grad_output, per_sample_weights = grad_output.to(wide), per_sample_weights.to(wide)
         method = choose(
             batch.indices.numel(),
             batch.shape.num_rows,
@@ -143,7 +150,7 @@ class TablesPlan(BagPlan, RowUpdatePlan):
         keys = self._table_row_keys(batch, torch.int64)
         bags = self._output_bags(batch, None)
         assert bags is not None
-        grad = grad_output.new_empty(batch.indices.shape)
+        grad = weight.new_empty(batch.indices.shape)
         self._table_sample_weights(grad_output, weight, keys, bags.bag_of, batch, grad)
         return grad
 

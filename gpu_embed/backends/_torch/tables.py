@@ -24,7 +24,7 @@ def embedding(
         read &= places.counted
     rows = _rows(weight, batch, places, read)
     if not batch.shape.pooled:
-        return rows
+        return rows.to(batch.shape.output_dtype or weight.dtype)
     rows = rows.to(accumulation(weight.dtype))
     if per_sample_weights is not None:
         rows = torch.where(read[:, None], rows * per_sample_weights[:, None], 0)
@@ -37,7 +37,7 @@ def embedding(
     total = total[:-1]
     if batch.shape.mean:
         total /= batch.bag_sizes(places)[:, None]
-    return _columns(total, batch).to(weight.dtype)
+    return _columns(total, batch).to(batch.shape.output_dtype or weight.dtype)
 
 
 def embedding_max(
@@ -90,7 +90,9 @@ def dense_backward(
     if per_sample_weights is not None:
         values = values * per_sample_weights[:, None]
     total = sums_of_rows(torch.where(kept, places.row, -1), values)
-    grad_weight = grad_output.new_zeros(weight_shape) if into is None else into
+    grad_weight = into
+    if grad_weight is None:
+        grad_weight = grad_output.new_zeros(weight_shape, dtype=batch.shape.table_dtype)
     flat = grad_weight.view(-1)
     if len(kept) == 0:
         return grad_weight
@@ -113,7 +115,7 @@ def sample_weights_backward(grad_output: Tensor, weight: Tensor, batch: TableBat
     wide = accumulation(weight.dtype)
     rows = _rows(weight, batch, places, read).to(wide)
     products = rows * _bag_rows(grad_output, batch)[places.bag.clamp(min=0)].to(wide)
-    return torch.where(read, products.sum(1), 0).to(grad_output.dtype)
+    return torch.where(read, products.sum(1), 0).to(weight.dtype)
 
 
 def _contributes(batch: TableBatch, places: Places) -> Tensor:

@@ -114,9 +114,10 @@ def embedding(
         return None
     (group,) = ids.plan.groups
     rows = torch.embedding(group.matrix(weight.detach()), torch.from_numpy(ids.rows))
+    rows = rows.to(batch.shape.output_dtype or weight.dtype)
     if len(rows) == len(batch.indices):
         return rows
-    output = weight.new_zeros(len(batch.indices), batch.shape.widest)
+    output = rows.new_zeros(len(batch.indices), batch.shape.widest)
     output[ids.positions] = rows
     return output
 
@@ -139,7 +140,7 @@ def dense_backward(
     ids = _ids(batch, True)
     if ids is None:
         return None
-    dtype = grad_output.dtype
+    dtype = batch.shape.table_dtype or grad_output.dtype
     grad_output = grad_output.detach().to(accumulation(dtype)).contiguous()
     if batch.shape.pooled:
         source = ids.bag_of()
@@ -209,6 +210,7 @@ def _bags(
         per_sample_weights = per_sample_weights[ids.positions]
     # A view of a parameter requires a gradient, and then torch notes each id's bag, even where none is recorded.
     weight, max_rows = weight.detach(), _max_rows(ids, batch)
+    dtype = batch.shape.output_dtype or weight.dtype
     num_bags = [len(group.features) * batch.bags_per_table for group in ids.plan.groups]
     begins_in_group = ids.begins[:-1] - np.repeat(ids.bounds[:-1], num_bags)
     begins_in_group = begins_in_group.astype(ids.rows.dtype, copy=False)
@@ -223,10 +225,10 @@ def _bags(
         else:
             scales = None if per_sample_weights is None else per_sample_weights[own]
             try:
-                bags, places = _group_bags(weight, scales, ids, group, begins, with_argmax)
+                bags, places = _group_bags(weight, scales, ids, group, begins, with_argmax, dtype)
             except (IndexError, RuntimeError):
                 return None
-        _hand_out(bags, group, outputs)
+        _hand_out(bags.to(dtype), group, outputs)
         if with_argmax and places is not None:
             positions = torch.arange(len(batch.indices), dtype=batch.position_dtype, device="cpu")
             positions = torch.cat([positions[ids.positions][own], positions.new_full((1,), -1)])
@@ -256,17 +258,21 @@ def _group_bags(
     group: Group,
     begins: Tensor,
     with_argmax: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     """The output [F * B, D] of a group, and for maxima with_argmax the place of each among its ids, -1: none.
 
     Args:
         scales: of these ids, the per-sample weights.
         begins: where among them each bag begins.
+        dtype: of the output.
     """
     matrix, rows = group.matrix(weight), torch.from_numpy(ids.rows[ids.of(group)])
     # torch names the row of a maximum and not its place.
     names_row, mode = group.mode == MAX and with_argmax, MODES[group.mode]
-    is_wide = weight.dtype.itemsize == 2 and not sums_16_bits_as_torch(weight.dtype, mode)
+    is_wide = weight.dtype.itemsize == 2 and not (
+        dtype == weight.dtype and sums_16_bits_as_torch(dtype, mode)
+    )
     if names_row or is_wide:
         matrix, rows = (
             matrix.index_select(0, rows),
@@ -278,7 +284,7 @@ def _group_bags(
     bags, _, sizes, places = torch.embedding_bag(
         matrix, rows, begins, False, group.mode, False, scales
     )
-    return bags.to(weight.dtype), torch.where(sizes[:, None] > 0, places, -1) if names_row else None
+    return bags.to(dtype), torch.where(sizes[:, None] > 0, places, -1) if names_row else None
 
 
 def _at_rows(group: Group, weight: Tensor, rows: Tensor) -> Tensor:
