@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from importlib import metadata
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -134,7 +133,7 @@ class _RowUpdates:
             dtype = data_type_to_dtype(config.data_type)
             if dtype not in FLOATS:
                 raise NotImplementedError(
-                    f"{where} is {dtype}; served are float32, float16, bfloat16 and float64"
+                    f"{where} is {dtype}; served are float32, float16 and bfloat16"
                 )
             if config.use_virtual_table or config.enable_embedding_update:
                 raise NotImplementedError(
@@ -205,6 +204,7 @@ class _Group(nn.Module):
             "sparse": updates is not None,
             "dtype": data_type_to_dtype(config.data_type),
             "features": features,
+            "output_dtype": _output_dtype(config),
             # TorchRec draws the rows.
             "device": "meta",
         }
@@ -222,8 +222,11 @@ class _Group(nn.Module):
             assert updates.optimizer is not None
             self.updates = apply_in_backward(self.layer, updates.optimizer, **updates.arguments)
 
-    def forward(self, *batch: Tensor | None) -> Tensor:
-        output: Tensor = self.layer(*batch)
+    def forward(self, features: KeyedJaggedTensor, weights: Tensor | None) -> Tensor:
+        sizes = features.stride_per_key() if features.variable_stride_per_key() else None
+        output: Tensor = self.layer(
+            features.values(), features.offsets(), weights, batch_sizes=sizes
+        )
         return output
 
     def split_embedding_weights(self) -> list[Tensor]:
@@ -369,7 +372,6 @@ class _Kernel:
     ) -> None:
         self._emb_module = _Group(self._config, mode, device, updates)
         self._param_per_table = self._emb_module.slices(self._config.embedding_tables)
-        self._output_dtype = _output_dtype(self._config)
         self.init_parameters()  # type: ignore[attr-defined]  # the base's
 
     @property
@@ -432,12 +434,7 @@ class _RowKernel(BaseBatchedEmbedding):
         self._fill(None, device, updates)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        offsets = features.offsets()
-        if features.variable_stride_per_key():
-            # Rows follow the ids, whatever bags these are in: one bag a feature.
-            ends = accumulate(features.stride_per_key(), initial=0)
-            offsets = offsets[torch.tensor(list(ends), device=offsets.device)]
-        return self._emb_module(features.values(), offsets).to(self._output_dtype)
+        return self._emb_module(features, None)
 
 
 class _BagKernel(BaseBatchedEmbeddingBag):
@@ -458,10 +455,16 @@ class _BagKernel(BaseBatchedEmbeddingBag):
         weights = features.weights_or_none() if self._config.is_weighted else None
         if weights is not None:
             weights = weights.to(self._emb_module.layer.weight.dtype)
-        if features.variable_stride_per_key():
-            raise NotImplementedError("a batch size for each feature")
-        output = self._emb_module(features.values(), features.offsets(), weights)
-        return output.to(self._output_dtype)
+        output = self._emb_module(features, weights)
+        if not features.variable_stride_per_key():
+            return output
+        # By ranks, then by features, a row a bag: what the exchange sends to each rank.
+        sizes = features.stride_per_key_per_rank()
+        parts = self._emb_module.layer.split(output, features.stride_per_key())
+        blocks = [part.split(of_ranks) for part, of_ranks in zip(parts, sizes, strict=True)]
+        return torch.cat(
+            [block.reshape(-1) for of_rank in zip(*blocks, strict=True) for block in of_rank]
+        )
 
 
 class _DenseRows(_Dense, _RowKernel):
@@ -516,6 +519,16 @@ class _BagLookup(GroupedPooledEmbeddingsLookup):
         if config.compute_kernel == EmbeddingComputeKernel.DENSE:
             return _DenseBags(config, pg, device, sharding_type, None)
         return _FusedBags(config, pg, device, sharding_type, self._row_updates)
+
+    def _forward_with_vbe_merging(
+        self, features_by_group: list[KeyedJaggedTensor], device: torch.device
+    ) -> Tensor:
+        """Groups of tables with a batch size for each feature; FBGEMM's write into one output."""
+        splits = self._vbe_splits(features_by_group)
+        merged: Tensor = self._merge_variable_batch_embeddings(
+            self._forward(features_by_group), splits
+        )
+        return merged
 
 
 def _serve(

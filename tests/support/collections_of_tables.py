@@ -79,6 +79,41 @@ def batch(rank: int, weighted: bool = False, step: int = 0) -> KeyedJaggedTensor
     return KeyedJaggedTensor(FEATURES, values, weights, lengths=lengths)
 
 
+def variable_batch(
+    rank: int, step: int, uneven: bool
+) -> tuple[KeyedJaggedTensor, KeyedJaggedTensor]:
+    """A batch that holds equal bags once, with a number of bags for each feature; and the same batch in full.
+
+    uneven: the numbers are other ones on each rank, which gloo does not exchange for rows on several ranks.
+    """
+    full = batch(rank, step=step)
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    bags, inverse, strides = [], [], []
+    for number, feature in enumerate(FEATURES):
+        jagged = full[feature].to_dense()
+        count = 1 + (number + rank * uneven) % BAGS
+        kept = torch.randint(0, BAGS, (count,), generator=generator).tolist()
+        places = torch.randint(0, count, (BAGS,), generator=generator)
+        bags += [jagged[place] for place in kept]
+        inverse.append(places)
+        strides.append([count])
+    reduced = KeyedJaggedTensor(
+        FEATURES,
+        torch.cat(bags),
+        lengths=torch.tensor([len(one) for one in bags]),
+        stride_per_key_per_rank=strides,
+        inverse_indices=(FEATURES, torch.stack(inverse)),
+    )
+    firsts = [sum(count for (count,) in strides[:number]) for number in range(len(FEATURES))]
+    spread = [
+        bags[first + place]
+        for first, places in zip(firsts, inverse, strict=True)
+        for place in places.tolist()
+    ]
+    lengths = torch.tensor([len(one) for one in spread])
+    return reduced, KeyedJaggedTensor(FEATURES, torch.cat(spread), lengths=lengths)
+
+
 def shard(whole: nn.Module, kinds: Any, kernel: str, sharder: Any) -> DistributedModelParallel:
     """By one kind of sharding, or by table."""
     world = dist.get_world_size()

@@ -14,6 +14,7 @@ from collections_of_tables import (
     outputs_of,
     row_collection,
     shard,
+    variable_batch,
 )
 
 import gpu_embed
@@ -43,8 +44,13 @@ def sharder_of(what, optimizer):
     return sharder(cls, **arguments)
 
 
-def equals_whole(what, kinds, optimizer):
-    """optimizer: of `OPTIMIZERS`, in backward; None: dense gradients, to torch's SGD."""
+def equals_whole(what, kinds, optimizer, variable=None):
+    """Train both, and compare outputs, weights and states.
+
+    Args:
+        optimizer: of `OPTIMIZERS`, in backward; None: dense gradients, to torch's SGD.
+        variable: "even" or "uneven" if each feature has a number of bags of its own.
+    """
     rank, world, weighted = dist.get_rank(), dist.get_world_size(), what == "weighted"
     tolerance = 1e-4 if what == "mean" and kinds in BY_ROWS else 0
     whole = collection_of(what)
@@ -57,15 +63,22 @@ def equals_whole(what, kinds, optimizer):
     reference = Reference(whole, cut, optimizer)
     if optimizer is None:
         step = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.5)
+
+    def batches(rank, number):
+        if variable is None:
+            return [batch(rank, weighted, number)] * 2
+        return variable_batch(rank, number, variable == "uneven")
+
     for number in range(STEPS):
         total = torch.zeros(())
         for other in range(world):
-            outputs = outputs_of(whole(batch(other, weighted, number)))
+            own, in_full = batches(other, number)
+            outputs = outputs_of(whole(in_full))
             total = total + loss_of(outputs, other) / world
             if other == rank:
-                expected = outputs
+                expected, given = outputs, own
         total.backward()
-        outputs = outputs_of(model(batch(rank, weighted, number)))
+        outputs = outputs_of(model(given))
         assert outputs.keys() == expected.keys()
         for name in outputs if number == 0 else ():
             torch.testing.assert_close(outputs[name], expected[name], rtol=tolerance, atol=0)
@@ -166,3 +179,16 @@ def test_each_table_its_own_way(four):
     kinds = {"many": "row-wise", "few": "data-parallel", "more": "column-wise"}
     four.run(equals_whole, "sum", kinds, None)
     four.run(equals_whole, "rows", {**kinds, "few": "table-wise"}, "Adam")
+
+
+@tiers.where(can_compare)
+@pytest.mark.parametrize("optimizer", [None, "RowWiseAdagrad"])
+@pytest.mark.parametrize("kinds", [*BY_ROWS, "column-wise", "table-wise", "columns on one rank"])
+@pytest.mark.parametrize("what", ["sum", "mean"])
+def test_a_batch_size_for_each_feature(two, what, kinds, optimizer):
+    two.run(equals_whole, what, kinds, optimizer, "even" if kinds in BY_ROWS else "uneven")
+
+
+def test_a_batch_size_for_each_feature_on_four_ranks(four):
+    kinds = {"many": "row-wise", "few": "table-wise", "more": "column-wise"}
+    four.run(equals_whole, "sum", kinds, "Adam", "even")
