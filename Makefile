@@ -15,7 +15,7 @@ env_python := $(env_dir)/bin/python3
 .DEFAULT_GOAL := help
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format docs gpu versions release clean FORCE
+.PHONY: help demo test test-all torchrec lint format docs gpu versions release clean FORCE
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -84,6 +84,33 @@ test: $(test_env) ## install, run the default tier of tests; those of a GPU only
 test-all: $(test_env) ## the same with every product, code generation, models, processes, examples
 	$(pytest) --full $(PYTEST_ARGS)
 
+ifeq ($(env_dir),.venv)
+# An environment of its own: these packages ask for another torch, and fbgemm-gpu-cpu takes the place of fbgemm-gpu.
+torchrec_python := .venv-torchrec/bin/python3
+torchrec_made := .venv-torchrec/.made-$(KEY)
+torchrec_packages := torchrec fbgemm-gpu-cpu torchmetrics tensordict iopath pyre-extensions typing-inspect pyvers \
+  cloudpickle mypy_extensions tqdm
+
+$(torchrec_made):
+	$(PYTHON) -m venv .venv-torchrec
+	rm -f .venv-torchrec/.made-*
+	$(torchrec_python) -m pip install --upgrade -c constraints.txt pip setuptools
+	$(torchrec_python) -m pip install --no-build-isolation -c constraints.txt -e '.[bench]' \
+	  pytest pytest-xdist hypothesis expecttest
+	$(torchrec_python) -m pip install --no-deps -c constraints.txt $(torchrec_packages)
+	touch $@
+
+.venv-torchrec: $(torchrec_made)
+else
+torchrec_python := $(env_python)
+
+.venv-torchrec: $(env_python)
+	$(env_python) -c 'import torchrec, fbgemm_gpu'
+endif
+
+torchrec: .venv-torchrec ## make .venv-torchrec, with TorchRec, and run the tests of our kernel for it
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(torchrec_python) -m pytest --full -n0 tests/torchrec $(PYTEST_ARGS)
+
 lint: $(dev_env) ## check format, lint and types
 	$(env_python) -m ruff format --check .
 	$(env_python) -m ruff check .
@@ -112,5 +139,5 @@ release: $(demo_env) ## check the version, build sdist and wheel into dist/ and 
 	.ci/release $(env_python)
 
 clean: ## remove .venv and everything that was built or cached
-	rm -rf .venv build dist .kernels.tar.gz *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-torchrec build dist .kernels.tar.gz *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find gpu_embed kernels bench tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -197,10 +198,15 @@ COLD_START: Options = (
     ("--starts", "processes for each row (default: %(default)s)", {"type": int, "default": 5}),
 )
 DISTRIBUTED: Options = (
+    (
+        "--pairs",
+        "rowwise, distinct, exchange, bags-dense, bags-fused: the last three with TorchRec (default: rowwise)",
+        {**MANY, "default": ["rowwise"]},
+    ),
     ("--ranks", "processes; each number is a run (default: 2 4)", {**MANY, "default": ["2", "4"]}),
     ("--rows", "of the table, in all ranks (default: %(default)s)", {"default": "1_000_000"}),
     ("--dim", "columns of the table (default: %(default)s)", {"default": "64"}),
-    ("--ids", "the same on all ranks (default: %(default)s)", {"default": "4096"}),
+    ("--ids", "of each rank (default: %(default)s)", {"default": "4096"}),
     ("--rounds", "steps of each layer that are timed (default: %(default)s)", {"default": "9"}),
     ("--out", "write the figures as CSV", FILE),
 )
@@ -752,6 +758,18 @@ def distributed(args: argparse.Namespace) -> int:
         for name in ("rows", "dim", "ids", "rounds")
     }
     numbers = [whole_number("--ranks", text) for text in args.ranks]
+    pairs = known("pair", args.pairs, ranks.PAIRS) or []
+    for pair in pairs:
+        for package in ranks.PAIRS[pair].packages:
+            if importlib.util.find_spec(package) is None:
+                raise CannotRunError(
+                    f"--pairs {pair} needs {package}: `make torchrec`, in a clone, installs it"
+                )
+        if sizes["ids"] % ranks.PAIRS[pair].multiple:
+            multiple = ranks.PAIRS[pair].multiple
+            raise CannotRunError(
+                f"--pairs {pair} takes a multiple of {multiple} --ids, got {sizes['ids']}"
+            )
     for number in numbers:
         if -(-sizes["rows"] // number) * (number - 1) >= sizes["rows"]:
             raise CannotRunError(
@@ -769,15 +787,17 @@ def distributed(args: argparse.Namespace) -> int:
     namespace = loopback.has_namespaces()
     found = []
     with progress_bar(make_console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(numbers) * (sizes["rounds"] + 1))
-        for number in numbers:
-            progress.update(task, description=f"{number} ranks")
-            shape = ranks.Shape(number, **sizes, has_namespace=namespace)
+        task = progress.add_task("", total=len(pairs) * len(numbers) * (sizes["rounds"] + 1))
+        for pair, number in itertools.product(pairs, numbers):
+            progress.update(task, description=f"{pair}, {number} ranks")
+            shape = ranks.Shape(pair, number, **sizes, has_namespace=namespace)
             try:
                 found += ranks.measure_distributed(shape, partial(progress.advance, task))
             except ranks.RankError as problem:
                 raise CannotRunError(str(problem)) from None
-    print_table(make_console(), ranks.rich_table(found))
+    for pair in pairs:
+        table = ranks.rich_table([step for step in found if step.pair == pair])
+        print_table(make_console(), table)
     if args.out is not None:
         row_csv.write(args.out, ranks.ShardedStep, found)
     return 0 if all(step.equal for step in found) else 1
@@ -856,7 +876,7 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         cold_start,
     ),
     "distributed": (
-        "a table whose rows are spread over processes on gloo, torch's layer beside ours",
+        "tables whose rows are spread over processes on gloo, ours beside torch's and TorchRec's",
         DISTRIBUTED,
         distributed,
     ),

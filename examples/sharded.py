@@ -149,8 +149,8 @@ def shared_folder() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """The processes that torchrun has started, or this one alone."""
+def process_group(device: torch.device, left: str = LEFT) -> Iterator[None]:
+    """The processes that torchrun has started, or this one alone. Where Ctrl-C ends them, one says what is `left`."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     launched = dist.is_torchelastic_launched()
     if launched:
@@ -165,11 +165,18 @@ def process_group(device: torch.device) -> Iterator[None]:
         if launched:
             # At once: an orderly end waits for the other processes, which end too.
             if dist.get_rank() == 0:
-                print(f"\ninterrupted, {LEFT}", file=sys.stderr, flush=True)
+                print(f"\ninterrupted, {left}", file=sys.stderr, flush=True)
             os._exit(130)
         raise
     finally:
         dist.destroy_process_group()
+
+
+def end_process() -> None:
+    """End a process of torchrun at once: a thread of gloo that holds a tensor while Python ends would abort it."""
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def choose_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
@@ -196,10 +203,7 @@ def main() -> None:
     device = choose_device(parser, args.device)
     with process_group(device):
         run(args, device)
-    if dist.is_torchelastic_launched():
-        # At once: a thread of gloo that still holds a tensor while Python ends would abort the process.
-        sys.stdout.flush()
-        os._exit(0)
+    end_process()
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:

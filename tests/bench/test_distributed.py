@@ -1,5 +1,6 @@
 """A table spread over ranks: what is made of the ranks' words, and real ranks on gloo."""
 
+import dataclasses
 import json
 import os
 import re
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     reason="torch is built without gloo",
 )
 
-SHAPE = Shape(ranks=2, rows=1000, dim=8, ids=512, rounds=3, has_namespace=False)
+SHAPE = Shape("rowwise", ranks=2, rows=1000, dim=8, ids=512, rounds=3, has_namespace=False)
 ROUNDS = [
     {"seconds": {"torch": 4.0, "gpu_embed": 1.0}},
     {"seconds": {"torch": 2.0, "gpu_embed": 1.5}},
@@ -29,6 +30,7 @@ ROUNDS = [
 ]
 END = {
     "equal": True,
+    "cpu_seconds": {"torch": 0.02, "gpu_embed": 0.005},
     "sent_bytes": {"torch": 1000, "gpu_embed": 990},
     "gradient_bytes": {"torch": 2048, "gpu_embed": 1024},
 }
@@ -51,9 +53,10 @@ def test_medians_are_of_times_and_of_the_quotients_of_each_round(monkeypatch):
     advanced = []
     theirs, ours = distributed.measure_distributed(SHAPE, lambda: advanced.append(1))
     assert len(advanced) == 4
-    assert (theirs.layer, theirs.ms_p50, theirs.times_torch_p50) == ("torch", 3000, 1)
-    assert (ours.layer, ours.ms_p50, ours.times_torch_p50) == ("gpu_embed", 1500, 0.5)
-    assert ours.times_torch_p20 == pytest.approx(0.35)
+    assert (theirs.layer, theirs.ms_p50, theirs.times_theirs_p50) == ("torch", 3000, 1)
+    assert (ours.layer, ours.ms_p50, ours.times_theirs_p50) == ("gpu_embed", 1500, 0.5)
+    assert ours.times_theirs_p20 == pytest.approx(0.35)
+    assert (theirs.cpu_ms, ours.cpu_ms) == (20, 5)
     assert (ours.sent_bytes, ours.sent_counted, ours.gradient_bytes) == (990, "collectives", 1024)
 
 
@@ -64,7 +67,9 @@ def test_the_command_prints_and_writes_its_rows(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1,000,000 x 64 fp32" in said
     assert "as what collectives are given" in said
-    assert re.search(r"2 │ gpu_embed │ +1500 │ +0\.50 \(0\.\d+ to 0\.\d+\) │ .* 0\.99 │", said)
+    assert re.search(
+        r"2 │ gpu_embed │ +1500 │ +0\.50 \(0\.\d+ to 0\.\d+\) │ +5 \(0\.25\) │ .* 0\.99 │", said
+    )
     assert re.search(r"1\.0 KiB │ +0\.5 │ yes", said)
     rows = row_csv.read(out, distributed.ShardedStep, "other columns")
     assert [row.layer for row in rows] == ["torch", "gpu_embed"]
@@ -82,6 +87,7 @@ def test_a_result_that_is_not_equal_ends_with_1(monkeypatch, capsys):
     [
         (["--ranks", "0"], "--ranks 0: expected a whole number"),
         (["--rows", "1e12"], "--rows, --dim and --ranks need"),
+        (["--pairs", "rowwise", "other"], "unknown pair 'other': choose from rowwise, distinct"),
         (["--out", "."], "is a folder: name a file in --out"),
         (["--ranks", "4", "--rows", "5"], "of 4 ranks one has none of 5 rows"),
     ],
@@ -92,6 +98,23 @@ def test_what_cannot_be_measured_is_said_in_one_sentence(options, said, monkeypa
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_a_pair_without_its_package_says_what_installs_it(monkeypatch, capsys):
+    ranks_that_say(monkeypatch)
+    needs = distributed.Pair("any", "theirs", packages=("no_such_package",))
+    monkeypatch.setitem(distributed.PAIRS, "exchange", needs)
+    assert cli.main(["distributed", "--pairs", "rowwise", "exchange"]) == 2
+    said = "--pairs exchange needs no_such_package: `make torchrec`, in a clone, installs it"
+    assert said in capsys.readouterr().err
+
+
+def test_bags_take_whole_bags_alone(monkeypatch, capsys):
+    ranks_that_say(monkeypatch)
+    pair = dataclasses.replace(distributed.PAIRS["bags-fused"], packages=())
+    monkeypatch.setitem(distributed.PAIRS, "bags-fused", pair)
+    assert cli.main(["distributed", "--pairs", "bags-fused", "--ids", "40"]) == 2
+    assert "--pairs bags-fused takes a multiple of 16 --ids, got 40" in capsys.readouterr().err
 
 
 def test_ranks_that_fail_end_it_with_their_last_words(monkeypatch, capsys):
@@ -119,7 +142,7 @@ def test_real_ranks(way):
     if way == "loopback" and not loopback.has_namespaces():
         pytest.skip("no network namespaces here")
     output = 4096 * 64 * 4
-    shape = Shape(2, 5000, 64, 4096, 2, has_namespace=way == "loopback")
+    shape = Shape("rowwise", 2, 5000, 64, 4096, 2, has_namespace=way == "loopback")
     theirs, ours = distributed.measure_distributed(shape)
     for step in (theirs, ours):
         assert step.equal
@@ -129,6 +152,19 @@ def test_real_ranks(way):
     # Torch's layer makes all of it on each rank.
     assert theirs.gradient_bytes == 5000 * 64 * 4
     assert ours.gradient_bytes == theirs.gradient_bytes // 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pair", [name for name in distributed.PAIRS if name != "rowwise"])
+def test_real_ranks_with_ids_of_their_own(pair):
+    for package in distributed.PAIRS[pair].packages:
+        pytest.importorskip(package)
+    theirs, ours = distributed.measure_distributed(Shape(pair, 2, 5000, 64, 1024, 2, False))
+    assert theirs.equal
+    assert ours.equal
+    assert theirs.gradient_bytes >= ours.gradient_bytes or pair == "exchange"
+    same, distinct = 1.02 * theirs.sent_bytes, theirs.sent_bytes / 2
+    assert 0 < ours.sent_bytes <= (same if pair.startswith("bags") else distinct)
 
 
 @pytest.mark.full

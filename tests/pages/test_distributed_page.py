@@ -52,6 +52,9 @@ def sent(row: str, R: int, V: int, D: int, b: int, N: int, K: int) -> float:
         "`RowwiseParallel`, own ids": gathered * R * (N * 8 + 2 * rows),
         "FSDP2, or DDP with dense gradients": 2 * gathered * table,
         "DDP with `sparse=True`": gathered * R * K * (D * b + 8),
+        # A rank's ids; rows and gradients, of which those of its own rows stay.
+        "`ShardedEmbedding`, `distinct=False`": gathered * N * (4 + 2 * D * b),
+        "`ShardedEmbedding`": gathered * K * (4 + 2 * D * b),
     }[row]
 
 
@@ -73,7 +76,7 @@ def test_the_costs_on_paper_are_those_of_the_formulas():
     assert len(tables()) == 2
     for sizes, rows in tables():
         assert sorted(sizes) == sorted("VDbNK")
-        assert len(rows) == 5
+        assert len(rows) == 7
         for name, formula, *numbers in rows:
             for ranks, number in zip((8, 64, 1024), numbers, strict=True):
                 of_rule = sent(name, ranks, **sizes)
@@ -93,7 +96,7 @@ def test_the_errors_are_those_of_the_code():
     code = "\n".join(path.read_text() for path in (ROOT / "gpu_embed").rglob("*.py"))
     section = PAGE.partition("| error | remedy |")[2].partition("\n## ")[0]
     messages = re.findall(r"^\| (?:the warning )?`([^`]+)` \|", section, re.M)
-    assert len(messages) == 7
+    assert len(messages) == 9
     for message in messages:
         # A class names itself.
         assert message.removeprefix("RowwiseBagParallel ") in code, message

@@ -66,7 +66,8 @@ def name_of(page: Path) -> str:
         # DTensor and FSDP take long to import.
         pytest.param(page, marks=pytest.mark.full if page.stem == "distributed" else ())
         for page in PAGES
-        if python_blocks(page.read_text())
+        # tests/torchrec runs its own.
+        if python_blocks(page.read_text()) and page.stem != "torchrec"
     ],
     ids=name_of,
 )

@@ -24,6 +24,8 @@ RECOMMENDER = EXAMPLES / "recommender.py"
 @pytest.fixture(scope="module")
 def recommender():
     """The example as a module."""
+    # What `python examples/recommender.py` has there.
+    sys.path.insert(0, str(EXAMPLES))
     spec = importlib.util.spec_from_file_location("recommender", RECOMMENDER)
     module = importlib.util.module_from_spec(spec)
     # Its dataclass looks its module up by name.
@@ -31,6 +33,7 @@ def recommender():
     spec.loader.exec_module(module)
     yield module
     del sys.modules["recommender"]
+    sys.path.remove(str(EXAMPLES))
 
 
 def run_example(folder: Path, example: str, *options: str) -> str:
@@ -202,12 +205,12 @@ def test_phrases(tmp_path):
     assert image.imread(tmp_path / "phrases.png").shape[:2] == (840, 960)
 
 
-def run_sharded(folder: Path, processes: int) -> str:
-    """The sharded example under torchrun; one process is this one's child, without it."""
+def run_sharded(folder: Path, processes: int, example: str, *options: str) -> str:
+    """An example under torchrun; one process is this one's child, without it."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else ()), EXAMPLES / "sharded.py"]
-        + ["--quick", "--device", "cpu"],
+        [sys.executable, *(launch if processes > 1 else ()), EXAMPLES / example]
+        + ["--quick", "--device", "cpu", *options],
         cwd=folder,
         env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
@@ -216,18 +219,21 @@ def run_sharded(folder: Path, processes: int) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    assert list(folder.iterdir()) == []
     return done.stdout
 
 
-@pytest.mark.skipif(
+needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
     reason="torch is built without gloo",
 )
+
+
+@needs_gloo
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_sharded_trains_and_keeps_its_checkpoint(processes: int, tmp_path: Path):
     """301 rows, which neither 2 nor 3 processes can share evenly; each holds its own and no more."""
-    output = run_sharded(tmp_path, processes)
+    output = run_sharded(tmp_path, processes, "sharded.py")
+    assert list(tmp_path.iterdir()) == []
     assert ("one process holds all rows" in output) == (processes == 1)
     assert output.count("backend: torch serves cpu") == 1
     first, last = map(float, re.search(r"^loss (\S+) -> (\S+)$", output, re.M).groups())
@@ -251,6 +257,26 @@ def test_sharded_trains_and_keeps_its_checkpoint(processes: int, tmp_path: Path)
     assert before == after
 
 
+@needs_gloo
+@pytest.mark.parametrize("processes", [2, 3])
+def test_recommender_learns_on_several_processes(processes: int, tmp_path: Path):
+    """Its tables are spread: 500 users, 3 x 1,000 items, each with a row of nothing, and 2 x 2**14 crosses."""
+    output = run_sharded(tmp_path, processes, RECOMMENDER.name, "--data", "synthetic")
+    assert output.count("backend: torch serves cpu") == 1
+    lines = re.findall(r"^process (\d): ([\d,]+) of ([\d,]+) rows, \S+ MiB$", output, re.M)
+    assert [int(line[0]) for line in lines] == list(range(processes))
+    held = [int(line[1].replace(",", "")) for line in lines]
+    whole = 501 + 3 * 1001 + 2 * 2**14
+    assert sum(held) == whole
+    assert {line[2] for line in lines} == {f"{whole:,}"}
+    # A table's rows differ by one at most.
+    assert max(held) - min(held) <= 6
+    test_recommender_learns(output)
+    test_recommender_beats_popularity(output)
+    assert output.count("ms a step") == 1
+    test_recommender_draws_a_picture_where_it_says(output, tmp_path)
+
+
 def test_sharded_refuses_more_processes_than_cards(monkeypatch, capsys):
     example = runpy.run_path(str(EXAMPLES / "sharded.py"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -264,11 +290,12 @@ def test_sharded_refuses_more_processes_than_cards(monkeypatch, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 @pytest.mark.parametrize("whom", ["torchrun", "all"])
-def test_ctrl_c_ends_all_processes_of_torchrun(whom: str, tmp_path: Path):
+@pytest.mark.parametrize("name", ["sharded.py", "recommender.py"])
+def test_ctrl_c_ends_all_processes_of_torchrun(name: str, whom: str, tmp_path: Path):
     """A terminal interrupts all of them, a scheduler torchrun alone."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with subprocess.Popen(
-        [sys.executable, *launch, EXAMPLES / "sharded.py", "--device", "cpu"],
+        [sys.executable, *launch, EXAMPLES / name, "--device", "cpu"],
         cwd=tmp_path,
         env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -285,9 +312,9 @@ def test_ctrl_c_ends_all_processes_of_torchrun(whom: str, tmp_path: Path):
             os.killpg(process.pid, signal.SIGINT)
         said, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert errors.count("interrupted, nothing was written") == 1
+    assert errors.count(f"interrupted, {PROGRAMS[name][1]}") == 1
     # torchrun's own words are no concern of the example's.
-    assert "sharded.py" not in errors
+    assert name not in errors
     assert "loss" not in said
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
