@@ -146,6 +146,11 @@ class _RowUpdates:
                     f"sharder, {self.sharder}(optimizer=gpu_embed.optim.RowWiseAdagrad, lr=0.05), and others of "
                     "FBGEMM are not supported"
                 )
+            output_dtype = _output_dtype(info.fused_params)
+            if output_dtype not in FLOATS:
+                raise NotImplementedError(
+                    f"{where} has the output_dtype {output_dtype}; served are float32, float16 and bfloat16"
+                )
             is_grid = info.param_sharding.sharding_type == ShardingType.GRID_SHARD.value
             if is_grid and config.pooling == PoolingType.MEAN:
                 raise NotImplementedError(
@@ -204,11 +209,10 @@ class _Group(nn.Module):
             "sparse": updates is not None,
             "dtype": data_type_to_dtype(config.data_type),
             "features": features,
-            "output_dtype": _output_dtype(config),
+            "output_dtype": _output_dtype(config.fused_params),
             # TorchRec draws the rows.
             "device": "meta",
         }
-        self.config = config
         self.layer: BatchedTables
         if mode is None:
             self.layer = TableBatchedEmbedding(sizes, **kind)
@@ -343,11 +347,10 @@ class _KeyedState(EmbeddingFusedOptimizer):
         self._keyed = value
 
     def _step_keys(self) -> list[tuple[Any, str]]:
-        names = {table.name for table in self._group.config.embedding_tables}
+        names = (key.removesuffix(".weight").rpartition(".")[2] for key in self.params)
         return [
             (weight, f"{name}.step")
-            for key, weight in self.params.items()
-            if (name := key.removesuffix(".weight").rpartition(".")[2]) in names
+            for weight, name in zip(self.params.values(), names, strict=True)
         ]
 
     def post_load_state_dict(self) -> None:
@@ -740,7 +743,7 @@ def _distinct(names: Iterable[str]) -> list[str]:
     return made
 
 
-def _output_dtype(config: GroupedEmbeddingConfig) -> torch.dtype:
-    output_dtype = (config.fused_params or {}).get("output_dtype", SparseType.FP32)
-    dtype: torch.dtype = output_dtype.as_dtype()
+def _output_dtype(settings: dict[str, Any] | None) -> torch.dtype:
+    """Of a table's settings; fp32 by itself, as FBGEMM's."""
+    dtype: torch.dtype = (settings or {}).get("output_dtype", SparseType.FP32).as_dtype()
     return dtype

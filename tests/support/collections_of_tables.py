@@ -19,8 +19,13 @@ from torchrec.distributed.sharding_plan import (
     table_row_wise,
     table_wise,
 )
-from torchrec.distributed.types import LazyAwaitable, ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.distributed.types import LazyAwaitable, ShardingEnv, ShardingPlan
+from torchrec.modules.embedding_configs import (
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -33,7 +38,10 @@ BAGS = 3
 
 
 def bag_collection(
-    mode: str = "sum", weighted: bool = False, tables: dict[str, Any] = TABLES
+    mode: str = "sum",
+    weighted: bool = False,
+    tables: dict[str, Any] = TABLES,
+    data_type: DataType = DataType.FP32,
 ) -> EmbeddingBagCollection:
     configs = [
         EmbeddingBagConfig(
@@ -41,6 +49,7 @@ def bag_collection(
             num_embeddings=rows,
             embedding_dim=dim,
             feature_names=features,
+            data_type=data_type,
             pooling=PoolingType.MEAN if mode == "mean" else PoolingType.SUM,
         )
         for name, (rows, dim, features) in tables.items()
@@ -58,7 +67,7 @@ def row_collection() -> EmbeddingCollection:
 
 def _filled(collection: Any) -> Any:
     for seed, weight in enumerate(collection.parameters()):
-        weight.data = integers(*weight.shape, seed=seed)
+        weight.data = integers(*weight.shape, seed=seed, dtype=weight.dtype)
     return collection
 
 
@@ -114,7 +123,9 @@ def variable_batch(
     return reduced, KeyedJaggedTensor(FEATURES, torch.cat(spread), lengths=lengths)
 
 
-def shard(whole: nn.Module, kinds: Any, kernel: str, sharder: Any) -> DistributedModelParallel:
+def shard(
+    whole: nn.Module, kinds: Any, kernel: str, sharder: Any, output_dtensor: bool = False
+) -> DistributedModelParallel:
     """By one kind of sharding, or by table."""
     world = dist.get_world_size()
     generators = {
@@ -140,7 +151,11 @@ def shard(whole: nn.Module, kinds: Any, kernel: str, sharder: Any) -> Distribute
         if kinds[name] != "data-parallel":
             one.compute_kernel = kernel
     model = DistributedModelParallel(
-        copy.deepcopy(whole), device=CPU, plan=ShardingPlan({"": plan}), sharders=[sharder]
+        copy.deepcopy(whole),
+        env=ShardingEnv(world, dist.get_rank(), dist.group.WORLD, output_dtensor),
+        device=CPU,
+        plan=ShardingPlan({"": plan}),
+        sharders=[sharder],
     )
     model.load_state_dict(whole.state_dict())
     return model
@@ -188,7 +203,8 @@ def shards_of(sharded: Any) -> list[tuple[torch.Tensor, Any]]:
     """This rank's shards, and where each begins in the whole."""
     if isinstance(sharded, DTensor):
         local = sharded.to_local()
-        return list(zip(local.local_shards(), local.local_offsets(), strict=True))
+        # One without shards has an offset all the same.
+        return list(zip(local.local_shards(), local.local_offsets(), strict=False))
     return [(one.tensor, one.metadata.shard_offsets) for one in sharded.local_shards()]
 
 

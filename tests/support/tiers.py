@@ -45,6 +45,7 @@ FULL_FILES = frozenset(
         "torchrec/test_collections",
         "torchrec/test_errors",
         "torchrec/test_training",
+        "torchrec/test_types",
     )
 )
 

@@ -75,6 +75,11 @@ def planned():
     return whole, ShardingPlan({"": plan}), sharder
 
 
+def integer_outputs():
+    sharder = EmbeddingBagCollectionSharder(SGD, fused_params={"output_dtype": DataType.INT8})
+    shard(bag_collection(), "row-wise", "fused", sharder)
+
+
 def integer_table():
     config = EmbeddingBagConfig(
         name="many",
@@ -105,6 +110,7 @@ REFUSED = [
     (bounds_check_of_fbgemm, ValueError, "settings bounds_check_mode"),
     (narrow_columns, NotImplementedError, r"column shards of the sizes \[\(11, 4\), \(11, 4\)\]"),
     (mean_by_grid, NotImplementedError, "leaves a grid-sharded mean undivided"),
+    (integer_outputs, NotImplementedError, "table 'many' has the output_dtype torch"),
     (integer_table, NotImplementedError, "table 'many' is torch"),
 ]
 
