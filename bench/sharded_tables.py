@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
@@ -107,6 +108,9 @@ class RowwiseTable(ShardedTable):
 
     def lookup(self) -> Tensor:
         output: Tensor = self.layer(self.ids)
+        if isinstance(output, AsyncCollectiveTensor):
+            # As what follows in a model does; what nobody waits for is kept for good.
+            output.wait()
         return output
 
     def rows(self) -> Iterable[Tensor]:

@@ -1,5 +1,6 @@
 """A table spread over ranks: what is made of the ranks' words, and real ranks on gloo."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -178,10 +179,15 @@ def test_ctrl_c_ends_all_ranks():
         text=True,
         start_new_session=True,
     ) as process:
-        wait_for(lambda: processes_of(process.pid) >= 4)
-        time.sleep(1)
-        os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=30)
+        try:
+            wait_for(lambda: processes_of(process.pid) >= 4)
+            time.sleep(1)
+            os.killpg(process.pid, signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        finally:
+            # Whatever happened: it would go on for an hour.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, said
     assert said == "\npython -m gpu_embed.bench: interrupted\n"
     wait_for(lambda: processes_of(process.pid) == 0)
