@@ -27,8 +27,9 @@ from .tables.parameter import TableSlice
 
 # The releases whose lookups, shardings and optimizer view this file fits.
 KNOWN = ("1.9.2",)
+VERSION = KNOWN[-1]
 INSTALL = (
-    f"make torchrec in a clone, or pip install --no-deps torchrec=={KNOWN[-1]} fbgemm-gpu==1.8.0 (fbgemm-gpu-cpu "
+    f"make torchrec in a clone, or pip install --no-deps torchrec=={VERSION} fbgemm-gpu==1.8.0 (fbgemm-gpu-cpu "
     "without a GPU) torchmetrics tensordict iopath pyre-extensions tqdm typing-inspect"
 )
 try:
@@ -339,7 +340,7 @@ class _KeyedState(EmbeddingFusedOptimizer):
         if self._group.counts_steps:
             # New tensors, as a checkpoint may have been read into those that were given out before.
             for weight, key in self._step_keys():
-                self._keyed[weight][key] = torch.tensor(self._group.step)
+                self._keyed[weight][key] = torch.tensor(self._group.step, device="cpu")
         return self._keyed
 
     @state.setter

@@ -23,6 +23,7 @@ LAYERS = {
         {"functional"},
         {"nn"},
         {"accumulate", "distributed", "optim", "swap", "keras"},
+        {"torchrec"},
         {"text", "plot", "_self_check"},
         {""},
         {"demo", "env_report", "tune"},
