@@ -201,14 +201,17 @@ def test_unpacked_wheel_imports_every_module_and_every_documented_name(
     documented = re.findall(r"^::: (\S+)", (ROOT / "docs/reference.md").read_text("utf-8"), re.M)
     assert "gpu_embed.functional.embedding" in documented
     code = f"""
-import importlib, pkgutil
+import importlib.util, pkgutil
 import gpu_embed
+# It says what to install where that is not there.
+without = () if importlib.util.find_spec("torchrec") else ("gpu_embed.torchrec",)
 found = [module.name for module in pkgutil.walk_packages(gpu_embed.__path__, "gpu_embed.")]
 for name in found:
-    if not name.endswith("__main__"):
+    if not name.endswith("__main__") and name not in without:
         importlib.import_module(name)
 for name in {documented}:
-    pkgutil.resolve_name(name)
+    if not name.startswith(without):
+        pkgutil.resolve_name(name)
 print(len(found), gpu_embed.kernels.__file__, gpu_embed.bench.__file__)
 """
     environment = {"PYTHONPATH": str(tmp_path), "KERAS_BACKEND": "torch", "TRITON_INTERPRET": "1"}
