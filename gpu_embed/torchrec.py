@@ -76,10 +76,6 @@ from torchrec.modules.embedding_configs import (  # noqa: E402
     PoolingType,
     data_type_to_dtype,
 )
-from torchrec.modules.embedding_modules import (  # noqa: E402
-    EmbeddingBagCollection,
-    EmbeddingCollection,
-)
 from torchrec.optim.fused import (  # noqa: E402
     EmptyFusedOptimizer,
     FusedOptimizer,
@@ -618,6 +614,28 @@ class _Sharder:
     """What both sharders are."""
 
     _row_updates: _RowUpdates
+    # What the one takes that the other does not.
+    _options: dict[str, Any]
+
+    def shard(
+        self,
+        module: nn.Module,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> Any:
+        return self.sharded_module_type(  # type: ignore[attr-defined]
+            module,
+            params,
+            env,
+            self.fused_params,  # type: ignore[attr-defined]
+            device,
+            updates=self._row_updates,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,  # type: ignore[attr-defined]
+            module_fqn=module_fqn,
+            **self._options,
+        )
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
         """TorchRec's choice for its planner, of what is served here."""
@@ -662,26 +680,7 @@ class EmbeddingBagCollectionSharder(_Sharder, embeddingbag.EmbeddingBagCollectio
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
         self._row_updates = _RowUpdates(type(self).__name__, optimizer, arguments)
-
-    def shard(
-        self,
-        module: EmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedEmbeddingBagCollection:
-        return ShardedEmbeddingBagCollection(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            updates=self._row_updates,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            module_fqn=module_fqn,
-            sharded_module_order_overwrite=self._sharded_module_order_overwrite,
-        )
+        self._options = {"sharded_module_order_overwrite": sharded_module_order_overwrite}
 
     @property
     def sharded_module_type(self) -> type[ShardedEmbeddingBagCollection]:
@@ -708,26 +707,7 @@ class EmbeddingCollectionSharder(_Sharder, embedding.EmbeddingCollectionSharder)
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
         self._row_updates = _RowUpdates(type(self).__name__, optimizer, arguments)
-
-    def shard(
-        self,
-        module: EmbeddingCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedEmbeddingCollection:
-        return ShardedEmbeddingCollection(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            updates=self._row_updates,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            use_index_dedup=self._use_index_dedup,
-            module_fqn=module_fqn,
-        )
+        self._options = {"use_index_dedup": use_index_dedup}
 
     @property
     def sharded_module_type(self) -> type[ShardedEmbeddingCollection]:
