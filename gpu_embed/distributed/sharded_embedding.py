@@ -1,6 +1,7 @@
 """One table whose rows lie on several ranks, each of which looks up ids of its own.
 
-A forward has three collectives: how many rows a rank wants of each other, which, and the rows. A backward has one.
+A forward has three collectives: how many rows a rank wants of each other, which, and the rows. A backward has one. How
+many bytes that is, docs/distributed.md says, "What a step sends".
 """
 
 from typing import Any, Literal
@@ -69,6 +70,11 @@ class ShardedEmbedding(torch.nn.Module):
         norm_type: float = 2.0,
     ) -> None:
         """Take this rank's rows, `[sharding.num_rows, embedding_dim]`; `from_module` cuts them from a whole table."""
+        if not isinstance(sharding, RowSharding):
+            raise TypeError(
+                "ShardedEmbedding takes this rank's rows and a RowSharding: make it of a whole layer, by "
+                "ShardedEmbedding.from_module(torch.nn.Embedding(...), mesh)"
+            )
         super().__init__()
         self.sharding, self.distinct = sharding, distinct
         self.num_embeddings, self.embedding_dim = sharding.num_embeddings, weight.shape[1]
@@ -96,13 +102,21 @@ class ShardedEmbedding(torch.nn.Module):
             distinct: make ids distinct before they are sent; False saves a sort where few occur twice.
 
         Raises:
-            TypeError: the layer is no torch.nn.Embedding.
+            TypeError: the layer is no torch.nn.Embedding, or the mesh no DeviceMesh.
             ValueError: the mesh has several dimensions, or lacks this process; rows is another word; the layer has
                 scale_grad_by_freq, or is sharded already.
         """
         where = f"{cls.__name__}.from_module"
         if not isinstance(layer, torch.nn.Embedding):
-            raise TypeError(f"{where} takes a torch.nn.Embedding, not {type(layer).__name__}")
+            hint = ""
+            if isinstance(layer, torch.nn.EmbeddingBag):
+                hint = "; look up rows of an Embedding, and take the sums or means of these"
+            raise TypeError(f"{where} takes a torch.nn.Embedding, not {type(layer).__name__}{hint}")
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(
+                f"{where} takes a DeviceMesh, such as init_device_mesh({layer.weight.device.type!r}, "
+                f"(dist.get_world_size(),)), not {type(mesh).__name__}"
+            )
         if mesh.ndim != 1:
             raise ValueError(
                 f"{where} spreads rows over one dimension of a mesh, and this one has {mesh.ndim}: pass one of them, "
@@ -132,9 +146,15 @@ class ShardedEmbedding(torch.nn.Module):
         return made.train(layer.training)
 
     def reset_parameters(self) -> None:
-        """Draw this rank's rows from the normal distribution, as torch.nn.Embedding does: seed each rank otherwise."""
+        """Draw this rank's rows from the normal distribution, as torch.nn.Embedding does.
+
+        They are other ones on each rank, also where all ranks have one seed.
+        """
+        seed = int(torch.randint(2**62, (), device="cpu")) + self.sharding.rank
         with torch.no_grad():
-            self.weight.normal_()
+            if not self.weight.is_meta:
+                drawn = torch.Generator(self.weight.device).manual_seed(seed)
+                self.weight.normal_(generator=drawn)
             if self._padding_row >= 0:
                 self.weight[self._padding_row].fill_(0)
 
@@ -150,14 +170,14 @@ class ShardedEmbedding(torch.nn.Module):
         self._check(input)
         sharding, ids = self.sharding, input.reshape(-1)
         route = _Route(ids, sharding, self.distinct)
-        sent, wanted = self._agree(route, input)
+        asked, wanted = self._agree(route, input)
         local_rows = route.local_rows[: sum(wanted)]
-        received = local_rows.new_empty(sum(sent))
-        dist.all_to_all_single(received, local_rows, sent, wanted, sharding.group)
+        asked_rows = local_rows.new_empty(sum(asked))
+        dist.all_to_all_single(asked_rows, local_rows, asked, wanted, sharding.group)
         if self.max_norm is not None:
-            embedding_renorm_(self.weight.detach(), received, self.max_norm, self.norm_type)
+            embedding_renorm_(self.weight.detach(), asked_rows, self.max_norm, self.norm_type)
         rows = _OwnedRows.apply(
-            self.weight, received, sent, wanted, self._padding_row, sharding.group
+            self.weight, asked_rows, asked, wanted, self._padding_row, sharding.group
         )
         output = call_embedding(rows, route.inverse, -1, False, False)
         return output.view(*input.shape, self.embedding_dim)
@@ -171,7 +191,8 @@ class ShardedEmbedding(torch.nn.Module):
             raise RuntimeError(
                 "ShardedEmbedding under DistributedDataParallel: it has overwritten the rows of each rank with those "
                 "of rank 0, and would average their gradients. Make the model anew, and before it is wrapped name the "
-                "table's weight in model._ddp_params_and_buffers_to_ignore"
+                "table's weight in model._ddp_params_and_buffers_to_ignore; for TorchRec's DistributedModelParallel in "
+                "data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=[...])"
             )
         if not hasattr(self.weight, "row_sharding") and is_gathered(self.weight):
             raise RuntimeError(
@@ -186,10 +207,10 @@ class ShardedEmbedding(torch.nn.Module):
         """
         wanted = route.wanted
         if bounds.BOUNDS_CHECK.value != "off":
-            wanted = torch.where(route.has_others, FAILED, wanted)
-        sent = torch.empty_like(wanted)
-        dist.all_to_all_single(sent, wanted, group=self.sharding.group)
-        counts = torch.stack([sent, wanted]).tolist()
+            wanted = torch.where(route.has_out_of_range, FAILED, wanted)
+        asked = torch.empty_like(wanted)
+        dist.all_to_all_single(asked, wanted, group=self.sharding.group)
+        counts = torch.stack([asked, wanted]).tolist()
         if FAILED in counts[1]:
             ids = input.reshape(-1).to(torch.int64)
             position = int((~bounds.in_table(ids, self.num_embeddings)).nonzero()[0])
@@ -314,7 +335,7 @@ class RowSharding:
             return whole[self.own_rows]
         with torch.no_grad():
             block = whole.redistribute(self.mesh, [Shard(0)]).to_local()
-        return self._of_blocks(block) if self.round_robin else block
+        return self._from_block(block) if self.round_robin else block
 
     def _common(self, block: int, rank: int) -> range:
         """The places in a block of the rows that a rank has round robin."""
@@ -339,7 +360,7 @@ class RowSharding:
             block[self._common(self.rank, rank).start :: self.ranks] = rows
         return block
 
-    def _of_blocks(self, block: Tensor) -> Tensor:
+    def _from_block(self, block: Tensor) -> Tensor:
         in_blocks, of_ranks = self._sizes()
         ranks = range(self.ranks)
         parts = torch.cat([block[self._common(self.rank, r).start :: self.ranks] for r in ranks])
@@ -355,7 +376,7 @@ class _Route:
         local_rows: [N], the owners' rows, in the order of owners; as many as are wanted count.
         wanted: int64 [ranks], how many of each.
         inverse: int64 [N], where the row of each id is among these; behind them for an id out of range.
-        has_others: bool [], whether there is an id out of range.
+        has_out_of_range: bool [], whether there is an id out of range.
     """
 
     def __init__(self, ids: Tensor, sharding: RowSharding, distinct: bool) -> None:
@@ -374,7 +395,7 @@ class _Route:
         edges = torch.arange(0, end + 1, chunk, dtype=places.dtype, device=device)
         ends = torch.searchsorted(places, edges)
         self.wanted = number[ends].diff()
-        self.has_others = ends[-1] < len(places)
+        self.has_out_of_range = ends[-1] < len(places)
         number = number[1:] - 1
         self.inverse = torch.empty_like(number).scatter_(0, order, number)
         local_rows = _narrow(places % chunk, chunk)
@@ -388,33 +409,34 @@ def _narrow(numbers: Tensor, largest: int) -> Tensor:
 class _OwnedRows(torch.autograd.Function):
     """This rank's rows to the ranks that want them; in backward their gradients to the rows' owners.
 
-    `received` are the rows [n], `sent` and `wanted` how many go to and come from each rank. Output: `[sum(wanted), D]`.
+    `asked_rows` [n] are the numbers of the rows that each rank asks for, `asked` how many, and `wanted` how many rows
+    come from each rank. Output: `[sum(wanted), D]`.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         weight: Tensor,
-        received: Tensor,
-        sent: list[int],
+        asked_rows: Tensor,
+        asked: list[int],
         wanted: list[int],
         padding_row: int,
         group: Any,
     ) -> Tensor:
-        ctx.num_rows, ctx.received, ctx.sizes = weight.shape[0], received, (sent, wanted)
+        ctx.num_rows, ctx.asked_rows, ctx.sizes = weight.shape[0], asked_rows, (asked, wanted)
         ctx.padding_row, ctx.group = padding_row, group
-        rows = call_embedding(weight, received, -1, False, False)
+        rows = call_embedding(weight, asked_rows, -1, False, False)
         output = rows.new_empty(sum(wanted), weight.shape[1])
-        dist.all_to_all_single(output, rows, wanted, sent, group)
+        dist.all_to_all_single(output, rows, wanted, asked, group)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sent, wanted = ctx.sizes
-        of_rows = grad.new_empty(sum(sent), grad.shape[1])
-        dist.all_to_all_single(of_rows, grad.contiguous(), sent, wanted, ctx.group)
+        asked, wanted = ctx.sizes
+        of_rows = grad.new_empty(sum(asked), grad.shape[1])
+        dist.all_to_all_single(of_rows, grad.contiguous(), asked, wanted, ctx.group)
         gradient = sparse_gradient(
-            of_rows, ctx.received, ctx.num_rows, ctx.padding_row, False, is_new=True
+            of_rows, ctx.asked_rows, ctx.num_rows, ctx.padding_row, False, is_new=True
         )
         return gradient, None, None, None, None, None
