@@ -252,7 +252,7 @@ class _Group(nn.Module):
         if chosen is not None:
             assert chosen.optimizer is not None
             # A learning rate that is a tensor is this group's own, as TorchRec sets each group's.
-            own = {
+            own: dict[str, Any] = {
                 name: value.clone() if isinstance(value, Tensor) else value
                 for name, value in chosen.arguments.items()
             }

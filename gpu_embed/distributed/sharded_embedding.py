@@ -4,6 +4,7 @@ A forward has three collectives: how many rows a rank wants of each other, which
 many bytes that is, docs/distributed.md says, "What a step sends".
 """
 
+import zlib
 from typing import Any, Literal
 
 import torch
@@ -36,12 +37,13 @@ class ShardedEmbedding(torch.nn.Module):
 
     **Gradient.** The sum over all ranks, as if their losses were added. DistributedDataParallel and FSDP, which take
     the mean of other gradients, must leave this table out. The gradient is sparse and has this rank's rows: the
-    optimizers of `gpu_embed.optim` and torch.optim.SparseAdam take it. `clip_grad_norm_` sees this rank's rows alone.
+    optimizers of `gpu_embed.optim` and torch.optim.SparseAdam take it. `gpu_embed.optim.clip_grad_norm_` and
+    `torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler` see all ranks' rows, and torch's see this rank's.
 
     **State.** The state_dict holds the whole table as a DTensor, `Shard(0)` in the order of ids, for any `rows`. It
     loads such a DTensor, or a plain `[num_embeddings, embedding_dim]`. The state_dict of an optimizer of
-    `gpu_embed.optim` holds DTensors too; torch.optim.SparseAdam saves each rank's rows alone. With
-    `rows="round_robin"` saving and loading are collectives.
+    `gpu_embed.optim` holds DTensors too; torch.optim.SparseAdam saves each rank's rows alone. Every rank saves and
+    loads: with `rows="round_robin"`, and for an optimizer with `rows=`, these are collectives.
 
     Attributes:
         weight: this rank's rows, `[own rows, embedding_dim]`.
@@ -79,9 +81,7 @@ class ShardedEmbedding(torch.nn.Module):
         self.sharding, self.distinct = sharding, distinct
         self.num_embeddings, self.embedding_dim = sharding.num_embeddings, weight.shape[1]
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, max_norm, norm_type
-        self._padding_row = sharding.local_row(wrap_padding_idx(padding_idx, self.num_embeddings))
         self.weight = torch.nn.Parameter(weight)
-        self._mark()
 
     @classmethod
     def from_module(
@@ -119,13 +119,17 @@ class ShardedEmbedding(torch.nn.Module):
             )
         if mesh.ndim != 1:
             raise ValueError(
-                f"{where} spreads rows over one dimension of a mesh, and this one has {mesh.ndim}: pass one of them, "
-                'as in mesh["tp"]'
+                f"{where} spreads rows over one dimension of a mesh, and this one has {mesh.ndim}: pass a mesh of all "
+                'ranks. One of its dimensions, as mesh["tp"], makes replicas, which nothing keeps equal'
             )
         if mesh.get_coordinate() is None:
             raise ValueError(
                 f"{where}: this process is not in the mesh; make the layer in those that are"
             )
+        ranks = mesh.mesh.tolist()
+        if ranks != sorted(ranks):
+            # What is saved goes by the mesh, and what is sent by the process group, whose ranks are sorted.
+            raise ValueError(f"{where}: the mesh's ranks must be in ascending order, got {ranks}")
         if rows not in ("blocks", "round_robin"):
             raise ValueError(f'{where}: rows must be "blocks" or "round_robin", got {rows!r}')
         if isinstance(layer.weight, DTensor):
@@ -144,6 +148,16 @@ class ShardedEmbedding(torch.nn.Module):
         made = cls(weight, sharding, distinct, *options)
         made.weight.requires_grad_(layer.weight.requires_grad)
         return made.train(layer.training)
+
+    @property
+    def _padding_row(self) -> int:
+        """This rank's padding row, or -1."""
+        return self.sharding.local_row(wrap_padding_idx(self.padding_idx, self.num_embeddings))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._mark()
 
     def reset_parameters(self) -> None:
         """Draw this rank's rows from the normal distribution, as torch.nn.Embedding does.
@@ -194,23 +208,37 @@ class ShardedEmbedding(torch.nn.Module):
                 "table's weight in model._ddp_params_and_buffers_to_ignore; for TorchRec's DistributedModelParallel in "
                 "data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=[...])"
             )
-        if not hasattr(self.weight, "row_sharding") and is_gathered(self.weight):
+        if is_gathered(self.weight):
             raise RuntimeError(
                 "ShardedEmbedding under FSDP: it takes each rank's rows for parts of the same. Make the model anew, "
                 "and keep the table out, by fully_shard(..., ignored_params={table.weight})"
+            )
+        own = self.sharding.num_rows, self.embedding_dim
+        if self.weight.shape != own:
+            raise RuntimeError(
+                f"ShardedEmbedding: its weight must be this rank's rows, {list(own)}, but is "
+                f"{list(self.weight.shape)}; load_state_dict takes a whole table"
             )
 
     def _agree(self, route: "_Route", input: Tensor) -> tuple[list[int], list[int]]:
         """How many rows each rank gets from this one, and this one from each; the host waits for it.
 
-        Raises IndexError if a rank has an id out of range.
+        Raises RuntimeError if the ranks' tables differ, IndexError if a rank has an id out of range.
         """
-        wanted = route.wanted
+        wanted, sharding = route.wanted, self.sharding
         if bounds.BOUNDS_CHECK.value != "off":
             wanted = torch.where(route.has_out_of_range, FAILED, wanted)
-        asked = torch.empty_like(wanted)
-        dist.all_to_all_single(asked, wanted, group=self.sharding.group)
-        counts = torch.stack([asked, wanted]).tolist()
+        table = self.num_embeddings, self.embedding_dim, sharding.round_robin, self.weight.dtype
+        code = zlib.crc32(repr(table).encode())
+        told = torch.stack([wanted, torch.full_like(wanted, code)], 1)
+        heard = torch.empty_like(told)
+        dist.all_to_all_single(heard, told, group=sharding.group)
+        *counts, codes = torch.stack([heard[:, 0], wanted, heard[:, 1]]).tolist()
+        if others := [rank for rank, other in enumerate(codes) if other != code]:
+            raise RuntimeError(
+                f"ShardedEmbedding: ranks {others} of the mesh have a table of another shape, dtype or rows= than this "
+                f"rank, {sharding.rank}: every rank must give from_module the same"
+            )
         if FAILED in counts[1]:
             ids = input.reshape(-1).to(torch.int64)
             position = int((~bounds.in_table(ids, self.num_embeddings)).nonzero()[0])
@@ -241,6 +269,7 @@ class ShardedEmbedding(torch.nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.sharding.whole(self.weight.detach())
 
     def _load_from_state_dict(
@@ -266,7 +295,6 @@ class ShardedEmbedding(torch.nn.Module):
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._mark()
 
     def extra_repr(self) -> str:
         sharding = self.sharding
@@ -333,6 +361,14 @@ class RowSharding:
         """This rank's rows of a whole table [num_embeddings, ...], plain or a DTensor."""
         if not isinstance(whole, DTensor):
             return whole[self.own_rows]
+        if (
+            whole.device_mesh != self.mesh
+            and whole.device_mesh.mesh.tolist() != self.mesh.mesh.tolist()
+        ):
+            raise ValueError(
+                f"the table to be loaded lies on {whole.device_mesh}, and this one on {self.mesh}: load its "
+                "full_tensor(), or by torch.distributed.checkpoint"
+            )
         with torch.no_grad():
             block = whole.redistribute(self.mesh, [Shard(0)]).to_local()
         return self._from_block(block) if self.round_robin else block
