@@ -1,4 +1,4 @@
-"""Words to ids, by Hugging Face's `tokenizers` (extra `text`): a vocabulary, its table's size, and a check.
+"""Words to ids, by Hugging Face's `tokenizers` (extra `text`): a vocabulary, its table's size, a check; and by hashing.
 
 Example::
 
@@ -21,8 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .hashing import hash_ids
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+__all__ = ["check_table_size", "encode", "hash_ids", "table_size", "vocabulary"]
 
 ORDERS = ("appearance", "frequency")
 
