@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,6 +143,44 @@ def encode(
 def table_size(tokenizer: Tokenizer) -> int:
     """Rows that a table needs for every id of the tokenizer: the largest id and one more."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def words_by_id(tokenizer: Any) -> dict[int, str]:
+    """The words of a vocabulary by their ids.
+
+    Args:
+        tokenizer: of `tokenizers` or transformers; Keras's Tokenizer, StringLookup or TextVectorization; a mapping of
+            words to ids; or a list of words, whose ids are counted from 0.
+
+    Raises:
+        ValueError: two words have one id, and so one row: tokens that were added to a vocabulary with gaps.
+        TypeError: none of these.
+    """
+    if isinstance(tokenizer, Mapping):
+        ids = tokenizer
+    elif hasattr(tokenizer, "get_vocab"):
+        ids = tokenizer.get_vocab()
+    elif hasattr(tokenizer, "get_vocabulary"):
+        ids = {word: place for place, word in enumerate(tokenizer.get_vocabulary())}
+    elif hasattr(tokenizer, "word_index"):
+        ids = tokenizer.word_index
+    elif isinstance(tokenizer, Sequence) and not isinstance(tokenizer, str):
+        if len(set(tokenizer)) < len(tokenizer):
+            raise ValueError("words_by_id: a word is listed twice")
+        ids = {word: place for place, word in enumerate(tokenizer)}
+    else:
+        raise TypeError(
+            f"words_by_id: expected a tokenizer, words to ids, or a list of words, got {type(tokenizer).__name__}"
+        )
+    words: dict[int, str] = {}
+    for word, number in ids.items():
+        other = words.setdefault(int(number), str(word))
+        if other != word:
+            raise ValueError(
+                f"the words {other!r} and {word!r} have one id, {number}, and so one row of a table: tokens were "
+                "added to a vocabulary whose ids have gaps; number its words without gaps, from 0"
+            )
+    return words
 
 
 def check_table_size(ids: Any, num_embeddings: int) -> None:

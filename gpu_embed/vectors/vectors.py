@@ -1,0 +1,222 @@
+"""Words and their vectors: to look up, to compare, to put into a table, and to save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..nn import Embedding
+from ..text import words_by_id
+from .saving import save
+from .table_rows import TableReport, fill, rows_for, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Rows whose similarities are taken at once.
+BLOCK = 2**16
+
+
+class Vectors:
+    """Words, each with a vector.
+
+    Args:
+        words: all different.
+        matrix: `[words, dim]`, of NumPy or torch, of floats; its memory is shared where that can be.
+
+    Attributes:
+        words: a list.
+        matrix: a NumPy array; memory-mapped if it was loaded so, and then not to be written to.
+        dim: numbers a vector.
+
+    Example::
+
+        vectors = gpu_embed.vectors.load("glove.6B.100d.txt")
+        vectors["king"]  # [100]
+        vectors.nearest("king", k=3)  # [("prince", 0.77), ...]
+        table, report = vectors.embedding(tokenizer, padding="[PAD]")
+    """
+
+    def __init__(self, words: Sequence[str], matrix: NDArray[Any] | Tensor) -> None:
+        if isinstance(matrix, Tensor):
+            matrix = matrix.detach().cpu().numpy()
+        if matrix.ndim != 2 or len(matrix) != len(words) or matrix.dtype.kind != "f":
+            raise ValueError(
+                f"Vectors: expected a matrix of floats [{len(words)}, dim] for {len(words)} words, got "
+                f"{list(matrix.shape)} of {matrix.dtype}"
+            )
+        self.words, self.matrix = list(words), matrix
+        if len(self._places) < len(self.words):
+            seen: set[str] = set()
+            twice = next(word for word in self.words if word in seen or seen.add(word))
+            raise ValueError(f"Vectors: the word {twice!r} comes twice")
+
+    @property
+    def dim(self) -> int:
+        return int(self.matrix.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __contains__(self, word: object) -> bool:
+        return word in self._places
+
+    def __getitem__(self, word: str) -> NDArray[Any]:
+        """The vector of a word [dim]. Raises KeyError."""
+        vector: NDArray[Any] = self.matrix[self.index(word)]
+        return vector
+
+    def __repr__(self) -> str:
+        return f"Vectors({len(self):,} words, {self.dim} numbers each, {self.matrix.dtype})"
+
+    def index(self, word: str) -> int:
+        """The row of a word. Raises KeyError."""
+        try:
+            return self._places[word]
+        except KeyError:
+            raise KeyError(f"no vector of the word {word!r}") from None
+
+    def nearest(
+        self, word: str | NDArray[Any] | Tensor, k: int = 10, without: Iterable[str] = ()
+    ) -> list[tuple[str, float]]:
+        """The k words of the greatest cosine to a word, which is not among them, or to a vector [dim]."""
+        without = {*without, *((word,) if isinstance(word, str) else ())}
+        vector = self[word] if isinstance(word, str) else word
+        target = torch.as_tensor(np.array(vector), dtype=torch.float32, device="cpu")
+        if target.shape != (self.dim,):
+            raise ValueError(f"nearest: expected a vector [{self.dim}], got {list(target.shape)}")
+        cosines = torch.cat([self._block(at) @ target for at in range(0, len(self), BLOCK)])
+        cosines /= self._lengths.clamp(min=1e-30) * target.norm().clamp(min=1e-30)
+        best = cosines.topk(min(k + len(without), len(self)))
+        found = [
+            (self.words[place], value)
+            for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        return [pair for pair in found if pair[0] not in without][:k]
+
+    def analogy(self, a: str, b: str, c: str, k: int = 10) -> list[tuple[str, float]]:
+        """What is to c as b is to a: `analogy("man", "king", "woman")`; the k nearest to b - a + c, of unit vectors."""
+        of_a, of_b, of_c = (
+            np.asarray(self[word], np.float32) / max(float(np.linalg.norm(self[word])), 1e-30)
+            for word in (a, b, c)
+        )
+        return self.nearest(of_b - of_a + of_c, k, without=(a, b, c))
+
+    def plot(self, words: Sequence[str], **options: Any) -> Figure:
+        """A picture of some words' vectors; options as for `gpu_embed.plot.table`."""
+        from .. import plot
+
+        rows = torch.from_numpy(np.array(self.matrix[[self.index(word) for word in words]]))
+        return plot.table(rows, labels=list(words), **options)
+
+    def embedding(
+        self,
+        tokenizer: Any,
+        *,
+        padding: str | None = None,
+        unknown: str = "mean",
+        missing: str = "normal",
+        texts: Iterable[str] | None = None,
+        seed: int = 0,
+        freeze: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> tuple[Embedding, TableReport]:
+        """A table with a row for each id of a tokenizer, and what was found.
+
+        Args:
+            tokenizer: of `tokenizers` or transformers; Keras's Tokenizer, StringLookup or TextVectorization; words to
+                ids; or a list of words. A word is looked up as it is, and then in lower case.
+            padding: the word whose row is zeros, and stays so.
+            unknown: the row of the tokenizer's token for unseen words: "mean" of the vectors, "zeros", or "normal".
+            missing: the rows of words that have no vector, likewise; "normal": drawn from the normal distribution that
+                has the mean and the deviation of each column of the first 100,000 vectors.
+            texts: for the report, in what part of a text's words there are vectors.
+            seed: of what is drawn.
+            freeze: whether the table is not trained.
+            device, dtype: of the table; fp32 by itself.
+            options: others of `gpu_embed.Embedding`, such as sparse=True.
+
+        Raises:
+            ValueError: two words have one id, `padding` is no word of the tokenizer, or an option is another word.
+            TypeError: no such tokenizer.
+        """
+        rows, padding_idx, report = rows_for(self, tokenizer, padding, unknown, missing, texts, seed)
+        table = Embedding(*rows.shape, padding_idx, device=device, dtype=dtype, **options)
+        with torch.no_grad():
+            table.weight.copy_(rows)
+        table.weight.requires_grad_(not freeze)
+        return table, report
+
+    def fill(
+        self,
+        layer: Any,
+        tokenizer: Any,
+        *,
+        table: str | None = None,
+        padding: str | None = None,
+        unknown: str = "mean",
+        missing: str = "normal",
+        texts: Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> TableReport:
+        """Write the rows that `embedding` would make into a layer; rows behind the tokenizer's ids stay as they are.
+
+        Args:
+            layer: torch's or our `Embedding` or `EmbeddingBag`, batched tables, or a Keras `Embedding` that is built.
+            table: of batched tables, which.
+
+        Raises ValueError where the layer has too few rows, or another number of columns; otherwise as `embedding`.
+        """
+        rows, _, report = rows_for(self, tokenizer, padding, unknown, missing, texts, seed)
+        fill(layer, rows, table)
+        return report
+
+    @classmethod
+    def from_module(cls, layer: Any, tokenizer: Any, *, table: str | None = None) -> Vectors:
+        """The rows of a layer, as `fill` takes them, by the tokenizer's words; ids without a word are left out.
+
+        Raises ValueError where two words have one id, or the layer has no row for one.
+        """
+        words = words_by_id(tokenizer)
+        rows = rows_of(layer, table)
+        if words and max(words) >= len(rows):
+            raise ValueError(
+                f"Vectors.from_module: the word {words[max(words)]!r} has the id {max(words)}, and the table "
+                f"{len(rows)} rows"
+            )
+        wide = rows.detach().cpu()
+        wide = wide.float() if wide.dtype == torch.bfloat16 else wide
+        ids = sorted(words)
+        return cls([words[number] for number in ids], wide[ids])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that others read too; the name's end says which.
+
+        ".txt", ".vec": word2vec's text, which reads back to the same numbers; ".bin": word2vec's binary file, in fp32;
+        ".kv": gensim's. A file that is there is replaced when the new one is whole.
+
+        Raises:
+            ValueError: another name; or, but for ".kv", a word that is empty or holds a space or a line's end.
+        """
+        save(self, os.fspath(path))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return dict(zip(self.words, range(len(self.words)), strict=True))
+
+    def _block(self, start: int) -> Tensor:
+        return torch.from_numpy(np.array(self.matrix[start : start + BLOCK], np.float32))
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        blocks = [self._block(start).norm(dim=1) for start in range(0, len(self), BLOCK)]
+        return torch.cat(blocks) if blocks else torch.empty(0, device="cpu")
