@@ -8,6 +8,8 @@ from .growing import GrowingVectors
 
 CHUNK = 2**24
 LONGEST_WORD = 2**12
+# Numbers that vectors have, but for zeros; what was read from a wrong place has others.
+USUAL = 1e-12, 1e6
 
 
 def read_binary(file: BinaryIO, count: int, found: GrowingVectors) -> None:
@@ -20,33 +22,68 @@ def read_binary(file: BinaryIO, count: int, found: GrowingVectors) -> None:
     rest = b""
     wanted = count if found.missing is None else min(count, found.missing)
     while wanted:
-        block = file.read(CHUNK)
+        block = file.read(max(CHUNK, size))
         buffer = rest + block
-        words, rows, at = [], [], 0
+        # What lies behind a vector tells whether it is one; at the end of the file there is nothing.
+        last = len(buffer) - (LONGEST_WORD if block else 0)
+        words: list[bytes] = []
+        starts: list[int] = []
+        at = 0
         while len(words) < wanted:
             # Some writers end a vector with a newline, and some do not.
             while buffer.startswith((b"\n", b"\r"), at):
                 at += 1
             space = buffer.find(b" ", at, at + LONGEST_WORD)
-            if space < 0 or space + 1 + size > len(buffer):
+            if space < 0 or space + 1 + size > last:
                 break
             words.append(buffer[at:space])
+            starts.append(space + 1)
             at = space + 1 + size
-            rows.append(buffer[space + 1 : at])
-        if not words and (not block or len(buffer) - at > LONGEST_WORD + size):
+        if not words and (not block or len(buffer) - at > 2 * LONGEST_WORD + size):
             _fail(f"ends, or loses its form, in word {found.read} of {count}, from 0")
         if words:
-            found.add(words, np.frombuffer(b"".join(rows), "<f4").reshape(-1, found.dim))
+            rows = np.frombuffer(
+                b"".join([buffer[start : start + size] for start in starts]), "<f4"
+            )
+            rows = rows.reshape(-1, found.dim)
+            _check(words, rows, starts, buffer)
+            found.add(words, rows)
         wanted -= len(words)
         rest = buffer[at:]
-    if found.read == count:
-        behind = (rest + file.read(CHUNK)).strip()
-        if behind:
-            _fail(f"goes on behind the {count} words that its first line counts")
+    if found.read == count and (rest + file.read(CHUNK)).strip():
+        _fail(f"goes on behind the {count} words that its first line counts")
+
+
+def _check(words: list[bytes], rows: np.ndarray, starts: list[int], buffer: bytes) -> None:
+    """Raise ValueError where a word ends later than at its first space, or holds what none can."""
+    for word in words:
+        if not word or b"\n" in word or b"\0" in word:
+            _fail(f"has the word {word[:60]!r}")
+    for place in np.flatnonzero(_unusual(rows)):
+        start = end = starts[place]
+        row = rows[place]
+        while (end := buffer.find(b" ", end, start + LONGEST_WORD) + 1) and _is_text(
+            buffer[start : end - 1]
+        ):
+            behind = np.frombuffer(buffer[end : end + row.nbytes].ljust(row.nbytes, b"~"), "<f4")
+            if _unusual(behind[None]) < _unusual(row[None]):
+                _fail(f"has numbers behind {words[place]!r} that look like the rest of a word")
+
+
+def _unusual(rows: np.ndarray) -> np.ndarray:
+    """How many numbers of each row are of no usual size."""
+    with np.errstate(invalid="ignore"):
+        sizes = np.abs(rows)
+        return ((sizes != 0) & ~((sizes > USUAL[0]) & (sizes < USUAL[1]))).sum(axis=1)
+
+
+def _is_text(some: bytes) -> bool:
+    """Whether no control character is among them; any encoding's other characters may be."""
+    return all(byte >= 32 for byte in some)
 
 
 def _fail(what: str) -> None:
     raise ValueError(
         f"the file {what}; it was cut, or its first line counts wrongly, or a word holds a space, which this format "
-        "cannot say: save such words as text, .kv or safetensors"
+        "cannot say: save such words as .kv or safetensors, or as text"
     )

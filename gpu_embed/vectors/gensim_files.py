@@ -4,9 +4,7 @@ import pickle
 import re
 from typing import Any
 
-import numpy as np
-
-from .growing import Settings
+from .growing import Settings, check_finite
 from .vectors import Vectors
 
 FASTTEXT = (793_712_314).to_bytes(4, "little")
@@ -14,14 +12,15 @@ FASTTEXT = (793_712_314).to_bytes(4, "little")
 END_OF_SENTENCE = "</s>"
 # A pickle can run what it names, and these only make arrays and objects.
 NAMES = re.compile(
-    r"gensim\.models\.(keyedvectors|fasttext)\.\w*(KeyedVectors|Vocab)|numpy(\._?core)?(\.multiarray|\.numeric)?\.(_reconstruct|scalar|"
-    r"_frombuffer|ndarray|dtype)|numpy\.dtypes\.\w+|(builtins|__builtin__)\.(object|list|dict|set|tuple|int|str|bytes)|"
-    r"collections\.(OrderedDict|defaultdict)|copy_?reg\._reconstructor|_codecs\.encode"
+    r"gensim\.models\.(keyedvectors|fasttext)\.\w*(KeyedVectors|Vocab)"
+    r"|numpy(\._?core)?(\.multiarray|\.numeric)?\.(_reconstruct|scalar|_frombuffer|ndarray|dtype)|numpy\.dtypes\.\w+"
+    r"|(builtins|__builtin__)\.(object|list|dict|set|tuple|int|str|bytes)"
+    r"|collections\.(OrderedDict|defaultdict)|copy_?reg\._reconstructor|_codecs\.encode"
 )
 
 
-def read_keyed_vectors(path: str, limit: int | None) -> Vectors:
-    """The words and vectors of a `KeyedVectors`.
+def read_keyed_vectors(path: str, settings: Settings) -> Vectors:
+    """The words and vectors of a `KeyedVectors`, memory-mapped where they are a file of their own.
 
     Raises ValueError for another pickle, and before anything of one is run that names what is not of gensim or NumPy.
     """
@@ -30,19 +29,26 @@ def read_keyed_vectors(path: str, limit: int | None) -> Vectors:
     with open(path, "rb") as file:
         try:
             found = _Checked(file, encoding="latin1").load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+        # A pickle that was cut ends anywhere.
+        except Exception as error:
             raise ValueError(f"not a KeyedVectors of gensim: {error}") from error
     if not isinstance(found, KeyedVectors):
-        raise ValueError(f"this is a {type(found).__name__} of gensim: save its .wv alone")
+        raise ValueError(
+            f"not a KeyedVectors of gensim, but a {type(found).__name__}: of a model, save its .wv"
+        )
     # What `KeyedVectors.load` does with what it has unpickled, unchecked.
+    for attribute in ("__recursive_saveloads", "__scipys"):
+        if vars(found).get(attribute):
+            raise ValueError("not a KeyedVectors of gensim: it names pickles beside it")
     compress, subname = KeyedVectors._adapt_by_suffix(path)
-    found._load_specials(path, "r", compress, subname)
-    words, matrix = found.index_to_key[:limit], found.vectors[:limit]
+    # An array that is packed cannot be mapped.
+    found._load_specials(path, None if compress else "r", compress, subname)
+    words, matrix = found.index_to_key[: settings.limit], found.vectors[: settings.limit]
     if not all(isinstance(word, str) for word in words):
         # Of a word that came twice, gensim leaves a row of zeros with the key None.
         kept = [number for number, word in enumerate(words) if isinstance(word, str)]
         words, matrix = [words[number] for number in kept], matrix[kept]
-    return Vectors(words, matrix)
+    return Vectors(words, matrix).converted(settings.dtype)
 
 
 class _Checked(pickle.Unpickler):
@@ -62,16 +68,18 @@ def read_fasttext(path: str, settings: Settings) -> Vectors:
         raise
     # Of a file that is cut, quantized or of a classifier: each its own.
     except Exception as error:
-        raise ValueError(f"gensim cannot read this model of fastText: {error}") from error
+        raise ValueError(
+            f"gensim cannot read this model of fastText: {error or type(error).__name__}"
+        ) from error
     words = found.index_to_key[: settings.limit]
     for word in words:
         if re.search(r"\\x[0-9a-f]{2}", word) and settings.errors != "backslashreplace":
-            raise ValueError(f"the word {word!r} is not in {settings.encoding}: give encoding=")
-    matrix = np.array(found.vectors[: settings.limit], settings.dtype)
+            raise ValueError(
+                f"the word {word!r} is not in {settings.encoding}: give encoding=, or errors='backslashreplace'"
+            )
+    matrix = found.vectors[: settings.limit]
     if END_OF_SENTENCE in words:
         place = words.index(END_OF_SENTENCE)
-        matrix[place] = found.vectors_vocab[found.key_to_index[END_OF_SENTENCE]]
-    if not np.isfinite(matrix).all():
-        word = words[int(np.isfinite(matrix).all(axis=1).argmin())]
-        raise ValueError(f"the vector of {word!r} has a number that is not finite in {settings.dtype}")
-    return Vectors(words, matrix)
+        matrix[place] = found.vectors_vocab[place]
+    check_finite(matrix, matrix, words)
+    return Vectors(words, matrix).converted(settings.dtype)

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .growing import Settings
+from .text_file import BOM
 from .vectors import Vectors
 
 NPY = b"\x93NUMPY"
@@ -33,25 +36,21 @@ def read_matrix(
         words = _lines(os.fspath(words), settings)
     with open(path, "rb") as file:
         is_npy = file.read(len(NPY)) == NPY
-    matrix = np.load(path, mmap_mode="r") if is_npy else _tensor(path, tensor)
-    if matrix.ndim != 2 or matrix.dtype.kind != "f":
-        raise ValueError(
-            f"expected a matrix [words, numbers] of floats, got {list(matrix.shape)} of {matrix.dtype}"
-        )
+    matrix = np.load(path, mmap_mode="r") if is_npy else _tensor(path, tensor, settings)
     if len(words) != len(matrix):
         raise ValueError(f"the matrix has {len(matrix):,} rows, and there are {len(words):,} words")
-    return Vectors(words[: settings.limit], matrix[: settings.limit])
+    return Vectors(words[: settings.limit], matrix[: settings.limit]).converted(settings.dtype)
 
 
 def _lines(path: str, settings: Settings) -> list[str]:
     """The words of a file; only "\\n" and "\\r\\n" end a line."""
-    lines = Path(path).read_bytes().split(b"\n")
+    lines = Path(path).read_bytes().removeprefix(BOM).split(b"\n")
     if not lines[-1]:
         lines.pop()
     return settings.decode([line.removesuffix(b"\r") for line in lines])
 
 
-def _tensor(path: str, name: str | None) -> NDArray:
+def _tensor(path: str, name: str | None, settings: Settings) -> NDArray | Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -61,14 +60,16 @@ def _tensor(path: str, name: str | None) -> NDArray:
             if name is None and len(names) == 1:
                 (name,) = names
             if name not in names:
-                raise ValueError(f"tensor= must name one of its tensors, {', '.join(names)}; got {name!r}")
-            tensor = file.get_tensor(name)
+                raise ValueError(
+                    f"tensor= must name one of its tensors, {', '.join(names)}; got {name!r}"
+                )
+            tensor: Tensor = file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"safetensors cannot read it: {error}") from error
-    try:
-        matrix: NDArray = tensor.numpy()
-    except TypeError:
-        raise ValueError(
-            f"NumPy has no {tensor.dtype}: save the tensor as float32 or float16"
-        ) from None
-    return matrix
+    if tensor.dtype == torch.bfloat16:
+        if settings.dtype is None:
+            raise ValueError(
+                "the tensor is bfloat16, which NumPy does not have: give dtype='float32'"
+            )
+        return tensor.float()
+    return tensor

@@ -11,27 +11,41 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from .growing import check_finite
+
 if TYPE_CHECKING:
     from .vectors import Vectors
 
 # Words whose numbers are formatted at once.
 BLOCK = 2**14
-SPACE = re.compile(r"[ \t\r\n\v\f]")
+SPACE = re.compile(r"[ \t\r\n\v\f\0]")
 
 
 def save(vectors: Vectors, path: str) -> None:
     """By the name's end; a file that is there is replaced when the new one is whole."""
     suffix = Path(path).suffix
     if suffix not in (".txt", ".vec", ".bin", ".kv"):
-        raise ValueError(f"{path}: the name must end in .txt, .vec, .bin or .kv, which says the format")
-    if suffix != ".kv":
-        for word in vectors.words:
-            if not word or SPACE.search(word):
-                raise ValueError(
-                    f"{path}: the word {word!r} is empty or holds a space, and in this format a space ends a word: "
-                    "save as .kv"
-                )
-    target = Path(path).absolute()
+        raise ValueError(
+            f"{path}: the name must end in .txt, .vec, .bin or .kv, which says the format"
+        )
+    for word in vectors.words:
+        if suffix != ".kv" and (not word or SPACE.search(word)):
+            raise ValueError(
+                f"{path}: the word {word!r} is empty or holds a space, and in this format a space ends a word: "
+                "save as .kv"
+            )
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}: the word {word!r} holds half of a character") from None
+    stored = np.dtype(np.float32) if suffix == ".bin" else vectors.matrix.dtype
+    for start in range(0, len(vectors), BLOCK):
+        rows = vectors.matrix[start : start + BLOCK]
+        with np.errstate(over="ignore"):
+            check_finite(
+                rows.astype(stored, copy=False), rows, vectors.words[start : start + BLOCK]
+            )
+    target = Path(os.path.realpath(path))
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         written = folder / target.name
@@ -68,9 +82,10 @@ def _write_text(vectors: Vectors, file: BinaryIO) -> None:
 
 
 def _write_binary(vectors: Vectors, file: BinaryIO) -> None:
-    for place, word in enumerate(vectors.words):
-        row = vectors.matrix[place].astype("<f4")
-        file.write(b"%b %b\n" % (word.encode(), row.tobytes()))
+    for start in range(0, len(vectors), BLOCK):
+        rows = vectors.matrix[start : start + BLOCK].astype("<f4")
+        for word, row in zip(vectors.words[start : start + BLOCK], rows, strict=True):
+            file.write(b"%b %b\n" % (word.encode(), row.tobytes()))
 
 
 def _write_keyed_vectors(vectors: Vectors, path: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..nn.tables import BatchedTables
 from ..text import words_by_id
+from .growing import check_finite
 
 if TYPE_CHECKING:
     from .vectors import Vectors
@@ -48,7 +49,11 @@ class TableReport(NamedTuple):
         if self.by_lowercase:
             parts.append(f"{self.by_lowercase:,} by lower case")
         if self.missing:
-            said = {"normal": "drawn from N(mean, std)", "mean": "set to the mean", "zeros": "set to zeros"}
+            said = {
+                "normal": "drawn from N(mean, std)",
+                "mean": "set to the mean",
+                "zeros": "set to zeros",
+            }
             parts.append(f"{len(self.missing):,} {said[self.missing_way]}")
         return "; ".join(parts)
 
@@ -62,16 +67,23 @@ def rows_for(
     texts: Iterable[str] | None,
     seed: int,
 ) -> tuple[Tensor, int | None, TableReport]:
-    """Rows [largest id + 1, dim] of fp32, or of fp64 where the vectors are; the id of padding; and the report."""
+    """Rows [largest id + 1, dim] of fp32, or of fp64 where the vectors are; the id of padding; and the report.
+
+    An id without a word has zeros.
+    """
     for name, way in (("unknown", unknown), ("missing", missing)):
         if way not in WAYS:
             raise ValueError(f"{name} must be one of {', '.join(WAYS)}, got {way!r}")
+    if isinstance(texts, str):
+        raise TypeError("texts: expected several texts, got one string; put it in a list")
     words = words_by_id(tokenizer)
     ids = {word: number for number, word in words.items()}
     if padding is not None and padding not in ids:
         raise ValueError(f"padding={padding!r} is no word of the tokenizer")
     unknown_token = _unknown_token(tokenizer)
-    of_words = {number: word for number, word in words.items() if word not in (padding, unknown_token)}
+    of_words = {
+        number: word for number, word in words.items() if word not in (padding, unknown_token)
+    }
 
     found: dict[int, int] = {}
     by_lowercase, without = 0, []
@@ -86,17 +98,20 @@ def rows_for(
 
     dtype = np.promote_types(vectors.matrix.dtype, np.float32)
     taken = np.array(vectors.matrix[list(found.values())], dtype)
-    if not np.isfinite(taken).all():
-        bad = list(found)[int(np.isfinite(taken).all(axis=1).argmin())]
-        raise ValueError(f"the vector of {words[bad]!r} has a number that is not finite")
-    rows = torch.zeros((max(words, default=-1) + 1, vectors.dim), dtype=torch.from_numpy(taken).dtype, device="cpu")
+    check_finite(taken, taken, [words[number] for number in found])
+    rows = torch.from_numpy(np.zeros((max(words, default=-1) + 1, vectors.dim), dtype))
     rows[list(found)] = torch.from_numpy(taken)
     _set(rows, without, missing, vectors, seed)
     if unknown_token in ids:
         _set(rows, [ids[unknown_token]], unknown, vectors, seed + 1)
     share = None if texts is None else _share_of_text(tokenizer, ids, texts, found)
     report = TableReport(
-        len(of_words), len(found), by_lowercase, tuple(words[one] for one in without), missing, share
+        len(of_words),
+        len(found),
+        by_lowercase,
+        tuple(words[one] for one in without),
+        missing,
+        share,
     )
     return rows, None if padding is None else ids[padding], report
 
@@ -105,24 +120,24 @@ def _set(rows: Tensor, ids: list[int], way: str, vectors: Vectors, seed: int) ->
     """Rows without a vector."""
     if way == "zeros" or not ids:
         return
-    sample = torch.from_numpy(np.array(vectors.matrix[:SAMPLE], np.float64))
+    sample = np.array(vectors.matrix[:SAMPLE], np.float64)
     if not len(sample):
         raise ValueError("there are no vectors to take a mean of")
-    mean = sample.mean(dim=0)
-    drawn = mean.expand(len(ids), -1)
+    check_finite(sample, sample, vectors.words)
+    mean = sample.mean(axis=0)
     if way == "normal":
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn(drawn.shape, generator=generator, dtype=torch.float64, device="cpu")
-        drawn = mean + noise * sample.std(dim=0, correction=0)
-    rows[ids] = drawn.to(rows.dtype)
+        noise = np.random.default_rng(seed).standard_normal((len(ids), vectors.dim))
+        mean = mean + noise * sample.std(axis=0)
+    rows[ids] = torch.from_numpy(mean).to(rows.dtype)
 
 
 def _unknown_token(tokenizer: Any) -> str | None:
-    """The token for unseen words: of transformers, of tokenizers' models, of Keras."""
+    """The token for unseen words: of transformers, of tokenizers' models, of Keras's Tokenizer and layers."""
     for holder, name in (
         (tokenizer, "unk_token"),
         (getattr(tokenizer, "model", None), "unk_token"),
         (tokenizer, "oov_token"),
+        (getattr(tokenizer, "_lookup_layer", None), "oov_token"),
     ):
         token = getattr(holder, name, None)
         if token is not None:
@@ -142,29 +157,49 @@ def _share_of_text(
 
 
 def _encode(tokenizer: Any, ids: dict[str, int], text: str) -> list[int]:
+    """The ids of a text; -1: an unseen word."""
+    words = text.split()
     if hasattr(tokenizer, "get_vocab") and hasattr(tokenizer, "encode"):
-        encoded = tokenizer.encode(text, add_special_tokens=False)
-        return list(getattr(encoded, "ids", encoded))
-    # -1: an unseen word.
-    return [ids.get(word, -1) for word in text.split()]
+        try:
+            encoded = tokenizer.encode(text, add_special_tokens=False)
+            return list(getattr(encoded, "ids", encoded))
+        # tokenizers raises a bare one for a word that no token stands for.
+        except Exception:
+            splitter = getattr(tokenizer, "pre_tokenizer", None)
+            if splitter is not None:
+                words = [word for word, _ in splitter.pre_tokenize_str(text)]
+    return [ids.get(word, ids.get(word.lower(), -1)) for word in words]
 
 
 def rows_of(layer: Any, table: str | None) -> Tensor:
     """The rows of a layer, in its memory."""
     if isinstance(layer, BatchedTables):
         if table is None:
-            raise ValueError(f"name one of the layer's tables by table=: {', '.join(layer.layout.names)}")
+            raise ValueError(
+                f"name one of the layer's tables by table=: {', '.join(layer.layout.names)}"
+            )
         return layer[table]
     if table is not None:
         raise ValueError(f"table= is for batched tables, and this is a {type(layer).__name__}")
     weight = getattr(layer, "weight", None)
     if isinstance(layer, torch.nn.Module) and isinstance(weight, Tensor):
         return weight
-    embeddings = getattr(layer, "_embeddings", None)
-    if embeddings is not None and hasattr(layer, "input_dim"):
-        value: Tensor = embeddings.value
+    value = getattr(getattr(layer, "_embeddings", None), "value", None)
+    if isinstance(value, Tensor) and hasattr(layer, "input_dim"):
         return value
-    raise TypeError(f"expected a layer with a table, built if it is of Keras, got {type(layer).__name__}")
+    raise TypeError(
+        "expected an Embedding or EmbeddingBag, batched tables, or a layer of Keras on torch that is built, got "
+        f"{type(layer).__name__}"
+    )
+
+
+def padding_of(layer: Any, table: str | None) -> int | None:
+    """The id of a layer's padding row."""
+    if isinstance(layer, BatchedTables):
+        assert table is not None
+        number = layer.layout.padding_idx[layer.layout.names.index(table)]
+        return number if number >= 0 else None
+    return getattr(layer, "padding_idx", None)
 
 
 def fill(layer: Any, rows: Tensor, table: str | None) -> None:
@@ -172,5 +207,9 @@ def fill(layer: Any, rows: Tensor, table: str | None) -> None:
     own = rows_of(layer, table)
     if own.shape[0] < rows.shape[0] or own.shape[1:] != rows.shape[1:]:
         raise ValueError(f"rows {list(rows.shape)} do not fit into a table {list(own.shape)}")
+    if not own.is_floating_point():
+        raise ValueError(
+            f"a table of {own.dtype} holds no vectors as they are: fill it before it is quantized"
+        )
     with torch.no_grad():
         own[: len(rows)] = rows.to(own.device, own.dtype)

@@ -4,6 +4,7 @@ Lines end in "\\n" or "\\r\\n". Only ASCII spaces and tabs part the fields, so a
 as the numbers are the last fields, spaces too.
 """
 
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -17,6 +18,8 @@ CHUNK = 2**24
 # Lines that Arrow does not take are halved down to so many, which Python reads.
 FEW_LINES = 16
 BOM = b"\xef\xbb\xbf"
+FIELD = re.compile(rb"[^ \t]+")
+NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 
 
 def read_text(file: BinaryIO, first_line: int, found: GrowingVectors) -> None:
@@ -41,6 +44,11 @@ def dim_of_text(lines: list[bytes]) -> int:
     return max(counts, key=counts.count, default=0)
 
 
+def has_numbers(line: bytes, dim: int) -> bool:
+    """Whether a line ends in so many numbers."""
+    return dim > 0 and all(map(NUMBER.fullmatch, line.split()[-dim:]))
+
+
 def _chunks(file: BinaryIO) -> Iterator[bytes]:
     """The file in pieces of whole lines."""
     rest = b""
@@ -50,6 +58,8 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
             yield rest + lines + newline
             rest = b""
         rest += rest_of_block
+        if len(rest) > 2 * CHUNK:
+            raise ValueError(f"not a file of vectors: a line is longer than {len(rest):,} bytes")
     if rest:
         yield rest + b"\n"
 
@@ -57,7 +67,7 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
 def _read(lines: bytes, first_line: int, found: GrowingVectors) -> None:
     """By Arrow, and what that does not take by halves, and in the end line by line."""
     try:
-        words, rows = _by_arrow(lines, found.dim)
+        words, rows = _by_arrow(lines, found)
     except pa.ArrowInvalid:
         count = lines.count(b"\n")
         if count <= FEW_LINES:
@@ -71,17 +81,17 @@ def _read(lines: bytes, first_line: int, found: GrowingVectors) -> None:
     found.add(words, rows)
 
 
-def _by_arrow(lines: bytes, dim: int) -> tuple[list[bytes], np.ndarray]:
+def _by_arrow(lines: bytes, found: GrowingVectors) -> tuple[list[bytes], np.ndarray]:
     """Raises pyarrow.ArrowInvalid for lines that are not `dim` + 1 fields with one delimiter between them."""
     # As they end under Windows; and as word2vec writes them.
     lines = lines.replace(b"\r\n", b"\n").replace(b" \n", b"\n")
     if b"\r" in lines or lines.startswith(BOM):
         # To Arrow the one ends a line, and the other is no part of a word.
         raise pa.ArrowInvalid
-    numbers = [str(column) for column in range(dim)]
+    names = [str(column) for column in range(found.dim)]
     table = csv.read_csv(
         pa.py_buffer(lines),
-        csv.ReadOptions(column_names=["word", *numbers]),
+        csv.ReadOptions(column_names=["word", *names]),
         csv.ParseOptions(
             delimiter="\t" if b"\t" in lines[: lines.index(b"\n")] else " ",
             quote_char=False,
@@ -91,14 +101,14 @@ def _by_arrow(lines: bytes, dim: int) -> tuple[list[bytes], np.ndarray]:
         csv.ConvertOptions(
             check_utf8=False,
             null_values=[],
-            column_types={"word": pa.binary()} | dict.fromkeys(numbers, pa.float32()),
+            column_types={"word": pa.binary()} | dict.fromkeys(names, _number_type(found)),
         ),
     )
     words = table.column(0).to_pylist()
     if b"" in words:
         raise pa.ArrowInvalid
-    rows = np.empty((dim, len(words)), np.float32)
-    for number in range(dim):
+    rows = np.empty((found.dim, len(words)), _number_type(found).to_pandas_dtype())
+    for number in range(found.dim):
         rows[number] = table.column(1 + number).to_numpy()
     return words, rows.T
 
@@ -106,32 +116,40 @@ def _by_arrow(lines: bytes, dim: int) -> tuple[list[bytes], np.ndarray]:
 def _line_by_line(
     lines: bytes, first_line: int, found: GrowingVectors
 ) -> tuple[list[bytes], np.ndarray]:
-    words, rows = [], []
+    words, numbers = [], []
     for number, line in enumerate(lines[:-1].split(b"\n")[: found.missing], first_line):
-        if not line.strip():
+        line = line.removesuffix(b"\r").rstrip(b" \t")
+        if not line:
             continue
-        word, *fields = line.rstrip().rsplit(None, found.dim)
-        where = f"line {number}, of the word {word.decode('utf-8', 'replace')!r},"
-        if len(fields) < found.dim or line[:1] in b" \t":
+        fields = list(FIELD.finditer(line))
+        if len(fields) <= found.dim or line[:1] in b" \t":
             raise ValueError(
-                f"line {number} has {len(line.split())} fields, but needs a word and {found.dim} numbers: "
+                f"line {number} has {len(fields)} fields, but needs a word and {found.dim} numbers: "
                 f"{line[:60].decode('utf-8', 'replace')!r}"
             )
-        # A sentence may end in a number; a row of numbers is no sentence.
-        if b"." in word and _is_number(word.split()[-1]) and len(word.split()) > 1:
-            raise ValueError(f"{where} has more than {found.dim} numbers")
-        for field in fields:
-            if not _is_number(field):
+        of_word, of_numbers = fields[: -found.dim], [field[0] for field in fields[-found.dim :]]
+        word = line[: of_word[-1].end()]
+        where = f"line {number}, of the word {word[:60].decode('utf-8', 'replace')!r},"
+        for field in of_numbers:
+            if not NUMBER.fullmatch(field):
                 raise ValueError(f"{where} has {field.decode('utf-8', 'replace')!r} for a number")
+        # A word may be "route 66", and then its numbers have points.
+        last = of_word[-1][0]
+        if (
+            len(of_word) > 1
+            and NUMBER.fullmatch(last)
+            and not (last.isdigit() and not any(map(bytes.isdigit, of_numbers)))
+        ):
+            raise ValueError(
+                f"{where} has more than {found.dim} numbers, or the word ends in a number"
+            )
         words.append(word)
-        with np.errstate(over="ignore"):
-            rows.append(np.array([float(field) for field in fields]).astype(np.float32))
-    return words, np.array(rows, np.float32).reshape(-1, found.dim)
+        # Arrow knows no plus.
+        numbers += [field.decode().removeprefix("+") for field in of_numbers]
+    # By the same code as above: Python's numbers are rounded twice.
+    rows = pa.array(numbers, pa.string()).cast(_number_type(found)).to_numpy()
+    return words, rows.reshape(-1, found.dim)
 
 
-def _is_number(field: bytes) -> bool:
-    try:
-        float(field)
-    except ValueError:
-        return False
-    return b"_" not in field
+def _number_type(found: GrowingVectors) -> pa.DataType:
+    return pa.float64() if found.dtype == np.float64 else pa.float32()

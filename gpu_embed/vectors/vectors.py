@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from ..nn import Embedding
 from ..text import words_by_id
+from .growing import check_finite
 from .saving import save
-from .table_rows import TableReport, fill, rows_for, rows_of
+from .table_rows import TableReport, fill, padding_of, rows_for, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+DTYPES = ("float16", "float32", "float64")
 # Rows whose similarities are taken at once.
 BLOCK = 2**16
+# The length of a row of zeros, to divide by.
+TINY = 1e-60
 
 
 class Vectors:
@@ -46,16 +50,21 @@ class Vectors:
 
     def __init__(self, words: Sequence[str], matrix: NDArray[Any] | Tensor) -> None:
         if isinstance(matrix, Tensor):
-            matrix = matrix.detach().cpu().numpy()
-        if matrix.ndim != 2 or len(matrix) != len(words) or matrix.dtype.kind != "f":
+            matrix = matrix.detach().cpu()
+            # NumPy has no bfloat16.
+            matrix = (matrix.float() if matrix.dtype == torch.bfloat16 else matrix).numpy()
+        if matrix.ndim != 2 or len(matrix) != len(words) or matrix.dtype.name not in DTYPES:
             raise ValueError(
-                f"Vectors: expected a matrix of floats [{len(words)}, dim] for {len(words)} words, got "
+                f"Vectors: expected a matrix [{len(words)}, dim] of {', '.join(DTYPES)} for {len(words)} words, got "
                 f"{list(matrix.shape)} of {matrix.dtype}"
             )
+        if not matrix.dtype.isnative:
+            matrix = matrix.astype(matrix.dtype.newbyteorder("="))
         self.words, self.matrix = list(words), matrix
         if len(self._places) < len(self.words):
-            seen: set[str] = set()
-            twice = next(word for word in self.words if word in seen or seen.add(word))
+            twice = next(
+                word for place, word in enumerate(self.words) if self._places[word] != place
+            )
             raise ValueError(f"Vectors: the word {twice!r} comes twice")
 
     @property
@@ -83,17 +92,39 @@ class Vectors:
         except KeyError:
             raise KeyError(f"no vector of the word {word!r}") from None
 
+    def converted(self, dtype: DTypeLike | None) -> Vectors:
+        """The same vectors in another dtype, which are a copy; None: in their own.
+
+        Raises ValueError, with the word, where a number is not finite in it.
+        """
+        if dtype is None or self.matrix.dtype == dtype:
+            return self
+        with np.errstate(over="ignore"):
+            matrix = self.matrix.astype(dtype)
+        check_finite(matrix, self.matrix, self.words)
+        return Vectors(self.words, matrix)
+
     def nearest(
         self, word: str | NDArray[Any] | Tensor, k: int = 10, without: Iterable[str] = ()
     ) -> list[tuple[str, float]]:
-        """The k words of the greatest cosine to a word, which is not among them, or to a vector [dim]."""
+        """The k words of the greatest cosine to a word, which is not among them, or to a vector [dim].
+
+        Raises KeyError for a word without a vector, and ValueError for numbers that are not finite.
+        """
         without = {*without, *((word,) if isinstance(word, str) else ())}
         vector = self[word] if isinstance(word, str) else word
-        target = torch.as_tensor(np.array(vector), dtype=torch.float32, device="cpu")
-        if target.shape != (self.dim,):
-            raise ValueError(f"nearest: expected a vector [{self.dim}], got {list(target.shape)}")
-        cosines = torch.cat([self._block(at) @ target for at in range(0, len(self), BLOCK)])
-        cosines /= self._lengths.clamp(min=1e-30) * target.norm().clamp(min=1e-30)
+        vector = vector.detach() if isinstance(vector, Tensor) else np.array(vector)
+        target = torch.as_tensor(vector, dtype=torch.float64, device="cpu")
+        if target.shape != (self.dim,) or not target.isfinite().all():
+            raise ValueError(
+                f"nearest: expected a vector [{self.dim}] of finite numbers, got {list(target.shape)}"
+            )
+        # Lengths are taken in fp64, where no square overflows.
+        target = (target / target.norm().clamp(min=TINY)).float()
+        cosines = (
+            torch.cat([self._block(at) @ target for at in range(0, len(self) or 1, BLOCK)])
+            / self._lengths
+        )
         best = cosines.topk(min(k + len(without), len(self)))
         found = [
             (self.words[place], value)
@@ -103,10 +134,8 @@ class Vectors:
 
     def analogy(self, a: str, b: str, c: str, k: int = 10) -> list[tuple[str, float]]:
         """What is to c as b is to a: `analogy("man", "king", "woman")`; the k nearest to b - a + c, of unit vectors."""
-        of_a, of_b, of_c = (
-            np.asarray(self[word], np.float32) / max(float(np.linalg.norm(self[word])), 1e-30)
-            for word in (a, b, c)
-        )
+        rows = (np.asarray(self[word], np.float64) for word in (a, b, c))
+        of_a, of_b, of_c = (row / max(float(np.linalg.norm(row)), TINY) for row in rows)
         return self.nearest(of_b - of_a + of_c, k, without=(a, b, c))
 
     def plot(self, words: Sequence[str], **options: Any) -> Figure:
@@ -149,8 +178,10 @@ class Vectors:
             ValueError: two words have one id, `padding` is no word of the tokenizer, or an option is another word.
             TypeError: no such tokenizer.
         """
-        rows, padding_idx, report = rows_for(self, tokenizer, padding, unknown, missing, texts, seed)
-        table = Embedding(*rows.shape, padding_idx, device=device, dtype=dtype, **options)
+        rows, padding_idx, report = rows_for(
+            self, tokenizer, padding, unknown, missing, texts, seed
+        )
+        table = Embedding(len(rows), self.dim, padding_idx, device=device, dtype=dtype, **options)
         with torch.no_grad():
             table.weight.copy_(rows)
         table.weight.requires_grad_(not freeze)
@@ -173,16 +204,30 @@ class Vectors:
         Args:
             layer: torch's or our `Embedding` or `EmbeddingBag`, batched tables, or a Keras `Embedding` that is built.
             table: of batched tables, which.
+            padding: None: the word of the layer's own padding row, if it has one.
 
-        Raises ValueError where the layer has too few rows, or another number of columns; otherwise as `embedding`.
+        Raises ValueError where the layer has too few rows, another number of columns or another padding row, or is
+        quantized; otherwise as `embedding`.
         """
-        rows, _, report = rows_for(self, tokenizer, padding, unknown, missing, texts, seed)
+        rows_of(layer, table)
+        own_padding = padding_of(layer, table)
+        if padding is None and own_padding is not None:
+            padding = words_by_id(tokenizer).get(own_padding)
+        rows, padding_idx, report = rows_for(
+            self, tokenizer, padding, unknown, missing, texts, seed
+        )
+        if None not in (own_padding, padding_idx) and padding_idx != own_padding:
+            raise ValueError(
+                f"the layer's padding row is {own_padding}, and {padding!r} has the id {padding_idx}"
+            )
         fill(layer, rows, table)
         return report
 
     @classmethod
     def from_module(cls, layer: Any, tokenizer: Any, *, table: str | None = None) -> Vectors:
-        """The rows of a layer, as `fill` takes them, by the tokenizer's words; ids without a word are left out.
+        """The rows of a layer, as `fill` takes them, by the tokenizer's words.
+
+        Ids without a word, or of the empty one, are left out.
 
         Raises ValueError where two words have one id, or the layer has no row for one.
         """
@@ -193,19 +238,18 @@ class Vectors:
                 f"Vectors.from_module: the word {words[max(words)]!r} has the id {max(words)}, and the table "
                 f"{len(rows)} rows"
             )
-        wide = rows.detach().cpu()
-        wide = wide.float() if wide.dtype == torch.bfloat16 else wide
-        ids = sorted(words)
-        return cls([words[number] for number in ids], wide[ids])
+        ids = sorted(number for number, word in words.items() if word)
+        return cls([words[number] for number in ids], rows.detach()[ids])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a file that others read too; the name's end says which.
 
-        ".txt", ".vec": word2vec's text, which reads back to the same numbers; ".bin": word2vec's binary file, in fp32;
-        ".kv": gensim's. A file that is there is replaced when the new one is whole.
+        ".txt", ".vec": word2vec's text, in as many digits as read back to the same numbers; ".bin": word2vec's binary
+        file, in fp32; ".kv": gensim's. A file that is there is replaced when the new one is whole.
 
         Raises:
-            ValueError: another name; or, but for ".kv", a word that is empty or holds a space or a line's end.
+            ValueError: another name; a number that is not finite; a word that is no text; or, but for ".kv", one that
+                is empty or holds a space, a line's end or a NUL.
         """
         save(self, os.fspath(path))
 
@@ -214,9 +258,17 @@ class Vectors:
         return dict(zip(self.words, range(len(self.words)), strict=True))
 
     def _block(self, start: int) -> Tensor:
-        return torch.from_numpy(np.array(self.matrix[start : start + BLOCK], np.float32))
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(np.array(self.matrix[start : start + BLOCK], np.float32))
 
     @cached_property
     def _lengths(self) -> Tensor:
-        blocks = [self._block(start).norm(dim=1) for start in range(0, len(self), BLOCK)]
-        return torch.cat(blocks) if blocks else torch.empty(0, device="cpu")
+        blocks = [
+            torch.linalg.vector_norm(self._block(start), dim=1, dtype=torch.float64)
+            for start in range(0, len(self) or 1, BLOCK)
+        ]
+        lengths = torch.cat(blocks)
+        if not lengths.isfinite().all():
+            word = self.words[int(lengths.isfinite().int().argmin())]
+            raise ValueError(f"the vector of {word!r} has a number that is not finite in fp32")
+        return lengths.clamp(min=TINY)
