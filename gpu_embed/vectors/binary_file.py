@@ -46,7 +46,7 @@ def read_binary(file: BinaryIO, count: int, found: GrowingVectors) -> None:
                 b"".join([buffer[start : start + size] for start in starts]), "<f4"
             )
             rows = rows.reshape(-1, found.dim)
-            _check(words, rows, starts, buffer)
+            _check(words, rows, starts, buffer, found.settings.encoding)
             found.add(words, rows)
         wanted -= len(words)
         rest = buffer[at:]
@@ -54,20 +54,29 @@ def read_binary(file: BinaryIO, count: int, found: GrowingVectors) -> None:
         _fail(f"goes on behind the {count} words that its first line counts")
 
 
-def _check(words: list[bytes], rows: np.ndarray, starts: list[int], buffer: bytes) -> None:
-    """Raise ValueError where a word ends later than at its first space, or holds what none can."""
+def _check(
+    words: list[bytes], rows: np.ndarray, starts: list[int], buffer: bytes, encoding: str
+) -> None:
+    """Raise ValueError where a word ends later than at its first space, or holds what none can.
+
+    Its numbers then begin with the rest of it, and are of other sizes than those that begin behind it.
+    """
     for word in words:
         if not word or b"\n" in word or b"\0" in word:
             _fail(f"has the word {word[:60]!r}")
     for place in np.flatnonzero(_unusual(rows)):
         start = end = starts[place]
         row = rows[place]
-        while (end := buffer.find(b" ", end, start + LONGEST_WORD) + 1) and _is_text(
-            buffer[start : end - 1]
-        ):
+        while end := buffer.find(b" ", end, start + LONGEST_WORD) + 1:
+            try:
+                rest = buffer[start : end - 1].decode(encoding)
+            except UnicodeDecodeError:
+                continue
+            if any(character < " " for character in rest):
+                break
             behind = np.frombuffer(buffer[end : end + row.nbytes].ljust(row.nbytes, b"~"), "<f4")
             if _unusual(behind[None]) < _unusual(row[None]):
-                _fail(f"has numbers behind {words[place]!r} that look like the rest of a word")
+                _fail(f"has the word {words[place][:60]!r}, whose numbers begin with {rest!r}")
 
 
 def _unusual(rows: np.ndarray) -> np.ndarray:
@@ -75,11 +84,6 @@ def _unusual(rows: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         sizes = np.abs(rows)
         return ((sizes != 0) & ~((sizes > USUAL[0]) & (sizes < USUAL[1]))).sum(axis=1)
-
-
-def _is_text(some: bytes) -> bool:
-    """Whether no control character is among them; any encoding's other characters may be."""
-    return all(byte >= 32 for byte in some)
 
 
 def _fail(what: str) -> None:

@@ -14,9 +14,11 @@ from numpy.typing import DTypeLike
 
 from . import matrix_files
 from .binary_file import read_binary
-from .gensim_files import FASTTEXT, read_fasttext, read_keyed_vectors
+from .fasttext_file import MAGIC as FASTTEXT
+from .fasttext_file import read_fasttext
 from .growing import GrowingVectors, Settings, warn_of_repeated
-from .text_file import BOM, dim_of_text, has_numbers, read_text
+from .keyed_vectors_file import read_keyed_vectors
+from .text_file import BOM, dim_of_text, fields_of, has_numbers, read_text
 from .vectors import DTYPES, Vectors
 
 # What is looked at to tell formats apart.
@@ -44,8 +46,8 @@ def load(
 
     * GloVe: text, a word and its numbers a line.
     * word2vec and fastText `.vec`: the same below a line with both counts; and word2vec's binary file.
-    * fastText `.bin`, by gensim: a word's vector is the mean of its own row and its n-grams', as in fastText.
-    * gensim `.kv`, by gensim; its matrix is memory-mapped where it is a file of its own.
+    * fastText `.bin`: a word's vector is the mean of its own row and its n-grams', as in fastText.
+    * gensim `.kv`: its matrix is memory-mapped where it is a file of its own.
     * `.npy` and safetensors: a matrix, memory-mapped, whose rows `words` names.
 
     Text and word2vec's binary file may be packed by gzip, or lie in a zip archive: "glove.6B.zip/glove.6B.100d.txt" is
@@ -92,13 +94,14 @@ def load(
                 raise ValueError("tensor= is for a safetensors file")
             if is_packed and (is_matrix or head.startswith((FASTTEXT, PICKLE))):
                 raise ValueError("only text and word2vec's binary file are read packed: unpack it")
-            if head.startswith(FASTTEXT):
-                return read_fasttext(name, settings)
-            if head.startswith(PICKLE):
-                return read_keyed_vectors(name, settings)
+            # First, as a safetensors file begins with its header's length, which may be any byte.
             if is_matrix:
                 return matrix_files.read_matrix(name, words, tensor, settings)
-            return _read(file, head, size, settings)
+            if head.startswith(FASTTEXT):
+                return _made(read_fasttext(name, settings))
+            if head.startswith(PICKLE):
+                return read_keyed_vectors(name, settings)
+            return _made(_read(file, head, size, settings))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
@@ -107,7 +110,7 @@ def load(
         ) from error
 
 
-def _read(file: BinaryIO, head: bytes, size: int, settings: Settings) -> Vectors:
+def _read(file: BinaryIO, head: bytes, size: int, settings: Settings) -> GrowingVectors:
     """Text, or word2vec's binary file, of about `size` bytes, which begins with `head`."""
     if head.startswith(BOM):
         head = head[len(BOM) :]
@@ -115,7 +118,7 @@ def _read(file: BinaryIO, head: bytes, size: int, settings: Settings) -> Vectors
     if not head.strip():
         raise ValueError("the file is empty")
     first_line, _, body = head.partition(b"\n")
-    counts = first_line.split()
+    counts = fields_of(first_line)
     if len(counts) == 2 and counts[0].isdigit() and counts[1].isdigit():
         found = _read_counted(file, int(counts[0]), int(counts[1]), body, size, settings)
     else:
@@ -131,6 +134,10 @@ def _read(file: BinaryIO, head: bytes, size: int, settings: Settings) -> Vectors
             raise ValueError("not a file of vectors: its first lines have no word and numbers")
         found = GrowingVectors(dim, settings, size * len(lines) // sum(map(len, lines)) + 1)
         read_text(file, 1, found)
+    return found
+
+
+def _made(found: GrowingVectors) -> Vectors:
     if found.repeated:
         warn_of_repeated(found.repeated)
     return Vectors(list(found.words), found.finish())
@@ -171,14 +178,14 @@ def _opened(name: str, progress: bool | None) -> Iterator[tuple[Any, int, bool]]
     """A file to read and to seek back in, about how many bytes it has, and whether it is packed."""
     archive, member = _split(name)
     with open(archive, "rb") as raw, _progress_bar(archive, progress) as watched:
-        start = raw.read(4)
+        start = raw.read(16)
         raw.seek(0)
         size = os.path.getsize(archive)
-        if start == ZIP:
+        if start.startswith(ZIP):
             with zipfile.ZipFile(raw) as files, files.open(_member(files, member)) as packed:
                 size = files.getinfo(packed.name).file_size
                 yield watched(packed, size), size, True
-        elif start.startswith(GZIP):
+        elif start.startswith(GZIP) and not matrix_files.is_safetensors(start, size):
             with gzip.open(watched(raw, size)) as unpacked:
                 yield unpacked, size * GZIP_RATIO, True
         else:

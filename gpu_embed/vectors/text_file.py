@@ -35,18 +35,23 @@ def read_text(file: BinaryIO, first_line: int, found: GrowingVectors) -> None:
             return
 
 
+def fields_of(line: bytes) -> list[bytes]:
+    """What spaces and tabs part in a line."""
+    return FIELD.findall(line.removesuffix(b"\r"))
+
+
 def dim_of_text(lines: list[bytes]) -> int:
     """How many numbers a line has, by most of some lines, as a word may hold spaces; 0: none.
 
     Of equally many the fewest, as of a file of two lines.
     """
-    counts = sorted(len(line.split()) - 1 for line in lines if line.strip())
+    counts = sorted(len(fields_of(line)) - 1 for line in lines if line.strip())
     return max(counts, key=counts.count, default=0)
 
 
 def has_numbers(line: bytes, dim: int) -> bool:
     """Whether a line ends in so many numbers."""
-    return dim > 0 and all(map(NUMBER.fullmatch, line.split()[-dim:]))
+    return dim > 0 and all(map(NUMBER.fullmatch, fields_of(line)[-dim:]))
 
 
 def _chunks(file: BinaryIO) -> Iterator[bytes]:

@@ -1,15 +1,12 @@
-"""What gensim reads: its own `.kv`, and fastText's `.bin`."""
+"""gensim's `.kv`, a pickle."""
 
 import pickle
 import re
 from typing import Any
 
-from .growing import Settings, check_finite
+from .growing import Settings
 from .vectors import Vectors
 
-FASTTEXT = (793_712_314).to_bytes(4, "little")
-# fastText gives the end of a sentence no n-grams, and gensim does.
-END_OF_SENTENCE = "</s>"
 # A pickle can run what it names, and these only make arrays and objects.
 NAMES = re.compile(
     r"gensim\.models\.(keyedvectors|fasttext)\.\w*(KeyedVectors|Vocab)"
@@ -56,30 +53,3 @@ class _Checked(pickle.Unpickler):
         if not NAMES.fullmatch(f"{module}.{name}"):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
-
-
-def read_fasttext(path: str, settings: Settings) -> Vectors:
-    """The words' vectors of a fastText model, each the mean of its own row and those of its n-grams."""
-    from gensim.models.fasttext import load_facebook_vectors
-
-    try:
-        found = load_facebook_vectors(path, settings.encoding)
-    except MemoryError:
-        raise
-    # Of a file that is cut, quantized or of a classifier: each its own.
-    except Exception as error:
-        raise ValueError(
-            f"gensim cannot read this model of fastText: {error or type(error).__name__}"
-        ) from error
-    words = found.index_to_key[: settings.limit]
-    for word in words:
-        if re.search(r"\\x[0-9a-f]{2}", word) and settings.errors != "backslashreplace":
-            raise ValueError(
-                f"the word {word!r} is not in {settings.encoding}: give encoding=, or errors='backslashreplace'"
-            )
-    matrix = found.vectors[: settings.limit]
-    if END_OF_SENTENCE in words:
-        place = words.index(END_OF_SENTENCE)
-        matrix[place] = found.vectors_vocab[place]
-    check_finite(matrix, matrix, words)
-    return Vectors(words, matrix).converted(settings.dtype)
