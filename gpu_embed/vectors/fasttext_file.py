@@ -34,7 +34,8 @@ def read_fasttext(path: str, settings: Settings) -> GrowingVectors:
                 raise ValueError(
                     "a model of fastText with labels or fewer n-grams is not read here"
                 )
-            words, at = [], 92
+            words: list[bytes] = []
+            at = 92
             for _ in range(count):
                 end = data.find(b"\0", at)
                 if end < 0:

@@ -18,7 +18,7 @@ from .fasttext_file import MAGIC as FASTTEXT
 from .fasttext_file import read_fasttext
 from .growing import GrowingVectors, Settings, warn_of_repeated
 from .keyed_vectors_file import read_keyed_vectors
-from .text_file import BOM, dim_of_text, fields_of, has_numbers, read_text
+from .text_file import BOM, dim_of_text, fields_of, has_a_number, has_numbers, read_text
 from .vectors import DTYPES, Vectors
 
 # What is looked at to tell formats apart.
@@ -149,7 +149,9 @@ def _read_counted(
     """A file whose first line has both counts, and below it begins with `body`."""
     file.readline()
     first_line, newline, _ = body.partition(b"\n")
-    is_text = not _is_binary(body) or has_numbers(first_line, dim)
+    is_text = has_numbers(first_line, dim) or (
+        not _is_binary(body) and has_a_number(body.split(b"\n")[:FIRST_LINES])
+    )
     # A header may say anything: room is made for no more than the file can hold.
     smallest = 2 * dim + 2 if is_text else 4 * dim + 2
     # A line's end is behind the head where the line is long.

@@ -180,7 +180,9 @@ def rows_of(layer: Any, table: str | None) -> Tensor:
             )
         return layer[table]
     if table is not None:
-        raise ValueError(f"table= is for batched tables, and this is a {type(layer).__name__}")
+        raise ValueError(
+            f"table= is for batched tables, and this is a layer of one: {type(layer).__name__}"
+        )
     weight = getattr(layer, "weight", None)
     if isinstance(layer, torch.nn.Module) and isinstance(weight, Tensor):
         return weight

@@ -54,6 +54,11 @@ def has_numbers(line: bytes, dim: int) -> bool:
     return dim > 0 and all(map(NUMBER.fullmatch, fields_of(line)[-dim:]))
 
 
+def has_a_number(lines: list[bytes]) -> bool:
+    """Whether any of some lines has a number behind its first field."""
+    return any(NUMBER.fullmatch(field) for line in lines for field in fields_of(line)[1:])
+
+
 def _chunks(file: BinaryIO) -> Iterator[bytes]:
     """The file in pieces of whole lines."""
     rest = b""

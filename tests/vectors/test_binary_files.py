@@ -53,9 +53,7 @@ def test_a_header_of_another_width(file):
 def test_a_file_that_was_cut(file, end: bytes):
     content = binary(WORDS, ROWS, end)
     for length in range(len(content) - len(end) - 1, 4, -11):
-        with pytest.raises(
-            ValueError, match=r"it was cut|the first line counts|line 2 has 1 fields"
-        ):
+        with pytest.raises(ValueError, match=r"it was cut|the first line counts"):
             load(file(content[:length]))
 
 
