@@ -59,7 +59,7 @@ def weight_gradient(layer, indices, parameter="weight"):
 
 
 def test_only_forward_is_overridden():
-    """Drop-in: subclass, override forward, a sharded padding row's zeros and arrays for tables; a new torch brings the rest."""
+    """Drop-in: subclass, override forward, a padding row's zeros, from_pretrained; a new torch brings the rest."""
     generated = {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"}
     assert set(vars(gpu_embed.Embedding)) - generated == {
         "forward",
