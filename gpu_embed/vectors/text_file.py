@@ -50,8 +50,9 @@ def dim_of_text(lines: list[bytes]) -> int:
 
 
 def has_numbers(line: bytes, dim: int) -> bool:
-    """Whether a line ends in so many numbers."""
-    return dim > 0 and all(map(NUMBER.fullmatch, fields_of(line)[-dim:]))
+    """Whether a line is a word and so many numbers."""
+    fields = fields_of(line)
+    return 0 < dim < len(fields) and all(map(NUMBER.fullmatch, fields[-dim:]))
 
 
 def has_a_number(lines: list[bytes]) -> bool:

@@ -26,6 +26,15 @@ def test_words_and_numbers(file, end: bytes, chunk: int, monkeypatch):
     assert np.array_equal(found.matrix, ROWS)
 
 
+def test_a_line_that_ends_before_the_first_word(file):
+    """And bytes of numbers that might be text."""
+    rows = np.frombuffer(b"abcdefgh", "<f4").reshape(1, 2) * np.ones((3, 1), np.float32)
+    content = binary(["x", "y", "z"], rows)
+    for between in (b"", b"\n", b"\r\n"):
+        found = load(file(content.replace(b"3 2\n", b"3 2\n" + between)))
+        assert (found.words, found.matrix.tolist()) == (["x", "y", "z"], rows.tolist())
+
+
 @pytest.mark.parametrize("limit", [0, 2, 5, 9])
 def test_limit(file, limit: int):
     found = load(file(binary(WORDS, ROWS)), limit=limit)
