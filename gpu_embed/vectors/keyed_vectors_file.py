@@ -40,10 +40,15 @@ def read_keyed_vectors(path: str, settings: Settings) -> Vectors:
     compress, subname = KeyedVectors._adapt_by_suffix(path)
     # An array that is packed cannot be mapped.
     found._load_specials(path, None if compress else "r", compress, subname)
-    words, matrix = found.index_to_key[: settings.limit], found.vectors[: settings.limit]
-    if not all(isinstance(word, str) for word in words):
+    words, matrix = found.key_to_index, found.vectors
+    others = set(map(type, words)) - {str, type(None)}
+    if others:
+        raise ValueError(f"its keys are no words, but of the type {others.pop().__name__}")
+    if settings.limit is not None or len(words) < len(matrix) or None in words:
+        words, matrix = found.index_to_key[: settings.limit], matrix[: settings.limit]
+    if None in words:
         # Of a word that came twice, gensim leaves a row of zeros with the key None.
-        kept = [number for number, word in enumerate(words) if isinstance(word, str)]
+        kept = [number for number, word in enumerate(words) if word is not None]
         words, matrix = [words[number] for number in kept], matrix[kept]
     return Vectors(words, matrix).converted(settings.dtype)
 

@@ -140,7 +140,7 @@ def _read(file: BinaryIO, head: bytes, size: int, settings: Settings) -> Growing
 def _made(found: GrowingVectors) -> Vectors:
     if found.repeated:
         warn_of_repeated(found.repeated)
-    return Vectors(list(found.words), found.finish())
+    return Vectors(found.words, found.finish())
 
 
 def _read_counted(

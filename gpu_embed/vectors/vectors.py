@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Vectors:
     """Words, each with a vector.
 
     Args:
-        words: all different.
+        words: all different; or a dict of words to their rows.
         matrix: `[words, dim]`, of NumPy or torch, of floats; its memory is shared where that can be.
 
     Attributes:
@@ -48,7 +49,9 @@ class Vectors:
         table, report = vectors.embedding(tokenizer, padding="[PAD]")
     """
 
-    def __init__(self, words: Sequence[str], matrix: NDArray[Any] | Tensor) -> None:
+    def __init__(
+        self, words: Sequence[str] | dict[str, int], matrix: NDArray[Any] | Tensor
+    ) -> None:
         if isinstance(matrix, Tensor):
             matrix = matrix.detach().cpu()
             # NumPy has no bfloat16.
@@ -58,10 +61,14 @@ class Vectors:
                 f"Vectors: expected a matrix [{len(words)}, dim] of {', '.join(DTYPES)} for {len(words)} words, got "
                 f"{list(matrix.shape)} of {matrix.dtype}"
             )
+        if isinstance(words, dict):
+            words = _by_row(words)
         if not matrix.dtype.isnative:
             matrix = matrix.astype(matrix.dtype.newbyteorder("="))
         self.words, self.matrix = list(words), matrix
-        if len(self._places) < len(self.words):
+        if isinstance(words, dict):
+            self._places = words
+        elif len(self._places) < len(self.words):
             twice = next(
                 word for place, word in enumerate(self.words) if self._places[word] != place
             )
@@ -272,3 +279,13 @@ class Vectors:
             word = self.words[int(lengths.isfinite().int().argmin())]
             raise ValueError(f"the vector of {word!r} has a number that is not finite in fp32")
         return lengths.clamp(min=TINY)
+
+
+def _by_row(places: dict[str, int]) -> dict[str, int]:
+    """The words in the order of their rows. Raises ValueError where these are not 0, 1, ..."""
+    rows = np.fromiter(places.values(), np.int64, len(places))
+    if np.array_equal(rows, np.arange(len(rows))):
+        return places
+    if not np.array_equal(np.sort(rows), np.arange(len(rows))):
+        raise ValueError("Vectors: the words' rows must be 0, 1, ..., each once")
+    return dict(sorted(places.items(), key=itemgetter(1)))

@@ -52,6 +52,23 @@ def test_a_word_that_came_twice_when_gensim_read_them(file, tmp_path: Path):
     found = load(tmp_path / "twice.kv")
     assert found.words == ["a", "b", "c"]
     assert found.matrix.tolist() == [[1, 2], [3, 4], [7, 8]]
+    assert load(tmp_path / "twice.kv", limit=2).words == ["a", "b"]
+
+
+def test_keys_that_are_not_in_the_order_of_their_rows(tmp_path: Path):
+    """As in files of older gensim."""
+    made = keyed_vectors(["a", "b", "c"], np.array([[1], [2], [3]], np.float32))
+    made.key_to_index = {"c": 2, "a": 0, "b": 1}
+    made.save(str(tmp_path / "words.kv"))
+    found = load(tmp_path / "words.kv")
+    assert found.words == ["a", "b", "c"]
+    assert [found[word].item() for word in "abc"] == [1, 2, 3]
+
+
+def test_keys_that_are_no_words(tmp_path: Path):
+    keyed_vectors([7, 8], np.ones((2, 2), np.float32)).save(str(tmp_path / "words.kv"))
+    with pytest.raises(ValueError, match="its keys are no words, but of the type int"):
+        load(tmp_path / "words.kv")
 
 
 def test_vectors_of_a_model_of_fasttext(tmp_path: Path):

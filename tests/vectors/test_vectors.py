@@ -24,6 +24,15 @@ def test_words_and_rows():
         found["pear"]
 
 
+def test_words_to_rows():
+    found = Vectors({"b": 1, "a": 0, "c": 2}, ROWS[:3])
+    assert found.words == ["a", "b", "c"]
+    assert found["b"].tolist() == ROWS[1].tolist()
+    for wrong in ({"a": 0, "b": 2}, {"a": 1, "b": 1}, {"a": 0, "b": -1}):
+        with pytest.raises(ValueError, match=r"rows must be 0, 1, \.\.\., each once"):
+            Vectors(wrong, ROWS[:2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.bfloat16])
 def test_rows_of_torch(dtype: torch.dtype):
     rows = torch.nn.Parameter(torch.from_numpy(ROWS).to(dtype))
