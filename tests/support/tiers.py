@@ -46,6 +46,7 @@ FULL_FILES = frozenset(
         "torchrec/test_errors",
         "torchrec/test_training",
         "torchrec/test_types",
+        "vectors/test_bench",
         "vectors/test_binary_files",
         "vectors/test_gensim_files",
         "vectors/test_loading",
