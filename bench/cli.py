@@ -11,10 +11,12 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -209,6 +211,11 @@ DISTRIBUTED: Options = (
     ("--ids", "of each rank (default: %(default)s)", {"default": "4096"}),
     ("--rounds", "steps of each layer that are timed (default: %(default)s)", {"default": "9"}),
     ("--out", "write the figures as CSV", FILE),
+)
+WORD_VECTORS: Options = (
+    ("--words", "in the files (default: %(default)s)", {"default": "400_000"}),
+    ("--dim", "numbers a word (default: %(default)s)", {"default": "100"}),
+    ("--rounds", "readings of each that are timed (default: %(default)s)", {"default": "3"}),
 )
 DIRECTORY: Options = (("directory", None, {"type": Path, "metavar": "DIR"}),)
 
@@ -746,6 +753,48 @@ def cold_start(args: argparse.Namespace) -> int:
     return 0
 
 
+def word_vectors(args: argparse.Namespace) -> int:
+    """Read files of word vectors in processes of their own, and print what each took."""
+    if importlib.util.find_spec("gensim") is None:
+        raise CannotRunError(
+            'this needs gensim: install the extra "vectors" (from a clone: pip install ".[vectors]")'
+        )
+    from . import word_vectors as files
+
+    words, dim, rounds = (
+        whole_number(f"--{name}", getattr(args, name)) for name in ("words", "dim", "rounds")
+    )
+    columns = (">s: ours", ">gensim", ">speedup", ">MiB: ours", ">gensim")
+    table = make_table(
+        f"Files of {words:,} x {dim} vectors, median of {rounds} readings", "file", *columns
+    )
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress_bar(make_console(stderr=True)) as progress,
+    ):
+        files.write_files(Path(folder), words, dim)
+        starts = sum(map(len, files.ways(Path(folder)).values())) * (rounds + 1)
+        task = progress.add_task("readings", total=starts)
+        try:
+            for one in files.measure_readings(
+                Path(folder), rounds, partial(progress.advance, task)
+            ):
+                speedup = "-"
+                if one.ratios:
+                    low, high = min(one.ratios), max(one.ratios)
+                    speedup = f"{median(one.ratios):.2f} ({low:.2f} to {high:.2f})"
+                shown = [
+                    f"{values[reader]:{form}}" if reader in values else "-"
+                    for values, form in ((one.seconds, ".2f"), (one.mebibytes, ".0f"))
+                    for reader in (files.OURS, files.GENSIM)
+                ]
+                table.add_row(one.name, *shown[:2], speedup, *shown[2:])
+        except files.ReadError as problem:
+            raise CannotRunError(str(problem)) from None
+    print_table(make_console(), table)
+    return 0
+
+
 def distributed(args: argparse.Namespace) -> int:
     """Run a table's steps on ranks of their own, and print what they take, send and hold."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
@@ -875,6 +924,7 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         COLD_START,
         cold_start,
     ),
+    "word-vectors": ("read files of word vectors, beside gensim", WORD_VECTORS, word_vectors),
     "distributed": (
         "tables whose rows are spread over processes on gloo, ours beside torch's and TorchRec's",
         DISTRIBUTED,

@@ -14,8 +14,10 @@ documentation says.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +28,14 @@ from .hashing import hash_ids
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["check_table_size", "encode", "hash_ids", "table_size", "vocabulary"]
+__all__ = [
+    "check_table_size",
+    "encode",
+    "hash_ids",
+    "table_size",
+    "vocabulary",
+    "words_by_id",
+]
 
 ORDERS = ("appearance", "frequency")
 
@@ -145,8 +154,63 @@ def encode(
 
 
 def table_size(tokenizer: Tokenizer) -> int:
-    """Rows that a table needs for every id of the tokenizer: the largest id and one more."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    """Rows that a table needs for every id of the tokenizer: the largest id and one more.
+
+    Warns if two words have one id, and so one row: tokens that were added to a vocabulary whose ids have gaps.
+    """
+    ids = tokenizer.get_vocab(with_added_tokens=True)
+    try:
+        _by_id(ids)
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)
+    return max(ids.values(), default=-1) + 1
+
+
+def words_by_id(tokenizer: Any) -> dict[int, str]:
+    """The words of a vocabulary by their ids.
+
+    Args:
+        tokenizer: of `tokenizers` or transformers; Keras's Tokenizer, StringLookup or TextVectorization; a mapping of
+            words to ids; or a list of words, whose ids are counted from 0.
+
+    Raises:
+        ValueError: a word is listed twice, an id is negative, or two words have one id, and so one row: tokens that
+            were added to a vocabulary whose ids have gaps.
+        TypeError: none of these, or an id is no integer.
+    """
+    if isinstance(tokenizer, Mapping):
+        return _by_id(tokenizer)
+    if hasattr(tokenizer, "get_vocab"):
+        return _by_id(tokenizer.get_vocab())
+    if hasattr(tokenizer, "word_index"):
+        return _by_id(tokenizer.word_index)
+    words = tokenizer.get_vocabulary() if hasattr(tokenizer, "get_vocabulary") else tokenizer
+    if not isinstance(words, Sequence) or isinstance(words, str):
+        raise TypeError(
+            f"words_by_id: expected a tokenizer, words to ids, or a list of words, got {type(tokenizer).__name__}"
+        )
+    seen: set[str] = set()
+    for word in words:
+        if word in seen:
+            raise ValueError(f"words_by_id: the word {word!r} is listed twice")
+        seen.add(word)
+    return dict(enumerate(words))
+
+
+def _by_id(ids: Mapping[str, int]) -> dict[int, str]:
+    words: dict[int, str] = {}
+    for word, number in ids.items():
+        other = words.setdefault(index(number), word)
+        if number < 0:
+            raise ValueError(
+                f"the word {word!r} has the id {number}, and a table's rows are counted from 0"
+            )
+        if other != word:
+            raise ValueError(
+                f"the words {other!r} and {word!r} have one id, {number}, and so one row of a table: tokens were "
+                "added to a vocabulary whose ids have gaps; number its words without gaps, from 0"
+            )
+    return words
 
 
 def check_table_size(ids: Any, num_embeddings: int) -> None:

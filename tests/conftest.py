@@ -14,7 +14,13 @@ from targets import CUDA, REQUIRE_GPU, Target
 import gpu_embed
 from gpu_embed import backends
 
-TORCHREC = any(metadata.distributions(name="torchrec"))
+# Folders whose tests need a package that others do without, and how it is installed.
+NEEDS = {"torchrec": ("torchrec", "make torchrec"), "vectors": ("gensim", "make test-all")}
+LACKING = {
+    folder
+    for folder, (package, _) in NEEDS.items()
+    if not any(metadata.distributions(name=package))
+}
 
 
 @pytest.fixture(params=targets.params(*targets.COLLECTED, *targets.PTX))
@@ -52,8 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     full = tiers.is_full(collection_path, config.rootpath)
-    lacks_torchrec = collection_path == config.rootpath / "tests/torchrec" and not TORCHREC
-    return True if (full and not config.option.full) or lacks_torchrec else None
+    is_lacking = any(collection_path == config.rootpath / "tests" / name for name in LACKING)
+    return True if (full and not config.option.full) or is_lacking else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,7 +99,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         reason = targets.unusable_reason(one)
         how = " (compiled)" if one.ptx else ways.get(str(one), "")
         lines.append(f"{one}: {reason or 'runs' + how}")
-    lines.append(f"torchrec: {'runs' if TORCHREC else 'not installed (make torchrec)'}")
+    for folder, (_, command) in NEEDS.items():
+        lines.append(
+            f"{folder}: " + (f"not installed ({command})" if folder in LACKING else "runs")
+        )
     return lines
 
 

@@ -59,6 +59,7 @@ def test_only_forward_is_overridden():
     generated = {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"}
     assert set(vars(gpu_embed.EmbeddingBag)) - generated == {
         "forward",
+        "from_pretrained",
         "_fill_padding_idx_with_zero",
     }
     assert gpu_embed.EmbeddingBag.__mro__[1] is nn.EmbeddingBag

@@ -59,9 +59,13 @@ def weight_gradient(layer, indices, parameter="weight"):
 
 
 def test_only_forward_is_overridden():
-    """Drop-in: subclass, override forward and a sharded padding row's zeros; a new torch brings the rest."""
+    """Drop-in: subclass, override forward, a padding row's zeros, from_pretrained; a new torch brings the rest."""
     generated = {"__module__", "__doc__", "__firstlineno__", "__static_attributes__"}
-    assert set(vars(gpu_embed.Embedding)) - generated == {"forward", "_fill_padding_idx_with_zero"}
+    assert set(vars(gpu_embed.Embedding)) - generated == {
+        "forward",
+        "from_pretrained",
+        "_fill_padding_idx_with_zero",
+    }
     assert gpu_embed.Embedding.__mro__[1] is nn.Embedding
 
 

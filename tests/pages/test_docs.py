@@ -63,8 +63,10 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize(
     "page",
     [
-        # DTensor and FSDP take long to import.
-        pytest.param(page, marks=pytest.mark.full if page.stem == "distributed" else ())
+        # DTensor and FSDP take long to import, and the default tier does without gensim.
+        pytest.param(
+            page, marks=pytest.mark.full if page.stem in ("distributed", "vectors") else ()
+        )
         for page in PAGES
         # tests/torchrec runs its own.
         if python_blocks(page.read_text()) and page.stem != "torchrec"
@@ -72,7 +74,7 @@ def name_of(page: Path) -> str:
     ids=name_of,
 )
 def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch, capsys):
-    for extra in ("tokenizers", "matplotlib"):
+    for extra in ("tokenizers", "matplotlib", "gensim"):
         if extra in page.read_text():
             pytest.importorskip(extra)
     if page.stem == "distributed" and not torch.distributed.is_available():

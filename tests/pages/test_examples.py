@@ -205,6 +205,25 @@ def test_phrases(tmp_path):
     assert image.imread(tmp_path / "phrases.png").shape[:2] == (840, 960)
 
 
+def test_word_vectors(tmp_path):
+    for package in ("gensim", "tokenizers"):
+        pytest.importorskip(package, reason="the extras text and vectors are not installed")
+    options = ["--quick", "--device", "cpu", "--save", "trained.vec", "--nearest", "two"]
+    output = run_example(tmp_path, "word_vectors.py", *options)
+    assert "Vectors(20 words, 300 numbers each, float32)" in output
+    assert "nearest to two: three 0.90, four 0.87, five 0.78, six 0.76" in output
+    assert "20 of 20 words found (100.0 %; 100.0 % of the text)" in output
+    right = {
+        name: int(number)
+        for name, number in re.findall(r"^(\w+) +loss .*, (\d+) of 10 words right", output, re.M)
+    }
+    assert right["pretrained"] == 10
+    assert right["random"] < 7
+    assert image.imread(tmp_path / "word_vectors.png").shape[:2] == (840, 960)
+    output = run_example(tmp_path, "word_vectors.py", *options, "--vectors", "trained.vec")
+    assert "Vectors(22 words, 300 numbers each, float32)" in output
+
+
 def run_sharded(folder: Path, processes: int, example: str, *options: str) -> str:
     """An example under torchrun; one process is this one's child, without it."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -388,6 +407,7 @@ PROGRAMS = {
     "sharded.py": ((), "nothing was written"),
     "recommender.py": ((), "no picture was written"),
     "swap_transformers.py": (("transformers",), "nothing was written"),
+    "word_vectors.py": (("gensim", "tokenizers"), "no picture was written"),
 }
 
 

@@ -25,6 +25,7 @@ LAYERS = {
         {"accumulate", "distributed", "optim", "swap", "keras"},
         {"torchrec"},
         {"text", "plot", "_self_check"},
+        {"vectors"},
         {""},
         {"demo", "env_report", "tune"},
     ),

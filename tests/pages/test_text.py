@@ -53,6 +53,39 @@ def test_a_word_that_was_added_needs_a_row() -> None:
     assert text.encode(tokenizer, ["never see"]).tolist() == [[7, 2]]
 
 
+def test_two_words_of_one_id() -> None:
+    """Tokens that are added to a vocabulary with gaps are numbered from its size on."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 2}))
+    assert text.table_size(tokenizer) == 3
+    tokenizer.add_tokens(["new"])
+    assert tokenizer.token_to_id("new") == tokenizer.token_to_id("b") == 2
+    said = "the words '(b|new)' and '(b|new)' have one id, 2, and so one row of a table: tokens were added"
+    with pytest.warns(UserWarning, match=said) as warned:
+        assert text.table_size(tokenizer) == 3
+    assert warned[0].filename == __file__
+    with pytest.raises(ValueError, match=said):
+        text.words_by_id(tokenizer)
+
+
+def test_words_by_id() -> None:
+    assert text.words_by_id(text.vocabulary(["a b"], padding="[PAD]")) == {
+        0: "[PAD]",
+        1: "a",
+        2: "b",
+    }
+    assert text.words_by_id(["a", "b"]) == text.words_by_id({"a": 0, "b": 1}) == {0: "a", 1: "b"}
+    for wrong, error, match in (
+        (["a", "b", "a"], ValueError, "the word 'a' is listed twice"),
+        ({"a": 0, "b": 0}, ValueError, "the words 'a' and 'b' have one id, 0"),
+        ({"a": -1}, ValueError, "the word 'a' has the id -1"),
+        ({"a": 0.5}, TypeError, "float"),
+        ("a b", TypeError, "or a list of words, got str"),
+        (7, TypeError, "got int"),
+    ):
+        with pytest.raises(error, match=match):
+            text.words_by_id(wrong)
+
+
 def test_ids_lie_on_the_device() -> None:
     assert text.encode(text.vocabulary(PHRASES), PHRASES, "meta").device.type == "meta"
 

@@ -46,6 +46,16 @@ FULL_FILES = frozenset(
         "torchrec/test_errors",
         "torchrec/test_training",
         "torchrec/test_types",
+        "vectors/test_bench",
+        "vectors/test_binary_files",
+        "vectors/test_gensim_files",
+        "vectors/test_loading",
+        "vectors/test_matrix_files",
+        "vectors/test_properties",
+        "vectors/test_saving",
+        "vectors/test_table_rows",
+        "vectors/test_text_files",
+        "vectors/test_vectors",
     )
 )
 

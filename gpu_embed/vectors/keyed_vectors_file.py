@@ -1,0 +1,60 @@
+"""gensim's `.kv`, a pickle."""
+
+import pickle
+import re
+from typing import Any
+
+from .growing import Settings
+from .vectors import Vectors
+
+# A pickle can run what it names, and these only make arrays and objects.
+NAMES = re.compile(
+    r"gensim\.models\.(keyedvectors|fasttext)\.\w*(KeyedVectors|Vocab)"
+    r"|numpy(\._?core)?(\.multiarray|\.numeric)?\.(_reconstruct|scalar|_frombuffer|ndarray|dtype)|numpy\.dtypes\.\w+"
+    r"|(builtins|__builtin__)\.(object|list|dict|set|tuple|int|str|bytes)"
+    r"|collections\.(OrderedDict|defaultdict)|copy_?reg\._reconstructor|_codecs\.encode"
+)
+
+
+def read_keyed_vectors(path: str, settings: Settings) -> Vectors:
+    """The words and vectors of a `KeyedVectors`, memory-mapped where they are a file of their own.
+
+    Raises ValueError for another pickle, and before anything of one is run that names what is not of gensim or NumPy.
+    """
+    from gensim.models import KeyedVectors
+
+    with open(path, "rb") as file:
+        try:
+            found = _Checked(file, encoding="latin1").load()
+        # A pickle that was cut ends anywhere.
+        except Exception as error:
+            raise ValueError(f"not a KeyedVectors of gensim: {error}") from error
+    if not isinstance(found, KeyedVectors):
+        raise ValueError(
+            f"not a KeyedVectors of gensim, but a {type(found).__name__}: of a model, save its .wv"
+        )
+    # What `KeyedVectors.load` does with what it has unpickled, unchecked.
+    for attribute in ("__recursive_saveloads", "__scipys"):
+        if vars(found).get(attribute):
+            raise ValueError("not a KeyedVectors of gensim: it names pickles beside it")
+    compress, subname = KeyedVectors._adapt_by_suffix(path)
+    # An array that is packed cannot be mapped.
+    found._load_specials(path, None if compress else "r", compress, subname)
+    words, matrix = found.key_to_index, found.vectors
+    others = set(map(type, words)) - {str, type(None)}
+    if others:
+        raise ValueError(f"its keys are no words, but of the type {others.pop().__name__}")
+    if settings.limit is not None or len(words) < len(matrix) or None in words:
+        words, matrix = found.index_to_key[: settings.limit], matrix[: settings.limit]
+    if None in words:
+        # Of a word that came twice, gensim leaves a row of zeros with the key None.
+        kept = [number for number, word in enumerate(words) if word is not None]
+        words, matrix = [words[number] for number in kept], matrix[kept]
+    return Vectors(words, matrix).converted(settings.dtype)
+
+
+class _Checked(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if not NAMES.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)

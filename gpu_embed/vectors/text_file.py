@@ -1,0 +1,166 @@
+"""Vectors in text: a word and its numbers a line, as GloVe and, below a line with both counts, word2vec and fastText.
+
+Lines end in "\\n" or "\\r\\n". Only ASCII spaces and tabs part the fields, so a word may hold any other character; and
+as the numbers are the last fields, spaces too.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+
+from .growing import GrowingVectors
+
+CHUNK = 2**24
+# Lines that Arrow does not take are halved down to so many, which Python reads.
+FEW_LINES = 16
+BOM = b"\xef\xbb\xbf"
+FIELD = re.compile(rb"[^ \t]+")
+NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
+
+
+def read_text(file: BinaryIO, first_line: int, found: GrowingVectors) -> None:
+    """Read a word from each line of the rest of a file, the first of which is line `first_line` from 1.
+
+    Raises ValueError, with the line, for one that is no word and `found.dim` numbers.
+    """
+    line = first_line
+    for lines in _chunks(file):
+        _read(lines, line, found)
+        line += lines.count(b"\n")
+        if found.missing == 0:
+            return
+
+
+def fields_of(line: bytes) -> list[bytes]:
+    """What spaces and tabs part in a line."""
+    return FIELD.findall(line.removesuffix(b"\r"))
+
+
+def dim_of_text(lines: list[bytes]) -> int:
+    """How many numbers a line has, by most of some lines, as a word may hold spaces; 0: none.
+
+    Of equally many the fewest, as of a file of two lines.
+    """
+    counts = sorted(len(fields_of(line)) - 1 for line in lines if line.strip())
+    return max(counts, key=counts.count, default=0)
+
+
+def has_numbers(line: bytes, dim: int) -> bool:
+    """Whether a line is a word and so many numbers."""
+    fields = fields_of(line)
+    return 0 < dim < len(fields) and all(map(NUMBER.fullmatch, fields[-dim:]))
+
+
+def has_a_number(lines: list[bytes]) -> bool:
+    """Whether any of some lines has a number behind its first field."""
+    return any(NUMBER.fullmatch(field) for line in lines for field in fields_of(line)[1:])
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    """The file in pieces of whole lines."""
+    rest = b""
+    while block := file.read(CHUNK):
+        lines, newline, rest_of_block = block.rpartition(b"\n")
+        if newline:
+            yield rest + lines + newline
+            rest = b""
+        rest += rest_of_block
+        if len(rest) > 2 * CHUNK:
+            raise ValueError(f"not a file of vectors: a line is longer than {len(rest):,} bytes")
+    if rest:
+        yield rest + b"\n"
+
+
+def _read(lines: bytes, first_line: int, found: GrowingVectors) -> None:
+    """By Arrow, and what that does not take by halves, and in the end line by line."""
+    try:
+        words, rows = _by_arrow(lines, found)
+    except pa.ArrowInvalid:
+        count = lines.count(b"\n")
+        if count <= FEW_LINES:
+            words, rows = _line_by_line(lines, first_line, found)
+        else:
+            middle = lines.index(b"\n", len(lines) // 2) + 1
+            middle = middle if middle < len(lines) else lines.rindex(b"\n", 0, -1) + 1
+            _read(lines[:middle], first_line, found)
+            _read(lines[middle:], first_line + lines.count(b"\n", 0, middle), found)
+            return
+    found.add(words, rows)
+
+
+def _by_arrow(lines: bytes, found: GrowingVectors) -> tuple[list[bytes], np.ndarray]:
+    """Raises pyarrow.ArrowInvalid for lines that are not `dim` + 1 fields with one delimiter between them."""
+    # As they end under Windows; and as word2vec writes them.
+    lines = lines.replace(b"\r\n", b"\n").replace(b" \n", b"\n")
+    if b"\r" in lines or lines.startswith(BOM):
+        # To Arrow the one ends a line, and the other is no part of a word.
+        raise pa.ArrowInvalid
+    names = [str(column) for column in range(found.dim)]
+    table = csv.read_csv(
+        pa.py_buffer(lines),
+        csv.ReadOptions(column_names=["word", *names]),
+        csv.ParseOptions(
+            delimiter="\t" if b"\t" in lines[: lines.index(b"\n")] else " ",
+            quote_char=False,
+            double_quote=False,
+            ignore_empty_lines=False,
+        ),
+        csv.ConvertOptions(
+            check_utf8=False,
+            null_values=[],
+            column_types={"word": pa.binary()} | dict.fromkeys(names, _number_type(found)),
+        ),
+    )
+    words = table.column(0).to_pylist()
+    if b"" in words:
+        raise pa.ArrowInvalid
+    rows = np.empty((found.dim, len(words)), _number_type(found).to_pandas_dtype())
+    for number in range(found.dim):
+        rows[number] = table.column(1 + number).to_numpy()
+    return words, rows.T
+
+
+def _line_by_line(
+    lines: bytes, first_line: int, found: GrowingVectors
+) -> tuple[list[bytes], np.ndarray]:
+    words, numbers = [], []
+    for number, line in enumerate(lines[:-1].split(b"\n")[: found.missing], first_line):
+        line = line.removesuffix(b"\r").rstrip(b" \t")
+        if not line:
+            continue
+        fields = list(FIELD.finditer(line))
+        if len(fields) <= found.dim or line[:1] in b" \t":
+            raise ValueError(
+                f"line {number} has {len(fields)} fields, but needs a word and {found.dim} numbers: "
+                f"{line[:60].decode('utf-8', 'replace')!r}"
+            )
+        of_word, of_numbers = fields[: -found.dim], [field[0] for field in fields[-found.dim :]]
+        word = line[: of_word[-1].end()]
+        where = f"line {number}, of the word {word[:60].decode('utf-8', 'replace')!r},"
+        for field in of_numbers:
+            if not NUMBER.fullmatch(field):
+                raise ValueError(f"{where} has {field.decode('utf-8', 'replace')!r} for a number")
+        # A word may be "route 66", and then its numbers have points.
+        last = of_word[-1][0]
+        if (
+            len(of_word) > 1
+            and NUMBER.fullmatch(last)
+            and not (last.isdigit() and not any(map(bytes.isdigit, of_numbers)))
+        ):
+            raise ValueError(
+                f"{where} has more than {found.dim} numbers, or the word ends in a number"
+            )
+        words.append(word)
+        # Arrow knows no plus.
+        numbers += [field.decode().removeprefix("+") for field in of_numbers]
+    # By the same code as above: Python's numbers are rounded twice.
+    rows = pa.array(numbers, pa.string()).cast(_number_type(found)).to_numpy()
+    return words, rows.reshape(-1, found.dim)
+
+
+def _number_type(found: GrowingVectors) -> pa.DataType:
+    return pa.float64() if found.dtype == np.float64 else pa.float32()

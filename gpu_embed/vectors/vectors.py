@@ -1,0 +1,291 @@
+"""Words and their vectors: to look up, to compare, to put into a table, and to save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+from ..nn import Embedding
+from ..text import words_by_id
+from .growing import check_finite
+from .saving import save
+from .table_rows import TableReport, fill, padding_of, rows_for, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DTYPES = ("float16", "float32", "float64")
+# Rows whose similarities are taken at once.
+BLOCK = 2**16
+# The length of a row of zeros, to divide by.
+TINY = 1e-60
+
+
+class Vectors:
+    """Words, each with a vector.
+
+    Args:
+        words: all different; or a dict of words to their rows.
+        matrix: `[words, dim]`, of NumPy or torch, of floats; its memory is shared where that can be.
+
+    Attributes:
+        words: a list.
+        matrix: a NumPy array; memory-mapped if it was loaded so, and then not to be written to.
+        dim: numbers a vector.
+
+    Example::
+
+        vectors = gpu_embed.vectors.load("glove.6B.100d.txt")
+        vectors["king"]  # [100]
+        vectors.nearest("king", k=3)  # [("prince", 0.77), ...]
+        table, report = vectors.embedding(tokenizer, padding="[PAD]")
+    """
+
+    def __init__(
+        self, words: Sequence[str] | dict[str, int], matrix: NDArray[Any] | Tensor
+    ) -> None:
+        if isinstance(matrix, Tensor):
+            matrix = matrix.detach().cpu()
+            # NumPy has no bfloat16.
+            matrix = (matrix.float() if matrix.dtype == torch.bfloat16 else matrix).numpy()
+        if matrix.ndim != 2 or len(matrix) != len(words) or matrix.dtype.name not in DTYPES:
+            raise ValueError(
+                f"Vectors: expected a matrix [{len(words)}, dim] of {', '.join(DTYPES)} for {len(words)} words, got "
+                f"{list(matrix.shape)} of {matrix.dtype}"
+            )
+        if isinstance(words, dict):
+            words = _by_row(words)
+        if not matrix.dtype.isnative:
+            matrix = matrix.astype(matrix.dtype.newbyteorder("="))
+        self.words, self.matrix = list(words), matrix
+        if isinstance(words, dict):
+            self._places = words
+        elif len(self._places) < len(self.words):
+            twice = next(
+                word for place, word in enumerate(self.words) if self._places[word] != place
+            )
+            raise ValueError(f"Vectors: the word {twice!r} comes twice")
+
+    @property
+    def dim(self) -> int:
+        return int(self.matrix.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def __contains__(self, word: object) -> bool:
+        return word in self._places
+
+    def __getitem__(self, word: str) -> NDArray[Any]:
+        """The vector of a word [dim]. Raises KeyError."""
+        vector: NDArray[Any] = self.matrix[self.index(word)]
+        return vector
+
+    def __repr__(self) -> str:
+        return f"Vectors({len(self):,} words, {self.dim} numbers each, {self.matrix.dtype})"
+
+    def index(self, word: str) -> int:
+        """The row of a word. Raises KeyError."""
+        try:
+            return self._places[word]
+        except KeyError:
+            raise KeyError(f"no vector of the word {word!r}") from None
+
+    def converted(self, dtype: DTypeLike | None) -> Vectors:
+        """The same vectors in another dtype, which are a copy; None: in their own.
+
+        Raises ValueError, with the word, where a number is not finite in it.
+        """
+        if dtype is None or self.matrix.dtype == dtype:
+            return self
+        with np.errstate(over="ignore"):
+            matrix = self.matrix.astype(dtype)
+        check_finite(matrix, self.matrix, self.words)
+        return Vectors(self.words, matrix)
+
+    def nearest(
+        self, word: str | NDArray[Any] | Tensor, k: int = 10, without: Iterable[str] = ()
+    ) -> list[tuple[str, float]]:
+        """The k words of the greatest cosine to a word, which is not among them, or to a vector [dim].
+
+        Raises KeyError for a word without a vector, and ValueError for numbers that are not finite.
+        """
+        without = {*without, *((word,) if isinstance(word, str) else ())}
+        vector = self[word] if isinstance(word, str) else word
+        vector = vector.detach() if isinstance(vector, Tensor) else np.array(vector)
+        target = torch.as_tensor(vector, dtype=torch.float64, device="cpu")
+        if target.shape != (self.dim,) or not target.isfinite().all():
+            raise ValueError(
+                f"nearest: expected a vector [{self.dim}] of finite numbers, got {list(target.shape)}"
+            )
+        # Lengths are taken in fp64, where no square overflows.
+        target = (target / target.norm().clamp(min=TINY)).float()
+        cosines = (
+            torch.cat([self._block(at) @ target for at in range(0, len(self) or 1, BLOCK)])
+            / self._lengths
+        )
+        best = cosines.topk(min(k + len(without), len(self)))
+        found = [
+            (self.words[place], value)
+            for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        return [pair for pair in found if pair[0] not in without][:k]
+
+    def analogy(self, a: str, b: str, c: str, k: int = 10) -> list[tuple[str, float]]:
+        """What is to c as b is to a: `analogy("man", "king", "woman")`; the k nearest to b - a + c, of unit vectors."""
+        rows = (np.asarray(self[word], np.float64) for word in (a, b, c))
+        of_a, of_b, of_c = (row / max(float(np.linalg.norm(row)), TINY) for row in rows)
+        return self.nearest(of_b - of_a + of_c, k, without=(a, b, c))
+
+    def plot(self, words: Sequence[str], **options: Any) -> Figure:
+        """A picture of some words' vectors; options as for `gpu_embed.plot.table`."""
+        from .. import plot
+
+        rows = torch.from_numpy(np.array(self.matrix[[self.index(word) for word in words]]))
+        return plot.table(rows, labels=list(words), **options)
+
+    def embedding(
+        self,
+        tokenizer: Any,
+        *,
+        padding: str | None = None,
+        unknown: str = "mean",
+        missing: str = "normal",
+        texts: Iterable[str] | None = None,
+        seed: int = 0,
+        freeze: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> tuple[Embedding, TableReport]:
+        """A table with a row for each id of a tokenizer, and what was found.
+
+        Args:
+            tokenizer: of `tokenizers` or transformers; Keras's Tokenizer, StringLookup or TextVectorization; words to
+                ids; or a list of words. A word is looked up as it is, and then in lower case.
+            padding: the word whose row is zeros, and stays so.
+            unknown: the row of the tokenizer's token for unseen words: "mean" of the vectors, "zeros", or "normal".
+            missing: the rows of words that have no vector, likewise; "normal": drawn from the normal distribution that
+                has the mean and the deviation of each column of the first 100,000 vectors.
+            texts: for the report, in what part of a text's words there are vectors.
+            seed: of what is drawn.
+            freeze: whether the table is not trained.
+            device, dtype: of the table; fp32 by itself.
+            options: others of `gpu_embed.Embedding`, such as sparse=True.
+
+        Raises:
+            ValueError: two words have one id, `padding` is no word of the tokenizer, or an option is another word.
+            TypeError: no such tokenizer.
+        """
+        rows, padding_idx, report = rows_for(
+            self, tokenizer, padding, unknown, missing, texts, seed
+        )
+        table = Embedding(len(rows), self.dim, padding_idx, device=device, dtype=dtype, **options)
+        with torch.no_grad():
+            table.weight.copy_(rows)
+        table.weight.requires_grad_(not freeze)
+        return table, report
+
+    def fill(
+        self,
+        layer: Any,
+        tokenizer: Any,
+        *,
+        table: str | None = None,
+        padding: str | None = None,
+        unknown: str = "mean",
+        missing: str = "normal",
+        texts: Iterable[str] | None = None,
+        seed: int = 0,
+    ) -> TableReport:
+        """Write the rows that `embedding` would make into a layer; rows behind the tokenizer's ids stay as they are.
+
+        Args:
+            layer: torch's or our `Embedding` or `EmbeddingBag`, batched tables, or a Keras `Embedding` that is built.
+            table: of batched tables, which.
+            padding: None: the word of the layer's own padding row, if it has one.
+
+        Raises ValueError where the layer has too few rows, another number of columns or another padding row, or is
+        quantized; otherwise as `embedding`.
+        """
+        rows_of(layer, table)
+        own_padding = padding_of(layer, table)
+        if padding is None and own_padding is not None:
+            padding = words_by_id(tokenizer).get(own_padding)
+        rows, padding_idx, report = rows_for(
+            self, tokenizer, padding, unknown, missing, texts, seed
+        )
+        if None not in (own_padding, padding_idx) and padding_idx != own_padding:
+            raise ValueError(
+                f"the layer's padding row is {own_padding}, and {padding!r} has the id {padding_idx}"
+            )
+        fill(layer, rows, table)
+        return report
+
+    @classmethod
+    def from_module(cls, layer: Any, tokenizer: Any, *, table: str | None = None) -> Vectors:
+        """The rows of a layer, as `fill` takes them, by the tokenizer's words.
+
+        Ids without a word, or of the empty one, are left out.
+
+        Raises ValueError where two words have one id, or the layer has no row for one.
+        """
+        words = words_by_id(tokenizer)
+        rows = rows_of(layer, table)
+        if words and max(words) >= len(rows):
+            raise ValueError(
+                f"Vectors.from_module: the word {words[max(words)]!r} has the id {max(words)}, and the table "
+                f"{len(rows)} rows"
+            )
+        ids = sorted(number for number, word in words.items() if word)
+        return cls([words[number] for number in ids], rows.detach()[ids])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a file that others read too; the name's end says which.
+
+        ".txt", ".vec": word2vec's text, in as many digits as read back to the same numbers; ".bin": word2vec's binary
+        file, in fp32; ".kv": gensim's. A file that is there is replaced when the new one is whole.
+
+        Raises:
+            ValueError: another name; a number that is not finite; a word that is no text; or, but for ".kv", one that
+                is empty or holds a space, a line's end or a NUL.
+        """
+        save(self, os.fspath(path))
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return dict(zip(self.words, range(len(self.words)), strict=True))
+
+    def _block(self, start: int) -> Tensor:
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(np.array(self.matrix[start : start + BLOCK], np.float32))
+
+    @cached_property
+    def _lengths(self) -> Tensor:
+        blocks = [
+            torch.linalg.vector_norm(self._block(start), dim=1, dtype=torch.float64)
+            for start in range(0, len(self) or 1, BLOCK)
+        ]
+        lengths = torch.cat(blocks)
+        if not lengths.isfinite().all():
+            word = self.words[int(lengths.isfinite().int().argmin())]
+            raise ValueError(f"the vector of {word!r} has a number that is not finite in fp32")
+        return lengths.clamp(min=TINY)
+
+
+def _by_row(places: dict[str, int]) -> dict[str, int]:
+    """The words in the order of their rows. Raises ValueError where these are not 0, 1, ..."""
+    rows = np.fromiter(places.values(), np.int64, len(places))
+    if np.array_equal(rows, np.arange(len(rows))):
+        return places
+    if not np.array_equal(np.sort(rows), np.arange(len(rows))):
+        raise ValueError("Vectors: the words' rows must be 0, 1, ..., each once")
+    return dict(sorted(places.items(), key=itemgetter(1)))
