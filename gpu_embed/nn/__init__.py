@@ -3,8 +3,16 @@
 from . import opacus_rules
 from .bag import EmbeddingBag
 from .embedding import Embedding
+from .quantized import QuantizedEmbedding, QuantizedEmbeddingBag
 from .tables import TableBatchedEmbedding, TableBatchedEmbeddingBag
 
-__all__ = ["Embedding", "EmbeddingBag", "TableBatchedEmbedding", "TableBatchedEmbeddingBag"]
+__all__ = [
+    "Embedding",
+    "EmbeddingBag",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
+    "TableBatchedEmbedding",
+    "TableBatchedEmbeddingBag",
+]
 
 opacus_rules.register_once_imported(Embedding, EmbeddingBag)

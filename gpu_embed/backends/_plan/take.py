@@ -61,4 +61,6 @@ def quantized_vector(table: QuantizedTable, itemsize: int) -> int:
     """
     widest = gcd(VECTOR_BYTES // itemsize, table.embedding_dim, table.group_size)
     per_byte = 8 // table.bits
+    if table.fused:
+        widest = gcd(widest, table.layout.group_bytes * per_byte)
     return max(gcd(widest, table.values.data_ptr() * per_byte), 1)

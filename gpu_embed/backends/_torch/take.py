@@ -3,10 +3,15 @@
 import torch
 from torch import Tensor
 
-from ...bounds import BoundsRecord, in_table
+from ...bounds import BoundsRecord, all_in_table, in_table
 from ...dtypes import TORCH_IDS, accumulation
+from ...fused_rows import dequantize, reads_as_ours, torch_lookup
 from ...take import QuantizedTable, wrap_negative
-from .lookup import TorchLookup
+from .lookup import TorchLookup, torch_ids
+
+# Beyond this, offsets are made for each call: beside its rows they cost little.
+MAX_KEPT_OFFSETS = 1 << 17
+_kept_offsets = torch.empty(0, dtype=torch.int32, device="cpu")
 
 
 class TorchTake(TorchLookup):
@@ -32,6 +37,8 @@ class TorchTake(TorchLookup):
         record: BoundsRecord | None,
     ) -> Tensor:
         num_embeddings = table.values.shape[0]
+        if table.fused:
+            return _fused_rows(table, torch_ids(indices), record).to(dtype)
         rows = wrap_negative(indices, num_embeddings)
         columns = self._embedding(table.values, rows, -1, record, -num_embeddings)
         if table.bits == 4:
@@ -52,3 +59,46 @@ class TorchTake(TorchLookup):
             read = in_table(rows, num_embeddings)[..., None]
             return torch.where(read, numbers / scale, 0).to(dtype)
         return ((numbers - of_groups(table.zero)) * of_groups(table.scale)).to(dtype)
+
+
+def _fused_rows(table: QuantizedTable, ids: Tensor, record: BoundsRecord | None) -> Tensor:
+    """What fused rows stand for, fp32; zeros where an id is out of range. There are ids."""
+    num_embeddings = table.values.shape[0]
+    if not ids.is_cuda and all_in_table(ids, num_embeddings):
+        if reads_as_ours(table.bits):
+            return _fused_rows_by_operator(table, ids)
+        return dequantize(table.values[ids], table.layout)
+    if record is not None:
+        record.write(ids, num_embeddings)
+    if num_embeddings == 0:
+        return table.values.new_zeros((*ids.shape, table.embedding_dim), dtype=torch.float32)
+    read = in_table(ids, num_embeddings)
+    rows = dequantize(table.values[torch.where(read, ids, 0)], table.layout)
+    return torch.where(read[..., None], rows, 0)
+
+
+def _fused_rows_by_operator(table: QuantizedTable, ids: Tensor) -> Tensor:
+    """The same on the CPU, of ids in the table: a row of several groups is several rows to torch."""
+    layout = table.layout
+    groups, weight = layout.groups, table.values
+    flat = ids.reshape(-1)
+    if groups > 1:
+        weight = weight.view(-1, layout.group_bytes)
+        if len(weight) < 2**31:
+            flat = flat.to(torch.int32)
+        flat = torch.add(_arange(groups).to(flat.dtype), flat[:, None], alpha=groups).view(-1)
+    rows: Tensor = torch_lookup(table.bits)(weight, flat, _arange(len(flat)).to(flat.dtype))
+    rows = rows.view(*ids.shape, groups * layout.group_size)
+    return rows[..., : layout.embedding_dim].contiguous()
+
+
+def _arange(count: int) -> Tensor:
+    """int32 0, 1, ... up to count, kept for the next call."""
+    global _kept_offsets
+    kept = _kept_offsets
+    if len(kept) < count:
+        with torch.inference_mode(False):
+            kept = torch.arange(count, dtype=torch.int32, device="cpu")
+        if count <= MAX_KEPT_OFFSETS:
+            _kept_offsets = kept
+    return kept[:count]

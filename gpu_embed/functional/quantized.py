@@ -1,0 +1,108 @@
+"""Lookups in quantized tables, which `gpu_embed.QuantizedEmbedding` and `QuantizedEmbeddingBag` call; their errors."""
+
+import torch
+from torch import Tensor
+
+from ..dtypes import accumulation
+from ..fused_rows import FusedRows, dequantize
+from ..ops.quantized import call_quantized_bag_rows, call_quantized_embedding
+from .bag import (
+    _bag_index_dtypes,
+    _check_bag_shapes,
+    _check_bag_tensors,
+    _check_mode,
+    _wrap_bag_padding_idx,
+    embedding_bag,
+)
+from .checks import has_dtensor, wrong_type
+from .lookup import check_tensors
+
+
+def quantized_embedding(
+    input: Tensor, weight: Tensor, layout: FusedRows, dtype: torch.dtype
+) -> Tensor:
+    """The numbers that fused rows stand for, at the ids in `input` -> `[*input.shape, embedding_dim]` of `dtype`."""
+    if not isinstance(input, Tensor):
+        if torch.overrides.has_torch_function_unary(input):
+            # torch.fx's proxies and their like record the call.
+            return torch.overrides.handle_torch_function(
+                quantized_embedding, (input,), input, weight, layout, dtype
+            )
+        raise wrong_type("quantized_embedding", "input", 1, "Tensor", input)
+    _check_not_sharded(input, weight)
+    check_tensors(input, weight)
+    if torch.compiler.is_exporting():
+        return dequantize(torch.nn.functional.embedding(input, weight), layout).to(dtype)
+    return call_quantized_embedding(weight, input, *layout, dtype)
+
+
+def quantized_embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    layout: FusedRows,
+    dtype: torch.dtype,
+    offsets: Tensor | None = None,
+    mode: str = "mean",
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """`functional.embedding_bag` of what fused rows stand for -> `[B, embedding_dim]` of `dtype`.
+
+    The row of each id is dequantized, and the bags are taken from these: sums in fp32, rounded once.
+    """
+    _check_not_sharded(input, weight, offsets, per_sample_weights)
+    _check_bag_shapes(input, weight, offsets, per_sample_weights)
+    if mode not in ("sum", "mean"):
+        _check_mode(mode, False, False)
+    if per_sample_weights is not None and mode != "sum":
+        raise NotImplementedError(
+            f"quantized_embedding_bag: per_sample_weights are only supported for mode='sum' (got mode={mode!r})"
+        )
+    padding_row = -1
+    if padding_idx is not None:
+        padding_row = _wrap_bag_padding_idx(padding_idx, weight.size(0))
+    input, offsets = _bag_index_dtypes(input, offsets)
+    # To the caller the table has the output's dtype.
+    stand_in = weight.new_empty((0, 0), dtype=dtype)
+    _check_bag_tensors(input, stand_in, offsets, per_sample_weights)
+    include_last_offset &= offsets is not None
+    if include_last_offset and offsets is not None and offsets.size(0) == 0:
+        raise RuntimeError("include_last_offset: number of offset should be at least 1")
+    wide = accumulation(dtype)
+    if torch.compiler.is_exporting():
+        rows, places = _plain_bag_rows(input, weight, layout, wide, padding_row)
+    else:
+        rows, places = call_quantized_bag_rows(
+            weight, input, offsets, include_last_offset, padding_row, *layout, wide
+        )
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights.to(wide)
+    return embedding_bag(
+        places,
+        rows,
+        offsets,
+        mode=mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=include_last_offset,
+        padding_idx=None if padding_idx is None else rows.shape[0] - 1,
+    ).to(dtype)
+
+
+def _plain_bag_rows(
+    input: Tensor, weight: Tensor, layout: FusedRows, dtype: torch.dtype, padding_row: int
+) -> tuple[Tensor, Tensor]:
+    """`ops.quantized.quantized_bag_rows` in torch's operators, for graphs that are exported."""
+    ids = input.flatten()
+    rows = dequantize(torch.nn.functional.embedding(ids, weight), layout).to(dtype)
+    places = torch.arange(ids.shape[0], device=ids.device)
+    places = torch.where(ids == padding_row, ids.shape[0], places)
+    return torch.cat([rows, rows.new_zeros(1, layout.embedding_dim)]), places.view(input.shape)
+
+
+def _check_not_sharded(*tensors: Tensor | None) -> None:
+    if has_dtensor(*tensors):
+        raise NotImplementedError(
+            "a quantized table is looked up whole, on each rank, by plain tensors: give it ids.to_local(); to shard a "
+            "table, keep it in floating point"
+        )
