@@ -13,6 +13,8 @@ from .nn import (
     EmbeddingBag,
     QuantizedEmbedding,
     QuantizedEmbeddingBag,
+    QuantizedTableBatchedEmbedding,
+    QuantizedTableBatchedEmbeddingBag,
     TableBatchedEmbedding,
     TableBatchedEmbeddingBag,
 )
@@ -30,6 +32,8 @@ __all__ = [
     "EmbeddingBag",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
+    "QuantizedTableBatchedEmbedding",
+    "QuantizedTableBatchedEmbeddingBag",
     "TableBatchedEmbedding",
     "TableBatchedEmbeddingBag",
     "TableGradient",

@@ -5,7 +5,14 @@ from torch import Tensor
 
 from ..dtypes import accumulation
 from ..fused_rows import FusedRows, dequantize
-from ..ops.quantized import call_quantized_bag_rows, call_quantized_embedding
+from ..ops.quantized import (
+    call_quantized_bag_rows,
+    call_quantized_embedding,
+    padded_rows,
+    quantized_table_rows,
+)
+from ..ops.tables import call_table_batched_embedding
+from ..tables.layout import TableColumn, Tables
 from .bag import (
     _bag_index_dtypes,
     _check_bag_shapes,
@@ -16,6 +23,7 @@ from .bag import (
 )
 from .checks import has_dtensor, wrong_type
 from .lookup import check_tensors
+from .tables import check_batch, check_sample_weights
 
 
 def quantized_embedding(
@@ -98,6 +106,53 @@ def _plain_bag_rows(
     places = torch.arange(ids.shape[0], device=ids.device)
     places = torch.where(ids == padding_row, ids.shape[0], places)
     return torch.cat([rows, rows.new_zeros(1, layout.embedding_dim)]), places.view(input.shape)
+
+
+def quantized_tables(
+    input: Tensor,
+    offsets: Tensor,
+    weights: list[Tensor],
+    formats: list[int],
+    tables: Tables,
+    dtype: torch.dtype,
+    per_sample_weights: Tensor | None = None,
+    *,
+    pooled: bool,
+) -> Tensor:
+    """`functional.tables` of what fused rows stand for: `[B, sum of embedding_dims]`, or rows `[N, embedding_dim]`.
+
+    The row of each id is dequantized, once for each embedding_dim, and the batch is taken from these. See
+    `ops.quantized` for the arguments; in `tables.fields` FIRST_ELEMENT is the sum of the embedding_dims before.
+    """
+    function = "quantized_table_batched_embedding" + ("_bag" if pooled else "")
+    stand_in = weights[0].new_empty((0, 0), dtype=dtype)
+    check_batch(function, input, offsets, stand_in, tables.layout)
+    check_sample_weights(input, per_sample_weights, stand_in, tables.layout)
+    wide = accumulation(dtype)
+    rows, places = quantized_table_rows(
+        weights, input, offsets, tables.fields, formats, pooled, wide
+    )
+    num_indices = input.shape[0]
+    columns = list(tables.fields.unbind(1))
+    columns[TableColumn.FIRST_ROW] = torch.zeros_like(columns[0])
+    columns[TableColumn.NUM_ROWS] = torch.full_like(columns[0], num_indices + 1)
+    columns[TableColumn.FIRST_ELEMENT] = columns[TableColumn.FIRST_ELEMENT] * padded_rows(
+        num_indices
+    )
+    has_padding = columns[TableColumn.PADDING_IDX] >= 0
+    columns[TableColumn.PADDING_IDX] = torch.where(has_padding & pooled, num_indices, -1)
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights.to(wide)
+    return call_table_batched_embedding(
+        rows,
+        per_sample_weights,
+        places,
+        offsets,
+        tables._replace(fields=torch.stack(columns, dim=1)),
+        pooled,
+        False,
+        dtype,
+    )
 
 
 def _check_not_sharded(*tensors: Tensor | None) -> None:

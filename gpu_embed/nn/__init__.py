@@ -4,6 +4,7 @@ from . import opacus_rules
 from .bag import EmbeddingBag
 from .embedding import Embedding
 from .quantized import QuantizedEmbedding, QuantizedEmbeddingBag
+from .quantized_tables import QuantizedTableBatchedEmbedding, QuantizedTableBatchedEmbeddingBag
 from .tables import TableBatchedEmbedding, TableBatchedEmbeddingBag
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "EmbeddingBag",
     "QuantizedEmbedding",
     "QuantizedEmbeddingBag",
+    "QuantizedTableBatchedEmbedding",
+    "QuantizedTableBatchedEmbeddingBag",
     "TableBatchedEmbedding",
     "TableBatchedEmbeddingBag",
 ]

@@ -12,6 +12,7 @@ from ..functional.quantized import quantized_embedding, quantized_embedding_bag
 from ..fused_rows import FusedRows, dequantize, fused_rows, quantize_rows
 from .bag import EmbeddingBag
 from .embedding import Embedding
+from .tables import TableBatchedEmbedding, TableBatchedEmbeddingBag
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -22,11 +23,66 @@ NOT_TRAINED = (
 )
 
 
-class QuantizedTableModule(torch.nn.Module):
-    """What both layers are: fused rows in a buffer, and how these lie in it."""
+class QuantizedModule(torch.nn.Module):
+    """What layers of quantized tables have in common: codes in buffers, which are converted and trained by nobody."""
+
+    dtype: torch.dtype  # of the output
+    weight_format: Tensor  # saved, so that bytes of another format are never taken for this one's
+
+    def _checked_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in FLOATS:
+            raise TypeError(
+                f"{type(self).__name__}: the output's dtype must be torch.float32, float16, bfloat16 or float64, got "
+                f"{dtype}"
+            )
+        return dtype
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Self":
+        """RuntimeError where a gradient is asked for: codes have none."""
+        if requires_grad:
+            raise RuntimeError(f"{type(self).__name__} cannot be trained: {NOT_TRAINED}")
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+        # Which dtype a conversion asks for, a float tensor without numbers shows.
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight_format.device))
+        dtype = self._checked_dtype(probe.dtype)
+
+        def keep_integers(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_integers, recurse)
+        self.dtype = dtype
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        reason = self._reason_to_refuse(state_dict, prefix)
+        if reason is not None:
+            error_msgs.append(f"{prefix.rstrip('.') or type(self).__name__}: {reason}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _reason_to_refuse(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why saved tensors are not this layer's; None: they are, or one is missing, which torch says."""
+        raise NotImplementedError
+
+
+class QuantizedTableModule(QuantizedModule):
+    """Both layers of one table: fused rows in a buffer, and how these lie in it."""
 
     weight: Tensor
-    weight_format: Tensor
     # What torch's layers have beside these; LoRA asks for them.
     max_norm: None = None
     norm_type = 2.0
@@ -50,7 +106,6 @@ class QuantizedTableModule(torch.nn.Module):
         self.format = layout
         self.dtype = self._checked_dtype(dtype or torch.get_default_dtype())
         self.register_buffer("weight", weight)
-        # Saved, so that bytes of another format are never taken for this one's.
         self.register_buffer("weight_format", torch.tensor(layout, device=weight.device))
 
     @property
@@ -73,65 +128,14 @@ class QuantizedTableModule(torch.nn.Module):
         """embedding_dim, likewise."""
         return self.embedding_dim
 
-    def _checked_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if dtype not in FLOATS:
-            raise TypeError(
-                f"{type(self).__name__}: the output's dtype must be torch.float32, float16, bfloat16 or float64, got "
-                f"{dtype}"
-            )
-        return dtype
-
     def _floats(self) -> Tensor:
         """The numbers that the codes stand for, `[num_embeddings, embedding_dim]` of `dtype`."""
-        rows = torch.empty(
-            self.num_embeddings, self.embedding_dim, dtype=self.dtype, device=self.weight.device
+        return floats(self.weight, self.format, self.dtype)
+
+    def _reason_to_refuse(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        weight, weight_format = (
+            state_dict.get(f"{prefix}{name}") for name in ("weight", "weight_format")
         )
-        step = max(1, (1 << 20) // self.embedding_dim)
-        for part, fused in zip(rows.split(step), self.weight.split(step), strict=True):
-            part.copy_(dequantize(fused, self.format))
-        return rows
-
-    def requires_grad_(self, requires_grad: bool = True) -> "Self":
-        """RuntimeError where a gradient is asked for: codes have none."""
-        if requires_grad:
-            raise RuntimeError(f"{type(self).__name__} cannot be trained: {NOT_TRAINED}")
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
-        # Which dtype a conversion asks for, a float tensor without numbers shows.
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
-        dtype = self._checked_dtype(probe.dtype)
-
-        def keep_integers(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(keep_integers, recurse)
-        self.dtype = dtype
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        reason = self._reason_to_refuse(
-            state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}weight_format")
-        )
-        if reason is not None:
-            error_msgs.append(f"{prefix}weight: {reason}")
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _reason_to_refuse(self, weight: Any, weight_format: Any) -> str | None:
-        """Why saved tensors are not this layer's; None: they are, or one is missing, which torch says."""
         if not isinstance(weight, Tensor):
             return None
         own = f"this {type(self).__name__} has {_described(self.num_embeddings, self.format)}"
@@ -209,15 +213,16 @@ class QuantizedEmbedding(QuantizedTableModule):
     @classmethod
     def from_float(
         cls,
-        layer: torch.nn.Embedding,
+        layer: Any,
         bits: int = 8,
         group: int | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "Self":
+    ) -> Any:
         """A table as a quantized one; the layer is left as it is.
 
         Args:
-            layer: a `torch.nn.Embedding`, or this package's.
+            layer: a `torch.nn.Embedding`, or this package's; or a `TableBatchedEmbedding`, which becomes a
+                `QuantizedTableBatchedEmbedding`.
             bits, group: as for the class.
             dtype: of the output; None: the layer's.
 
@@ -226,6 +231,10 @@ class QuantizedEmbedding(QuantizedTableModule):
             ValueError: bits or a group that there is not; max_norm; a row, by its number, with NaN, infinity, or
                 numbers too far out for its scale or offset.
         """
+        if isinstance(layer, TableBatchedEmbedding):
+            from .quantized_tables import QuantizedTableBatchedEmbedding
+
+            return QuantizedTableBatchedEmbedding.from_float(layer, bits, group, dtype)
         layout, weight = _quantized_weight(f"{cls.__name__}.from_float", layer, cls, bits, group)
         self = cls.__new__(cls)
         torch.nn.Module.__init__(self)
@@ -286,12 +295,19 @@ class QuantizedEmbeddingBag(QuantizedTableModule):
     @classmethod
     def from_float(
         cls,
-        layer: torch.nn.EmbeddingBag,
+        layer: Any,
         bits: int = 8,
         group: int | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> "Self":
-        """A table of bags as a quantized one; see `QuantizedEmbedding.from_float`."""
+    ) -> Any:
+        """A table of bags as a quantized one; see `QuantizedEmbedding.from_float`.
+
+        A `TableBatchedEmbeddingBag` becomes a `QuantizedTableBatchedEmbeddingBag`.
+        """
+        if isinstance(layer, TableBatchedEmbeddingBag):
+            from .quantized_tables import QuantizedTableBatchedEmbeddingBag
+
+            return QuantizedTableBatchedEmbeddingBag.from_float(layer, bits, group, dtype)
         layout, weight = _quantized_weight(f"{cls.__name__}.from_float", layer, cls, bits, group)
         self = cls.__new__(cls)
         torch.nn.Module.__init__(self)
@@ -368,6 +384,15 @@ def reason_not_to_quantize(layer: Any) -> str | None:
     if weight.is_meta:
         return "the table is on the meta device and has no numbers: load it before"
     return None
+
+
+def floats(weight: Tensor, layout: FusedRows, dtype: torch.dtype) -> Tensor:
+    """The numbers that fused rows stand for, `[V, embedding_dim]`."""
+    rows = torch.empty(len(weight), layout.embedding_dim, dtype=dtype, device=weight.device)
+    step = max(1, (1 << 20) // layout.embedding_dim)
+    for part, fused in zip(rows.split(step), weight.split(step), strict=True):
+        part.copy_(dequantize(fused, layout))
+    return rows
 
 
 def _described(num_embeddings: int, layout: FusedRows) -> str:

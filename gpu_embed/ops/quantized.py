@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, bounds
-from ..bags import Bags
+from ..bags import Bags, check_offsets
 from ..bounds import BoundsRecord, all_in_table, in_table
 from ..fused_rows import FusedRows
+from ..tables.batch import TableBatch, write_out_of_range
+from ..tables.layout import TABLE_ALIGNMENT, TableColumn, TableShape
 from ..take import fused_table
 from .autograd import define, register_loop
 from .bag import _checked_bags
@@ -98,6 +100,76 @@ def _bag_rows(
     return rows, places
 
 
+def _quantized_table_rows(
+    weights: list[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    fields: Tensor,
+    formats: list[int],
+    pooled: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The row of each id of a batch, of all tables' embedding_dims, and ids of these rows.
+
+    Args:
+        weights: for each embedding_dim, its tables' fused rows, one table behind another.
+        fields: `tables.Tables.fields`, where a table's first row is counted among those of its embedding_dim.
+        formats: the `FusedRows` of each weight, one behind another.
+
+    Returns:
+        `[M, D]` of one embedding_dim, else `[M * sum of D]`, one embedding_dim's rows behind another; M is
+        `padded_rows(N)`. And int64 [N]: the position; N for padding, where there is pooling; -1 in no bag, or for an id
+        out of range, which is recorded.
+    """
+    if indices.device.type == "cpu":
+        check_offsets(offsets, indices)
+    num_indices = indices.numel()
+    if num_indices == 0 or offsets.numel() == 1:
+        bounds.raise_pending(indices.device)
+        fake = _quantized_table_rows_fake(weights, indices, offsets, fields, formats, pooled, dtype)
+        return fake[0].zero_(), fake[1].fill_(-1)
+    shape = TableShape(0, 0, 1, False, pooled)
+    batch = TableBatch(indices.contiguous(), offsets.contiguous(), fields, fields[:0, 0], shape)
+    compute = partial(_table_rows, weights, batch, unpacked(formats), dtype)
+    return bounds.looked_up(indices.device, indices, compute)
+
+
+def _table_rows(
+    weights: list[Tensor],
+    batch: TableBatch,
+    layouts: list[FusedRows],
+    dtype: torch.dtype,
+    record: BoundsRecord | None,
+) -> tuple[Tensor, Tensor]:
+    places, num_indices = batch.places(), batch.indices.numel()
+    if record is not None:
+        write_out_of_range(record, batch, places)
+    positions = torch.arange(num_indices, device=batch.indices.device)
+    found = torch.where(places.row >= 0, positions, -1)
+    if batch.shape.pooled:
+        found = torch.where((places.row >= 0) & ~places.counted, num_indices, found)
+    rows = torch.nn.functional.pad(
+        places.row.clamp(min=0), (0, padded_rows(num_indices) - num_indices)
+    )
+    dim_of = torch.nn.functional.pad(
+        batch.fields[:, TableColumn.DIM][places.table], (0, len(rows) - num_indices)
+    )
+    parts = []
+    for weight, layout in zip(weights, layouts, strict=True):
+        ids = rows if len(weights) == 1 else torch.where(dim_of == layout.embedding_dim, rows, 0)
+        parts.append(_dequantize(weight, ids, layout, dtype, None))
+    return parts[0] if len(parts) == 1 else torch.cat([part.view(-1) for part in parts]), found
+
+
+def padded_rows(num_indices: int) -> int:
+    """Rows that a batch of so many ids has: one for padding, and what aligns each embedding_dim's."""
+    return (num_indices // TABLE_ALIGNMENT + 1) * TABLE_ALIGNMENT
+
+
+def unpacked(formats: list[int]) -> list[FusedRows]:
+    return [FusedRows(*formats[first : first + 3]) for first in range(0, len(formats), 3)]
+
+
 # Fake kernels.
 
 
@@ -129,6 +201,23 @@ def _quantized_bag_rows_fake(
     return rows, indices.new_empty(indices.shape, dtype=torch.int64)
 
 
+def _quantized_table_rows_fake(
+    weights: list[Tensor],
+    indices: Tensor,
+    offsets: Tensor,
+    fields: Tensor,
+    formats: list[int],
+    pooled: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    bounds.prepare(indices.device)
+    num_rows, dims = padded_rows(indices.shape[0]), [one.embedding_dim for one in unpacked(formats)]
+    shape = (num_rows, dims[0]) if len(dims) == 1 else (num_rows * sum(dims),)
+    return weights[0].new_empty(shape, dtype=dtype), indices.new_empty(
+        indices.shape, dtype=torch.int64
+    )
+
+
 _FORMAT = "SymInt embedding_dim, SymInt group_size, SymInt bits, ScalarType dtype"
 quantized_embedding = define(
     f"quantized_embedding(Tensor weight, Tensor indices, {_FORMAT}) -> Tensor",
@@ -140,6 +229,12 @@ quantized_bag_rows = define(
     f"SymInt padding_idx, {_FORMAT}) -> (Tensor, Tensor)",
     _quantized_bag_rows,
     _quantized_bag_rows_fake,
+)
+quantized_table_rows = define(
+    "quantized_table_rows(Tensor[] weights, Tensor indices, Tensor offsets, Tensor fields, SymInt[] formats, "
+    "bool pooled, ScalarType dtype) -> (Tensor, Tensor)",
+    _quantized_table_rows,
+    _quantized_table_rows_fake,
 )
 
 

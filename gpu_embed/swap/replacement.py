@@ -26,8 +26,8 @@ QUANTIZED: dict[type[torch.nn.Module], Any] = {
     torch.nn.EmbeddingBag: QuantizedEmbeddingBag,
 }
 BITS = {"int8": 8, "int4": 4}
-# Set on a module that was replaced, and copied and pickled with it: a layer made as ours has none. True, or the Origin of
-# a table that was quantized.
+# Set on a module that was replaced, and copied and pickled with it: a layer made as ours has none. True, or the Origin
+# of a table that was quantized.
 MARK = "_replaced_by_gpu_embed"
 
 
@@ -227,8 +227,8 @@ def restore_embeddings(model: torch.nn.Module) -> list[str]:
     """Give what `replace_embeddings` replaced in this model its own class back.
 
     Layers that were made as `gpu_embed.Embedding` stay. Works for a copy of the model, too; a second call finds
-    nothing to do. A table that was quantized becomes one of floats again, in a new Parameter: the numbers that its codes
-    stand for.
+    nothing to do. A table that was quantized becomes one of floats again, in a new Parameter: the numbers that its
+    codes stand for.
 
     Returns:
         The names of the modules that were restored.
