@@ -166,15 +166,42 @@ def _scale_from(steps: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.view(dtype)
 
 
-def dequantize(fused: Tensor, layout: FusedRows) -> Tensor:
-    """Rows of bytes [..., row_bytes] -> what they stand for, fp32 [..., embedding_dim], in torch's plain operators."""
+def dequantize(fused: Tensor, layout: FusedRows, for_onnx: bool = False) -> Tensor:
+    """Rows of bytes [..., row_bytes] -> what they stand for, fp32 [..., embedding_dim], in torch's plain operators.
+
+    Args:
+        for_onnx: without the view of bytes as numbers, for which ONNX has no operator; the same bits.
+    """
     groups = fused.unflatten(-1, (layout.groups, layout.group_bytes))
     codes = groups[..., : layout.code_bytes]
     if layout.bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    numbers = groups[..., layout.code_bytes :].contiguous().view(layout.scale_dtype).float()
+    numbers = groups[..., layout.code_bytes :]
+    if for_onnx:
+        numbers = _from_bytes(numbers.unflatten(-1, (2, -1)), layout.scale_dtype)
+    else:
+        numbers = numbers.contiguous().view(layout.scale_dtype).float()
     rows = codes.float() * numbers[..., :1] + numbers[..., 1:]
     return rows.flatten(-2)[..., : layout.embedding_dim].contiguous()
+
+
+def _from_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Finite floats [...] of their bytes [..., itemsize], the lowest first, by arithmetic that does not round."""
+    low, high = data[..., 0].to(torch.int32), data[..., -1].to(torch.int32)
+    sign = 1 - 2 * (high >> 7)
+    if dtype == torch.float16:
+        digits, exponent, fraction = 10, high >> 2 & 31, (high & 3) * 256 + low
+    else:
+        middle, upper = data[..., 1].to(torch.int32), data[..., 2].to(torch.int32)
+        digits, exponent = 23, (high & 127) * 2 + (upper >> 7)
+        fraction = (upper & 127) * 65536 + middle * 256 + low
+    # What is not subnormal has one digit more.
+    digit = torch.where(exponent > 0, 1 << digits, 0)
+    # By the exponent; the largest is infinity's.
+    bias = 15 if dtype == torch.float16 else 127
+    powers = [2.0 ** (max(one, 1) - bias - digits) for one in range(2 * bias + 1)]
+    scale = torch.tensor(powers, dtype=torch.float32, device=data.device)[exponent.to(torch.int64)]
+    return (sign * (fraction + digit)).float() * scale
 
 
 @cache

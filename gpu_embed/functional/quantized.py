@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulation
 from ..fused_rows import FusedRows, dequantize
 from ..ops.quantized import (
     call_quantized_bag_rows,
@@ -40,7 +39,7 @@ def quantized_embedding(
     _check_not_sharded(input, weight)
     check_tensors(input, weight)
     if torch.compiler.is_exporting():
-        return dequantize(torch.nn.functional.embedding(input, weight), layout).to(dtype)
+        return _plain_rows(input, weight, layout).to(dtype)
     return call_quantized_embedding(weight, input, *layout, dtype)
 
 
@@ -77,7 +76,7 @@ def quantized_embedding_bag(
     include_last_offset &= offsets is not None
     if include_last_offset and offsets is not None and offsets.size(0) == 0:
         raise RuntimeError("include_last_offset: number of offset should be at least 1")
-    wide = accumulation(dtype)
+    wide = _accumulation(dtype)
     if torch.compiler.is_exporting():
         rows, places = _plain_bag_rows(input, weight, layout, wide, padding_row)
     else:
@@ -97,12 +96,18 @@ def quantized_embedding_bag(
     ).to(dtype)
 
 
+def _plain_rows(input: Tensor, weight: Tensor, layout: FusedRows) -> Tensor:
+    """Rows in torch's operators, fp32, for graphs that are exported."""
+    fused = torch.nn.functional.embedding(input, weight)
+    return dequantize(fused, layout, for_onnx=torch.onnx.is_in_onnx_export())
+
+
 def _plain_bag_rows(
     input: Tensor, weight: Tensor, layout: FusedRows, dtype: torch.dtype, padding_row: int
 ) -> tuple[Tensor, Tensor]:
     """`ops.quantized.quantized_bag_rows` in torch's operators, for graphs that are exported."""
     ids = input.flatten()
-    rows = dequantize(torch.nn.functional.embedding(ids, weight), layout).to(dtype)
+    rows = _plain_rows(ids, weight, layout).to(dtype)
     places = torch.arange(ids.shape[0], device=ids.device)
     places = torch.where(ids == padding_row, ids.shape[0], places)
     return torch.cat([rows, rows.new_zeros(1, layout.embedding_dim)]), places.view(input.shape)
@@ -128,7 +133,7 @@ def quantized_tables(
     stand_in = weights[0].new_empty((0, 0), dtype=dtype)
     check_batch(function, input, offsets, stand_in, tables.layout)
     check_sample_weights(input, per_sample_weights, stand_in, tables.layout)
-    wide = accumulation(dtype)
+    wide = _accumulation(dtype)
     rows, places = quantized_table_rows(
         weights, input, offsets, tables.fields, formats, pooled, wide
     )
@@ -153,6 +158,11 @@ def quantized_tables(
         False,
         dtype,
     )
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    """`dtypes.accumulation`, without the cache that torch.compile warns of."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_not_sharded(*tensors: Tensor | None) -> None:
