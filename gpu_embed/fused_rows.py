@@ -174,6 +174,9 @@ def dequantize(fused: Tensor, layout: FusedRows, for_onnx: bool = False) -> Tens
     """
     groups = fused.unflatten(-1, (layout.groups, layout.group_bytes))
     codes = groups[..., : layout.code_bytes]
+    if for_onnx:
+        # Of bytes its operators make signed ones.
+        codes = codes.to(torch.int32)
     if layout.bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
     numbers = groups[..., layout.code_bytes :]
