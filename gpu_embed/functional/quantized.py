@@ -5,10 +5,13 @@ from torch import Tensor
 
 from ..fused_rows import FusedRows, dequantize
 from ..ops.quantized import (
+    as_batch,
     call_quantized_bag_rows,
     call_quantized_embedding,
     padded_rows,
     quantized_table_rows,
+    table_rows,
+    unpacked,
 )
 from ..ops.tables import call_table_batched_embedding
 from ..tables.layout import TableColumn, Tables
@@ -102,6 +105,12 @@ def _plain_rows(input: Tensor, weight: Tensor, layout: FusedRows) -> Tensor:
     return dequantize(fused, layout, for_onnx=torch.onnx.is_in_onnx_export())
 
 
+def _plain_rows_in(weight: Tensor, input: Tensor, layout: FusedRows) -> Tensor:
+    if weight.shape[0] == 0:
+        return weight.new_zeros((*input.shape, layout.embedding_dim), dtype=torch.float32)
+    return _plain_rows(input, weight, layout)
+
+
 def _plain_bag_rows(
     input: Tensor, weight: Tensor, layout: FusedRows, dtype: torch.dtype, padding_row: int
 ) -> tuple[Tensor, Tensor]:
@@ -134,9 +143,15 @@ def quantized_tables(
     check_batch(function, input, offsets, stand_in, tables.layout)
     check_sample_weights(input, per_sample_weights, stand_in, tables.layout)
     wide = _accumulation(dtype)
-    rows, places = quantized_table_rows(
-        weights, input, offsets, tables.fields, formats, pooled, wide
-    )
+    if torch.compiler.is_exporting():
+        batch = as_batch(input, offsets, tables.fields, pooled)
+        layouts = unpacked(formats)
+        rows, places = table_rows(weights, batch, batch.places(), layouts, _plain_rows_in)
+        rows = rows.to(wide)
+    else:
+        rows, places = quantized_table_rows(
+            weights, input, offsets, tables.fields, formats, pooled, wide
+        )
     num_indices = input.shape[0]
     columns = list(tables.fields.unbind(1))
     columns[TableColumn.FIRST_ROW] = torch.zeros_like(columns[0])

@@ -3,17 +3,19 @@
 Ids are torch's, and those out of range are recorded as in every lookup; see `bounds`. The codes have no gradient.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .. import backends, bounds
 from ..bags import Bags, check_offsets
 from ..bounds import BoundsRecord, all_in_table, in_table
 from ..fused_rows import FusedRows
-from ..tables.batch import TableBatch, write_out_of_range
+from ..tables.batch import Places, TableBatch, write_out_of_range
 from ..tables.layout import TABLE_ALIGNMENT, TableColumn, TableShape
 from ..take import fused_table
 from .autograd import define, register_loop
@@ -128,36 +130,54 @@ def _quantized_table_rows(
         bounds.raise_pending(indices.device)
         fake = _quantized_table_rows_fake(weights, indices, offsets, fields, formats, pooled, dtype)
         return fake[0].zero_(), fake[1].fill_(-1)
-    shape = TableShape(0, 0, 1, False, pooled)
-    batch = TableBatch(indices.contiguous(), offsets.contiguous(), fields, fields[:0, 0], shape)
-    compute = partial(_table_rows, weights, batch, unpacked(formats), dtype)
+    batch = as_batch(indices, offsets, fields, pooled)
+    compute = partial(_recorded_table_rows, weights, batch, unpacked(formats), dtype)
     return bounds.looked_up(indices.device, indices, compute)
 
 
-def _table_rows(
+def _recorded_table_rows(
     weights: list[Tensor],
     batch: TableBatch,
     layouts: list[FusedRows],
     dtype: torch.dtype,
     record: BoundsRecord | None,
 ) -> tuple[Tensor, Tensor]:
-    places, num_indices = batch.places(), batch.indices.numel()
+    places = batch.places()
     if record is not None:
         write_out_of_range(record, batch, places)
+
+    def look_up(weight: Tensor, ids: Tensor, layout: FusedRows) -> Tensor:
+        return _dequantize(weight, ids, layout, dtype, None)
+
+    return table_rows(weights, batch, places, layouts, look_up)
+
+
+def as_batch(indices: Tensor, offsets: Tensor, fields: Tensor, pooled: bool) -> TableBatch:
+    """A batch that knows its places, and no output."""
+    shape = TableShape(0, 0, 1, False, pooled)
+    return TableBatch(indices.contiguous(), offsets.contiguous(), fields, fields[:0, 0], shape)
+
+
+def table_rows(
+    weights: list[Tensor],
+    batch: TableBatch,
+    places: Places,
+    layouts: list[FusedRows],
+    look_up: Callable[[Tensor, Tensor, FusedRows], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`quantized_table_rows` by a lookup in one weight, of ids that are in it where it has rows."""
+    num_indices = batch.indices.shape[0]
     positions = torch.arange(num_indices, device=batch.indices.device)
     found = torch.where(places.row >= 0, positions, -1)
     if batch.shape.pooled:
         found = torch.where((places.row >= 0) & ~places.counted, num_indices, found)
-    rows = torch.nn.functional.pad(
-        places.row.clamp(min=0), (0, padded_rows(num_indices) - num_indices)
-    )
-    dim_of = torch.nn.functional.pad(
-        batch.fields[:, TableColumn.DIM][places.table], (0, len(rows) - num_indices)
-    )
+    behind = (0, padded_rows(num_indices) - num_indices)
+    rows = pad(places.row.clamp(min=0), behind)
+    dim_of = pad(batch.fields[:, TableColumn.DIM][places.table], behind)
     parts = []
     for weight, layout in zip(weights, layouts, strict=True):
         ids = rows if len(weights) == 1 else torch.where(dim_of == layout.embedding_dim, rows, 0)
-        parts.append(_dequantize(weight, ids, layout, dtype, None))
+        parts.append(look_up(weight, ids, layout))
     return parts[0] if len(parts) == 1 else torch.cat([part.view(-1) for part in parts]), found
 
 
