@@ -14,7 +14,7 @@ from ..ops.quantized import (
     unpacked,
 )
 from ..ops.tables import call_table_batched_embedding
-from ..tables.layout import TableColumn, Tables
+from ..tables.layout import Tables
 from .bag import (
     _bag_index_dtypes,
     _check_bag_shapes,
@@ -153,14 +153,22 @@ def quantized_tables(
             weights, input, offsets, tables.fields, formats, pooled, wide
         )
     num_indices = input.shape[0]
-    columns = list(tables.fields.unbind(1))
-    columns[TableColumn.FIRST_ROW] = torch.zeros_like(columns[0])
-    columns[TableColumn.NUM_ROWS] = torch.full_like(columns[0], num_indices + 1)
-    columns[TableColumn.FIRST_ELEMENT] = columns[TableColumn.FIRST_ELEMENT] * padded_rows(
-        num_indices
+    # As TableColumn has them: every table is the rows that its embedding_dim has in the batch.
+    _, _, dims_before, dim, first_column, mode, padding_idx, name = tables.fields.unbind(1)
+    if pooled:
+        padding_idx = torch.where(padding_idx >= 0, num_indices, -1)
+    else:
+        padding_idx = torch.full_like(padding_idx, -1)
+    columns = (
+        torch.zeros_like(dim),
+        torch.full_like(dim, num_indices + 1),
+        dims_before * padded_rows(num_indices),
+        dim,
+        first_column,
+        mode,
+        padding_idx,
+        name,
     )
-    has_padding = columns[TableColumn.PADDING_IDX] >= 0
-    columns[TableColumn.PADDING_IDX] = torch.where(has_padding & pooled, num_indices, -1)
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.to(wide)
     return call_table_batched_embedding(

@@ -68,6 +68,7 @@ class QuantizedTables(QuantizedModule):
             self.register_buffer(f"weight_{one.embedding_dim}", torch.cat(parts))
         weight_format = torch.tensor(self._format(), device=layer.weight.device)
         self.register_buffer("weight_format", weight_format)
+        self._prepare()
         return self.train(layer.training)
 
     def to_float(self) -> Any:
@@ -193,9 +194,22 @@ class QuantizedTables(QuantizedModule):
             pooled=pooled,
         )
 
+    def _prepare(self) -> None:
+        # Made here and not in a call, which may be compiled or captured in a CUDA graph.
+        self.tables  # noqa: B018
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Self":
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         # Numbers of names belong to this process.
         return {**self.__dict__, "_tables_on": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
 
     def extra_repr(self) -> str:
         shapes = [f"{name}: {size}" for name, size in self._sizes().items()]

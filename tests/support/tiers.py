@@ -17,6 +17,7 @@ FULL_FILES = frozenset(
     f"tests/{name}.py"
     for name in (
         "api/test_properties",
+        "api/test_quantized",
         "api/test_tables_properties",
         "api/test_torch_samples",
         "bench/test_candidates",
