@@ -41,6 +41,8 @@ FULL_FILES = frozenset(
         "swap/test_minilm",
         "swap/test_opacus",
         "swap/test_peft",
+        "swap/test_quantize",
+        "swap/test_quantized_peft",
         "swap/test_transformers",
         "torchrec/test_checkpoint",
         "torchrec/test_collections",
