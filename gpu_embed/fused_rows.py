@@ -222,6 +222,7 @@ def reads_as_ours(bits: int) -> bool:
     return torch.equal(found, dequantize(fused, layout))
 
 
+@cache
 def torch_lookup(bits: int):  # type: ignore[no-untyped-def]
     """torch's operator on the CPU: (rows of bytes, ids, offsets) -> sums of bags."""
     name = "byte" if bits == 8 else "4bit"

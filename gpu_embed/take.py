@@ -39,12 +39,12 @@ class QuantizedTable(NamedTuple):
 
     A number is value / scale, or (value - zero) * scale where there are zeros.
 
-    Of fused rows (see `fused_rows`) `values` holds all, uint8 [V, row_bytes], and `scale` is the same memory in the
-    scales' dtype. A number is code * scale + offset, and ids are torch's: negative ones are out of range.
+    Of fused rows (see `fused_rows`) `values` holds all, uint8 [V, row_bytes]. A number is code * scale + offset, and
+    ids are torch's: negative ones are out of range.
     """
 
     values: Tensor  # int8 [V, D]; of 4 bits [V, ceil(D / 2)], the even column in the lower half of its byte
-    scale: Tensor  # float [V], or [V, ceil(D / group_size)]
+    scale: Tensor  # float [V], or [V, ceil(D / group_size)]; of fused rows the values
     zero: Tensor | None  # int8, of scale's shape
     embedding_dim: int
     group_size: int  # columns a scale; embedding_dim: one a row
@@ -55,6 +55,10 @@ class QuantizedTable(NamedTuple):
     def layout(self) -> FusedRows:
         """Of fused rows."""
         return FusedRows(self.embedding_dim, self.group_size, self.bits)
+
+    def with_scales(self) -> "QuantizedTable":
+        """Fused rows whose memory is seen as numbers of the scales' dtype, too."""
+        return self._replace(scale=self.values.view(self.layout.scale_dtype))
 
     def adjacent(self) -> "QuantizedTable":
         """The same with its tensors' items adjacent in memory."""
@@ -67,4 +71,4 @@ class QuantizedTable(NamedTuple):
 def fused_table(weight: Tensor, layout: FusedRows) -> QuantizedTable:
     """A table of fused rows [V, row_bytes]."""
     weight = weight.contiguous()
-    return QuantizedTable(weight, weight.view(layout.scale_dtype), None, *layout, fused=True)
+    return QuantizedTable(weight, weight, None, *layout, fused=True)

@@ -39,7 +39,8 @@ def quantized_embedding(
                 quantized_embedding, (input,), input, weight, layout, dtype
             )
         raise wrong_type("quantized_embedding", "input", 1, "Tensor", input)
-    _check_not_sharded(input, weight)
+    if type(input) is not Tensor or type(weight) is not Tensor:
+        _check_not_sharded(input, weight)
     check_tensors(input, weight)
     if torch.compiler.is_exporting():
         return _plain_rows(input, weight, layout).to(dtype)

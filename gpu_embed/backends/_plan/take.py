@@ -29,6 +29,8 @@ class TakePlan(ABC):
         record: BoundsRecord | None,
     ) -> Tensor:
         output = table.scale.new_empty((*indices.shape, table.embedding_dim), dtype=dtype)
+        if table.fused:
+            table = table.with_scales()
         self._dequantize_rows(table, kernel_ids(indices), output, record)
         return output
 

@@ -1,17 +1,19 @@
 """Lookups with Keras's rules in torch's operators."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from ...bounds import BoundsRecord, all_in_table, in_table
 from ...dtypes import TORCH_IDS, accumulation
-from ...fused_rows import dequantize, reads_as_ours, torch_lookup
+from ...fused_rows import FusedRows, dequantize, reads_as_ours, torch_lookup
 from ...take import QuantizedTable, wrap_negative
 from .lookup import TorchLookup, torch_ids
 
-# Beyond this, offsets are made for each call: beside its rows they cost little.
-MAX_KEPT_OFFSETS = 1 << 17
-_kept_offsets = torch.empty(0, dtype=torch.int32, device="cpu")
+# The numbers of groups in a row, which are few, are kept beside those of a batch's rows. Beyond the second limit they
+# are made for each call: beside its rows they cost little.
+MAX_GROUPS, MAX_KEPT = 64, 1 << 17
 
 
 class TorchTake(TorchLookup):
@@ -38,7 +40,8 @@ class TorchTake(TorchLookup):
     ) -> Tensor:
         num_embeddings = table.values.shape[0]
         if table.fused:
-            return _fused_rows(table, torch_ids(indices), record).to(dtype)
+            fused_rows = _fused_rows(table, torch_ids(indices), record)
+            return fused_rows if dtype == torch.float32 else fused_rows.to(dtype)
         rows = wrap_negative(indices, num_embeddings)
         columns = self._embedding(table.values, rows, -1, record, -num_embeddings)
         if table.bits == 4:
@@ -79,26 +82,36 @@ def _fused_rows(table: QuantizedTable, ids: Tensor, record: BoundsRecord | None)
 
 def _fused_rows_by_operator(table: QuantizedTable, ids: Tensor) -> Tensor:
     """The same on the CPU, of ids in the table: a row of several groups is several rows to torch."""
-    layout = table.layout
-    groups, weight = layout.groups, table.values
-    flat = ids.reshape(-1)
+    groups, group_bytes, group_size = _numbers_of(table.layout)
+    weight, flat, width = table.values, ids, groups * group_size
     if groups > 1:
-        weight = weight.view(-1, layout.group_bytes)
-        if len(weight) < 2**31:
+        weight = weight.view(-1, group_bytes)
+        if flat.dtype == torch.int64 and len(weight) < 2**31:
             flat = flat.to(torch.int32)
-        flat = torch.add(_arange(groups).to(flat.dtype), flat[:, None], alpha=groups).view(-1)
-    rows: Tensor = torch_lookup(table.bits)(weight, flat, _arange(len(flat)).to(flat.dtype))
-    rows = rows.view(*ids.shape, groups * layout.group_size)
-    return rows[..., : layout.embedding_dim].contiguous()
+        flat = torch.add(_arange(groups, flat.dtype), flat.unsqueeze(-1), alpha=groups)
+    flat = flat.reshape(-1)
+    rows: Tensor = torch_lookup(table.bits)(weight, flat, _arange(flat.shape[0], flat.dtype))
+    rows = rows.view(*ids.shape, width)
+    dim = table.embedding_dim
+    return rows if width == dim else rows[..., :dim].contiguous()
 
 
-def _arange(count: int) -> Tensor:
-    """int32 0, 1, ... up to count, kept for the next call."""
-    global _kept_offsets
-    kept = _kept_offsets
-    if len(kept) < count:
+@cache
+def _numbers_of(layout: FusedRows) -> tuple[int, int, int]:
+    return layout.groups, layout.group_bytes, layout.group_size
+
+
+# By dtype the last one that was made.
+_kept: dict[tuple[torch.dtype, bool], Tensor] = {}
+
+
+def _arange(count: int, dtype: torch.dtype) -> Tensor:
+    """0, 1, ... up to count; kept for the next call, where it is most often the same."""
+    key = dtype, count > MAX_GROUPS
+    kept = _kept.get(key)
+    if kept is None or kept.shape[0] != count:
         with torch.inference_mode(False):
-            kept = torch.arange(count, dtype=torch.int32, device="cpu")
-        if count <= MAX_KEPT_OFFSETS:
-            _kept_offsets = kept
-    return kept[:count]
+            kept = torch.arange(count, dtype=dtype, device="cpu")
+        if count <= MAX_KEPT:
+            _kept[key] = kept
+    return kept
