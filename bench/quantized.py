@@ -84,7 +84,6 @@ def measure_quantized(
     num_ids: int,
     rounds: int,
     advance: Callable[[], object],
-    only: Callable[[str], bool] = lambda name: True,
 ) -> list[Measured]:
     """Each way's table of normal numbers, looked up by uniform ids in turns with torch's fp32 lookup."""
     generator = torch.Generator(device="cpu").manual_seed(0)
@@ -94,9 +93,8 @@ def measure_quantized(
     measured = []
     with torch.no_grad():
         for name, make in ways().items():
-            if only(name):
-                measured.append(_measure(name, layer, make(layer), ids, rounds))
-                advance()
+            measured.append(_measure(name, layer, make(layer), ids, rounds))
+            advance()
     return measured
 
 

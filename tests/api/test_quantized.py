@@ -339,6 +339,24 @@ def test_a_new_layer_is_of_zeros():
         assert not found.any()
 
 
+@of_both_bits
+def test_another_default_device(bits):
+    """Nothing is made there but a new layer; the check of torch's operator neither."""
+    layer, bags, tables = embedding(9, 70), gpu_embed.EmbeddingBag(9, 70), batched(bits)
+    ids, batch = torch.tensor([[1, 8]]), batch_of("cpu")
+    fused_rows.reads_as_ours.cache_clear()
+    with torch.device("meta"):
+        small = QuantizedEmbedding.from_float(layer, bits)
+        found = [small(ids), QuantizedEmbeddingBag.from_float(bags, bits)(ids)]
+        found.append(QuantizedEmbeddingBag.from_float(tables, bits)(*batch))
+        assert torch.equal(small.to_float()(ids), found[0])
+        assert small.half()(ids).device.type == "cpu"
+        assert QuantizedEmbedding(9, 70).weight.is_meta
+    assert fused_rows.reads_as_ours.cache_info().currsize == 1
+    assert torch.equal(found[0], QuantizedEmbedding.from_float(layer, bits)(ids))
+    assert torch.equal(found[2], tables(*batch))
+
+
 # Saving.
 
 

@@ -21,6 +21,7 @@ FULL_FILES = frozenset(
         "api/test_tables_properties",
         "api/test_torch_samples",
         "bench/test_candidates",
+        "bench/test_quantized",
         "distributed/test_bags",
         "distributed/test_checkpoint",
         "distributed/test_compile",
