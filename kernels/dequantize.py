@@ -106,8 +106,8 @@ def dequantize_rows_kernel(
             indices_ptr, n, in_range, num_embeddings
         )
     acc_dtype: tl.constexpr = tl.float64 if scale_ptr.dtype.element_ty == tl.float64 else tl.float32
-    group = row * ((D + GROUP - 1) // GROUP) + vector * VEC // GROUP  # [BLOCK]
     if FUSED:
+        group = row * ((D + GROUP - 1) // GROUP) + vector * VEC // GROUP  # [BLOCK]
         ITEM: tl.constexpr = scale_ptr.dtype.element_ty.primitive_bitwidth // 8
         CODE_BYTES: tl.constexpr = GROUP * BITS // 8
         GROUP_BYTES: tl.constexpr = CODE_BYTES + 2 * ITEM
@@ -118,6 +118,7 @@ def dequantize_rows_kernel(
         values = codes.to(acc_dtype) * scale + offset
     else:
         values = load_columns(values_ptr, row, taken, vector, D, VEC, BITS).to(acc_dtype)
+        group = row * ((D + GROUP - 1) // GROUP) + vector * VEC // GROUP  # [BLOCK]
         scale = tl.load(scale_ptr + group, mask=taken, other=1).to(acc_dtype)[:, None]
         if zero_ptr is None:
             values = divide(values, tl.broadcast_to(scale, (BLOCK, VEC)))
