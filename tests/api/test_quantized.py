@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import same_bits
+from cases import mapped, needs_mapping, same_bits
 from process_groups import one_process
 from torch import Tensor, nn
 
@@ -276,6 +276,34 @@ def test_torchs_own_operators_read_the_bytes(bits):
     ids = torch.tensor([8, 0])
     assert torch.equal(lookup(small.weight, ids, torch.arange(2)), small(ids))
     assert torch.allclose(unpack(small.weight), small.to_float().weight, rtol=1e-6)
+
+
+@needs_mapping
+@of_both_bits
+def test_more_groups_and_bytes_than_32_bits_count(bits, monkeypatch):
+    """64-bit addresses: more than 2**31 groups, and so bytes, of which few are touched; ids of 32 bits too."""
+    layout = FusedRows(16, 4, bits) if bits == 8 else FusedRows(32, 4, bits)
+    rows = 2**31 // layout.groups + 3
+    small = QuantizedEmbedding(1, layout.embedding_dim, bits=bits)
+    small.format = layout
+    small.weight = mapped(rows, layout.row_bytes, torch.uint8)
+    last = torch.arange(layout.embedding_dim)[None].float()
+    small.weight[-1] = fused_rows.quantize_rows(last, layout)
+    lookup, asked = fused_rows.torch_lookup(bits), []
+    take = gpu_embed.backends.load("torch").dequantize_rows.__globals__
+    monkeypatch.setitem(
+        take, "torch_lookup", lambda _: lambda *given: (asked.append(given[1]), lookup(*given))[1]
+    )
+    for dtype in (torch.int64, torch.int32):
+        found = small(torch.tensor([rows - 1, 0], dtype=dtype))
+        assert asked.pop().tolist()[: layout.groups] == [
+            (rows - 1) * layout.groups + group for group in range(layout.groups)
+        ]
+        assert torch.equal(found[:1], fused_rows.dequantize(small.weight[-1:], layout))
+        assert found[0].any()
+        assert not found[1].any()
+    with pytest.raises(IndexError, match=f"id {rows} at"):
+        small(torch.tensor([rows]))
 
 
 def test_ids_of_other_kinds_are_refused_as_by_the_float_layer():

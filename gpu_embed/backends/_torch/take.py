@@ -86,8 +86,7 @@ def _fused_rows_by_operator(table: QuantizedTable, ids: Tensor) -> Tensor:
     weight, flat, width = table.values, ids, groups * group_size
     if groups > 1:
         weight = weight.view(-1, group_bytes)
-        if flat.dtype == torch.int64 and len(weight) < 2**31:
-            flat = flat.to(torch.int32)
+        flat = flat.to(torch.int32 if len(weight) < 2**31 else torch.int64)
         flat = torch.add(_arange(groups, flat.dtype), flat.unsqueeze(-1), alpha=groups)
     flat = flat.reshape(-1)
     rows: Tensor = torch_lookup(table.bits)(weight, flat, _arange(flat.shape[0], flat.dtype))
