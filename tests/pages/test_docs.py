@@ -63,9 +63,10 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize(
     "page",
     [
-        # DTensor and FSDP take long to import, and the default tier does without gensim.
+        # DTensor, FSDP and peft take long to import, and the default tier does without gensim.
         pytest.param(
-            page, marks=pytest.mark.full if page.stem in ("distributed", "vectors") else ()
+            page,
+            marks=pytest.mark.full if page.stem in ("distributed", "quantized", "vectors") else (),
         )
         for page in PAGES
         # tests/torchrec runs its own.
@@ -77,6 +78,8 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch, ca
     for extra in ("tokenizers", "matplotlib", "gensim"):
         if extra in page.read_text():
             pytest.importorskip(extra)
+    if page.stem == "quantized":
+        pytest.importorskip("peft", reason="the integration extra is missing")
     if page.stem == "distributed" and not torch.distributed.is_available():
         pytest.skip("torch is built without torch.distributed")
     # Not imported here: the page says to choose its backend before.
