@@ -105,6 +105,8 @@ def test_a_pickle_that_names_other_things_is_refused_before_anything_runs(file, 
         datetime.date(2020, 1, 1),
         Touch(tmp_path / "ran"),
         print,
+        # It begins as a name that is allowed.
+        setattr,
         [np.array([Touch(tmp_path / "ran")])],
     ):
         with pytest.raises(ValueError, match=r"not a KeyedVectors of gensim: it names \w+"):
@@ -178,14 +180,20 @@ def subword_rows(word: bytes, number: int) -> list[int]:
 
 
 def fasttext_model(
-    rows: np.ndarray, *, words: list[bytes], model: int = 2, quantized: bool = False
+    rows: np.ndarray,
+    *,
+    words: list[bytes],
+    model: int = 2,
+    labels: int = 0,
+    pruned: int = -1,
+    quantized: bool = False,
 ) -> bytes:
     """A file as fastText writes it; the words are not by how often they were seen."""
     parts = [struct.pack("<2i", 793712314, 12)]
     parts += [
         struct.pack("<12id", DIM, 5, 1, 1, 5, 1, 2, model, BUCKET, SHORTEST, LONGEST, 100, 1e-4)
     ]
-    parts += [struct.pack("<3i2q", len(words), len(words), 0, 100, -1)]
+    parts += [struct.pack("<3i2q", len(words), len(words) - labels, labels, 100, pruned)]
     for number, word in enumerate(words):
         parts += [word, b"\0", struct.pack("<qb", 10 + number % 3, 0)]
     parts += [struct.pack("<?2q", quantized, *rows.shape), rows.astype("<f4").tobytes()]
@@ -233,9 +241,11 @@ def test_a_model_that_gensim_wrote(tmp_path: Path):
     ("changed", "said"),
     [
         ({"model": 3}, "classifies texts has no vectors"),
+        ({"labels": 1}, "with labels or fewer n-grams"),
+        ({"pruned": 0}, "with labels or fewer n-grams"),
         ({"quantized": True}, "a quantized model"),
     ],
-    ids=["classifier", "quantized"],
+    ids=["classifier", "labels", "pruned", "quantized"],
 )
 def test_other_models_of_fasttext_are_refused(file, changed: dict, said: str):
     path = file(fasttext_model(ROWS, words=[word.encode() for word in WORDS], **changed))
