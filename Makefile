@@ -18,7 +18,7 @@ env_python := $(env_dir)/bin/python3
 .PHONY: help demo test test-all torchrec lint format docs gpu versions release clean FORCE
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "PYTEST_ARGS='-k name -n0' and DEMO_ARGS=... are passed on; PYTHON=python3.12 makes .venv with another"
 	@echo "Python; VENV=path uses a prepared environment, with no download."

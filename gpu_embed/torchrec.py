@@ -11,6 +11,7 @@ compute kernels "dense" and "fused" are looked up here; data-parallel ones stay 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from typing import Any
@@ -30,7 +31,8 @@ KNOWN = ("1.9.2",)
 VERSION = KNOWN[-1]
 INSTALL = (
     f"make torchrec in a clone, or pip install --no-deps torchrec=={VERSION} fbgemm-gpu==1.8.0 (fbgemm-gpu-cpu "
-    "without a GPU) torchmetrics tensordict iopath pyre-extensions tqdm typing-inspect"
+    "without a GPU) torchmetrics tensordict pyvers cloudpickle iopath pyre-extensions typing-inspect "
+    "mypy_extensions tqdm"
 )
 try:
     found = metadata.version("torchrec").partition("+")[0]
@@ -67,7 +69,6 @@ from torchrec.distributed.types import (  # noqa: E402
     QuantizedCommCodecs,
     ShardingEnv,
     ShardingEnv2D,
-    ShardingStrategy,
     ShardingType,
 )
 from torchrec.distributed.utils import append_prefix  # noqa: E402
@@ -75,10 +76,6 @@ from torchrec.modules.embedding_configs import (  # noqa: E402
     PoolingMode,
     PoolingType,
     data_type_to_dtype,
-)
-from torchrec.modules.embedding_modules import (  # noqa: E402
-    EmbeddingBagCollection,
-    EmbeddingCollection,
 )
 from torchrec.optim.fused import (  # noqa: E402
     EmptyFusedOptimizer,
@@ -92,10 +89,21 @@ __all__ = ["EmbeddingBagCollectionSharder", "EmbeddingCollectionSharder"]
 SERVED = (EmbeddingComputeKernel.DENSE, EmbeddingComputeKernel.FUSED)
 # TorchRec's settings for a table that mean something here, or nothing with tables in the device's memory.
 SETTINGS = frozenset({"output_dtype", "enforce_hbm", "use_one_tbe_per_table", "_batch_key"})
+# By these a table has rows on several ranks.
+BY_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 MODES = {PoolingMode.SUM: "sum", PoolingMode.MEAN: "mean"}
 
 
-class _RowUpdates:
+# What `apply_in_backward` takes, and why a sharder does not.
+NOT_ON_RANKS = {
+    "rows": "names rows of one table, and a rank has only some",
+    "scaler": "looks for infinities in the rows of one rank, and the ranks' scales would part; train in bfloat16",
+    "micro_steps": "counts the backward passes of each group of tables for itself; accumulate with tables of the "
+    "compute kernel 'dense'",
+}
+
+
+class _SharderOptimizer:
     """The optimizer that a sharder was given, to be applied in backward."""
 
     def __init__(
@@ -109,19 +117,23 @@ class _RowUpdates:
                     "optimizer=gpu_embed.optim.RowWiseAdagrad, for one"
                 )
             return
-        if arguments.get("rows") is not None:
-            raise ValueError(f"{sharder}: rows= names rows of one table, and a rank has only some")
+        if not (isinstance(optimizer, type) and issubclass(optimizer, RowOptimizer)):
+            raise TypeError(
+                f"{sharder}: expected an optimizer of gpu_embed.optim, such as gpu_embed.optim.RowWiseAdagrad, got "
+                f"{optimizer!r}; its arguments, such as lr=0.05, follow by name, and fused_params too"
+            )
+        for name, why in NOT_ON_RANKS.items():
+            if arguments.get(name) is not None:
+                raise ValueError(f"{sharder}: {name}= {why}")
         # Every error of an argument, before anything is sharded.
         apply_in_backward([nn.Parameter(torch.zeros(1, 1, device="cpu"))], optimizer, **arguments)
 
-    def check(self, infos: Iterable[EmbeddingShardingInfo], env: ShardingEnv) -> None:
+    def check(self, infos: list[EmbeddingShardingInfo], env: ShardingEnv) -> None:
         """Raise, on every rank alike, for tables that the kernels here do not serve."""
-        if (
-            isinstance(env, ShardingEnv2D)
-            and env.sharding_strategy == ShardingStrategy.FULLY_SHARDED
-        ):
+        if isinstance(env, ShardingEnv2D):
+            # Its sync() takes the mean of FBGEMM's tables, and of no others.
             raise NotImplementedError(
-                f"{self.sharder}: fully sharded 2D parallelism is not supported; use TorchRec's own sharder"
+                f"{self.sharder}: 2D parallelism (DMPCollection) is not supported; use TorchRec's own sharder"
             )
         for info in infos:
             config, kernel = info.embedding_config, info.param_sharding.compute_kernel
@@ -148,15 +160,26 @@ class _RowUpdates:
                     "FBGEMM are not supported"
                 )
             output_dtype = _output_dtype(info.fused_params)
-            if output_dtype not in FLOATS:
+            if output_dtype not in FLOATS or output_dtype != _output_dtype(infos[0].fused_params):
                 raise NotImplementedError(
-                    f"{where} has the output_dtype {output_dtype}; served are float32, float16 and bfloat16"
+                    f"{where} has the output_dtype {output_dtype}; served are float32, float16 and bfloat16, and "
+                    "one of them for all tables of a kind of sharding"
+                )
+            if not info.param.requires_grad:
+                raise NotImplementedError(
+                    f"{where} is frozen, which a sharded table cannot be; keep it in a collection that is not sharded, "
+                    "or update it by SGD with lr=0"
                 )
             is_grid = info.param_sharding.sharding_type == ShardingType.GRID_SHARD.value
             if is_grid and config.pooling == PoolingType.MEAN:
                 raise NotImplementedError(
                     f"{where}: TorchRec {found} leaves a grid-sharded mean undivided; take row-wise or column-wise "
                     "sharding, or sums"
+                )
+            if config.is_weighted and config.pooling == PoolingType.MEAN:
+                raise NotImplementedError(
+                    f"{where} has weighted means, which TorchRec divides by the sum of the weights where rows lie on "
+                    "several ranks, and by their number elsewhere; take weighted sums"
                 )
             _check_columns(where, info.param_sharding)
             if kernel == EmbeddingComputeKernel.FUSED.value and self.optimizer is None:
@@ -191,23 +214,26 @@ class _Group(nn.Module):
         config: GroupedEmbeddingConfig,
         mode: str | None,
         device: torch.device | None,
-        updates: _RowUpdates | None,
+        chosen: _SharderOptimizer | None,
     ) -> None:
         super().__init__()
         tables = config.embedding_tables
         # Several column shards of a table may lie here, and a feature may look up in several tables.
         names = _distinct(table.name for table in tables)
-        features = {
-            f"{feature}@{name}": name
+        pairs = [
+            (feature, name)
             for name, table in zip(names, tables, strict=True)
             for feature in table.feature_names
-        }
+        ]
+        # A table may list a feature twice.
+        keys = _distinct(f"{feature}@{name}" for feature, name in pairs)
+        features = {key: name for key, (_, name) in zip(keys, pairs, strict=True)}
         sizes = {
             name: (table.local_rows, table.local_cols)
             for name, table in zip(names, tables, strict=True)
         }
         kind: dict[str, Any] = {
-            "sparse": updates is not None,
+            "sparse": chosen is not None,
             "dtype": data_type_to_dtype(config.data_type),
             "features": features,
             "output_dtype": _output_dtype(config.fused_params),
@@ -223,9 +249,14 @@ class _Group(nn.Module):
             torch.zeros(self.layer.layout.buffer_shape, dtype=kind["dtype"], device=device or "cpu")
         )
         self.updates = None
-        if updates is not None:
-            assert updates.optimizer is not None
-            self.updates = apply_in_backward(self.layer, updates.optimizer, **updates.arguments)
+        if chosen is not None:
+            assert chosen.optimizer is not None
+            # A learning rate that is a tensor is this group's own, as TorchRec sets each group's.
+            own: dict[str, Any] = {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in chosen.arguments.items()
+            }
+            self.updates = apply_in_backward(self.layer, chosen.optimizer, **own)
 
     def forward(self, features: KeyedJaggedTensor, weights: Tensor | None) -> Tensor:
         sizes = features.stride_per_key() if features.variable_stride_per_key() else None
@@ -238,7 +269,7 @@ class _Group(nn.Module):
         whole = self.layer.weight.detach()
         return [self.layer.layout.view(whole, number) for number in range(len(self.layer))]
 
-    def slices(self, tables: list[ShardedEmbeddingTable]) -> dict[str, _Rows]:
+    def slices(self, tables: list[ShardedEmbeddingTable]) -> dict[str, _TableParameter]:
         """A parameter for each table, of its shards one under another, as TorchRec loads them."""
         layout, whole = self.layer.layout, self.layer.weight
         numbers: dict[str, list[int]] = {}
@@ -250,7 +281,7 @@ class _Group(nn.Module):
             rows, dim = layout.num_embeddings[first], layout.embedding_dims[first]
             count = len(others) + 1
             part = layout.row_range(first, first + count)._replace(shape=(count * rows, dim))
-            slices[name] = _Rows(whole, part)
+            slices[name] = _TableParameter(whole, part)
         return slices
 
     # Of a fused optimizer.
@@ -302,8 +333,17 @@ class _Group(nn.Module):
             self._settings["lr"] = lr
 
 
-class _Rows(TableSlice):
+class _TableParameter(TableSlice):
     """A table's rows as a parameter of TorchRec's, whose dense gradient can be set as well."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> _TableParameter:
+        """RuntimeError for False: the rows are part of their group's one parameter."""
+        if not requires_grad:
+            raise RuntimeError(
+                "a sharded table cannot be frozen; keep it in a collection that is not sharded, or update it by SGD "
+                "with lr=0"
+            )
+        return self
 
     @property
     def grad(self) -> Tensor | None:
@@ -372,9 +412,9 @@ class _Kernel:
     _emb_module: _Group
 
     def _fill(
-        self, mode: str | None, device: torch.device | None, updates: _RowUpdates | None
+        self, mode: str | None, device: torch.device | None, chosen: _SharderOptimizer | None
     ) -> None:
-        self._emb_module = _Group(self._config, mode, device, updates)
+        self._emb_module = _Group(self._config, mode, device, chosen)
         self._param_per_table = self._emb_module.slices(self._config.embedding_tables)
         self.init_parameters()  # type: ignore[attr-defined]  # the base's
 
@@ -402,9 +442,9 @@ class _Fused(_Kernel, FusedOptimizerModule):
     _pg: Any
 
     def _fill(
-        self, mode: str | None, device: torch.device | None, updates: _RowUpdates | None
+        self, mode: str | None, device: torch.device | None, chosen: _SharderOptimizer | None
     ) -> None:
-        super()._fill(mode, device, updates)
+        super()._fill(mode, device, chosen)
         self._optim = _KeyedState(self._config, self._emb_module, self._pg)
         for part in self._param_per_table.values():
             # By this TorchRec leaves them out of other optimizers.
@@ -424,7 +464,7 @@ class _Fused(_Kernel, FusedOptimizerModule):
             yield name, part
 
 
-class _RowKernel(BaseBatchedEmbedding):
+class _SequenceKernel(BaseBatchedEmbedding):
     """A row an id."""
 
     def __init__(
@@ -432,10 +472,10 @@ class _RowKernel(BaseBatchedEmbedding):
         config: GroupedEmbeddingConfig,
         pg: Any,
         device: torch.device | None,
-        updates: _RowUpdates | None,
+        chosen: _SharderOptimizer | None,
     ) -> None:
         super().__init__(config, pg, device)
-        self._fill(None, device, updates)
+        self._fill(None, device, chosen)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         return self._emb_module(features, None)
@@ -450,10 +490,10 @@ class _BagKernel(BaseBatchedEmbeddingBag):
         pg: Any,
         device: torch.device | None,
         sharding_type: ShardingType | None,
-        updates: _RowUpdates | None,
+        chosen: _SharderOptimizer | None,
     ) -> None:
         super().__init__(config, pg, device, sharding_type)
-        self._fill(MODES[self._pooling], device, updates)
+        self._fill(MODES[self._pooling], device, chosen)
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         weights = features.weights_or_none() if self._config.is_weighted else None
@@ -471,11 +511,11 @@ class _BagKernel(BaseBatchedEmbeddingBag):
         )
 
 
-class _DenseRows(_Dense, _RowKernel):
+class _DenseSequences(_Dense, _SequenceKernel):
     pass
 
 
-class _FusedRows(_Fused, _RowKernel):
+class _FusedSequences(_Fused, _SequenceKernel):
     pass
 
 
@@ -490,9 +530,9 @@ class _FusedBags(_Fused, _BagKernel):
 # All groups of one sharding on one rank.
 
 
-class _RowLookup(GroupedEmbeddingsLookup):
-    def __init__(self, updates: _RowUpdates, **arguments: Any) -> None:
-        self._row_updates = updates  # read by the base's constructor
+class _SequenceLookup(GroupedEmbeddingsLookup):
+    def __init__(self, chosen: _SharderOptimizer, **arguments: Any) -> None:
+        self._chosen = chosen  # read by the base's constructor
         super().__init__(**arguments)
 
     def _create_embedding_kernel(
@@ -501,15 +541,15 @@ class _RowLookup(GroupedEmbeddingsLookup):
         pg: Any,
         device: torch.device | None,
         env: ShardingEnv | None = None,
-    ) -> _RowKernel:
+    ) -> _SequenceKernel:
         if config.compute_kernel == EmbeddingComputeKernel.DENSE:
-            return _DenseRows(config, pg, device, None)
-        return _FusedRows(config, pg, device, self._row_updates)
+            return _DenseSequences(config, pg, device, None)
+        return _FusedSequences(config, pg, device, self._chosen)
 
 
 class _BagLookup(GroupedPooledEmbeddingsLookup):
-    def __init__(self, updates: _RowUpdates, **arguments: Any) -> None:
-        self._row_updates = updates
+    def __init__(self, chosen: _SharderOptimizer, **arguments: Any) -> None:
+        self._chosen = chosen
         super().__init__(**arguments)
 
     def _create_embedding_kernel(
@@ -522,7 +562,7 @@ class _BagLookup(GroupedPooledEmbeddingsLookup):
     ) -> _BagKernel:
         if config.compute_kernel == EmbeddingComputeKernel.DENSE:
             return _DenseBags(config, pg, device, sharding_type, None)
-        return _FusedBags(config, pg, device, sharding_type, self._row_updates)
+        return _FusedBags(config, pg, device, sharding_type, self._chosen)
 
     def _forward_with_vbe_merging(
         self, features_by_group: list[KeyedJaggedTensor], device: torch.device
@@ -539,30 +579,34 @@ def _serve(
     sharding: Any,
     infos: list[EmbeddingShardingInfo],
     env: ShardingEnv,
-    lookup: type[_RowLookup | _BagLookup],
-    updates: _RowUpdates,
+    lookup: type[_SequenceLookup | _BagLookup],
+    chosen: _SharderOptimizer,
     **arguments: Any,
 ) -> Any:
     """Let a sharding of TorchRec's make our lookup; a data-parallel one makes TorchRec's."""
     if infos[0].param_sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
         return sharding
-    updates.check(infos, env)
+    chosen.check(infos, env)
 
     def create_lookup(
         device: torch.device | None = None,
         fused_params: dict[str, Any] | None = None,
         feature_processor: Any = None,
     ) -> nn.Module:
-        if feature_processor is not None:
-            arguments["feature_processor"] = feature_processor
-        return lookup(
-            updates,
+        more = {} if feature_processor is None else {"feature_processor": feature_processor}
+        made = lookup(
+            chosen,
             grouped_configs=sharding._grouped_embedding_configs_per_rank[sharding._rank],
             pg=sharding._pg,
             device=sharding._device if device is None else device,
             env=sharding._env,
             **arguments,
+            **more,
         )
+        # A rank without tables sends no rows, in the dtype of the others'.
+        nothing = made._dummy_embs_tensor.detach().to(_output_dtype(infos[0].fused_params))
+        made._dummy_embs_tensor = nothing.requires_grad_()
+        return made
 
     sharding.create_lookup = create_lookup
     return sharding
@@ -571,9 +615,39 @@ def _serve(
 class ShardedEmbeddingBagCollection(embeddingbag.ShardedEmbeddingBagCollection):
     """TorchRec's, whose lookups are ours. A sharder makes it."""
 
-    def __init__(self, *arguments: Any, updates: _RowUpdates, **named: Any) -> None:
-        self._row_updates = updates  # read by the base's constructor
+    def __init__(self, *arguments: Any, chosen: _SharderOptimizer, **named: Any) -> None:
+        self._chosen = chosen  # read by the base's constructor
         super().__init__(*arguments, **named)
+        kinds = {name: one.sharding_type for name, one in self.module_sharding_plan.items()}
+        tables_of: dict[str, list[Any]] = {}
+        for config in self._embedding_bag_configs:
+            for feature in config.feature_names:
+                tables_of.setdefault(feature, []).append(config)
+        for feature, configs in tables_of.items():
+            divided = [
+                config.pooling == PoolingType.MEAN and kinds[config.name] in BY_ROWS
+                for config in configs
+            ]
+            if any(divided) and not all(divided):
+                names = ", ".join(config.name for config in configs)
+                raise NotImplementedError(
+                    f"feature {feature!r} looks up in the tables {names}, of which some are means by rows: TorchRec "
+                    f"{VERSION} divides all of a feature's bags, or none; shard these tables in one way"
+                )
+        # Behind the exchange TorchRec divides every feature but these. Means of whole tables are divided before.
+        self._pooling_type_to_rs_features[PoolingType.SUM.value] += [
+            feature
+            for config in self._embedding_bag_configs
+            if kinds[config.name] not in BY_ROWS
+            for feature in config.feature_names
+        ]
+
+    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Any:
+        """Without weights where the collection has none: TorchRec would divide means by them."""
+        if not self._is_weighted and features.weights_or_none() is not None:
+            features = copy.copy(features)
+            features._weights = None
+        return super().input_dist(ctx, features)
 
     def create_embedding_bag_sharding(  # a classmethod there
         self,
@@ -588,16 +662,14 @@ class ShardedEmbeddingBagCollection(embeddingbag.ShardedEmbeddingBagCollection):
         )
         # By this a mean of rows on several ranks is a sum here, which is divided behind the exchange.
         kind = ShardingType(sharding_infos[0].param_sharding.sharding_type)
-        return _serve(
-            sharding, sharding_infos, env, _BagLookup, self._row_updates, sharding_type=kind
-        )
+        return _serve(sharding, sharding_infos, env, _BagLookup, self._chosen, sharding_type=kind)
 
 
 class ShardedEmbeddingCollection(embedding.ShardedEmbeddingCollection):
     """TorchRec's, whose lookups are ours. A sharder makes it."""
 
-    def __init__(self, *arguments: Any, updates: _RowUpdates, **named: Any) -> None:
-        self._row_updates = updates
+    def __init__(self, *arguments: Any, chosen: _SharderOptimizer, **named: Any) -> None:
+        self._chosen = chosen
         super().__init__(*arguments, **named)
 
     def create_embedding_sharding(
@@ -611,16 +683,40 @@ class ShardedEmbeddingCollection(embedding.ShardedEmbeddingCollection):
         sharding = super().create_embedding_sharding(
             sharding_type, sharding_infos, env, device, qcomm_codecs_registry
         )
-        return _serve(sharding, sharding_infos, env, _RowLookup, self._row_updates)
+        return _serve(sharding, sharding_infos, env, _SequenceLookup, self._chosen)
 
 
 class _Sharder:
     """What both sharders are."""
 
-    _row_updates: _RowUpdates
+    _chosen: _SharderOptimizer
+    # What the one takes that the other does not.
+    _options: dict[str, Any]
+
+    def shard(
+        self,
+        module: nn.Module,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> Any:
+        return self.sharded_module_type(  # type: ignore[attr-defined]
+            module,
+            params,
+            env,
+            self.fused_params,  # type: ignore[attr-defined]
+            device,
+            chosen=self._chosen,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,  # type: ignore[attr-defined]
+            module_fqn=module_fqn,
+            **self._options,
+        )
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """TorchRec's choice for its planner, of what is served here."""
+        """TorchRec's choice for its planner, of what is served here; "dense" where there is no optimizer."""
+        if self._chosen.optimizer is None:
+            return [EmbeddingComputeKernel.DENSE.value]
         all_of_them = super().compute_kernels(sharding_type, compute_device_type)  # type: ignore[misc]
         return [one for one in all_of_them if one in {kernel.value for kernel in SERVED}]
 
@@ -634,15 +730,16 @@ class EmbeddingBagCollectionSharder(_Sharder, embeddingbag.EmbeddingBagCollectio
 
     Args:
         optimizer: a class of `gpu_embed.optim`; needed for tables of the compute kernel "fused".
-        arguments: what it takes beside the parameters, such as lr=0.05; and `scaler` and `micro_steps` of
-            `gpu_embed.optim.apply_in_backward`.
-        fused_params: of TorchRec's only "output_dtype", fp32 unless it says otherwise.
+        arguments: what it takes beside the parameters, such as lr=0.05.
+        fused_params: of TorchRec's only "output_dtype", fp32 unless it says otherwise, and what says how tables are
+            grouped.
         qcomm_codecs_registry, sharded_module_order_overwrite: as for TorchRec's.
 
-    `model.fused_optimizer` is TorchRec's keyed view of all of them: its `param_groups` have the lr, its `state_dict()`
-    has "embedding_bags.name.weight" with "name.momentum1", the first kind of state, and others by their own names, as
-    ShardedTensors or DTensors in the optimizer's memory; "name.step" where updates depend on it (Adam). With
-    column-wise shards a row of `RowWiseAdagrad` has a sum for each shard, as in FBGEMM.
+    `model.fused_optimizer` is TorchRec's keyed view of all of them. Its `param_groups` have the lr, which its `step()`
+    and `zero_grad()` put into effect. Its `state_dict()` has "embedding_bags.name.weight" with "name.momentum1", the
+    first kind of state, and others by their own names, as ShardedTensors or DTensors in the optimizer's memory; and
+    "name.step" where updates depend on it (Adam), which FBGEMM's has not. With column-wise shards a row of
+    `RowWiseAdagrad` has a sum for each shard, as in FBGEMM, so that it is loaded with as many shards only.
 
     Raises:
         TypeError, ValueError: what `optimizer` or `apply_in_backward` refuses; when it is sharded, a fused table and
@@ -661,27 +758,8 @@ class EmbeddingBagCollectionSharder(_Sharder, embeddingbag.EmbeddingBagCollectio
         **arguments: Any,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, sharded_module_order_overwrite)
-        self._row_updates = _RowUpdates(type(self).__name__, optimizer, arguments)
-
-    def shard(
-        self,
-        module: EmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedEmbeddingBagCollection:
-        return ShardedEmbeddingBagCollection(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            updates=self._row_updates,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            module_fqn=module_fqn,
-            sharded_module_order_overwrite=self._sharded_module_order_overwrite,
-        )
+        self._chosen = _SharderOptimizer(type(self).__name__, optimizer, arguments)
+        self._options = {"sharded_module_order_overwrite": sharded_module_order_overwrite}
 
     @property
     def sharded_module_type(self) -> type[ShardedEmbeddingBagCollection]:
@@ -707,27 +785,8 @@ class EmbeddingCollectionSharder(_Sharder, embedding.EmbeddingCollectionSharder)
         **arguments: Any,
     ) -> None:
         super().__init__(fused_params, qcomm_codecs_registry, use_index_dedup)
-        self._row_updates = _RowUpdates(type(self).__name__, optimizer, arguments)
-
-    def shard(
-        self,
-        module: EmbeddingCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedEmbeddingCollection:
-        return ShardedEmbeddingCollection(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            updates=self._row_updates,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            use_index_dedup=self._use_index_dedup,
-            module_fqn=module_fqn,
-        )
+        self._chosen = _SharderOptimizer(type(self).__name__, optimizer, arguments)
+        self._options = {"use_index_dedup": use_index_dedup}
 
     @property
     def sharded_module_type(self) -> type[ShardedEmbeddingCollection]:
@@ -746,5 +805,6 @@ def _distinct(names: Iterable[str]) -> list[str]:
 
 def _output_dtype(settings: dict[str, Any] | None) -> torch.dtype:
     """Of a table's settings; fp32 by itself, as FBGEMM's."""
-    dtype: torch.dtype = (settings or {}).get("output_dtype", SparseType.FP32).as_dtype()
+    given = (settings or {}).get("output_dtype", SparseType.FP32)
+    dtype: torch.dtype = given if isinstance(given, torch.dtype) else given.as_dtype()
     return dtype

@@ -16,7 +16,7 @@ from ..nn.tables import BatchedTables
 HINTS = {
     torch.nn.EmbeddingBag: "; call gpu_embed.replace_embeddings(model) before",
     torch.nn.Embedding: "; for an Embedding take torch's RowwiseParallel or ColwiseParallel",
-    BatchedTables: "; batched tables are sharded by FSDP2 alone",
+    BatchedTables: "; batched tables are sharded by FSDP2, or by gpu_embed.torchrec",
 }
 
 

@@ -1,8 +1,10 @@
 """One table whose rows lie on several ranks, each of which looks up ids of its own.
 
-A forward has three collectives: how many rows a rank wants of each other, which, and the rows. A backward has one.
+A forward has three collectives: how many rows a rank wants of each other, which, and the rows. A backward has one. How
+many bytes that is, docs/distributed.md says, "What a step sends".
 """
 
+import zlib
 from typing import Any, Literal
 
 import torch
@@ -35,12 +37,13 @@ class ShardedEmbedding(torch.nn.Module):
 
     **Gradient.** The sum over all ranks, as if their losses were added. DistributedDataParallel and FSDP, which take
     the mean of other gradients, must leave this table out. The gradient is sparse and has this rank's rows: the
-    optimizers of `gpu_embed.optim` and torch.optim.SparseAdam take it. `clip_grad_norm_` sees this rank's rows alone.
+    optimizers of `gpu_embed.optim` and torch.optim.SparseAdam take it. `gpu_embed.optim.clip_grad_norm_` and
+    `torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler` see all ranks' rows, and torch's see this rank's.
 
     **State.** The state_dict holds the whole table as a DTensor, `Shard(0)` in the order of ids, for any `rows`. It
     loads such a DTensor, or a plain `[num_embeddings, embedding_dim]`. The state_dict of an optimizer of
-    `gpu_embed.optim` holds DTensors too; torch.optim.SparseAdam saves each rank's rows alone. With
-    `rows="round_robin"` saving and loading are collectives.
+    `gpu_embed.optim` holds DTensors too; torch.optim.SparseAdam saves each rank's rows alone. Every rank saves and
+    loads: with `rows="round_robin"`, and for an optimizer with `rows=`, these are collectives.
 
     Attributes:
         weight: this rank's rows, `[own rows, embedding_dim]`.
@@ -69,13 +72,16 @@ class ShardedEmbedding(torch.nn.Module):
         norm_type: float = 2.0,
     ) -> None:
         """Take this rank's rows, `[sharding.num_rows, embedding_dim]`; `from_module` cuts them from a whole table."""
+        if not isinstance(sharding, RowSharding):
+            raise TypeError(
+                "ShardedEmbedding takes this rank's rows and a RowSharding: make it of a whole layer, by "
+                "ShardedEmbedding.from_module(torch.nn.Embedding(...), mesh)"
+            )
         super().__init__()
         self.sharding, self.distinct = sharding, distinct
         self.num_embeddings, self.embedding_dim = sharding.num_embeddings, weight.shape[1]
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, max_norm, norm_type
-        self._padding_row = sharding.local_row(wrap_padding_idx(padding_idx, self.num_embeddings))
         self.weight = torch.nn.Parameter(weight)
-        self._mark()
 
     @classmethod
     def from_module(
@@ -96,22 +102,34 @@ class ShardedEmbedding(torch.nn.Module):
             distinct: make ids distinct before they are sent; False saves a sort where few occur twice.
 
         Raises:
-            TypeError: the layer is no torch.nn.Embedding.
+            TypeError: the layer is no torch.nn.Embedding, or the mesh no DeviceMesh.
             ValueError: the mesh has several dimensions, or lacks this process; rows is another word; the layer has
                 scale_grad_by_freq, or is sharded already.
         """
         where = f"{cls.__name__}.from_module"
         if not isinstance(layer, torch.nn.Embedding):
-            raise TypeError(f"{where} takes a torch.nn.Embedding, not {type(layer).__name__}")
+            hint = ""
+            if isinstance(layer, torch.nn.EmbeddingBag):
+                hint = "; look up rows of an Embedding, and take the sums or means of these"
+            raise TypeError(f"{where} takes a torch.nn.Embedding, not {type(layer).__name__}{hint}")
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(
+                f"{where} takes a DeviceMesh, such as init_device_mesh({layer.weight.device.type!r}, "
+                f"(dist.get_world_size(),)), not {type(mesh).__name__}"
+            )
         if mesh.ndim != 1:
             raise ValueError(
-                f"{where} spreads rows over one dimension of a mesh, and this one has {mesh.ndim}: pass one of them, "
-                'as in mesh["tp"]'
+                f"{where} spreads rows over one dimension of a mesh, and this one has {mesh.ndim}: pass a mesh of all "
+                'ranks. One of its dimensions, as mesh["tp"], makes replicas, which nothing keeps equal'
             )
         if mesh.get_coordinate() is None:
             raise ValueError(
                 f"{where}: this process is not in the mesh; make the layer in those that are"
             )
+        ranks = mesh.mesh.tolist()
+        if ranks != sorted(ranks):
+            # What is saved goes by the mesh, and what is sent by the process group, whose ranks are sorted.
+            raise ValueError(f"{where}: the mesh's ranks must be in ascending order, got {ranks}")
         if rows not in ("blocks", "round_robin"):
             raise ValueError(f'{where}: rows must be "blocks" or "round_robin", got {rows!r}')
         if isinstance(layer.weight, DTensor):
@@ -131,10 +149,26 @@ class ShardedEmbedding(torch.nn.Module):
         made.weight.requires_grad_(layer.weight.requires_grad)
         return made.train(layer.training)
 
+    @property
+    def _padding_row(self) -> int:
+        """This rank's padding row, or -1."""
+        return self.sharding.local_row(wrap_padding_idx(self.padding_idx, self.num_embeddings))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":
+            self._mark()
+
     def reset_parameters(self) -> None:
-        """Draw this rank's rows from the normal distribution, as torch.nn.Embedding does: seed each rank otherwise."""
+        """Draw this rank's rows from the normal distribution, as torch.nn.Embedding does.
+
+        They are other ones on each rank, also where all ranks have one seed.
+        """
+        seed = int(torch.randint(2**62, (), device="cpu")) + self.sharding.rank
         with torch.no_grad():
-            self.weight.normal_()
+            if not self.weight.is_meta:
+                drawn = torch.Generator(self.weight.device).manual_seed(seed)
+                self.weight.normal_(generator=drawn)
             if self._padding_row >= 0:
                 self.weight[self._padding_row].fill_(0)
 
@@ -150,14 +184,14 @@ class ShardedEmbedding(torch.nn.Module):
         self._check(input)
         sharding, ids = self.sharding, input.reshape(-1)
         route = _Route(ids, sharding, self.distinct)
-        sent, wanted = self._agree(route, input)
+        asked, wanted = self._agree(route, input)
         local_rows = route.local_rows[: sum(wanted)]
-        received = local_rows.new_empty(sum(sent))
-        dist.all_to_all_single(received, local_rows, sent, wanted, sharding.group)
+        asked_rows = local_rows.new_empty(sum(asked))
+        dist.all_to_all_single(asked_rows, local_rows, asked, wanted, sharding.group)
         if self.max_norm is not None:
-            embedding_renorm_(self.weight.detach(), received, self.max_norm, self.norm_type)
+            embedding_renorm_(self.weight.detach(), asked_rows, self.max_norm, self.norm_type)
         rows = _OwnedRows.apply(
-            self.weight, received, sent, wanted, self._padding_row, sharding.group
+            self.weight, asked_rows, asked, wanted, self._padding_row, sharding.group
         )
         output = call_embedding(rows, route.inverse, -1, False, False)
         return output.view(*input.shape, self.embedding_dim)
@@ -171,25 +205,40 @@ class ShardedEmbedding(torch.nn.Module):
             raise RuntimeError(
                 "ShardedEmbedding under DistributedDataParallel: it has overwritten the rows of each rank with those "
                 "of rank 0, and would average their gradients. Make the model anew, and before it is wrapped name the "
-                "table's weight in model._ddp_params_and_buffers_to_ignore"
+                "table's weight in model._ddp_params_and_buffers_to_ignore; for TorchRec's DistributedModelParallel in "
+                "data_parallel_wrapper=DefaultDataParallelWrapper(params_to_ignore=[...])"
             )
-        if not hasattr(self.weight, "row_sharding") and is_gathered(self.weight):
+        if is_gathered(self.weight):
             raise RuntimeError(
                 "ShardedEmbedding under FSDP: it takes each rank's rows for parts of the same. Make the model anew, "
                 "and keep the table out, by fully_shard(..., ignored_params={table.weight})"
+            )
+        own = self.sharding.num_rows, self.embedding_dim
+        if self.weight.shape != own:
+            raise RuntimeError(
+                f"ShardedEmbedding: its weight must be this rank's rows, {list(own)}, but is "
+                f"{list(self.weight.shape)}; load_state_dict takes a whole table"
             )
 
     def _agree(self, route: "_Route", input: Tensor) -> tuple[list[int], list[int]]:
         """How many rows each rank gets from this one, and this one from each; the host waits for it.
 
-        Raises IndexError if a rank has an id out of range.
+        Raises RuntimeError if the ranks' tables differ, IndexError if a rank has an id out of range.
         """
-        wanted = route.wanted
+        wanted, sharding = route.wanted, self.sharding
         if bounds.BOUNDS_CHECK.value != "off":
-            wanted = torch.where(route.has_others, FAILED, wanted)
-        sent = torch.empty_like(wanted)
-        dist.all_to_all_single(sent, wanted, group=self.sharding.group)
-        counts = torch.stack([sent, wanted]).tolist()
+            wanted = torch.where(route.has_out_of_range, FAILED, wanted)
+        table = self.num_embeddings, self.embedding_dim, sharding.round_robin, self.weight.dtype
+        code = zlib.crc32(repr(table).encode())
+        told = torch.stack([wanted, torch.full_like(wanted, code)], 1)
+        heard = torch.empty_like(told)
+        dist.all_to_all_single(heard, told, group=sharding.group)
+        *counts, codes = torch.stack([heard[:, 0], wanted, heard[:, 1]]).tolist()
+        if others := [rank for rank, other in enumerate(codes) if other != code]:
+            raise RuntimeError(
+                f"ShardedEmbedding: ranks {others} of the mesh have a table of another shape, dtype or rows= than this "
+                f"rank, {sharding.rank}: every rank must give from_module the same"
+            )
         if FAILED in counts[1]:
             ids = input.reshape(-1).to(torch.int64)
             position = int((~bounds.in_table(ids, self.num_embeddings)).nonzero()[0])
@@ -220,6 +269,7 @@ class ShardedEmbedding(torch.nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = self.sharding.whole(self.weight.detach())
 
     def _load_from_state_dict(
@@ -245,7 +295,6 @@ class ShardedEmbedding(torch.nn.Module):
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._mark()
 
     def extra_repr(self) -> str:
         sharding = self.sharding
@@ -312,9 +361,17 @@ class RowSharding:
         """This rank's rows of a whole table [num_embeddings, ...], plain or a DTensor."""
         if not isinstance(whole, DTensor):
             return whole[self.own_rows]
+        if (
+            whole.device_mesh != self.mesh
+            and whole.device_mesh.mesh.tolist() != self.mesh.mesh.tolist()
+        ):
+            raise ValueError(
+                f"the table to be loaded lies on {whole.device_mesh}, and this one on {self.mesh}: load its "
+                "full_tensor(), or by torch.distributed.checkpoint"
+            )
         with torch.no_grad():
             block = whole.redistribute(self.mesh, [Shard(0)]).to_local()
-        return self._of_blocks(block) if self.round_robin else block
+        return self._from_block(block) if self.round_robin else block
 
     def _common(self, block: int, rank: int) -> range:
         """The places in a block of the rows that a rank has round robin."""
@@ -339,7 +396,7 @@ class RowSharding:
             block[self._common(self.rank, rank).start :: self.ranks] = rows
         return block
 
-    def _of_blocks(self, block: Tensor) -> Tensor:
+    def _from_block(self, block: Tensor) -> Tensor:
         in_blocks, of_ranks = self._sizes()
         ranks = range(self.ranks)
         parts = torch.cat([block[self._common(self.rank, r).start :: self.ranks] for r in ranks])
@@ -355,7 +412,7 @@ class _Route:
         local_rows: [N], the owners' rows, in the order of owners; as many as are wanted count.
         wanted: int64 [ranks], how many of each.
         inverse: int64 [N], where the row of each id is among these; behind them for an id out of range.
-        has_others: bool [], whether there is an id out of range.
+        has_out_of_range: bool [], whether there is an id out of range.
     """
 
     def __init__(self, ids: Tensor, sharding: RowSharding, distinct: bool) -> None:
@@ -374,7 +431,7 @@ class _Route:
         edges = torch.arange(0, end + 1, chunk, dtype=places.dtype, device=device)
         ends = torch.searchsorted(places, edges)
         self.wanted = number[ends].diff()
-        self.has_others = ends[-1] < len(places)
+        self.has_out_of_range = ends[-1] < len(places)
         number = number[1:] - 1
         self.inverse = torch.empty_like(number).scatter_(0, order, number)
         local_rows = _narrow(places % chunk, chunk)
@@ -388,33 +445,34 @@ def _narrow(numbers: Tensor, largest: int) -> Tensor:
 class _OwnedRows(torch.autograd.Function):
     """This rank's rows to the ranks that want them; in backward their gradients to the rows' owners.
 
-    `received` are the rows [n], `sent` and `wanted` how many go to and come from each rank. Output: `[sum(wanted), D]`.
+    `asked_rows` [n] are the numbers of the rows that each rank asks for, `asked` how many, and `wanted` how many rows
+    come from each rank. Output: `[sum(wanted), D]`.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         weight: Tensor,
-        received: Tensor,
-        sent: list[int],
+        asked_rows: Tensor,
+        asked: list[int],
         wanted: list[int],
         padding_row: int,
         group: Any,
     ) -> Tensor:
-        ctx.num_rows, ctx.received, ctx.sizes = weight.shape[0], received, (sent, wanted)
+        ctx.num_rows, ctx.asked_rows, ctx.sizes = weight.shape[0], asked_rows, (asked, wanted)
         ctx.padding_row, ctx.group = padding_row, group
-        rows = call_embedding(weight, received, -1, False, False)
+        rows = call_embedding(weight, asked_rows, -1, False, False)
         output = rows.new_empty(sum(wanted), weight.shape[1])
-        dist.all_to_all_single(output, rows, wanted, sent, group)
+        dist.all_to_all_single(output, rows, wanted, asked, group)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        sent, wanted = ctx.sizes
-        of_rows = grad.new_empty(sum(sent), grad.shape[1])
-        dist.all_to_all_single(of_rows, grad.contiguous(), sent, wanted, ctx.group)
+        asked, wanted = ctx.sizes
+        of_rows = grad.new_empty(sum(asked), grad.shape[1])
+        dist.all_to_all_single(of_rows, grad.contiguous(), asked, wanted, ctx.group)
         gradient = sparse_gradient(
-            of_rows, ctx.received, ctx.num_rows, ctx.padding_row, False, is_new=True
+            of_rows, ctx.asked_rows, ctx.num_rows, ctx.padding_row, False, is_new=True
         )
         return gradient, None, None, None, None, None

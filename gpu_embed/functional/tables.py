@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..bags import check_offsets
 from ..dtypes import FLOATS, IDS, accumulation
 from ..ops.tables import call_table_batched_embedding
 from ..tables.inputs import BatchSizes, TableInput, pad_offsets
 from ..tables.layout import TableLayout, Tables, as_int, quoted
-from .checks import tensor_hint
+from .checks import check_plain_offsets, tensor_hint
 
 
 def table_batched_embedding(
@@ -91,7 +90,7 @@ def sizes_in_order(function: str, batch_sizes: BatchSizes, features: tuple[str, 
     else:
         raise TypeError(
             f"{function}: batch_sizes must be ints, one a feature: a mapping by the features' names, or a sequence, "
-            f"got {type(batch_sizes).__name__}"
+            f"got {type(batch_sizes).__name__}{'; call its tolist()' if hasattr(batch_sizes, 'tolist') else ''}"
         )
     if len(values) != len(features):
         raise ValueError(
@@ -126,9 +125,9 @@ def pad_batch(
             f"{function}: offsets has to be of shape [{sum(sizes) + 1}], a number for each bag of batch_sizes and the "
             f"end of the last, got {list(offsets.shape)}"
         )
-    if offsets.device.type == "cpu" and offsets.dtype in IDS and not torch.compiler.is_compiling():
+    if offsets.dtype in IDS:
         # Before there are more of them, as the message names places.
-        check_offsets(offsets, input)
+        check_plain_offsets(offsets, input)
     return pad_offsets(offsets, sizes)
 
 

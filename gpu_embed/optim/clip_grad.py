@@ -1,13 +1,16 @@
 """Clipping by norm, where torch's own function does not take sparse gradients."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import backends
 from ..tables.entries import number_rows
 from ..tables.gradient import TableGradient
+from .saved_state import sharding_of
 
 
 @torch.no_grad()
@@ -23,6 +26,9 @@ def clip_grad_norm_(
     take as much memory as the gradient's values (of a `TableGradient`, as if all its rows had the length of the
     longest), whatever the table's height, and nothing waits for the GPU.
 
+    Of a `distributed.ShardedEmbedding` each rank has its rows, and the norm is that of all of them: all its ranks call
+    this, with the same parameters.
+
     Args:
         parameters: whose gradients to scale, in place.
         max_norm: what their norm, taken together, is brought down to.
@@ -32,14 +38,32 @@ def clip_grad_norm_(
     Returns:
         The norm before, a tensor of one element.
     """
-    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    summed = [_row_sums(grad) for grad in grads]
-    total_norm = torch.nn.utils.get_total_norm(summed, norm_type, error_if_nonfinite)
+    sharded: dict[Any, list[Tensor]] = {}
+    whole = []
+    for parameter in parameters:
+        sharding = sharding_of(parameter)
+        if sharding is not None:
+            # A rank without a gradient takes part all the same.
+            sharded.setdefault(sharding.group, []).append(parameter)
+        elif parameter.grad is not None:
+            whole.append(_row_sums(parameter.grad))
+    whole += [_norm_of_ranks(own, norm_type, group) for group, own in sharded.items()]
+    total_norm = torch.nn.utils.get_total_norm(whole, norm_type, error_if_nonfinite)
     scale = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
     for grad in grads:
         (grad._values() if grad.is_sparse else grad).mul_(scale.to(grad.device))
     return total_norm
+
+
+def _norm_of_ranks(parameters: list[Tensor], norm_type: float, group: Any) -> Tensor:
+    """The norm of the gradients of all rows that the ranks of a group have."""
+    own = [_row_sums(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(own, norm_type).to(parameters[0].device)
+    of_ranks = [torch.empty_like(norm) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_ranks, norm, group)
+    return torch.linalg.vector_norm(torch.stack(of_ranks), norm_type)
 
 
 def _row_sums(grad: Tensor) -> Tensor:

@@ -183,6 +183,12 @@ def apply_in_backward(
     # All are looked at before the first is changed.
     for parent in parts:
         _check_table(parent)
+        if scaler is not None and sharding_of(parent) is not None:
+            raise ValueError(
+                "apply_in_backward: scaler= looks for infinities in this rank's rows of a ShardedEmbedding alone, and "
+                "the ranks' scales would part; call the optimizer's step() by a "
+                "torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler"
+            )
     _refuse_ddp(list(parts))
     passes = _Passes(micro_steps)
     tables = [

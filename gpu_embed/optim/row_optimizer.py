@@ -193,14 +193,12 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         missing = [layout for layout in layouts if layout.name not in kept]
         begins = bool(missing) or not kept.get("step")
         state = self._state_of(group, param, layouts)
-        if group["stochastic_rounding"] and "seed" not in state:
-            state["seed"] = self._seed_of(group, param)
         state["step"] += 1
         if param.numel() == 0:
             return
         try:
             backend = backends.select(param.device)
-            update = self._settings(group, state, param.device)
+            update = self._settings(group, state["step"], param)
             if begins:
                 update = self._begun(update)
             tensors = tuple([state[layout.name] for layout in layouts])
@@ -270,16 +268,15 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def _params(self) -> list[Tensor]:
         return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
-    def _settings(
-        self, group: dict[str, Any], state: dict[str, Any], device: torch.device
-    ) -> RowUpdate:
+    def _settings(self, group: dict[str, Any], step: int, param: Tensor) -> RowUpdate:
         lr = group["lr"]
-        read_on_device = isinstance(lr, Tensor) and lr.device == device
-        update = self._row_update(group, 1.0 if read_on_device else float(lr), state["step"])
+        read_on_device = isinstance(lr, Tensor) and lr.device == param.device
+        update = self._row_update(group, 1.0 if read_on_device else float(lr), step)
+        is_random = group["stochastic_rounding"]
         return update._replace(
             grad_scale=-1.0 if group["maximize"] else 1.0,
             lr=lr.to(torch.float64).reshape(1) if read_on_device else None,
-            stream=Stream(state["seed"], state["step"]) if group["stochastic_rounding"] else None,
+            stream=Stream(self._seed_of(group, param), step) if is_random else None,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -352,7 +349,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             # The state_dict of torch's optimizer knows less.
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-            group["rows"] = _row_mask(group["rows"], group["params"])
+            # A copy's masks are cut to this rank's rows, and those of a state_dict are the whole table's.
+            if present or any(sharding_of(param) is None for param in group["params"]):
+                group["rows"] = _row_mask(group["rows"], group["params"])
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, which torch's optimizer of the same formula can load, too, for tables of their own.
@@ -658,9 +657,6 @@ def _row_mask(rows: Any, params: list[Tensor]) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"rows: expected a bool mask or integer ids, got {rows!r}") from error
     if rows.dtype == torch.bool:
-        if shardings[0] is not None and rows.shape == (shardings[0].num_rows,):
-            # It has been cut before.
-            return rows
         if rows.shape != (num_embeddings,):
             raise ValueError(
                 f"rows: the mask must be of shape [{num_embeddings}], got {list(rows.shape)}"

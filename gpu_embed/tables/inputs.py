@@ -374,7 +374,7 @@ def _checked_offsets(
     B is the largest: behind a feature's own bags come empty ones.
     """
     for label, values, begins in zip(labels, ids, offsets, strict=True):
-        if begins.device.type == "cpu" and not _is_traced():
+        if begins.device.type == "cpu" and not (_is_traced() or _is_transformed()):
             try:
                 check_offsets(begins, values)
             except RuntimeError as error:
@@ -450,6 +450,10 @@ def _record(
 def _is_traced() -> bool:
     """Whether the data of tensors are not to be looked at."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _kept_first(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from table_cases import integer_layer, random_input
 
-from gpu_embed import TableGradient, optim
+from gpu_embed import TableBatchedEmbeddingBag, TableGradient, batch_bags, optim
 
 SIZES = {"user": (7, 3), "item": (3, 12), "day": (2, 2), "shop": (5, 5)}
 MODES = {"item": "mean", "shop": "max"}
@@ -253,6 +253,24 @@ def test_create_graph_is_refused():
         RuntimeError, match="not differentiable, so create_graph=True needs sparse=F"
     ):
         torch.autograd.grad(output, layer.weight, create_graph=True)
+
+
+def test_torch_func_takes_batch_sizes_and_batches():
+    """Offsets within a transform have no data that could be read."""
+    layer = TableBatchedEmbeddingBag({"user": (9, 4), "item": (7, 4)})
+    ids, offsets = torch.arange(6), torch.tensor([0, 1, 3, 5, 6])
+
+    def with_sizes(weight):
+        named = {"weight": weight}, (ids, offsets), {"batch_sizes": [1, 3]}
+        return torch.func.functional_call(layer, *named).sum()
+
+    def with_bags(weight):
+        bags = batch_bags({"user": (ids, offsets[:1]), "item": (ids, offsets[:3])})
+        return torch.func.functional_call(layer, {"weight": weight}, tuple(bags)).sum()
+
+    weight = layer.weight.detach()
+    for compute, count in ((with_sizes, 6), (with_bags, 12)):
+        assert torch.func.grad(compute)(weight).sum() == 4 * count
 
 
 def test_torch_func_gets_a_dense_gradient(pair):

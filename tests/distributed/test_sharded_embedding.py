@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import gpu_embed
 from gpu_embed.distributed import ShardedEmbedding
@@ -112,7 +113,7 @@ def many_rows():
             assert route.local_rows.dtype == dtype
             count = int(route.wanted.sum())
             assert count == 3
-            assert route.has_others
+            assert route.has_out_of_range
             owners = torch.arange(2).repeat_interleave(route.wanted)
             local = route.local_rows[:count].long()
             found = local * 2 + owners if round_robin else owners * sharding.chunk + local
@@ -187,14 +188,21 @@ def refusals():
     over = mesh(dist.get_world_size())
     for layer, error, text in (
         (nn.Linear(2, 2), TypeError, "takes a torch.nn.Embedding, not Linear"),
+        (nn.EmbeddingBag(2, 2), TypeError, "not EmbeddingBag; look up rows of an Embedding"),
         (plain_table(scale_grad_by_freq=True), ValueError, "scale_grad_by_freq.*RowwiseParallel"),
     ):
         with pytest.raises(error, match=text):
             ShardedEmbedding.from_module(layer, over)
+    with pytest.raises(TypeError, match=r"takes a DeviceMesh, such as init_device_mesh\('cpu'"):
+        ShardedEmbedding.from_module(plain_table(), dist.group.WORLD)
+    with pytest.raises(TypeError, match=r"by ShardedEmbedding\.from_module"):
+        ShardedEmbedding(100, 4)
     with pytest.raises(ValueError, match='"blocks" or "round_robin", got \'columns\''):
         ShardedEmbedding.from_module(plain_table(), over, rows="columns")
     with pytest.raises(ValueError, match=r'mesh\["tp"\]'):
         ShardedEmbedding.from_module(plain_table(), mesh(1, 2))
+    with pytest.raises(ValueError, match=r"ascending order, got \[1, 0\]"):
+        ShardedEmbedding.from_module(plain_table(), DeviceMesh("cpu", [1, 0]))
     first = DeviceMesh("cpu", [0])
     if dist.get_rank() == 1:
         with pytest.raises(ValueError, match="not in the mesh"):
@@ -224,6 +232,95 @@ def refusals():
 
 def test_refusals(two):
     two.run(refusals)
+
+
+def other_weights():
+    """Each that this rank's rows do not fit, and each that takes their place."""
+    layer, whole = sharded_table("blocks"), plain_table().weight.detach()
+    for call in (
+        lambda: torch.func.functional_call(layer, {"weight": whole}, torch.tensor([1])),
+        lambda: ShardedEmbedding(whole, layer.sharding)(torch.tensor([1])),
+    ):
+        with pytest.raises(
+            RuntimeError, match=r"must be this rank's rows, \[\d, 6\], but is \[11, 6\]"
+        ):
+            call()
+    layer.weight = nn.Parameter(2 * layer.weight.detach())
+    assert layer.weight.row_sharding is layer.sharding
+    assert torch.equal(layer(torch.tensor([3, 10])), 2 * whole[[3, 10]])
+    layer.padding_idx = 3
+    layer(torch.tensor([3, 10])).sum().backward()
+    gradient = whole_rows(layer, layer.weight.grad.to_dense())
+    assert gradient.any(1).nonzero().flatten().tolist() == [10]
+    layer.register_buffer("more", torch.ones(2))
+    assert layer.state_dict().keys() == {"weight", "more"}
+    layer.load_state_dict(layer.state_dict())
+
+
+def test_other_weights(two):
+    two.run(other_weights)
+
+
+def tables_of_ranks_that_differ():
+    rank, over = dist.get_rank(), mesh(2)
+    for others in ({"num_embeddings": 12}, {"embedding_dim": 7}, {"dtype": torch.float64}):
+        table = plain_table(**(others if rank else {}))
+        layer = ShardedEmbedding.from_module(table, over)
+        with pytest.raises(RuntimeError, match=rf"ranks \[{1 - rank}\] of the mesh have a table"):
+            layer(torch.tensor([1, 2]))
+    layer = ShardedEmbedding.from_module(plain_table(), over, ROWS[rank])
+    with pytest.raises(RuntimeError, match=rf"than this rank, {rank}: every rank must give"):
+        layer(torch.tensor([1, 2]))
+
+
+def test_ranks_whose_tables_differ(two):
+    two.run(tables_of_ranks_that_differ)
+
+
+def clipped(rows):
+    """The norm is that of all ranks' rows, and of other tables that they have alike."""
+    layer, head = sharded_table(rows), nn.Parameter(torch.ones(4))
+    whole = plain_table().weight
+    ids = torch.tensor([1, 10, 10])
+    whole.grad = torch.zeros_like(whole).index_add_(0, ids, torch.full((3, 6), 2.0))
+    own = ids if dist.get_rank() == 0 else ids[:0]
+    (2 * layer(own)).sum().backward()
+    others = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    for one in (head, *others):
+        one.grad = torch.full((4,), 3.0)
+    for norm_type in (2.0, 1.0, float("inf")):
+        norm = gpu_embed.optim.clip_grad_norm_([layer.weight, head], 5.0, norm_type)
+        expected = nn.utils.clip_grad_norm_([whole, others[0]], 5.0, norm_type)
+        torch.testing.assert_close(norm, expected)
+        torch.testing.assert_close(head.grad, others[0].grad)
+        found = whole_rows(layer, layer.weight.grad.to_dense())
+        torch.testing.assert_close(found, whole.grad)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_clipping_by_norm(two, rows):
+    two.run(clipped, rows)
+
+
+def scaled():
+    layer, scaler = sharded_table("blocks"), torch.amp.GradScaler("cpu")
+    arguments = {"lr": 0.5, "scaler": scaler}
+    with pytest.raises(ValueError, match="ShardedGradScaler"):
+        gpu_embed.optim.apply_in_backward(layer, gpu_embed.optim.SGD, **arguments)
+    optimizer = gpu_embed.optim.SGD(layer.parameters(), lr=0.5)
+    scaler = ShardedGradScaler("cpu", init_scale=4.0)
+    before = layer.weight.detach().clone()
+    # An infinity in a row of rank 1, from rank 0.
+    loss = layer(torch.tensor([10])).sum() * (float("inf") if dist.get_rank() == 0 else 1)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(layer.weight, before)
+    assert scaler.get_scale() == 2
+
+
+def test_loss_scalers(two):
+    two.run(scaled)
 
 
 def under_ddp():
@@ -442,11 +539,12 @@ def loads(rows):
     assert layer.weight.is_meta
     layer.to_empty(device="cpu")
     assert layer.weight.row_sharding is layer.sharding
-    torch.manual_seed(dist.get_rank())
+    # The same seed on all ranks, which have other rows all the same.
+    torch.manual_seed(0)
     layer.reset_parameters()
     drawn = whole_rows(layer, layer.weight)
     assert not drawn[3].any()
-    assert len(drawn.unique()) > 50
+    assert len(drawn.unique()) == 10 * 6 + 1
     layer.load_state_dict({"weight": table})
     assert torch.equal(whole_rows(layer, layer.weight), table)
 
@@ -459,6 +557,11 @@ def loads(rows):
         layer.load_state_dict({"weight": table[:10]})
     with pytest.raises(RuntimeError, match="Missing key"):
         layer.load_state_dict({})
+    elsewhere = distribute_tensor(table, mesh(1, 2), [Replicate(), Shard(0)])
+    with pytest.raises(
+        ValueError, match=r"the table to be loaded lies on DeviceMesh.*and this one on"
+    ):
+        layer.load_state_dict({"weight": elsewhere})
     with pytest.raises(RuntimeError, match="Unexpected key"):
         layer.load_state_dict({"weight": table, "bias": table})
     assert torch.equal(layer.weight, before)
@@ -488,6 +591,14 @@ def chosen_rows(rows):
         gpu_embed.optim.SGD([layer.weight, others.weight], rows=[0])
     with pytest.raises(ValueError, match=r"ids must be from 0 to 10, got \[11\]"):
         gpu_embed.optim.SGD([layer.weight], rows=[11])
+    own = torch.ones(layer.sharding.num_rows, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"the mask must be of shape \[11\]"):
+        gpu_embed.optim.SGD([layer.weight], rows=own)
+    made = gpu_embed.optim.SGD([layer.weight], rows=mask)
+    _, other = copy.deepcopy((layer, made))
+    assert torch.equal(whole_rows(layer, other.param_groups[0]["rows"]), mask)
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(whole_rows(layer, other.param_groups[0]["rows"]), mask)
 
 
 @pytest.mark.parametrize("rows", ROWS)

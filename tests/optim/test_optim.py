@@ -736,6 +736,33 @@ def test_momentum_in_distributed_checkpoints():
     assert torch.equal(layers[0].weight, layers[1].weight)
 
 
+@pytest.mark.full
+def test_stochastic_rounding_goes_on_from_a_full_state():
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_state_dict,
+        set_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True)
+    layers = [
+        Embedding.from_pretrained(table(6, 4, torch.bfloat16, "cpu"), freeze=False, sparse=True)
+        for _ in range(2)
+    ]
+    optimizers = [
+        optim.Adagrad(layer.parameters(), lr=0.01, stochastic_rounding=True) for layer in layers
+    ]
+    train(layers[0].weight, optimizers[0], 2)
+    layers[0].weight.grad = None
+    model, state = copy.deepcopy(get_state_dict(layers[0], optimizers[0], options=options))
+    set_state_dict(
+        layers[1], optimizers[1], model_state_dict=model, optim_state_dict=state, options=options
+    )
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        train(layer.weight, optimizer, 3)
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
 def test_our_adamw_goes_on_in_torchs():
     param = sparse_table(dtype=torch.float64)
     optimizer = optim.AdamW([param], lr=0.1)

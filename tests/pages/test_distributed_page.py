@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, python_blocks
+from commands import END_OF_RANK, ROOT, python_blocks
 
 PAGE = (ROOT / "docs/distributed.md").read_text()
 
@@ -20,8 +20,8 @@ PAGE = (ROOT / "docs/distributed.md").read_text()
 )
 def test_the_code_runs_on_two_ranks(tmp_path: Path):
     """As under torchrun; test_docs.py runs it on one, and compares what it prints."""
-    start, end = "dist.init_process_group('gloo')", "dist.destroy_process_group()"
-    code = "\n".join(["import torch.distributed as dist", start, *python_blocks(PAGE), end])
+    start = "import torch.distributed as dist; dist.init_process_group('gloo')"
+    code = "\n".join([start, *python_blocks(PAGE), END_OF_RANK])
     (tmp_path / "page.py").write_text(
         code.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"')
     )

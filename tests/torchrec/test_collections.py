@@ -52,7 +52,8 @@ def equals_whole(what, kinds, optimizer, variable=None):
         variable: "even" or "uneven" if each feature has a number of bags of its own.
     """
     rank, world, weighted = dist.get_rank(), dist.get_world_size(), what == "weighted"
-    tolerance = 1e-4 if what == "mean" and kinds in BY_ROWS else 0
+    by_rows = kinds in BY_ROWS or (isinstance(kinds, dict) and set(kinds.values()) & set(BY_ROWS))
+    tolerance = 1e-4 if what == "mean" and by_rows else 0
     whole = collection_of(what)
     kernel = "dense" if optimizer is None else "fused"
     model = shard(whole, kinds, kernel, sharder_of(what, optimizer))
@@ -179,6 +180,76 @@ def test_each_table_its_own_way(four):
     kinds = {"many": "row-wise", "few": "data-parallel", "more": "column-wise"}
     four.run(equals_whole, "sum", kinds, None)
     four.run(equals_whole, "rows", {**kinds, "few": "table-wise"}, "Adam")
+
+
+@pytest.mark.parametrize("optimizer", [None, "SGD"])
+def test_means_of_some_tables_by_rows(two, optimizer):
+    kinds = {"many": "row-wise", "few": "table-wise", "more": "column-wise"}
+    two.run(equals_whole, "mean", kinds, optimizer)
+
+
+def means_with_weights_in_the_batch(kinds):
+    whole = collection_of("mean")
+    model = shard(whole, kinds, "fused", sharder_of("mean", "SGD"))
+    given = batch(dist.get_rank(), weighted=True)
+    expected, outputs = outputs_of(whole(given)), outputs_of(model(given))
+    for name, output in outputs.items():
+        torch.testing.assert_close(output, expected[name], rtol=1e-4, atol=0)
+    assert given.weights_or_none() is not None
+
+
+@pytest.mark.parametrize("kinds", ["row-wise", "table-wise"])
+def test_a_collection_without_weights_ignores_those_of_a_batch(two, kinds):
+    two.run(means_with_weights_in_the_batch, kinds)
+
+
+def a_feature_twice():
+    tables = {"many": (11, 16, ["a", "a"]), "few": (3, 16, ["b"])}
+    whole = bag_collection(tables=tables)
+    model = shard(whole, "column-wise", "fused", sharder_of("sum", "SGD"))
+    given = batch(dist.get_rank())
+    expected = whole(given).values()
+    assert torch.equal(model(given).wait().values().sort(1)[0], expected.sort(1)[0])
+
+
+def test_a_table_may_list_a_feature_twice(two):
+    two.run(a_feature_twice)
+
+
+def a_learning_rate_that_is_a_tensor():
+    lr = torch.tensor(0.5)
+    sharder = EmbeddingBagCollectionSharder(gpu_embed.optim.SGD, lr=lr)
+    kinds = {"many": "row-wise", "few": "table-wise", "more": "column-wise"}
+    models = [shard(collection_of("sum"), kinds, "fused", sharder) for _ in range(2)]
+    first = models[0].fused_optimizer
+    first.param_groups[0]["lr"] = 0.25
+    first.step()
+    own = [group["lr"] for model in models for group in model.fused_optimizer.param_groups]
+    assert lr == 0.5
+    assert own.count(0.25) == 1
+    assert len(own) > 2
+
+
+def test_each_group_of_tables_has_its_own_learning_rate(two):
+    two.run(a_learning_rate_that_is_a_tensor)
+
+
+def half_outputs():
+    whole = collection_of("sum")
+    cls, arguments = OPTIMIZERS["SGD"]
+    settings = {"output_dtype": torch.float16}
+    sharder = EmbeddingBagCollectionSharder(cls, fused_params=settings, **arguments)
+    # The first ranks have no table.
+    model = shard(whole, "table-wise", "fused", sharder)
+    given = batch(dist.get_rank())
+    expected, outputs = outputs_of(whole(given)), outputs_of(model(given))
+    for name, output in outputs.items():
+        assert output.dtype == torch.float16
+        assert torch.equal(output.float(), expected[name])
+
+
+def test_outputs_of_16_bits_from_some_ranks_alone(four):
+    four.run(half_outputs)
 
 
 @tiers.where(can_compare)

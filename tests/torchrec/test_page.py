@@ -6,17 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, python_blocks
+from commands import END_OF_RANK, ROOT, python_blocks
 
 pytestmark = pytest.mark.full
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+# On 3 ranks one has no table.
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_the_code_of_the_page_runs(ranks: int, tmp_path: Path):
     code = "\n".join(python_blocks((ROOT / "docs/torchrec.md").read_text()))
     # Gloo on any machine.
     code = code.replace("torch.cuda.is_available()", "False")
-    (tmp_path / "page.py").write_text(f"{code}\ndist.destroy_process_group()\n")
+    (tmp_path / "page.py").write_text(f"{code}\n{END_OF_RANK}\n")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     done = subprocess.run(
         [sys.executable, *launch, "page.py"],
@@ -27,5 +28,8 @@ def test_the_code_of_the_page_runs(ranks: int, tmp_path: Path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["0.05"] * ranks
+    # The ranks write into one pipe, and may do so into one line.
+    assert done.stdout.count("[0.05]") == min(ranks, 2)
+    assert done.stdout.count("[]") == max(ranks - 2, 0)
+    assert done.stdout.count("['guess.weight', 'guess.bias']") == ranks
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["checkpoint"]
