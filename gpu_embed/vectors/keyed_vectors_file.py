@@ -19,7 +19,7 @@ NAMES = re.compile(
 def read_keyed_vectors(path: str, settings: Settings) -> Vectors:
     """The words and vectors of a `KeyedVectors`, memory-mapped where they are a file of their own.
 
-    Raises ValueError for another pickle. One that names more than arrays and gensim's vectors is refused before it runs.
+    Raises ValueError for another pickle. What names more than arrays and gensim's vectors is refused unrun.
     """
     from gensim.models import KeyedVectors
 
