@@ -65,6 +65,19 @@ def test_keys_that_are_not_in_the_order_of_their_rows(tmp_path: Path):
     assert [found[word].item() for word in "abc"] == [1, 2, 3]
 
 
+def test_keyed_vectors_with_other_attributes(tmp_path: Path):
+    for change in (
+        {"key_to_index": None},
+        {"vectors": None},
+        {"index_to_key": None, "key_to_index": {"a": 0}},
+    ):
+        made = keyed_vectors(["a", "b"], np.ones((2, 2), np.float32))
+        vars(made).update(change)
+        gensim.utils.pickle(made, str(tmp_path / "words.kv"))
+        with pytest.raises(ValueError, match=r"words\.kv: "):
+            load(tmp_path / "words.kv")
+
+
 def test_keys_that_are_no_words(tmp_path: Path):
     keyed_vectors([7, 8], np.ones((2, 2), np.float32)).save(str(tmp_path / "words.kv"))
     with pytest.raises(ValueError, match="its keys are no words, but of the type int"):
@@ -251,6 +264,24 @@ def test_other_models_of_fasttext_are_refused(file, changed: dict, said: str):
     path = file(fasttext_model(ROWS, words=[word.encode() for word in WORDS], **changed))
     with pytest.raises(ValueError, match=said):
         load(path)
+
+
+@pytest.mark.parametrize("what", ["n-grams", "rows"])
+@pytest.mark.parametrize("number", [-1, 0, 1000, 2**31 - 1])
+def test_a_model_whose_sizes_are_wrong(file, what: str, number: int):
+    content = fasttext_model(ROWS, words=[word.encode() for word in WORDS])
+    sizes = struct.pack("<2q", *ROWS.shape) if what == "rows" else struct.pack("<i", BUCKET)
+    wrong = struct.pack("<2q", number, DIM) if what == "rows" else struct.pack("<i", number)
+    changed = content.replace(sizes, wrong, 1)
+    assert changed != content
+    if what == "n-grams" and number == 0:
+        # No n-grams.
+        assert np.array_equal(load(file(changed)).matrix, ROWS[: len(WORDS)])
+        return
+    with pytest.raises(
+        ValueError, match="a model of fastText, which was cut or is of another kind"
+    ):
+        load(file(changed))
 
 
 def test_a_model_that_was_cut(file):
