@@ -6,7 +6,7 @@ import numpy as np
 
 from .growing import GrowingVectors
 
-CHUNK = 2**24
+CHUNK = 2**22
 LONGEST_WORD = 2**12
 # Numbers that vectors have, but for zeros; what was read from a wrong place has others.
 USUAL = 1e-12, 1e6

@@ -48,12 +48,14 @@ def read_fasttext(path: str, settings: Settings) -> GrowingVectors:
                 raise ValueError(
                     "a quantized model of fastText is not read here: take the one it was made of"
                 )
-            stored = np.array(
-                np.frombuffer(data, "<f4", height * dim, at + 17).reshape(height, dim)
-            )
-            if not count <= height <= count + buckets:
-                raise ValueError(f"it has {height} rows for {count} words")
-        except (struct.error, ValueError) as error:
+            # A model without n-grams may say any number of either.
+            buckets = buckets if longest > 0 else 0
+            if not 0 <= count <= count + buckets <= height or dim < 1 or shortest < 0:
+                raise ValueError(
+                    f"it has {height} rows of {dim} numbers for {count} words and {buckets} n-grams"
+                )
+            stored = np.memmap(path, "<f4", "r", at + 17, (height, dim))
+        except (struct.error, ValueError, OverflowError) as error:
             raise ValueError(
                 f"a model of fastText, which was cut or is of another kind: {error}"
             ) from error
@@ -63,7 +65,7 @@ def read_fasttext(path: str, settings: Settings) -> GrowingVectors:
         some = words[start : start + BLOCK][: found.missing]
         rows = np.array(stored[start : start + len(some)])
         for row, word in zip(rows, some, strict=True):
-            if longest > 0 and word != END_OF_SENTENCE:
+            if buckets and word != END_OF_SENTENCE:
                 try:
                     hashes = ft_ngram_hashes(word.decode(), shortest, longest, buckets)
                 except UnicodeDecodeError:

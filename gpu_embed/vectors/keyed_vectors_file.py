@@ -19,7 +19,7 @@ NAMES = re.compile(
 def read_keyed_vectors(path: str, settings: Settings) -> Vectors:
     """The words and vectors of a `KeyedVectors`, memory-mapped where they are a file of their own.
 
-    Raises ValueError for another pickle, and before anything of one is run that names what is not of gensim or NumPy.
+    Raises ValueError for another pickle. What names more than arrays and gensim's vectors is refused unrun.
     """
     from gensim.models import KeyedVectors
 
@@ -38,19 +38,26 @@ def read_keyed_vectors(path: str, settings: Settings) -> Vectors:
         if vars(found).get(attribute):
             raise ValueError("not a KeyedVectors of gensim: it names pickles beside it")
     compress, subname = KeyedVectors._adapt_by_suffix(path)
-    # An array that is packed cannot be mapped.
-    found._load_specials(path, None if compress else "r", compress, subname)
+    try:
+        # An array that is packed cannot be mapped.
+        found._load_specials(path, None if compress else "r", compress, subname)
+        return _words_and_rows(found, settings.limit).converted(settings.dtype)
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        raise ValueError(f"not a KeyedVectors of gensim as it was saved: {error}") from error
+
+
+def _words_and_rows(found: Any, limit: int | None) -> Vectors:
     words, matrix = found.key_to_index, found.vectors
     others = set(map(type, words)) - {str, type(None)}
     if others:
         raise ValueError(f"its keys are no words, but of the type {others.pop().__name__}")
-    if settings.limit is not None or len(words) < len(matrix) or None in words:
-        words, matrix = found.index_to_key[: settings.limit], matrix[: settings.limit]
+    if limit is not None or len(words) < len(matrix) or None in words:
+        words, matrix = found.index_to_key[:limit], matrix[:limit]
     if None in words:
         # Of a word that came twice, gensim leaves a row of zeros with the key None.
         kept = [number for number, word in enumerate(words) if word is not None]
         words, matrix = [words[number] for number in kept], matrix[kept]
-    return Vectors(words, matrix).converted(settings.dtype)
+    return Vectors(words, matrix)
 
 
 class _Checked(pickle.Unpickler):

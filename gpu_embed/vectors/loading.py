@@ -81,8 +81,6 @@ def load(
     try:
         with _opened(name, progress) as (file, size, is_packed):
             head = file.read(HEAD)
-            if b"\n" not in head:
-                head += file.read(LONGEST_HEAD)
             file.seek(0)
             is_safetensors = matrix_files.is_safetensors(head, size)
             is_matrix = is_safetensors or head.startswith(matrix_files.NPY)
@@ -112,6 +110,9 @@ def load(
 
 def _read(file: BinaryIO, head: bytes, size: int, settings: Settings) -> GrowingVectors:
     """Text, or word2vec's binary file, of about `size` bytes, which begins with `head`."""
+    if b"\n" not in head:
+        head = file.read(LONGEST_HEAD)
+        file.seek(0)
     if head.startswith(BOM):
         head = head[len(BOM) :]
         file.seek(len(BOM))

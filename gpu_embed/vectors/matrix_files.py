@@ -36,7 +36,7 @@ def read_matrix(
         words = _lines(os.fspath(words), settings)
     with open(path, "rb") as file:
         is_npy = file.read(len(NPY)) == NPY
-    matrix = np.load(path, mmap_mode="r") if is_npy else _tensor(path, tensor, settings)
+    matrix = _array(path) if is_npy else _tensor(path, tensor, settings)
     if len(words) != len(matrix):
         raise ValueError(f"the matrix has {len(matrix):,} rows, and there are {len(words):,} words")
     return Vectors(words[: settings.limit], matrix[: settings.limit]).converted(settings.dtype)
@@ -48,6 +48,15 @@ def _lines(path: str, settings: Settings) -> list[str]:
     if not lines[-1]:
         lines.pop()
     return settings.decode([line.removesuffix(b"\r") for line in lines])
+
+
+def _array(path: str) -> NDArray:
+    try:
+        matrix: NDArray = np.load(path, mmap_mode="r")
+    # Of a header that is no Python, whatever Python says of that.
+    except Exception as error:
+        raise ValueError(f"NumPy cannot read it: {error}") from error
+    return matrix
 
 
 def _tensor(path: str, name: str | None, settings: Settings) -> NDArray | Tensor:

@@ -70,6 +70,7 @@ def _write_text(vectors: Vectors, file: BinaryIO) -> None:
     for start in range(0, len(vectors), BLOCK):
         # The fewest digits that read back to the same number.
         rows = np.array(vectors.matrix[start : start + BLOCK])
+        # Older Arrow writes no fp16.
         if rows.dtype == np.float16:
             rows = rows.astype(np.float32)
         written = pa.BufferOutputStream()

@@ -14,7 +14,7 @@ from pyarrow import csv
 
 from .growing import GrowingVectors
 
-CHUNK = 2**24
+CHUNK = 2**22
 # Lines that Arrow does not take are halved down to so many, which Python reads.
 FEW_LINES = 16
 BOM = b"\xef\xbb\xbf"
@@ -110,7 +110,6 @@ def _by_arrow(lines: bytes, found: GrowingVectors) -> tuple[list[bytes], np.ndar
             ignore_empty_lines=False,
         ),
         csv.ConvertOptions(
-            check_utf8=False,
             null_values=[],
             column_types={"word": pa.binary()} | dict.fromkeys(names, _number_type(found)),
         ),
@@ -132,6 +131,10 @@ def _line_by_line(
         line = line.removesuffix(b"\r").rstrip(b" \t")
         if not line:
             continue
+        if b"\r" in line:
+            raise ValueError(
+                f"line {number} holds a carriage return, which ends no line without a newline"
+            )
         fields = list(FIELD.finditer(line))
         if len(fields) <= found.dim or line[:1] in b" \t":
             raise ValueError(

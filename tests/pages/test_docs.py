@@ -172,6 +172,12 @@ def test_measured_numbers_are_those_of_the_notes():
     assert set(rows) <= set(notes)
 
 
+def test_measured_times_of_word_vectors_are_those_of_the_notes():
+    rows = re.findall(r"^\| .* \| [\d.]+ \| .*$", (DOCS / "vectors.md").read_text(), re.M)
+    assert len(rows) == 6
+    assert set(rows) <= set((ROOT / "bench/NOTES.md").read_text().splitlines())
+
+
 def test_the_support_table_is_that_of_the_readme():
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| .* \| (?:any|float|real) \|$", (DOCS / "backends.md").read_text(), re.M)

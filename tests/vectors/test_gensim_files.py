@@ -65,6 +65,19 @@ def test_keys_that_are_not_in_the_order_of_their_rows(tmp_path: Path):
     assert [found[word].item() for word in "abc"] == [1, 2, 3]
 
 
+def test_keyed_vectors_with_other_attributes(tmp_path: Path):
+    for change in (
+        {"key_to_index": None},
+        {"vectors": None},
+        {"index_to_key": None, "key_to_index": {"a": 0}},
+    ):
+        made = keyed_vectors(["a", "b"], np.ones((2, 2), np.float32))
+        vars(made).update(change)
+        gensim.utils.pickle(made, str(tmp_path / "words.kv"))
+        with pytest.raises(ValueError, match=r"words\.kv: "):
+            load(tmp_path / "words.kv")
+
+
 def test_keys_that_are_no_words(tmp_path: Path):
     keyed_vectors([7, 8], np.ones((2, 2), np.float32)).save(str(tmp_path / "words.kv"))
     with pytest.raises(ValueError, match="its keys are no words, but of the type int"):
@@ -105,6 +118,8 @@ def test_a_pickle_that_names_other_things_is_refused_before_anything_runs(file, 
         datetime.date(2020, 1, 1),
         Touch(tmp_path / "ran"),
         print,
+        # It begins as a name that is allowed.
+        setattr,
         [np.array([Touch(tmp_path / "ran")])],
     ):
         with pytest.raises(ValueError, match=r"not a KeyedVectors of gensim: it names \w+"):
@@ -178,14 +193,20 @@ def subword_rows(word: bytes, number: int) -> list[int]:
 
 
 def fasttext_model(
-    rows: np.ndarray, *, words: list[bytes], model: int = 2, quantized: bool = False
+    rows: np.ndarray,
+    *,
+    words: list[bytes],
+    model: int = 2,
+    labels: int = 0,
+    pruned: int = -1,
+    quantized: bool = False,
 ) -> bytes:
     """A file as fastText writes it; the words are not by how often they were seen."""
     parts = [struct.pack("<2i", 793712314, 12)]
     parts += [
         struct.pack("<12id", DIM, 5, 1, 1, 5, 1, 2, model, BUCKET, SHORTEST, LONGEST, 100, 1e-4)
     ]
-    parts += [struct.pack("<3i2q", len(words), len(words), 0, 100, -1)]
+    parts += [struct.pack("<3i2q", len(words), len(words) - labels, labels, 100, pruned)]
     for number, word in enumerate(words):
         parts += [word, b"\0", struct.pack("<qb", 10 + number % 3, 0)]
     parts += [struct.pack("<?2q", quantized, *rows.shape), rows.astype("<f4").tobytes()]
@@ -233,14 +254,34 @@ def test_a_model_that_gensim_wrote(tmp_path: Path):
     ("changed", "said"),
     [
         ({"model": 3}, "classifies texts has no vectors"),
+        ({"labels": 1}, "with labels or fewer n-grams"),
+        ({"pruned": 0}, "with labels or fewer n-grams"),
         ({"quantized": True}, "a quantized model"),
     ],
-    ids=["classifier", "quantized"],
+    ids=["classifier", "labels", "pruned", "quantized"],
 )
 def test_other_models_of_fasttext_are_refused(file, changed: dict, said: str):
     path = file(fasttext_model(ROWS, words=[word.encode() for word in WORDS], **changed))
     with pytest.raises(ValueError, match=said):
         load(path)
+
+
+@pytest.mark.parametrize("what", ["n-grams", "rows"])
+@pytest.mark.parametrize("number", [-1, 0, 1000, 2**31 - 1])
+def test_a_model_whose_sizes_are_wrong(file, what: str, number: int):
+    content = fasttext_model(ROWS, words=[word.encode() for word in WORDS])
+    sizes = struct.pack("<2q", *ROWS.shape) if what == "rows" else struct.pack("<i", BUCKET)
+    wrong = struct.pack("<2q", number, DIM) if what == "rows" else struct.pack("<i", number)
+    changed = content.replace(sizes, wrong, 1)
+    assert changed != content
+    if what == "n-grams" and number == 0:
+        # No n-grams.
+        assert np.array_equal(load(file(changed)).matrix, ROWS[: len(WORDS)])
+        return
+    with pytest.raises(
+        ValueError, match="a model of fastText, which was cut or is of another kind"
+    ):
+        load(file(changed))
 
 
 def test_a_model_that_was_cut(file):

@@ -106,6 +106,14 @@ def test_a_file_that_was_cut(write):
             load(path, words=WORDS)
 
 
+def test_a_header_that_is_no_python(tmp_path):
+    path = tmp_path / "rows.npy"
+    np.save(path, ROWS)
+    path.write_bytes(path.read_bytes().replace(b"(4, 3)", b"(4, 3 "))
+    with pytest.raises(ValueError, match=r"rows\.npy: NumPy cannot read it"):
+        load(path, words=WORDS)
+
+
 def test_objects_are_not_unpickled(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([["a"]], object))
     with pytest.raises(ValueError, match=r"objects\.npy: .*Python objects"):
