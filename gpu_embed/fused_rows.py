@@ -28,6 +28,10 @@ ALIGNMENT = 4
 EXACT_MASK = 0xFF
 
 
+class QuantizationError(ValueError):
+    """A table or row that has no codes, and why."""
+
+
 class FusedRows(NamedTuple):
     """How rows of `embedding_dim` numbers lie in rows of bytes."""
 
@@ -68,7 +72,7 @@ def fused_rows(function: str, embedding_dim: int, bits: int, group: int | str | 
     if bits not in (4, 8) or isinstance(bits, bool):
         raise ValueError(f"{function}: bits must be 8 or 4, got {bits!r}")
     if embedding_dim < 1:
-        raise ValueError(f"{function}: a table without columns has nothing to quantize")
+        raise QuantizationError(f"{function}: a table without columns has nothing to quantize")
     if group is None:
         group = "row" if bits == 8 else 64
     whole = -(-embedding_dim // ALIGNMENT) * ALIGNMENT
@@ -79,10 +83,6 @@ def fused_rows(function: str, embedding_dim: int, bits: int, group: int | str | 
             f'{function}: group must be 32, 64 or 128 columns, or "row" for one scale a row, got {group!r}'
         )
     return FusedRows(embedding_dim, min(int(group), whole), bits)
-
-
-class QuantizationError(ValueError):
-    """A row that has no codes, and why."""
 
 
 def quantize_rows(rows: Tensor, layout: FusedRows, table: str = "") -> Tensor:
@@ -126,7 +126,7 @@ def _quantize(rows: Tensor, layout: FusedRows, table: str, first: int) -> Tensor
     scale = _scale_from((high - offset.to(torch.float64)) / levels, layout.scale_dtype)
     # What the largest code stands for, before and after the offset is added.
     product = scale.to(torch.float64) * levels
-    far = product.to(torch.float32).isinf() | ~offset.isfinite()
+    far = product.to(torch.float32).isinf() | (low.abs() > torch.finfo(layout.scale_dtype).max)
     far |= (product + offset).to(dtype).isinf()
     if far.any():
         row, group, _ = (int(place) for place in far.nonzero()[0])

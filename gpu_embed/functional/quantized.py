@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..dtypes import TORCH_IDS
 from ..fused_rows import FusedRows, dequantize
 from ..ops.quantized import (
     as_batch,
@@ -96,12 +97,14 @@ def quantized_embedding_bag(
         mode=mode,
         per_sample_weights=per_sample_weights,
         include_last_offset=include_last_offset,
-        padding_idx=None if padding_idx is None else rows.shape[0] - 1,
+        padding_idx=None if padding_idx is None else 0,
     ).to(dtype)
 
 
 def _plain_rows(input: Tensor, weight: Tensor, layout: FusedRows) -> Tensor:
     """Rows in torch's operators, fp32, for graphs that are exported."""
+    if input.dtype not in TORCH_IDS:
+        input = input.to(torch.int32)
     fused = torch.nn.functional.embedding(input, weight)
     return dequantize(fused, layout, for_onnx=torch.onnx.is_in_onnx_export())
 
@@ -118,9 +121,9 @@ def _plain_bag_rows(
     """`ops.quantized.quantized_bag_rows` in torch's operators, for graphs that are exported."""
     ids = input.flatten()
     rows = _plain_rows(ids, weight, layout).to(dtype)
-    places = torch.arange(ids.shape[0], device=ids.device)
-    places = torch.where(ids == padding_row, ids.shape[0], places)
-    return torch.cat([rows, rows.new_zeros(1, layout.embedding_dim)]), places.view(input.shape)
+    places = torch.arange(1, ids.shape[0] + 1, device=ids.device)
+    places = torch.where(ids == padding_row, 0, places)
+    return torch.cat([rows.new_zeros(1, layout.embedding_dim), rows]), places.view(input.shape)
 
 
 def quantized_tables(

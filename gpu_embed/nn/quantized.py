@@ -53,6 +53,8 @@ class QuantizedModule(torch.nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_integers, recurse)
+        # to_empty() has left it without numbers.
+        self.weight_format = torch.tensor(self._format(), device=probe.device)
         self.dtype = dtype
         return self
 
@@ -73,6 +75,10 @@ class QuantizedModule(torch.nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _format(self) -> list[int]:
+        """What `weight_format` holds."""
+        raise NotImplementedError
 
     def _reason_to_refuse(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why saved tensors are not this layer's; None: they are, or one is missing, which torch says."""
@@ -100,6 +106,12 @@ class QuantizedTableModule(QuantizedModule):
         weight: Tensor,
     ) -> None:
         """Fill a module that has been initialised with what it consists of."""
+        if padding_idx is not None:
+            if not -num_embeddings <= padding_idx < num_embeddings:
+                raise ValueError(
+                    f"{type(self).__name__}: padding_idx {padding_idx} is no row of {num_embeddings}"
+                )
+            padding_idx %= num_embeddings
         self.num_embeddings = num_embeddings
         self.embedding_dim = layout.embedding_dim
         self.padding_idx = padding_idx
@@ -128,6 +140,9 @@ class QuantizedTableModule(QuantizedModule):
         """embedding_dim, likewise."""
         return self.embedding_dim
 
+    def _format(self) -> list[int]:
+        return list(self.format)
+
     def _floats(self) -> Tensor:
         """The numbers that the codes stand for, `[num_embeddings, embedding_dim]` of `dtype`."""
         return floats(self.weight, self.format, self.dtype)
@@ -144,7 +159,8 @@ class QuantizedTableModule(QuantizedModule):
                 f"{own}, and what is loaded is a table of {weight.dtype}: load it into a float layer, and quantize "
                 "that with from_float"
             )
-        if isinstance(weight_format, Tensor) and not weight_format.is_meta:
+        readable = isinstance(weight_format, Tensor) and not weight_format.is_meta
+        if readable and weight_format.shape == self.weight_format.shape:
             saved = FusedRows(*weight_format.tolist())
             if saved != self.format or len(weight) != self.num_embeddings:
                 return f"{own}, and what is loaded has {_described(len(weight), saved)}"
@@ -368,14 +384,23 @@ def _quantized_weight(
     if reason is not None:
         error = ValueError if layer.max_norm is not None else TypeError
         raise error(f"{function}: {reason}")
-    weight = layer.get_parameter("weight")
+    weight = layer.weight
     layout = fused_rows(function, weight.shape[1], bits, group)
     return layout, quantize_rows(weight, layout)
+
+
+FORWARDS = tuple(
+    kind.forward for kind in (torch.nn.Embedding, torch.nn.EmbeddingBag, Embedding, EmbeddingBag)
+)
 
 
 def reason_not_to_quantize(layer: Any) -> str | None:
     """Why the table of one of torch's layers cannot be quantized, whatever numbers it holds; None: it can."""
     weight = layer.weight
+    if type(layer).forward not in FORWARDS:
+        return f"{type(layer).__name__} has a forward of its own, which the codes would not have"
+    if "weight" not in layer._parameters:
+        return "its weight is no Parameter but computed from others (pruning, weight_norm, FSDP): make it one before"
     if layer.max_norm is not None:
         return "max_norm rescales rows in each lookup, and codes stay as they are: set the layer's max_norm to None"
     if type(weight) not in PLAIN_TYPES or weight.dtype not in FLOATS:
@@ -383,6 +408,8 @@ def reason_not_to_quantize(layer: Any) -> str | None:
         return f"a table must be a plain tensor of float32, float16, bfloat16 or float64 to be quantized, and is {kind}"
     if weight.is_meta:
         return "the table is on the meta device and has no numbers: load it before"
+    if weight.shape != (layer.num_embeddings, layer.embedding_dim):
+        return f"a table of shape {list(weight.shape)} is not num_embeddings rows of embedding_dim columns"
     return None
 
 

@@ -48,6 +48,10 @@ class QuantizedTables(QuantizedModule):
             raise TypeError(
                 f"{function}: expected {cls._float_type.__name__}, got {type(layer).__name__}"
             )
+        if type(layer).forward is not cls._float_type.forward:
+            raise TypeError(
+                f"{function}: {type(layer).__name__} has a forward of its own, which the codes would not have"
+            )
         if type(layer.weight) not in PLAIN_TYPES or layer.weight.is_meta:
             raise TypeError(
                 f"{function}: the tables must be a plain tensor to be quantized, and no sharded or meta one"

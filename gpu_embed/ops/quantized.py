@@ -68,9 +68,10 @@ def _quantized_bag_rows(
     bits: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The row of each id, and behind them one that stands for padding -> [N + 1, embedding_dim]; ids of these rows.
+    """A row that stands for padding, and the row of each id -> [N + 1, embedding_dim]; ids of these rows.
 
-    An id out of range, which is recorded, becomes -1, and padding N.
+    The id at position i becomes i + 1, padding 0, and an id out of range, which is recorded, -1. Padding has a row that
+    does not depend on how many ids there are, as torch.jit.trace keeps its number.
     """
     layout = FusedRows(embedding_dim, group_size, bits)
     bags = _checked_bags(indices, offsets, include_last_offset)
@@ -91,14 +92,14 @@ def _bag_rows(
     record: BoundsRecord | None,
 ) -> tuple[Tensor, Tensor]:
     ids, num_embeddings = bags.indices, weight.shape[0]
-    places = torch.arange(len(ids), device=ids.device)
+    places = torch.arange(1, len(ids) + 1, device=ids.device)
     if ids.is_cuda or not all_in_table(ids, num_embeddings):
         if record is not None:
             record.write_bags(bags, num_embeddings)
         places = torch.where(in_table(ids, num_embeddings), places, -1)
     if padding_idx >= 0:
-        places = torch.where(ids == padding_idx, len(ids), places)
-    rows = _dequantize(weight, torch.cat([ids, ids[:1]]), layout, dtype, None)
+        places = torch.where(ids == padding_idx, 0, places)
+    rows = _dequantize(weight, torch.cat([ids[:1], ids]), layout, dtype, None)
     return rows, places
 
 

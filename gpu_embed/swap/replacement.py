@@ -197,6 +197,7 @@ def replace_embeddings(
             kind = QUANTIZED[ORIGINALS.get(type(module), type(module))]
             try:
                 small[module] = kind.from_float(module, BITS[quantize])
+                reason = _reason_of_size(module, small[module])
             except QuantizationError as error:
                 reason = str(error)
         if reason is None:
@@ -362,17 +363,23 @@ def _change_class(module: torch.nn.Module, new: type[torch.nn.Module]) -> None:
     module.__class__ = new
 
 
+def _reason_of_size(module: Any, small: Any) -> str | None:
+    """Why the codes of a table are no use; None: they are smaller."""
+    before, after = module.weight.nbytes, small.weight.nbytes
+    return f"codes would take {after:,} bytes, and it takes {before:,}" if after > before else None
+
+
 def _tie_of(model: torch.nn.Module, module: Any) -> str | None:
     """Why a table is not quantized alone: other modules hold its numbers too; None: no other does."""
     storage = module.weight.untyped_storage()
     if storage.nbytes() == 0:
         return None
     for prefix, holder in model.named_modules():
-        if holder is module:
-            continue
         for name, tensor in (*holder._parameters.items(), *holder._buffers.items()):
             if (
-                type(tensor) in PLAIN_TYPES
+                isinstance(tensor, torch.Tensor)
+                and not (holder is module and name == "weight")
+                and not has_dtensor(tensor)
                 and tensor.layout is torch.strided
                 and tensor.untyped_storage().data_ptr() == storage.data_ptr()
             ):

@@ -158,9 +158,10 @@ class _Watch(TorchDispatchMode):
             is_exact, is_right = COMPARISONS[func](output, *args)
             arguments = dict(zip((one.name for one in func._schema.arguments), args, strict=False))
             shard = arguments.get("shard")
-            if func is not quantized_ops.quantized_embedding:
+            if func not in OF_CODES:
                 self._result.shard = _part(args[0], shard, self._embedding_dim)
-            self._result.lookups += 1
+            # Bags of codes are looked up twice: their rows, and the bags of these.
+            self._result.lookups += func is not quantized_ops.quantized_bag_rows
             self._result.served_by = backends.select(args[0].device).name
             self._result.exact &= is_exact
             self._result.differing += not is_right
@@ -337,9 +338,33 @@ def _compare_quantized_embedding(
     return is_exact, is_exact
 
 
+def _compare_quantized_bag_rows(
+    output: tuple[Tensor, Tensor],
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int,
+    *arguments: Any,
+) -> tuple[bool, bool]:
+    """Whether the rows that bags are taken from are right, and where the ids are said to find them."""
+    rows, places = output
+    ids = indices.reshape(-1)
+    expected = torch.where(
+        in_table(ids, len(weight)), torch.arange(1, len(ids) + 1, device=ids.device), -1
+    )
+    if padding_idx >= 0:
+        expected = torch.where(ids == padding_idx, 0, expected)
+    is_exact, _ = _compare_quantized_embedding(rows[1:], weight, ids, *arguments)
+    is_exact &= torch.equal(places.reshape(-1), expected)
+    return is_exact, is_exact
+
+
+OF_CODES = (quantized_ops.quantized_embedding, quantized_ops.quantized_bag_rows)
 COMPARISONS: dict[Any, Callable[..., tuple[bool, bool]]] = {
     ops.embedding: _compare_embedding,
     quantized_ops.quantized_embedding: _compare_quantized_embedding,
+    quantized_ops.quantized_bag_rows: _compare_quantized_bag_rows,
     bag_ops.embedding_bag: _compare_embedding_bag,
     bag_ops.embedding_bag_max: _compare_embedding_bag_max,
     bag_ops.embedding_bag_shard_max: _compare_embedding_bag_shard_max,
