@@ -36,9 +36,8 @@ class FusedRows(NamedTuple):
     """How rows of `embedding_dim` numbers lie in rows of bytes."""
 
     embedding_dim: int
-    group_size: (
-        int  # columns a scale; the last group's missing ones are there, and cut off in a lookup
-    )
+    # Columns a scale; those that the last group lacks are there, and cut off in a lookup.
+    group_size: int
     bits: int  # 8 or 4
 
     @property
@@ -68,8 +67,11 @@ def fused_rows(function: str, embedding_dim: int, bits: int, group: int | str | 
 
     Args:
         group: one of GROUPS, or "row"; None: "row" for 8 bits, 64 for 4. Of a row that is no wider there is one.
+
+    A row never has as many bytes as columns, so that no table of floats has the shape of the bytes: what adds to a
+    weight (LoRA's merge) or loads one fails. Four widths of 4 bits would have, and get groups of four columns more.
     """
-    if bits not in (4, 8) or isinstance(bits, bool):
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in (4, 8):
         raise ValueError(f"{function}: bits must be 8 or 4, got {bits!r}")
     if embedding_dim < 1:
         raise QuantizationError(f"{function}: a table without columns has nothing to quantize")
@@ -77,19 +79,23 @@ def fused_rows(function: str, embedding_dim: int, bits: int, group: int | str | 
         group = "row" if bits == 8 else 64
     whole = -(-embedding_dim // ALIGNMENT) * ALIGNMENT
     if group == "row":
-        return FusedRows(embedding_dim, whole, bits)
-    if isinstance(group, bool) or group not in GROUPS:
+        group = whole
+    elif not isinstance(group, int) or isinstance(group, bool) or group not in GROUPS:
         raise ValueError(
             f'{function}: group must be 32, 64 or 128 columns, or "row" for one scale a row, got {group!r}'
         )
-    return FusedRows(embedding_dim, min(int(group), whole), bits)
+    layout = FusedRows(embedding_dim, min(group, whole), bits)
+    if layout.row_bytes == embedding_dim:
+        layout = layout._replace(group_size=layout.group_size + ALIGNMENT)
+    return layout
 
 
 def quantize_rows(rows: Tensor, layout: FusedRows, table: str = "") -> Tensor:
-    """Rows [V, D] of real numbers -> uint8 [V, row_bytes], each number at most half a step from its own.
+    """Rows [V, D] of real numbers -> uint8 [V, row_bytes]; code * scale + offset is at most half a scale from a number.
 
-    A step is the scale: what divides the range of a group into 15 (4 bits) or 255 parts, rounded up. Rows of zeros,
-    and constant ones whose number the offset can hold, are kept as they are.
+    The offset is a group's smallest number, rounded down. The scale is what divides the range from there to the largest
+    into 15 (4 bits) or 255 parts, rounded up. Rows of zeros, and constant ones whose number the offset can hold, are
+    kept as they are.
 
     Args:
         table: what errors call the table; "": it is the only one.
@@ -183,7 +189,9 @@ def dequantize(fused: Tensor, layout: FusedRows, for_onnx: bool = False) -> Tens
     if for_onnx:
         numbers = _from_bytes(numbers.unflatten(-1, (2, -1)), layout.scale_dtype)
     else:
-        numbers = numbers.contiguous().view(layout.scale_dtype).float()
+        # A copy, as those of one row could lie at any address.
+        numbers = numbers.clone(memory_format=torch.contiguous_format)
+        numbers = numbers.view(layout.scale_dtype).float()
     rows = codes.float() * numbers[..., :1] + numbers[..., 1:]
     return rows.flatten(-2)[..., : layout.embedding_dim].contiguous()
 
@@ -210,9 +218,9 @@ def _from_bytes(data: Tensor, dtype: torch.dtype) -> Tensor:
 @cache
 def reads_as_ours(bits: int) -> bool:
     """Whether torch's operator for such rows is there, and gets what `dequantize` gets."""
-    layout = fused_rows("", 8, bits, "row")
+    layout = fused_rows("", 16, bits, "row")
     generator = torch.Generator(device="cpu").manual_seed(0)
-    rows = torch.randn(3, 8, generator=generator, device="cpu")
+    rows = torch.randn(3, 16, generator=generator, device="cpu")
     fused = quantize_rows(rows, layout)
     places = torch.arange(3, device="cpu")
     try:

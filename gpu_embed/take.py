@@ -69,6 +69,8 @@ class QuantizedTable(NamedTuple):
 
 
 def fused_table(weight: Tensor, layout: FusedRows) -> QuantizedTable:
-    """A table of fused rows [V, row_bytes]."""
+    """A table of fused rows [V, row_bytes]; a copy where they are not adjacent, or not aligned for their scales."""
     weight = weight.contiguous()
+    if weight.storage_offset() % layout.scale_dtype.itemsize:
+        weight = weight.clone()
     return QuantizedTable(weight, weight, None, *layout, fused=True)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..dtypes import TORCH_IDS
 from ..fused_rows import FusedRows, dequantize
@@ -34,9 +35,9 @@ def quantized_embedding(
 ) -> Tensor:
     """The numbers that fused rows stand for, at the ids in `input` -> `[*input.shape, embedding_dim]` of `dtype`."""
     if not isinstance(input, Tensor):
-        if torch.overrides.has_torch_function_unary(input):
+        if has_torch_function_unary(input):
             # torch.fx's proxies and their like record the call.
-            return torch.overrides.handle_torch_function(
+            return handle_torch_function(
                 quantized_embedding, (input,), input, weight, layout, dtype
             )
         raise wrong_type("quantized_embedding", "input", 1, "Tensor", input)
@@ -44,7 +45,7 @@ def quantized_embedding(
         _check_not_sharded(input, weight)
     check_tensors(input, weight)
     if torch.compiler.is_exporting():
-        return _plain_rows(input, weight, layout).to(dtype)
+        return _plain_rows(weight, input, layout).to(dtype)
     return call_quantized_embedding(weight, input, *layout, dtype)
 
 
@@ -63,6 +64,22 @@ def quantized_embedding_bag(
 
     The row of each id is dequantized, and the bags are taken from these: sums in fp32, rounded once.
     """
+    given = (input, offsets, per_sample_weights)
+    if any(not isinstance(one, Tensor) and has_torch_function_unary(one) for one in given):
+        # torch.fx's proxies and their like record the call.
+        return handle_torch_function(
+            quantized_embedding_bag,
+            given,
+            input,
+            weight,
+            layout,
+            dtype,
+            offsets,
+            mode,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
     _check_not_sharded(input, weight, offsets, per_sample_weights)
     _check_bag_shapes(input, weight, offsets, per_sample_weights)
     if mode not in ("sum", "mean"):
@@ -101,7 +118,7 @@ def quantized_embedding_bag(
     ).to(dtype)
 
 
-def _plain_rows(input: Tensor, weight: Tensor, layout: FusedRows) -> Tensor:
+def _plain_rows(weight: Tensor, input: Tensor, layout: FusedRows) -> Tensor:
     """Rows in torch's operators, fp32, for graphs that are exported."""
     if input.dtype not in TORCH_IDS:
         input = input.to(torch.int32)
@@ -109,10 +126,11 @@ def _plain_rows(input: Tensor, weight: Tensor, layout: FusedRows) -> Tensor:
     return dequantize(fused, layout, for_onnx=torch.onnx.is_in_onnx_export())
 
 
-def _plain_rows_in(weight: Tensor, input: Tensor, layout: FusedRows) -> Tensor:
+def _plain_rows_or_none(weight: Tensor, input: Tensor, layout: FusedRows) -> Tensor:
+    """The same; zeros where the table has no rows."""
     if weight.shape[0] == 0:
         return weight.new_zeros((*input.shape, layout.embedding_dim), dtype=torch.float32)
-    return _plain_rows(input, weight, layout)
+    return _plain_rows(weight, input, layout)
 
 
 def _plain_bag_rows(
@@ -120,7 +138,7 @@ def _plain_bag_rows(
 ) -> tuple[Tensor, Tensor]:
     """`ops.quantized.quantized_bag_rows` in torch's operators, for graphs that are exported."""
     ids = input.flatten()
-    rows = _plain_rows(ids, weight, layout).to(dtype)
+    rows = _plain_rows(weight, ids, layout).to(dtype)
     places = torch.arange(1, ids.shape[0] + 1, device=ids.device)
     places = torch.where(ids == padding_row, 0, places)
     return torch.cat([rows.new_zeros(1, layout.embedding_dim), rows]), places.view(input.shape)
@@ -133,6 +151,7 @@ def quantized_tables(
     formats: list[int],
     tables: Tables,
     dtype: torch.dtype,
+    output_dtype: torch.dtype,
     per_sample_weights: Tensor | None = None,
     *,
     pooled: bool,
@@ -140,17 +159,18 @@ def quantized_tables(
     """`functional.tables` of what fused rows stand for: `[B, sum of embedding_dims]`, or rows `[N, embedding_dim]`.
 
     The row of each id is dequantized, once for each embedding_dim, and the batch is taken from these. See
-    `ops.quantized` for the arguments; in `tables.fields` FIRST_ELEMENT is the sum of the embedding_dims before.
+    `ops.quantized` for the arguments; in `tables.fields` FIRST_ELEMENT is the sum of the embedding_dims before. To the
+    caller the tables are of `dtype`, and so are per-sample weights.
     """
     function = "quantized_table_batched_embedding" + ("_bag" if pooled else "")
     stand_in = weights[0].new_empty((0, 0), dtype=dtype)
     check_batch(function, input, offsets, stand_in, tables.layout)
     check_sample_weights(input, per_sample_weights, stand_in, tables.layout)
-    wide = _accumulation(dtype)
+    wide = _accumulation(output_dtype)
     if torch.compiler.is_exporting():
         batch = as_batch(input, offsets, tables.fields, pooled)
         layouts = unpacked(formats)
-        rows, places = table_rows(weights, batch, batch.places(), layouts, _plain_rows_in)
+        rows, places = table_rows(weights, batch, batch.places(), layouts, _plain_rows_or_none)
         rows = rows.to(wide)
     else:
         rows, places = quantized_table_rows(
@@ -183,7 +203,7 @@ def quantized_tables(
         tables._replace(fields=torch.stack(columns, dim=1)),
         pooled,
         False,
-        dtype,
+        output_dtype,
     )
 
 

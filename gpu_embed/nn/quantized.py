@@ -24,10 +24,14 @@ NOT_TRAINED = (
 
 
 class QuantizedModule(torch.nn.Module):
-    """What layers of quantized tables have in common: codes in buffers, which are converted and trained by nobody."""
+    """What layers of quantized tables have in common: codes in buffers, which no conversion changes and nothing trains.
 
-    dtype: torch.dtype  # of the output
-    weight_format: Tensor  # saved, so that bytes of another format are never taken for this one's
+    Beside the codes, what is saved has for each table a tensor without numbers, whose shape is the table's format: so
+    bytes of another format are never taken for this one's, not even by what compares shapes alone
+    (torch.distributed.checkpoint).
+    """
+
+    dtype: torch.dtype  # of the numbers that the codes stand for
 
     def _checked_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in FLOATS:
@@ -45,7 +49,7 @@ class QuantizedModule(torch.nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         # Which dtype a conversion asks for, a float tensor without numbers shows.
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight_format.device))
+        probe = fn(torch.empty(0, dtype=self.dtype, device=next(self.buffers()).device))
         dtype = self._checked_dtype(probe.dtype)
 
         def keep_integers(tensor: Tensor) -> Tensor:
@@ -53,8 +57,6 @@ class QuantizedModule(torch.nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_integers, recurse)
-        # to_empty() has left it without numbers.
-        self.weight_format = torch.tensor(self._format(), device=probe.device)
         self.dtype = dtype
         return self
 
@@ -76,10 +78,6 @@ class QuantizedModule(torch.nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _format(self) -> list[int]:
-        """What `weight_format` holds."""
-        raise NotImplementedError
-
     def _reason_to_refuse(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why saved tensors are not this layer's; None: they are, or one is missing, which torch says."""
         raise NotImplementedError
@@ -89,6 +87,7 @@ class QuantizedTableModule(QuantizedModule):
     """Both layers of one table: fused rows in a buffer, and how these lie in it."""
 
     weight: Tensor
+    weight_format: Tensor  # [0, embedding_dim, group_size, bits]
     # What torch's layers have beside these; LoRA asks for them.
     max_norm: None = None
     norm_type = 2.0
@@ -118,7 +117,19 @@ class QuantizedTableModule(QuantizedModule):
         self.format = layout
         self.dtype = self._checked_dtype(dtype or torch.get_default_dtype())
         self.register_buffer("weight", weight)
-        self.register_buffer("weight_format", torch.tensor(layout, device=weight.device))
+        self.register_buffer("weight_format", weight.new_empty((0, *layout)))
+
+    @classmethod
+    def _of(
+        cls, layer: Any, bits: int, group: int | str | None, dtype: torch.dtype | None
+    ) -> "Self":
+        """`from_float` of one table."""
+        layout, weight = _quantized_weight(f"{cls.__name__}.from_float", layer, cls, bits, group)
+        self = cls.__new__(cls)
+        torch.nn.Module.__init__(self)
+        dtype = dtype or layer.weight.dtype
+        self._set_up(layer.num_embeddings, layout, layer.padding_idx, dtype, weight)
+        return self.train(layer.training)
 
     @property
     def bits(self) -> int:
@@ -140,9 +151,6 @@ class QuantizedTableModule(QuantizedModule):
         """embedding_dim, likewise."""
         return self.embedding_dim
 
-    def _format(self) -> list[int]:
-        return list(self.format)
-
     def _floats(self) -> Tensor:
         """The numbers that the codes stand for, `[num_embeddings, embedding_dim]` of `dtype`."""
         return floats(self.weight, self.format, self.dtype)
@@ -159,9 +167,8 @@ class QuantizedTableModule(QuantizedModule):
                 f"{own}, and what is loaded is a table of {weight.dtype}: load it into a float layer, and quantize "
                 "that with from_float"
             )
-        readable = isinstance(weight_format, Tensor) and not weight_format.is_meta
-        if readable and weight_format.shape == self.weight_format.shape:
-            saved = FusedRows(*weight_format.tolist())
+        if isinstance(weight_format, Tensor) and weight_format.dim() == self.weight_format.dim():
+            saved = FusedRows(*weight_format.shape[1:])
             if saved != self.format or len(weight) != self.num_embeddings:
                 return f"{own}, and what is loaded has {_described(len(weight), saved)}"
         if weight.shape != self.weight.shape:
@@ -180,14 +187,14 @@ class QuantizedEmbedding(QuantizedTableModule):
     """A table of 8 or 4 bits a number, with a scale and an offset a row or a group of columns; not trained.
 
     Input: ids of any shape; int64, int32, int16 or uint8. Output: `[*input.shape, embedding_dim]` in `dtype`: code *
-    scale + offset in fp32, the same bits on every backend, then rounded. Each number is at most half a scale from the
-    one that was quantized. A row of zeros, such as padding has, stays one.
+    scale + offset in fp32, the same bits on every backend, then rounded to `dtype`. Before these two roundings each
+    number is at most half a scale from the one that was quantized. A row of zeros, such as padding has, stays one.
 
     Args:
         padding_idx: kept for `to_float`; a lookup returns that row as it is, as torch's does.
         bits: 8 or 4.
         group: columns that share a scale and an offset: 32, 64, 128, or "row" for all of a row. None: "row" for 8 bits,
-            64 for 4.
+            64 for 4. `group_size` says how many they are.
         dtype: of the output; `.to(dtype)` changes it, and never the codes.
 
     A new layer has a table of zeros, to load a `state_dict` into; `from_float` makes one of a trained layer.
@@ -243,7 +250,8 @@ class QuantizedEmbedding(QuantizedTableModule):
             dtype: of the output; None: the layer's.
 
         Raises:
-            TypeError: a layer of another type; a table that is no plain tensor of fp32, fp16, bf16 or fp64.
+            TypeError: a layer of another type, or of a subclass with another forward; a table that is no plain
+                Parameter of fp32, fp16, bf16 or fp64.
             ValueError: bits or a group that there is not; max_norm; a row, by its number, with NaN, infinity, or
                 numbers too far out for its scale or offset.
         """
@@ -251,13 +259,7 @@ class QuantizedEmbedding(QuantizedTableModule):
             from .quantized_tables import QuantizedTableBatchedEmbedding
 
             return QuantizedTableBatchedEmbedding.from_float(layer, bits, group, dtype)
-        layout, weight = _quantized_weight(f"{cls.__name__}.from_float", layer, cls, bits, group)
-        self = cls.__new__(cls)
-        torch.nn.Module.__init__(self)
-        self._set_up(
-            layer.num_embeddings, layout, layer.padding_idx, dtype or layer.weight.dtype, weight
-        )
-        return self.train(layer.training)
+        return cls._of(layer, bits, group, dtype)
 
     def to_float(self) -> Embedding:
         """A layer with the numbers that the codes stand for, in `dtype`, which can be trained."""
@@ -324,15 +326,10 @@ class QuantizedEmbeddingBag(QuantizedTableModule):
             from .quantized_tables import QuantizedTableBatchedEmbeddingBag
 
             return QuantizedTableBatchedEmbeddingBag.from_float(layer, bits, group, dtype)
-        layout, weight = _quantized_weight(f"{cls.__name__}.from_float", layer, cls, bits, group)
-        self = cls.__new__(cls)
-        torch.nn.Module.__init__(self)
-        self._set_up(
-            layer.num_embeddings, layout, layer.padding_idx, dtype or layer.weight.dtype, weight
-        )
+        self = cls._of(layer, bits, group, dtype)
         self.mode = layer.mode
         self.include_last_offset = layer.include_last_offset
-        return self.train(layer.training)
+        return self
 
     def to_float(self) -> EmbeddingBag:
         """A layer with the numbers that the codes stand for, in `dtype`, which can be trained."""

@@ -12,7 +12,7 @@ from ..fused_rows import FusedRows, fused_rows, quantize_rows
 from ..tables.inputs import BatchSizes, TableInput, reorder
 from ..tables.layout import TableColumn, TableLayout, Tables
 from .quantized import QuantizedModule, floats
-from .tables import BatchedTables, TableBatchedEmbedding, TableBatchedEmbeddingBag
+from .tables import BatchedTables, TableBatchedEmbedding, TableBatchedEmbeddingBag, order_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,6 +25,7 @@ class QuantizedTables(QuantizedModule):
     layout: TableLayout
     _tables_on: dict[torch.device, Tables]
     formats: tuple[FusedRows, ...]  # of each embedding_dim, as tables first have it
+    output_dtype: torch.dtype | None  # None: `dtype`
 
     @classmethod
     def from_float(
@@ -39,7 +40,7 @@ class QuantizedTables(QuantizedModule):
         Args:
             layer: this package's batched layer of the same name.
             bits, group: as for `QuantizedEmbedding`.
-            dtype: of the output; None: the layer's output_dtype, or its tables'.
+            dtype: of the output, as if the tables were of it; None: the layer's, with its output_dtype.
 
         Raises as `QuantizedEmbedding.from_float`; a row is named with its table.
         """
@@ -61,7 +62,8 @@ class QuantizedTables(QuantizedModule):
         self.layout = layout = layer.layout
         dims = dict.fromkeys(layout.embedding_dims)
         self.formats = tuple(fused_rows(function, dim, bits, group) for dim in dims)
-        self.dtype = self._checked_dtype(dtype or layer.output_dtype or layer.weight.dtype)
+        self.dtype = self._checked_dtype(dtype or layer.weight.dtype)
+        self.output_dtype = layer.output_dtype if dtype is None else None
         self._tables_on = {}
         for one in self.formats:
             parts = [
@@ -70,8 +72,9 @@ class QuantizedTables(QuantizedModule):
                 if layout.embedding_dims[number] == one.embedding_dim
             ]
             self.register_buffer(f"weight_{one.embedding_dim}", torch.cat(parts))
-        weight_format = torch.tensor(self._format(), device=layer.weight.device)
-        self.register_buffer("weight_format", weight_format)
+        for name, shape in self._format_shapes().items():
+            empty = torch.empty(shape, dtype=torch.uint8, device=layer.weight.device)
+            self.register_buffer(name, empty)
         self._prepare()
         return self.train(layer.training)
 
@@ -84,8 +87,9 @@ class QuantizedTables(QuantizedModule):
         layer = self._float_type(
             self._sizes(),
             padding_idx=[None if row < 0 else row for row in layout.padding_idx],
-            device=self.weight_format.device,
+            device=self._weights()[0].device,
             dtype=self.dtype,
+            output_dtype=self.output_dtype,
             features=self._features(),
             **arguments,
         )
@@ -105,7 +109,7 @@ class QuantizedTables(QuantizedModule):
     @property
     def tables(self) -> Tables:
         """The layout, and what a call reads of it, on the buffers' device."""
-        device = self.weight_format.device
+        device = self._weights()[0].device
         found = self._tables_on.get(device)
         if found is None:
             layout, fields = self.layout, self.layout.fields(device)
@@ -146,19 +150,36 @@ class QuantizedTables(QuantizedModule):
             ends[dim] += rows
         return first_rows
 
-    def _format(self) -> list[int]:
-        """What `weight_format` holds: each layout, then each table's sizes."""
-        sizes = (number for size in self._sizes().values() for number in size)
-        return [*(number for one in self.formats for number in one), *sizes]
+    def _format_shapes(self) -> dict[str, tuple[int, ...]]:
+        """By the names of buffers: of each table 0, rows, embedding_dim, group_size, bits."""
+        formats = {one.embedding_dim: one for one in self.formats}
+        sizes = enumerate(self._sizes().values())
+        return {
+            f"weight_format_{number}": (0, rows, *formats[dim]) for number, (rows, dim) in sizes
+        }
 
     def _reason_to_refuse(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        saved = state_dict.get(f"{prefix}weight_format")
-        if not isinstance(saved, Tensor) or saved.is_meta or saved.tolist() == self._format():
-            return None
-        return (
-            f"what is loaded has other tables, bits or groups than this {type(self).__name__}: {saved.tolist()}, not "
-            f"{self._format()} (embedding_dim, group_size and bits of each width, then rows and columns of each table)"
-        )
+        saved = {
+            name.removeprefix(prefix): value
+            for name, value in state_dict.items()
+            if name.startswith(prefix) and isinstance(value, Tensor)
+        }
+        own = f"this {type(self).__name__} has codes in uint8"
+        for name, value in saved.items():
+            if value.is_floating_point():
+                return (
+                    f"{own}, and what is loaded has {value.dtype} in {name!r}: load it into a layer of floats, and "
+                    "quantize that with from_float"
+                )
+        shapes = self._format_shapes()
+        for (name, shape), table in zip(shapes.items(), self.layout.names, strict=True):
+            if name in saved and saved[name].shape != shape:
+                return (
+                    f"what is loaded has other tables, bits or groups than this {type(self).__name__}: of table "
+                    f"{table!r} {list(saved[name].shape[1:])}, not {list(shape[1:])} (rows, embedding_dim, group_size, "
+                    "bits)"
+                )
+        return None
 
     def _forward(
         self,
@@ -171,12 +192,12 @@ class QuantizedTables(QuantizedModule):
         pooled: bool,
     ) -> Tensor:
         own, tables = self.layout.features, self.tables
-        order = BatchedTables._order_of(self, features)  # type: ignore[arg-type]  # reads the layout alone
+        order = order_of(type(self).__name__, own, features)
         function = "quantized_table_batched_embedding" + ("_bag" if pooled else "")
         if batch_sizes is not None:
             offsets = table_functional.pad_batch(function, input, offsets, batch_sizes, order)
         if order != own and pooled:
-            stand_in = self.weight_format.new_empty((0, 0), dtype=self.dtype)
+            stand_in = input.new_empty((0, 0), dtype=self.dtype)
             table_functional.check_batch(function, input, offsets, stand_in, self.layout)
             table_functional.check_sample_weights(input, per_sample_weights, stand_in, self.layout)
             batch = TableInput(input, offsets, per_sample_weights)
@@ -194,6 +215,7 @@ class QuantizedTables(QuantizedModule):
             formats,
             tables,
             self.dtype,
+            self.output_dtype or self.dtype,
             per_sample_weights,
             pooled=pooled,
         )
@@ -224,7 +246,8 @@ class QuantizedTables(QuantizedModule):
 class QuantizedTableBatchedEmbedding(QuantizedTables):
     """`TableBatchedEmbedding` of 8 or 4 bits a number; made by `from_float`, and not trained.
 
-    A call takes what that takes and returns rows `[N, embedding_dim]` of `dtype`. Errors are the same.
+    A call takes what that takes and returns rows `[N, embedding_dim]` of `output_dtype` or, if that is None, `dtype`.
+    Errors are the same.
 
     Example::
 
@@ -256,8 +279,8 @@ class QuantizedTableBatchedEmbeddingBag(QuantizedTables):
     """`TableBatchedEmbeddingBag` of 8 or 4 bits a number; made by `from_float`, and not trained.
 
     A call takes what that takes, with per-sample weights of `dtype`, and returns `[B, sum of embedding_dims]` of
-    `dtype`; `split` is as there. On the way each id's row is written in fp32, once for each embedding_dim that the
-    tables have.
+    `output_dtype` or, if that is None, `dtype`; `split` is as there. On the way each id's row is written in fp32, once
+    for each embedding_dim that the tables have.
 
     Example::
 

@@ -383,37 +383,6 @@ class BatchedTables(torch.nn.Module, ABC):
             parts += [table.reshape(-1), table.new_zeros(end - begin - table.numel())]
         return torch.cat(parts)
 
-    # The order of the features.
-
-    def _order_of(self, features: tuple[str, ...] | int | None) -> tuple[str, ...]:
-        """The features of a batch in the order of its ids, checked."""
-        own = self.layout.features
-        if features is None or features == own:
-            return own
-        name = type(self).__name__
-        if not isinstance(features, int | tuple | list):
-            raise TypeError(
-                f"{name}: features are the names in the order of the ids, or their number, got "
-                f"{type(features).__name__}"
-            )
-        if isinstance(features, int):
-            if features != len(own):
-                raise ValueError(
-                    f"{name}: the batch has the ids of {features} features, but the layer has {len(own)}: "
-                    f"{quoted(own)}"
-                )
-            return own
-        missing = [feature for feature in own if feature not in features]
-        unknown = [feature for feature in features if feature not in own]
-        if missing or unknown or len(features) != len(own):
-            parts = [f"it lacks {quoted(missing)}"] if missing else []
-            parts += [f"the layer does not know {quoted(unknown)}"] if unknown else []
-            raise ValueError(
-                f"{name}: the batch does not have the layer's features, {quoted(own)}: "
-                f"{' and '.join(parts) or 'it names one twice'}"
-            )
-        return tuple(features)
-
     def _apply(self, fn: Any, recurse: bool = True) -> "Self":
         grad = self.weight.grad
         if isinstance(grad, TableGradient):
@@ -594,7 +563,8 @@ class TableBatchedEmbedding(BatchedTables):
             raise NotImplementedError(
                 "TableBatchedEmbedding: per_sample_weights are for bags; use TableBatchedEmbeddingBag"
             )
-        tables, own, order = self.tables, self.layout.features, self._order_of(features)
+        tables, own = self.tables, self.layout.features
+        order = order_of(type(self).__name__, own, features)
         if batch_sizes is not None:
             offsets = table_functional.pad_batch(
                 "table_batched_embedding", input, offsets, batch_sizes, order
@@ -707,7 +677,8 @@ class TableBatchedEmbeddingBag(BatchedTables):
         features: tuple[str, ...] | int | None = None,
         batch_sizes: BatchSizes | None = None,
     ) -> Tensor:
-        own, order = self.layout.features, self._order_of(features)
+        own = self.layout.features
+        order = order_of(type(self).__name__, own, features)
         if batch_sizes is not None:
             offsets = table_functional.pad_batch(
                 "table_batched_embedding_bag", input, offsets, batch_sizes, order
@@ -797,3 +768,38 @@ def _sizes(named: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 def _paddings(named: dict[str, Any]) -> dict[str, int | None]:
     return {name: one.padding_idx for name, one in named.items()}
+
+
+def order_of(
+    name: str, own: tuple[str, ...], features: tuple[str, ...] | int | None
+) -> tuple[str, ...]:
+    """The features of a batch in the order of its ids, checked.
+
+    Args:
+        name: the layer's class, for errors.
+        own: its features.
+    """
+    if features is None or features == own:
+        return own
+    if not isinstance(features, int | tuple | list):
+        raise TypeError(
+            f"{name}: features are the names in the order of the ids, or their number, got "
+            f"{type(features).__name__}"
+        )
+    if isinstance(features, int):
+        if features != len(own):
+            raise ValueError(
+                f"{name}: the batch has the ids of {features} features, but the layer has {len(own)}: "
+                f"{quoted(own)}"
+            )
+        return own
+    missing = [feature for feature in own if feature not in features]
+    unknown = [feature for feature in features if feature not in own]
+    if missing or unknown or len(features) != len(own):
+        parts = [f"it lacks {quoted(missing)}"] if missing else []
+        parts += [f"the layer does not know {quoted(unknown)}"] if unknown else []
+        raise ValueError(
+            f"{name}: the batch does not have the layer's features, {quoted(own)}: "
+            f"{' and '.join(parts) or 'it names one twice'}"
+        )
+    return tuple(features)

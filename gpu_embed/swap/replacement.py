@@ -8,6 +8,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import backends
 from ..functional.checks import PLAIN_TYPES, has_dtensor
@@ -182,6 +184,10 @@ def replace_embeddings(
         )
     if min_rows < 0:
         raise ValueError(f"replace_embeddings(): min_rows must not be negative, got {min_rows}")
+    if not (quantize is None or isinstance(quantize, str)):
+        raise TypeError(
+            f"replace_embeddings(): quantize must be str or None, not {type(quantize).__name__}"
+        )
     if quantize is not None and quantize not in BITS:
         raise ValueError(
             f'replace_embeddings(): quantize must be "int8", "int4" or None, got {quantize!r}'
@@ -371,21 +377,33 @@ def _reason_of_size(module: Any, small: Any) -> str | None:
 
 def _tie_of(model: torch.nn.Module, module: Any) -> str | None:
     """Why a table is not quantized alone: other modules hold its numbers too; None: no other does."""
-    storage = module.weight.untyped_storage()
-    if storage.nbytes() == 0:
-        return None
+    first, end = _memory(module.weight)
     for prefix, holder in model.named_modules():
         for name, tensor in (*holder._parameters.items(), *holder._buffers.items()):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and not (holder is module and name == "weight")
-                and not has_dtensor(tensor)
-                and tensor.layout is torch.strided
-                and tensor.untyped_storage().data_ptr() == storage.data_ptr()
-            ):
+            if holder is module and name == "weight":
+                continue
+            other_first, other_end = _memory(tensor)
+            if max(first, other_first) < min(end, other_end):
                 place = f"{prefix}.{name}" if prefix else name
                 return f"tied: {place} is the same table, and would keep it in floats; untie them first"
     return None
+
+
+def _memory(tensor: torch.Tensor | None) -> tuple[int, int]:
+    """The address of a tensor's first number, and where the last one ends; the same twice for one that has none."""
+    if (
+        tensor is None
+        or is_lazy(tensor)
+        or is_traceable_wrapper_subclass(tensor)
+        or tensor.layout is not torch.strided
+        or tensor.is_meta
+        or tensor.numel() == 0
+    ):
+        return 0, 0
+    first = tensor.data_ptr()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return first, first + (last + 1) * tensor.element_size()
 
 
 def _compared(weight: torch.Tensor, small: Any) -> Quantized:

@@ -34,7 +34,7 @@ def integers(rows: int, dim: int, bits: int, dtype: torch.dtype = FP32) -> Tenso
     """Integers that codes of so many bits hold, the ends in each group: sums of them are exact."""
     generator = torch.Generator().manual_seed(dim)
     weight = torch.randint(0, 2**bits, (rows, dim), generator=generator)
-    weight[:, ::32], weight[:, 1::32] = 0, 2**bits - 1
+    weight[:, ::4], weight[:, 1::4] = 0, 2**bits - 1
     return weight.to(dtype)
 
 
@@ -341,7 +341,7 @@ def test_conversions_change_the_output_and_not_the_codes():
             assert small.dtype == small(ids).dtype == dtype
             assert small.weight.dtype == torch.uint8
             assert torch.equal(small.weight, codes)
-            assert small.weight_format.dtype == torch.int64
+            assert small.weight_format.shape == (0, *small.format)
             assert torch.equal(small(ids), expected.to(dtype))
     assert model.to("cpu")[0].dtype == FP32
     for wrong in (torch.int32, torch.complex64):
