@@ -381,7 +381,7 @@ def _quantized_weight(
     if reason is not None:
         error = ValueError if layer.max_norm is not None else TypeError
         raise error(f"{function}: {reason}")
-    weight = layer.weight
+    weight = layer.get_parameter("weight")
     layout = fused_rows(function, weight.shape[1], bits, group)
     return layout, quantize_rows(weight, layout)
 

@@ -159,25 +159,20 @@ class QuantizedTables(QuantizedModule):
         }
 
     def _reason_to_refuse(self, state_dict: dict[str, Any], prefix: str) -> str | None:
-        saved = {
-            name.removeprefix(prefix): value
-            for name, value in state_dict.items()
-            if name.startswith(prefix) and isinstance(value, Tensor)
-        }
-        own = f"this {type(self).__name__} has codes in uint8"
-        for name, value in saved.items():
-            if value.is_floating_point():
-                return (
-                    f"{own}, and what is loaded has {value.dtype} in {name!r}: load it into a layer of floats, and "
-                    "quantize that with from_float"
-                )
+        own = type(self).__name__
         shapes = self._format_shapes()
         for (name, shape), table in zip(shapes.items(), self.layout.names, strict=True):
-            if name in saved and saved[name].shape != shape:
+            floats = state_dict.get(f"{prefix}{table}.weight")
+            if isinstance(floats, Tensor):
                 return (
-                    f"what is loaded has other tables, bits or groups than this {type(self).__name__}: of table "
-                    f"{table!r} {list(saved[name].shape[1:])}, not {list(shape[1:])} (rows, embedding_dim, group_size, "
-                    "bits)"
+                    f"this {own} has codes, and what is loaded has table {table!r} in {floats.dtype}: load it into a "
+                    f"{self._float_type.__name__}, and quantize that with from_float"
+                )
+            saved = state_dict.get(f"{prefix}{name}")
+            if isinstance(saved, Tensor) and saved.shape != shape:
+                return (
+                    f"what is loaded has other tables, bits or groups than this {own}: of table {table!r} "
+                    f"{list(saved.shape[1:])}, not {list(shape[1:])} (rows, embedding_dim, group_size, bits)"
                 )
         return None
 

@@ -12,6 +12,7 @@ import torch
 from cases import mapped, needs_mapping, same_bits
 from process_groups import one_process
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import gpu_embed
 from gpu_embed import QuantizedEmbedding, QuantizedEmbeddingBag, fused_rows, reference
@@ -154,7 +155,11 @@ def test_numbers_too_far_out_are_named():
     ):
         QuantizedEmbedding.from_float(layer, 4)
     QuantizedEmbedding.from_float(layer, 8)
-    rows[2, 7] = 1.1e6
+    rows[2, 7] = -3.0
+    rows[1] = 65504 + torch.arange(1, 65)
+    with pytest.raises(ValueError, match="row 1 goes from 65505 to 65568"):
+        QuantizedEmbedding.from_float(gpu_embed.Embedding(4, 64, _weight=rows), 4)
+    rows[1], rows[2, 7] = 0, 1.1e6
     with pytest.raises(ValueError, match=r"row 2 goes from .* to 1\.1e\+06"):
         QuantizedEmbedding.from_float(gpu_embed.Embedding(4, 64, _weight=rows), 4)
     rows[3, :2] = torch.tensor([3e38, -3e38])
@@ -176,6 +181,43 @@ def test_large_and_tiny_numbers(bits):
         meant = small(torch.arange(5)).double().numpy()
         error = np.abs(meant - rows.double().numpy())
         assert (error <= scale / 2 + 2.0**-24 * np.abs(meant) + 2.0**-150).all(), factor
+
+
+@of_both_bits
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16, FP64], ids=str)
+@pytest.mark.parametrize("dim", [1, 64])
+@pytest.mark.parametrize(("middle", "width"), [(1000.305, 0.01), (-1000, 1e-3), (3.0, 1e-6)])
+def test_numbers_far_from_zero_beside_their_range(bits, dtype, dim, middle, width):
+    """Half a scale, a rounding to fp32 and one to the dtype: with u = half of eps, of numbers of that size."""
+    noise = torch.rand(9, dim, generator=torch.Generator().manual_seed(0), dtype=FP64) - 0.5
+    layer = gpu_embed.Embedding(9, dim, dtype=dtype, _weight=(middle + width * noise).to(dtype))
+    small = QuantizedEmbedding.from_float(layer, bits)
+    _, scale, offset = numbers_of(small)
+    rows = layer.weight.detach().double().numpy()
+    meant = small(torch.arange(9)).double().numpy()
+    unit = sum(torch.finfo(one).eps / 2 for one in (FP32, dtype if dtype != FP64 else FP32))
+    bound = scale / 2 + unit * 1.01 * np.abs(meant)
+    assert (np.abs(meant - rows) <= bound).all()
+    # The scale is the range from the rounded offset: of 4 bits that is up to a step of fp16 below.
+    levels = 2**bits - 1
+    steps = (rows.max(-1) - offset[:, 0]) / levels
+    assert (scale[:, 0] <= steps * (1 + 2.0**-10 if bits == 4 else 1 + 2.0**-15) + 2.0**-24).all()
+    assert (
+        rows.min(-1) - offset[:, 0] <= np.abs(rows).max() * (2.0**-10 if bits == 4 else 2.0**-23)
+    ).all()
+
+
+def test_no_row_has_as_many_bytes_as_columns():
+    """So what adds to a weight or loads one never takes bytes for numbers."""
+    for dim in range(1, 300):
+        for bits, group in FORMATS:
+            layout = fused_rows.fused_rows("", dim, bits, group)
+            assert layout.row_bytes != dim
+            assert layout.group_size % 4 == 0
+            assert (layout.groups - 1) * layout.group_size < dim
+    small = QuantizedEmbedding.from_float(embedding(9, 8), 4)
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        nn.Embedding(9, 8).load_state_dict(small.state_dict(), strict=False)
 
 
 def test_the_float_layer_is_left_as_it_is_and_comes_back():
@@ -278,6 +320,22 @@ def test_torchs_own_operators_read_the_bytes(bits):
     assert torch.allclose(unpack(small.weight), small.to_float().weight, rtol=1e-6)
 
 
+@of_both_bits
+@pytest.mark.parametrize("shift", [1, 2])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_bytes_at_any_address(target, bits, shift, rows):
+    """As a part of a larger file that was assigned."""
+    small = QuantizedEmbedding.from_float(embedding(rows, 64), bits).to(target.device)
+    data = torch.cat([small.weight.new_empty(shift), small.weight.flatten()])
+    state = {**small.state_dict(), "weight": data[shift:].view_as(small.weight)}
+    other = QuantizedEmbedding(rows, 64, bits=bits)
+    other.load_state_dict(state, assign=True)
+    assert other.weight.storage_offset() == shift
+    ids = torch.tensor([rows - 1, 0], device=target.device)
+    assert torch.equal(other(ids), small(ids))
+    assert torch.equal(other.to_float().weight, small.to_float().weight)
+
+
 @needs_mapping
 @of_both_bits
 def test_more_groups_and_bytes_than_32_bits_count(bits, monkeypatch):
@@ -357,6 +415,19 @@ def test_a_layer_on_meta_is_filled_by_loading():
     other.load_state_dict(small.state_dict(), assign=True)
     assert torch.equal(other(torch.arange(9)), small(torch.arange(9)))
     assert small.to("meta").weight.is_meta
+
+
+def test_a_layer_that_was_emptied_keeps_its_format():
+    for small in (
+        QuantizedEmbedding.from_float(embedding(9, 64), 4),
+        QuantizedEmbeddingBag.from_float(batched(4), 4),
+    ):
+        other = copy.deepcopy(small).to("meta").to_empty(device="cpu")
+        for buffer, own in zip(other.buffers(), small.buffers(), strict=True):
+            buffer.copy_(own)
+        fresh = copy.deepcopy(small)
+        fresh.load_state_dict(other.state_dict())
+        assert all(map(torch.equal, fresh.buffers(), small.buffers()))
 
 
 def test_a_new_layer_is_of_zeros():
@@ -452,6 +523,42 @@ def test_a_table_of_another_format_is_refused(other, message):
         model.load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", ["same", "table", "tables"])
+def test_distributed_checkpoints_of_another_format_are_refused(kind, tmp_path):
+    """They compare shapes alone: here of as many bytes. Nothing is written into the layer."""
+    from torch.distributed import checkpoint
+
+    sizes = [{"user": (9, 64), "item": (7, 64)}, {"user": (7, 64), "item": (9, 64)}]
+    layers = [gpu_embed.TableBatchedEmbeddingBag(size) for size in sizes]
+    saved, loaded = {
+        "same": (
+            QuantizedEmbedding.from_float(embedding(9, 64), 4),
+            QuantizedEmbedding(9, 64, bits=4),
+        ),
+        "table": (QuantizedEmbedding.from_float(embedding(9, 64), 4), QuantizedEmbedding(9, 28)),
+        "tables": tuple(QuantizedEmbeddingBag.from_float(layer, 4) for layer in layers),
+    }[kind]
+    assert [one.nbytes for one in saved.buffers()] == [one.nbytes for one in loaded.buffers()]
+    before = copy.deepcopy(loaded.state_dict())
+    checkpoint.save(saved.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    load = partial(checkpoint.load, loaded.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    if kind == "same":
+        load()
+        assert torch.equal(loaded(torch.arange(9)), saved(torch.arange(9)))
+        return
+    with pytest.raises(checkpoint.api.CheckpointException, match=r"Size mismatch .* weight_format"):
+        load()
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([70, 64]), torch.tensor(70), [70, 64, 4]], ids=str)
+def test_a_damaged_format_is_refused(wrong):
+    small = QuantizedEmbedding.from_float(embedding(9, 64), 4)
+    with pytest.raises(RuntimeError, match="weight_format"):
+        small.load_state_dict({**small.state_dict(), "weight_format": wrong})
+
+
 # Training is refused.
 
 
@@ -477,7 +584,7 @@ def test_it_is_not_trained():
 
 def test_ddp_and_fsdp():
     """DDP refuses what has no parameters; fully_shard leaves the codes whole, and the lookup right."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     small = QuantizedEmbedding.from_float(embedding(9, 64), 4)
     ids = torch.tensor([1, 8])
@@ -497,6 +604,11 @@ def test_ddp_and_fsdp():
         expected = sharded(ids)
         fully_shard(sharded, mesh=mesh)
         assert torch.equal(sharded(ids), expected)
+        # Mixed precision converts parameters, so the codes' output must be converted before.
+        policy = MixedPrecisionPolicy(param_dtype=BF16)
+        sharded = nn.Sequential(copy.deepcopy(small).to(BF16), nn.Linear(64, 2))
+        fully_shard(sharded, mesh=mesh, mp_policy=policy)
+        assert sharded(ids).dtype == BF16
         with pytest.raises(NotImplementedError):
             torch.distributed.tensor.parallel.parallelize_module(
                 copy.deepcopy(small), mesh, torch.distributed.tensor.parallel.RowwiseParallel()
@@ -521,6 +633,9 @@ def test_ddp_and_fsdp():
         (nn.Embedding(4, 4, device="meta"), {}, TypeError, "on the meta device"),
         (nn.Embedding(4, 0), {}, ValueError, "without columns"),
         (nn.Embedding(4, 4), {"bits": 2}, ValueError, "bits must be 8 or 4, got 2"),
+        (nn.Embedding(4, 4), {"bits": 8.0}, ValueError, r"bits must be 8 or 4, got 8\.0"),
+        (nn.Embedding(4, 4), {"group": 64.0}, ValueError, r'or "row" .*, got 64\.0'),
+        (nn.Embedding(4, 4), {"group": [64]}, ValueError, r"got \[64\]"),
         (
             nn.Embedding(4, 4),
             {"group": 48},
@@ -534,6 +649,61 @@ def test_ddp_and_fsdp():
 def test_what_cannot_be_quantized(layer, arguments, error, message):
     with pytest.raises(error, match=message):
         QuantizedEmbedding.from_float(layer, **arguments)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 10
+
+
+class ScaledBag(gpu_embed.EmbeddingBag):
+    def forward(self, *arguments: Any) -> Tensor:
+        return super().forward(*arguments) * 10
+
+
+class ScaledTables(gpu_embed.TableBatchedEmbeddingBag):
+    def forward(self, *arguments: Any) -> Tensor:
+        return super().forward(*arguments) * 10
+
+
+class Named(nn.Embedding):
+    pass
+
+
+def test_subclasses_that_do_more_are_refused():
+    for kind, layer in (
+        (QuantizedEmbedding, Scaled(9, 4)),
+        (QuantizedEmbeddingBag, ScaledBag(9, 4)),
+        (QuantizedEmbeddingBag, ScaledTables({"user": (9, 4)})),
+    ):
+        with pytest.raises(TypeError, match=f"{type(layer).__name__} has a forward of its own"):
+            kind.from_float(layer)
+    assert QuantizedEmbedding.from_float(Named(9, 4)).num_embeddings == 9
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm` is deprecated:FutureWarning")
+def test_weights_that_are_no_tables_are_refused():
+    for change in (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ):
+        layer = nn.Embedding(9, 4)
+        change(layer)
+        with pytest.raises(TypeError, match="no Parameter but computed from others"):
+            QuantizedEmbedding.from_float(layer)
+    layer = nn.Embedding(9, 4)
+    layer.weight = nn.Parameter(torch.zeros(36))
+    with pytest.raises(TypeError, match=r"a table of shape \[36\] is not"):
+        QuantizedEmbedding.from_float(layer)
+
+
+@pytest.mark.parametrize("kind", [QuantizedEmbedding, QuantizedEmbeddingBag])
+def test_padding_rows_are_rows(kind):
+    assert kind(5, 4, padding_idx=-1).padding_idx == 4
+    for wrong in (5, -6):
+        with pytest.raises(ValueError, match=f"padding_idx {wrong} is no row of 5"):
+            kind(5, 4, padding_idx=wrong)
 
 
 # Bags.
@@ -762,6 +932,33 @@ def test_batched_tables_saved_converted_and_refused():
         QuantizedEmbeddingBag.from_float(batched(4).to("meta"))
 
 
+@of_both_bits
+def test_batched_tables_with_an_output_dtype(target, bits):
+    """Per-sample weights are of the tables' dtype, as in the float layer; both dtypes come back."""
+    layer = batched(bits, output_dtype=BF16).to(target.device)
+    small = QuantizedEmbeddingBag.from_float(layer, bits, 32)
+    batch = batch_of(target.device)
+    weights = torch.rand(len(batch.input), device=target.device)
+    found = small(batch.input, batch.offsets, weights)
+    assert (found.dtype, small.dtype, small.output_dtype) == (BF16, FP32, BF16)
+    assert torch.equal(found, layer(batch.input, batch.offsets, weights))
+    with pytest.raises(RuntimeError, match=r"tables' dtype torch\.float32, got torch\.float16"):
+        small(batch.input, batch.offsets, weights.half())
+    back = small.to_float()
+    assert (back.weight.dtype, back.output_dtype) == (FP32, BF16)
+    # One that is asked for takes the place of both.
+    other = QuantizedEmbeddingBag.from_float(layer, bits, 32, dtype=FP64)
+    assert (other(*batch).dtype, other.to_float().weight.dtype) == (FP64, FP64)
+
+
+def test_batched_tables_refuse_floats():
+    layer = batched(4)
+    small = QuantizedEmbeddingBag.from_float(layer, 4)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"has table 'user' in torch\.float32: load it into"):
+            small.load_state_dict(layer.state_dict(), strict=strict)
+
+
 def test_batched_tables_without_ids():
     small = QuantizedEmbeddingBag.from_float(batched(8), 8)
     empty = torch.empty(0, dtype=torch.int64)
@@ -799,6 +996,40 @@ def test_exported_lookups_are_plain_operators(bits):
     assert torch.equal(program.module()(ids), small(ids))
     more = ids.repeat(3, 1)
     assert torch.equal(program.module()(more), small(more))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+def test_exported_with_ids_of_every_dtype(dtype):
+    ids = torch.tensor([[1, 8], [3, 0]], dtype=dtype)
+    bags = gpu_embed.EmbeddingBag(9, 70, padding_idx=1)
+    for layer in (
+        QuantizedEmbedding.from_float(embedding(9, 70), 4),
+        QuantizedEmbeddingBag.from_float(bags, 4),
+    ):
+        program = torch.export.export(layer, (ids,))
+        assert torch.equal(program.module()(ids), layer(ids))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_traced_bags_take_other_numbers_of_ids(mode):
+    layer = gpu_embed.EmbeddingBag(9, 40, mode=mode, padding_idx=1, _weight=integers(9, 40, 4))
+    small = QuantizedEmbeddingBag.from_float(layer, 4)
+    traced = torch.jit.trace(small, (torch.tensor([1, 2, 3]), torch.tensor([0, 2])))
+    for ids, offsets in (([8, 1, 1, 4, 0, 7], [0, 1, 3]), ([1], [0])):
+        arguments = torch.tensor(ids), torch.tensor(offsets)
+        assert torch.equal(traced(*arguments), small(*arguments))
+
+
+def test_symbolically_traced():
+    ids, offsets = torch.tensor([1, 8, 3]), torch.tensor([0, 2])
+    bags = QuantizedEmbeddingBag.from_float(gpu_embed.EmbeddingBag(9, 70, padding_idx=1), 4)
+    table = QuantizedEmbedding.from_float(embedding(9, 70), 4)
+    for layer, arguments in ((table, (ids,)), (bags, (ids, offsets))):
+        traced = torch.fx.symbolic_trace(layer)
+        assert torch.equal(traced(*arguments), layer(*arguments))
 
 
 def test_numbers_made_of_bytes_by_arithmetic():

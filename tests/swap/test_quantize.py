@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.testing._internal.two_tensor import TwoTensor
 
 import gpu_embed
 from gpu_embed import (
@@ -15,6 +17,7 @@ from gpu_embed import (
     replace_embeddings,
     restore_embeddings,
 )
+from gpu_embed.ops import quantized as quantized_ops
 
 IDS = torch.tensor([[1, 2, 6]])
 BITS = {"int8": 8, "int4": 4}
@@ -177,7 +180,75 @@ def test_an_empty_table_and_another_word():
     before = repr(model)
     with pytest.raises(ValueError, match='quantize must be "int8", "int4" or None, got \'int2\''):
         replace_embeddings(model, quantize="int2")
+    with pytest.raises(TypeError, match="quantize must be str or None, not list"):
+        replace_embeddings(model, quantize=["int8"])
     assert repr(model) == before
+
+
+def test_ties_are_seen_wherever_they_lie():
+    """By a Parameter of another type, by a second name in the module itself; not where tensors only share a storage."""
+
+    class Special(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 9, bias=False))
+    model[1]._parameters["weight"] = Special(model[0].weight.data)
+    assert "tied: 1.weight is" in repr(replace_embeddings(model, quantize="int8"))
+    table = nn.Embedding(9, 64)
+    table.register_parameter("copy", table.weight)
+    assert "tied: 0.copy is" in repr(replace_embeddings(nn.Sequential(table), quantize="int8"))
+    # Neighbours; what has no memory to compare is left out.
+    model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 9), nn.Linear(2, 2, device="meta"))
+    flat = nn.utils.parameters_to_vector(model[:2].parameters()).detach()
+    nn.utils.vector_to_parameters(flat, model[:2].parameters())
+    model.append(nn.LazyLinear(3))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("wrapped", TwoTensor(torch.ones(2), torch.ones(2)))
+    report = replace_embeddings(model, quantize="int8")
+    assert [one.name for one in report.replaced] == ["0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm` is deprecated:FutureWarning")
+def test_one_table_that_cannot_be_quantized_does_not_stop_the_others():
+    model = nn.ModuleDict(
+        {name: nn.Embedding(9, 64) for name in ("pruned", "normed", "flat", "good")}
+    )
+    prune.l1_unstructured(model["pruned"], "weight", 0.5)
+    nn.utils.weight_norm(model["normed"])
+    model["flat"].weight = nn.Parameter(torch.zeros(36))
+    model["empty"] = nn.Embedding(9, 0)
+    # Four bytes a number, and a scale and an offset beside: larger than floats.
+    model["narrow"] = nn.Embedding(32, 2)
+    report = replace_embeddings(model, quantize="int8")
+    reasons = {one.name: one.reason for one in report.skipped}
+    assert [one.name for one in report.replaced] == ["good"]
+    assert "computed from others" in reasons["pruned"]
+    assert "computed from others" in reasons["normed"]
+    assert "shape [36]" in reasons["flat"]
+    assert "without columns" in reasons["empty"]
+    assert reasons["narrow"] == "codes would take 384 bytes, and it takes 256"
+    assert type(model["narrow"]) is nn.Embedding
+
+
+@pytest.mark.parametrize("fault", [None, "rows", "places"])
+@pytest.mark.parametrize("ids", [[1, 2, 0, 3], []], ids=["ids", "no ids"])
+def test_verify_looks_at_the_rows_of_bags(fault, ids, monkeypatch):
+    """Not at the bags of them alone, which are right for wrong rows."""
+    model = nn.EmbeddingBag(50, 100, mode="sum", padding_idx=0)
+    report = replace_embeddings(model, quantize="int8")
+    right = quantized_ops._bag_rows
+
+    def wrong(*arguments):
+        rows, places = right(*arguments)
+        # Of one bag the sum is right in any order.
+        return (rows + 1, places) if fault == "rows" else (rows, places.flip(0))
+
+    if fault is not None:
+        monkeypatch.setattr(quantized_ops, "_bag_rows", wrong)
+    ids = torch.tensor(ids, dtype=torch.int64)
+    verification = report.verify(ids, torch.zeros(1, dtype=torch.int64))
+    assert bool(verification) == (fault is None or not len(ids))
+    assert [one.calls for one in verification.modules] == [1]
 
 
 def test_verify_notices_a_wrong_lookup(monkeypatch):

@@ -45,6 +45,12 @@ def config_of(peft):
     return config
 
 
+def adapted_at(peft, model, name, **arguments):
+    config = peft.LoraConfig(r=2, target_modules=[name], **arguments)
+    config._register_custom_module({QuantizedEmbedding: peft.tuners.lora.Embedding})
+    return peft.get_peft_model(model, config)
+
+
 def adapted(peft, model):
     torch.manual_seed(1)
     return peft.get_peft_model(model, config_of(peft)).eval()
@@ -82,6 +88,27 @@ def test_lora_trains_on_top(peft, quantize, tmp_path):
     # Codes are not added to.
     with pytest.raises(RuntimeError):
         model.merge_and_unload()
+
+
+@pytest.mark.parametrize("dim", [8, 72, 256])
+def test_codes_are_not_merged(peft, dim):
+    """Of any width, and the lookup is as before; nor is DoRA trained, whose norms are the table's."""
+    model = torch.nn.Sequential(torch.nn.Embedding(50, dim), torch.nn.Linear(dim, 2))
+    replace_embeddings(model, quantize="int4")
+    model, expected = adapted_at(peft, model, "0"), model(IDS)
+    for name, parameter in model.named_parameters():
+        if "lora_embedding" in name:
+            parameter.data.normal_()
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        for safe in (False, True):
+            with pytest.raises(RuntimeError, match="size of tensor"):
+                merge(safe_merge=safe)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS), expected)
+    table = torch.nn.Sequential(torch.nn.Embedding(50, dim), torch.nn.Linear(dim, 2))
+    replace_embeddings(table, quantize="int4")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        adapted_at(peft, table, "0", use_dora=True)
 
 
 def test_tied_heads_of_transformers_stay_tied():
