@@ -69,7 +69,7 @@ def fused_rows(function: str, embedding_dim: int, bits: int, group: int | str | 
         group: one of GROUPS, or "row"; None: "row" for 8 bits, 64 for 4. Of a row that is no wider there is one.
 
     A row never has as many bytes as columns, so that no table of floats has the shape of the bytes: what adds to a
-    weight (LoRA's merge) or loads one fails. Four widths of 4 bits would have, and get groups of four columns more.
+    weight (LoRA's merge) or loads one fails. Five widths of 4 bits would have, and get groups of four columns more.
     """
     if not isinstance(bits, int) or isinstance(bits, bool) or bits not in (4, 8):
         raise ValueError(f"{function}: bits must be 8 or 4, got {bits!r}")
