@@ -6,6 +6,7 @@ function of SplitMix64 (Steele, Lea and Flood, 2014).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,13 +45,14 @@ def hash_ids(
         `1 + hash_ids(values, rows - 1)`.
 
     Raises:
-        TypeError: values are neither strings nor integers.
+        TypeError: values are neither strings nor integers; rows or hashes is no integer.
         ValueError: rows or hashes is less than 1.
 
     **Collisions.** Of n different values, 1 - (1 - 1 / rows) ** (n - 1) share their row with another one, which is
     about n / rows where that is small. With several hashes, 1 - (1 - 1 / rows ** hashes) ** (n - 1) share all of
     theirs: the sum of their rows tells the others apart.
     """
+    rows, hashes = operator.index(rows), operator.index(hashes)
     if rows < 1 or hashes < 1:
         raise ValueError(
             f"hash_ids: rows and hashes must be at least 1, got rows={rows} and hashes={hashes}"
@@ -71,11 +73,14 @@ def _codes(values: Any) -> Tensor:
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise _wrong_type(f"a tensor of {values.dtype}")
         return values.to(torch.int64)
-    if isinstance(values, str | bytes):
-        raise _wrong_type(f"one {type(values).__name__}; put it in a list")
+    if isinstance(values, str | bytes | set | dict):
+        raise _wrong_type(f"a {type(values).__name__}; put what is to be hashed in a list")
     if isinstance(values, list | tuple) and values and isinstance(values[0], str):
         return torch.from_numpy(_of_strings(values))
     array = np.asarray(values)
+    if array.dtype.kind == "U" and not isinstance(values, np.ndarray):
+        # NumPy makes strings of numbers among strings.
+        array = np.asarray(values, object)
     if array.dtype.kind in "iu" or array.size == 0:
         return torch.from_numpy(array.astype(np.uint64).view(np.int64))
     if array.dtype.kind in "UO":

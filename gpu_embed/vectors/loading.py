@@ -163,7 +163,7 @@ def _read_counted(
         read_text(file, 2, found)
     else:
         read_binary(file, count, found)
-    if found.read > count or (found.missing != 0 and found.read < count):
+    if found.read > count or (found.room != 0 and found.read < count):
         raise ValueError(
             f"the first line counts {count:,} words, but there are {found.read:,}; if the file is whole, correct "
             "that line, or take it away"

@@ -78,6 +78,8 @@ def rows_for(
         raise TypeError("texts: expected several texts, got one string; put it in a list")
     words = words_by_id(tokenizer)
     ids = {word: number for number, word in words.items()}
+    if padding is None:
+        padding = _padding_token(tokenizer)
     if padding is not None and padding not in ids:
         raise ValueError(f"padding={padding!r} is no word of the tokenizer")
     unknown_token = _unknown_token(tokenizer)
@@ -131,6 +133,14 @@ def _set(rows: Tensor, ids: list[int], way: str, vectors: Vectors, seed: int) ->
     rows[ids] = torch.from_numpy(mean).to(rows.dtype)
 
 
+def _padding_token(tokenizer: Any) -> str | None:
+    """The token that a tokenizer pads with: of transformers, or of tokenizers."""
+    settings = getattr(tokenizer, "padding", None)
+    token = settings.get("pad_token") if isinstance(settings, dict) else None
+    token = token or getattr(tokenizer, "pad_token", None)
+    return token if isinstance(token, str) else None
+
+
 def _unknown_token(tokenizer: Any) -> str | None:
     """The token for unseen words: of transformers, of tokenizers' models, of Keras's Tokenizer and layers."""
     for holder, name in (
@@ -172,7 +182,17 @@ def _encode(tokenizer: Any, ids: dict[str, int], text: str) -> list[int]:
 
 
 def rows_of(layer: Any, table: str | None) -> Tensor:
-    """The rows of a layer, in its memory."""
+    """The rows of a layer, in its memory. Raises ValueError for codes of numbers."""
+    rows = _rows_of(layer, table)
+    if not rows.is_floating_point():
+        raise ValueError(
+            f"a table of {rows.dtype} holds codes and no vectors: its to_float() has those; fill a table before it is "
+            "quantized"
+        )
+    return rows
+
+
+def _rows_of(layer: Any, table: str | None) -> Tensor:
     if isinstance(layer, BatchedTables):
         if table is None:
             raise ValueError(
@@ -209,9 +229,5 @@ def fill(layer: Any, rows: Tensor, table: str | None) -> None:
     own = rows_of(layer, table)
     if own.shape[0] < rows.shape[0] or own.shape[1:] != rows.shape[1:]:
         raise ValueError(f"rows {list(rows.shape)} do not fit into a table {list(own.shape)}")
-    if not own.is_floating_point():
-        raise ValueError(
-            f"a table of {own.dtype} holds no vectors as they are: fill it before it is quantized"
-        )
     with torch.no_grad():
         own[: len(rows)] = rows.to(own.device, own.dtype)

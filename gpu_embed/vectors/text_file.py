@@ -31,7 +31,7 @@ def read_text(file: BinaryIO, first_line: int, found: GrowingVectors) -> None:
     for lines in _chunks(file):
         _read(lines, line, found)
         line += lines.count(b"\n")
-        if found.missing == 0:
+        if found.room == 0:
             return
 
 
@@ -127,7 +127,7 @@ def _line_by_line(
     lines: bytes, first_line: int, found: GrowingVectors
 ) -> tuple[list[bytes], np.ndarray]:
     words, numbers = [], []
-    for number, line in enumerate(lines[:-1].split(b"\n")[: found.missing], first_line):
+    for number, line in enumerate(lines[:-1].split(b"\n")[: found.room], first_line):
         line = line.removesuffix(b"\r").rstrip(b" \t")
         if not line:
             continue

@@ -119,7 +119,9 @@ def test_nothing(values) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ("one", "one str; put it in a list"),
+        ("one", "a str; put what is to be hashed in a list"),
+        ({"one"}, "a set; put what is to be hashed in a list"),
+        ([1, "a"], "strings and 1, a int"),
         ([1.5], "an array of float64"),
         (torch.ones(2), "a tensor of torch.float32"),
         (["a", 3], "strings and 3, a int"),
@@ -130,6 +132,12 @@ def test_nothing(values) -> None:
 def test_what_is_neither(values, said) -> None:
     with pytest.raises(TypeError, match=f"expected strings or integers, got {said}"):
         hash_ids(values, 10)
+
+
+def test_rows_are_a_number() -> None:
+    with pytest.raises(TypeError, match="float"):
+        hash_ids(["a"], 10.0)
+    assert hash_ids(["a"], np.int64(10)).item() < 10
 
 
 @pytest.mark.parametrize("arguments", [{"rows": 0}, {"rows": 3, "hashes": 0}])
