@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # As many of the most frequent words' vectors say how rows without one are drawn.
 SAMPLE = 100_000
+# Rows that are drawn at once.
+BLOCK = 2**13
 WAYS = ("mean", "normal", "zeros")
 
 
@@ -104,7 +106,7 @@ def rows_for(
     rows = torch.from_numpy(np.zeros((max(words, default=-1) + 1, vectors.dim), dtype))
     rows[list(found)] = torch.from_numpy(taken)
     _set(rows, without, missing, vectors, seed)
-    if unknown_token in ids:
+    if unknown_token in ids and unknown_token != padding:
         _set(rows, [ids[unknown_token]], unknown, vectors, seed + 1)
     share = None if texts is None else _share_of_text(tokenizer, ids, texts, found)
     report = TableReport(
@@ -126,11 +128,14 @@ def _set(rows: Tensor, ids: list[int], way: str, vectors: Vectors, seed: int) ->
     if not len(sample):
         raise ValueError("there are no vectors to take a mean of")
     check_finite(sample, sample, vectors.words)
-    mean = sample.mean(axis=0)
-    if way == "normal":
-        noise = np.random.default_rng(seed).standard_normal((len(ids), vectors.dim))
-        mean = mean + noise * sample.std(axis=0)
-    rows[ids] = torch.from_numpy(mean).to(rows.dtype)
+    mean, deviation = sample.mean(axis=0), sample.std(axis=0)
+    generator = np.random.default_rng(seed)
+    for start in range(0, len(ids), BLOCK):
+        some = ids[start : start + BLOCK]
+        made = mean
+        if way == "normal":
+            made = mean + generator.standard_normal((len(some), vectors.dim)) * deviation
+        rows[some] = torch.from_numpy(made).to(rows.dtype)
 
 
 def _padding_token(tokenizer: Any) -> str | None:
@@ -229,5 +234,15 @@ def fill(layer: Any, rows: Tensor, table: str | None) -> None:
     own = rows_of(layer, table)
     if own.shape[0] < rows.shape[0] or own.shape[1:] != rows.shape[1:]:
         raise ValueError(f"rows {list(rows.shape)} do not fit into a table {list(own.shape)}")
+    if own.is_meta:
+        raise ValueError("a layer on the meta device has no memory yet: give it some by to_empty")
+    if not own.is_leaf and own._base is None:
+        raise ValueError("the layer makes its weight of other parameters (a parametrization)")
     with torch.no_grad():
-        own[: len(rows)] = rows.to(own.device, own.dtype)
+        rows = rows.to(own.device, own.dtype)
+        infinite = ~rows.isfinite().all(dim=1)
+        if infinite.any():
+            raise ValueError(
+                f"row {int(infinite.int().argmax())} has a number that is not finite in {own.dtype}"
+            )
+        own[: len(rows)] = rows

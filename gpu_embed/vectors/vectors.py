@@ -121,6 +121,10 @@ class Vectors:
 
         Raises KeyError for a word without a vector, and ValueError for numbers that are not finite, or k < 0.
         """
+        if isinstance(without, str):
+            raise TypeError(
+                "nearest: without= takes several words, got one string; put it in a list"
+            )
         without = {*without, *((word,) if isinstance(word, str) else ())}
         if k < 0:
             raise ValueError(f"nearest: k must not be negative, got {k}")
@@ -194,8 +198,7 @@ class Vectors:
             self, tokenizer, padding, unknown, missing, texts, seed
         )
         table = Embedding(len(rows), self.dim, padding_idx, device=device, dtype=dtype, **options)
-        with torch.no_grad():
-            table.weight.copy_(rows)
+        fill(table, rows, None)
         table.weight.requires_grad_(not freeze)
         return table, report
 
