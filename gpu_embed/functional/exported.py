@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..bags import Bags, first_maxima, make_bags
-from ..dtypes import accumulation
 from ..tables.layout import TABLE_ALIGNMENT, TableColumn, Tables
 
 
@@ -132,7 +131,8 @@ def _pooled(
         bag: [N]; -1 where an id takes no part: those are put together behind the bags.
     """
     bag = torch.where(bag < 0, num_bags, bag)
-    rows = rows.to(accumulation(rows.dtype))
+    # Not by torch.promote_types, which is an operator to an exporter.
+    rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.to(rows.dtype)[:, None]
     outputs = {}

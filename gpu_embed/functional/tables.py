@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_exporting
 
-from ..dtypes import FLOATS, IDS, accumulation
+from ..dtypes import FLOATS, IDS
 from ..ops.tables import call_table_batched_embedding
 from ..tables.inputs import BatchSizes, TableInput, pad_offsets
 from ..tables.layout import TableLayout, Tables, as_int, quoted
@@ -67,7 +67,9 @@ def _look_up(
         raise RuntimeError(
             f"{function}: expected tables of float64, float32, float16 or bfloat16, got {weight.dtype}"
         )
-    if output_dtype is not None and accumulation(output_dtype) != accumulation(weight.dtype):
+    if output_dtype is not None and (output_dtype == torch.float64) != (
+        weight.dtype == torch.float64
+    ):
         raise RuntimeError(
             f"{function}: output_dtype is {output_dtype}, but the tables are {weight.dtype}: of float64 tables the "
             "output is float64, and of no others"

@@ -37,6 +37,8 @@ FULL_FILES = frozenset(
         "pages/test_demo",
         "pages/test_examples",
         "pages/test_training_page",
+        "serving/test_export",
+        "serving/test_serve",
         "swap/test_minilm",
         "swap/test_opacus",
         "swap/test_peft",
