@@ -1,14 +1,12 @@
 """What was exported runs in a process that cannot import this package, and gives the same bits."""
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from served import CASES, Together, exported, made
+from alone import alone
+from served import CASES, Together, exported
 
 # torch's own, about its exporters.
 pytestmark = [
@@ -32,22 +30,6 @@ COMPILED = [
     "swapped",
 ]
 
-BLOCK = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"{name} is blocked", name=name)
-
-sys.meta_path.insert(0, Blocker())
-for name in BLOCKED:
-    try:
-        __import__(name)
-    except ModuleNotFoundError:
-        continue
-    raise SystemExit(f"{name} can be imported")
-"""
 LOAD_TORCH = """
 import torch
 for path in sys.argv[1:]:
@@ -72,15 +54,6 @@ for path in sys.argv[1:]:
             outputs[f"{number}.{place}"] = output
     numpy.savez(f"{path}.outputs.npz", **outputs)
 """
-
-
-def alone(code, blocked, *paths, block=True):
-    """Run code in an interpreter of its own, in which some packages cannot be imported."""
-    blocker = BLOCK if block else BLOCK.replace("sys.meta_path.insert(0, Blocker())", "")
-    # -I: no variable and no folder of the caller leads to packages.
-    command = [sys.executable, "-I", "-c", f"BLOCKED = {blocked!r}\n{blocker}{code}"]
-    done = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_the_process_cannot_import_the_package():
@@ -123,44 +96,6 @@ def test_aotinductor(tmp_path):
     torch.save([model.batch(size) for size in SIZES], f"{path}.batches")
     alone(LOAD_TORCH.replace("MODEL", COMPILED_PT2), ["gpu_embed"], path)
     served_alike(model, torch.load(f"{path}.outputs"))
-
-
-RUNNER = """
-#include <ATen/ATen.h>
-#include <iostream>
-#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-
-int main(int argc, char** argv) {
-  torch::inductor::AOTIModelPackageLoader loader(argv[1]);
-  auto ids = at::tensor({5, 1, 0, 8, 3, 3}, at::kLong).view({2, 3});
-  for (const at::Tensor& output : loader.run({ids})) {
-    auto flat = output.contiguous().view(-1);
-    for (int64_t i = 0; i < flat.numel(); ++i) std::cout << flat[i].item<double>() << " ";
-    std::cout << "\\n";
-  }
-}
-"""
-
-
-def test_aotinductors_runner_without_python(tmp_path):
-    """A program in C++ that knows torch's library alone."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not there")
-    model = made("rows, sum, padding").requires_grad_(False)
-    package = tmp_path / "model.pt2"
-    torch._inductor.aoti_compile_and_package(exported(model), package_path=str(package))
-    (tmp_path / "main.cpp").write_text(RUNNER)
-    folder = Path(torch.__file__).parent
-    includes = [f"-I{folder}/include", f"-I{folder}/include/torch/csrc/api/include"]
-    libraries = [f"-L{folder}/lib", f"-Wl,-rpath,{folder}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    sources = ["g++", "-std=c++20", abi, "main.cpp", *includes, *libraries, "-o", "main"]
-    subprocess.run(sources, cwd=tmp_path, check=True)
-    done = subprocess.run(["./main", package], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    output = torch.tensor([float(number) for number in done.stdout.split()])
-    expected = model(torch.tensor([[5, 1, 0], [8, 3, 3]]))
-    assert torch.equal(output.view_as(expected), expected)
 
 
 # ONNX.

@@ -38,6 +38,7 @@ FULL_FILES = frozenset(
         "pages/test_examples",
         "pages/test_training_page",
         "serving/test_export",
+        "serving/test_page",
         "serving/test_serve",
         "swap/test_minilm",
         "swap/test_opacus",
