@@ -210,6 +210,12 @@ DISTRIBUTED: Options = (
     ("--rounds", "steps of each layer that are timed (default: %(default)s)", {"default": "9"}),
     ("--out", "write the figures as CSV", FILE),
 )
+QUANTIZED: Options = (
+    ("--rows", "of the table (default: %(default)s)", {"default": "100_000"}),
+    ("--dim", "columns of the table (default: %(default)s)", {"default": "256"}),
+    ("--ids", "of a lookup (default: %(default)s)", {"default": "4096"}),
+    ("--rounds", "lookups of each that are timed (default: %(default)s)", {"default": "201"}),
+)
 DIRECTORY: Options = (("directory", None, {"type": Path, "metavar": "DIR"}),)
 
 
@@ -746,6 +752,39 @@ def cold_start(args: argparse.Namespace) -> int:
     return 0
 
 
+def quantized(args: argparse.Namespace) -> int:
+    """Print what quantized tables take, how near they are, and how long a lookup takes beside fp32's."""
+    from . import quantized as tables
+
+    rows, dim, ids, rounds = (
+        whole_number(f"--{name}", getattr(args, name)) for name in ("rows", "dim", "ids", "rounds")
+    )
+    if rounds < 2:
+        raise CannotRunError("--rounds: at least 2 are needed")
+    if args.threads < 1:
+        raise CannotRunError(f"--threads {args.threads}: at least 1 is needed")
+    torch.set_num_threads(args.threads)
+    console = make_console()
+    with progress_bar(console) as progress:
+        task = progress.add_task("tables", total=len(tables.ways()))
+        found = tables.measure_quantized(rows, dim, ids, rounds, partial(progress.advance, task))
+    title = f"{rows:,} x {dim}, {ids:,} ids, threads: {args.threads}; over torch's fp32"
+    heads = ("table", ">memory", ">file", ">largest error", ">mean error", ">time", ">quartiles")
+    table = make_table(title, *heads)
+    for one in found:
+        table.add_row(
+            one.name,
+            f"{one.memory:.3f}",
+            "not saved" if one.file is None else f"{one.file:.3f}",
+            f"{one.largest_error:.4f}",
+            f"{one.mean_error:.4f}",
+            f"{one.ratio:.2f}",
+            f"{one.quarter:.2f} to {one.three_quarters:.2f}",
+        )
+    print_table(console, table)
+    return 0
+
+
 def distributed(args: argparse.Namespace) -> int:
     """Run a table's steps on ranks of their own, and print what they take, send and hold."""
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
@@ -874,6 +913,11 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         "what the first lookup of a process costs: imports, compilation, up to the launch",
         COLD_START,
         cold_start,
+    ),
+    "quantized": (
+        "tables of 8 and 4 bits on the CPU, beside torchao's and bitsandbytes's where they are installed",
+        QUANTIZED,
+        quantized,
     ),
     "distributed": (
         "tables whose rows are spread over processes on gloo, ours beside torch's and TorchRec's",

@@ -8,7 +8,16 @@ from .backends import available_backends, use_backend
 from .backends._plan.gather import use_gather_method
 from .backends._plan.gradient_method import use_gradient_method
 from .bounds import check_bounds, set_bounds_check
-from .nn import Embedding, EmbeddingBag, TableBatchedEmbedding, TableBatchedEmbeddingBag
+from .nn import (
+    Embedding,
+    EmbeddingBag,
+    QuantizedEmbedding,
+    QuantizedEmbeddingBag,
+    QuantizedTableBatchedEmbedding,
+    QuantizedTableBatchedEmbeddingBag,
+    TableBatchedEmbedding,
+    TableBatchedEmbeddingBag,
+)
 from .tables.gradient import TableGradient
 from .tables.inputs import batch_bags, batch_padded
 
@@ -21,6 +30,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Embedding",
     "EmbeddingBag",
+    "QuantizedEmbedding",
+    "QuantizedEmbeddingBag",
+    "QuantizedTableBatchedEmbedding",
+    "QuantizedTableBatchedEmbeddingBag",
     "TableBatchedEmbedding",
     "TableBatchedEmbeddingBag",
     "TableGradient",

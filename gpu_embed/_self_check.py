@@ -15,12 +15,13 @@ from .backends import Backend
 from .backends._plan.gather import use_gather_method
 from .backends._plan.gradient_method import use_gradient_method
 from .bags import Bags
+from .fused_rows import FusedRows, quantize_rows
 from .row_update import RowUpdate
 from .shard import Shard
 from .tables.batch import TableBatch
 from .tables.entries import TableEntries
 from .tables.layout import TableLayout, make_layout
-from .take import QuantizedTable
+from .take import QuantizedTable, fused_table
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,16 @@ def _keras_quantized_lookup(backend: Backend, device: torch.device) -> tuple[Ten
     )
 
 
+def _quantized_lookup(backend: Backend, device: torch.device) -> tuple[Tensor, ...]:
+    """8 bits with a scale a row, and 4 bits with one for each group of 4 columns."""
+    rows = _numbers((ROWS, COLUMNS), 13, device)
+    layouts = (FusedRows(COLUMNS, COLUMNS, 8), FusedRows(COLUMNS, 4, 4))
+    tables = [fused_table(quantize_rows(rows, layout), layout) for layout in layouts]
+    return tuple(
+        backend.dequantize_rows(table, _ids(device), torch.float32, None) for table in tables
+    )
+
+
 @contextmanager
 def _deterministic_algorithms() -> Iterator[None]:
     # torch.use_deterministic_algorithms does the same, and imports the compiler, which takes seconds.
@@ -260,4 +271,5 @@ SAMPLES: dict[str, Callable[[Backend, torch.device], tuple[Tensor, ...]]] = {
     "batched optimizer updates": _table_row_update,
     "Keras lookup": _keras_lookup,
     "Keras quantized lookup": _keras_quantized_lookup,
+    "quantized lookup": _quantized_lookup,
 }

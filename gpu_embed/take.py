@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .bounds import in_table
+from .fused_rows import FusedRows
 
 # What has neither kernels nor, in torch, most of its operators.
 WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
@@ -37,14 +38,27 @@ class QuantizedTable(NamedTuple):
     """V rows of D columns; each group of columns of a row has a scale, and may have a zero.
 
     A number is value / scale, or (value - zero) * scale where there are zeros.
+
+    Of fused rows (see `fused_rows`) `values` holds all, uint8 [V, row_bytes]. A number is code * scale + offset, and
+    ids are torch's: negative ones are out of range.
     """
 
     values: Tensor  # int8 [V, D]; of 4 bits [V, ceil(D / 2)], the even column in the lower half of its byte
-    scale: Tensor  # float [V], or [V, ceil(D / group_size)]
+    scale: Tensor  # float [V], or [V, ceil(D / group_size)]; of fused rows the values
     zero: Tensor | None  # int8, of scale's shape
     embedding_dim: int
     group_size: int  # columns a scale; embedding_dim: one a row
     bits: int  # 8 or 4
+    fused: bool = False
+
+    @property
+    def layout(self) -> FusedRows:
+        """Of fused rows."""
+        return FusedRows(self.embedding_dim, self.group_size, self.bits)
+
+    def with_scales(self) -> "QuantizedTable":
+        """Fused rows whose memory is seen as numbers of the scales' dtype, too."""
+        return self._replace(scale=self.values.view(self.layout.scale_dtype))
 
     def adjacent(self) -> "QuantizedTable":
         """The same with its tensors' items adjacent in memory."""
@@ -52,3 +66,9 @@ class QuantizedTable(NamedTuple):
         return self._replace(
             values=self.values.contiguous(), scale=self.scale.contiguous(), zero=zero
         )
+
+
+def fused_table(weight: Tensor, layout: FusedRows) -> QuantizedTable:
+    """A table of fused rows [V, row_bytes]."""
+    weight = weight.contiguous()
+    return QuantizedTable(weight, weight, None, *layout, fused=True)

@@ -17,12 +17,13 @@ from gpu_embed.backends._triton.launch import GATHER_ROWS
 from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
 from gpu_embed.dtypes import accumulation
+from gpu_embed.fused_rows import fused_rows
 from gpu_embed.row_update import STATE, RowUpdate, Stream
 from gpu_embed.shard import Shard
 from gpu_embed.tables.batch import TableBatch
 from gpu_embed.tables.entries import TableEntries
 from gpu_embed.tables.layout import TableLayout, make_layout
-from gpu_embed.take import QuantizedTable
+from gpu_embed.take import QuantizedTable, fused_table
 
 from ..candidates import launch as candidates
 
@@ -295,6 +296,16 @@ def _dequantize(case: Case, backend: TritonBackend) -> None:
     backend.dequantize_rows(table, case.ids(), dtype, case.bounds())
 
 
+def _fused(case: Case, backend: TritonBackend) -> None:
+    """dtype is the scale's, too."""
+    bits = int(case.operation.removeprefix("fused_int"))
+    layout = fused_rows("codegen", case.embedding_dim, bits, case.group_size or "row")
+    assert layout.scale_dtype == case.dtype
+    weight = _empty(case.num_embeddings, layout.row_bytes, dtype=torch.uint8)
+    dtype = case.output_dtype or case.dtype
+    backend.dequantize_rows(fused_table(weight, layout), case.ids(), dtype, case.bounds())
+
+
 def _table_update(case: Case, backend: TritonBackend) -> None:
     weight, batch = case.tables(with_argmax=case.max)
     formula, num_rows = case.operation.removeprefix("table_"), batch.shape.num_rows
@@ -342,6 +353,7 @@ OPERATIONS: dict[str, Callable[[Case, TritonBackend], object]] = {
         c.weight(), c.ids(), c.output_dtype or c.dtype, c.bounds()
     ),
     **dict.fromkeys(("dequantize_int8", "dequantize_int4"), _dequantize),
+    **dict.fromkeys(("fused_int8", "fused_int4"), _fused),
     **{f"table_{formula}": _table_update for formula in STATE},
     **dict.fromkeys(STATE, _row_update),
 }
@@ -557,6 +569,12 @@ CASES = (
     Case("dequantize_int4", 256, FP32, group_size=128, output_dtype=FP16, record=True),
     Case("dequantize_int4", 33, FP32, num_indices=3073, record=True),
     Case("dequantize_int4", 4, FP32, num_indices=PAST_INT32, num_embeddings=PAST_INT32),
+    Case("fused_int8", 256, FP32, record=True),
+    Case("fused_int8", 768, FP32, output_dtype=BF16, record=True, index_dtype=torch.int32),
+    Case("fused_int4", 256, FP16, group_size=64, output_dtype=FP32, record=True),
+    Case("fused_int4", 256, FP16, group_size=64, record=True),
+    Case("fused_int4", 33, FP16, group_size=32, output_dtype=FP32, num_indices=3073, record=True),
+    Case("fused_int4", 4, FP16, num_indices=PAST_INT32, num_embeddings=PAST_INT32),
     # Shards; one binary serves every first row below 2**31.
     *(Case("embedding", 128, FP32, record=True, first_row=row) for row in FIRST_ROWS),
     Case("embedding", 1024, BF16, record=True, first_row=4096),

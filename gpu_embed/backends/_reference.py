@@ -289,6 +289,12 @@ class ReferenceBackend:
         record: BoundsRecord | None,
     ) -> Tensor:
         num_embeddings = table.values.shape[0]
+        if table.fused:
+            if record is not None:
+                record.write(indices, num_embeddings)
+            values = table.values.cpu().numpy()
+            rows = reference.dequantize_fused_rows(values, _ids_array(indices), *table.layout)
+            return torch.from_numpy(rows).to(table.scale.device, dtype)
         if record is not None:
             record.write(wrap_negative(indices, num_embeddings), -num_embeddings)
         rows = reference.dequantize_rows(

@@ -18,10 +18,11 @@ from .tables import (
     table_batched_embedding_max,
     table_batched_embedding_sample_weights_backward,
 )
-from .take import dequantize_rows, take_rows
+from .take import dequantize_fused_rows, dequantize_rows, take_rows
 from .update import row_update
 
 __all__ = [
+    "dequantize_fused_rows",
     "dequantize_rows",
     "embedding",
     "embedding_bag",

@@ -48,3 +48,26 @@ def wrapped_rows(indices: Array, num_embeddings: int) -> Array:
     nowhere = -num_embeddings - 1
     ids = np.where(np.abs(indices) < 2.0**63, indices, nowhere).astype(np.int64)
     return np.where(ids < 0, ids + num_embeddings, ids)
+
+
+def dequantize_fused_rows(
+    fused: Array, indices: Array, embedding_dim: int, group_size: int, bits: int
+) -> Array:
+    """Fused rows, uint8 [V, row_bytes], at indices [...] -> float32 [..., embedding_dim]; rows of bad ids are zero.
+
+    See `gpu_embed.fused_rows`. The products are exact, and the sums rounded once.
+    """
+    groups, code_bytes = -(-embedding_dim // group_size), group_size * bits // 8
+    read = in_table(indices, len(fused))
+    output = np.zeros((*indices.shape, embedding_dim), np.float32)
+    rows = fused[indices[read]].reshape(-1, groups, fused.shape[1] // groups)
+    codes = rows[..., :code_bytes]
+    if bits == 4:
+        codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(rows), groups, group_size)
+    numbers = np.ascontiguousarray(rows[..., code_bytes:]).view(
+        np.float32 if bits == 8 else np.float16
+    )
+    scale, offset = (numbers[..., i : i + 1].astype(np.float64) for i in (0, 1))
+    values = (codes * scale + offset).astype(np.float32)
+    output[read] = values.reshape(len(rows), groups * group_size)[:, :embedding_dim]
+    return output

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MethodType
 from typing import Any
@@ -11,7 +11,9 @@ import torch
 
 from .. import backends
 from ..functional.checks import PLAIN_TYPES, has_dtensor
-from ..nn import Embedding, EmbeddingBag
+from ..fused_rows import QuantizationError, dequantize
+from ..nn import Embedding, EmbeddingBag, QuantizedEmbedding, QuantizedEmbeddingBag
+from ..nn.quantized import QuantizedTableModule, reason_not_to_quantize
 from .verification import Verification, is_fsdp_module, verify
 
 REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
@@ -19,8 +21,35 @@ REPLACEMENTS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
     torch.nn.EmbeddingBag: EmbeddingBag,
 }
 ORIGINALS = {ours: torchs for torchs, ours in REPLACEMENTS.items()}
-# Set on a module that was replaced, and copied and pickled with it: a layer made as ours has none.
+QUANTIZED: dict[type[torch.nn.Module], Any] = {
+    torch.nn.Embedding: QuantizedEmbedding,
+    torch.nn.EmbeddingBag: QuantizedEmbeddingBag,
+}
+BITS = {"int8": 8, "int4": 4}
+# Set on a module that was replaced, and copied and pickled with it: a layer made as ours has none. True, or the Origin
+# of a table that was quantized.
 MARK = "_replaced_by_gpu_embed"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a quantized table was."""
+
+    kind: type[torch.nn.Module]
+    requires_grad: bool
+    mark: bool  # whether it had been replaced before
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What became of a table that was quantized. A row's error is the largest difference of one of its numbers."""
+
+    bits: int
+    bytes_before: int
+    bytes_after: int
+    largest_error: float  # of a row
+    worst_row: int  # which one; -1: there are no rows
+    mean_error: float  # over the rows
 
 
 @dataclass(frozen=True)
@@ -35,6 +64,7 @@ class Replaced:
     device: torch.device  # where its weight is looked up
     served_by: str  # the backend that does it
     module: torch.nn.Module = field(repr=False, compare=False)
+    quantized: Quantized | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +114,17 @@ class ReplacementReport:
         if found == 0:
             return f"{type(self.model).__name__} holds no torch.nn.Embedding or EmbeddingBag: nothing to replace"
         lines = [f"replaced {len(self.replaced)} of {found} embeddings"]
+        quantized = [one.quantized for one in self.replaced if one.quantized is not None]
+        if quantized:
+            before, after = (
+                sum(getattr(one, name) for one in quantized)
+                for name in ("bytes_before", "bytes_after")
+            )
+            lines[0] += f", quantized to {quantized[0].bits} bits: {before:,} bytes -> {after:,}"
         if self.replaced:
-            header = ("name", "rows x dim", "dtype", "device", "served by")
+            header: tuple[str, ...] = ("name", "rows x dim", "dtype", "device", "served by")
+            if quantized:
+                header += ("bytes", "of before", "largest error of a row", "mean")
             lines += aligned([header, *map(_row, self.replaced)])
             devices = dict.fromkeys(one.device for one in self.replaced)
             lines += [backends.explain(device) for device in devices]
@@ -96,7 +135,10 @@ class ReplacementReport:
 
 
 def replace_embeddings(
-    model: torch.nn.Module, pattern: str | re.Pattern[str] | None = None, min_rows: int = 0
+    model: torch.nn.Module,
+    pattern: str | re.Pattern[str] | None = None,
+    min_rows: int = 0,
+    quantize: str | None = None,
 ) -> ReplacementReport:
     """Let each `torch.nn.Embedding` and `torch.nn.EmbeddingBag` in a model look up with our op.
 
@@ -108,6 +150,9 @@ def replace_embeddings(
         pattern: only modules of such a name. A string is a shell pattern for the name or its end from a dot
             on ("word_embeddings", "encoder.*"); a compiled regular expression is searched for.
         min_rows: only tables of at least so many rows.
+        quantize: "int8" or "int4": the modules become `QuantizedEmbedding`s and `QuantizedEmbeddingBag`s, for serving.
+            Their Parameters leave the model, so do this before an optimizer or DDP gets it. A table that another
+            module holds too, as a tied output layer does, is left alone.
 
     Returns:
         What was replaced, and what was left alone for which reason; printable; `verify(example_input)` proves
@@ -115,7 +160,7 @@ def replace_embeddings(
 
     Raises:
         TypeError: model is no module, or another argument is of a wrong type.
-        ValueError: min_rows is negative.
+        ValueError: min_rows is negative; quantize is another word.
 
     Warns:
         UserWarning: pattern matches no embedding's name.
@@ -137,18 +182,37 @@ def replace_embeddings(
         )
     if min_rows < 0:
         raise ValueError(f"replace_embeddings(): min_rows must not be negative, got {min_rows}")
+    if quantize is not None and quantize not in BITS:
+        raise ValueError(
+            f'replace_embeddings(): quantize must be "int8", "int4" or None, got {quantize!r}'
+        )
     replaced, skipped = [], []
+    small: dict[torch.nn.Module, Any] = {}
     found = _embeddings(model)
     for names, module in found:
-        reason = _reason_to_skip(module, names, pattern, min_rows)
+        reason = _reason_to_skip(module, names, pattern, min_rows, quantize is not None)
+        if reason is None and quantize is not None:
+            reason = reason_not_to_quantize(module) or _tie_of(model, module)
+        if reason is None and quantize is not None:
+            kind = QUANTIZED[ORIGINALS.get(type(module), type(module))]
+            try:
+                small[module] = kind.from_float(module, BITS[quantize])
+            except QuantizationError as error:
+                reason = str(error)
         if reason is None:
-            replaced.append(_described(names, module))
+            one = _described(names, module)
+            if module in small:
+                one = replace(one, quantized=_compared(module.weight, small[module]))
+            replaced.append(one)
         else:
             skipped.append(Skipped(names[0], names[1:], reason))
     # Only now: nothing above has changed anything, and nothing below can fail.
     for one in replaced:
-        _change_class(one.module, REPLACEMENTS[type(one.module)])
-        one.module.__dict__[MARK] = True
+        if one.module in small:
+            _become_quantized(one.module, small[one.module])
+        else:
+            _change_class(one.module, REPLACEMENTS[type(one.module)])
+            one.module.__dict__[MARK] = True
     if pattern is not None and found and not any(_matches(pattern, names) for names, _ in found):
         listed = ", ".join(repr(names[0]) for names, _ in found[:8])
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
@@ -163,7 +227,8 @@ def restore_embeddings(model: torch.nn.Module) -> list[str]:
     """Give what `replace_embeddings` replaced in this model its own class back.
 
     Layers that were made as `gpu_embed.Embedding` stay. Works for a copy of the model, too; a second call finds
-    nothing to do.
+    nothing to do. A table that was quantized becomes one of floats again, in a new Parameter: the numbers that its
+    codes stand for.
 
     Returns:
         The names of the modules that were restored.
@@ -176,6 +241,8 @@ def restore_embeddings(model: torch.nn.Module) -> list[str]:
     _check_model("restore_embeddings", model)
     replaced = {name: m for name, m in model.named_modules() if MARK in m.__dict__}
     for name, module in replaced.items():
+        if type(module) in QUANTIZED.values():
+            continue
         if type(module) not in ORIGINALS:
             raise RuntimeError(
                 f"restore_embeddings: {name!r} has become {type(module).__name__} since it was replaced; remove "
@@ -187,8 +254,11 @@ def restore_embeddings(model: torch.nn.Module) -> list[str]:
                 "Nothing was restored."
             )
     for module in replaced.values():
-        _change_class(module, ORIGINALS[type(module)])
-        del module.__dict__[MARK]
+        mark = module.__dict__.pop(MARK)
+        if isinstance(mark, Origin):
+            _become_floats(module, mark)
+        else:
+            _change_class(module, ORIGINALS[type(module)])
     return list(replaced)
 
 
@@ -220,7 +290,8 @@ def _embeddings(model: torch.nn.Module) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def _is_embedding(module: torch.nn.Module) -> bool:
-    return isinstance(module, tuple(REPLACEMENTS)) or _is_scripted(module)
+    kinds = (*REPLACEMENTS, QuantizedTableModule)
+    return isinstance(module, kinds) or _is_scripted(module)
 
 
 def _is_scripted(module: torch.nn.Module) -> bool:
@@ -231,7 +302,11 @@ def _is_scripted(module: torch.nn.Module) -> bool:
 
 
 def _reason_to_skip(
-    module: Any, names: tuple[str, ...], pattern: str | re.Pattern[str] | None, min_rows: int
+    module: Any,
+    names: tuple[str, ...],
+    pattern: str | re.Pattern[str] | None,
+    min_rows: int,
+    quantizes: bool,
 ) -> str | None:
     """Why this module is left alone; None: it can be replaced."""
     kind = type(module)
@@ -239,13 +314,13 @@ def _reason_to_skip(
         return f"its name does not match {_shown(pattern)}"
     if _is_scripted(module):
         return "compiled by TorchScript: replace before torch.jit"
-    if kind in ORIGINALS:
+    if (kind in ORIGINALS and not quantizes) or isinstance(module, QuantizedTableModule):
         return f"already gpu_embed.{kind.__name__}"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "parametrized: replace before the parametrization is registered"
     if is_fsdp_module(module):
         return "sharded by a fully_shard of its own: replace before that"
-    if kind not in REPLACEMENTS:
+    if kind not in REPLACEMENTS and kind not in ORIGINALS:
         return f"a subclass, which may do more: {kind.__module__}.{kind.__qualname__}"
     if getattr(module, "weight", None) is None:
         return "it holds no weight"
@@ -287,6 +362,63 @@ def _change_class(module: torch.nn.Module, new: type[torch.nn.Module]) -> None:
     module.__class__ = new
 
 
+def _tie_of(model: torch.nn.Module, module: Any) -> str | None:
+    """Why a table is not quantized alone: other modules hold its numbers too; None: no other does."""
+    storage = module.weight.untyped_storage()
+    if storage.nbytes() == 0:
+        return None
+    for prefix, holder in model.named_modules():
+        if holder is module:
+            continue
+        for name, tensor in (*holder._parameters.items(), *holder._buffers.items()):
+            if (
+                type(tensor) in PLAIN_TYPES
+                and tensor.layout is torch.strided
+                and tensor.untyped_storage().data_ptr() == storage.data_ptr()
+            ):
+                place = f"{prefix}.{name}" if prefix else name
+                return f"tied: {place} is the same table, and would keep it in floats; untie them first"
+    return None
+
+
+def _compared(weight: torch.Tensor, small: Any) -> Quantized:
+    """A table beside the one that it was quantized to."""
+    largest, worst, total, first = 0.0, -1, 0.0, 0
+    step = max(1, (1 << 20) // small.embedding_dim)
+    for rows, fused in zip(weight.detach().split(step), small.weight.split(step), strict=True):
+        if not len(rows):
+            continue
+        meant = dequantize(fused, small.format).to(small.dtype)
+        errors = (meant.double() - rows.double()).abs().amax(dim=1)
+        total += float(errors.sum())
+        most, row = errors.max(dim=0)
+        if worst < 0 or float(most) > largest:
+            largest, worst = float(most), first + int(row)
+        first += len(rows)
+    mean = total / max(len(weight), 1)
+    return Quantized(small.bits, weight.nbytes, small.weight.nbytes, largest, worst, mean)
+
+
+def _become_quantized(module: Any, small: Any) -> None:
+    """Give a module the class and the codes of its quantized copy."""
+    mark = Origin(type(module), module.weight.requires_grad, MARK in module.__dict__)
+    del module._parameters["weight"]
+    _change_class(module, type(small))
+    module._buffers.update(small._buffers)
+    module.__dict__.update(format=small.format, dtype=small.dtype)
+    module.__dict__[MARK] = mark
+
+
+def _become_floats(module: Any, mark: Origin) -> None:
+    """Give a module its class back, and the numbers that its codes stand for."""
+    weight = torch.nn.Parameter(module.to_float().weight.detach(), mark.requires_grad)
+    for name in ("weight", "weight_format"):
+        del module._buffers[name]
+    del module.format, module.dtype
+    _change_class(module, ORIGINALS.get(mark.kind, mark.kind) if mark.mark else mark.kind)
+    module.register_parameter("weight", weight)
+
+
 def _described(names: tuple[str, ...], module: Any) -> Replaced:
     weight = module.weight
     device = weight.device
@@ -319,10 +451,20 @@ def _names(one: Replaced | Skipped) -> str:
 
 
 def _row(one: Replaced) -> tuple[str, ...]:
-    return (
+    cells = (
         _names(one),
         f"{one.num_embeddings} x {one.embedding_dim}",
         str(one.dtype).removeprefix("torch."),
         str(one.device),
         one.served_by,
+    )
+    small = one.quantized
+    if small is None:
+        return cells
+    return (
+        *cells,
+        f"{small.bytes_after:,}",
+        f"{small.bytes_after / max(small.bytes_before, 1):.3f}",
+        f"{small.largest_error:.3g} (row {small.worst_row})" if small.worst_row >= 0 else "-",
+        f"{small.mean_error:.3g}",
     )

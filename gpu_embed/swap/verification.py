@@ -16,10 +16,14 @@ from ..bags import make_bags
 from ..bounds import in_table
 from ..dtypes import accumulation
 from ..functional.checks import PLAIN_TYPES, has_dtensor
-from ..nn import Embedding, EmbeddingBag
+from ..fused_rows import FusedRows, dequantize
+from ..nn import Embedding, EmbeddingBag, QuantizedEmbedding, QuantizedEmbeddingBag
 from ..ops import bag as bag_ops
 from ..ops import lookup as ops
+from ..ops import quantized as quantized_ops
 from ..shard import Shard
+
+OURS = (Embedding, EmbeddingBag, QuantizedEmbedding, QuantizedEmbeddingBag)
 
 
 @dataclass
@@ -105,9 +109,7 @@ def verify(
     results, hooks = [], []
     try:
         for name, module in replaced.items():
-            result = Verified(
-                name, module in held and isinstance(module, (Embedding, EmbeddingBag))
-            )
+            result = Verified(name, module in held and isinstance(module, OURS))
             results.append(result)
             if result.present:
                 hooks += _watched(module, result)
@@ -156,7 +158,8 @@ class _Watch(TorchDispatchMode):
             is_exact, is_right = COMPARISONS[func](output, *args)
             arguments = dict(zip((one.name for one in func._schema.arguments), args, strict=False))
             shard = arguments.get("shard")
-            self._result.shard = _part(args[0], shard, self._embedding_dim)
+            if func is not quantized_ops.quantized_embedding:
+                self._result.shard = _part(args[0], shard, self._embedding_dim)
             self._result.lookups += 1
             self._result.served_by = backends.select(args[0].device).name
             self._result.exact &= is_exact
@@ -321,8 +324,22 @@ def _compare_embedding_bag_shard_max(
     return right, right
 
 
+def _compare_quantized_embedding(
+    output: Tensor, weight: Tensor, indices: Tensor, *arguments: Any
+) -> tuple[bool, bool]:
+    """Whether a lookup is bit-equal to torch's in the numbers that the codes stand for, and so right."""
+    *layout, dtype = arguments
+    ids = indices.reshape(-1)
+    places = in_table(ids, len(weight)).nonzero()[:, 0]
+    expected = dequantize(weight.index_select(0, ids[places]), FusedRows(*layout)).to(dtype)
+    found = output.reshape(len(ids), output.shape[-1]).index_select(0, places)
+    is_exact = same_bits(found, expected)
+    return is_exact, is_exact
+
+
 COMPARISONS: dict[Any, Callable[..., tuple[bool, bool]]] = {
     ops.embedding: _compare_embedding,
+    quantized_ops.quantized_embedding: _compare_quantized_embedding,
     bag_ops.embedding_bag: _compare_embedding_bag,
     bag_ops.embedding_bag_max: _compare_embedding_bag_max,
     bag_ops.embedding_bag_shard_max: _compare_embedding_bag_shard_max,

@@ -591,6 +591,7 @@ def optional_devices(source: str) -> list[str]:
 
 # Here None means the default device, as in torch's own layers and factories.
 MEANT = {
+    ("gpu_embed/nn/quantized.py", "__init__: torch.zeros"),
     ("gpu_embed/nn/tables.py", "__init__: torch.zeros"),
     ("gpu_embed/text.py", "encode: torch.tensor"),
 }

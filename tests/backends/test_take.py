@@ -10,6 +10,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import gpu_embed
 from gpu_embed.dtypes import FLOATS, KERAS_IDS
+from gpu_embed.dtypes import IDS as IDS_OF_TORCH
+from gpu_embed.fused_rows import FusedRows, fused_rows
+from gpu_embed.ops import quantized as quantized_ops
 from gpu_embed.ops import take as take_ops
 
 FP32, FP64, FP16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
@@ -248,6 +251,65 @@ def test_ids_of_a_quantized_table(target, bits, group_size, dtype):
     assert take_ops.dequantize_rows(*arguments, ids[:0], *shape).shape == (0, 8)
 
 
+# Fused rows, whose ids are torch's.
+
+
+def fused(
+    bits: int, embedding_dim: int, group: int | str, device: str
+) -> tuple[torch.Tensor, FusedRows]:
+    """7 rows of any codes, with scales and offsets of any size and sign, and a row of zeros."""
+    layout = fused_rows("test", embedding_dim, bits, group)
+    rng = np.random.default_rng(embedding_dim)
+    rows = rng.integers(0, 256, (7, layout.groups, layout.group_bytes), np.uint8)
+    numbers = np.float32 if bits == 8 else np.float16
+    scale = rng.uniform(0, 2, (7, layout.groups)).astype(numbers)
+    if bits == 8:
+        # 16 significant bits, as `quantize_rows` makes them.
+        scale = (scale.view(np.uint32) & 0xFFFFFF00).view(np.float32)
+    scale[2:4] *= numbers(2.0**-14)  # of fp16 subnormal
+    offset = rng.normal(size=(7, layout.groups)).astype(numbers)
+    pairs = np.stack([scale, offset], axis=-1)
+    rows[..., layout.code_bytes :] = pairs.view(np.uint8)
+    rows[6] = 0
+    return torch.tensor(rows.reshape(7, -1), device=device), layout
+
+
+FUSED = [(1, "row"), (6, "row"), (33, 32), (64, 64), (100, 64), (128, "row"), (260, 128)]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("embedding_dim", "group"), FUSED)
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16, FP64], ids=str)
+def test_fused_rows_are_dequantized(target, bits, embedding_dim, group, dtype):
+    """Bit for bit on every backend: a product without rounding, a sum rounded to fp32, and then to the dtype."""
+    weight, layout = fused(bits, embedding_dim, group, target.device)
+    ids = ids_of(ROWS, torch.int64, target.device)
+    output = quantized_ops.quantized_embedding(weight, ids, *layout, dtype)
+    meant = gpu_embed.reference.dequantize_fused_rows(weight.cpu().numpy(), np.array(ROWS), *layout)
+    assert output.is_contiguous()
+    assert same_bits(output.cpu(), torch.tensor(meant).to(dtype))
+    assert not output[0, 1].any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", IDS_OF_TORCH, ids=str)
+def test_ids_of_fused_rows(target, bits, dtype):
+    """Bounds: torch's ids, of which no negative one counts from the end; one out of range reads as zeros, is named."""
+    weight, layout = fused(bits, 64, 32, target.device)
+    wrong = 255 if dtype == torch.uint8 else -1
+    ids = ids_of([5, wrong, 0], dtype, target.device)
+    message = f"id {wrong} at flat position 1 .* 7 rows, so ids go from 0 to 6"
+    with gpu_embed.set_bounds_check("sync"), pytest.raises(IndexError, match=message):
+        quantized_ops.quantized_embedding(weight, ids, *layout, FP32)
+    with gpu_embed.set_bounds_check("off"):
+        output = quantized_ops.quantized_embedding(weight, ids, *layout, FP32)
+    meant = gpu_embed.reference.dequantize_fused_rows(
+        weight.cpu().numpy(), np.array([5, 0]), *layout
+    )
+    assert np.array_equal(output[::2].cpu().numpy(), meant)
+    assert not output[1].any()
+
+
 def test_a_scale_that_asks_for_a_gradient_is_told_that_there_is_none():
     (values, scale, zero), _ = quantized(8, 8, None, FP32, "cpu")
     output = take_ops.dequantize_rows(
@@ -268,3 +330,8 @@ def test_operators_are_registered_as_torch_asks():
     torch.library.opcheck(take_ops.take_rows_backward, (grad_output, ids, 3, FP32))
     (values, scale, zero), _ = quantized(4, 6, 4, FP32, "cpu")
     torch.library.opcheck(take_ops.dequantize_rows, (values, scale, zero, ids, 6, 4, 4, FP16))
+    weight, layout = fused(4, 6, "row", "cpu")
+    ids = ids.clamp(min=0)
+    torch.library.opcheck(quantized_ops.quantized_embedding, (weight, ids, *layout, FP16))
+    bags = (weight, ids, None, False, 1, *layout, FP32)
+    torch.library.opcheck(quantized_ops.quantized_bag_rows, bags)

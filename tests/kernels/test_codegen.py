@@ -533,7 +533,21 @@ def test_quantized_rows_are_loaded_as_bytes_and_stored_as_vectors(launches: Laun
     assert launch.widths("load", "zero_ptr") == ({1} if case.group_size else set())
 
 
-@each(lambda case: case.operation in ("take", "dequantize_int8", "dequantize_int4"))
+@each(lambda case: case.operation.startswith("fused"))
+def test_fused_rows_are_loaded_as_bytes_and_stored_as_vectors(launches: Launches, case: Case):
+    (launch,) = of_case(launches, case)
+    bits = 4 if case.operation.endswith("int4") else 8
+    itemsize = (case.output_dtype or case.dtype).itemsize
+    # Whole groups lie side by side, and rows of them.
+    items = gcd(16 // itemsize, case.embedding_dim, case.group_size or case.embedding_dim)
+    assert min(launch.widths("load", "values_ptr")) >= max(items * bits // 8, 1)
+    assert launch.widths("store", "output_ptr") == {items * itemsize}
+    # The scale, and behind it the offset.
+    assert launch.widths("load", "scale_ptr") <= {case.dtype.itemsize, 2 * case.dtype.itemsize}
+    assert launch.widths("load", "zero_ptr") == set()
+
+
+@each(lambda case: case.operation == "take" or case.operation.startswith(("dequantize", "fused")))
 def test_taken_rows_load_no_record(launches: Launches, case: Case):
     """Bounds: a lookup of good ids costs no access to the record that the GPU would wait for."""
     (launch,) = of_case(launches, case)

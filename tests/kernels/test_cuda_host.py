@@ -21,9 +21,10 @@ from gpu_embed.backends._plan.access import rows_of_keys, sort_key_dtype
 from gpu_embed.backends._plan.gradient_method import use_gradient_method
 from gpu_embed.bags import Bags
 from gpu_embed.bounds import BoundsRecord
+from gpu_embed.fused_rows import FusedRows, dequantize, quantize_rows
 from gpu_embed.reference.renorm import row_norm
 from gpu_embed.shard import Shard
-from gpu_embed.take import QuantizedTable
+from gpu_embed.take import QuantizedTable, fused_table
 
 KERNELS_DIR = Path(__file__).parents[2] / "kernels"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -604,6 +605,19 @@ class TestFarRows:
         output = sm_90.dequantize_rows(table, self.indices, torch.float32, None)
         number = 0x11 if bits == 8 else 1
         assert output[0].eq(2.0 * (number + 3)).all()
+        assert torch.equal(output[3], output[0])
+        assert not output[1:3].any()
+
+    @pytest.mark.parametrize("bits", [8, 4])
+    def test_fused_rows(self, sm_90: HostShimCupyBackend, bits: int) -> None:
+        layout = FusedRows(8, 8, bits)
+        weight = mapped(FAR_ROWS, layout.row_bytes, torch.uint8)
+        weight[-1] = quantize_rows(torch.arange(8.0)[None], layout)
+        output = sm_90.dequantize_rows(
+            fused_table(weight, layout), self.indices, torch.float32, None
+        )
+        assert torch.equal(output[0], dequantize(weight[-1], layout))
+        assert output[0].any()
         assert torch.equal(output[3], output[0])
         assert not output[1:3].any()
 

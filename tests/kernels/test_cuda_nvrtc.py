@@ -179,6 +179,8 @@ def test_a_whole_table_pays_nothing_for_shards(stem: str, name: str) -> None:
         ("take", "float, bfloat16, 4", 128, 64),
         ("dequantize", "float, float, 4, 8", 32, 128),
         ("dequantize", "float, float16, 4, 4", 16, 64),
+        ("dequantize", "float, float, 4, 8, true", 32, 128),
+        ("dequantize", "float16, bfloat16, 4, 4, true", 16, 64),
     ],
 )
 def test_taken_rows_move_in_vectors(

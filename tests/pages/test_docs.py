@@ -54,8 +54,10 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize(
     "page",
     [
-        # DTensor and FSDP take long to import.
-        pytest.param(page, marks=pytest.mark.full if page.stem == "distributed" else ())
+        # DTensor and FSDP take long to import, and so does peft.
+        pytest.param(
+            page, marks=pytest.mark.full if page.stem in ("distributed", "quantized") else ()
+        )
         for page in PAGES
         # tests/torchrec and tests/serving run their own.
         if python_blocks(page.read_text()) and page.stem not in ("torchrec", "serving")
@@ -66,6 +68,8 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch, ca
     for extra in ("tokenizers", "matplotlib"):
         if extra in page.read_text():
             pytest.importorskip(extra)
+    if page.stem == "quantized":
+        pytest.importorskip("peft", reason="the integration extra is missing")
     if page.stem == "distributed" and not torch.distributed.is_available():
         pytest.skip("torch is built without torch.distributed")
     # Not imported here: the page says to choose its backend before.

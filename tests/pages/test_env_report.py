@@ -167,7 +167,7 @@ METHODS = {
     "row_update_": "optimizer updates",
     "table_row_update_": "batched optimizer updates",
     "take_rows": "Keras lookup",
-    "dequantize_rows": "Keras quantized lookup",
+    "dequantize_rows": "Keras quantized lookup, quantized lookup",
 }
 
 

@@ -379,6 +379,24 @@ def test_lora_learns_the_words(device: str):
     assert "12 of 12 sentences are nearest to their meaning" in output
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_small_tables_answer_as_the_large_one(device: str):
+    output = run_quick("small_tables.py", device)
+    assert "quantized to 8 bits: 2,048,000 bytes -> 528,000" in output
+    assert "quantized to 4 bits: 2,048,000 bytes -> 288,000" in output
+    found = re.findall(
+        r"(float32|int8|int4) +\S+ +([\d.]+)% +\S+ +([\d.]+)% +\S+ +([\d.]+) ", output
+    )
+    assert [name for name, *_ in found] == ["float32", "int8", "int4"]
+    right, same, megabytes = ([float(row[column]) for row in found] for column in (1, 2, 3))
+    assert min(right) > right[0] - 2 > 60
+    assert same[1] > 99
+    assert same[2] > 95
+    assert megabytes[1] < 0.28 * megabytes[0]
+    assert megabytes[2] < 0.16 * megabytes[0]
+
+
 # The packages that each needs, and what it leaves when it is interrupted.
 PROGRAMS = {
     "keras_phrases.py": (("keras", "tokenizers"), "no picture was written"),
@@ -387,6 +405,7 @@ PROGRAMS = {
     "phrases.py": (("tokenizers",), "no picture was written"),
     "sharded.py": ((), "nothing was written"),
     "recommender.py": ((), "no picture was written"),
+    "small_tables.py": ((), "nothing was written"),
     "swap_transformers.py": (("transformers",), "nothing was written"),
 }
 

@@ -210,6 +210,12 @@ def _all_kernels() -> tuple[Kernel, ...]:
             for vec in (1, 2 if scale == "double" else 4)
             for bits in (8, 4)
         ),
+        *(
+            ("dequantize", f"dequantize_rows_kernel<{scale}, {output}, {vec}, {bits}, true>")
+            for scale, bits in (("float", 8), ("float16", 4))
+            for output in ("float", "float16", "bfloat16")
+            for vec in (1, 4)
+        ),
     ]
     return tuple(Kernel(*names) for names in dict.fromkeys(found))
 

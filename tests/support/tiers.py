@@ -17,9 +17,11 @@ FULL_FILES = frozenset(
     f"tests/{name}.py"
     for name in (
         "api/test_properties",
+        "api/test_quantized",
         "api/test_tables_properties",
         "api/test_torch_samples",
         "bench/test_candidates",
+        "bench/test_quantized",
         "distributed/test_bags",
         "distributed/test_checkpoint",
         "distributed/test_compile",
@@ -43,6 +45,8 @@ FULL_FILES = frozenset(
         "swap/test_minilm",
         "swap/test_opacus",
         "swap/test_peft",
+        "swap/test_quantize",
+        "swap/test_quantized_peft",
         "swap/test_transformers",
         "torchrec/test_checkpoint",
         "torchrec/test_collections",

@@ -43,6 +43,8 @@ class CupyTake(CupyDevice, TakePlan):
         widest = dequantized_vector(output.element_size())
         vec = widest if quantized_vector(table, output.element_size()) >= widest else 1
         arguments = f"{FLOATS[table.scale.dtype]}, {FLOATS[output.dtype]}, {vec}, {table.bits}"
+        if table.fused:
+            arguments += ", true"
         self._launch(
             Kernel("dequantize", f"dequantize_rows_kernel<{arguments}>"),
             *self._launches[output.device].dequantize_rows.grid(

@@ -29,6 +29,8 @@ class TakePlan(ABC):
         record: BoundsRecord | None,
     ) -> Tensor:
         output = table.scale.new_empty((*indices.shape, table.embedding_dim), dtype=dtype)
+        if table.fused:
+            table = table.with_scales()
         self._dequantize_rows(table, kernel_ids(indices), output, record)
         return output
 
@@ -61,4 +63,6 @@ def quantized_vector(table: QuantizedTable, itemsize: int) -> int:
     """
     widest = gcd(VECTOR_BYTES // itemsize, table.embedding_dim, table.group_size)
     per_byte = 8 // table.bits
+    if table.fused:
+        widest = gcd(widest, table.layout.group_bytes * per_byte)
     return max(gcd(widest, table.values.data_ptr() * per_byte), 1)

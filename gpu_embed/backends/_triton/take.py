@@ -55,6 +55,7 @@ class TritonTake(TritonDevice, TakePlan):
             D=table.embedding_dim,
             GROUP=table.group_size,
             BITS=table.bits,
+            FUSED=table.fused,
             VEC=vec,
             **launch.settings,
         )
