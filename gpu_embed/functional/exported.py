@@ -6,7 +6,8 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from ..bags import Bags, first_maxima, make_bags
+from ..bags import first_maxima, make_bags
+from ..tables.batch import TableBatch
 from ..tables.layout import TABLE_ALIGNMENT, TableColumn, Tables
 
 
@@ -51,15 +52,29 @@ def embedding_bag(
         )
         return output[:-1] if include_last_offset else output
     # The exporter's own bag is a loop over the bags, with a loop over the ids of each within it.
+    rows = torch.nn.functional.embedding(input.flatten(), weight, None, max_norm, norm_type)
+    return bags_of_rows(
+        rows, input, offsets, mode, per_sample_weights, include_last_offset, padding_idx
+    ).to(weight.dtype)
+
+
+def bags_of_rows(
+    rows: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    mode: str,
+    per_sample_weights: Tensor | None,
+    include_last_offset: bool,
+    padding_idx: int,
+) -> Tensor:
+    """The bags of ids whose rows are given, [N, D] -> [B, D], in the dtype that sums are taken in."""
     bags = make_bags(input, offsets, include_last_offset)
-    rows = torch.nn.functional.embedding(bags.indices, weight, None, max_norm, norm_type)
     bag = bags.bag_of()
     if padding_idx >= 0:
         bag = torch.where(bags.indices == padding_idx, -1, bag)
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.reshape(-1)
-    output = _pooled(rows, per_sample_weights, bag, bags.num_bags, (mode,))[mode]
-    return output[:-1].to(weight.dtype)
+    return _pooled(rows, per_sample_weights, bag, bags.num_bags, (mode,))[mode][:-1]
 
 
 def table_batched_embedding(
@@ -73,21 +88,16 @@ def table_batched_embedding(
     output_dtype: torch.dtype | None,
 ) -> Tensor:
     """A batch in these tables. The gradient of tables of different embedding_dims is dense, whatever `sparse` says."""
-    layout, fields = tables.layout, tables.fields
-    num_features = fields.shape[0]
-    bags_per_feature = (offsets.shape[0] - 1) // num_features
-    num_bags = num_features * bags_per_feature
+    layout = tables.layout
     ids = input.to(torch.int64)
-    bag = Bags(ids, offsets, num_bags).bag_of()
-    # A tensor, as an exporter takes it for granted that a number that varies is not 0.
-    feature = bag.clamp(min=0) // bag.new_full((), bags_per_feature).clamp(min=1)
+    batch = TableBatch(ids, offsets, tables.fields, tables.table_of_column, layout.shape(pooled))
+    bags_per_feature = batch.bags_per_table
+    places = batch.places()
+    in_bag = places.bag >= 0
 
     def of_feature(column: TableColumn) -> Tensor:
-        return fields[:, column][feature]
+        return tables.fields[:, column][places.table]
 
-    in_bag = bag >= 0
-    is_padding = (ids == of_feature(TableColumn.PADDING_IDX)) & (ids >= 0)
-    counted = in_bag & ~is_padding
     # Rows are read in units that every table begins at and every row is made of.
     unit = gcd(*layout.embedding_dims, 0 if layout.is_uniform else TABLE_ALIGNMENT)
     widest = max(layout.embedding_dims)
@@ -97,19 +107,18 @@ def table_batched_embedding(
     index = first[:, None] // unit + torch.arange(widest // unit, device=ids.device)
     index = index.clamp(max=units.shape[0] - 1)
     # An id that its table does not have is none that the operator has: the error is its own.
-    in_table = (ids >= 0) & (ids < of_feature(TableColumn.NUM_ROWS))
-    index = torch.where(in_table[:, None], index, units.shape[0])
-    read = counted if pooled else in_bag
+    index = torch.where(places.row[:, None] >= 0, index, units.shape[0])
+    read = places.counted if pooled else in_bag
     index = torch.where(read[:, None], index, 0)
     rows = torch.nn.functional.embedding(index, units, sparse=sparse and layout.is_uniform)
     rows = rows.view(-1, widest)
     dtype = output_dtype or weight.dtype
     if not pooled:
         if max(layout.padding_idx) >= 0:
-            rows = torch.where(is_padding[:, None], rows.detach(), rows)
+            rows = torch.where(places.counted[:, None], rows, rows.detach())
         return torch.where(in_bag[:, None], rows, 0).to(dtype)
-    bag = torch.where(counted, bag, -1)
-    by_mode = _pooled(rows, per_sample_weights, bag, num_bags, set(layout.modes))
+    bag = torch.where(places.counted, places.bag, -1)
+    by_mode = _pooled(rows, per_sample_weights, bag, batch.bags.num_bags, set(layout.modes))
     columns = []
     for number, table in enumerate(layout.feature_tables):
         output = by_mode[layout.modes[table]]

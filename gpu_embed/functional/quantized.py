@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..dtypes import IDS
 from ..fused_rows import FusedRows, dequantize
 from ..ops.quantized import (
     as_batch,
@@ -15,6 +16,7 @@ from ..ops.quantized import (
 )
 from ..ops.tables import call_table_batched_embedding
 from ..tables.layout import Tables
+from . import exported
 from .bag import (
     _bag_index_dtypes,
     _check_bag_shapes,
@@ -73,7 +75,8 @@ def quantized_embedding_bag(
     padding_row = -1
     if padding_idx is not None:
         padding_row = _wrap_bag_padding_idx(padding_idx, weight.size(0))
-    input, offsets = _bag_index_dtypes(input, offsets)
+    if input.dtype not in IDS or not (offsets is None or offsets.dtype in IDS):
+        input, offsets = _bag_index_dtypes(input, offsets)
     # To the caller the table has the output's dtype.
     stand_in = weight.new_empty((0, 0), dtype=dtype)
     _check_bag_tensors(input, stand_in, offsets, per_sample_weights)
@@ -82,11 +85,13 @@ def quantized_embedding_bag(
         raise RuntimeError("include_last_offset: number of offset should be at least 1")
     wide = _accumulation(dtype)
     if torch.compiler.is_exporting():
-        rows, places = _plain_bag_rows(input, weight, layout, wide, padding_row)
-    else:
-        rows, places = call_quantized_bag_rows(
-            weight, input, offsets, include_last_offset, padding_row, *layout, wide
-        )
+        rows = _plain_rows(input.flatten(), weight, layout).to(wide)
+        return exported.bags_of_rows(
+            rows, input, offsets, mode, per_sample_weights, include_last_offset, padding_row
+        ).to(dtype)
+    rows, places = call_quantized_bag_rows(
+        weight, input, offsets, include_last_offset, padding_row, *layout, wide
+    )
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.to(wide)
     return embedding_bag(
@@ -102,7 +107,7 @@ def quantized_embedding_bag(
 
 def _plain_rows(input: Tensor, weight: Tensor, layout: FusedRows) -> Tensor:
     """Rows in torch's operators, fp32, for graphs that are exported."""
-    fused = torch.nn.functional.embedding(input, weight)
+    fused = exported.embedding(input, weight)
     return dequantize(fused, layout, for_onnx=torch.onnx.is_in_onnx_export())
 
 
@@ -110,17 +115,6 @@ def _plain_rows_in(weight: Tensor, input: Tensor, layout: FusedRows) -> Tensor:
     if weight.shape[0] == 0:
         return weight.new_zeros((*input.shape, layout.embedding_dim), dtype=torch.float32)
     return _plain_rows(input, weight, layout)
-
-
-def _plain_bag_rows(
-    input: Tensor, weight: Tensor, layout: FusedRows, dtype: torch.dtype, padding_row: int
-) -> tuple[Tensor, Tensor]:
-    """`ops.quantized.quantized_bag_rows` in torch's operators, for graphs that are exported."""
-    ids = input.flatten()
-    rows = _plain_rows(ids, weight, layout).to(dtype)
-    places = torch.arange(ids.shape[0], device=ids.device)
-    places = torch.where(ids == padding_row, ids.shape[0], places)
-    return torch.cat([rows, rows.new_zeros(1, layout.embedding_dim)]), places.view(input.shape)
 
 
 def quantized_tables(
@@ -172,7 +166,12 @@ def quantized_tables(
     )
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.to(wide)
-    return call_table_batched_embedding(
+    look_up = (
+        exported.table_batched_embedding
+        if torch.compiler.is_exporting()
+        else call_table_batched_embedding
+    )
+    return look_up(
         rows,
         per_sample_weights,
         places,

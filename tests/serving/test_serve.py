@@ -28,6 +28,8 @@ COMPILED = [
     "tables, features",
     "rows of tables, padded",
     "swapped",
+    "quantized lookup, int4",
+    "quantized tables, padded",
 ]
 
 LOAD_TORCH = """

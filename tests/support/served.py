@@ -136,6 +136,24 @@ class Padded(Tables):
         )
 
 
+class Quantized(torch.nn.Module):
+    """One of these models with its table quantized."""
+
+    def __init__(self, model, **arguments):
+        super().__init__()
+        for name, layer in model.named_children():
+            pooled = isinstance(layer, (torch.nn.EmbeddingBag, gpu_embed.TableBatchedEmbeddingBag))
+            kind = gpu_embed.QuantizedEmbeddingBag if pooled else gpu_embed.QuantizedEmbedding
+            setattr(model, name, kind.from_float(with_integers(layer), **arguments))
+        self.model, self.dynamic = model, model.dynamic
+
+    def batch(self, size):
+        return self.model.batch(size)
+
+    def forward(self, *batch):
+        return self.model(*batch)
+
+
 class Swapped(torch.nn.Module):
     """A model of torch's layers whose tables were replaced."""
 
@@ -193,6 +211,17 @@ CASES = {
     "rows of tables": lambda: Tables(pooled=False, sizes=UNIFORM, padding_idx=1),
     "rows of tables, padded": lambda: Padded(pooled=False, sizes=UNIFORM),
     "swapped": lambda: Swapped(),
+    "quantized lookup": lambda: Quantized(Lookup(ids=torch.int16)),
+    "quantized lookup, int4": lambda: Quantized(Lookup(padding_idx=1), bits=4),
+    "quantized rows, padding": lambda: Quantized(Rows(mode="mean", padding_idx=2), bits=4),
+    "quantized bags, weighted, last": lambda: Quantized(
+        Bags(mode="sum", weighted=True, padding_idx=2, include_last_offset=True)
+    ),
+    "quantized bags, max": lambda: Quantized(Bags(mode="max"), bits=4),
+    "quantized tables": lambda: Quantized(Tables(**PER_TABLE), bits=4),
+    "quantized tables, one dim": lambda: Quantized(Tables(sizes=UNIFORM)),
+    "quantized tables, padded": lambda: Quantized(Padded(**PER_TABLE)),
+    "quantized rows of tables": lambda: Quantized(Tables(pooled=False, sizes=UNIFORM), bits=4),
 }
 
 
@@ -240,6 +269,10 @@ class Together(torch.nn.Module):
 def exported(model, size=4, dynamic=True, strict=False):
     """The program of one of these models."""
     shapes = model.dynamic if dynamic else None
-    if shapes is not None and type(model).forward in (Tables.forward, Together.forward):
+    if shapes is not None and type(model).forward in (
+        Tables.forward,
+        Quantized.forward,
+        Together.forward,
+    ):
         shapes = (shapes,)  # of *batch
     return torch.export.export(model, model.batch(size), dynamic_shapes=shapes, strict=strict)
