@@ -40,9 +40,9 @@ def ids_of(sizes, rows=V, behind=0, seed=0):
 
 
 class Lookup(torch.nn.Module):
-    def __init__(self, dtype=torch.float32, ids=torch.int64, **arguments):
+    def __init__(self, dim=D, dtype=torch.float32, ids=torch.int64, **arguments):
         super().__init__()
-        self.table = gpu_embed.Embedding(V, D, dtype=dtype, **arguments)
+        self.table = gpu_embed.Embedding(V, dim, dtype=dtype, **arguments)
         self.ids = ids
 
     def batch(self, size):
@@ -213,6 +213,8 @@ CASES = {
     "swapped": lambda: Swapped(),
     "quantized lookup": lambda: Quantized(Lookup(ids=torch.int16)),
     "quantized lookup, int4": lambda: Quantized(Lookup(padding_idx=1), bits=4),
+    "quantized lookup, groups": lambda: Quantized(Lookup(dim=70), bits=4, group=32),
+    "quantized lookup, fp16": lambda: Quantized(Lookup(dim=70, dtype=torch.float16), group=32),
     "quantized rows, padding": lambda: Quantized(Rows(mode="mean", padding_idx=2), bits=4),
     "quantized bags, weighted, last": lambda: Quantized(
         Bags(mode="sum", weighted=True, padding_idx=2, include_last_offset=True)
