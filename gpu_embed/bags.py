@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from .exporting import is_exporting
 
 
 class Bags(NamedTuple):
@@ -37,7 +40,7 @@ class Bags(NamedTuple):
             begin = torch.arange(self.num_bags, device=device) * self.bag_length
             return begin, begin + self.bag_length
         offsets = self.offsets.to(torch.int64).clamp(0, num_indices)
-        if torch.compiler.is_exporting():
+        if is_compiling() and is_exporting():
             # By index: a slice would keep the graph from serving one bag, and none.
             places = torch.cat([offsets, offsets.new_full((1,), num_indices)])
             bag = torch.arange(self.num_bags, device=device)
@@ -50,7 +53,7 @@ class Bags(NamedTuple):
         """The bag of each position -> int64 [N], -1: none; with torch's operators, differentiating nothing."""
         num_indices = self.indices.numel()
         positions = torch.arange(num_indices, device=self.indices.device)
-        if torch.compiler.is_exporting():
+        if is_compiling() and is_exporting():
             if self.offsets is None:
                 return positions // max(self.bag_length, 1)
             # Without searchsorted, which ONNX lacks: a position's bag is the last that begins at or before it.

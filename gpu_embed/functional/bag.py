@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from ..dtypes import FLOATS, IDS
+from ..exporting import is_exporting
 from ..ops.bag import call_embedding_bag, call_embedding_bag_max
 from ..ops.lookup import embedding_renorm_
 from . import exported
@@ -146,7 +147,7 @@ def embedding_bag(
             include_last_offset,
             padding_idx,
         )
-    if is_exporting():
+    if is_compiling() and is_exporting():
         return exported.embedding_bag(
             input,
             weight,

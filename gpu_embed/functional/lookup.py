@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from ..dtypes import IDS
+from ..exporting import is_exporting
 from ..ops.known import KnownTable, call_known_embedding, known_tables
 from ..ops.lookup import call_embedding, embedding_renorm_
 from ..ops.plain import is_plain_call
@@ -91,7 +92,7 @@ def embedding(
 
         check_not_sparse("embedding", sparse)
         return dtensor.embedding(input, weight, row, max_norm, norm_type, scale_grad_by_freq)
-    if is_exporting():
+    if is_compiling() and is_exporting():
         return exported.embedding(
             input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
         )

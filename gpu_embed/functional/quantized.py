@@ -2,8 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..dtypes import IDS
+from ..exporting import is_exporting
 from ..fused_rows import FusedRows, dequantize
 from ..ops.quantized import (
     as_batch,
@@ -44,7 +46,7 @@ def quantized_embedding(
     if type(input) is not Tensor or type(weight) is not Tensor:
         _check_not_sharded(input, weight)
     check_tensors(input, weight)
-    if torch.compiler.is_exporting():
+    if is_compiling() and is_exporting():
         return _plain_rows(input, weight, layout).to(dtype)
     return call_quantized_embedding(weight, input, *layout, dtype)
 
@@ -84,7 +86,7 @@ def quantized_embedding_bag(
     if include_last_offset and offsets is not None and offsets.size(0) == 0:
         raise RuntimeError("include_last_offset: number of offset should be at least 1")
     wide = _accumulation(dtype)
-    if torch.compiler.is_exporting():
+    if is_compiling() and is_exporting():
         rows = _plain_rows(input.flatten(), weight, layout).to(wide)
         return exported.bags_of_rows(
             rows, input, offsets, mode, per_sample_weights, include_last_offset, padding_row
@@ -138,7 +140,7 @@ def quantized_tables(
     check_batch(function, input, offsets, stand_in, tables.layout)
     check_sample_weights(input, per_sample_weights, stand_in, tables.layout)
     wide = _accumulation(dtype)
-    if torch.compiler.is_exporting():
+    if is_compiling() and is_exporting():
         batch = as_batch(input, offsets, tables.fields, pooled)
         layouts = unpacked(formats)
         rows, places = table_rows(weights, batch, batch.places(), layouts, _plain_rows_in)
@@ -166,11 +168,9 @@ def quantized_tables(
     )
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.to(wide)
-    look_up = (
-        exported.table_batched_embedding
-        if torch.compiler.is_exporting()
-        else call_table_batched_embedding
-    )
+    look_up = call_table_batched_embedding
+    if is_compiling() and is_exporting():
+        look_up = exported.table_batched_embedding
     return look_up(
         rows,
         per_sample_weights,

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_exporting
+from torch.compiler import is_compiling
 
 from ..dtypes import FLOATS, IDS
+from ..exporting import is_exporting
 from ..ops.tables import call_table_batched_embedding
 from ..tables.inputs import BatchSizes, TableInput, pad_offsets
 from ..tables.layout import TableLayout, Tables, as_int, quoted
@@ -74,7 +75,7 @@ def _look_up(
             f"{function}: output_dtype is {output_dtype}, but the tables are {weight.dtype}: of float64 tables the "
             "output is float64, and of no others"
         )
-    if is_exporting():
+    if is_compiling() and is_exporting():
         return exported.table_batched_embedding(
             weight, per_sample_weights, input, offsets, tables, pooled, sparse, output_dtype
         )

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import bounds
 from ..bags import Bags, check_offsets
 from ..dtypes import IDS
+from ..exporting import is_exporting
 from .layout import quoted
 
 
@@ -391,7 +392,7 @@ def _checked_offsets(
     if not _are_equal(sizes):
         rows = [torch.cat([*_begins(row, max(sizes)), row[-1:]]) for row in rows]
     given = torch.stack(rows)
-    if torch.compiler.is_exporting() or (given.device.type == "cpu" and not _is_traced()):
+    if is_exporting() or (given.device.type == "cpu" and not _is_traced()):
         return given
     within = torch.stack(
         [row.clamp(0, values.shape[0]) for row, values in zip(given, ids, strict=True)]
