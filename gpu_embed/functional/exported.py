@@ -80,16 +80,16 @@ def bags_of_rows(
 def table_batched_embedding(
     weight: Tensor,
     per_sample_weights: Tensor | None,
-    input: Tensor,
+    indices: Tensor,
     offsets: Tensor,
     tables: Tables,
     pooled: bool,
     sparse: bool,
-    output_dtype: torch.dtype | None,
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """A batch in these tables. The gradient of tables of different embedding_dims is dense, whatever `sparse` says."""
     layout = tables.layout
-    ids = input.to(torch.int64)
+    ids = indices.to(torch.int64)
     batch = TableBatch(ids, offsets, tables.fields, tables.table_of_column, layout.shape(pooled))
     bags_per_feature = batch.bags_per_table
     places = batch.places()

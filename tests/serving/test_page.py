@@ -24,6 +24,13 @@ loaded = torch.export.load("model.pt2").module()
 compiled = torch._inductor.aoti_load_package("compiled.pt2")
 batch = torch.tensor([[4, 7, 0]]), torch.tensor([[199, 0]])
 assert torch.allclose(loaded(*batch), compiled(*batch), atol=1e-6)
+for wrong in (-1, 1000):
+    for model, kind in ((loaded, IndexError), (compiled, RuntimeError)):
+        try:
+            model(torch.tensor([[4, wrong, 0]]), batch[1])
+        except kind:
+            continue
+        raise SystemExit(f"{wrong} was served")
 """
 SERVE_ONNX = """
 import numpy, onnxruntime

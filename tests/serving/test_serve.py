@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from alone import alone
-from served import CASES, Together, exported
+from served import CASES, Together, V, exported, made
 
 # torch's own, about its exporters.
 pytestmark = [
@@ -130,3 +130,20 @@ def test_onnx(tmp_path):
     count = len(outputs) // len(SIZES)
     got = [[outputs[f"{number}.{place}"] for place in range(count)] for number in range(len(SIZES))]
     served_alike(model, got)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", ["lookup", "rows, sum"])
+def test_an_id_out_of_range_in_onnx(case, tmp_path):
+    """What the page says: from the table's end, or an error."""
+    runtime = pytest.importorskip("onnxruntime")
+    model = made(case).requires_grad_(False)
+    onnx_exported(model, tmp_path / "model.onnx")
+    session = runtime.InferenceSession(tmp_path / "model.onnx")
+    (name,) = (one.name for one in session.get_inputs())
+    ids = torch.tensor([[1, -1, 2], [0, 3, -V]])
+    (output,) = session.run(None, {name: ids.numpy()})
+    assert torch.equal(torch.from_numpy(output), model(ids % V))
+    for wrong in (V, -V - 1):
+        with pytest.raises(Exception, match="out of data bounds"):
+            session.run(None, {name: np.array([[1, wrong, 2]])})
