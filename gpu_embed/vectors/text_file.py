@@ -127,7 +127,8 @@ def _by_arrow(lines: bytes, found: GrowingVectors) -> tuple[list[bytes], np.ndar
 def _line_by_line(
     lines: bytes, first_line: int, found: GrowingVectors
 ) -> tuple[list[bytes], np.ndarray]:
-    words, numbers = [], []
+    words: list[bytes] = []
+    numbers = []
     for number, line in enumerate(lines[:-1].split(b"\n"), first_line):
         if len(words) == found.room:
             break
