@@ -4,6 +4,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from .exporting import is_exporting
 
 
 class Bags(NamedTuple):
@@ -37,13 +40,27 @@ class Bags(NamedTuple):
             begin = torch.arange(self.num_bags, device=device) * self.bag_length
             return begin, begin + self.bag_length
         offsets = self.offsets.to(torch.int64).clamp(0, num_indices)
+        if is_compiling() and is_exporting():
+            # By index: a slice would keep the graph from serving one bag, and none.
+            places = torch.cat([offsets, offsets.new_full((1,), num_indices)])
+            bag = torch.arange(self.num_bags, device=device)
+            return places[bag], places[bag + 1]
         begin = torch.cat([offsets.new_zeros(1), offsets[1 : self.num_bags]])[: self.num_bags]
         end = torch.cat([offsets[1:], offsets.new_full((1,), num_indices)])[: self.num_bags]
         return begin, end
 
     def bag_of(self) -> Tensor:
         """The bag of each position -> int64 [N], -1: none; with torch's operators, differentiating nothing."""
-        positions = torch.arange(self.indices.numel(), device=self.indices.device)
+        num_indices = self.indices.numel()
+        positions = torch.arange(num_indices, device=self.indices.device)
+        if is_compiling() and is_exporting():
+            if self.offsets is None:
+                return positions // max(self.bag_length, 1)
+            # Without searchsorted, which ONNX lacks: a position's bag is the last that begins at or before it.
+            begin = self.offsets.to(torch.int64).clamp(0, num_indices)
+            begun = positions.new_zeros(num_indices + 1)
+            bag = begun.index_add(0, begin, torch.ones_like(begin)).cumsum(0)[positions] - 1
+            return torch.where(bag < self.num_bags, bag, -1)
         if self.num_bags == 0:
             return torch.full_like(positions, -1)
         begin, end = self.ends()
@@ -71,6 +88,32 @@ def make_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool
 def count_bags(indices: Tensor, offsets: Tensor | None, include_last_offset: bool) -> int:
     """How many bags there are: shapes alone tell."""
     return indices.shape[0] if offsets is None else offsets.shape[0] - include_last_offset
+
+
+def first_maxima(rows: Tensor, bag: Tensor, num_bags: int) -> Tensor:
+    """The position of each bag's maximum in every column -> int64 [num_bags + 1, D]; N: the bag is empty.
+
+    The first of equal maxima; NaN is the largest where it comes first, and elsewhere nothing is larger than it.
+
+    Args:
+        rows: [N, D].
+        bag: [N]; `num_bags` where a position is in none: this counts as a bag more.
+    """
+    num_rows = rows.shape[0]
+    bag = bag[:, None].expand_as(rows)
+    position = torch.arange(num_rows, device=rows.device)[:, None].expand_as(rows)
+
+    def first_position(candidate: Tensor) -> Tensor:
+        """The first of each bag where it holds; num_rows: nowhere."""
+        found = position.new_full((num_bags + 1, rows.shape[1]), num_rows)
+        return found.scatter_reduce_(0, bag, torch.where(candidate, position, num_rows), "amin")
+
+    is_nan = rows.isnan()
+    floor = rows.new_full((num_bags + 1, rows.shape[1]), -torch.inf)
+    largest = floor.scatter_reduce(0, bag, torch.where(is_nan, -torch.inf, rows), "amax")
+    maxima = first_position((rows == largest.gather(0, bag)) & ~is_nan)
+    first = first_position(torch.ones_like(is_nan))
+    return torch.where(first_position(is_nan) == first, first, maxima)
 
 
 def check_offsets(offsets: Tensor, indices: Tensor) -> None:

@@ -6,6 +6,8 @@ function of SplitMix64 (Steele, Lea and Flood, 2014).
 
 from __future__ import annotations
 
+import hashlib
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import Tensor
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 # Strings up to so many bytes are hashed side by side, longer ones with those of up to twice as many, and so on.
 SHORTEST = 32
+# Longer ones by BLAKE2b.
+LONGEST = 1024
 # Bytes of strings that are side by side at once: they fit into a cache.
 BLOCK = 2**19
 
@@ -44,16 +48,17 @@ def hash_ids(
         `1 + hash_ids(values, rows - 1)`.
 
     Raises:
-        TypeError: values are neither strings nor integers.
+        TypeError: values are neither strings nor integers; rows or hashes is no integer.
         ValueError: rows or hashes is less than 1.
 
     **Collisions.** Of n different values, 1 - (1 - 1 / rows) ** (n - 1) share their row with another one, which is
     about n / rows where that is small. With several hashes, 1 - (1 - 1 / rows ** hashes) ** (n - 1) share all of
     theirs: the sum of their rows tells the others apart.
     """
-    if rows < 1 or hashes < 1:
+    rows, hashes = operator.index(rows), operator.index(hashes)
+    if not 1 <= rows < 2**63 or hashes < 1:
         raise ValueError(
-            f"hash_ids: rows and hashes must be at least 1, got rows={rows} and hashes={hashes}"
+            f"hash_ids: rows and hashes must be at least 1, got rows={rows} and hashes={hashes}; rows less than 2**63"
         )
     codes = _codes(values)
     if device is not None or not isinstance(values, Tensor):
@@ -71,11 +76,14 @@ def _codes(values: Any) -> Tensor:
         if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
             raise _wrong_type(f"a tensor of {values.dtype}")
         return values.to(torch.int64)
-    if isinstance(values, str | bytes):
-        raise _wrong_type(f"one {type(values).__name__}; put it in a list")
+    if isinstance(values, str | bytes | set | dict):
+        raise _wrong_type(f"a {type(values).__name__}; put what is to be hashed in a list")
     if isinstance(values, list | tuple) and values and isinstance(values[0], str):
         return torch.from_numpy(_of_strings(values))
     array = np.asarray(values)
+    if array.dtype.kind == "U" and not isinstance(values, np.ndarray):
+        # As NumPy's strings, numbers would become strings, and NULs at the end be lost.
+        array = np.asarray(values, object)
     if array.dtype.kind in "iu" or array.size == 0:
         return torch.from_numpy(array.astype(np.uint64).view(np.int64))
     if array.dtype.kind in "UO":
@@ -97,6 +105,11 @@ def _of_strings(strings: Sequence[str]) -> NDArray[np.int64]:
         _hash(encoded, codes, width)
         return codes.view(np.int64)
     left = np.arange(len(encoded))
+    # Of long ones few lie side by side, and a step for each eight bytes would take a second for a million.
+    for place in np.flatnonzero(lengths > LONGEST).tolist():
+        digest = hashlib.blake2b(encoded[place], digest_size=8).digest()
+        codes[place] = int.from_bytes(digest, "little")
+    left = left[lengths <= LONGEST]
     while len(left):
         fits = lengths[left] <= width
         places = left[fits]
@@ -115,8 +128,11 @@ def _hash(strings: list[bytes], codes: NDArray[np.uint64], width: int) -> None:
         own = codes[start : start + count]
         for word in words.reshape(-1, width // 8).T:
             own ^= word
-            own *= np.uint64(FIRST)
+            # Before the product too, which takes bits up alone: a difference in the last bytes of a word would stay
+            # there, and those of the next word could undo it.
             own ^= own >> np.uint64(32)
+            own *= np.uint64(FIRST)
+            own ^= own >> np.uint64(29)
 
 
 def _mix_(x: Tensor) -> Tensor:

@@ -62,15 +62,15 @@ def load_codes(
     BITS: tl.constexpr,
 ):
     """Codes of each vector of a group of fused rows -> uint8 [BLOCK, VEC]. row_group, taken, vector: [BLOCK]."""
-    start = values_ptr + row_group * GROUP_BYTES
+    start = row_group * GROUP_BYTES
     vector = vector % (GROUP // VEC)  # in the group
     if VEC * BITS >= 8:
         BYTES: tl.constexpr = VEC * BITS // 8
         offset = (vector * BYTES)[:, None] + tl.arange(0, BYTES)[None, :]  # [BLOCK, BYTES]
-        byte = tl.load(start[:, None] + offset, mask=taken[:, None], other=0)
+        byte = tl.load(values_ptr + start[:, None] + offset, mask=taken[:, None], other=0)
         codes = byte if BITS == 8 else tl.interleave(byte & 15, byte >> 4)
     else:
-        byte = tl.load(start + vector // 2, mask=taken, other=0)
+        byte = tl.load(values_ptr + start + vector // 2, mask=taken, other=0)
         codes = (byte >> (vector % 2 * 4).to(tl.uint8) & 15)[:, None]
     return codes
 
@@ -112,9 +112,9 @@ def dequantize_rows_kernel(
         CODE_BYTES: tl.constexpr = GROUP * BITS // 8
         GROUP_BYTES: tl.constexpr = CODE_BYTES + 2 * ITEM
         codes = load_codes(values_ptr, group, taken, vector, GROUP, GROUP_BYTES, VEC, BITS)
-        numbers = scale_ptr + group * (GROUP_BYTES // ITEM) + CODE_BYTES // ITEM
-        scale = tl.load(numbers, mask=taken, other=0).to(acc_dtype)[:, None]
-        offset = tl.load(numbers + 1, mask=taken, other=0).to(acc_dtype)[:, None]
+        place = group * (GROUP_BYTES // ITEM) + CODE_BYTES // ITEM
+        scale = tl.load(scale_ptr + place, mask=taken, other=0).to(acc_dtype)[:, None]
+        offset = tl.load(scale_ptr + place + 1, mask=taken, other=0).to(acc_dtype)[:, None]
         values = codes.to(acc_dtype) * scale + offset
     else:
         values = load_columns(values_ptr, row, taken, vector, D, VEC, BITS).to(acc_dtype)

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..dtypes import FLOATS, IDS
+from ..exporting import is_exporting
 from ..ops.bag import call_embedding_bag, call_embedding_bag_max
 from ..ops.lookup import embedding_renorm_
+from . import exported
 from .checks import (
     PLAIN_TYPES,
     as_float,
@@ -68,7 +70,7 @@ def embedding_bag(
         TypeError: an argument of the wrong type.
         AttributeError: a list, an array or a number in place of a tensor, as for torch.
 
-    Which tensors go to torch's own function is as for `embedding`.
+    Which tensors go to torch's own function, and what exporters record, is as for `embedding`.
     """
     sharded = False
     if (
@@ -80,8 +82,6 @@ def embedding_bag(
         or weight.is_quantized
         or weight.is_nested
         or input.is_nested
-        # The ONNX exporter translates torch's operators, not ours.
-        or (is_compiling() and torch.onnx.is_in_onnx_export())
     ):
         sharded = has_dtensor(input, weight, offsets, per_sample_weights)
         if not sharded:
@@ -143,6 +143,20 @@ def embedding_bag(
             norm_type,
             scale_grad_by_freq,
             mode,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
+    if is_compiling() and is_exporting():
+        return exported.embedding_bag(
+            input,
+            weight,
+            offsets,
+            max_norm,
+            norm_type,
+            scale_grad_by_freq,
+            mode,
+            sparse,
             per_sample_weights,
             include_last_offset,
             padding_idx,

@@ -5,9 +5,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from ..dtypes import IDS
+from ..exporting import is_exporting
 from ..ops.known import KnownTable, call_known_embedding, known_tables
 from ..ops.lookup import call_embedding, embedding_renorm_
 from ..ops.plain import is_plain_call
+from . import exported
 from .checks import (
     PLAIN_TYPES,
     as_float,
@@ -52,8 +54,8 @@ def embedding(
         TypeError: an argument is no tensor.
 
     DTensors are looked up on each rank in its own rows or columns, and the output is a DTensor: see
-    `functional.dtensor`. A weight or input of another tensor subclass (torchao), tensors that are sparse, quantized
-    or nested, and calls that `torch.onnx.export` records go to torch's own function.
+    `functional.dtensor`. A weight or input of another tensor subclass (torchao), and tensors that are sparse, quantized
+    or nested, go to torch's own function. `torch.export` and `torch.onnx.export` record torch's operators.
     """
     known = None if is_compiling() else known_tables.get(id(weight))
     if (
@@ -70,8 +72,6 @@ def embedding(
         or weight.is_quantized
         or weight.is_nested
         or input.is_nested
-        # ONNX can say what torch's lookup is, and not what ours is.
-        or (is_compiling() and torch.onnx.is_in_onnx_export())
     ):
         sharded = has_dtensor(weight, input)
         if not sharded:
@@ -92,6 +92,10 @@ def embedding(
 
         check_not_sparse("embedding", sparse)
         return dtensor.embedding(input, weight, row, max_norm, norm_type, scale_grad_by_freq)
+    if is_compiling() and is_exporting():
+        return exported.embedding(
+            input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+        )
     if max_norm is not None:
         # Detached, so there is nothing for autograd to see.
         embedding_renorm_(weight.detach(), input, max_norm, norm_type)

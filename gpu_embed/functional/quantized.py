@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ..dtypes import TORCH_IDS
+from ..dtypes import IDS
+from ..exporting import is_exporting
 from ..fused_rows import FusedRows, dequantize
 from ..ops.quantized import (
     as_batch,
@@ -17,6 +19,7 @@ from ..ops.quantized import (
 )
 from ..ops.tables import call_table_batched_embedding
 from ..tables.layout import Tables
+from . import exported
 from .bag import (
     _bag_index_dtypes,
     _check_bag_shapes,
@@ -44,7 +47,7 @@ def quantized_embedding(
     if type(input) is not Tensor or type(weight) is not Tensor:
         _check_not_sharded(input, weight)
     check_tensors(input, weight)
-    if torch.compiler.is_exporting():
+    if is_compiling() and is_exporting():
         return _plain_rows(weight, input, layout).to(dtype)
     return call_quantized_embedding(weight, input, *layout, dtype)
 
@@ -66,7 +69,6 @@ def quantized_embedding_bag(
     """
     given = (input, offsets, per_sample_weights)
     if any(not isinstance(one, Tensor) and has_torch_function_unary(one) for one in given):
-        # torch.fx's proxies and their like record the call.
         return handle_torch_function(
             quantized_embedding_bag,
             given,
@@ -91,7 +93,8 @@ def quantized_embedding_bag(
     padding_row = -1
     if padding_idx is not None:
         padding_row = _wrap_bag_padding_idx(padding_idx, weight.size(0))
-    input, offsets = _bag_index_dtypes(input, offsets)
+    if input.dtype not in IDS or not (offsets is None or offsets.dtype in IDS):
+        input, offsets = _bag_index_dtypes(input, offsets)
     # To the caller the table has the output's dtype.
     stand_in = weight.new_empty((0, 0), dtype=dtype)
     _check_bag_tensors(input, stand_in, offsets, per_sample_weights)
@@ -99,12 +102,14 @@ def quantized_embedding_bag(
     if include_last_offset and offsets is not None and offsets.size(0) == 0:
         raise RuntimeError("include_last_offset: number of offset should be at least 1")
     wide = _accumulation(dtype)
-    if torch.compiler.is_exporting():
-        rows, places = _plain_bag_rows(input, weight, layout, wide, padding_row)
-    else:
-        rows, places = call_quantized_bag_rows(
-            weight, input, offsets, include_last_offset, padding_row, *layout, wide
-        )
+    if is_compiling() and is_exporting():
+        rows = _plain_rows(weight, input.flatten(), layout).to(wide)
+        return exported.bags_of_rows(
+            rows, input, offsets, mode, per_sample_weights, include_last_offset, padding_row
+        ).to(dtype)
+    rows, places = call_quantized_bag_rows(
+        weight, input, offsets, include_last_offset, padding_row, *layout, wide
+    )
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.to(wide)
     return embedding_bag(
@@ -120,9 +125,7 @@ def quantized_embedding_bag(
 
 def _plain_rows(weight: Tensor, input: Tensor, layout: FusedRows) -> Tensor:
     """Rows in torch's operators, fp32, for graphs that are exported."""
-    if input.dtype not in TORCH_IDS:
-        input = input.to(torch.int32)
-    fused = torch.nn.functional.embedding(input, weight)
+    fused = exported.embedding(input, weight)
     return dequantize(fused, layout, for_onnx=torch.onnx.is_in_onnx_export())
 
 
@@ -131,17 +134,6 @@ def _plain_rows_or_none(weight: Tensor, input: Tensor, layout: FusedRows) -> Ten
     if weight.shape[0] == 0:
         return weight.new_zeros((*input.shape, layout.embedding_dim), dtype=torch.float32)
     return _plain_rows(weight, input, layout)
-
-
-def _plain_bag_rows(
-    input: Tensor, weight: Tensor, layout: FusedRows, dtype: torch.dtype, padding_row: int
-) -> tuple[Tensor, Tensor]:
-    """`ops.quantized.quantized_bag_rows` in torch's operators, for graphs that are exported."""
-    ids = input.flatten()
-    rows = _plain_rows(weight, ids, layout).to(dtype)
-    places = torch.arange(1, ids.shape[0] + 1, device=ids.device)
-    places = torch.where(ids == padding_row, 0, places)
-    return torch.cat([rows.new_zeros(1, layout.embedding_dim), rows]), places.view(input.shape)
 
 
 def quantized_tables(
@@ -167,7 +159,7 @@ def quantized_tables(
     check_batch(function, input, offsets, stand_in, tables.layout)
     check_sample_weights(input, per_sample_weights, stand_in, tables.layout)
     wide = _accumulation(output_dtype)
-    if torch.compiler.is_exporting():
+    if is_compiling() and is_exporting():
         batch = as_batch(input, offsets, tables.fields, pooled)
         layouts = unpacked(formats)
         rows, places = table_rows(weights, batch, batch.places(), layouts, _plain_rows_or_none)
@@ -195,7 +187,10 @@ def quantized_tables(
     )
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.to(wide)
-    return call_table_batched_embedding(
+    look_up = call_table_batched_embedding
+    if is_compiling() and is_exporting():
+        look_up = exported.table_batched_embedding
+    return look_up(
         rows,
         per_sample_weights,
         places,

@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from ..dtypes import FLOATS, IDS, accumulation
+from ..dtypes import FLOATS, IDS
+from ..exporting import is_exporting
 from ..ops.tables import call_table_batched_embedding
 from ..tables.inputs import BatchSizes, TableInput, pad_offsets
 from ..tables.layout import TableLayout, Tables, as_int, quoted
+from . import exported
 from .checks import check_plain_offsets, tensor_hint
 
 
@@ -65,10 +68,16 @@ def _look_up(
         raise RuntimeError(
             f"{function}: expected tables of float64, float32, float16 or bfloat16, got {weight.dtype}"
         )
-    if output_dtype is not None and accumulation(output_dtype) != accumulation(weight.dtype):
+    if output_dtype is not None and (output_dtype == torch.float64) != (
+        weight.dtype == torch.float64
+    ):
         raise RuntimeError(
             f"{function}: output_dtype is {output_dtype}, but the tables are {weight.dtype}: of float64 tables the "
             "output is float64, and of no others"
+        )
+    if is_compiling() and is_exporting():
+        return exported.table_batched_embedding(
+            weight, per_sample_weights, input, offsets, tables, pooled, sparse, output_dtype
         )
     call = call_table_batched_embedding
     if sparse and not layout.is_uniform and torch.compiler.is_compiling():

@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..bags import Bags
 from ..bounds import BoundsRecord
+from ..exporting import is_exporting
 from .layout import MODES, TableColumn, TableShape
 
 
@@ -54,7 +56,11 @@ class TableBatch:
         """Where each position belongs, with torch's operators, differentiating nothing."""
         bag = self.bags.bag_of()
         in_bag = bag >= 0
-        table = bag.clamp(min=0) // max(self.bags_per_table, 1)
+        bags_per_table: int | Tensor = max(self.bags_per_table, 1)
+        if is_compiling() and is_exporting():
+            # As a tensor: an exporter takes it for granted that a number that varies is not 0.
+            bags_per_table = bag.new_full((), self.bags_per_table).clamp(min=1)
+        table = bag.clamp(min=0) // bags_per_table
         index = self.indices.to(torch.int64)
         in_table = (index >= 0) & (index < self.fields[:, TableColumn.NUM_ROWS][table])
         # padding_idx -1 is a sentinel, and no id.

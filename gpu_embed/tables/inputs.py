@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import bounds
 from ..bags import Bags, check_offsets
 from ..dtypes import IDS
+from ..exporting import is_exporting
 from .layout import quoted
 
 
@@ -97,9 +98,9 @@ def batch_bags(
                     f"batch_bags: {label}: expected per_sample_weights {list(values.shape)}, got "
                     f"{list(weights.shape)}"
                 )
-    if include_last_offset and any(len(begins) == 0 for begins in offsets):
+    if include_last_offset and any(begins.shape[0] == 0 for begins in offsets):
         raise RuntimeError("batch_bags: include_last_offset: number of offset should be at least 1")
-    sizes = [len(begins) - include_last_offset for begins in offsets]
+    sizes = [begins.shape[0] - include_last_offset for begins in offsets]
     flat = _joined("batch_bags", "ids", labels, ids)
     begins = _checked_offsets(labels, ids, offsets, include_last_offset)  # [F, the largest B + 1]
     weights = _joined("batch_bags", "per_sample_weights", labels, rest[0]) if rest else None
@@ -107,7 +108,7 @@ def batch_bags(
         # Each feature's last bag ends where the next feature's first one begins.
         firsts = [0]
         for values in ids:
-            firsts.append(firsts[-1] + len(values))
+            firsts.append(firsts[-1] + values.shape[0])
         shifted = [
             row[:size] + first for row, size, first in zip(begins, sizes, firsts, strict=False)
         ]
@@ -115,7 +116,7 @@ def batch_bags(
         joined = torch.cat([*shifted, end])
         return TableInput(flat, joined, weights, names, _batch_sizes(names, sizes))
     places = [
-        torch.arange(len(values), device=flat.device) < row[-1]
+        torch.arange(values.shape[0], device=flat.device) < row[-1]
         for values, row in zip(ids, begins, strict=True)
     ]
     lengths = [row[:size] for row, size in zip(begins.diff(dim=1), sizes, strict=True)]
@@ -208,8 +209,8 @@ def _begins(offsets: Tensor, num_bags: int) -> list[Tensor]:
     if torch.compiler.is_compiling():
         # By index: a graph with an end that is repeated would not serve other numbers of times.
         places = torch.arange(num_bags, device=offsets.device)
-        return [offsets[places.clamp(max=len(offsets) - 1)]]
-    return [offsets[:-1], offsets[-1:].expand(num_bags - len(offsets) + 1)]
+        return [offsets[places.clamp(max=offsets.shape[0] - 1)]]
+    return [offsets[:-1], offsets[-1:].expand(num_bags - offsets.shape[0] + 1)]
 
 
 def reorder(batch: TableInput, order: Sequence[int]) -> TableInput:
@@ -218,15 +219,17 @@ def reorder(batch: TableInput, order: Sequence[int]) -> TableInput:
     Ids behind the last offset stay there.
     """
     num_features = len(order)
-    bags = Bags(batch.input, batch.offsets, len(batch.offsets) - 1)
+    bags = Bags(batch.input, batch.offsets, batch.offsets.shape[0] - 1)
     begin, end = (places.view(num_features, -1) for places in bags.ends())
     device = batch.input.device
     lengths = torch.cat([(end - begin).clamp(min=0)[feature] for feature in order])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     moved = bags._replace(offsets=offsets)
     bag = moved.bag_of()
-    first = torch.cat([begin[feature] for feature in order])[bag.clamp(min=0)]
-    positions = torch.arange(len(bag), device=device)
+    # One more than there are bags, which may be none.
+    first = torch.cat([*(begin[feature] for feature in order), begin.new_zeros(1)])
+    first = first[bag.clamp(min=0)]
+    positions = torch.arange(bag.shape[0], device=device)
     source = torch.where(bag >= 0, first + positions - offsets[bag.clamp(min=0)], positions)
     weights = batch.per_sample_weights
     return TableInput(
@@ -382,22 +385,22 @@ def _checked_offsets(
     rows = [begins.to(torch.int64) for begins in offsets]
     if not include_last_offset:
         rows = [
-            torch.cat([row, row.new_full((1,), len(values))])
+            torch.cat([row, row.new_full((1,), values.shape[0])])
             for row, values in zip(rows, ids, strict=True)
         ]
-    sizes = [len(row) - 1 for row in rows]
+    sizes = [row.shape[0] - 1 for row in rows]
     if not _are_equal(sizes):
         rows = [torch.cat([*_begins(row, max(sizes)), row[-1:]]) for row in rows]
     given = torch.stack(rows)
-    if given.device.type == "cpu" and not _is_traced():
+    if is_exporting() or (given.device.type == "cpu" and not _is_traced()):
         return given
     within = torch.stack(
-        [row.clamp(0, len(values)) for row, values in zip(given, ids, strict=True)]
+        [row.clamp(0, values.shape[0]) for row, values in zip(given, ids, strict=True)]
     )
     within = torch.cat([torch.zeros_like(within[:, :1]), within[:, 1:]], 1).cummax(1).values
     if include_last_offset or given.shape[1] > 1:
         num_ids = torch.stack(
-            [torch.full_like(row, len(values)) for row, values in zip(given, ids, strict=True)]
+            [torch.full_like(row, values.shape[0]) for row, values in zip(given, ids, strict=True)]
         )
         # The end of the ids was put behind the offsets here, and is none of them.
         last = None if include_last_offset else -1
@@ -464,7 +467,7 @@ def _kept_first(
     features: tuple[str, ...] | int,
 ) -> TableInput:
     """The ids that are kept in their order, then the others, so that no shape depends on the data."""
-    sizes = [len(of_feature) for of_feature in lengths]
+    sizes = [of_feature.shape[0] for of_feature in lengths]
     ends = torch.cat(tuple(lengths)).cumsum(0)
     offsets = torch.cat([ends.new_zeros(1), ends])
     place = torch.where(kept, kept.cumsum(0), offsets[-1] + (~kept).cumsum(0)) - 1

@@ -20,7 +20,7 @@ def read_binary(file: BinaryIO, count: int, found: GrowingVectors) -> None:
     """
     size = 4 * found.dim
     rest = b""
-    wanted = count if found.missing is None else min(count, found.missing)
+    wanted = count if found.room is None else min(count, found.room)
     while wanted:
         block = file.read(max(CHUNK, size))
         buffer = rest + block

@@ -62,7 +62,7 @@ def read_fasttext(path: str, settings: Settings) -> GrowingVectors:
 
     found = GrowingVectors(dim, settings, count)
     for start in range(0, count, BLOCK):
-        some = words[start : start + BLOCK][: found.missing]
+        some = words[start : start + BLOCK][: found.room]
         rows = np.array(stored[start : start + len(some)])
         for row, word in zip(rows, some, strict=True):
             if buckets and word != END_OF_SENTENCE:
@@ -73,7 +73,7 @@ def read_fasttext(path: str, settings: Settings) -> GrowingVectors:
                 row += stored[[count + one for one in hashes]].sum(axis=0)
                 row /= 1 + len(hashes)
         found.add(some, rows)
-        if found.missing == 0:
+        if found.room == 0:
             break
     return found
 

@@ -52,14 +52,14 @@ class GrowingVectors:
     def __init__(self, dim: int, settings: Settings, expected: int) -> None:
         self.dim, self.settings = dim, settings
         self.dtype = settings.dtype or np.dtype(np.float32)
-        room = expected if settings.limit is None else min(expected, settings.limit)
+        height = expected if settings.limit is None else min(expected, settings.limit)
         self.words: dict[str, int] = {}
         self.repeated: list[str] = []
         self.read = 0
-        self._rows: NDArray = np.empty((room, dim), self.dtype)
+        self._rows: NDArray = np.empty((height, dim), self.dtype)
 
     @property
-    def missing(self) -> int | None:
+    def room(self) -> int | None:
         """How many words may still be read; None: any number."""
         limit = self.settings.limit
         return None if limit is None else limit - self.read
@@ -69,7 +69,7 @@ class GrowingVectors:
 
         Raises ValueError for a word that is not in the encoding, and for a number that is not finite in the dtype.
         """
-        words, rows = words[: self.missing], rows[: self.missing]
+        words, rows = words[: self.room], rows[: self.room]
         self.read += len(words)
         decoded = self.settings.decode(words)
         at = len(self.words)

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 from typing import Any
 
 from .growing import Settings
@@ -56,6 +57,10 @@ def _words_and_rows(found: Any, limit: int | None) -> Vectors:
     if None in words:
         # Of a word that came twice, gensim leaves a row of zeros with the key None.
         kept = [number for number, word in enumerate(words) if word is not None]
+        warnings.warn(
+            f"{len(words) - len(kept):,} rows without a word are left out: gensim leaves them of words that came twice",
+            stacklevel=4,
+        )
         words, matrix = [words[number] for number in kept], matrix[kept]
     return Vectors(words, matrix)
 
@@ -63,5 +68,7 @@ def _words_and_rows(found: Any, limit: int | None) -> Vectors:
 class _Checked(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if not NAMES.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}; of a model of gensim, save its .wv"
+            )
         return super().find_class(module, name)

@@ -28,6 +28,8 @@ FIRST_LINES = 100
 # About what gzip makes of text.
 GZIP_RATIO = 4
 ZIP, GZIP, PICKLE = b"PK\x03\x04", b"\x1f\x8b", b"\x80"
+# RuntimeError: encrypted. NotImplementedError, which is one: packed in another way.
+UNPACKING = EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError
 CONTROL = bytes(set(range(32)) - set(b"\t\r\n"))
 
 
@@ -102,9 +104,9 @@ def load(
             return _made(_read(file, head, size, settings))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile) as error:
+    except UNPACKING as error:
         raise ValueError(
-            f"{name}: it cannot be unpacked, and may have been cut: {error}"
+            f"{name}: it cannot be unpacked, and may have been cut or encrypted: {error}"
         ) from error
 
 
@@ -149,7 +151,7 @@ def _read_counted(
 ) -> GrowingVectors:
     """A file whose first line has both counts, and below it begins with `body`."""
     file.readline()
-    first_line, newline, _ = body.partition(b"\n")
+    first_line, newline, _ = body.lstrip(b"\r\n").partition(b"\n")
     is_text = has_numbers(first_line, dim) or (
         not _is_binary(body) and has_a_number(body.split(b"\n")[:FIRST_LINES])
     )
@@ -163,7 +165,7 @@ def _read_counted(
         read_text(file, 2, found)
     else:
         read_binary(file, count, found)
-    if found.read > count or (found.missing != 0 and found.read < count):
+    if found.read > count or (found.room != 0 and found.read < count):
         raise ValueError(
             f"the first line counts {count:,} words, but there are {found.read:,}; if the file is whole, correct "
             "that line, or take it away"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # As many of the most frequent words' vectors say how rows without one are drawn.
 SAMPLE = 100_000
+# Rows that are drawn at once.
+BLOCK = 2**13
 WAYS = ("mean", "normal", "zeros")
 
 
@@ -78,6 +80,8 @@ def rows_for(
         raise TypeError("texts: expected several texts, got one string; put it in a list")
     words = words_by_id(tokenizer)
     ids = {word: number for number, word in words.items()}
+    if padding is None:
+        padding = _padding_token(tokenizer)
     if padding is not None and padding not in ids:
         raise ValueError(f"padding={padding!r} is no word of the tokenizer")
     unknown_token = _unknown_token(tokenizer)
@@ -102,7 +106,7 @@ def rows_for(
     rows = torch.from_numpy(np.zeros((max(words, default=-1) + 1, vectors.dim), dtype))
     rows[list(found)] = torch.from_numpy(taken)
     _set(rows, without, missing, vectors, seed)
-    if unknown_token in ids:
+    if unknown_token in ids and unknown_token != padding:
         _set(rows, [ids[unknown_token]], unknown, vectors, seed + 1)
     share = None if texts is None else _share_of_text(tokenizer, ids, texts, found)
     report = TableReport(
@@ -124,11 +128,22 @@ def _set(rows: Tensor, ids: list[int], way: str, vectors: Vectors, seed: int) ->
     if not len(sample):
         raise ValueError("there are no vectors to take a mean of")
     check_finite(sample, sample, vectors.words)
-    mean = sample.mean(axis=0)
-    if way == "normal":
-        noise = np.random.default_rng(seed).standard_normal((len(ids), vectors.dim))
-        mean = mean + noise * sample.std(axis=0)
-    rows[ids] = torch.from_numpy(mean).to(rows.dtype)
+    mean, deviation = sample.mean(axis=0), sample.std(axis=0)
+    generator = np.random.default_rng(seed)
+    for start in range(0, len(ids), BLOCK):
+        some = ids[start : start + BLOCK]
+        made = mean
+        if way == "normal":
+            made = mean + generator.standard_normal((len(some), vectors.dim)) * deviation
+        rows[some] = torch.from_numpy(made).to(rows.dtype)
+
+
+def _padding_token(tokenizer: Any) -> str | None:
+    """The token that a tokenizer pads with: of transformers, or of tokenizers."""
+    settings = getattr(tokenizer, "padding", None)
+    token = settings.get("pad_token") if isinstance(settings, dict) else None
+    token = token or getattr(tokenizer, "pad_token", None)
+    return token if isinstance(token, str) else None
 
 
 def _unknown_token(tokenizer: Any) -> str | None:
@@ -172,7 +187,17 @@ def _encode(tokenizer: Any, ids: dict[str, int], text: str) -> list[int]:
 
 
 def rows_of(layer: Any, table: str | None) -> Tensor:
-    """The rows of a layer, in its memory."""
+    """The rows of a layer, in its memory. Raises ValueError for codes of numbers."""
+    rows = _rows_of(layer, table)
+    if not rows.is_floating_point():
+        raise ValueError(
+            f"a table of {rows.dtype} holds codes and no vectors: its to_float() has those; fill a table before it is "
+            "quantized"
+        )
+    return rows
+
+
+def _rows_of(layer: Any, table: str | None) -> Tensor:
     if isinstance(layer, BatchedTables):
         if table is None:
             raise ValueError(
@@ -209,9 +234,15 @@ def fill(layer: Any, rows: Tensor, table: str | None) -> None:
     own = rows_of(layer, table)
     if own.shape[0] < rows.shape[0] or own.shape[1:] != rows.shape[1:]:
         raise ValueError(f"rows {list(rows.shape)} do not fit into a table {list(own.shape)}")
-    if not own.is_floating_point():
-        raise ValueError(
-            f"a table of {own.dtype} holds no vectors as they are: fill it before it is quantized"
-        )
+    if own.is_meta:
+        raise ValueError("a layer on the meta device has no memory yet: give it some by to_empty")
+    if not own.is_leaf and own._base is None:
+        raise ValueError("the layer makes its weight of other parameters (a parametrization)")
     with torch.no_grad():
-        own[: len(rows)] = rows.to(own.device, own.dtype)
+        rows = rows.to(own.device, own.dtype)
+        infinite = ~rows.isfinite().all(dim=1)
+        if infinite.any():
+            raise ValueError(
+                f"row {int(infinite.int().argmax())} has a number that is not finite in {own.dtype}"
+            )
+        own[: len(rows)] = rows

@@ -31,7 +31,7 @@ def read_text(file: BinaryIO, first_line: int, found: GrowingVectors) -> None:
     for lines in _chunks(file):
         _read(lines, line, found)
         line += lines.count(b"\n")
-        if found.missing == 0:
+        if found.room == 0:
             return
 
 
@@ -115,7 +115,8 @@ def _by_arrow(lines: bytes, found: GrowingVectors) -> tuple[list[bytes], np.ndar
         ),
     )
     words = table.column(0).to_pylist()
-    if b"" in words:
+    # Nor does a word begin or end with a space where tabs part the fields.
+    if not all(words) or any(word != word.strip(b" \t") for word in words):
         raise pa.ArrowInvalid
     rows = np.empty((found.dim, len(words)), _number_type(found).to_pandas_dtype())
     for number in range(found.dim):
@@ -126,8 +127,11 @@ def _by_arrow(lines: bytes, found: GrowingVectors) -> tuple[list[bytes], np.ndar
 def _line_by_line(
     lines: bytes, first_line: int, found: GrowingVectors
 ) -> tuple[list[bytes], np.ndarray]:
-    words, numbers = [], []
-    for number, line in enumerate(lines[:-1].split(b"\n")[: found.missing], first_line):
+    words: list[bytes] = []
+    numbers = []
+    for number, line in enumerate(lines[:-1].split(b"\n"), first_line):
+        if len(words) == found.room:
+            break
         line = line.removesuffix(b"\r").rstrip(b" \t")
         if not line:
             continue

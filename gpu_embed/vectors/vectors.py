@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ class Vectors:
                 f"{list(matrix.shape)} of {matrix.dtype}"
             )
         if isinstance(words, dict):
-            words = _by_row(words)
+            words = _by_row(dict(words))
         if not matrix.dtype.isnative:
             matrix = matrix.astype(matrix.dtype.newbyteorder("="))
         self.words, self.matrix = list(words), matrix
@@ -83,6 +83,9 @@ class Vectors:
 
     def __contains__(self, word: object) -> bool:
         return word in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.words)
 
     def __getitem__(self, word: str) -> NDArray[Any]:
         """The vector of a word [dim]. Raises KeyError."""
@@ -116,9 +119,15 @@ class Vectors:
     ) -> list[tuple[str, float]]:
         """The k words of the greatest cosine to a word, which is not among them, or to a vector [dim].
 
-        Raises KeyError for a word without a vector, and ValueError for numbers that are not finite.
+        Raises KeyError for a word without a vector, and ValueError for numbers that are not finite, or k < 0.
         """
+        if isinstance(without, str):
+            raise TypeError(
+                "nearest: without= takes several words, got one string; put it in a list"
+            )
         without = {*without, *((word,) if isinstance(word, str) else ())}
+        if k < 0:
+            raise ValueError(f"nearest: k must not be negative, got {k}")
         vector = self[word] if isinstance(word, str) else word
         vector = vector.detach() if isinstance(vector, Tensor) else np.array(vector)
         target = torch.as_tensor(vector, dtype=torch.float64, device="cpu")
@@ -171,7 +180,7 @@ class Vectors:
         Args:
             tokenizer: of `tokenizers` or transformers; Keras's Tokenizer, StringLookup or TextVectorization; words to
                 ids; or a list of words. A word is looked up as it is, and then in lower case.
-            padding: the word whose row is zeros, and stays so.
+            padding: the word whose row is zeros, and stays so. None: the token that the tokenizer pads with, if any.
             unknown: the row of the tokenizer's token for unseen words: "mean" of the vectors, "zeros", or "normal".
             missing: the rows of words that have no vector, likewise; "normal": drawn from the normal distribution that
                 has the mean and the deviation of each column of the first 100,000 vectors.
@@ -189,8 +198,7 @@ class Vectors:
             self, tokenizer, padding, unknown, missing, texts, seed
         )
         table = Embedding(len(rows), self.dim, padding_idx, device=device, dtype=dtype, **options)
-        with torch.no_grad():
-            table.weight.copy_(rows)
+        fill(table, rows, None)
         table.weight.requires_grad_(not freeze)
         return table, report
 

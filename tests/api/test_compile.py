@@ -230,12 +230,13 @@ EXPORTED = {
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("arguments", EXPORTED.values(), ids=EXPORTED)
 def test_export(arguments, strict):
-    """Drop-in: one op in the graph, dynamic batch and length; decomposed, saved and loaded."""
+    """Drop-in: torch's op in the graph, dynamic batch and length; decomposed, saved and loaded."""
     example = torch.tensor([[5, 1, 0], [1, 6, 1]])
     dims = ({0: Dim("batch"), 1: Dim("length")},)
     program = torch.export.export(Head(**arguments), (example,), dynamic_shapes=dims, strict=strict)
     targets = [node.target for node in program.graph.nodes]
-    assert targets.count(torch.ops.gpu_embed.embedding.default) == 1
+    assert targets.count(torch.ops.aten.embedding.default) == 1
+    assert not any("gpu_embed" in str(target) for target in targets)
 
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -247,8 +248,11 @@ def test_export(arguments, strict):
             indices = torch.arange(shape[0] * shape[1]).view(shape) * 3 % 7
             eager = Head(**arguments)
             module.load_state_dict(eager.state_dict())
-            assert torch.equal(module(indices), eager(indices))
-            assert torch.equal(module.state_dict()["table.weight"], eager.table.weight)
+            # torch's renormalization, unlike ours, rounds its factor before it multiplies.
+            rtol = 2**-21 if "max_norm" in arguments else 0
+            torch.testing.assert_close(module(indices), eager(indices), rtol=rtol, atol=0)
+            weight = module.state_dict()["table.weight"]
+            torch.testing.assert_close(weight, eager.table.weight, rtol=rtol, atol=0)
 
 
 # Tracing.

@@ -365,6 +365,14 @@ def test_exported(layer_class, strict, ordered, tmp_path):
     torch._dynamo.reset()
 
 
+def test_ids_in_no_bag_with_features_in_another_order():
+    """No bag, and ids behind the last offset."""
+    layer = integer_layer(SIZES["mixed"])
+    none = torch.tensor([1, 2]), torch.tensor([0])
+    batch = batch_bags(dict.fromkeys(reversed(list(layer)), none), include_last_offset=True)
+    assert layer(*batch).shape == (0, sum(layer.layout.feature_dims))
+
+
 def test_traced():
     layer = integer_layer(SIZES["mixed"], features=FEATURES)
     batch = batch_bags(a_batch(layer))

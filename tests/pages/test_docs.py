@@ -1,13 +1,12 @@
 """The pages are true: their code prints what they say, their commands exist, and no public name is left out."""
 
-import ast
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, check, commands_in, python_blocks
+from commands import ROOT, check, check_printed, commands_in, python_blocks
 
 import gpu_embed
 from gpu_embed.backends._cupy import device as cupy_device
@@ -48,14 +47,6 @@ torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0
 }
 
 
-def said_to_print(code: str) -> list[str]:
-    """The comment behind each print; ... stands for anything."""
-    lines = code.splitlines()
-    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    ends = sorted(node.end_lineno for node in calls if getattr(node.func, "id", "") == "print")
-    return [lines[end - 1].partition("  # ")[2] for end in ends if "  # " in lines[end - 1]]
-
-
 def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
@@ -69,8 +60,8 @@ def name_of(page: Path) -> str:
             marks=pytest.mark.full if page.stem in ("distributed", "quantized", "vectors") else (),
         )
         for page in PAGES
-        # tests/torchrec runs its own.
-        if python_blocks(page.read_text()) and page.stem != "torchrec"
+        # tests/torchrec and tests/serving run their own.
+        if python_blocks(page.read_text()) and page.stem not in ("torchrec", "serving")
     ],
     ids=name_of,
 )
@@ -94,10 +85,7 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch, ca
         torch.use_deterministic_algorithms(False)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    printed = iter(capsys.readouterr().out.splitlines())
-    for said in said_to_print(code):
-        pattern = re.escape(said).replace(re.escape("..."), ".*")
-        assert any(re.fullmatch(pattern, line) for line in printed), said
+    check_printed(code, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)

@@ -13,7 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # "" is the package's own `__init__`. An import goes to a lower layer, or stays in its own without a circle.
 LAYERS = {
     "gpu_embed": (
-        {"forkable_lock", "own_thread", "user_cache", "dtypes", "fused_rows", "hashing"},
+        {
+            "forkable_lock",
+            "own_thread",
+            "user_cache",
+            "dtypes",
+            "exporting",
+            "fused_rows",
+            "hashing",
+        },
         {"settings"},
         {"bags", "bounds", "row_update", "shard", "take"},
         {"tables"},

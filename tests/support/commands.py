@@ -1,5 +1,6 @@
 """Commands that pages and workflows show: found in the text, and checked without being run."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -28,6 +29,22 @@ END_OF_RANK = "import os, sys; sys.stdout.flush(); os._exit(0)"
 
 def python_blocks(text: str) -> list[str]:
     return [code for language, code in FENCED.findall(text) if language == "python"]
+
+
+def said_to_print(code: str) -> list[str]:
+    """The comment behind each print; ... stands for anything."""
+    lines = code.splitlines()
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    ends = sorted(node.end_lineno for node in calls if getattr(node.func, "id", "") == "print")
+    return [lines[end - 1].partition("  # ")[2] for end in ends if "  # " in lines[end - 1]]
+
+
+def check_printed(code: str, output: str) -> None:
+    """Raise AssertionError unless code printed what it says it does, in that order."""
+    printed = iter(output.splitlines())
+    for said in said_to_print(code):
+        pattern = re.escape(said).replace(re.escape("..."), ".*")
+        assert any(re.fullmatch(pattern, line) for line in printed), said
 
 
 def commands_in(text: str) -> list[str]:

@@ -247,7 +247,7 @@ for kind in (gpu_embed.keras.Embedding, keras.layers.Embedding):
     try:
         vectors.fill(layer, words)
     except ValueError as error:
-        assert "int8 holds no vectors" in str(error)
+        assert "int8 holds codes and no vectors" in str(error)
     else:
         raise AssertionError
 print("ok")
@@ -366,3 +366,34 @@ def test_a_table_that_is_a_view_of_a_larger_parameter():
     layer = torch.nn.Embedding(10, 3, _weight=whole.detach()[:, 2:5])
     VECTORS.fill(layer, tokenizer(), missing="zeros")
     assert whole[2].tolist() == [0, 0, 1, 2, 3, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_number_that_a_table_does_not_have(dtype: torch.dtype):
+    vectors = Vectors(["a", "b"], np.array([[1], [3.4e38]]))
+    with pytest.raises(ValueError, match="row 1 has a number that is not finite in torch"):
+        vectors.embedding(["a", "b"], dtype=dtype)
+    layer = torch.nn.Embedding(2, 1, dtype=dtype)
+    before = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match="row 1 has a number that is not finite in torch"):
+        vectors.fill(layer, ["a", "b"])
+    assert torch.equal(layer.weight, before)
+
+
+def test_the_row_of_a_token_for_padding_and_unseen_words_is_zeros():
+    class Tokenizer(dict):
+        unk_token = "</s>"
+
+    table, _ = Vectors(["a"], np.ones((1, 2))).embedding(
+        Tokenizer({"</s>": 0, "a": 1}), padding="</s>"
+    )
+    assert table.weight.tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_layer_without_rows_of_its_own():
+    vectors = Vectors(["a"], np.ones((1, 2)))
+    with pytest.raises(ValueError, match="no memory yet"):
+        vectors.fill(torch.nn.Embedding(1, 2, device="meta"), ["a"])
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Embedding(1, 2))
+    with pytest.raises(ValueError, match="of other parameters"):
+        vectors.fill(layer, ["a"])

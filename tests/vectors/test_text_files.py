@@ -252,3 +252,16 @@ def test_memory_is_that_of_the_matrix(file):
     tracemalloc.stop()
     # A chunk of the file is held a few times.
     assert peak < 2 * found.matrix.nbytes + 5 * text_file.CHUNK
+
+
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("limit", range(6))
+def test_limit_counts_words_and_not_blank_lines(file, header: bool, limit: int):
+    text = "\na 1 2\n\nb 3 4\nc 5 6\nd 7 8\ne 9 9\n"
+    assert load(file(f"5 2\n{text}" if header else text), limit=limit).words == [*"abcde"][:limit]
+
+
+def test_a_word_where_tabs_part_the_fields_keeps_no_spaces_at_its_ends(file):
+    assert load(file("a \t1\t2\nb\t3\t4\n")).words == ["a", "b"]
+    with pytest.raises(ValueError, match="line 1"):
+        load(file(" a\t1\t2\nb\t3\t4\n"))

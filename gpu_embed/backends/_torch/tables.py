@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ...bags import first_maxima
 from ...dtypes import accumulation
 from ...tables.batch import Places, TableBatch
 from ...tables.entries import sums_of_rows
@@ -48,21 +49,7 @@ def embedding_max(
     rows = _rows(weight, batch, places, read)
     num_bags, num_indices = batch.bags.num_bags, len(read)
     # What takes no part goes to an extra bag.
-    bag = torch.where(read, places.bag, num_bags)[:, None].expand_as(rows)
-    position = torch.arange(num_indices, device=bag.device)[:, None].expand_as(rows)
-
-    def first_position(candidate: Tensor) -> Tensor:
-        """The first of each bag where it holds; num_indices: nowhere."""
-        found = position.new_full((num_bags + 1, rows.shape[1]), num_indices)
-        return found.scatter_reduce_(0, bag, torch.where(candidate, position, num_indices), "amin")
-
-    # NaN is the largest where it comes first; elsewhere nothing is larger than what was there.
-    is_nan = rows.isnan()
-    floor = rows.new_full((num_bags + 1, rows.shape[1]), -torch.inf)
-    largest = floor.scatter_reduce(0, bag, torch.where(is_nan, -torch.inf, rows), "amax")
-    max_positions = first_position((rows == largest.gather(0, bag)) & ~is_nan)
-    first = first_position(torch.ones_like(is_nan))
-    max_positions = torch.where(first_position(is_nan) == first, first, max_positions)[:-1]
+    max_positions = first_maxima(rows, torch.where(read, places.bag, num_bags), num_bags)[:-1]
     max_positions = torch.where(max_positions < num_indices, max_positions, -1)
     max_positions = _columns(max_positions, batch).to(batch.position_dtype)
     output = embedding(weight, None, replace(batch, max_positions=max_positions), False, places)
