@@ -200,6 +200,10 @@ def words_by_id(tokenizer: Any) -> dict[int, str]:
 def _by_id(ids: Mapping[str, int]) -> dict[int, str]:
     words: dict[int, str] = {}
     for word, number in ids.items():
+        if isinstance(number, str):
+            raise TypeError(
+                f"expected words to ids, not ids to words: {{{number!r}: {word!r}}}, not {{{word!r}: {number!r}}}"
+            )
         other = words.setdefault(index(number), word)
         if number < 0:
             raise ValueError(
