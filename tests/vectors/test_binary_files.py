@@ -40,7 +40,7 @@ def test_a_line_that_ends_before_the_first_word(file):
     [
         ("0", b"0 8Iaa!aG!aa"),
         ("a", b"0\n1\n2\n3\n4\n5\n"),
-        ("é", b"0\nab"),
+        ("é", b"\n0ab"),
     ],
 )
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"], ids=["gensim", "word2vec", "crlf"])
