@@ -167,7 +167,7 @@ def table_size(tokenizer: Tokenizer) -> int:
 
 
 def words_by_id(tokenizer: Any) -> dict[int, str]:
-    """The words of a vocabulary by their ids.
+    """The words of a vocabulary by their ids, in the ids' order.
 
     Args:
         tokenizer: of `tokenizers` or transformers; Keras's Tokenizer, StringLookup or TextVectorization; a mapping of
@@ -214,7 +214,8 @@ def _by_id(ids: Mapping[str, int]) -> dict[int, str]:
                 f"the words {other!r} and {word!r} have one id, {number}, and so one row of a table: tokens were "
                 "added to a vocabulary whose ids have gaps; number its words without gaps, from 0"
             )
-    return words
+    # tokenizers gives a vocabulary in another order in every process.
+    return dict(sorted(words.items()))
 
 
 def check_table_size(ids: Any, num_embeddings: int) -> None:

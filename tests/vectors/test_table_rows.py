@@ -84,6 +84,14 @@ def test_what_is_drawn_has_the_mean_and_the_deviation_of_each_column():
     assert not np.array_equal(drawn, found.embedding(words, seed=1)[0].weight.detach().numpy())
 
 
+def test_what_is_drawn_does_not_depend_on_the_order_of_a_vocabulary():
+    ids = {f"other {number}": number for number in range(50)}
+    one, report = VECTORS.embedding(ids)
+    other, other_report = VECTORS.embedding(dict(reversed(ids.items())))
+    assert torch.equal(one.weight, other.weight)
+    assert report.missing == other_report.missing == tuple(ids)
+
+
 def test_a_frozen_table_and_other_options():
     table, _ = VECTORS.embedding(WORDS, freeze=True, dtype=torch.float64, sparse=True, max_norm=2.0)
     assert not table.weight.requires_grad
