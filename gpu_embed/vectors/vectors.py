@@ -314,28 +314,26 @@ class Vectors:
     def _places(self) -> dict[str, int]:
         return dict(zip(self.words, range(len(self.words)), strict=True))
 
-    def _block(self, start: int, peaks: Tensor) -> Tensor:
+    def _block(self, start: int, peaks: NDArray[Any]) -> Tensor:
         """Some rows over the size of their largest number, so that no product overflows or is lost."""
-        rows = torch.from_numpy(self._rows(start))
-        return (rows / peaks[start : start + BLOCK, None].to(rows.dtype)).float()
-
-    def _rows(self, start: int) -> NDArray[Any]:
-        """A copy of some, of fp32 or fp64."""
+        here = slice(start, start + BLOCK)
         dtype = np.promote_types(self.matrix.dtype, np.float32)
-        return np.array(self.matrix[start : start + BLOCK], dtype)
+        rows = np.divide(np.asarray(self.matrix)[here], peaks[here, None], dtype=dtype)
+        return torch.from_numpy(rows).float()
 
     @cached_property
-    def _peaks_and_lengths(self) -> tuple[Tensor, Tensor]:
+    def _peaks_and_lengths(self) -> tuple[NDArray[Any], Tensor]:
         """Of each row the size of its largest number, and the length of what `_block` makes of it; of zeros 1."""
-        peaks = torch.from_numpy(np.ones(len(self)))
+        peaks = np.ones(len(self), np.promote_types(self.matrix.dtype, np.float32))
         lengths = torch.from_numpy(np.ones(len(self), np.float32))
         for start in range(0, len(self), BLOCK):
-            rows = self._rows(start)
-            check_finite(rows, rows, self.words[start : start + BLOCK])
-            sizes = torch.from_numpy(np.abs(rows).max(axis=1, initial=0)).double()
-            peaks[start : start + BLOCK][sizes > 0] = sizes[sizes > 0]
+            here = slice(start, start + BLOCK)
+            rows = self.matrix[here]
+            check_finite(rows, rows, self.words[here])
+            sizes = np.abs(rows).max(axis=1, initial=0)
+            peaks[here] = np.where(sizes > 0, sizes, 1)
             norms = torch.linalg.vector_norm(self._block(start, peaks), dim=1)
-            lengths[start : start + BLOCK][norms > 0] = norms[norms > 0]
+            lengths[here] = torch.where(norms > 0, norms, 1)
         return peaks, lengths
 
 
