@@ -771,9 +771,8 @@ def word_vectors(args: argparse.Namespace) -> int:
         whole_number(f"--{name}", getattr(args, name)) for name in ("words", "dim", "rounds")
     )
     columns = (">s: ours", ">gensim", ">speedup", ">MiB: ours", ">gensim")
-    table = make_table(
-        f"Files of {words:,} x {dim} vectors, median of {rounds} readings", "file", *columns
-    )
+    taken = "one reading" if rounds == 1 else f"median of {rounds} readings"
+    table = make_table(f"Files of {words:,} x {dim} vectors, {taken}", "file", *columns)
     with (
         tempfile.TemporaryDirectory() as folder,
         progress_bar(make_console(stderr=True)) as progress,
@@ -963,7 +962,11 @@ COMMANDS: dict[str, tuple[str, Options, Callable[[argparse.Namespace], int]]] = 
         COLD_START,
         cold_start,
     ),
-    "word-vectors": ("read files of word vectors, beside gensim", WORD_VECTORS, word_vectors),
+    "word-vectors": (
+        "read files of word vectors, beside gensim; takes minutes",
+        WORD_VECTORS,
+        word_vectors,
+    ),
     "quantized": (
         "tables of 8 and 4 bits on the CPU, beside torchao's and bitsandbytes's where they are installed",
         QUANTIZED,

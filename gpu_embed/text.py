@@ -167,7 +167,7 @@ def table_size(tokenizer: Tokenizer) -> int:
 
 
 def words_by_id(tokenizer: Any) -> dict[int, str]:
-    """The words of a vocabulary by their ids.
+    """The words of a vocabulary by their ids, in the ids' order.
 
     Args:
         tokenizer: of `tokenizers` or transformers; Keras's Tokenizer, StringLookup or TextVectorization; a mapping of
@@ -200,6 +200,10 @@ def words_by_id(tokenizer: Any) -> dict[int, str]:
 def _by_id(ids: Mapping[str, int]) -> dict[int, str]:
     words: dict[int, str] = {}
     for word, number in ids.items():
+        if isinstance(number, str):
+            raise TypeError(
+                f"expected words to ids, not ids to words: {{{number!r}: {word!r}}}, not {{{word!r}: {number!r}}}"
+            )
         other = words.setdefault(index(number), word)
         if number < 0:
             raise ValueError(
@@ -210,7 +214,8 @@ def _by_id(ids: Mapping[str, int]) -> dict[int, str]:
                 f"the words {other!r} and {word!r} have one id, {number}, and so one row of a table: tokens were "
                 "added to a vocabulary whose ids have gaps; number its words without gaps, from 0"
             )
-    return words
+    # tokenizers gives a vocabulary in another order in every process.
+    return dict(sorted(words.items()))
 
 
 def check_table_size(ids: Any, num_embeddings: int) -> None:

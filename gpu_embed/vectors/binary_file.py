@@ -4,7 +4,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from .growing import GrowingVectors
+from .reading import GrowingVectors
 
 CHUNK = 2**22
 LONGEST_WORD = 2**12
@@ -52,6 +52,19 @@ def read_binary(file: BinaryIO, count: int, found: GrowingVectors) -> None:
         rest = buffer[at:]
     if found.read == count and (rest + file.read(CHUNK)).strip():
         _fail(f"goes on behind the {count} words that its first line counts")
+
+
+def is_whole(body: bytes, count: int, dim: int) -> bool:
+    """Whether these are `count` words, each with its numbers, and nothing else."""
+    at = 0
+    for _ in range(count):
+        while body.startswith((b"\n", b"\r"), at):
+            at += 1
+        space = body.find(b" ", at, at + LONGEST_WORD)
+        if not 0 <= space < len(body) - 4 * dim:
+            return False
+        at = space + 1 + 4 * dim
+    return not body[at:].strip(b"\r\n")
 
 
 def _check(

@@ -5,10 +5,13 @@ import struct
 
 import numpy as np
 
-from .growing import GrowingVectors, Settings
+from .reading import GrowingVectors, Settings
 
 MAGIC = (793_712_314).to_bytes(4, "little")
 CLASSIFIER = 3
+# Where the settings stand, behind the magic number and the version; the counts; and the first word.
+SETTINGS_AT, COUNTS_AT, WORDS_AT = 8, 64, 92
+SETTINGS, COUNTS, SHAPE = struct.Struct("<12id"), struct.Struct("<3i2q"), struct.Struct("<?2q")
 # The end of a sentence has no n-grams.
 END_OF_SENTENCE = b"</s>"
 # Words whose vectors are made at once.
@@ -24,26 +27,26 @@ def read_fasttext(path: str, settings: Settings) -> GrowingVectors:
 
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            *_, model, buckets, shortest, longest, _, _ = struct.unpack_from("<12id", data, 8)
+            *_, model, buckets, shortest, longest, _, _ = SETTINGS.unpack_from(data, SETTINGS_AT)
             if model == CLASSIFIER:
                 raise ValueError(
                     "a model of fastText that classifies texts has no vectors of words alone"
                 )
-            _, count, labels, _, pruned = struct.unpack_from("<3i2q", data, 64)
+            _, count, labels, _, pruned = COUNTS.unpack_from(data, COUNTS_AT)
             if labels or pruned >= 0:
                 raise ValueError(
                     "a model of fastText with labels or fewer n-grams is not read here"
                 )
             words: list[bytes] = []
-            at = 92
+            at = WORDS_AT
             for _ in range(count):
                 end = data.find(b"\0", at)
                 if end < 0:
                     raise ValueError(f"it ends in word {len(words)} of {count}, from 0")
                 words.append(data[at:end])
-                # Behind it are how often it was seen, in 8 bytes, and what it is.
-                at = end + 10
-            is_quantized, height, dim = struct.unpack_from("<?2q", data, at)
+                # Behind it are a NUL, how often it was seen, in 8 bytes, and in one what it is.
+                at = end + 1 + 8 + 1
+            is_quantized, height, dim = SHAPE.unpack_from(data, at)
             if is_quantized:
                 raise ValueError(
                     "a quantized model of fastText is not read here: take the one it was made of"
@@ -54,7 +57,7 @@ def read_fasttext(path: str, settings: Settings) -> GrowingVectors:
                 raise ValueError(
                     f"it has {height} rows of {dim} numbers for {count} words and {buckets} n-grams"
                 )
-            stored = np.memmap(path, "<f4", "r", at + 17, (height, dim))
+            stored = np.memmap(path, "<f4", "r", at + SHAPE.size, (height, dim))
         except (struct.error, ValueError, OverflowError) as error:
             raise ValueError(
                 f"a model of fastText, which was cut or is of another kind: {error}"

@@ -5,14 +5,14 @@ import re
 import warnings
 from typing import Any
 
-from .growing import Settings
+from .reading import Settings
 from .vectors import Vectors
 
 # A pickle can run what it names, and these only make arrays and objects.
 NAMES = re.compile(
     r"gensim\.models\.(keyedvectors|fasttext)\.\w*(KeyedVectors|Vocab)"
     r"|numpy(\._?core)?(\.multiarray|\.numeric)?\.(_reconstruct|scalar|_frombuffer|ndarray|dtype)|numpy\.dtypes\.\w+"
-    r"|(builtins|__builtin__)\.(object|list|dict|set|tuple|int|str|bytes)"
+    r"|(builtins|__builtin__)\.(object|list|dict|set|frozenset|tuple|int|str|bytes)"
     r"|collections\.(OrderedDict|defaultdict)|copy_?reg\._reconstructor|_codecs\.encode"
 )
 
@@ -49,9 +49,14 @@ def read_keyed_vectors(path: str, settings: Settings) -> Vectors:
 
 def _words_and_rows(found: Any, limit: int | None) -> Vectors:
     words, matrix = found.key_to_index, found.vectors
+    # Doc2Vec numbers texts that have no names.
+    if len(words) == 0:
+        words = found.index_to_key
     others = set(map(type, words)) - {str, type(None)}
     if others:
-        raise ValueError(f"its keys are no words, but of the type {others.pop().__name__}")
+        raise ValueError(
+            f"its keys are no words, but of the type {others.pop().__name__}, as Doc2Vec's of texts without names"
+        )
     if limit is not None or len(words) < len(matrix) or None in words:
         words, matrix = found.index_to_key[:limit], matrix[:limit]
     if None in words:

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import pickle
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,17 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from numpy.typing import DTypeLike
 
 from . import matrix_files
-from .binary_file import read_binary
+from .binary_file import is_whole, read_binary
 from .fasttext_file import MAGIC as FASTTEXT
 from .fasttext_file import read_fasttext
-from .growing import GrowingVectors, Settings, warn_of_repeated
 from .keyed_vectors_file import read_keyed_vectors
+from .reading import GrowingVectors, Settings, warn_of_repeated
 from .text_file import BOM, dim_of_text, fields_of, has_a_number, has_numbers, read_text
-from .vectors import DTYPES, Vectors
+from .vectors import Vectors, checked_dtype
+
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python that was built without it
+    LZMAError = EOFError  # type: ignore[misc, assignment]
 
 # What is looked at to tell formats apart.
 HEAD = 2**16
@@ -27,9 +32,11 @@ LONGEST_HEAD = 2**24
 FIRST_LINES = 100
 # About what gzip makes of text.
 GZIP_RATIO = 4
-ZIP, GZIP, PICKLE = b"PK\x03\x04", b"\x1f\x8b", b"\x80"
+ZIP, GZIP = b"PK\x03\x04", b"\x1f\x8b"
+# With its protocol, as text may begin with that byte alone: in cp1252 it is the euro's sign.
+PICKLE = tuple(bytes([0x80, protocol]) for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1))
 # RuntimeError: encrypted. NotImplementedError, which is one: packed in another way.
-UNPACKING = EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError
+UNPACKING = EOFError, zlib.error, LZMAError, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError
 CONTROL = bytes(set(range(32)) - set(b"\t\r\n"))
 
 
@@ -57,7 +64,7 @@ def load(
 
     Args:
         path: the file.
-        words: for a matrix: a list, or a file with a word a line.
+        words: for a matrix: a list in the order of its rows, or a file with a word a line.
         tensor: for safetensors: which tensor, if there are several.
         limit: read the first so many words; such files have frequent words first.
         dtype: of the matrix: float16, float32 or float64. None: of `.kv`, `.npy` and safetensors the file's own, which
@@ -66,17 +73,17 @@ def load(
         progress: whether to show a progress bar; None: on a terminal.
 
     Returns:
-        `Vectors`. Of a word that comes twice the first vector counts, and a warning says so.
+        `Vectors`. Of a word that comes twice, in the file or in `words`, the first vector counts, and a warning says
+        so. In a `.kv` gensim leaves rows without a word of such words; these are left out, with a warning.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: an empty or cut file, or one of another kind; a line that is no word and its numbers; a header that
             counts more words than there are, or fewer; a word in another encoding; a number that is not finite in
             `dtype`; an argument that is not for this format. The message names the line or the word.
+        TypeError: `words` is neither a list nor a path.
     """
-    kind = None if dtype is None else np.dtype(dtype)
-    if kind is not None and kind.name not in DTYPES:
-        raise ValueError(f"load: dtype must be one of {', '.join(DTYPES)}, got {kind.name}")
+    kind = None if dtype is None else checked_dtype(dtype)
     if limit is not None and limit < 0:
         raise ValueError(f"load: limit must not be negative, got {limit}")
     name, settings = os.fspath(path), Settings(limit, kind, encoding, errors)
@@ -92,19 +99,23 @@ def load(
                 )
             if tensor is not None and not is_safetensors:
                 raise ValueError("tensor= is for a safetensors file")
-            if is_packed and (is_matrix or head.startswith((FASTTEXT, PICKLE))):
+            if is_packed and (is_matrix or head.startswith((FASTTEXT, *PICKLE))):
                 raise ValueError("only text and word2vec's binary file are read packed: unpack it")
             # First, as a safetensors file begins with its header's length, which may be any byte.
             if is_matrix:
                 return matrix_files.read_matrix(name, words, tensor, settings)
             if head.startswith(FASTTEXT):
-                return _made(read_fasttext(name, settings))
+                return _finished(read_fasttext(name, settings))
             if head.startswith(PICKLE):
                 return read_keyed_vectors(name, settings)
-            return _made(_read(file, head, size, settings))
+            return _finished(_read(file, head, size, settings))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    except UNPACKING as error:
+    except (*UNPACKING, OSError) as error:
+        # Of bz2 it is an OSError of no kind.
+        is_known = isinstance(error, UNPACKING) or type(error) is OSError
+        if not is_known or getattr(error, "errno", None) is not None:
+            raise
         raise ValueError(
             f"{name}: it cannot be unpacked, and may have been cut or encrypted: {error}"
         ) from error
@@ -140,7 +151,7 @@ def _read(file: BinaryIO, head: bytes, size: int, settings: Settings) -> Growing
     return found
 
 
-def _made(found: GrowingVectors) -> Vectors:
+def _finished(found: GrowingVectors) -> Vectors:
     if found.repeated:
         warn_of_repeated(found.repeated)
     return Vectors(found.words, found.finish())
@@ -153,7 +164,10 @@ def _read_counted(
     file.readline()
     first_line, newline, _ = body.lstrip(b"\r\n").partition(b"\n")
     is_text = has_numbers(first_line, dim) or (
-        not _is_binary(body) and has_a_number(body.split(b"\n")[:FIRST_LINES])
+        not _is_binary(body)
+        and has_a_number(body.split(b"\n")[:FIRST_LINES])
+        # Few numbers of a binary file may all be bytes that text has.
+        and (len(fields_of(first_line)) == dim + 1 or not is_whole(body, count, dim))
     )
     # A header may say anything: room is made for no more than the file can hold.
     smallest = 2 * dim + 2 if is_text else 4 * dim + 2

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .growing import Settings
+from .reading import Settings, warn_of_repeated
 from .text_file import BOM
 from .vectors import Vectors
 
@@ -34,12 +34,26 @@ def read_matrix(
         )
     if isinstance(words, str | os.PathLike):
         words = _lines(os.fspath(words), settings)
+    if isinstance(words, np.ndarray):
+        words = words.tolist()
+    if not isinstance(words, Sequence):
+        raise TypeError(
+            f"words= must be a list in the order of the rows, or a file, got {type(words).__name__}"
+        )
     with open(path, "rb") as file:
         is_npy = file.read(len(NPY)) == NPY
     matrix = _array(path) if is_npy else _tensor(path, tensor, settings)
+    if matrix.ndim == 0:
+        raise ValueError("expected a matrix, got one number")
     if len(words) != len(matrix):
         raise ValueError(f"the matrix has {len(matrix):,} rows, and there are {len(words):,} words")
-    return Vectors(words[: settings.limit], matrix[: settings.limit]).converted(settings.dtype)
+    words, matrix = words[: settings.limit], matrix[: settings.limit]
+    places: dict[str, int] = {}
+    repeated = [word for place, word in enumerate(words) if places.setdefault(word, place) != place]
+    if repeated:
+        warn_of_repeated(repeated)
+        words, matrix = list(places), matrix[list(places.values())]
+    return Vectors(words, matrix).converted(settings.dtype)
 
 
 def _lines(path: str, settings: Settings) -> list[str]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from .growing import check_finite
+from .binary_file import LONGEST_WORD
+from .reading import check_finite
 
 if TYPE_CHECKING:
     from .vectors import Vectors
@@ -28,6 +29,8 @@ def save(vectors: Vectors, path: str) -> None:
         raise ValueError(
             f"{path}: the name must end in .txt, .vec, .bin or .kv, which says the format"
         )
+    if vectors.dim == 0 and suffix != ".kv":
+        raise ValueError(f"{path}: words without numbers cannot be said in this format")
     for word in vectors.words:
         if suffix != ".kv" and (not word or SPACE.search(word)):
             raise ValueError(
@@ -35,9 +38,14 @@ def save(vectors: Vectors, path: str) -> None:
                 "save as .kv"
             )
         try:
-            word.encode()
+            length = len(word.encode())
         except UnicodeEncodeError:
             raise ValueError(f"{path}: the word {word!r} holds half of a character") from None
+        if suffix == ".bin" and length >= LONGEST_WORD:
+            raise ValueError(
+                f"{path}: the word {word[:60]!r}... has {length:,} bytes, and in this format one has fewer than "
+                f"{LONGEST_WORD:,}: save as .txt or .kv"
+            )
     stored = np.dtype(np.float32) if suffix == ".bin" else vectors.matrix.dtype
     for start in range(0, len(vectors), BLOCK):
         rows = vectors.matrix[start : start + BLOCK]
@@ -45,8 +53,17 @@ def save(vectors: Vectors, path: str) -> None:
             check_finite(
                 rows.astype(stored, copy=False), rows, vectors.words[start : start + BLOCK]
             )
-    target = Path(os.path.realpath(path))
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _replace(vectors, Path(os.path.realpath(path)), suffix)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # Not by the name of the folder that is there for a moment.
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def _replace(vectors: Vectors, target: Path, suffix: str) -> None:
+    folder = Path(tempfile.mkdtemp(prefix=".vectors-", dir=target.parent))
     try:
         written = folder / target.name
         if suffix == ".kv":
@@ -57,7 +74,9 @@ def save(vectors: Vectors, path: str) -> None:
                 (_write_binary if suffix == ".bin" else _write_text)(vectors, file)
         # gensim puts a big matrix beside it; the file that names the others comes last.
         for one in sorted(folder.iterdir(), key=lambda one: one == written):
-            os.replace(one, target.parent / one.name)
+            if (there := target.parent / one.name).exists():
+                shutil.copymode(there, one)
+            os.replace(one, there)
     finally:
         shutil.rmtree(folder)
 

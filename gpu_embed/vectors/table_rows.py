@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..nn.tables import BatchedTables
 from ..text import words_by_id
-from .growing import check_finite
+from .reading import check_finite
 
 if TYPE_CHECKING:
     from .vectors import Vectors
@@ -164,6 +165,11 @@ def _share_of_text(
     tokenizer: Any, ids: dict[str, int], texts: Iterable[str], found: dict[int, int]
 ) -> float:
     """The part of the words of some texts that have a vector."""
+    if hasattr(tokenizer, "no_truncation") and (tokenizer.truncation or tokenizer.padding):
+        # What it adds and cuts is no part of the text.
+        tokenizer = deepcopy(tokenizer)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(_encode(tokenizer, ids, text))

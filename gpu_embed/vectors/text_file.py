@@ -6,19 +6,21 @@ as the numbers are the last fields, spaces too.
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import csv
 
-from .growing import GrowingVectors
+from .reading import GrowingVectors
 
 CHUNK = 2**22
 # Lines that Arrow does not take are halved down to so many, which Python reads.
 FEW_LINES = 16
 BOM = b"\xef\xbb\xbf"
 FIELD = re.compile(rb"[^ \t]+")
+WHOLE = re.compile(rb"[+-]?\d+")
 NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|infinity|nan)", re.IGNORECASE)
 
 
@@ -77,34 +79,50 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
 
 def _read(lines: bytes, first_line: int, found: GrowingVectors) -> None:
     """By Arrow, and what that does not take by halves, and in the end line by line."""
-    try:
-        words, rows = _by_arrow(lines, found)
-    except pa.ArrowInvalid:
-        count = lines.count(b"\n")
-        if count <= FEW_LINES:
-            words, rows = _line_by_line(lines, first_line, found)
-        else:
-            middle = lines.index(b"\n", len(lines) // 2) + 1
-            middle = middle if middle < len(lines) else lines.rindex(b"\n", 0, -1) + 1
-            _read(lines[:middle], first_line, found)
-            _read(lines[middle:], first_line + lines.count(b"\n", 0, middle), found)
+    for tried in _as_arrow_takes_them(lines):
+        try:
+            found.add(*_by_arrow(tried, found))
             return
-    found.add(words, rows)
+        except pa.ArrowInvalid:
+            continue
+    if lines.count(b"\n") <= FEW_LINES:
+        found.add(*_line_by_line(lines, first_line, found))
+        return
+    middle = lines.index(b"\n", len(lines) // 2) + 1
+    middle = middle if middle < len(lines) else lines.rindex(b"\n", 0, -1) + 1
+    _read(lines[:middle], first_line, found)
+    _read(lines[middle:], first_line + lines.count(b"\n", 0, middle), found)
+
+
+def _as_arrow_takes_them(lines: bytes) -> Iterator[bytes]:
+    """Lines without what may stand before their ends; and then with one space for several spaces and tabs.
+
+    A line of these that is `dim` + 1 fields has no space in its word.
+    """
+    # As they end under Windows; and as word2vec writes them.
+    lines = lines.replace(b"\r\n", b"\n")
+    while b" \n" in lines or b"\t\n" in lines:
+        lines = lines.replace(b" \n", b"\n").replace(b"\t\n", b"\n")
+    yield lines
+    if b"\t" in lines or b"  " in lines:
+        lines = lines.replace(b"\t", b" ")
+        while b"  " in lines:
+            lines = lines.replace(b"  ", b" ")
+        yield lines
 
 
 def _by_arrow(lines: bytes, found: GrowingVectors) -> tuple[list[bytes], np.ndarray]:
     """Raises pyarrow.ArrowInvalid for lines that are not `dim` + 1 fields with one delimiter between them."""
-    # As they end under Windows; and as word2vec writes them.
-    lines = lines.replace(b"\r\n", b"\n").replace(b" \n", b"\n")
     if b"\r" in lines or lines.startswith(BOM):
         # To Arrow the one ends a line, and the other is no part of a word.
         raise pa.ArrowInvalid
+    delimiter = b"\t" if b"\t" in lines[: lines.index(b"\n")] else b" "
     names = [str(column) for column in range(found.dim)]
     table = csv.read_csv(
         pa.py_buffer(lines),
         csv.ReadOptions(column_names=["word", *names]),
         csv.ParseOptions(
-            delimiter="\t" if b"\t" in lines[: lines.index(b"\n")] else " ",
+            delimiter=delimiter.decode(),
             quote_char=False,
             double_quote=False,
             ignore_empty_lines=False,
@@ -115,8 +133,8 @@ def _by_arrow(lines: bytes, found: GrowingVectors) -> tuple[list[bytes], np.ndar
         ),
     )
     words = table.column(0).to_pylist()
-    # Nor does a word begin or end with a space where tabs part the fields.
-    if not all(words) or any(word != word.strip(b" \t") for word in words):
+    # Nor does a word begin or end with a space where tabs part the fields; a tab in it may be one before numbers.
+    if not all(words) or any(word != word.strip(b" \t") or b"\t" in word for word in words):
         raise pa.ArrowInvalid
     rows = np.empty((found.dim, len(words)), _number_type(found).to_pandas_dtype())
     for number in range(found.dim):
@@ -128,7 +146,7 @@ def _line_by_line(
     lines: bytes, first_line: int, found: GrowingVectors
 ) -> tuple[list[bytes], np.ndarray]:
     words: list[bytes] = []
-    numbers = []
+    numbers: list[str] = []
     for number, line in enumerate(lines[:-1].split(b"\n"), first_line):
         if len(words) == found.room:
             break
@@ -151,13 +169,13 @@ def _line_by_line(
         for field in of_numbers:
             if not NUMBER.fullmatch(field):
                 raise ValueError(f"{where} has {field.decode('utf-8', 'replace')!r} for a number")
-        # A word may be "route 66", and then its numbers have points.
-        last = of_word[-1][0]
-        if (
-            len(of_word) > 1
-            and NUMBER.fullmatch(last)
-            and not (last.isdigit() and not any(map(bytes.isdigit, of_numbers)))
-        ):
+        # Where tabs part the numbers, a space does not; else a word may be "route 66" if no number is whole as that is.
+        last, behind = of_word[-1][0], fields[-found.dim - 1 :]
+        parted_by_tabs = b"\t" not in word and all(
+            line[one.end() : other.start()].strip(b" ") == b"\t" for one, other in pairwise(behind)
+        )
+        may_end_so = last.isdigit() and not any(map(WHOLE.fullmatch, of_numbers))
+        if len(of_word) > 1 and NUMBER.fullmatch(last) and not (parted_by_tabs or may_end_so):
             raise ValueError(
                 f"{where} has more than {found.dim} numbers, or the word ends in a number"
             )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..nn import Embedding
 from ..text import words_by_id
-from .growing import check_finite
+from .reading import check_finite
 from .saving import save
 from .table_rows import TableReport, fill, padding_of, rows_for, rows_of
 
@@ -25,8 +25,18 @@ if TYPE_CHECKING:
 DTYPES = ("float16", "float32", "float64")
 # Rows whose similarities are taken at once.
 BLOCK = 2**16
-# The length of a row of zeros, to divide by.
-TINY = 1e-60
+
+
+def checked_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """Raises ValueError for one that vectors cannot have."""
+    try:
+        kind = np.dtype(dtype)
+    # A dtype of torch, or no name.
+    except TypeError:
+        kind = np.dtype(object)
+    if kind.name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    return kind
 
 
 class Vectors:
@@ -35,6 +45,9 @@ class Vectors:
     Args:
         words: all different; or a dict of words to their rows.
         matrix: `[words, dim]`, of NumPy or torch, of floats; its memory is shared where that can be.
+
+    Raises ValueError for a matrix of another shape or dtype, and for a word that comes twice; TypeError for what is no
+    matrix, and for words that are no strings or in no order, as in a set.
 
     Attributes:
         words: a list.
@@ -52,14 +65,35 @@ class Vectors:
     def __init__(
         self, words: Sequence[str] | dict[str, int], matrix: NDArray[Any] | Tensor
     ) -> None:
-        if isinstance(matrix, Tensor):
-            matrix = matrix.detach().cpu()
-            # NumPy has no bfloat16.
-            matrix = (matrix.float() if matrix.dtype == torch.bfloat16 else matrix).numpy()
-        if matrix.ndim != 2 or len(matrix) != len(words) or matrix.dtype.name not in DTYPES:
+        if isinstance(words, str) or not hasattr(words, "__getitem__"):
+            raise TypeError(
+                f"Vectors: expected a list of words in the order of their rows, got {type(words).__name__}"
+            )
+        if not isinstance(matrix, np.ndarray | Tensor):
+            raise TypeError(
+                f"Vectors: expected a matrix of NumPy or torch, got {type(matrix).__name__}"
+            )
+        kind = str(matrix.dtype)[6:] if isinstance(matrix, Tensor) else matrix.dtype.name
+        # NumPy has no bfloat16.
+        is_known = kind in DTYPES or (isinstance(matrix, Tensor) and kind == "bfloat16")
+        if matrix.ndim != 2 or len(matrix) != len(words) or not is_known:
             raise ValueError(
                 f"Vectors: expected a matrix [{len(words)}, dim] of {', '.join(DTYPES)} for {len(words)} words, got "
                 f"{list(matrix.shape)} of {matrix.dtype}"
+            )
+        if isinstance(matrix, Tensor):
+            matrix = matrix.detach().cpu()
+            matrix = (matrix.float() if kind == "bfloat16" else matrix).numpy()
+        others = {*map(type, words)} - {str}
+        for other in others:
+            if not issubclass(other, str):
+                raise TypeError(f"Vectors: expected words that are strings, got {other.__name__}")
+        if others:
+            # Of NumPy, say: in a pickle they would name it.
+            words = (
+                {str(word): place for word, place in words.items()}
+                if isinstance(words, dict)
+                else [str(word) for word in words]
             )
         if isinstance(words, dict):
             words = _by_row(dict(words))
@@ -105,12 +139,14 @@ class Vectors:
     def converted(self, dtype: DTypeLike | None) -> Vectors:
         """The same vectors in another dtype, which are a copy; None: in their own.
 
-        Raises ValueError, with the word, where a number is not finite in it.
+        Raises ValueError for another dtype than float16, float32 and float64; and, with the word, where a number is not
+        finite in it.
         """
-        if dtype is None or self.matrix.dtype == dtype:
+        kind = self.matrix.dtype if dtype is None else checked_dtype(dtype)
+        if self.matrix.dtype == kind:
             return self
         with np.errstate(over="ignore"):
-            matrix = self.matrix.astype(dtype)
+            matrix = self.matrix.astype(kind)
         check_finite(matrix, self.matrix, self.words)
         return Vectors(self.words, matrix)
 
@@ -120,6 +156,7 @@ class Vectors:
         """The k words of the greatest cosine to a word, which is not among them, or to a vector [dim].
 
         Raises KeyError for a word without a vector, and ValueError for numbers that are not finite, or k < 0.
+        Rows may have numbers of any size.
         """
         if isinstance(without, str):
             raise TypeError(
@@ -135,12 +172,12 @@ class Vectors:
             raise ValueError(
                 f"nearest: expected a vector [{self.dim}] of finite numbers, got {list(target.shape)}"
             )
-        # Lengths are taken in fp64, where no square overflows.
-        target = (target / target.norm().clamp(min=TINY)).float()
-        cosines = (
-            torch.cat([self._block(at) @ target for at in range(0, len(self) or 1, BLOCK)])
-            / self._lengths
+        unit = torch.from_numpy(_unit(target.numpy())).float()
+        peaks, lengths = self._peaks_and_lengths
+        cosines = torch.cat(
+            [self._block(at, peaks) @ unit for at in range(0, len(self) or 1, BLOCK)]
         )
+        cosines /= lengths
         best = cosines.topk(min(k + len(without), len(self)))
         found = [
             (self.words[place], value)
@@ -150,8 +187,7 @@ class Vectors:
 
     def analogy(self, a: str, b: str, c: str, k: int = 10) -> list[tuple[str, float]]:
         """What is to c as b is to a: `analogy("man", "king", "woman")`; the k nearest to b - a + c, of unit vectors."""
-        rows = (np.asarray(self[word], np.float64) for word in (a, b, c))
-        of_a, of_b, of_c = (row / max(float(np.linalg.norm(row)), TINY) for row in rows)
+        of_a, of_b, of_c = (_unit(np.asarray(self[word], np.float64)) for word in (a, b, c))
         return self.nearest(of_b - of_a + of_c, k, without=(a, b, c))
 
     def plot(self, words: Sequence[str], **options: Any) -> Figure:
@@ -194,6 +230,10 @@ class Vectors:
             ValueError: two words have one id, `padding` is no word of the tokenizer, or an option is another word.
             TypeError: no such tokenizer.
         """
+        if "padding_idx" in options:
+            raise TypeError(
+                "embedding: name the word of the padding row, padding=, for padding_idx="
+            )
         rows, padding_idx, report = rows_for(
             self, tokenizer, padding, unknown, missing, texts, seed
         )
@@ -263,8 +303,10 @@ class Vectors:
         file, in fp32; ".kv": gensim's. A file that is there is replaced when the new one is whole.
 
         Raises:
-            ValueError: another name; a number that is not finite; a word that is no text; or, but for ".kv", one that
-                is empty or holds a space, a line's end or a NUL.
+            ValueError: another name; a number that is not finite; a word that is no text; or, but for ".kv", vectors
+                without numbers, and a word that is empty or holds a space, a line's end or a NUL; for ".bin", one of
+                4,096 bytes or more.
+            OSError: what the system says, such as FileNotFoundError where the folder is not there.
         """
         save(self, os.fspath(path))
 
@@ -272,21 +314,34 @@ class Vectors:
     def _places(self) -> dict[str, int]:
         return dict(zip(self.words, range(len(self.words)), strict=True))
 
-    def _block(self, start: int) -> Tensor:
-        with np.errstate(over="ignore"):
-            return torch.from_numpy(np.array(self.matrix[start : start + BLOCK], np.float32))
+    def _block(self, start: int, peaks: NDArray[Any]) -> Tensor:
+        """Some rows over the size of their largest number, so that no product overflows or is lost."""
+        here = slice(start, start + BLOCK)
+        dtype = np.promote_types(self.matrix.dtype, np.float32)
+        rows = np.divide(np.asarray(self.matrix)[here], peaks[here, None], dtype=dtype)
+        return torch.from_numpy(rows).float()
 
     @cached_property
-    def _lengths(self) -> Tensor:
-        blocks = [
-            torch.linalg.vector_norm(self._block(start), dim=1, dtype=torch.float64)
-            for start in range(0, len(self) or 1, BLOCK)
-        ]
-        lengths = torch.cat(blocks)
-        if not lengths.isfinite().all():
-            word = self.words[int(lengths.isfinite().int().argmin())]
-            raise ValueError(f"the vector of {word!r} has a number that is not finite in fp32")
-        return lengths.clamp(min=TINY)
+    def _peaks_and_lengths(self) -> tuple[NDArray[Any], Tensor]:
+        """Of each row the size of its largest number, and the length of what `_block` makes of it; of zeros 1."""
+        peaks = np.ones(len(self), np.promote_types(self.matrix.dtype, np.float32))
+        lengths = torch.from_numpy(np.ones(len(self), np.float32))
+        for start in range(0, len(self), BLOCK):
+            here = slice(start, start + BLOCK)
+            rows = self.matrix[here]
+            check_finite(rows, rows, self.words[here])
+            sizes = np.abs(rows).max(axis=1, initial=0)
+            peaks[here] = np.where(sizes > 0, sizes, 1)
+            norms = torch.linalg.vector_norm(self._block(start, peaks), dim=1)
+            lengths[here] = torch.where(norms > 0, norms, 1)
+        return peaks, lengths
+
+
+def _unit(vector: NDArray[Any]) -> NDArray[Any]:
+    """A vector of fp64 at length 1; of zeros none."""
+    vector = vector / (np.abs(vector).max(initial=0) or 1)
+    unit: NDArray[Any] = vector / (np.linalg.norm(vector) or 1)
+    return unit
 
 
 def _by_row(places: dict[str, int]) -> dict[str, int]:

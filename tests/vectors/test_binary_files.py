@@ -35,6 +35,32 @@ def test_a_line_that_ends_before_the_first_word(file):
         assert (found.words, found.matrix.tolist()) == (["x", "y", "z"], rows.tolist())
 
 
+@pytest.mark.parametrize(
+    ("word", "numbers"),
+    [
+        ("0", b"0 8Iaa!aG!aa"),
+        ("a", b"0\n1\n2\n3\n4\n5\n"),
+        ("é", b"\n0ab"),
+    ],
+)
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"], ids=["gensim", "word2vec", "crlf"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_numbers_whose_bytes_are_text(file, word: str, numbers: bytes, end: bytes, count: int):
+    rows = np.frombuffer(numbers, "<f4")[None].repeat(count, axis=0)
+    words = [word + "x" * place for place in range(count)]
+    found = load(file(binary(words, rows, end)))
+    assert found.words == words
+    assert found.matrix.tobytes() == rows.tobytes()
+
+
+@pytest.mark.parametrize("end", ["\n", " \n", "\r\n"])
+def test_text_of_the_size_of_a_binary_file_is_text(file, end: str):
+    assert load(file(f"2 2{end}a 1.5 2.5{end}b 3.5 4.5{end}")).words == ["a", "b"]
+    for first in ("0,1 0,2", "0.1 0,22", "1.25 0xA"):
+        with pytest.raises(ValueError, match=r"line 2, of the word 'a', has '0\S+' for a number"):
+            load(file(f"2 2{end}a {first}{end}b {first.replace(',', '.')}{end}"))
+
+
 @pytest.mark.parametrize("limit", [0, 2, 5, 9])
 def test_limit(file, limit: int):
     found = load(file(binary(WORDS, ROWS)), limit=limit)

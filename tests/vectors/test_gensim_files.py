@@ -10,6 +10,7 @@ import gensim.utils
 import numpy as np
 import pytest
 from gensim.models import FastText, KeyedVectors, Word2Vec
+from gensim.models.doc2vec import Doc2Vec, TaggedDocument
 from gensim.models.fasttext import save_facebook_model
 
 from gpu_embed.vectors import Vectors, load
@@ -82,6 +83,24 @@ def test_keys_that_are_no_words(tmp_path: Path):
     keyed_vectors([7, 8], np.ones((2, 2), np.float32)).save(str(tmp_path / "words.kv"))
     with pytest.raises(ValueError, match="its keys are no words, but of the type int"):
         load(tmp_path / "words.kv")
+
+
+def test_texts_of_doc2vec_that_have_numbers_for_names(tmp_path: Path):
+    texts = [TaggedDocument(["a", "b"], [number]) for number in range(3)]
+    Doc2Vec(texts, vector_size=4, min_count=1, epochs=1).dv.save(str(tmp_path / "texts.kv"))
+    for limit in (None, 2):
+        with pytest.raises(
+            ValueError, match="its keys are no words, but of the type int, as Doc2Vec"
+        ):
+            load(tmp_path / "texts.kv", limit=limit)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_of_every_protocol(tmp_path: Path, protocol: int):
+    made = keyed_vectors(["a", "b"], np.ones((2, 2), np.float32))
+    made.seen = frozenset(["a"]), {1}, b"x"
+    made.save(str(tmp_path / "words.kv"), pickle_protocol=protocol)
+    assert load(tmp_path / "words.kv").words == ["a", "b"]
 
 
 def test_vectors_of_a_model_of_fasttext(tmp_path: Path):

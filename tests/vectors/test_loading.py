@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rich.console
+import torch
 
 from gpu_embed.vectors import load, loading
 
@@ -88,6 +89,32 @@ def test_archives_that_were_cut(file, tmp_path: Path):
         load(file(zipped[: len(zipped) // 2]))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damaged_archives_of_every_kind(tmp_path: Path, way: int):
+    noise = np.random.default_rng(0).integers(10, 99, (500, 10)).astype(str)
+    path = tmp_path / "one.zip"
+    with zipfile.ZipFile(path, "w", way) as packed:
+        packed.writestr("one.txt", "".join(f"word {' '.join(row)}\n" for row in noise))
+    whole = path.read_bytes()
+    for place in range(50, len(whole) - 200, len(whole) // 15):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"one\.zip: "):
+            load(path)
+
+
+def test_what_stands_behind_a_packed_file_is_as_in_gzip(file):
+    check(load(file(gzip.compress(TEXT) + bytes(10))))
+    with pytest.raises(ValueError, match=r"cannot be unpacked, .*Not a gzipped file"):
+        load(file(gzip.compress(TEXT) + b"junk"))
+
+
+def test_a_word_that_begins_as_a_pickle_does(file):
+    for head in ("", "2 2\n"):
+        found = load(file(f"{head}€ 1 2\nb 3 4\n".encode("cp1252")), encoding="cp1252")
+        assert found.words == ["€", "b"]
+
+
 def test_formats_that_are_not_read_packed(file, tmp_path: Path):
     matrix = io.BytesIO()
     np.save(matrix, np.ones((2, 2)))
@@ -122,6 +149,11 @@ def test_a_path_that_is_not_there(file):
         ({"tensor": "rows"}, "tensor= is for a safetensors file"),
         ({"dtype": "int32"}, "dtype must be one of float16, float32, float64, got int32"),
         ({"dtype": "longdouble"}, "dtype must be one of"),
+        (
+            {"dtype": torch.float16},
+            "dtype must be one of float16, float32, float64, got torch.float16",
+        ),
+        ({"dtype": "half a number"}, "dtype must be one of .* got half a number"),
         ({"limit": -1}, "limit must not be negative, got -1"),
     ],
 )

@@ -75,8 +75,12 @@ def test_a_matrix_needs_words(write):
         load(write(ROWS), words=WORDS[:3])
     with pytest.raises(ValueError, match="the matrix has 4 rows, and there are 5 words"):
         load(write(ROWS), words=[*WORDS, "x"], limit=2)
-    with pytest.raises(ValueError, match="the word 'king' comes twice"):
-        load(write(ROWS), words=[*WORDS[:3], "king"])
+    with pytest.raises(
+        TypeError, match=r"words= must be a list in the order of the rows, .* got set"
+    ):
+        load(write(ROWS), words={*WORDS})
+    with pytest.raises(TypeError, match="got dict"):
+        load(write(ROWS), words=dict.fromkeys(WORDS, 0))
     with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
         load(write(ROWS), words="nothing.txt")
 
@@ -87,6 +91,35 @@ def test_a_matrix_needs_words(write):
 def test_what_is_no_matrix_of_floats(write, rows: np.ndarray):
     with pytest.raises(ValueError, match=r"expected a matrix|rows, and there are 4 words"):
         load(write(rows), words=WORDS)
+
+
+def test_of_a_word_that_comes_twice_the_first_row_is_kept(write, file):
+    words = ["a", "b", "a", "c"]
+    for given in (words, np.array(words), file("\n".join(words))):
+        with pytest.warns(UserWarning, match="1 words came twice, .*: 'a'") as said:
+            found = load(write(ROWS), words=given)
+        assert said[0].filename == __file__
+        assert found.words == ["a", "b", "c"]
+        assert set(map(type, found.words)) == {str}
+        assert np.array_equal(found.matrix, ROWS[[0, 1, 3]])
+    # Behind the limit nothing comes twice.
+    assert load(write(ROWS), words=words, limit=2).words == ["a", "b"]
+
+
+def test_a_number_alone(tmp_path):
+    np.save(tmp_path / "one.npy", np.float32(1))
+    save_file({"one": np.array(1, np.float32)}, tmp_path / "one.safetensors")
+    for name in ("one.npy", "one.safetensors"):
+        for words in ([], ["a"]):
+            with pytest.raises(ValueError, match=r"expected a matrix|rows, and there are 1 words"):
+                load(tmp_path / name, words=words)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_tensors_that_numpy_does_not_have(tmp_path, dtype: torch.dtype):
+    save_tensors({"rows": torch.ones(4, 3).to(dtype)}, tmp_path / "rows.safetensors")
+    with pytest.raises(ValueError, match=rf"rows\.safetensors: .* of {dtype}"):
+        load(tmp_path / "rows.safetensors", words=WORDS)
 
 
 def test_fp16_that_overflows(write):

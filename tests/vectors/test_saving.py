@@ -95,6 +95,37 @@ def test_words_that_a_format_cannot_say(tmp_path: Path, end: str, word: str):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("word", ["a" * 4096, "é" * 2048], ids=["letters", "bytes"])
+def test_a_word_that_is_too_long_for_a_binary_file(tmp_path: Path, word: str):
+    for path in (tmp_path / "words.txt", tmp_path / "words.kv"):
+        Vectors(["a", word], np.ones((2, 2), np.float32)).save(path)
+        assert load(path).words == ["a", word]
+    path = tmp_path / "words.bin"
+    with pytest.raises(ValueError, match=r"has 4,096 bytes, and in this format .* save as \.txt"):
+        Vectors(["a", word], np.ones((2, 2), np.float32)).save(path)
+    assert not path.exists()
+    Vectors(["a", word[1:]], np.ones((2, 2), np.float32)).save(path)
+    assert load(path).words == ["a", word[1:]]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_words_without_numbers(tmp_path: Path, end: str):
+    made, path = Vectors(["a"], np.empty((1, 0), np.float32)), tmp_path / f"words{end}"
+    if end == ".kv":
+        made.save(path)
+        assert load(path).matrix.shape == (1, 0)
+    else:
+        with pytest.raises(ValueError, match=rf"words\{end}: words without numbers"):
+            made.save(path)
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_words_of_numpy(tmp_path: Path, end: str):
+    Vectors(np.array(["a", "b"]), np.ones((2, 2), np.float32)).save(tmp_path / f"words{end}")
+    assert load(tmp_path / f"words{end}").words == ["a", "b"]
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_half_of_a_character(tmp_path: Path, end: str):
     with pytest.raises(ValueError, match=r"'\\ud83d' holds half of a character"):
@@ -124,8 +155,31 @@ def test_a_number_that_fp32_does_not_have(tmp_path: Path):
 def test_a_name_that_says_no_format(tmp_path: Path, name: str):
     with pytest.raises(ValueError, match=r"the name must end in \.txt, \.vec, \.bin or \.kv"):
         vectors().save(tmp_path / name)
-    with pytest.raises(FileNotFoundError):
-        vectors().save(tmp_path / "nothing" / "words.vec")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_place_that_takes_no_file(tmp_path: Path, end: str):
+    (tmp_path / f"folder{end}").mkdir()
+    for name, error in (
+        (f"nothing/words{end}", FileNotFoundError),
+        (f"{'n' * 255}{end}", OSError),
+        (f"folder{end}", IsADirectoryError),
+    ):
+        with pytest.raises(error) as raised:
+            vectors().save(tmp_path / name)
+        assert (raised.value.filename, raised.value.filename2) == (str(tmp_path / name), None)
+    assert [one.name for one in tmp_path.iterdir()] == [f"folder{end}"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_file_keeps_its_mode(tmp_path: Path, end: str, mode: int):
+    path = tmp_path / f"words{end}"
+    Vectors(["old"], np.ones((1, 1))).save(path)
+    path.chmod(mode)
+    vectors().save(path)
+    assert path.stat().st_mode & 0o777 == mode
+    assert load(path).words == WORDS
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -84,6 +84,14 @@ def test_what_is_drawn_has_the_mean_and_the_deviation_of_each_column():
     assert not np.array_equal(drawn, found.embedding(words, seed=1)[0].weight.detach().numpy())
 
 
+def test_what_is_drawn_does_not_depend_on_the_order_of_a_vocabulary():
+    ids = {f"other {number}": number for number in range(50)}
+    one, report = VECTORS.embedding(ids)
+    other, other_report = VECTORS.embedding(dict(reversed(ids.items())))
+    assert torch.equal(one.weight, other.weight)
+    assert report.missing == other_report.missing == tuple(ids)
+
+
 def test_a_frozen_table_and_other_options():
     table, _ = VECTORS.embedding(WORDS, freeze=True, dtype=torch.float64, sparse=True, max_norm=2.0)
     assert not table.weight.requires_grad
@@ -154,6 +162,49 @@ def test_words_in_a_list_or_a_dict(words):
 def test_ids_with_gaps_have_rows_of_zeros():
     table, _ = VECTORS.embedding({"the": 1, "dog": 3})
     assert table.weight.tolist() == [[0, 0, 0], [1, 2, 3], [0, 0, 0], [7, 8, 9]]
+
+
+def test_what_a_tokenizer_adds_and_cuts_is_no_part_of_the_text():
+    made = tokenizer()
+    made.enable_padding(length=10, pad_id=0, pad_token="[PAD]")
+    made.enable_truncation(2)
+    padding, truncation = made.padding, made.truncation
+    _, report = VECTORS.embedding(made, texts=TEXTS)
+    assert report.share_of_text == pytest.approx(5 / 7)
+    # The tokenizer stays as it is.
+    assert (made.padding, made.truncation) == (padding, truncation)
+    assert made.encode("the").ids == [2] + [0] * 9
+
+
+class PadToken(dict):
+    """As a tokenizer of transformers, which has the name of its padding."""
+
+    pad_token = "[PAD]"
+    unk_token = "[UNK]"
+
+
+def test_the_padding_of_a_tokenizer_is_taken():
+    padded = tokenizer()
+    padded.enable_padding(pad_id=0, pad_token="[PAD]")
+    for made in (padded, PadToken(IDS)):
+        table, report = VECTORS.embedding(made)
+        assert table.padding_idx == 0
+        assert table.weight[0].tolist() == [0, 0, 0]
+        assert (report.words, report.missing) == (4, ("bird",))
+        # Another one is asked for.
+        assert VECTORS.embedding(made, padding="bird")[0].padding_idx == 5
+    assert VECTORS.embedding(tokenizer())[0].padding_idx is None
+
+
+def test_names_of_other_layers():
+    with pytest.raises(
+        TypeError, match="name the word of the padding row, padding=, for padding_idx="
+    ):
+        VECTORS.embedding(tokenizer(), padding_idx=0)
+    with pytest.raises(
+        TypeError, match=r"words to ids, not ids to words: \{'the': 0\}, not \{0: 'the'\}"
+    ):
+        VECTORS.embedding({0: "the"})
 
 
 def test_two_words_of_one_id():

@@ -261,6 +261,72 @@ def test_limit_counts_words_and_not_blank_lines(file, header: bool, limit: int):
     assert load(file(f"5 2\n{text}" if header else text), limit=limit).words == [*"abcde"][:limit]
 
 
+# Behind the first line, one that Arrow does not take.
+@pytest.mark.parametrize(
+    "before", ["", "New York{0}0.5{0}0.5\nx{0}+1{0}1\n"], ids=["Arrow", "Python"]
+)
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("route 66\t1.5\t2.5", "route 66"),
+        ("route 66\t1\t-2", "route 66"),
+        ("a 0.5 \t1\t2", "a 0.5"),
+        ("c\t5 1 2", None),
+        ("c\t5\t1\t2", None),
+        ("c 5\t1 2", None),
+        ("c 1 2 3", None),
+        ("c 1 -2 -3", None),
+        ("c 1 +2 0.5", None),
+        ("c 0.5 0.5 0.5", None),
+        ("c 1 0.5 1e-5", "c 1"),
+        ("c  1 0.5 -.5", "c  1"),
+        ("New  York 1 2", "New  York"),
+        ("New  York\t1\t2", "New  York"),
+    ],
+)
+@pytest.mark.parametrize("header", [False, True])
+def test_words_that_end_in_a_number(file, before: str, line: str, word: str | None, header: bool):
+    parted = "\t" if "\t" in line else " "
+    lines = f"a{parted}1.5{parted}2.5\nb{parted}1.5{parted}2.5\nd{parted}1.5{parted}2.5\n"
+    lines += f"{before.format(parted)}{line}\ne{parted}1{parted}2\n"
+    path = file(f"{lines.count(chr(10))} 2\n{lines}" if header else lines)
+    if word is None:
+        number = lines[: lines.index(line)].count("\n") + 1 + header
+        with pytest.raises(ValueError, match=rf"line {number}, .* has more than 2 numbers"):
+            load(path)
+    else:
+        assert load(path).words[-2:] == [word, "e"]
+
+
+@pytest.mark.parametrize(
+    ("behind_word", "between", "end"),
+    [
+        (" ", " ", "\t\n"),
+        (" ", " ", " \t \r\n"),
+        (" ", " ", "   \n"),
+        ("  ", "  ", "\n"),
+        ("\t", " ", "\n"),
+        ("\t", " ", " \n"),
+        (" \t ", "   ", "\r\n"),
+        ("\t\t", "\t", "\n"),
+    ],
+)
+def test_arrow_reads_fields_that_are_parted_in_other_ways(
+    file, monkeypatch: pytest.MonkeyPatch, behind_word: str, between: str, end: str
+):
+    monkeypatch.delattr(text_file, "_line_by_line")
+    rows = np.arange(300, dtype=np.float32).reshape(100, 3)
+    words = [f"w\u00a0{number}" for number in range(100)]
+    lines = [
+        word + behind_word + between.join(map(str, row)) + end
+        for word, row in zip(words, rows.tolist(), strict=True)
+    ]
+    for head in ("", "100 3\n"):
+        found = load(file(head + "".join(lines)))
+        assert found.words == words
+        assert np.array_equal(found.matrix, rows)
+
+
 def test_a_word_where_tabs_part_the_fields_keeps_no_spaces_at_its_ends(file):
     assert load(file("a \t1\t2\nb\t3\t4\n")).words == ["a", "b"]
     with pytest.raises(ValueError, match="line 1"):

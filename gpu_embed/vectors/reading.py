@@ -118,7 +118,7 @@ def check_finite(rows: NDArray, given: NDArray, words: Sequence[str]) -> None:
 
 
 def warn_of_repeated(words: list[str]) -> None:
-    """Warn whoever called `load` of words that came again."""
+    """Warn whoever called `load` of words that came again, from a function that `load` calls."""
     named = ", ".join(map(repr, words[:NAMED])) + (", ..." if len(words) > NAMED else "")
     warnings.warn(
         f"{len(words):,} words came twice, and the first vector of each is kept: {named}",
