@@ -45,8 +45,8 @@ class Likes(nn.Module):
 
     def __init__(self, users: int, items: int) -> None:
         super().__init__()
-        self.user = gpu_embed.Embedding(users, 64)
-        self.item = gpu_embed.Embedding(items, 64)
+        self.user = gpu_embed.Embedding(users, 64, device="cpu")
+        self.item = gpu_embed.Embedding(items, 64, device="cpu")
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         """Ids [batch] each -> [batch]."""
@@ -58,11 +58,12 @@ def train(model: Likes, users: int, items: int, steps: int, console: Console) ->
     torch.manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     for _ in track(range(steps), "training", console=console):
-        user, item = torch.randint(users, (512,)), torch.randint(items, (512,))
+        user = torch.randint(users, (512,), device="cpu")
+        item = torch.randint(items, (512,), device="cpu")
         likes = (user % 10 == item % 10).float()
         # Of ten items a user likes one.
         loss = nn.functional.binary_cross_entropy_with_logits(
-            model(user, item), likes, pos_weight=torch.tensor(9.0)
+            model(user, item), likes, pos_weight=torch.tensor(9.0, device="cpu")
         )
         optimizer.zero_grad()
         loss.backward()
@@ -87,7 +88,8 @@ def main() -> None:
     users, items = 100, 200
     model = Likes(users, items)
     train(model, users, items, 150 if args.quick else 600, console)
-    asked = torch.tensor([4, 4]), torch.tensor([14, 15])  # one that user 4 likes, and one not
+    # An item that user 4 likes, and one not.
+    asked = torch.tensor([4, 4], device="cpu"), torch.tensor([14, 15], device="cpu")
     with torch.no_grad():
         console.print("trained:    ", *(f"{score:+.2f}" for score in model(*asked).tolist()))
         console.print(gpu_embed.replace_embeddings(model, quantize="int4"))
