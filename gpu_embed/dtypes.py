@@ -28,3 +28,11 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def accumulation(dtype: torch.dtype) -> torch.dtype:
     """What sums over rows of a table, and an optimizer's state, are kept in: fp32, or fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def traced_accumulation(dtype: torch.dtype) -> torch.dtype:
+    """`accumulation` of one of FLOATS, where graphs are traced.
+
+    torch.compile warns of the cache, and torch.promote_types is an operator to an exporter.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .dtypes import KERAS_IDS
+from .dtypes import KERAS_IDS, traced_accumulation
 from .ops import take as take_ops
 from .take import WIDE_UNSIGNED, signed_ids
 
@@ -98,7 +98,7 @@ class Embedding(keras.layers.Embedding):
         ids = _ids(inputs)
         table = self._embeddings.value
         if self.lora_enabled and table.is_floating_point():
-            return self._add_lora(_take(table, ids, _wide(table.dtype)), ids)
+            return self._add_lora(_take(table, ids, traced_accumulation(table.dtype)), ids)
         dtype = getattr(torch, self.compute_dtype)
         if _serves(table, ids, dtype):
             return take_ops.take_rows(table, ids, dtype)
@@ -129,7 +129,7 @@ class Embedding(keras.layers.Embedding):
         scale = self.embeddings_scale.value
         dtype = getattr(torch, self.compute_dtype)
         if self.lora_enabled:
-            dtype = _wide(scale.dtype)
+            dtype = traced_accumulation(scale.dtype)
         # Scales have no gradient here, and none in Keras unless somebody made them trainable.
         if scale.requires_grad or not _serves(scale, ids, dtype):
             return None
@@ -180,11 +180,6 @@ def _serves(table: Tensor, ids: Tensor, dtype: torch.dtype) -> bool:
         and ids.dtype in KERAS_IDS
         and take_ops.converts(table.dtype, dtype)
     )
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of such rows are taken in; not torch.promote_types, which is an operator to an exporter."""
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _take(table: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:

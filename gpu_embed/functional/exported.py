@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..bags import first_maxima, make_bags
+from ..dtypes import traced_accumulation
 from ..tables.batch import TableBatch
 from ..tables.layout import TABLE_ALIGNMENT, TableColumn, Tables
 
@@ -140,8 +141,7 @@ def _pooled(
         bag: [N]; -1 where an id takes no part: those are put together behind the bags.
     """
     bag = torch.where(bag < 0, num_bags, bag)
-    # Not by torch.promote_types, which is an operator to an exporter.
-    rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+    rows = rows.to(traced_accumulation(rows.dtype))
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.to(rows.dtype)[:, None]
     outputs = {}

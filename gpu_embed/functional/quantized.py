@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from ..dtypes import IDS
+from ..dtypes import IDS, traced_accumulation
 from ..exporting import is_exporting
 from ..fused_rows import FusedRows, dequantize
 from ..ops.quantized import (
@@ -101,7 +101,7 @@ def quantized_embedding_bag(
     include_last_offset &= offsets is not None
     if include_last_offset and offsets is not None and offsets.size(0) == 0:
         raise RuntimeError("include_last_offset: number of offset should be at least 1")
-    wide = _accumulation(dtype)
+    wide = traced_accumulation(dtype)
     if is_compiling() and is_exporting():
         rows = _plain_rows(weight, input.flatten(), layout).to(wide)
         return exported.bags_of_rows(
@@ -158,7 +158,7 @@ def quantized_tables(
     stand_in = weights[0].new_empty((0, 0), dtype=dtype)
     check_batch(function, input, offsets, stand_in, tables.layout)
     check_sample_weights(input, per_sample_weights, stand_in, tables.layout)
-    wide = _accumulation(output_dtype)
+    wide = traced_accumulation(output_dtype)
     if is_compiling() and is_exporting():
         batch = as_batch(input, offsets, tables.fields, pooled)
         layouts = unpacked(formats)
@@ -200,11 +200,6 @@ def quantized_tables(
         False,
         output_dtype,
     )
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    """`dtypes.accumulation`, without the cache that torch.compile warns of."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_not_sharded(*tensors: Tensor | None) -> None:

@@ -24,7 +24,7 @@ class QuantizedTables(QuantizedModule):
     _float_type: Any  # this package's layer of float tables
     layout: TableLayout
     _tables_on: dict[torch.device, Tables]
-    formats: tuple[FusedRows, ...]  # of each embedding_dim, as tables first have it
+    formats: dict[int, FusedRows]  # by embedding_dim, as tables first have it
     output_dtype: torch.dtype | None  # None: `dtype`
 
     @classmethod
@@ -61,17 +61,17 @@ class QuantizedTables(QuantizedModule):
         torch.nn.Module.__init__(self)
         self.layout = layout = layer.layout
         dims = dict.fromkeys(layout.embedding_dims)
-        self.formats = tuple(fused_rows(function, dim, bits, group) for dim in dims)
+        self.formats = {dim: fused_rows(function, dim, bits, group) for dim in dims}
         self.dtype = self._checked_dtype(dtype or layer.weight.dtype)
         self.output_dtype = layer.output_dtype if dtype is None else None
         self._tables_on = {}
-        for one in self.formats:
+        for dim, one in self.formats.items():
             parts = [
                 quantize_rows(layer._rows(number), one, name)
                 for number, name in enumerate(layout.names)
-                if layout.embedding_dims[number] == one.embedding_dim
+                if layout.embedding_dims[number] == dim
             ]
-            self.register_buffer(f"weight_{one.embedding_dim}", torch.cat(parts))
+            self.register_buffer(f"weight_{dim}", torch.cat(parts))
         for name, shape in self._format_shapes().items():
             empty = torch.empty(shape, dtype=torch.uint8, device=layer.weight.device)
             self.register_buffer(name, empty)
@@ -93,17 +93,14 @@ class QuantizedTables(QuantizedModule):
             features=self._features(),
             **arguments,
         )
-        by_dim = dict(
-            zip((one.embedding_dim for one in self.formats), self._weights(), strict=True)
-        )
-        formats = {one.embedding_dim: one for one in self.formats}
+        by_dim = dict(zip(self.formats, self._weights(), strict=True))
         first_rows = self._first_rows()
         with torch.no_grad():
             for name, rows, dim, first in zip(
                 layout.names, layout.num_embeddings, layout.embedding_dims, first_rows, strict=True
             ):
                 codes = by_dim[dim][first : first + rows]
-                layer[name].copy_(floats(codes, formats[dim], self.dtype))
+                layer[name].copy_(floats(codes, self.formats[dim], self.dtype))
         return layer.train(self.training)
 
     @property
@@ -114,7 +111,7 @@ class QuantizedTables(QuantizedModule):
         if found is None:
             layout, fields = self.layout, self.layout.fields(device)
             first_rows = self._first_rows()
-            dims = [one.embedding_dim for one in self.formats]
+            dims = list(self.formats)
             before = {dim: sum(dims[:number]) for number, dim in enumerate(dims)}
             columns = {
                 TableColumn.FIRST_ROW: [first_rows[table] for table in layout.feature_tables],
@@ -129,7 +126,7 @@ class QuantizedTables(QuantizedModule):
         return found
 
     def _weights(self) -> list[Tensor]:
-        return [self.get_buffer(f"weight_{one.embedding_dim}") for one in self.formats]
+        return [self.get_buffer(f"weight_{dim}") for dim in self.formats]
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
         layout = self.layout
@@ -152,10 +149,10 @@ class QuantizedTables(QuantizedModule):
 
     def _format_shapes(self) -> dict[str, tuple[int, ...]]:
         """By the names of buffers: of each table 0, rows, embedding_dim, group_size, bits."""
-        formats = {one.embedding_dim: one for one in self.formats}
         sizes = enumerate(self._sizes().values())
         return {
-            f"weight_format_{number}": (0, rows, *formats[dim]) for number, (rows, dim) in sizes
+            f"weight_format_{number}": (0, rows, *self.formats[dim])
+            for number, (rows, dim) in sizes
         }
 
     def _reason_to_refuse(self, state_dict: dict[str, Any], prefix: str) -> str | None:
@@ -202,7 +199,7 @@ class QuantizedTables(QuantizedModule):
             # Rows follow the ids, so the tables follow the order of the batch.
             fields = torch.stack([tables.fields[own.index(feature)] for feature in order])
             tables = tables._replace(fields=fields)
-        formats = [number for one in self.formats for number in one]
+        formats = [number for one in self.formats.values() for number in one]
         return quantized_functional.quantized_tables(
             input,
             offsets,
@@ -234,7 +231,9 @@ class QuantizedTables(QuantizedModule):
 
     def extra_repr(self) -> str:
         shapes = [f"{name}: {size}" for name, size in self._sizes().items()]
-        formats = [f"{one.bits} bits, {one.group_size} columns a scale" for one in self.formats]
+        formats = [
+            f"{one.bits} bits, {one.group_size} columns a scale" for one in self.formats.values()
+        ]
         return ", ".join([*shapes, *dict.fromkeys(formats), f"dtype={self.dtype}"])
 
 

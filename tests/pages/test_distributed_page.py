@@ -1,14 +1,12 @@
 """The numbers and messages of docs/distributed.md."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from commands import END_OF_RANK, ROOT, python_blocks
+from commands import ROOT, python_blocks
+from torchrun import run_page
 
 PAGE = (ROOT / "docs/distributed.md").read_text()
 
@@ -21,23 +19,12 @@ PAGE = (ROOT / "docs/distributed.md").read_text()
 def test_the_code_runs_on_two_ranks(tmp_path: Path):
     """As under torchrun; test_docs.py runs it on one, and compares what it prints."""
     start = "import torch.distributed as dist; dist.init_process_group('gloo')"
-    code = "\n".join([start, *python_blocks(PAGE), END_OF_RANK])
-    (tmp_path / "page.py").write_text(
-        code.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"')
-    )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "page.py"]
-    done = subprocess.run(
-        [sys.executable, *launch],
-        cwd=tmp_path,
-        env={"OMP_NUM_THREADS": "1", **os.environ},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("(Shard(dim=0),)") == 4
+    code = "\n".join([start, *python_blocks(PAGE)])
+    code = code.replace('"cuda" if torch.cuda.is_available() else "cpu"', '"cpu"')
+    printed = run_page(code, 2, tmp_path)
+    assert printed.count("(Shard(dim=0),)") == 4
     # All ranks have the id that is out of range, and each says so.
-    assert done.stdout.count("id 1001 at position (0, 1)") == 2
+    assert printed.count("id 1001 at position (0, 1)") == 2
 
 
 def sent(row: str, R: int, V: int, D: int, b: int, N: int, K: int) -> float:

@@ -23,8 +23,6 @@ MODULES = {
     "gpu_embed.env_report": env_report.parse_args,
     "gpu_embed.tune": tune.parse_args,
 }
-# At once: a thread of gloo that holds a tensor while Python ends would abort the process.
-END_OF_RANK = "import os, sys; sys.stdout.flush(); os._exit(0)"
 
 
 def python_blocks(text: str) -> list[str]:
