@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-from . import in_place
+from . import in_place, joined
 from .plain import is_plain_call
 
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -119,8 +119,9 @@ def register_multilinear(
             ]
             return sum(terms[1:], terms[0]) if terms else None
 
-    apply: Callable[..., Tensor] = _named(Multilinear, op).apply
-    _register_autograd(op, apply, count)
+    function = _named(Multilinear, op)
+    apply: Callable[..., Tensor] = function.apply
+    _register_autograd(op, function, count)
 
     def call(*inputs: Any) -> Tensor:
         if not is_plain_call(*inputs[:end]):
@@ -189,8 +190,9 @@ def register_argmax(
                 return None, None
             return at_argmax(tangent, *ctx.saved_tensors, *ctx.arguments), None
 
-    apply: Callable[..., tuple[Tensor, Tensor]] = _named(Argmax, op).apply
-    _register_autograd(op, apply, 1)
+    function = _named(Argmax, op)
+    apply: Callable[..., tuple[Tensor, Tensor]] = function.apply
+    _register_autograd(op, function, 1)
 
     def call(*inputs: Any) -> Tensor:
         if not is_plain_call(*inputs[:end]):
@@ -215,10 +217,12 @@ def _num_tensors(op: torch._ops.OpOverload) -> int:
     return sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
 
 
-def _register_autograd(
-    op: torch._ops.OpOverload, apply: Callable[..., Any], num_linear: int
-) -> None:
+def _register_autograd(op: torch._ops.OpOverload, function: type[Any], num_linear: int) -> None:
     """Differentiate an operator with an autograd function whose first argument is what to run."""
+
+    names = [argument.name for argument in op._schema.arguments]
+    sparse = names.index("sparse") if "sparse" in names else None
+    apply, apply_linked = function.apply, joined.linked(function)
 
     def autograd(keyset: Any, *inputs: Any) -> Any:
         differentiated = torch.is_grad_enabled() and any(
@@ -230,6 +234,8 @@ def _register_autograd(
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return apply(run, *inputs)
+        if sparse is not None and inputs[sparse] and joined.is_traced(inputs[0]):
+            return apply_linked(run, *inputs)
         return apply(run, *inputs)
 
     name = op._schema.name.removeprefix("gpu_embed::")

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import backends, bounds
 from ..dtypes import FLOATS
 from ..shard import Shard
+from . import joined
 from .autograd import _library, define, loop, register_multilinear
 from .plain import PLAIN_MODES, included_keys
 
@@ -292,9 +293,7 @@ def sparse_gradient(
     else:
         ids, values = _zeroed(ids, values, _kept(ids, num_embeddings, padding_idx))
     size = (num_embeddings, grad_output.shape[-1])
-    return torch.sparse_coo_tensor(
-        ids[None], values, size, device=values.device, check_invariants=False
-    )
+    return joined.sparse_tensor([(ids, values)], size)
 
 
 def _kept(ids: Tensor, num_embeddings: int, padding_idx: int) -> Tensor:
