@@ -1,4 +1,4 @@
-"""What our operators share: their library, their way past the dispatcher, and the gradients of two kinds of them.
+"""What our operators share: their way past the dispatcher, and the gradients of two kinds of them.
 
 An operator is registered with the dispatcher, and has a function `call_*` that goes past the dispatcher where that
 has nothing to do: plain tensors in eager mode, the common case, in a third of the host time.
@@ -16,20 +16,11 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-from . import in_place, joined
+from . import in_place, sparse
+from .library import library
 from .plain import is_plain_call
 
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-_library = torch.library.Library("gpu_embed", "DEF")
-
-
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operator: its schema, its kernel for every device (CompositeExplicitAutograd), and its fake kernel."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gpu_embed::{name}", fake, lib=_library)
-    return getattr(torch.ops.gpu_embed, name).default
 
 
 def below_autograd(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
@@ -221,8 +212,8 @@ def _register_autograd(op: torch._ops.OpOverload, function: type[Any], num_linea
     """Differentiate an operator with an autograd function whose first argument is what to run."""
 
     names = [argument.name for argument in op._schema.arguments]
-    sparse = names.index("sparse") if "sparse" in names else None
-    apply, apply_linked = function.apply, joined.linked(function)
+    sparse_at = names.index("sparse") if "sparse" in names else None
+    apply, apply_linked = function.apply, sparse.linked(function)
 
     def autograd(keyset: Any, *inputs: Any) -> Any:
         differentiated = torch.is_grad_enabled() and any(
@@ -234,17 +225,17 @@ def _register_autograd(op: torch._ops.OpOverload, function: type[Any], num_linea
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return apply(run, *inputs)
-        if sparse is not None and inputs[sparse] and joined.is_traced(inputs[0]):
+        if sparse_at is not None and inputs[sparse_at] and sparse.is_traced(inputs[0]):
             return apply_linked(run, *inputs)
         return apply(run, *inputs)
 
     name = op._schema.name.removeprefix("gpu_embed::")
-    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def register_loop(op: torch._ops.OpOverload) -> None:
     """vmap: one example after the other, as torch has it for its bags."""
-    torch.library.register_vmap(op._schema.name, partial(loop, op), lib=_library)
+    torch.library.register_vmap(op._schema.name, partial(loop, op), lib=library)
 
 
 def loop(

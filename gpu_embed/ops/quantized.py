@@ -18,7 +18,8 @@ from ..fused_rows import FusedRows
 from ..tables.batch import Places, TableBatch, write_out_of_range
 from ..tables.layout import TABLE_ALIGNMENT, TableColumn, TableShape
 from ..take import fused_table
-from .autograd import define, register_loop
+from .autograd import register_loop
+from .library import define
 from .bag import _checked_bags
 from .plain import is_plain_call
 
