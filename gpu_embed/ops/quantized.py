@@ -19,8 +19,8 @@ from ..tables.batch import Places, TableBatch, write_out_of_range
 from ..tables.layout import TABLE_ALIGNMENT, TableColumn, TableShape
 from ..take import fused_table
 from .autograd import register_loop
-from .library import define
 from .bag import _checked_bags
+from .library import define
 from .plain import is_plain_call
 
 # Dispatcher kernels (CompositeExplicitAutograd).

@@ -5,8 +5,8 @@ Inductor knows nothing of sparse tensors, and two things go wrong with torch's o
 The memory of ids and values counts as free once the tensor of them is made, and later results are written there. So an
 operator of ours makes the tensor, in memory of its own.
 
-Autograd adds the gradients of all that reads a table, and the code of an addition of two sparse tensors fails. So where a
-tracer records lookups, each hands the table on to the next, and their gradients come back along that chain: each link
+Autograd adds the gradients of all that reads a table, and the code of an addition of two sparse tensors fails. So where
+a tracer records lookups, each hands the table on to the next, and their gradients come back along that chain: each link
 puts the entries of its own lookup in front of those of the later ones, and adds nothing.
 """
 
@@ -89,7 +89,7 @@ class _Link(torch.autograd.Function):
 def linked(function: type[Any]) -> Callable[..., Any]:
     """What applies an autograd function of (run, weight, ...) as a link of the chain of this table's lookups."""
 
-    class Linked(function):  # type: ignore[misc]
+    class Linked(function):
         @staticmethod
         def forward(
             ctx: Any, table: tuple[Callable[..., Any], Tensor], _: Tensor, *inputs: Any
@@ -102,7 +102,7 @@ def linked(function: type[Any]) -> Callable[..., Any]:
 
     def apply(run: Callable[..., Any], weight: Tensor, *inputs: Any) -> Any:
         rest = getattr(weight, _REST, lambda: None)()
-        own, rest = _Link.apply(weight if rest is None else rest)  # type: ignore[no-untyped-call]
+        own, rest = _Link.apply(weight if rest is None else rest)
         outputs = named.apply((run, weight), own, *inputs)
         # The lookup's node holds the next link. From the table it would be a circle that nobody collects.
         node = (outputs[0] if isinstance(outputs, tuple) else outputs).grad_fn
