@@ -237,7 +237,12 @@ def look_up_in(weight, ids, more_ids):
         "bags": lambda: (
             embedding_bag(ids, weight, more_ids, mode="mean", sparse=True).square().sum()
             + embedding_bag(
-                ids, weight, more_ids, mode="sum", sparse=True, per_sample_weights=ids.float()
+                ids,
+                weight,
+                more_ids,
+                mode="sum",
+                sparse=True,
+                per_sample_weights=ids.to(weight.dtype),
             ).sum()
             + embedding(more_ids, weight, sparse=True).sum()
         ),
@@ -271,7 +276,7 @@ def look_up_in(weight, ids, more_ids):
 CASES = list(look_up_in(None, None, None))
 
 
-def loss_and_gradient(case, dtype, backend=None, **options):
+def loss_and_gradient(case, backend=None, dtype=torch.float32, **options):
     weight = torch.nn.Parameter(table(7, 3, dtype, "cpu").round())
     look_up = look_up_in(weight, torch.tensor([5, 1, 1, 6]), torch.tensor([0, 2]))[case]
     if backend is not None:
@@ -281,19 +286,17 @@ def loss_and_gradient(case, dtype, backend=None, **options):
     return loss.detach(), weight.grad
 
 
-def assert_compiled_is_eager(case, dtype=torch.float32, **options):
-    loss, gradient = loss_and_gradient(case, dtype)
-    compiled_loss, compiled = loss_and_gradient(case, dtype, **options)
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_one_table_looked_up_several_times(case, dtype):
+    """As torch: the sum of the gradients."""
+    loss, gradient = loss_and_gradient(case, dtype=dtype)
+    compiled_loss, compiled = loss_and_gradient(case, "aot_eager", dtype, fullgraph=True)
     assert torch.equal(compiled_loss, loss)
     assert torch.equal(compiled.to_dense(), gradient.to_dense())
     # Of a table that it writes to torch.compile makes every gradient dense.
     assert compiled.layout == (torch.strided if case == "max_norm" else gradient.layout)
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.full) for case in CASES])
-def test_one_table_looked_up_several_times(case):
-    """As torch: the sum of the gradients."""
-    assert_compiled_is_eager(case, backend="aot_eager", fullgraph=True)
 
 
 @pytest.mark.parametrize(("case", "lookups"), [("once", 1), ("chunks", 6)])
@@ -304,7 +307,7 @@ def test_graphs_make_one_sparse_gradient_of_a_table(case, lookups):
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return make_boxed_func(graph.forward)
 
-    loss_and_gradient(case, torch.float32, aot_autograd(fw_compiler=record), fullgraph=True)
+    loss_and_gradient(case, aot_autograd(fw_compiler=record), fullgraph=True)
     forward, backward = graphs
     assert forward.count("gpu_embed.embedding.default") == lookups
     assert "aten.detach.default" not in forward
@@ -314,21 +317,31 @@ def test_graphs_make_one_sparse_gradient_of_a_table(case, lookups):
 
 
 @inductor
-@pytest.mark.parametrize("case", CASES)
-def test_inductor_and_one_table_looked_up_several_times(case, cheap_inductor):
-    """As torch in eager mode: the sum of the gradients."""
-    assert_compiled_is_eager(case, backend="inductor", fullgraph=True)
+def test_inductor_and_tables_looked_up_several_times(cheap_inductor):
+    """As torch in eager mode: each table's sum of gradients, whatever the graph computes beside it."""
+    cases = "twice", "bags", "tied head", "checkpoint", "no ids"
+    ids, more_ids = torch.tensor([5, 1, 1, 6]), torch.tensor([0, 2])
+    weights = [torch.nn.Parameter(table(7, 3, torch.float32, "cpu").round()) for _ in cases]
+
+    def loss():
+        return sum(
+            look_up_in(weight, ids, more_ids)[case]()
+            for case, weight in zip(cases, weights, strict=True)
+        )
+
+    gradients = []
+    for look_up in (loss, torch.compile(loss, fullgraph=True)):
+        for weight in weights:
+            weight.grad = None
+        look_up().backward()
+        gradients.append([weight.grad.to_dense() for weight in weights])
+    for case, eager, compiled in zip(cases, *gradients, strict=True):
+        assert torch.equal(compiled, eager), case
 
 
 @inductor
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_inductor_and_tables_of_other_dtypes_looked_up_twice(dtype, cheap_inductor):
-    assert_compiled_is_eager("twice", dtype, backend="inductor", fullgraph=True)
-
-
-@inductor
-@pytest.mark.parametrize("mode", ["sum", "max"])
-def test_inductor_and_batched_tables_looked_up_twice(mode, cheap_inductor):
+@pytest.mark.parametrize(("mode", "backend"), [("sum", "inductor"), ("max", "aot_eager")])
+def test_batched_tables_looked_up_twice(mode, backend, cheap_inductor):
     tables = gpu_embed.TableBatchedEmbeddingBag({"a": (5, 4), "b": (7, 4)}, mode, sparse=True)
     with torch.no_grad():
         for weight in tables.parameters():
@@ -339,7 +352,7 @@ def test_inductor_and_batched_tables_looked_up_twice(mode, cheap_inductor):
         return (3 * tables(ids, offsets)).sum() - tables(ids[:4], offsets.clamp(max=4)).sum()
 
     gradients = []
-    for look_up in (loss, torch.compile(loss, fullgraph=True)):
+    for look_up in (loss, torch.compile(loss, backend=backend, fullgraph=True)):
         tables.zero_grad()
         look_up().backward()
         gradients.append(next(tables.parameters()).grad.to_dense())
@@ -390,8 +403,8 @@ def test_inductor_overwrites_no_gradient(cheap_inductor):
         assert torch.equal(compiled, eager)
 
 
-@inductor
-def test_inductor_and_an_update_in_backward(cheap_inductor):
+@pytest.mark.full
+def test_updates_in_backward_of_a_table_looked_up_twice():
     weights = []
     for compiled in (False, True):
         module = layer("cpu", sparse=True)
@@ -401,7 +414,7 @@ def test_inductor_and_an_update_in_backward(cheap_inductor):
         def loss(ids, module=module):
             return (2 * module(ids)).sum() + module(ids[:2] + 1).sum()
 
-        look_up = torch.compile(loss, fullgraph=True) if compiled else loss
+        look_up = torch.compile(loss, backend="aot_eager") if compiled else loss
         look_up(ids).backward()
         weights.append(module.weight.detach())
     assert torch.equal(*weights)
