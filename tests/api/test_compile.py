@@ -408,7 +408,7 @@ def test_updates_in_backward_of_a_table_looked_up_twice():
     weights = []
     for compiled in (False, True):
         module = layer("cpu", sparse=True)
-        gpu_embed.optim.apply_in_backward(gpu_embed.optim.SGD, module.parameters(), {"lr": 0.5})
+        gpu_embed.optim.apply_in_backward(module, gpu_embed.optim.SGD, lr=0.5)
         ids = torch.tensor([5, 1, 1, 6])
 
         def loss(ids, module=module):
@@ -418,6 +418,7 @@ def test_updates_in_backward_of_a_table_looked_up_twice():
         look_up(ids).backward()
         weights.append(module.weight.detach())
     assert torch.equal(*weights)
+    assert not torch.equal(weights[0], layer("cpu").weight)
 
 
 # torch.export.
