@@ -316,6 +316,32 @@ def test_graphs_make_one_sparse_gradient_of_a_table(case, lookups):
     ]
 
 
+@pytest.mark.full
+def test_ids_of_several_dtypes_and_a_transposed_table():
+    transposed = table(3, 7, torch.float32, "cpu").round().t()
+    ids, more_ids = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([[4, 0]]).to(torch.uint8)
+
+    def loss(weight):
+        found = [embedding(x, weight, sparse=True) for x in (ids, more_ids)]
+        return (2 * found[0]).sum() + found[1].sum()
+
+    weights = [torch.nn.Parameter(transposed.clone()) for _ in range(2)]
+    assert not weights[0].is_contiguous()
+    loss(weights[0]).backward()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(weights[1]).backward()
+    assert torch.equal(weights[1].grad.to_dense(), weights[0].grad.to_dense())
+
+
+@pytest.mark.full
+def test_opcheck_sparse_gradient():
+    ids, values = torch.tensor([1, 2]), torch.ones(2, 3)
+    torch.library.opcheck(
+        torch.ops.gpu_embed.sparse_gradient,
+        ([ids, ids[:1]], [values, values[:1]], 5),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
 @inductor
 def test_inductor_and_tables_looked_up_several_times(cheap_inductor):
     """As torch in eager mode: each table's sum of gradients, whatever the graph computes beside it."""
