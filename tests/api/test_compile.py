@@ -58,8 +58,11 @@ def inductor(test):
 
 @pytest.fixture
 def cheap_inductor():
-    with torch._inductor.config.patch(
-        {"compile_threads": 1, "cpp_cache_precompile_headers": False}
+    options = {"compile_threads": 1, "cpp_cache_precompile_headers": False}
+    # torch's caches of graphs do not know this package's code: they would bring back what another version recorded.
+    with (
+        torch._inductor.config.patch(options | {"fx_graph_cache": False}),
+        torch._functorch.config.patch({"enable_autograd_cache": False}),
     ):
         yield
 
