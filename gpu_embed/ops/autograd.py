@@ -1,4 +1,4 @@
-"""What our operators share: their library, their way past the dispatcher, and the gradients of two kinds of them.
+"""What our operators share: their way past the dispatcher, and the gradients of two kinds of them.
 
 An operator is registered with the dispatcher, and has a function `call_*` that goes past the dispatcher where that
 has nothing to do: plain tensors in eager mode, the common case, in a third of the host time.
@@ -16,20 +16,11 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import _SingleLevelFunction
 
-from . import in_place
+from . import in_place, sparse
+from .library import library
 from .plain import is_plain_call
 
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-_library = torch.library.Library("gpu_embed", "DEF")
-
-
-def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operator: its schema, its kernel for every device (CompositeExplicitAutograd), and its fake kernel."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gpu_embed::{name}", fake, lib=_library)
-    return getattr(torch.ops.gpu_embed, name).default
 
 
 def below_autograd(keyset: Any, op: torch._ops.OpOverload, *inputs: Any) -> Any:
@@ -119,8 +110,9 @@ def register_multilinear(
             ]
             return sum(terms[1:], terms[0]) if terms else None
 
-    apply: Callable[..., Tensor] = _named(Multilinear, op).apply
-    _register_autograd(op, apply, count)
+    function = _named(Multilinear, op)
+    apply: Callable[..., Tensor] = function.apply
+    _register_autograd(op, function, count)
 
     def call(*inputs: Any) -> Tensor:
         if not is_plain_call(*inputs[:end]):
@@ -189,8 +181,9 @@ def register_argmax(
                 return None, None
             return at_argmax(tangent, *ctx.saved_tensors, *ctx.arguments), None
 
-    apply: Callable[..., tuple[Tensor, Tensor]] = _named(Argmax, op).apply
-    _register_autograd(op, apply, 1)
+    function = _named(Argmax, op)
+    apply: Callable[..., tuple[Tensor, Tensor]] = function.apply
+    _register_autograd(op, function, 1)
 
     def call(*inputs: Any) -> Tensor:
         if not is_plain_call(*inputs[:end]):
@@ -215,10 +208,12 @@ def _num_tensors(op: torch._ops.OpOverload) -> int:
     return sum("Tensor" in str(argument.type) for argument in op._schema.arguments)
 
 
-def _register_autograd(
-    op: torch._ops.OpOverload, apply: Callable[..., Any], num_linear: int
-) -> None:
+def _register_autograd(op: torch._ops.OpOverload, function: type[Any], num_linear: int) -> None:
     """Differentiate an operator with an autograd function whose first argument is what to run."""
+
+    names = [argument.name for argument in op._schema.arguments]
+    sparse_at = names.index("sparse") if "sparse" in names else None
+    apply, apply_linked = function.apply, sparse.linked(function)
 
     def autograd(keyset: Any, *inputs: Any) -> Any:
         differentiated = torch.is_grad_enabled() and any(
@@ -230,15 +225,17 @@ def _register_autograd(
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return apply(run, *inputs)
+        if sparse_at is not None and inputs[sparse_at] and sparse.is_traced(inputs[0]):
+            return apply_linked(run, *inputs)
         return apply(run, *inputs)
 
     name = op._schema.name.removeprefix("gpu_embed::")
-    _library.impl(name, autograd, "Autograd", with_keyset=True)
+    library.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def register_loop(op: torch._ops.OpOverload) -> None:
     """vmap: one example after the other, as torch has it for its bags."""
-    torch.library.register_vmap(op._schema.name, partial(loop, op), lib=_library)
+    torch.library.register_vmap(op._schema.name, partial(loop, op), lib=library)
 
 
 def loop(

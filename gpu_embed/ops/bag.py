@@ -27,7 +27,8 @@ from .. import backends, bounds
 from ..bags import Bags, check_offsets, count_bags, make_bags
 from ..dtypes import accumulation
 from ..shard import Shard, table_rows
-from .autograd import define, register_argmax, register_loop, register_multilinear
+from .autograd import register_argmax, register_loop, register_multilinear
+from .library import define
 from .lookup import (
     _embedding_dense_backward,
     call_embedding_dense_backward,

@@ -21,8 +21,10 @@ from torch import Tensor
 from .. import backends, bounds
 from ..dtypes import FLOATS
 from ..shard import Shard
-from .autograd import _library, define, loop, register_multilinear
+from .autograd import loop, register_multilinear
+from .library import define, library
 from .plain import PLAIN_MODES, included_keys
+from .sparse import sparse_tensor
 
 # Dispatcher kernels (CompositeExplicitAutograd).
 
@@ -291,10 +293,7 @@ def sparse_gradient(
             ids, values = ids.clone(), values.clone(memory_format=torch.contiguous_format)
     else:
         ids, values = _zeroed(ids, values, _kept(ids, num_embeddings, padding_idx))
-    size = (num_embeddings, grad_output.shape[-1])
-    return torch.sparse_coo_tensor(
-        ids[None], values, size, device=values.device, check_invariants=False
-    )
+    return sparse_tensor(ids, values, num_embeddings)
 
 
 def _kept(ids: Tensor, num_embeddings: int, padding_idx: int) -> Tensor:
@@ -345,7 +344,7 @@ def _renorm_in_place(keyset: Any, weight: Tensor, *arguments: Any) -> None:
     )
 
 
-_library.impl("embedding_renorm_", _renorm_in_place, "ADInplaceOrView", with_keyset=True)
+library.impl("embedding_renorm_", _renorm_in_place, "ADInplaceOrView", with_keyset=True)
 
 
 # vmap: B tables are one table of B * V rows, in which example b's ids are shifted by b * V. Shards: a loop.
@@ -359,7 +358,7 @@ def _register_vmap(op: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], 
             has_shard = len(args) == len(op._schema.arguments)
             return loop(op, info, in_dims, *args) if has_shard else rule(info, in_dims, *args)
 
-        torch.library.register_vmap(op._schema.name, vmap, lib=_library)
+        torch.library.register_vmap(op._schema.name, vmap, lib=library)
 
     return register
 
@@ -449,7 +448,7 @@ def _embedding_dense_double_backward_vmap(
     return output, 0
 
 
-@torch.library.register_vmap("gpu_embed::embedding_renorm_", lib=_library)
+@torch.library.register_vmap("gpu_embed::embedding_renorm_", lib=library)
 def _embedding_renorm_vmap(
     info: Any,
     in_dims: tuple[int | None, ...],

@@ -18,8 +18,9 @@ from ..fused_rows import FusedRows
 from ..tables.batch import Places, TableBatch, write_out_of_range
 from ..tables.layout import TABLE_ALIGNMENT, TableColumn, TableShape
 from ..take import fused_table
-from .autograd import define, register_loop
+from .autograd import register_loop
 from .bag import _checked_bags
+from .library import define
 from .plain import is_plain_call
 
 # Dispatcher kernels (CompositeExplicitAutograd).

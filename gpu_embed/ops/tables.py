@@ -26,7 +26,8 @@ from ..tables.batch import Places, TableBatch
 from ..tables.entries import TableEntries, narrow_positions
 from ..tables.gradient import TableGradient
 from ..tables.layout import MODES, TableColumn, Tables, TableShape
-from .autograd import define, register_argmax, register_multilinear
+from .autograd import register_argmax, register_multilinear
+from .library import define
 from .lookup import sparse_gradient
 
 # A `TableBatch` in a schema; the operator that finds the max_positions has none yet.

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import backends, bounds
 from ..dtypes import FLOATS, KERAS_IDS
 from ..take import QuantizedTable, wrap_negative
-from .autograd import _library, define
+from .library import define, library
 from .lookup import embedding_dense_backward
 
 
@@ -169,12 +169,12 @@ def _no_gradient(ctx: Any, grad: Tensor) -> None:
 
 
 torch.library.register_autograd(
-    "gpu_embed::take_rows", _take_rows_adjoint, setup_context=_save_taken, lib=_library
+    "gpu_embed::take_rows", _take_rows_adjoint, setup_context=_save_taken, lib=library
 )
 torch.library.register_autograd(
     "gpu_embed::take_rows_backward",
     _take_rows_backward_adjoint,
     setup_context=_save_taken_backward,
-    lib=_library,
+    lib=library,
 )
-torch.library.register_autograd("gpu_embed::dequantize_rows", _no_gradient, lib=_library)
+torch.library.register_autograd("gpu_embed::dequantize_rows", _no_gradient, lib=library)

@@ -7,15 +7,19 @@ import pytest
 import torch
 from cases import FORWARD_DTYPES, ID_DTYPES, integer_gradient, table
 from torch import func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.aot_autograd import make_boxed_func
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import gpu_embed
-from gpu_embed.functional import embedding
+from gpu_embed.functional import embedding, embedding_bag
 
 # torch's own, about its exporter's and its tracer's use of the standard library.
 pytestmark = [
@@ -43,6 +47,24 @@ def _fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def inductor(test):
+    has_compiler = pytest.mark.skipif(
+        shutil.which("g++") is None, reason="inductor compiles C++ with g++"
+    )
+    return pytest.mark.full(has_compiler(test))
+
+
+@pytest.fixture
+def cheap_inductor():
+    options = {"compile_threads": 1, "cpp_cache_precompile_headers": False}
+    # torch's caches of graphs do not know this package's code: they would bring back what another version recorded.
+    with (
+        torch._inductor.config.patch(options | {"fx_graph_cache": False}),
+        torch._functorch.config.patch({"enable_autograd_cache": False}),
+    ):
+        yield
 
 
 def layer(device, *, frozen=False, **arguments):
@@ -75,18 +97,14 @@ def test_compiled_training_equals_eager(target, arguments):
     assert not torch.equal(eager.weight, layer(target.device).weight)
 
 
-@pytest.mark.full
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ with g++")
-def test_inductor_on_the_cpu():
+@inductor
+def test_inductor_on_the_cpu(cheap_inductor):
     """Drop-in: with generated code around the op."""
     indices = torch.tensor([[5, 1, 0, 1], [1, 6, 1, 6]])
     eager, compiled = (layer("cpu", **ARGUMENTS["all but sparse"]) for _ in range(2))
-    with torch._inductor.config.patch(
-        {"compile_threads": 1, "cpp_cache_precompile_headers": False}
-    ):
-        graph = torch.compile(compiled, fullgraph=True, dynamic=True)
-        assert torch.equal(train(compiled, graph, indices), train(eager, eager, indices))
-        assert torch.equal(graph(indices[:, :3]), eager(indices[:, :3]))
+    graph = torch.compile(compiled, fullgraph=True, dynamic=True)
+    assert torch.equal(train(compiled, graph, indices), train(eager, eager, indices))
+    assert torch.equal(graph(indices[:, :3]), eager(indices[:, :3]))
 
 
 @pytest.mark.full
@@ -203,6 +221,233 @@ def test_compiled_autograd(arguments):
             output.backward(grad_output)
         grads.append(module.weight.grad.to_dense())
     assert torch.equal(*grads)
+
+
+# Sparse gradients in a graph: Inductor's own code for them is wrong.
+
+
+def look_up_in(weight, ids, more_ids):
+    return {
+        "once": lambda: embedding(ids, weight, sparse=True).sum(),
+        "twice": lambda: (
+            (3 * embedding(ids, weight, sparse=True)).sum()
+            - embedding(more_ids, weight, padding_idx=1, sparse=True).sum()
+        ),
+        "chunks": lambda: sum(
+            (n * embedding(chunk, weight, sparse=True)).sum()
+            for n, chunk in enumerate(ids.repeat(4).split(3))
+        ),
+        "bags": lambda: (
+            embedding_bag(ids, weight, more_ids, mode="mean", sparse=True).square().sum()
+            + embedding_bag(
+                ids,
+                weight,
+                more_ids,
+                mode="sum",
+                sparse=True,
+                per_sample_weights=ids.to(weight.dtype),
+            ).sum()
+            + embedding(more_ids, weight, sparse=True).sum()
+        ),
+        "max_norm": lambda: (
+            (2 * embedding(ids, weight, max_norm=1e4, sparse=True)).sum()
+            + embedding(more_ids, weight, max_norm=1e4, sparse=True).sum()
+        ),
+        "tied head": lambda: (
+            linear(embedding(ids, weight, sparse=True), weight).sum()
+            + embedding(more_ids, weight, sparse=True).sum()
+        ),
+        "dense too": lambda: (
+            embedding(ids, weight, sparse=True) + 2 * embedding(more_ids[0], weight)
+        ).sum(),
+        "one unused": lambda: (
+            embedding(ids, weight, sparse=True),
+            embedding(more_ids, weight, sparse=True).sum(),
+        )[1],
+        "checkpoint": lambda: (
+            checkpoint(lambda: embedding(ids, weight, sparse=True) * 2, use_reentrant=False).sum()
+            + embedding(more_ids, weight, sparse=True).sum()
+        ),
+        "no ids": lambda: (
+            embedding(ids[:0], weight, sparse=True).sum()
+            + embedding(ids[:0].reshape(3, 0), weight, sparse=True).sum()
+            + embedding(more_ids, weight, sparse=True).sum()
+        ),
+    }
+
+
+CASES = list(look_up_in(None, None, None))
+
+
+def loss_and_gradient(case, backend=None, dtype=torch.float32, **options):
+    weight = torch.nn.Parameter(table(7, 3, dtype, "cpu").round())
+    look_up = look_up_in(weight, torch.tensor([5, 1, 1, 6]), torch.tensor([0, 2]))[case]
+    if backend is not None:
+        look_up = torch.compile(look_up, backend=backend, **options)
+    loss = look_up()
+    loss.backward()
+    return loss.detach(), weight.grad
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_one_table_looked_up_several_times(case, dtype):
+    """As torch: the sum of the gradients."""
+    loss, gradient = loss_and_gradient(case, dtype=dtype)
+    compiled_loss, compiled = loss_and_gradient(case, "aot_eager", dtype, fullgraph=True)
+    assert torch.equal(compiled_loss, loss)
+    assert torch.equal(compiled.to_dense(), gradient.to_dense())
+    # Of a table that it writes to torch.compile makes every gradient dense.
+    assert compiled.layout == (torch.strided if case == "max_norm" else gradient.layout)
+
+
+@pytest.mark.parametrize(("case", "lookups"), [("once", 1), ("chunks", 6)])
+def test_graphs_make_one_sparse_gradient_of_a_table(case, lookups):
+    graphs = []
+
+    def record(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    loss_and_gradient(case, aot_autograd(fw_compiler=record), fullgraph=True)
+    forward, backward = graphs
+    assert forward.count("gpu_embed.embedding.default") == lookups
+    assert "aten.detach.default" not in forward
+    assert [name for name in backward if "sparse" in name or "add" in name] == [
+        "gpu_embed.sparse_gradient.default"
+    ]
+
+
+@pytest.mark.full
+def test_ids_of_several_dtypes_and_a_transposed_table():
+    transposed = table(3, 7, torch.float32, "cpu").round().t()
+    ids, more_ids = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([[4, 0]]).to(torch.uint8)
+
+    def loss(weight):
+        found = [embedding(x, weight, sparse=True) for x in (ids, more_ids)]
+        return (2 * found[0]).sum() + found[1].sum()
+
+    weights = [torch.nn.Parameter(transposed.clone()) for _ in range(2)]
+    assert not weights[0].is_contiguous()
+    loss(weights[0]).backward()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(weights[1]).backward()
+    assert torch.equal(weights[1].grad.to_dense(), weights[0].grad.to_dense())
+
+
+@pytest.mark.full
+def test_opcheck_sparse_gradient():
+    ids, values = torch.tensor([1, 2]), torch.ones(2, 3)
+    torch.library.opcheck(
+        torch.ops.gpu_embed.sparse_gradient,
+        ([ids, ids[:1]], [values, values[:1]], 5),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+@inductor
+def test_inductor_and_tables_looked_up_several_times(cheap_inductor):
+    """As torch in eager mode: each table's sum of gradients, whatever the graph computes beside it."""
+    cases = "twice", "bags", "tied head", "checkpoint", "no ids"
+    ids, more_ids = torch.tensor([5, 1, 1, 6]), torch.tensor([0, 2])
+    weights = [torch.nn.Parameter(table(7, 3, torch.float32, "cpu").round()) for _ in cases]
+
+    def loss():
+        return sum(
+            look_up_in(weight, ids, more_ids)[case]()
+            for case, weight in zip(cases, weights, strict=True)
+        )
+
+    gradients = []
+    for look_up in (loss, torch.compile(loss, fullgraph=True)):
+        for weight in weights:
+            weight.grad = None
+        look_up().backward()
+        gradients.append([weight.grad.to_dense() for weight in weights])
+    for case, eager, compiled in zip(cases, *gradients, strict=True):
+        assert torch.equal(compiled, eager), case
+
+
+@inductor
+@pytest.mark.parametrize(("mode", "backend"), [("sum", "inductor"), ("max", "aot_eager")])
+def test_batched_tables_looked_up_twice(mode, backend, cheap_inductor):
+    tables = gpu_embed.TableBatchedEmbeddingBag({"a": (5, 4), "b": (7, 4)}, mode, sparse=True)
+    with torch.no_grad():
+        for weight in tables.parameters():
+            weight.copy_(torch.arange(weight.numel()).view_as(weight) % 7 - 3)
+    ids, offsets = torch.tensor([0, 1, 1, 3, 2, 0, 1, 2]), torch.tensor([0, 2, 3, 5, 8])
+
+    def loss():
+        return (3 * tables(ids, offsets)).sum() - tables(ids[:4], offsets.clamp(max=4)).sum()
+
+    gradients = []
+    for look_up in (loss, torch.compile(loss, backend=backend, fullgraph=True)):
+        tables.zero_grad()
+        look_up().backward()
+        gradients.append(next(tables.parameters()).grad.to_dense())
+    assert torch.equal(*gradients)
+
+
+@inductor
+def test_inductor_and_new_lengths_of_two_lookups(cheap_inductor):
+    module = layer("cpu", sparse=True)
+
+    def loss(ids, more_ids):
+        return (2 * module(ids)).sum() + module(more_ids).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for length in (4, 2, 9):
+        gradients = []
+        for look_up in (loss, compiled):
+            module.zero_grad()
+            look_up(
+                torch.arange(length) % 7, torch.arange(2 * length).view(2, length) % 5
+            ).backward()
+            gradients.append(module.weight.grad.to_dense())
+        assert torch.equal(*gradients)
+
+
+@inductor
+def test_inductor_overwrites_no_gradient(cheap_inductor):
+    """The ids and values of one table's gradient stay, whatever the backward computes after them."""
+    tables = [layer("cpu", sparse=True) for _ in range(3)]
+    swapped = torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 0]])
+
+    def loss(*ids):
+        first, second, third = (module(x) for module, x in zip(tables, ids, strict=True))
+        return (
+            ((((first * 3) @ swapped).square() @ swapped + second * 5) @ swapped + third)
+            .square()
+            .sum()
+        )
+
+    ids = torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5])
+    gradients = []
+    for look_up in (loss, torch.compile(loss, fullgraph=True)):
+        for module in tables:
+            module.zero_grad()
+        look_up(*ids).backward()
+        gradients.append([module.weight.grad.to_dense() for module in tables])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert torch.equal(compiled, eager)
+
+
+@pytest.mark.full
+def test_updates_in_backward_of_a_table_looked_up_twice():
+    weights = []
+    for compiled in (False, True):
+        module = layer("cpu", sparse=True)
+        gpu_embed.optim.apply_in_backward(module, gpu_embed.optim.SGD, lr=0.5)
+        ids = torch.tensor([5, 1, 1, 6])
+
+        def loss(ids, module=module):
+            return (2 * module(ids)).sum() + module(ids[:2] + 1).sum()
+
+        look_up = torch.compile(loss, backend="aot_eager") if compiled else loss
+        look_up(ids).backward()
+        weights.append(module.weight.detach())
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], layer("cpu").weight)
 
 
 # torch.export.
