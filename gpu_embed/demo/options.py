@@ -79,6 +79,13 @@ def seed_number(text: str) -> int:
     return number
 
 
+def readable_file(text: str) -> Path:
+    """Read the name of a file that is there; for argparse's ``type=``."""
+    if not os.access(text, os.R_OK) or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no file of this name that can be read")
+    return Path(text)
+
+
 def out_file(text: str) -> Path:
     """Read the name of a picture that can be written; for argparse's ``type=``."""
     out = Path(text)
