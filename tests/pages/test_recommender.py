@@ -366,7 +366,7 @@ def everything(trainer) -> dict[str, object]:
         for key, inner in items:
             if isinstance(inner, dict | list | tuple):
                 walk(f"{name}.{key}", inner)
-            # torch's optimizers have one setting more when they have loaded.
+            # An optimizer that has loaded may have one setting more.
             elif key != "differentiable":
                 named[f"{name}.{key}"] = inner
 
