@@ -38,9 +38,7 @@ class Likes(nn.Module):
 
 def main() -> None:
     parser = example_parser(__doc__, "fewer steps, to see that it runs", device=False)
-    parser.add_argument(
-        "--out", type=Path, default=Path("served"), help="a folder (default: served)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("served"), help="folder (default: served)")
     args = parser.parse_args()
     print(describe_backend("cpu"))
 
