@@ -432,7 +432,10 @@ PROGRAMS = {
     ),
     "small_tables.py": ((), "nothing was written"),
     "swap_transformers.py": (("transformers",), "nothing was written"),
-    "trainer_row_wise.py": (("transformers",), "--resume goes on from the last checkpoint"),
+    "trainer_row_wise.py": (
+        ("transformers", "accelerate"),
+        "--resume goes on from the last checkpoint",
+    ),
     "word_vectors.py": (("gensim", "tokenizers"), "no picture was written"),
 }
 
