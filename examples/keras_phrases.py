@@ -7,10 +7,8 @@ The phrases hold seven words, and ids counted from 0 need `Embedding(7, 2)`. Whe
 old Tokenizer did to leave 0 to padding, the last id is 7 and `Embedding(8, 2)` is the least: both are shown here.
 """
 
-import argparse
 import os
 from itertools import pairwise
-from pathlib import Path
 
 # Read when keras is first imported.
 os.environ["KERAS_BACKEND"] = "torch"
@@ -21,6 +19,7 @@ import numpy as np
 import gpu_embed.keras
 import gpu_embed.plot
 import gpu_embed.text
+from gpu_embed.demo.options import example_parser
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 PHRASES = ["Hope to see you soon", "Nice to see you again"]
@@ -48,10 +47,8 @@ def train(table: keras.layers.Layer, ids: list[list[int]], epochs: int) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("keras_phrases.png"), help="the picture")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="few epochs, to see that it runs")
+    quick = "few epochs, to see that it runs"
+    parser = example_parser(__doc__, quick, picture="keras_phrases.png", seed=True, device=False)
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
     print(describe_backend())

@@ -8,7 +8,6 @@ model averages the rows of a text's words and looks at the average; it is measur
 seen, beside guessing the largest part. The picture shows the rows of the words that say the most.
 """
 
-import argparse
 import ast
 import inspect
 import os
@@ -36,6 +35,7 @@ from rich.progress import (
 import gpu_embed.keras
 import gpu_embed.plot
 import gpu_embed.text
+from gpu_embed.demo.options import example_parser, positive
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 PADDING, UNKNOWN = "[PAD]", "[UNK]"
@@ -143,12 +143,9 @@ def draw(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--epochs", type=int, help="(default: 15; 8 with --quick)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    out = Path("keras_text_classifier.png")
-    parser.add_argument("--out", type=Path, default=out, help="the picture")
-    parser.add_argument("--quick", action="store_true", help="four parts, to see that it runs")
+    quick, picture = "four parts, to see that it runs", "keras_text_classifier.png"
+    parser = example_parser(__doc__, quick, picture=picture, seed=True, device=False)
+    parser.add_argument("--epochs", type=positive, help="(default: 15; 8 with --quick)")
     args = parser.parse_args()
     epochs, num_parts, dim = args.epochs or (8 if args.quick else 15), 4 if args.quick else 6, 64
     console = Console(highlight=False, soft_wrap=True)

@@ -8,15 +8,14 @@ what learns is a low-rank addition to the table of words, a few percent of the m
 `swap_transformers.py`.
 """
 
-import argparse
-
 import peft
 import torch
 from rich.console import Console
 from rich.progress import track
-from swap_transformers import load_model, positive, sentence_vectors, which_is_which
+from swap_transformers import load_model, sentence_vectors, which_is_which
 
 import gpu_embed
+from gpu_embed.demo.options import example_parser, positive
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 ENGLISH = {"flurbo": "cat", "zindle": "bridge", "quomp": "bread", "vasp": "sea"}
@@ -24,10 +23,8 @@ SENTENCES = [f"the {word} is {how}" for word in ENGLISH for how in ("old", "red"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = example_parser(__doc__, "the small model, to see that it runs")
     parser.add_argument("--steps", type=positive, help="(default: 60; 20 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="the small model, to see that it runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     steps = args.steps or (20 if args.quick else 60)
     console = Console(highlight=False, soft_wrap=True)

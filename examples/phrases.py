@@ -6,9 +6,7 @@
 Words with the same neighbours ("hope" and "nice", "soon" and "again") end up together: the picture shows it.
 """
 
-import argparse
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 import gpu_embed
 import gpu_embed.plot
 import gpu_embed.text
+from gpu_embed.demo.options import example_parser
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 PHRASES = ["Hope to see you soon", "Nice to see you again"]
@@ -42,11 +41,8 @@ def train(table: gpu_embed.Embedding, ids: Tensor, steps: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("phrases.png"), help="the picture")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    quick = "few steps, to see that it runs"
+    parser = example_parser(__doc__, quick, picture="phrases.png", seed=True)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     print(describe_backend(args.device))

@@ -36,6 +36,7 @@ from torch.distributed.tensor.parallel import (
 import gpu_embed
 from gpu_embed.bench.machine import readable_bytes
 from gpu_embed.demo import next_word
+from gpu_embed.demo.options import example_parser
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 FULL = next_word.Size(steps=300, vocabulary=4000)
@@ -158,14 +159,16 @@ def process_group(device: torch.device, left: str = LEFT) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     card = device if device.type == "cuda" else None
+    if card is not None:
+        torch.cuda.set_device(card)
     dist.init_process_group(backend, device_id=card, **({} if launched else alone))
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if launched:
             # At once: an orderly end waits for the other processes, which end too.
             if dist.get_rank() == 0:
-                print(f"\ninterrupted, {left}", file=sys.stderr, flush=True)
+                print(f"\ninterrupted, {str(interrupt) or left}", file=sys.stderr, flush=True)
             os._exit(130)
         raise
     finally:
@@ -179,30 +182,10 @@ def end_process() -> None:
         os._exit(0)
 
 
-def choose_device(parser: argparse.ArgumentParser, name: str) -> torch.device:
-    if name != "cuda":
-        return torch.device(name)
-    place, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cards = torch.cuda.device_count()
-    if here > cards:
-        parser.error(
-            f"each of {here} processes needs a GPU of its own, and there are {cards}: "
-            "choose --device cpu, or another --nproc-per-node"
-        )
-    torch.cuda.set_device(place)
-    return torch.device("cuda", place)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="small and fast, to see that it runs")
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    args = parser.parse_args()
-    device = choose_device(parser, args.device)
-    with process_group(device):
-        run(args, device)
+    args = example_parser(__doc__, "small and fast, to see that it runs", seed=True).parse_args()
+    with process_group(args.device):
+        run(args, args.device)
     end_process()
 
 

@@ -7,7 +7,6 @@ Texts of made-up words have topics, and a bag of words learns to tell them. Then
 bits, in a copy of the model, saved, loaded and asked again.
 """
 
-import argparse
 import copy
 import tempfile
 import time
@@ -20,12 +19,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import gpu_embed
+from gpu_embed.demo.options import example_parser
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 TOPICS, TEXTS, LENGTH = 20, 256, 12
 
 
-def draw_texts(words: int, seed: int, device: str) -> tuple[Tensor, Tensor]:
+def draw_texts(words: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids [TEXTS, LENGTH], a third of them of the text's own topic, and the topics [TEXTS]."""
     torch.manual_seed(seed)
     topics = torch.randint(TOPICS, (TEXTS,), device=device)
@@ -49,10 +49,7 @@ def milliseconds(model: nn.Module, ids: Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer words, to see that it runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = example_parser(__doc__, "fewer words, to see that it runs").parse_args()
     words, steps = (2_000, 60) if args.quick else (20_000, 300)
     console = Console(highlight=False, soft_wrap=True)
     console.print(describe_backend(args.device))

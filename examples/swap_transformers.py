@@ -8,7 +8,6 @@ with random weights. It learns to tell sentences apart, each seen twice through 
 same weights.
 """
 
-import argparse
 import copy
 import importlib.util
 import itertools
@@ -27,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging
 
 import gpu_embed
+from gpu_embed.demo.options import example_parser, positive
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 Inputs = dict[str, Tensor]
@@ -100,20 +100,10 @@ def training(model: nn.Module, inputs: Inputs) -> Iterator[tuple[float, float]]:
         yield value, 1e3 * (time.perf_counter() - start)
 
 
-def positive(text: str) -> int:
-    """A number of the command line that counts something."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = example_parser(__doc__, "the small model, to see that it runs")
     parser.add_argument("--steps", type=positive, help="timed steps (default: 20; 3 with --quick)")
     parser.add_argument("--batch", type=positive, help="sentences (default: 64; 8 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="the small model, to see that it runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     steps, batch = args.steps or (3 if args.quick else 20), args.batch or (8 if args.quick else 64)
     console = Console(highlight=False, soft_wrap=True)

@@ -8,7 +8,6 @@ layer learns from half of the words which of the three a word is. --vectors take
 fastText) in their place; it should have these words.
 """
 
-import argparse
 import importlib.util
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import gpu_embed
 import gpu_embed.plot
 import gpu_embed.text
 import gpu_embed.vectors
+from gpu_embed.demo.options import example_parser
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 KINDS = {
@@ -53,14 +53,11 @@ def train(table: gpu_embed.Embedding, ids: Tensor, kinds: Tensor, steps: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    quick = "few steps, to see that it runs"
+    parser = example_parser(__doc__, quick, picture="word_vectors.png", seed=True)
     parser.add_argument("--vectors", type=Path, help="a file of vectors (default: gensim's)")
     parser.add_argument("--nearest", nargs="+", default=["two", "cat", "apple"], metavar="WORD")
     parser.add_argument("--save", type=Path, help="the trained table: .vec, .bin or .kv")
-    parser.add_argument("--out", type=Path, default=Path("word_vectors.png"), help="the picture")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     print(describe_backend(args.device))

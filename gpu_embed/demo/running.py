@@ -1,10 +1,12 @@
-"""What the demo and the examples share: the backend in words, a clean end, pictures in one piece, checks."""
+"""What the demo and the examples share: the backend in words, a clean end, files in one piece, checks."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,19 +46,53 @@ def describe_backend(device: torch.device | str | None = None) -> str:
 
 
 def end_on_ctrl_c(main: Callable[[], None], left: str = "no picture was written") -> None:
-    """Run a program's `main`; Ctrl-C ends it with one line, which says what is `left`, and with code 130."""
+    """Run a program's `main`; what ends it early becomes one line.
+
+    Ctrl-C ends it with code 130 and a line that says what is `left`, or the message of the KeyboardInterrupt, if it
+    has one; a CannotRunError with code 2 and its message.
+    """
     try:
         main()
-    except KeyboardInterrupt:
-        print(f"\ninterrupted, {left}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted, {str(interrupt) or left}", file=sys.stderr)
         sys.exit(130)
+    except CannotRunError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def hold_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C is only noted, and the function that it gives says whether it came.
+
+    So a training ends between two steps, where a checkpoint can be written. On the way out Ctrl-C takes effect, if
+    nothing else was raised.
+    """
+    noted = False
+
+    def note(*_: object) -> None:
+        nonlocal noted
+        noted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if noted:
+        raise KeyboardInterrupt
 
 
 def save_figure(figure: Figure, out: Path) -> None:
-    """Draw into a file beside ``out`` and move it there, so that no half picture is ever seen."""
+    """Draw into ``out``, in one piece."""
+    write_whole(out, lambda part: figure.savefig(part, format=out.suffix[1:] or "png"))
+
+
+def write_whole(out: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``out``, and move it there, so that no half a file is ever seen."""
     part = part_file(out)
     try:
-        figure.savefig(part, format=out.suffix[1:] or "png")
+        write(part)
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)

@@ -250,23 +250,32 @@ def refuse_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """Run the demo, see it refuse in one line, and return that line."""
-    assert demo.main(options) == 2
+    """Run the demo, see it refuse, and return the line that says why."""
+    with pytest.raises(SystemExit) as end:
+        sys.exit(demo.main(options))
+    assert end.value.code == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.count("\n") == 1
-    return shown.err
+    assert "Traceback" not in shown.err
+    return shown.err.splitlines()[-1]
 
 
 @pytest.mark.usefixtures("refuse_to_train")
 class TestRefusals:
-    @pytest.mark.parametrize("steps", ["0", "-3"])
-    def test_too_few_steps(self, steps, capsys):
-        assert "needs 1 step or more" in refusal(capsys, "--steps", steps)
+    @pytest.mark.parametrize(
+        ("steps", "why"),
+        [
+            ("0", "0 is too few, choose 1 or more"),
+            ("-3", "-3 is too few"),
+            ("many", "'many' is no whole number"),
+        ],
+    )
+    def test_steps_that_are_no_count(self, steps, why, capsys):
+        assert f"argument --steps: {why}" in refusal(capsys, "--steps", steps)
 
-    @pytest.mark.parametrize("seed", ["-1", str(2**63)])
-    def test_seed_that_torch_does_not_take(self, seed, capsys):
-        assert f"--seed {seed}: choose a number from 0" in refusal(capsys, "--seed", seed)
+    @pytest.mark.parametrize("seed", ["-1", str(2**32), "luck"])
+    def test_seed_that_numpy_does_not_take(self, seed, capsys):
+        assert f"argument --seed: {seed}: choose a number from 0" in refusal(capsys, "--seed", seed)
 
     def test_missing_folder(self, tmp_path, capsys):
         error = refusal(capsys, "--out", str(tmp_path / "none" / "a.png"))
@@ -295,8 +304,14 @@ class TestRefusals:
     @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
     def test_missing_device(self, device, tmp_path, capsys):
         error = refusal(capsys, "--out", str(tmp_path / "a.png"), "--device", device)
-        assert f"--device {device}: " in error
+        assert f"argument --device: {device}: " in error
         assert "--device cpu always works" in error
+
+    def test_more_processes_of_torchrun_than_cards(self, capsys, monkeypatch):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        said = "each of 4 processes needs a GPU of its own, and there are 2: choose --device cpu"
+        assert said in refusal(capsys, "--device", "cuda")
 
     def test_forced_backend_that_cannot_run(self, tmp_path, capsys):
         with gpu_embed.use_backend("cupy"):

@@ -15,6 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = r"(?:make|pip|python3?|torchrun) "
 INLINE = re.compile(rf"`({COMMAND}[^`\n]+)`")
+# What `example_parser` adds to an example's own options, and how an example asks for it.
+SHARED = {
+    "--quick": "example_parser(",
+    "--device": "example_parser(",
+    "--out": "picture=",
+    "--seed": "seed=True",
+}
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 # Ours, and how they take their arguments: what they do not understand raises.
 MODULES = {
@@ -79,7 +86,7 @@ def _check(words: list[str]) -> None:
     elif words[0] in ("python", "python3"):
         script = (ROOT / words[1]).read_text()
         for option in (word for word in words[2:] if word.startswith("--")):
-            assert f'"{option}"' in script, words
+            assert f'"{option}"' in script or SHARED.get(option, option) in script, words
     else:
         assert (ROOT / words[0]).is_file(), words
 

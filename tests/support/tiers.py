@@ -38,6 +38,7 @@ FULL_FILES = frozenset(
         "pages/test_accumulation_page",
         "pages/test_demo",
         "pages/test_examples",
+        "pages/test_recommender",
         "pages/test_training_page",
         "serving/test_export",
         "serving/test_page",

@@ -1,0 +1,1 @@
+"""The parts of examples/recommender.py: the clicks, the model, its training with checkpoints, the picture."""
