@@ -9,7 +9,7 @@ looks all of them up at once; row-wise Adagrad updates them in the backward pass
 steps. Ctrl-C leaves the last one, and --resume goes on from there, bit for bit as without a break.
 """
 
-import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpu_embed import TableBatchedEmbeddingBag, batch_padded, optim
 from gpu_embed.demo.options import example_parser, writable_file
-from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, write_whole
 from gpu_embed.text import hash_ids
 
 FEATURES, ROWS, WIDTH, USERS = 200, 2000, 8, 256
@@ -64,8 +64,7 @@ def main() -> None:
         right += ((scores > 0) == clicked).sum().item()
         if (step + 1) % 50 == 0:
             saved = {name: part.state_dict() for name, part in parts.items()} | {"step": step + 1}
-            torch.save(saved, f"{args.checkpoint}.part")
-            os.replace(f"{args.checkpoint}.part", args.checkpoint)
+            write_whole(args.checkpoint, partial(torch.save, saved))
             # Nobody comes twice, so each was foretold before anything was learnt from them.
             print(f"step {step + 1}: right about {right / (50 * USERS):.1%} of the users")
             right = 0

@@ -38,8 +38,10 @@ def draw(words: list[str]) -> tuple[list[str], np.ndarray]:
 
 
 def main() -> None:
-    options = {"picture": "keras_pretrained.png", "seed": True, "device": False}
-    args = example_parser(__doc__, "few epochs, to see that it runs", **options).parse_args()
+    parser = example_parser(
+        __doc__, "few epochs", picture="keras_pretrained.png", seed=True, device=False
+    )
+    args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
     print(describe_backend())
 

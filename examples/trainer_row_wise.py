@@ -11,6 +11,7 @@ through all rows in every step. Ctrl-C leaves the checkpoints, and --resume goes
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import transformers
 
 import gpu_embed
 from gpu_embed.demo.options import example_parser
-from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, write_whole
 
 
 class SaveTables(transformers.TrainerCallback):
@@ -30,9 +31,8 @@ class SaveTables(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         file = Path(args.output_dir, f"checkpoint-{state.global_step}", "tables.pt")
-        torch.save(self.optimizer.state_dict(), file.with_suffix(".part"))
         # The last file of a checkpoint: where it is, the others are too.
-        file.with_suffix(".part").replace(file)
+        write_whole(file, partial(torch.save, self.optimizer.state_dict()))
 
 
 def reviews(number: int, words: int) -> list[dict[str, torch.Tensor]]:

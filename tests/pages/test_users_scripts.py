@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import gpu_embed
+
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -122,6 +124,30 @@ def test_the_trainer_resumes_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     for name in ("optimizer.pt", "scheduler.pt", "tables.pt"):
         assert is_same(torch.load(resumed / name), torch.load(expected / name)), name
     assert torch.load(expected / "tables.pt")["state"][0]["sum"].count_nonzero() > 0
+
+
+@pytest.mark.full
+def test_a_tied_table_is_refused_until_it_is_untied() -> None:
+    """As docs/swap.md says; the words of the error name the cause."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 48, "num_hidden_layers": 1}
+    for is_tied in (True, False):
+        config = transformers.BertConfig(vocab_size=100, tie_word_embeddings=is_tied, **size)
+        model = transformers.BertForMaskedLM(config)
+        gpu_embed.replace_embeddings(model)
+        table = model.get_input_embeddings()
+        table.sparse = True
+        gpu_embed.optim.apply_in_backward(model, gpu_embed.optim.RowWiseAdagrad, lr=0.05)
+        before = table.weight.detach().clone()
+        ids = torch.tensor([[4, 7, 99]])
+        loss = model(input_ids=ids, labels=ids).loss
+        if is_tied:
+            with pytest.raises(RuntimeError, match="does not support dense gradients"):
+                loss.backward()
+        else:
+            loss.backward()
+            changed = (table.weight != before).any(dim=1).nonzero().flatten()
+            assert changed.tolist() == [4, 7, 99]
 
 
 @pytest.mark.full
