@@ -1,6 +1,7 @@
 """docs/older_cards.md quotes what is said on such cards; its code runs on the CUDA C++ kernels built for the host."""
 
 import ast
+import importlib.util
 import inspect
 import re
 import sys
@@ -222,6 +223,24 @@ def test_the_cache_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     file = cubin_cache.file_for("source", ["kernel"], ["-arch=sm_70"], "12.9")
     assert file is not None
     assert re.search(r"names have (\d+) characters", PAGE)[1] == str(len(file.name))
+
+
+def test_what_cupy_warns_of_on_windows() -> None:
+    found = importlib.util.find_spec("cupy")
+    if found is None or found.origin is None:
+        pytest.skip("cupy is not installed")
+    assert "`CUDA path could not be detected`" in PAGE
+    said = Path(found.origin).with_name("_environment.py").read_text(encoding="utf-8")
+    assert "CUDA path could not be detected" in said
+
+
+def test_both_kernel_backends_support_the_same() -> None:
+    text = (ROOT / "docs/backends.md").read_text()
+    table = text.partition("## What is supported")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| .+? \| (\w+) \| (\w+) \| \w+ \| \w+ \|$", table, re.M)
+    assert rows[0] == ("triton", "cupy")
+    assert len(rows) > 10
+    assert all(triton == cupy for triton, cupy in rows[1:])
 
 
 @pytest.mark.full
