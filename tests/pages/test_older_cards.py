@@ -15,7 +15,7 @@ import cuda_host_backend
 import pytest
 import torch
 from commands import ROOT, check_printed, python_blocks
-from cuda_host_backend import HostShimCupyBackend
+from cuda_host_backend import KERNELS, HostShimCupyBackend
 
 import gpu_embed
 from gpu_embed import backends, user_cache
@@ -198,20 +198,48 @@ def test_what_explain_says_when_no_kernel_runs(monkeypatch: pytest.MonkeyPatch) 
         assert backends.explain().startswith("torch serves cuda as the last resort; triton: ")
 
 
-def test_nvrtc_needs_no_compiler_and_no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the PATH there is nothing, and the code is the card's own."""
+@pytest.fixture
+def archs() -> set[int]:
+    """What the NVRTC that is installed here compiles for."""
     pytest.importorskip("cupy")
     try:
-        archs = nvrtc.import_cupy().cuda.nvrtc.getSupportedArchs()
+        return set(nvrtc.import_cupy().cuda.nvrtc.getSupportedArchs())
     except Exception as error:
         pytest.skip(f"no NVRTC: {error}")
+
+
+def test_nvrtc_needs_no_compiler_and_no_toolkit(
+    archs: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the PATH there is nothing, and the code is the card's own."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CUDA_PATH", raising=False)
     monkeypatch.setenv(user_cache.VARIABLE, "")
-    for arch in {60, 61, 70, 75} & set(archs):
+    for arch in {60, 61, 70, 75} & archs:
         assert nvrtc.target_for(arch) == f"sm_{arch}"
         compiled = nvrtc.compile_kernels("counts", ["counts_kernel"], nvrtc.target_for(arch))
         assert compiled.image.startswith(b"\x7fELF")
+
+
+@pytest.mark.full
+def test_no_kernel_uses_16_bit_arithmetic(archs: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In PTX each of its instructions names the type."""
+    if 70 not in archs:
+        pytest.skip("this NVRTC does not know 7.0")
+    monkeypatch.setenv(user_cache.VARIABLE, "")
+    kernels = [kernel for kernel in KERNELS if "float16" in kernel.expression]
+    stems = {kernel.stem for kernel in kernels}
+    assert stems >= {"scatter_add", "segment_sum", "bag", "tables", "row_update", "take", "renorm"}
+    for stem in sorted(stems):
+        # Of those that differ in numbers and flags alone, the last.
+        named = {
+            re.sub(r"\b(\d+|true|false)\b", "", kernel.expression): kernel.expression
+            for kernel in kernels
+            if kernel.stem == stem
+        }
+        ptx = nvrtc.compile_kernels(stem, list(named.values()), "compute_70").image.decode()
+        assert ".f32" in ptx
+        assert re.findall(r"\.b?f16(?:x2)?\b", ptx) == []
 
 
 def test_the_cache_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
