@@ -93,11 +93,12 @@ def _codes(values: Any) -> Tensor:
 
 def _of_strings(strings: Sequence[str]) -> NDArray[np.int64]:
     try:
-        # Half of a pair of surrogates has no UTF-8 of its own.
-        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
-    except AttributeError:
+        is_ascii = "".join(strings).isascii()
+    except TypeError:
         other = next(one for one in strings if not isinstance(one, str))
         raise _wrong_type(f"strings and {other!r}, a {type(other).__name__}") from None
+    # NumPy takes ASCII as it is. Half of a pair of surrogates has no UTF-8 of its own.
+    encoded = strings if is_ascii else [one.encode("utf-8", "surrogatepass") for one in strings]
     lengths = np.fromiter(map(len, encoded), np.uint64, len(encoded))
     codes = (lengths + np.uint64(1)) * np.uint64(GOLDEN)
     width, longest = SHORTEST, int(lengths.max(initial=0))
@@ -107,7 +108,9 @@ def _of_strings(strings: Sequence[str]) -> NDArray[np.int64]:
     left = np.arange(len(encoded))
     # Of long ones few lie side by side, and a step for each eight bytes would take a second for a million.
     for place in np.flatnonzero(lengths > LONGEST).tolist():
-        digest = hashlib.blake2b(encoded[place], digest_size=8).digest()
+        one = encoded[place]
+        data = one.encode() if isinstance(one, str) else one
+        digest = hashlib.blake2b(data, digest_size=8).digest()
         codes[place] = int.from_bytes(digest, "little")
     left = left[lengths <= LONGEST]
     while len(left):
@@ -120,8 +123,8 @@ def _of_strings(strings: Sequence[str]) -> NDArray[np.int64]:
     return codes.view(np.int64)
 
 
-def _hash(strings: list[bytes], codes: NDArray[np.uint64], width: int) -> None:
-    """Hash strings of up to `width` bytes into their codes, eight bytes at a time."""
+def _hash(strings: Sequence[str | bytes], codes: NDArray[np.uint64], width: int) -> None:
+    """Hash UTF-8, or ASCII, of up to `width` bytes into their codes, eight bytes at a time."""
     count = max(BLOCK // width, 1)
     for start in range(0, len(strings), count):
         words = np.array(strings[start : start + count], f"S{width}").view("<u8")
