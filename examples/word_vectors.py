@@ -19,7 +19,7 @@ import gpu_embed
 import gpu_embed.plot
 import gpu_embed.text
 import gpu_embed.vectors
-from gpu_embed.demo.options import example_parser
+from gpu_embed.demo.options import example_parser, readable_file, writable_file
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, save_figure
 
 KINDS = {
@@ -55,9 +55,11 @@ def train(table: gpu_embed.Embedding, ids: Tensor, kinds: Tensor, steps: int) ->
 def main() -> None:
     quick = "few steps, to see that it runs"
     parser = example_parser(__doc__, quick, picture="word_vectors.png", seed=True)
-    parser.add_argument("--vectors", type=Path, help="a file of vectors (default: gensim's)")
+    parser.add_argument(
+        "--vectors", type=readable_file, help="a file of vectors (default: gensim's)"
+    )
     parser.add_argument("--nearest", nargs="+", default=["two", "cat", "apple"], metavar="WORD")
-    parser.add_argument("--save", type=Path, help="the trained table: .vec, .bin or .kv")
+    parser.add_argument("--save", type=writable_file, help="the trained table: .vec, .bin or .kv")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     print(describe_backend(args.device))

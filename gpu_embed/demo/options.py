@@ -79,6 +79,13 @@ def seed_number(text: str) -> int:
     return number
 
 
+def readable_file(text: str) -> Path:
+    """Read the name of a file that is there; for argparse's ``type=``."""
+    if not os.access(text, os.R_OK) or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no file of this name that can be read")
+    return Path(text)
+
+
 def out_file(text: str) -> Path:
     """Read the name of a picture that can be written; for argparse's ``type=``."""
     out = Path(text)
@@ -110,18 +117,22 @@ def writable_file(text: str) -> Path:
 
 
 def usable_device(text: str) -> torch.device:
-    """Read a device that works here; for argparse's ``type=``. Under torchrun "cuda" is this process's own card."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if text == "cuda" and processes > 1:
+    """Read a device that works here; for argparse's ``type=``.
+
+    "cuda" is the first card, and under torchrun that of the process's own number.
+    """
+    name = text
+    if text == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cards = torch.cuda.device_count()
-        if processes > cards:
+        if processes > max(cards, 1):
             raise argparse.ArgumentTypeError(
                 f"each of {processes} processes needs a GPU of its own, and there are {cards}: "
                 "choose --device cpu, or another --nproc-per-node"
             )
-        text = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(text)
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     # A torch built without CUDA raises AssertionError.
     except (RuntimeError, AssertionError) as problem:

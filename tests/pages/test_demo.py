@@ -16,7 +16,7 @@ import torch
 import gpu_embed
 from gpu_embed import text
 from gpu_embed.demo import __main__ as demo
-from gpu_embed.demo import next_word, phrases, running
+from gpu_embed.demo import next_word, options, phrases, running
 
 pytest.importorskip("rich", reason="the demo's extra is not installed")
 image = pytest.importorskip("matplotlib.image", reason="the demo's extra is not installed")
@@ -322,6 +322,18 @@ class TestRefusals:
         monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
         with pytest.raises(running.CannotRunError, match="pydoc_data"):
             next_word.read_tokens()
+
+
+@pytest.mark.parametrize(("rank", "card"), [(None, 0), ("0", 0), ("1", 1)])
+def test_each_process_of_torchrun_takes_its_own_card(rank, card, monkeypatch):
+    """A card with its number, which NCCL asks for."""
+    asked = []
+    monkeypatch.setattr(torch, "zeros", lambda _, device: asked.append(device) or torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert options.usable_device("cuda") == asked[0] == torch.device("cuda", card)
 
 
 def test_interrupted_training_leaves_nothing(tmp_path, capsys, monkeypatch):

@@ -298,6 +298,41 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
+def test_options_are_refused_before_anything_starts(name, tmp_path, monkeypatch, capsys):
+    """By what all examples share; the demo's tests have every case."""
+    for package in PROGRAMS[name][0]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    main = runpy.run_path(str(EXAMPLES / name))["main"]
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    has = capsys.readouterr().out
+    refused = {
+        "--device": ("cuda:99", "cuda:99: "),
+        "--seed": ("-1", "-1: choose a number from 0 to 2**32 - 1"),
+        "--out": ("none/a.png", "none/a.png: there is no folder none"),
+        "--epochs": ("0", "0 is too few, choose 1 or more"),
+        "--steps": ("-3", "-3 is too few, choose 1 or more"),
+        "--batch": ("many", "'many' is no whole number"),
+        "--vectors": ("none.vec", "none.vec: there is no file of this name that can be read"),
+        "--save": ("none/a.vec", "none/a.vec: there is no folder none"),
+    }
+    for option, (value, why) in refused.items():
+        if f"{option} " not in has or (name, option) == ("serving.py", "--out"):
+            continue
+        monkeypatch.setattr(sys, "argv", [name, option, value])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        shown = capsys.readouterr()
+        assert f"error: argument {option}: {why}" in shown.err.splitlines()[-1]
+        assert shown.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_example_writes_half_a_picture():
     texts = {path.name: path.read_text(encoding="utf-8") for path in EXAMPLES.glob("*.py")}
     assert {name for name, text in texts.items() if "save_figure(" in text} == {

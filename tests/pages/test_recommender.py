@@ -9,6 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -528,7 +529,7 @@ GOES_ON = r"^interrupted, no picture was written; this goes on: (.*)$"
 
 
 def interrupt(folder: Path, *options: str, processes: int = 1, group: bool = False) -> str:
-    """Start the example, send Ctrl-C when its second epoch has begun, and return the command that goes on."""
+    """Start the example, send Ctrl-C after its first epoch, and return the command that goes on."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     with subprocess.Popen(
         [sys.executable, *(launch if processes > 1 else ()), PROGRAM, *options],
@@ -539,8 +540,11 @@ def interrupt(folder: Path, *options: str, processes: int = 1, group: bool = Fal
         text=True,
         start_new_session=True,
     ) as process:
-        while process.poll() is None and not (folder / "recommender.pt").exists():
-            pass
+        until = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < until:
+            if (folder / "recommender.pt").exists():
+                break
+            time.sleep(0.01)
         if group:
             os.killpg(process.pid, signal.SIGINT)
         else:
