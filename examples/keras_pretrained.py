@@ -64,7 +64,7 @@ def main() -> None:
         right = fitted.history["val_accuracy"]
         print(f"{name}: right about {right[-1]:.1%} of the texts of unseen words")
         axes.plot(range(1, epochs + 1), right, label=name)
-    axes.set(xlabel="epoch", ylabel="right about the texts of unseen words", ylim=(0, 1))
+    axes.set(xlabel="epoch", ylabel="right about (share of texts of unseen words)", ylim=(0, 1))
     axes.legend()
     save_figure(figure, args.out)
     print(f"picture: {args.out.resolve()}")

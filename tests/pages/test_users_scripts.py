@@ -198,12 +198,14 @@ def test_keras_knows_pretrained_words_that_it_never_saw(tmp_path: Path) -> None:
 
     output = run(tmp_path, "keras_pretrained")
     assert output.count("20 of 20 words found (100.0 %)") == 2
-    found = dict(
-        re.findall(r"^([a-z ]+): right about (\S+)% of the texts of unseen words$", output, re.M)
+    found = re.findall(
+        r"^([a-z ]+): right about (\S+)% of the texts of unseen words$", output, re.M
     )
-    assert list(found) == ["random", "pretrained", "pretrained and frozen"]
-    assert float(found["random"]) < 60
-    assert min(float(found["pretrained"]), float(found["pretrained and frozen"])) > 75
+    right = {name: float(share) for name, share in found}
+    assert list(right) == ["random", "pretrained", "pretrained and frozen"]
+    assert right["random"] < 60
+    assert right["pretrained"] > right["random"] + 10
+    assert right["pretrained and frozen"] > 75
     (picture,) = tmp_path.iterdir()
     assert f"picture: {picture}" in output
     assert image.imread(picture).shape[:2] == (480, 640)
