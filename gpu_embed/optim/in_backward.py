@@ -167,8 +167,8 @@ def apply_in_backward(
         params = list(dict.fromkeys(layer.weight for layer in layers))
         if not params:
             raise ValueError(
-                "apply_in_backward: the module has no Embedding or EmbeddingBag with sparse=True "
-                "whose weight requires a gradient"
+                "apply_in_backward: the module has no Embedding or EmbeddingBag with sparse=True whose weight requires "
+                "a gradient; a layer that is there takes layer.sparse = True"
             )
     optimizer = optimizer_class(params, **arguments)
     if not isinstance(optimizer, RowOptimizer):

@@ -340,6 +340,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         present = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
+        # torch adds this one here, and a state_dict would then have what it had not before it was loaded.
+        self.defaults.pop("differentiable", None)
         # Updates in backward hold the groups, and must follow what is loaded.
         for number, group in enumerate(present):
             loaded, self.param_groups[number] = self.param_groups[number], group

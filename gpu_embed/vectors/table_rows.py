@@ -221,8 +221,8 @@ def _rows_of(layer: Any, table: str | None) -> Tensor:
     if isinstance(value, Tensor) and hasattr(layer, "input_dim"):
         return value
     raise TypeError(
-        "expected an Embedding or EmbeddingBag, batched tables, or a layer of Keras on torch that is built, got "
-        f"{type(layer).__name__}"
+        "expected an Embedding or EmbeddingBag, batched tables, or a layer of Keras on torch that is built (by its "
+        f"build()), got {type(layer).__name__}"
     )
 
 

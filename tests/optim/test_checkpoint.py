@@ -877,3 +877,13 @@ def test_the_default_device_is_not_read(make_layer, optimizer_class):
 def on_meta(step):
     with torch.device("meta"):
         return step()
+
+
+@every_class
+def test_settings_that_were_loaded_are_saved_as_they_were(optimizer_class):
+    """torch adds "differentiable" to the defaults of what is loaded."""
+    saved = optimizer_class(LAYERS["Embedding"]().parameters()).state_dict()
+    resumed = optimizer_class(LAYERS["Embedding"]().parameters())
+    resumed.load_state_dict(saved)
+    assert resumed.state_dict() == saved
+    assert pickle.loads(pickle.dumps(resumed)).state_dict() == saved

@@ -57,7 +57,9 @@ def name_of(page: Path) -> str:
         # DTensor, FSDP and peft take long to import, and the default tier does without gensim.
         pytest.param(
             page,
-            marks=pytest.mark.full if page.stem in ("distributed", "quantized", "vectors") else (),
+            marks=pytest.mark.full
+            if page.stem in ("distributed", "older_cards", "quantized", "vectors")
+            else (),
         )
         for page in PAGES
         # tests/torchrec and tests/serving run their own.

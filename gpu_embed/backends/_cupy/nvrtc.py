@@ -85,7 +85,9 @@ def source(stem: str) -> str:
 
     def expanded(name: str) -> str:
         lines = [f'#line 1 "{name}"']
-        for number, line in enumerate((folder / name).read_text().splitlines(), 1):
+        # Windows has another encoding by default.
+        text = (folder / name).read_text(encoding="utf-8")
+        for number, line in enumerate(text.splitlines(), 1):
             found = re.fullmatch(r'#include "(\w+\.cuh)"', line)
             lines += [once(found[1]), f'#line {number + 1} "{name}"'] if found else [line]
         return "\n".join(lines) + "\n"
