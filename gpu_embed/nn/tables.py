@@ -2,7 +2,7 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,11 @@ from ..dtypes import FLOATS
 from ..functional import tables as table_functional
 from ..tables.gradient import TableGradient
 from ..tables.inputs import BatchSizes, TableInput, reorder
-from ..tables.layout import TableLayout, Tables, make_layout, quoted
+from ..tables.layout import TableLayout, Tables, make_layout, per_table, quoted
 from ..tables.parameter import TableSlice
 from .bag import EmbeddingBag
 from .embedding import Embedding
+from .growing import grow
 from .table_module import Table, not_frozen_alone
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ READ_MARK = "_is_hf_initialized"
 # How many tables and features `repr` names.
 REPR_TABLES = 12
 PerTable = Mapping[str, Any] | Sequence[Any]
+# Fills rows [n, embedding_dim] in place, as those of torch.nn.init do.
+Initializer = Callable[[Tensor], Any]
 
 
 class BatchedTables(torch.nn.Module, ABC):
@@ -40,6 +43,7 @@ class BatchedTables(torch.nn.Module, ABC):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         output_dtype: torch.dtype | None,
+        init: PerTable | Initializer | None,
     ) -> None:
         super().__init__()
         if output_dtype is not None and output_dtype not in FLOATS:
@@ -48,6 +52,7 @@ class BatchedTables(torch.nn.Module, ABC):
                 f"{output_dtype!r}"
             )
         self.layout = layout
+        self._init = _initializers(init, layout)
         self.sparse = sparse
         self.output_dtype = output_dtype
         self._tables_on: dict[torch.device, Tables] = {}
@@ -132,7 +137,7 @@ class BatchedTables(torch.nn.Module, ABC):
         """A layer for one table."""
 
     def reset_parameters(self) -> None:
-        """Draw every table anew: N(0, 1), its padding row zero, as torch's layers do."""
+        """Draw every table anew, by its `init` or from N(0, 1); its padding row is zero, as in torch's layers."""
         self._check_writable()
         with torch.no_grad():
             # What lies between tables is zero, also after `to_empty`.
@@ -144,9 +149,63 @@ class BatchedTables(torch.nn.Module, ABC):
         padding_idx = self.layout.padding_idx[number]
         with torch.no_grad():
             rows = self.layout.view(self.weight, number)
-            rows.normal_()
+            self._fill(number, rows)
             if padding_idx >= 0:
                 rows[padding_idx].fill_(0)
+
+    def _fill(self, number: int, rows: Tensor) -> None:
+        """Draw some rows of a table."""
+        init = self._init[number]
+        if init is None:
+            rows.normal_()
+            return
+        made = init(rows)
+        if made is not rows and isinstance(made, Tensor) and made.shape == rows.shape:
+            raise TypeError(
+                f"init: the function of table {self.layout.names[number]!r} returned another tensor, and nobody "
+                "reads that; let it fill the rows that it is given in place and return them, or nothing, as the "
+                "functions of torch.nn.init do"
+            )
+
+    def grow(self, tables: str | Mapping[str, int], rows: int | None = None) -> None:
+        """Add rows to the end of tables, `grow("user", 1000)`, or of several at once, `grow({"user": 9, "item": 7})`.
+
+        What there is, is kept bit for bit: rows, names, the Parameter object, and with it the optimizers that have it,
+        their groups, and what they have for each row: torch's state tensors, those of `gpu_embed.optim`, also of
+        `parameters_of(...)` and of `apply_in_backward`, and chosen `rows=`, among which the new ones are. New rows are
+        drawn by `init`, and their state begins as at the optimizer's first step. The optimizers are found by Python's
+        garbage collector, which takes a moment in a large program.
+
+        For that moment old and new memory are both there. What points to the old one goes on with it: views that were
+        given out before, captured CUDA graphs, and `state_dict()`s. A graph of before the growth cannot run backward
+        to these tables. Compiled functions are compiled anew.
+
+        Args:
+            tables: a name, or how many rows each table gets, by name.
+            rows: how many, at least 0, if one name was given.
+
+        Raises, and then changes nothing:
+            KeyError: no table has that name.
+            TypeError: rows are no int.
+            ValueError: they are negative.
+            RuntimeError: `.grad` is there, or gradients that `micro_steps` holds; the parameter is sharded, shared
+                with other processes, with another batched layer or with a DistributedDataParallel; an optimizer keeps
+                something that is no number for each element or row; no memory.
+        """
+        if isinstance(tables, Mapping):
+            if rows is not None:
+                raise TypeError("grow takes a name and its rows, or a mapping alone")
+            grow(self, tables)
+        else:
+            grow(self, {tables: rows})
+
+    def _take_layout(self, layout: TableLayout, tables: Tables) -> None:
+        """Look up by another layout, which the parameter has by now."""
+        # A table may have that name.
+        self.__dict__["layout"] = layout
+        self._tables_on = {self.weight.device: tables}
+        self._given_out.clear()
+        self._prepare()
 
     def _check_writable(self) -> None:
         """Raise RuntimeError where the rows of one table are no view of the parameter."""
@@ -224,8 +283,7 @@ class BatchedTables(torch.nn.Module, ABC):
         device = self.weight.device
         found = self._tables_on.get(device)
         if found is None:
-            layout = self.layout
-            found = Tables(layout, layout.fields(device), layout.table_of_column(device))
+            found = Tables.of(self.layout, device)
             # A fake tensor is of no use to later calls.
             if type(found.fields) is Tensor:
                 self._tables_on[device] = found
@@ -455,6 +513,7 @@ class BatchedTables(torch.nn.Module, ABC):
             holder._load_from_state_dict(state_dict, f"{prefix}{name}.", local_metadata, *messages)
             loaded.append(holder.weight.detach())
         if error_msgs:
+            error_msgs += self._advice(state_dict, prefix)
             return
         if self.weight.is_meta and any(rows.is_meta for rows in loaded):
             # The files of a checkpoint may come one after the other.
@@ -463,6 +522,16 @@ class BatchedTables(torch.nn.Module, ABC):
                     self._assign_rows(number, rows)
         else:
             self._take_over(loaded, error_msgs)
+
+    def _advice(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """What makes tables as tall as those to be loaded."""
+        more = {}
+        for name, rows in self.items():
+            saved: Any = state_dict.get(f"{prefix}{name}.weight")
+            is_table = isinstance(saved, Tensor) and saved.shape[1:] == rows.shape[1:]
+            if is_table and saved.dim() == 2 and len(saved) > len(rows):
+                more[name] = len(saved) - len(rows)
+        return [f"The tables to be loaded have grown; call grow({more}) first"] if more else []
 
     def _take_over(self, loaded: list[Tensor], error_msgs: list[str]) -> None:
         """Bring tables that torch has put elsewhere, by assign=True or by swapping, back into one buffer."""
@@ -509,6 +578,10 @@ class TableBatchedEmbedding(BatchedTables):
             features share one. In this order come the ids. None: one feature a table, of its name.
         output_dtype: of the rows; fp32, fp16 or bf16 (fp64 for fp64 tables). None: the tables'. Gradients have the
             tables', and are summed from those of the output before they are rounded.
+        init: draws a table's rows: a function that is given them, `[n, embedding_dim]`, and fills them in place, as
+            those of torch.nn.init do. One for all tables, by name, or in a sequence; None, and tables that have none:
+            N(0, 1). The padding row is zero afterwards. `reset_parameters()` and `grow()` call it too, the latter with
+            the new rows alone.
 
     Attributes:
         weight: the one parameter, `[sum of num_embeddings, embedding_dim]`: the tables, one under another.
@@ -542,6 +615,7 @@ class TableBatchedEmbedding(BatchedTables):
         *,
         features: Mapping[str, str] | None = None,
         output_dtype: torch.dtype | None = None,
+        init: PerTable | Initializer | None = None,
     ) -> None:
         layout = make_layout(tables, "sum", padding_idx, features)
         if not layout.is_uniform:
@@ -549,7 +623,7 @@ class TableBatchedEmbedding(BatchedTables):
                 "TableBatchedEmbedding: rows of tables of different embedding_dims have no common shape, got "
                 f"{list(layout.embedding_dims)}; TableBatchedEmbeddingBag takes them"
             )
-        super().__init__(layout, sparse, device, dtype, output_dtype)
+        super().__init__(layout, sparse, device, dtype, output_dtype, init)
 
     def forward(
         self,
@@ -625,6 +699,7 @@ class TableBatchedEmbeddingBag(BatchedTables):
         output_dtype: of the output; fp32, fp16 or bf16 (fp64 for fp64 tables). None: the tables'. The tables and
             per-sample weights keep theirs. So do their gradients, which are summed in fp32 from the gradient of the
             output, and rounded once; of a sparse gradient each entry is rounded.
+        init: as in `TableBatchedEmbedding`.
 
     Attributes:
         weight: the one parameter. `[sum of num_embeddings, embedding_dim]`, the tables one under another, if
@@ -665,9 +740,10 @@ class TableBatchedEmbeddingBag(BatchedTables):
         *,
         features: Mapping[str, str] | None = None,
         output_dtype: torch.dtype | None = None,
+        init: PerTable | Initializer | None = None,
     ) -> None:
         layout = make_layout(tables, mode, padding_idx, features)
-        super().__init__(layout, sparse, device, dtype, output_dtype)
+        super().__init__(layout, sparse, device, dtype, output_dtype, init)
 
     def forward(
         self,
@@ -750,6 +826,20 @@ def _shortened(parts: list[str]) -> list[str]:
         return parts
     left_out = len(parts) - REPR_TABLES
     return [*parts[: REPR_TABLES - 1], f"... {left_out} more ...", parts[-1]]
+
+
+def _initializers(
+    init: PerTable | Initializer | None, layout: TableLayout
+) -> tuple[Initializer | None, ...]:
+    """What draws each table."""
+    found = per_table("init", init, layout.names, None)
+    for name, one in zip(layout.names, found, strict=True):
+        if one is not None and not callable(one):
+            raise TypeError(
+                f"init: table {name!r} needs a function that fills rows [n, embedding_dim] in place, such as those of "
+                f"torch.nn.init, or None, got {one!r}"
+            )
+    return tuple(found)
 
 
 def _one_of_all(function: str, what: str, values: Iterable[Any]) -> Any:

@@ -45,6 +45,10 @@ NOT_NEGATIVE = {
     "weight_decay": "weight_decay value",
     "decay_touched_rows": "decay_touched_rows value",
 }
+_GROWN = (
+    "layer.grow() brings along the optimizers of the layer's own parameter; of others load the state_dict() of before "
+    "into a new one"
+)
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -172,6 +176,17 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 f"{name} expects the gradient of a table to be sparse in its rows alone, but it has "
                 f"{grad.sparse_dim()} sparse dimensions"
             )
+        parent = parent_of(param)
+        whole = row_range_of(parent)
+        # Where rows are no multiple of 8 elements, tables may grow into what lies between them.
+        is_of_now = not isinstance(grad, TableGradient) or (
+            whole is None or grad.entries.num_rows == whole.num_rows
+        )
+        if grad.shape != parent.shape or not is_of_now:
+            raise RuntimeError(
+                f"{name}: the gradient was computed before the tables have grown to {list(parent.shape)}; drop it by "
+                "zero_grad()"
+            )
         if (
             param.is_cuda
             and torch.cuda.is_current_stream_capturing()
@@ -204,6 +219,10 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             tensors = tuple([state[layout.name] for layout in layouts])
             rows = group["rows"]
             rows = None if rows is None else rows.to(param.device)
+            if rows is not None and len(rows) != num_rows_of(param):
+                raise RuntimeError(
+                    f"{name}: rows were chosen among {len(rows)}, but the table has {num_rows_of(param)} now; {_GROWN}"
+                )
             if isinstance(grad, TableGradient):
                 assert row_range is not None
                 # Rows of other tables are then out of range, and take no part.
@@ -225,7 +244,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             state["step"] -= 1
             raise
         # The kernels write behind autograd's back.
-        torch.autograd.graph.increment_version(parent_of(param))
+        torch.autograd.graph.increment_version(parent)
 
     def _state_of(
         self, group: dict[str, Any], param: Tensor, layouts: tuple[StateLayout, ...]
@@ -250,7 +269,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             if value.shape != shape:
                 raise RuntimeError(
                     f"{type(self).__name__}: the table is of shape {list(param.shape)} now, but its state "
-                    f"{layout.name} was made for another, {list(value.shape)}"
+                    f"{layout.name} was made for another, {list(value.shape)}; {_GROWN}"
                 )
             # The kernels rely on both.
             if value.dtype != dtype or value.device != param.device:
