@@ -47,7 +47,7 @@ def grow(layer: "BatchedTables", more: Mapping[str, Any]) -> None:
     layout = replace(old, num_embeddings=tuple(rows_of))
     # A parameter's memory is none of inference mode.
     with torch.inference_mode(False), torch.no_grad():
-        tables = Tables.of(layout, weight.device)
+        tables = Tables.of(layout, weight.device, layer._frozen)
         whole = layout.row_range(0, layout.num_tables)
         buffer = _grown(weight.detach(), old.row_range(0, old.num_tables), whole)
         for number, rows in extra.items():

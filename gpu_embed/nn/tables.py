@@ -17,7 +17,7 @@ from ..tables.parameter import TableSlice
 from .bag import EmbeddingBag
 from .embedding import Embedding
 from .growing import grow
-from .table_module import Table, not_frozen_alone
+from .table_module import OfAllTables, Table, freezable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -35,6 +35,8 @@ class BatchedTables(torch.nn.Module, ABC):
     """What both layers are: many tables in one parameter, known to `state_dict` by their names."""
 
     _module_type: type[torch.nn.Module]  # torch's layer for one of these tables
+    # The numbers of tables that are frozen while the parameter is not.
+    _frozen: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -105,15 +107,16 @@ class BatchedTables(torch.nn.Module, ABC):
             what: _one_of_all(
                 function, what, (getattr(weight, what) for weight in weights.values())
             )
-            for what in ("dtype", "device", "requires_grad")
+            for what in ("dtype", "device")
         }
         sparse = _one_of_all(function, "sparse", (module.sparse for module in named.values()))
         # No numbers are drawn on the meta device.
         layer = cls._made_like(named, sparse=sparse, device="meta", dtype=kind["dtype"])
-        layer.weight.requires_grad_(kind["requires_grad"])
         layer._set_buffer(
             torch.zeros(layer.layout.buffer_shape, dtype=kind["dtype"], device=kind["device"])
         )
+        for number, weight in enumerate(weights.values()):
+            layer._freeze(number, weight.requires_grad)
         with torch.no_grad():
             for name, weight in weights.items():
                 layer[name].copy_(weight)
@@ -124,7 +127,7 @@ class BatchedTables(torch.nn.Module, ABC):
         modules = torch.nn.ModuleDict()
         for number, (name, rows) in enumerate(self.items()):
             module = self._module(number, rows.detach().clone())
-            modules[name] = module.requires_grad_(self.weight.requires_grad)
+            modules[name] = module.requires_grad_(self._is_trained(number))
         return modules
 
     @classmethod
@@ -217,8 +220,7 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def __getitem__(self, name: str) -> Tensor:
         """The rows of one table, `[num_embeddings, embedding_dim]`, in the parameter's memory."""
-        rows = self.layout.view(self.weight, self._number(name))
-        return rows if torch.compiler.is_compiling() else not_frozen_alone(name, rows)
+        return self._own_rows(self._number(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.names)
@@ -283,7 +285,7 @@ class BatchedTables(torch.nn.Module, ABC):
         device = self.weight.device
         found = self._tables_on.get(device)
         if found is None:
-            found = Tables.of(self.layout, device)
+            found = Tables.of(self.layout, device, self._frozen)
             # A fake tensor is of no use to later calls.
             if type(found.fields) is Tensor:
                 self._tables_on[device] = found
@@ -325,6 +327,9 @@ class BatchedTables(torch.nn.Module, ABC):
             parts.append("sparse=True")
         if self.output_dtype is not None:
             parts.append(f"output_dtype={self.output_dtype}")
+        if self._frozen:
+            frozen = [layout.names[number] for number in sorted(self._frozen)]
+            parts.append(f"frozen=({', '.join(_shortened(frozen))})")
         return ", ".join(parts)
 
     def _number(self, name: str) -> int:
@@ -348,6 +353,9 @@ class BatchedTables(torch.nn.Module, ABC):
         """Bring up to date what follows from the layout and from the parameter's device."""
         # By this an optimizer knows that a parameter of one dimension is made of rows.
         self.weight.row_range = self.layout.row_range(0, len(self))  # type: ignore[attr-defined]
+        self.weight.__dict__.pop("requires_grad_", None)
+        if self._frozen:
+            self.weight.requires_grad_ = OfAllTables(self)  # type: ignore[method-assign, assignment]
         # Made here and not in a call, which may be compiled or captured in a CUDA graph.
         self.tables  # noqa: B018
 
@@ -364,13 +372,49 @@ class BatchedTables(torch.nn.Module, ABC):
         replaced = self._replaced.get(number)
         if replaced is not None:
             return replaced
-        rows = self.layout.view(self.weight, number)
         if self.weight.is_meta:
             # accelerate makes what it loads of the type that it finds.
-            rows = torch.nn.Parameter(rows.detach(), self.weight.requires_grad)
+            rows: Tensor = torch.nn.Parameter(
+                self.layout.view(self.weight, number).detach(), self._is_trained(number)
+            )
+        else:
+            rows = self._own_rows(number)
         if not torch.compiler.is_compiling():
             self._given_out[number] = weakref.ref(rows)
         return rows
+
+    def _own_rows(self, number: int) -> Tensor:
+        """A table's part of the parameter."""
+        rows = self.layout.view(self.weight, number)
+        if number in self._frozen:
+            rows = rows.detach()
+        return rows if torch.compiler.is_compiling() else freezable(self, number, rows)
+
+    def _is_trained(self, number: int) -> bool:
+        return self.weight.requires_grad and number not in self._frozen
+
+    def _freeze(self, number: int, requires_grad: bool) -> None:
+        """Whether a table gets a gradient; while none does, the parameter does not."""
+        if requires_grad == self._is_trained(number):
+            return
+        frozen = self._frozen if self.weight.requires_grad else frozenset(range(len(self)))
+        frozen = frozen - {number} if requires_grad else frozen | {number}
+        trains = len(frozen) < len(self)
+        self._set_frozen(frozenset())
+        self.weight.requires_grad_(trains)
+        self._set_frozen(frozen if trains else frozenset())
+
+    def _set_frozen(self, frozen: frozenset[int]) -> None:
+        self._frozen = frozen
+        self._tables_on = {
+            device: tables.freezing(frozen) for device, tables in self._tables_on.items()
+        }
+        self._prepare()
+
+    def _looked_up(self) -> Tables:
+        """The tables of a call. Where some were given other rows, those say whether they get a gradient."""
+        tables = self.tables
+        return tables._replace(trained_fields=None) if self._replaced else tables
 
     def _replace_rows(self, number: int, value: Any) -> None:
         """Let a table look up in another tensor, until the view that was taken out before is put back."""
@@ -637,7 +681,7 @@ class TableBatchedEmbedding(BatchedTables):
             raise NotImplementedError(
                 "TableBatchedEmbedding: per_sample_weights are for bags; use TableBatchedEmbeddingBag"
             )
-        tables, own = self.tables, self.layout.features
+        tables, own = self._looked_up(), self.layout.features
         order = order_of(type(self).__name__, own, features)
         if batch_sizes is not None:
             offsets = table_functional.pad_batch(
@@ -645,8 +689,7 @@ class TableBatchedEmbedding(BatchedTables):
             )
         if order != own:
             # Rows follow the ids, so the tables follow the order of the batch.
-            fields = [tables.fields[own.index(feature)] for feature in order]
-            tables = tables._replace(fields=torch.stack(fields))
+            tables = tables.in_order([own.index(feature) for feature in order])
         sparse = self.sparse and not self._replaced
         return table_functional.table_batched_embedding(
             input, self._whole(), offsets, tables, sparse, self.output_dtype
@@ -774,7 +817,7 @@ class TableBatchedEmbeddingBag(BatchedTables):
             input,
             self._whole(),
             offsets,
-            self.tables,
+            self._looked_up(),
             per_sample_weights,
             sparse,
             self.output_dtype,

@@ -1,7 +1,7 @@
 """Where the tables of one buffer lie, and which features look up in them."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -170,15 +170,18 @@ class TableLayout:
             TableShape(num_rows, widest, divisor, mean, True),
         )
 
-    def fields(self, device: torch.device) -> Tensor:
-        """int64 [F, 8]: `TableColumn`'s values of each feature."""
+    def fields(self, device: torch.device, empty: Collection[int] = ()) -> Tensor:
+        """int64 [F, 8]: `TableColumn`'s values of each feature; the tables of these numbers have no rows."""
+        num_rows = (
+            0 if number in empty else rows for number, rows in enumerate(self.num_embeddings)
+        )
 
         def of_tables(numbers: tuple[int, ...]) -> list[int]:
             return [numbers[table] for table in self.feature_tables]
 
         columns = (
             of_tables(self.first_rows),
-            of_tables(self.num_embeddings),
+            of_tables(tuple(num_rows)),
             of_tables(self.first_elements),
             self.feature_dims,
             self.first_columns,
@@ -205,10 +208,28 @@ class Tables(NamedTuple):
     layout: TableLayout
     fields: Tensor  # int64 [F, 8]
     table_of_column: Tensor  # int32 [sum D]
+    # int64 [F, 8]: as fields, but frozen tables have no rows. None: no table is frozen.
+    trained_fields: Tensor | None = None
 
     @classmethod
-    def of(cls, layout: TableLayout, device: torch.device) -> "Tables":
-        return cls(layout, layout.fields(device), layout.table_of_column(device))
+    def of(
+        cls, layout: TableLayout, device: torch.device, frozen: Collection[int] = ()
+    ) -> "Tables":
+        return cls(layout, layout.fields(device), layout.table_of_column(device)).freezing(frozen)
+
+    def freezing(self, frozen: Collection[int]) -> "Tables":
+        """The same with the tables of these numbers frozen, and no others."""
+        fields = self.layout.fields(self.fields.device, frozen) if frozen else None
+        return self._replace(trained_fields=fields)
+
+    def in_order(self, features: Sequence[int]) -> "Tables":
+        """As the kernels read them for the ids of features in this order."""
+
+        trained = self.trained_fields
+        return self._replace(
+            fields=torch.stack([self.fields[n] for n in features]),
+            trained_fields=None if trained is None else torch.stack([trained[n] for n in features]),
+        )
 
 
 class TableShape(NamedTuple):

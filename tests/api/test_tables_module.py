@@ -233,7 +233,6 @@ REFUSED = {
         "one sparse, got False, True",
     ),
     "devices": ([BAG, nn.EmbeddingBag(2, 3, device="meta")], ValueError, "one device, got cpu"),
-    "frozen": ([BAG, nn.EmbeddingBag(2, 3).requires_grad_(False)], ValueError, "one requires_grad"),
 }
 
 
