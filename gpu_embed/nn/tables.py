@@ -411,11 +411,6 @@ class BatchedTables(torch.nn.Module, ABC):
         }
         self._prepare()
 
-    def _looked_up(self) -> Tables:
-        """The tables of a call. Where some were given other rows, those say whether they get a gradient."""
-        tables = self.tables
-        return tables._replace(trained_fields=None) if self._replaced else tables
-
     def _replace_rows(self, number: int, value: Any) -> None:
         """Let a table look up in another tensor, until the view that was taken out before is put back."""
         if number in self._replaced:
@@ -681,7 +676,7 @@ class TableBatchedEmbedding(BatchedTables):
             raise NotImplementedError(
                 "TableBatchedEmbedding: per_sample_weights are for bags; use TableBatchedEmbeddingBag"
             )
-        tables, own = self._looked_up(), self.layout.features
+        tables, own = self.tables, self.layout.features
         order = order_of(type(self).__name__, own, features)
         if batch_sizes is not None:
             offsets = table_functional.pad_batch(
@@ -690,7 +685,10 @@ class TableBatchedEmbedding(BatchedTables):
         if order != own:
             # Rows follow the ids, so the tables follow the order of the batch.
             tables = tables.in_order([own.index(feature) for feature in order])
-        sparse = self.sparse and not self._replaced
+        sparse = self.sparse
+        if self._replaced:
+            # What some were given says itself whether it gets a gradient.
+            sparse, tables = False, tables._replace(trained_fields=None)
         return table_functional.table_batched_embedding(
             input, self._whole(), offsets, tables, sparse, self.output_dtype
         )
@@ -796,7 +794,7 @@ class TableBatchedEmbeddingBag(BatchedTables):
         features: tuple[str, ...] | int | None = None,
         batch_sizes: BatchSizes | None = None,
     ) -> Tensor:
-        own = self.layout.features
+        tables, own = self.tables, self.layout.features
         order = order_of(type(self).__name__, own, features)
         if batch_sizes is not None:
             offsets = table_functional.pad_batch(
@@ -812,12 +810,15 @@ class TableBatchedEmbeddingBag(BatchedTables):
             batch = TableInput(input, offsets, per_sample_weights)
             batch = reorder(batch, [order.index(feature) for feature in own])
             input, offsets, per_sample_weights, *_ = batch
-        sparse = self.sparse and not self._replaced
+        sparse = self.sparse
+        if self._replaced:
+            # What some were given says itself whether it gets a gradient.
+            sparse, tables = False, tables._replace(trained_fields=None)
         return table_functional.table_batched_embedding_bag(
             input,
             self._whole(),
             offsets,
-            self._looked_up(),
+            tables,
             per_sample_weights,
             sparse,
             self.output_dtype,

@@ -321,7 +321,7 @@ def _is_applied_at_once() -> bool:
 
 
 def _zeroed(
-    ids: Tensor, values: Tensor, kept: Tensor, spare: Tensor | None
+    ids: Tensor, values: Tensor, kept: Tensor, spare: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The entries that are not kept become zeros for a row that a kept one names; the host sees no data.
 

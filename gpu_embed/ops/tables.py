@@ -49,8 +49,15 @@ def _batch(
     table_of_column: Tensor,
     trained_fields: Tensor | None,
     *shape: Any,
+    trained: bool = False,
 ) -> TableBatch:
-    """The batch that an operator was given."""
+    """The batch that an operator was given.
+
+    Args:
+        trained: of the trained tables: the ids of frozen ones name no row, and get no gradient.
+    """
+    if trained and trained_fields is not None:
+        fields = trained_fields
     if max_positions is not None:
         max_positions = max_positions.contiguous()
     of_tables = (fields, table_of_column, TableShape(*shape), max_positions, trained_fields)
@@ -130,7 +137,7 @@ def _table_batched_embedding_dense_backward(
 ) -> Tensor:
     bounds.raise_pending(grad_output.device)
     *arguments, weight_length = batch_and_length
-    batch = _batch(*arguments).of_trained()
+    batch = _batch(*arguments, trained=True)
     shape = batch.buffer_shape(weight_length)
     if grad_output.numel() == 0 or batch.bags.num_bags == 0 or batch.shape.num_rows == 0:
         zeros = grad_output.new_zeros(shape, dtype=batch.shape.table_dtype)
@@ -312,7 +319,10 @@ def _sparse_gradient(
         # Then no id is in a bag.
         batch = dataclasses.replace(batch, indices=batch.indices[:0])
         per_sample_weights = None
-    places = batch.of_trained().places()
+    trained = batch
+    if batch.trained_fields is not None:
+        trained = dataclasses.replace(batch, fields=batch.trained_fields)
+    places = trained.places()
     if not batch.is_uniform:
         shape = torch.Size((weight_length,))
         return _table_gradient(grad_output, per_sample_weights, batch, places, shape)
@@ -338,9 +348,8 @@ def _sparse_gradient(
     dtype = batch.shape.table_dtype or grad_output.dtype
     is_new = batch.shape.pooled or per_sample_weights is not None or dtype != grad_output.dtype
     values = values.to(dtype)
-    return sparse_gradient(
-        values, rows, batch.shape.num_rows, -1, False, is_new, batch.first_trained_row()
-    )
+    spare = None if trained is batch else trained.first_row()
+    return sparse_gradient(values, rows, batch.shape.num_rows, -1, False, is_new, spare)
 
 
 def _table_gradient(

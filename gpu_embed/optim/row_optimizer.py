@@ -177,16 +177,8 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 f"{grad.sparse_dim()} sparse dimensions"
             )
         parent = parent_of(param)
-        whole = row_range_of(parent)
-        # Where rows are no multiple of 8 elements, tables may grow into what lies between them.
-        is_of_now = not isinstance(grad, TableGradient) or (
-            whole is None or grad.entries.num_rows == whole.num_rows
-        )
-        if grad.shape != parent.shape or not is_of_now:
-            raise RuntimeError(
-                f"{name}: the gradient was computed before the tables have grown to {list(parent.shape)}; drop it by "
-                "zero_grad()"
-            )
+        if grad.shape != parent.shape:
+            raise self._of_smaller_tables()
         if (
             param.is_cuda
             and torch.cuda.is_current_stream_capturing()
@@ -226,7 +218,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             if isinstance(grad, TableGradient):
                 assert row_range is not None
                 # Rows of other tables are then out of range, and take no part.
-                entries = grad.entries.within(row_range)
+                entries = grad.entries
+                if entries.num_rows != parent.row_range.num_rows:  # type: ignore[attr-defined]
+                    # Into what lies between tables whose rows are no multiple of 8 elements.
+                    raise self._of_smaller_tables()
+                entries = entries.within(row_range)
                 if finite is not None:
                     entries = entries._replace(rows=torch.where(finite, entries.rows, -1))
                 if entries.rows.numel():
@@ -245,6 +241,11 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             raise
         # The kernels write behind autograd's back.
         torch.autograd.graph.increment_version(parent)
+
+    def _of_smaller_tables(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__}: the gradient was computed before the tables have grown; drop it by zero_grad()"
+        )
 
     def _state_of(
         self, group: dict[str, Any], param: Tensor, layouts: tuple[StateLayout, ...]

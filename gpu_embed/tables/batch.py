@@ -54,18 +54,10 @@ class TableBatch:
         """`TableLayout.buffer_shape`, given the first of it."""
         return (length, self.shape.widest) if self.is_uniform else (length,)
 
-    def of_trained(self) -> "TableBatch":
-        """The same in which frozen tables have no rows, as a gradient takes it: their ids name none."""
-        if self.trained_fields is None:
-            return self
-        return dataclasses.replace(self, fields=self.trained_fields, trained_fields=None)
-
-    def first_trained_row(self) -> Tensor | None:
-        """The first row of a table that is not frozen, int64 []; None: no table is frozen."""
-        if self.trained_fields is None:
-            return None
-        first_row = self.trained_fields[:, TableColumn.FIRST_ROW]
-        has_rows = self.trained_fields[:, TableColumn.NUM_ROWS] > 0
+    def first_row(self) -> Tensor:
+        """The first row of the tables that have rows, int64 []."""
+        first_row = self.fields[:, TableColumn.FIRST_ROW]
+        has_rows = self.fields[:, TableColumn.NUM_ROWS] > 0
         return torch.where(has_rows, first_row, self.shape.num_rows - 1).amin()
 
     def places(self) -> "Places":
