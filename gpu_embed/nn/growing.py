@@ -45,8 +45,9 @@ def grow(layer: "BatchedTables", more: Mapping[str, Any]) -> None:
     old = layer.layout
     rows_of = [rows + extra.get(number, 0) for number, rows in enumerate(old.num_embeddings)]
     layout = replace(old, num_embeddings=tuple(rows_of))
-    # A parameter's memory is none of inference mode.
-    with torch.inference_mode(False), torch.no_grad():
+    # Memory of the kind that the parameter was made of, whatever mode is on.
+    is_inference = weight.is_inference()
+    with torch.inference_mode(is_inference), torch.no_grad():
         tables = Tables.of(layout, weight.device, layer._frozen)
         whole = layout.row_range(0, layout.num_tables)
         buffer = _grown(weight.detach(), old.row_range(0, old.num_tables), whole)
@@ -58,8 +59,9 @@ def grow(layer: "BatchedTables", more: Mapping[str, Any]) -> None:
         other = torch.float32 if weight.dtype == torch.float64 else torch.float64
         weight.data = buffer.new_empty(0, dtype=other)
         weight.data = buffer
-        # Graphs of before must not read it.
-        torch.autograd.graph.increment_version(weight)
+        if not is_inference:
+            # Graphs of before must not read it.
+            torch.autograd.graph.increment_version(weight)
         layer._take_layout(layout, tables)
         for write in writes:
             write.into[write.key] = write.value
@@ -224,8 +226,9 @@ def _grown(values: Tensor, old: RowRange, new: RowRange, first: Any = 0) -> Tens
             check_invariants=False,
         )
     shape = (new.num_rows,) if per_row else new.shape
-    whole = torch.full(shape, float(first), dtype=values.dtype, device=values.device)
-    parts = old.views(values.contiguous(), per_row)
-    for view, part in zip(new.views(whole, per_row).values(), parts.values(), strict=True):
-        view[: len(part)].copy_(part)
+    with torch.inference_mode(values.is_inference()):
+        whole = torch.full(shape, float(first), dtype=values.dtype, device=values.device)
+        parts = old.views(values.contiguous(), per_row)
+        for view, part in zip(new.views(whole, per_row).values(), parts.values(), strict=True):
+            view[: len(part)].copy_(part)
     return whole

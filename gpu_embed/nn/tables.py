@@ -626,7 +626,8 @@ class TableBatchedEmbedding(BatchedTables):
         weight: the one parameter, `[sum of num_embeddings, embedding_dim]`: the tables, one under another.
 
     `layer[name]` is a table's rows, in the parameter's memory; iterating gives the names.
-    `layer[name].requires_grad_(False)` freezes that table alone: it gets no gradient. `state_dict` holds `name.weight` for each table, as a `ModuleDict` of `torch.nn.Embedding` does.
+    `layer[name].requires_grad_(False)` freezes that table alone: it gets no gradient. `state_dict` holds
+    `name.weight` for each table, as a `ModuleDict` of `torch.nn.Embedding` does.
 
     Raises:
         ValueError: tables of different embedding_dims; names, shapes or offsets that do not fit.
@@ -747,8 +748,9 @@ class TableBatchedEmbeddingBag(BatchedTables):
             they have one embedding_dim; else `[elements]`, in which each table begins at a multiple of 8.
 
     `layer[name]` is a table's rows, in the parameter's memory; iterating gives the names.
-    `layer[name].requires_grad_(False)` freezes that table alone: it gets no gradient. `state_dict` holds `name.weight` for each table, as a `ModuleDict` of `torch.nn.EmbeddingBag` does. Sums are taken in fp32
-    (fp64 for fp64) and rounded once; an empty bag's is zero.
+    `layer[name].requires_grad_(False)` freezes that table alone: it gets no gradient. `state_dict` holds
+    `name.weight` for each table, as a `ModuleDict` of `torch.nn.EmbeddingBag` does. Sums are taken in fp32 (fp64 for
+    fp64) and rounded once; an empty bag's is zero.
 
     Raises:
         ValueError: names, shapes, modes, offsets or batch_sizes that do not fit.

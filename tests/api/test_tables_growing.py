@@ -307,6 +307,25 @@ def test_meta_tables_grow_and_are_drawn_later():
     assert not layer["user"][0].any()
 
 
+@pytest.mark.parametrize(("made", "grown_in"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_inference_mode_when_made_or_grown(made, grown_in, sparse):
+    with torch.inference_mode(made):
+        layer = TableBatchedEmbeddingBag(UNIFORM, sparse=sparse)
+    make = optim.AdamW if sparse else torch.optim.AdamW
+    optimizer = make(layer.parameters())
+    if not made or sparse:
+        step(layer, optimizer, [7, 3, 5], 0)
+    with torch.inference_mode(grown_in):
+        layer.grow("user", 2)
+    before = layer.weight.detach().clone()
+    layer(torch.tensor([8, 2, 4]), torch.arange(4)).sum().backward()
+    if not made or sparse:
+        # torch's own cannot write to a parameter of inference mode.
+        optimizer.step()
+        assert (layer.weight != before)[8].all()
+
+
 # What else has the parameter, and what is left of before.
 
 
@@ -412,6 +431,29 @@ def test_what_cannot_grow_is_left_as_it_was(spoil, message):
             if name == "step"
             else same_bits(value, before[0]["state"][0][name])
         )
+
+
+def test_tables_of_ranks_do_not_grow_under_them():
+    """Without the wrapper they do."""
+    code = """
+import pytest, torch, gpu_embed
+torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+layer = gpu_embed.TableBatchedEmbedding({"user": (3, 4)})
+ddp = torch.nn.parallel.DistributedDataParallel(layer)
+with pytest.raises(RuntimeError, match="delete the wrapper, grow the tables alike on every rank"):
+    layer.grow("user", 2)
+del ddp
+layer.grow("user", 2)
+ddp = torch.nn.parallel.DistributedDataParallel(layer)
+ddp(torch.tensor([4]), torch.tensor([0, 1])).sum().backward()
+assert layer.weight.grad.sum() == 4
+model = torch.nn.Sequential(gpu_embed.TableBatchedEmbedding({"user": (3, 4)}))
+torch.distributed.fsdp.fully_shard(model)
+with pytest.raises(RuntimeError, match="grow the tables before fully_shard"):
+    model[0].grow("user", 2)
+torch.distributed.destroy_process_group()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_lookup_in_other_rows_is_no_time_to_grow():
