@@ -620,7 +620,7 @@ class TableBatchedEmbedding(BatchedTables):
         init: draws a table's rows: a function that is given them, `[n, embedding_dim]`, and fills them in place, as
             those of torch.nn.init do. One for all tables, by name, or in a sequence; None, and tables that have none:
             N(0, 1). The padding row is zero afterwards. `reset_parameters()` and `grow()` call it too, the latter with
-            the new rows alone.
+            the new rows alone. Pickled with the layer, by its name.
 
     Attributes:
         weight: the one parameter, `[sum of num_embeddings, embedding_dim]`: the tables, one under another.

@@ -586,17 +586,24 @@ def test_loading_and_growing_is_growing(make, sizes, by_table):
 @every_size
 def test_loading_taller_tables_says_to_grow(sizes):
     layer, small = make_layer(sizes, True), make_layer(sizes, True)
+    optimizer, its = (optim.Adagrad(one.parameters()) for one in (layer, small))
+    step(layer, optimizer, [7, 3, 5], 0)
     layer.grow({"user": 3, "item": 1})
-    before = small.weight.detach().clone()
+    before = small["user"].detach().clone()
     with pytest.raises(
         RuntimeError,
         match=r"(?s)size mismatch for .*user.*call grow\(\{'user': 3, 'item': 1\}\) first",
     ):
         small.load_state_dict(layer.state_dict())
-    assert torch.equal(small.weight, before)
+    assert torch.equal(small["user"], before)
+    with pytest.raises(
+        ValueError, match=r"table 'user' needs a state sum .* layer\.grow\(\) adds rows"
+    ):
+        its.load_state_dict(optimizer.state_dict())
     small.grow({"user": 3, "item": 1})
     small.load_state_dict(layer.state_dict())
-    assert torch.equal(small.weight, layer.weight)
+    its.load_state_dict(optimizer.state_dict())
+    assert_equal(layer, optimizer, small, its)
 
 
 @every_size
