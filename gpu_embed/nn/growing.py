@@ -38,10 +38,10 @@ def grow(layer: "BatchedTables", more: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"grow: table {layer.layout.names[number]!r} cannot grow by {rows} rows: tables do not shrink"
             )
-    weight = _growable(layer)
-    optimizers = _optimizers_of(layer, weight)
     if not any(extra.values()):
         return
+    weight = _growable(layer)
+    optimizers = _optimizers_of(layer, weight)
     old = layer.layout
     rows_of = [rows + extra.get(number, 0) for number, rows in enumerate(old.num_embeddings)]
     layout = replace(old, num_embeddings=tuple(rows_of))

@@ -12,7 +12,9 @@ import sys
 import pytest
 import torch
 from cases import same_bits
-from table_cases import integers
+from table_cases import TABLES, assert_same, by_layer, integer_layer, integers, random_input
+from targets import has_method
+from tiers import where
 from torch import nn
 
 import gpu_embed
@@ -146,6 +148,23 @@ def check(make, sizes, sparse, params=lambda layer: list(layer.parameters())):
 # Training with growth is training of tables that were large from the start.
 
 
+@where(has_method)
+@pytest.mark.parametrize("kind", ["uniform", "mixed"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("method", ["atomic", "sorted"])
+def test_every_backend_looks_up_in_grown_tables(target, method, kind, sparse):
+    """What it had prepared for the smaller ones is no more of use."""
+    layer = integer_layer(TABLES[kind], target.device, sparse=sparse, mode=["sum", "mean", "max"])
+    with gpu_embed.use_gradient_method(method):
+        by_layer(layer, *random_input(layer, 3))
+        layer.weight.grad = None
+        layer.grow({"0": 9, "2": 3})
+        other = TableBatchedEmbeddingBag.from_modules(layer.to_modules())
+        ids, offsets = random_input(layer, 3)
+        assert (ids > 6).any()
+        assert_same(by_layer(layer, ids, offsets), by_layer(other, ids, offsets))
+
+
 @every_optimizer_of_ours
 @every_size
 def test_growing_is_as_if_the_tables_had_been_large(make, sizes):
@@ -228,9 +247,11 @@ def test_a_table_without_rows_grows_and_none_is_no_growth():
     layer = TableBatchedEmbeddingBag({"user": (0, 4), "item": (2, 4)}, sparse=True)
     optimizer = optim.AdamW(layer.parameters())
     memory = layer.weight.data_ptr()
+    layer.weight.grad = torch.zeros_like(layer.weight)
     layer.grow("user", 0)
     layer.grow({})
     assert layer.weight.data_ptr() == memory
+    layer.weight.grad = None
     layer.grow("user", 3)
     layer(torch.tensor([2, 0]), torch.tensor([0, 1, 2])).sum().backward()
     optimizer.step()
