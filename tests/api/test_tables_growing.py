@@ -604,6 +604,22 @@ def test_loading_and_growing_is_growing(make, sizes, by_table):
     assert_equal(layer, optimizer, again, its)
 
 
+@pytest.mark.parametrize("make", [DENSE["Adam"], DENSE["Adagrad"]], ids=["Adam", "Adagrad"])
+@every_size
+def test_loading_and_growing_is_growing_with_torchs_optimizers(make, sizes):
+    layer = make_layer(sizes, False)
+    optimizer = make(layer.parameters())
+    step(layer, optimizer, [7, 3, 5], 0)
+    other = TableBatchedEmbeddingBag(sizes, init=first_rows)
+    others = make(other.parameters())
+    other.load_state_dict(layer.state_dict())
+    others.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one, its in ((layer, optimizer), (other, others)):
+        one.grow({"user": 3, "item": 1})
+        step(one, its, [10, 4, 5], 1)
+    assert_equal(layer, optimizer, other, others)
+
+
 @every_size
 def test_loading_taller_tables_says_to_grow(sizes):
     layer, small = make_layer(sizes, True), make_layer(sizes, True)
