@@ -113,6 +113,9 @@ def table_batched_embedding(
     index = torch.where(read[:, None], index, 0)
     rows = torch.nn.functional.embedding(index, units, sparse=sparse and layout.is_uniform)
     rows = rows.view(-1, widest)
+    if tables.trained_fields is not None:
+        is_trained = tables.trained_fields[:, TableColumn.NUM_ROWS][places.table] > 0
+        rows = torch.where(is_trained[:, None], rows, rows.detach())
     dtype = output_dtype or weight.dtype
     if not pooled:
         if max(layout.padding_idx) >= 0:

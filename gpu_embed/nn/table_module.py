@@ -10,6 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .tables import BatchedTables
 
+GONE = "the layer of this table is gone; keep the layer, or copy the rows"
+
 
 class Table(torch.nn.Module):
     """The place of one table: `layer.user.weight` is what `state_dict` calls "user.weight".
@@ -39,11 +41,8 @@ class Table(torch.nn.Module):
             )
 
     def requires_grad_(self, requires_grad: bool = True) -> "Table":
-        """RuntimeError if the layer's parameter does not have it: it is one for all tables."""
-        rows = self._parameters["weight"]
-        assert rows is not None
-        if requires_grad != rows.requires_grad:
-            raise RuntimeError(_frozen_alone(self._parameters.name))  # type: ignore[attr-defined]
+        """Freeze this table alone, or train it again."""
+        self._parameters.layer._freeze(self._parameters.number, requires_grad)  # type: ignore[attr-defined]
         return self
 
     def _save_to_state_dict(
@@ -96,7 +95,7 @@ class _Rows(dict[str, Any]):
     def layer(self) -> "BatchedTables":
         layer = self._layer()
         if layer is None:
-            raise RuntimeError("the layer of this table is gone; keep the layer, or copy the rows")
+            raise RuntimeError(GONE)
         return layer
 
     @property
@@ -142,28 +141,50 @@ class _Rows(dict[str, Any]):
         )
 
 
-def not_frozen_alone(name: str, rows: Tensor) -> Tensor:
-    """The rows of a table, with an error that says what to do instead of freezing them."""
-
-    present = rows.requires_grad
-
+def freezable(layer: "BatchedTables", number: int, rows: Tensor) -> Tensor:
+    """The rows of a table, whose `requires_grad_` freezes the table or trains it again."""
     # Not over the rows themselves, a cycle that would keep their memory.
-    def requires_grad_(requires_grad: bool = True) -> None:
-        if requires_grad != present:
-            raise RuntimeError(_frozen_alone(name))
-
-    rows.requires_grad_ = requires_grad_  # type: ignore[method-assign, assignment]
+    rows.requires_grad_ = _OfTable(layer, number)  # type: ignore[method-assign, assignment]
     # Saved without it.
     rows.__getstate__ = dict  # type: ignore[method-assign]
     return rows
 
 
-def _frozen_alone(name: str) -> str:
-    return (
-        f"table {name!r} is part of its layer's one parameter and has no requires_grad of its own. To keep its rows as "
-        "they are, leave it out of what an optimizer gets, parameters_of(...) of the other tables, or name the rows "
-        "that may change with the optimizer's rows="
-    )
+class _OfTable:
+    """`requires_grad_` of a table's rows."""
+
+    def __init__(self, layer: "BatchedTables", number: int) -> None:
+        self._layer = weakref.ref(layer)
+        self._number = number
+
+    def __call__(self, requires_grad: bool = True) -> Tensor:
+        """The table's rows, as they are then."""
+        layer = self._layer()
+        if layer is None:
+            raise RuntimeError(GONE)
+        layer._freeze(self._number, requires_grad)
+        return layer[layer.layout.names[self._number]]
+
+
+class OfAllTables:
+    """`requires_grad_` of a layer's parameter while some tables are frozen alone: it is meant for all of them.
+
+    By it `requires_grad_` of a model, which asks each parameter, unfreezes them.
+    """
+
+    def __init__(self, layer: "BatchedTables | None" = None) -> None:
+        self._layer = None if layer is None else weakref.ref(layer)
+
+    def __call__(self, requires_grad: bool = True) -> Tensor:
+        layer = None if self._layer is None else self._layer()
+        if layer is None:
+            raise RuntimeError(GONE)
+        layer._set_frozen(frozenset())
+        return layer.weight.requires_grad_(requires_grad)
+
+    def __reduce__(self) -> Any:
+        # A copied layer gives its parameter its own.
+        return OfAllTables, ()
 
 
 def detached(rows: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,12 @@ from ..dtypes import FLOATS
 from ..functional import tables as table_functional
 from ..tables.gradient import TableGradient
 from ..tables.inputs import BatchSizes, TableInput, reorder
-from ..tables.layout import TableLayout, Tables, make_layout, quoted
+from ..tables.layout import TableLayout, Tables, make_layout, per_table, quoted
 from ..tables.parameter import TableSlice
 from .bag import EmbeddingBag
 from .embedding import Embedding
-from .table_module import Table, not_frozen_alone
+from .growing import grow
+from .table_module import OfAllTables, Table, freezable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,12 +27,16 @@ READ_MARK = "_is_hf_initialized"
 # How many tables and features `repr` names.
 REPR_TABLES = 12
 PerTable = Mapping[str, Any] | Sequence[Any]
+# Fills rows [n, embedding_dim] in place, as those of torch.nn.init do.
+Initializer = Callable[[Tensor], Any]
 
 
 class BatchedTables(torch.nn.Module, ABC):
     """What both layers are: many tables in one parameter, known to `state_dict` by their names."""
 
     _module_type: type[torch.nn.Module]  # torch's layer for one of these tables
+    # The numbers of tables that are frozen while the parameter is not.
+    _frozen: frozenset[int] = frozenset()
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class BatchedTables(torch.nn.Module, ABC):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         output_dtype: torch.dtype | None,
+        init: PerTable | Initializer | None,
     ) -> None:
         super().__init__()
         if output_dtype is not None and output_dtype not in FLOATS:
@@ -48,6 +54,7 @@ class BatchedTables(torch.nn.Module, ABC):
                 f"{output_dtype!r}"
             )
         self.layout = layout
+        self._init = _initializers(init, layout)
         self.sparse = sparse
         self.output_dtype = output_dtype
         self._tables_on: dict[torch.device, Tables] = {}
@@ -100,15 +107,16 @@ class BatchedTables(torch.nn.Module, ABC):
             what: _one_of_all(
                 function, what, (getattr(weight, what) for weight in weights.values())
             )
-            for what in ("dtype", "device", "requires_grad")
+            for what in ("dtype", "device")
         }
         sparse = _one_of_all(function, "sparse", (module.sparse for module in named.values()))
         # No numbers are drawn on the meta device.
         layer = cls._made_like(named, sparse=sparse, device="meta", dtype=kind["dtype"])
-        layer.weight.requires_grad_(kind["requires_grad"])
         layer._set_buffer(
             torch.zeros(layer.layout.buffer_shape, dtype=kind["dtype"], device=kind["device"])
         )
+        for number, weight in enumerate(weights.values()):
+            layer._freeze(number, weight.requires_grad)
         with torch.no_grad():
             for name, weight in weights.items():
                 layer[name].copy_(weight)
@@ -119,7 +127,7 @@ class BatchedTables(torch.nn.Module, ABC):
         modules = torch.nn.ModuleDict()
         for number, (name, rows) in enumerate(self.items()):
             module = self._module(number, rows.detach().clone())
-            modules[name] = module.requires_grad_(self.weight.requires_grad)
+            modules[name] = module.requires_grad_(self._is_trained(number))
         return modules
 
     @classmethod
@@ -132,7 +140,7 @@ class BatchedTables(torch.nn.Module, ABC):
         """A layer for one table."""
 
     def reset_parameters(self) -> None:
-        """Draw every table anew: N(0, 1), its padding row zero, as torch's layers do."""
+        """Draw every table anew, by its `init` or from N(0, 1); its padding row is zero, as in torch's layers."""
         self._check_writable()
         with torch.no_grad():
             # What lies between tables is zero, also after `to_empty`.
@@ -144,9 +152,63 @@ class BatchedTables(torch.nn.Module, ABC):
         padding_idx = self.layout.padding_idx[number]
         with torch.no_grad():
             rows = self.layout.view(self.weight, number)
-            rows.normal_()
+            self._fill(number, rows)
             if padding_idx >= 0:
                 rows[padding_idx].fill_(0)
+
+    def _fill(self, number: int, rows: Tensor) -> None:
+        """Draw some rows of a table."""
+        init = self._init[number]
+        if init is None:
+            rows.normal_()
+            return
+        made = init(rows)
+        if made is not rows and isinstance(made, Tensor) and made.shape == rows.shape:
+            raise TypeError(
+                f"init: the function of table {self.layout.names[number]!r} returned another tensor, and nobody "
+                "reads that; let it fill the rows that it is given in place and return them, or nothing, as the "
+                "functions of torch.nn.init do"
+            )
+
+    def grow(self, tables: str | Mapping[str, int], rows: int | None = None) -> None:
+        """Add rows to the end of tables, `grow("user", 1000)`, or of several at once, `grow({"user": 9, "item": 7})`.
+
+        What there is, is kept bit for bit: rows, names, the Parameter object, and with it the optimizers that have it,
+        their groups, and what they have for each row: torch's state tensors, those of `gpu_embed.optim`, also of
+        `parameters_of(...)` and of `apply_in_backward`, and chosen `rows=`, among which the new ones are. New rows are
+        drawn by `init`, and their state begins as at the optimizer's first step. The optimizers are found by Python's
+        garbage collector, which takes a moment in a large program.
+
+        For that moment old and new memory are both there. What points to the old one goes on with it: views that were
+        given out before, captured CUDA graphs, and `state_dict()`s. A graph of before the growth cannot run backward
+        to these tables. Compiled functions are compiled anew.
+
+        Args:
+            tables: a name, or how many rows each table gets, by name.
+            rows: how many, at least 0, if one name was given.
+
+        Raises, and then changes nothing:
+            KeyError: no table has that name.
+            TypeError: rows are no int.
+            ValueError: they are negative.
+            RuntimeError: `.grad` is there, or gradients that `micro_steps` holds; the parameter is sharded, shared
+                with other processes, with another batched layer or with a DistributedDataParallel; an optimizer keeps
+                something that is no number for each element or row; no memory.
+        """
+        if isinstance(tables, Mapping):
+            if rows is not None:
+                raise TypeError("grow takes a name and its rows, or a mapping alone")
+            grow(self, tables)
+        else:
+            grow(self, {tables: rows})
+
+    def _take_layout(self, layout: TableLayout, tables: Tables) -> None:
+        """Look up by another layout, which the parameter has by now."""
+        # A table may have that name.
+        self.__dict__["layout"] = layout
+        self._tables_on = {self.weight.device: tables}
+        self._given_out.clear()
+        self._prepare()
 
     def _check_writable(self) -> None:
         """Raise RuntimeError where the rows of one table are no view of the parameter."""
@@ -158,8 +220,7 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def __getitem__(self, name: str) -> Tensor:
         """The rows of one table, `[num_embeddings, embedding_dim]`, in the parameter's memory."""
-        rows = self.layout.view(self.weight, self._number(name))
-        return rows if torch.compiler.is_compiling() else not_frozen_alone(name, rows)
+        return self._own_rows(self._number(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout.names)
@@ -224,8 +285,7 @@ class BatchedTables(torch.nn.Module, ABC):
         device = self.weight.device
         found = self._tables_on.get(device)
         if found is None:
-            layout = self.layout
-            found = Tables(layout, layout.fields(device), layout.table_of_column(device))
+            found = Tables.of(self.layout, device, self._frozen)
             # A fake tensor is of no use to later calls.
             if type(found.fields) is Tensor:
                 self._tables_on[device] = found
@@ -267,6 +327,9 @@ class BatchedTables(torch.nn.Module, ABC):
             parts.append("sparse=True")
         if self.output_dtype is not None:
             parts.append(f"output_dtype={self.output_dtype}")
+        if self._frozen:
+            frozen = [layout.names[number] for number in sorted(self._frozen)]
+            parts.append(f"frozen=({', '.join(_shortened(frozen))})")
         return ", ".join(parts)
 
     def _number(self, name: str) -> int:
@@ -290,6 +353,9 @@ class BatchedTables(torch.nn.Module, ABC):
         """Bring up to date what follows from the layout and from the parameter's device."""
         # By this an optimizer knows that a parameter of one dimension is made of rows.
         self.weight.row_range = self.layout.row_range(0, len(self))  # type: ignore[attr-defined]
+        self.weight.__dict__.pop("requires_grad_", None)
+        if self._frozen:
+            self.weight.requires_grad_ = OfAllTables(self)  # type: ignore[method-assign, assignment]
         # Made here and not in a call, which may be compiled or captured in a CUDA graph.
         self.tables  # noqa: B018
 
@@ -306,13 +372,44 @@ class BatchedTables(torch.nn.Module, ABC):
         replaced = self._replaced.get(number)
         if replaced is not None:
             return replaced
-        rows = self.layout.view(self.weight, number)
         if self.weight.is_meta:
             # accelerate makes what it loads of the type that it finds.
-            rows = torch.nn.Parameter(rows.detach(), self.weight.requires_grad)
+            rows: Tensor = torch.nn.Parameter(
+                self.layout.view(self.weight, number).detach(), self._is_trained(number)
+            )
+        else:
+            rows = self._own_rows(number)
         if not torch.compiler.is_compiling():
             self._given_out[number] = weakref.ref(rows)
         return rows
+
+    def _own_rows(self, number: int) -> Tensor:
+        """A table's part of the parameter."""
+        rows = self.layout.view(self.weight, number)
+        if number in self._frozen:
+            rows = rows.detach()
+        return rows if torch.compiler.is_compiling() else freezable(self, number, rows)
+
+    def _is_trained(self, number: int) -> bool:
+        return self.weight.requires_grad and number not in self._frozen
+
+    def _freeze(self, number: int, requires_grad: bool) -> None:
+        """Whether a table gets a gradient; while none does, the parameter does not."""
+        if requires_grad == self._is_trained(number):
+            return
+        frozen = self._frozen if self.weight.requires_grad else frozenset(range(len(self)))
+        frozen = frozen - {number} if requires_grad else frozen | {number}
+        trains = len(frozen) < len(self)
+        self._set_frozen(frozenset())
+        self.weight.requires_grad_(trains)
+        self._set_frozen(frozen if trains else frozenset())
+
+    def _set_frozen(self, frozen: frozenset[int]) -> None:
+        self._frozen = frozen
+        self._tables_on = {
+            device: tables.freezing(frozen) for device, tables in self._tables_on.items()
+        }
+        self._prepare()
 
     def _replace_rows(self, number: int, value: Any) -> None:
         """Let a table look up in another tensor, until the view that was taken out before is put back."""
@@ -455,6 +552,7 @@ class BatchedTables(torch.nn.Module, ABC):
             holder._load_from_state_dict(state_dict, f"{prefix}{name}.", local_metadata, *messages)
             loaded.append(holder.weight.detach())
         if error_msgs:
+            error_msgs += self._advice(state_dict, prefix)
             return
         if self.weight.is_meta and any(rows.is_meta for rows in loaded):
             # The files of a checkpoint may come one after the other.
@@ -463,6 +561,16 @@ class BatchedTables(torch.nn.Module, ABC):
                     self._assign_rows(number, rows)
         else:
             self._take_over(loaded, error_msgs)
+
+    def _advice(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """What makes tables as tall as those to be loaded."""
+        more = {}
+        for name, rows in self.items():
+            saved: Any = state_dict.get(f"{prefix}{name}.weight")
+            is_table = isinstance(saved, Tensor) and saved.shape[1:] == rows.shape[1:]
+            if is_table and saved.dim() == 2 and len(saved) > len(rows):
+                more[name] = len(saved) - len(rows)
+        return [f"The tables to be loaded have grown; call grow({more}) first"] if more else []
 
     def _take_over(self, loaded: list[Tensor], error_msgs: list[str]) -> None:
         """Bring tables that torch has put elsewhere, by assign=True or by swapping, back into one buffer."""
@@ -509,11 +617,16 @@ class TableBatchedEmbedding(BatchedTables):
             features share one. In this order come the ids. None: one feature a table, of its name.
         output_dtype: of the rows; fp32, fp16 or bf16 (fp64 for fp64 tables). None: the tables'. Gradients have the
             tables', and are summed from those of the output before they are rounded.
+        init: draws a table's rows: a function that is given them, `[n, embedding_dim]`, and fills them in place, as
+            those of torch.nn.init do. One for all tables, by name, or in a sequence; None, and tables that have none:
+            N(0, 1). The padding row is zero afterwards. `reset_parameters()` and `grow()` call it too, the latter with
+            the new rows alone. Pickled with the layer, by its name.
 
     Attributes:
         weight: the one parameter, `[sum of num_embeddings, embedding_dim]`: the tables, one under another.
 
-    `layer[name]` is a table's rows, in the parameter's memory; iterating gives the names. `state_dict` holds
+    `layer[name]` is a table's rows, in the parameter's memory; iterating gives the names.
+    `layer[name].requires_grad_(False)` freezes that table alone: it gets no gradient. `state_dict` holds
     `name.weight` for each table, as a `ModuleDict` of `torch.nn.Embedding` does.
 
     Raises:
@@ -542,6 +655,7 @@ class TableBatchedEmbedding(BatchedTables):
         *,
         features: Mapping[str, str] | None = None,
         output_dtype: torch.dtype | None = None,
+        init: PerTable | Initializer | None = None,
     ) -> None:
         layout = make_layout(tables, "sum", padding_idx, features)
         if not layout.is_uniform:
@@ -549,7 +663,7 @@ class TableBatchedEmbedding(BatchedTables):
                 "TableBatchedEmbedding: rows of tables of different embedding_dims have no common shape, got "
                 f"{list(layout.embedding_dims)}; TableBatchedEmbeddingBag takes them"
             )
-        super().__init__(layout, sparse, device, dtype, output_dtype)
+        super().__init__(layout, sparse, device, dtype, output_dtype, init)
 
     def forward(
         self,
@@ -571,9 +685,11 @@ class TableBatchedEmbedding(BatchedTables):
             )
         if order != own:
             # Rows follow the ids, so the tables follow the order of the batch.
-            fields = [tables.fields[own.index(feature)] for feature in order]
-            tables = tables._replace(fields=torch.stack(fields))
-        sparse = self.sparse and not self._replaced
+            tables = tables.in_order([own.index(feature) for feature in order])
+        sparse = self.sparse
+        if self._replaced:
+            # What some were given says itself whether it gets a gradient.
+            sparse, tables = False, tables._replace(trained_fields=None)
         return table_functional.table_batched_embedding(
             input, self._whole(), offsets, tables, sparse, self.output_dtype
         )
@@ -625,14 +741,16 @@ class TableBatchedEmbeddingBag(BatchedTables):
         output_dtype: of the output; fp32, fp16 or bf16 (fp64 for fp64 tables). None: the tables'. The tables and
             per-sample weights keep theirs. So do their gradients, which are summed in fp32 from the gradient of the
             output, and rounded once; of a sparse gradient each entry is rounded.
+        init: as in `TableBatchedEmbedding`.
 
     Attributes:
         weight: the one parameter. `[sum of num_embeddings, embedding_dim]`, the tables one under another, if
             they have one embedding_dim; else `[elements]`, in which each table begins at a multiple of 8.
 
-    `layer[name]` is a table's rows, in the parameter's memory; iterating gives the names. `state_dict` holds
-    `name.weight` for each table, as a `ModuleDict` of `torch.nn.EmbeddingBag` does. Sums are taken in fp32
-    (fp64 for fp64) and rounded once; an empty bag's is zero.
+    `layer[name]` is a table's rows, in the parameter's memory; iterating gives the names.
+    `layer[name].requires_grad_(False)` freezes that table alone: it gets no gradient. `state_dict` holds
+    `name.weight` for each table, as a `ModuleDict` of `torch.nn.EmbeddingBag` does. Sums are taken in fp32 (fp64 for
+    fp64) and rounded once; an empty bag's is zero.
 
     Raises:
         ValueError: names, shapes, modes, offsets or batch_sizes that do not fit.
@@ -665,9 +783,10 @@ class TableBatchedEmbeddingBag(BatchedTables):
         *,
         features: Mapping[str, str] | None = None,
         output_dtype: torch.dtype | None = None,
+        init: PerTable | Initializer | None = None,
     ) -> None:
         layout = make_layout(tables, mode, padding_idx, features)
-        super().__init__(layout, sparse, device, dtype, output_dtype)
+        super().__init__(layout, sparse, device, dtype, output_dtype, init)
 
     def forward(
         self,
@@ -677,7 +796,7 @@ class TableBatchedEmbeddingBag(BatchedTables):
         features: tuple[str, ...] | int | None = None,
         batch_sizes: BatchSizes | None = None,
     ) -> Tensor:
-        own = self.layout.features
+        tables, own = self.tables, self.layout.features
         order = order_of(type(self).__name__, own, features)
         if batch_sizes is not None:
             offsets = table_functional.pad_batch(
@@ -693,12 +812,15 @@ class TableBatchedEmbeddingBag(BatchedTables):
             batch = TableInput(input, offsets, per_sample_weights)
             batch = reorder(batch, [order.index(feature) for feature in own])
             input, offsets, per_sample_weights, *_ = batch
-        sparse = self.sparse and not self._replaced
+        sparse = self.sparse
+        if self._replaced:
+            # What some were given says itself whether it gets a gradient.
+            sparse, tables = False, tables._replace(trained_fields=None)
         return table_functional.table_batched_embedding_bag(
             input,
             self._whole(),
             offsets,
-            self.tables,
+            tables,
             per_sample_weights,
             sparse,
             self.output_dtype,
@@ -750,6 +872,20 @@ def _shortened(parts: list[str]) -> list[str]:
         return parts
     left_out = len(parts) - REPR_TABLES
     return [*parts[: REPR_TABLES - 1], f"... {left_out} more ...", parts[-1]]
+
+
+def _initializers(
+    init: PerTable | Initializer | None, layout: TableLayout
+) -> tuple[Initializer | None, ...]:
+    """What draws each table."""
+    found = per_table("init", init, layout.names, None)
+    for name, one in zip(layout.names, found, strict=True):
+        if one is not None and not callable(one):
+            raise TypeError(
+                f"init: table {name!r} needs a function that fills rows [n, embedding_dim] in place, such as those of "
+                f"torch.nn.init, or None, got {one!r}"
+            )
+    return tuple(found)
 
 
 def _one_of_all(function: str, what: str, values: Iterable[Any]) -> Any:

@@ -261,6 +261,7 @@ def sparse_gradient(
     padding_idx: int,
     scale_grad_by_freq: bool,
     is_new: bool = False,
+    spare: Tensor | None = None,
 ) -> Tensor:
     """torch's sparse gradient: COO, int64 ids in input order, duplicates kept, padding dropped.
 
@@ -271,6 +272,7 @@ def sparse_gradient(
 
     Args:
         is_new: whether grad_output and indices belong to nobody else.
+        spare: int64 [], the row that has zeros if no entry is kept; None: row 0.
     """
     if scale_grad_by_freq:
         raise RuntimeError(
@@ -292,7 +294,7 @@ def sparse_gradient(
         else:
             ids, values = ids.clone(), values.clone(memory_format=torch.contiguous_format)
     else:
-        ids, values = _zeroed(ids, values, _kept(ids, num_embeddings, padding_idx))
+        ids, values = _zeroed(ids, values, _kept(ids, num_embeddings, padding_idx), spare)
     return sparse_tensor(ids, values, num_embeddings)
 
 
@@ -317,12 +319,17 @@ def _is_applied_at_once() -> bool:
         return False
 
 
-def _zeroed(ids: Tensor, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def _zeroed(
+    ids: Tensor, values: Tensor, kept: Tensor, spare: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The entries that are not kept become zeros for a row that a kept one names; the host sees no data.
 
-    So no other row has an entry, which an optimizer would take for a gradient. If none is kept, row 0 has.
+    So no other row has an entry, which an optimizer would take for a gradient. If none is kept, row 0 has, or
+    the spare one.
     """
     named = torch.where(kept, ids, 0).amax()
+    if spare is not None:
+        named = torch.where(kept.any(), named, spare)
     return torch.where(kept, ids, named), torch.where(kept[:, None], values, 0)
 
 

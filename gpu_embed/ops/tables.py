@@ -33,13 +33,13 @@ from .lookup import sparse_gradient
 # A `TableBatch` in a schema; the operator that finds the max_positions has none yet.
 _IDS = "Tensor indices, Tensor offsets"
 _TABLES = (
-    "Tensor fields, Tensor table_of_column, "
+    "Tensor fields, Tensor table_of_column, Tensor? trained_fields, "
     "SymInt num_rows, SymInt widest, SymInt dim_divisor, bool mean, bool pooled, "
     "ScalarType? table_dtype, ScalarType? output_dtype"
 )
 _BATCH = f"{_IDS}, Tensor? max_positions, {_TABLES}"
 # The layer's own tensors: they are kept as arguments are, not saved as what the caller might change.
-_CONSTANTS = 2
+_CONSTANTS = 3
 
 
 def _batch(
@@ -48,13 +48,21 @@ def _batch(
     max_positions: Tensor | None,
     fields: Tensor,
     table_of_column: Tensor,
+    trained_fields: Tensor | None,
     *shape: Any,
+    trained: bool = False,
 ) -> TableBatch:
-    """The batch that an operator was given."""
+    """The batch that an operator was given.
+
+    Args:
+        trained: of the trained tables: the ids of frozen ones name no row, and get no gradient.
+    """
+    if trained and trained_fields is not None:
+        fields = trained_fields
     if max_positions is not None:
         max_positions = max_positions.contiguous()
-    of_columns = (table_of_column, TableShape(*shape), max_positions)
-    return TableBatch(indices.contiguous(), offsets.contiguous(), fields, *of_columns)
+    of_tables = (fields, table_of_column, TableShape(*shape), max_positions, trained_fields)
+    return TableBatch(indices.contiguous(), offsets.contiguous(), *of_tables)
 
 
 def _packed(
@@ -78,7 +86,7 @@ def call_table_batched_embedding(
     shape = tables.layout.shape(pooled)
     if output_dtype is not None and output_dtype != weight.dtype:
         shape = shape._replace(table_dtype=weight.dtype, output_dtype=output_dtype)
-    constants = (tables.fields, tables.table_of_column, *shape)
+    constants = (tables.fields, tables.table_of_column, tables.trained_fields, *shape)
     if "max" in tables.layout.modes:
         return _call_max(weight, indices, offsets, *constants, sparse)
     return _call(weight, per_sample_weights, indices, offsets, None, *constants, False, sparse)
@@ -130,7 +138,7 @@ def _table_batched_embedding_dense_backward(
 ) -> Tensor:
     bounds.raise_pending(grad_output.device)
     *arguments, weight_length = batch_and_length
-    batch = _batch(*arguments)
+    batch = _batch(*arguments, trained=True)
     shape = batch.buffer_shape(weight_length)
     if grad_output.numel() == 0 or batch.bags.num_bags == 0 or batch.shape.num_rows == 0:
         zeros = grad_output.new_zeros(shape, dtype=batch.shape.table_dtype)
@@ -261,6 +269,7 @@ def _dense_backward_by_grad(
     grad: Tensor, _: int, per_sample_weights: Tensor | None, *batch_and_length: Any
 ) -> Tensor:
     *arguments, _length = batch_and_length
+    grad = _of_trained(grad, *arguments)
     return _call(grad, per_sample_weights, *arguments, True, False)
 
 
@@ -268,7 +277,27 @@ def _dense_backward_by_sample_weights(
     grad: Tensor, _: int, grad_output: Tensor, *batch_and_length: Any
 ) -> Tensor:
     *arguments, _length = batch_and_length
+    grad = _of_trained(grad, *arguments)
     return _call_sample_weights_backward(grad_output, grad, *arguments)
+
+
+def _of_trained(grad: Tensor, *arguments: Any) -> Tensor:
+    """A gradient by the buffer's gradient, which holds none of frozen tables."""
+    batch = _batch(*arguments)
+    if batch.trained_fields is None:
+        return grad
+    begin = batch.fields[
+        :, TableColumn.FIRST_ROW if batch.is_uniform else TableColumn.FIRST_ELEMENT
+    ]
+    size = (batch.fields - batch.trained_fields)[:, TableColumn.NUM_ROWS]
+    if not batch.is_uniform:
+        size = size * batch.fields[:, TableColumn.DIM]
+    # Features that share a table begin and end at one place, and trained ones have no size.
+    edges = begin.new_zeros(len(grad) + 1)
+    edges.index_add_(0, begin, torch.ones_like(begin))
+    edges.index_add_(0, begin + size, -torch.ones_like(begin))
+    is_frozen = edges.cumsum(0)[:-1] > 0
+    return torch.where(is_frozen[:, None] if batch.is_uniform else is_frozen, 0, grad)
 
 
 def _sample_weights_backward_by_grad(
@@ -291,7 +320,10 @@ def _sparse_gradient(
         # Then no id is in a bag.
         batch = dataclasses.replace(batch, indices=batch.indices[:0])
         per_sample_weights = None
-    places = batch.places()
+    trained = batch
+    if batch.trained_fields is not None:
+        trained = dataclasses.replace(batch, fields=batch.trained_fields)
+    places = trained.places()
     if not batch.is_uniform:
         shape = torch.Size((weight_length,))
         return _table_gradient(grad_output, per_sample_weights, batch, places, shape)
@@ -317,7 +349,8 @@ def _sparse_gradient(
     dtype = batch.shape.table_dtype or grad_output.dtype
     is_new = batch.shape.pooled or per_sample_weights is not None or dtype != grad_output.dtype
     values = values.to(dtype)
-    return sparse_gradient(values, rows, batch.shape.num_rows, -1, False, is_new)
+    spare = None if trained is batch else trained.first_row()
+    return sparse_gradient(values, rows, batch.shape.num_rows, -1, False, is_new, spare)
 
 
 def _table_gradient(

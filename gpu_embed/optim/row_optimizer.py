@@ -45,6 +45,10 @@ NOT_NEGATIVE = {
     "weight_decay": "weight_decay value",
     "decay_touched_rows": "decay_touched_rows value",
 }
+_GROWN = (
+    "layer.grow() brings along the optimizers of the layer's own parameter; of others load the state_dict() of before "
+    "into a new one"
+)
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
@@ -172,6 +176,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
                 f"{name} expects the gradient of a table to be sparse in its rows alone, but it has "
                 f"{grad.sparse_dim()} sparse dimensions"
             )
+        parent = parent_of(param)
+        if grad.shape != parent.shape:
+            raise self._of_smaller_tables()
         if (
             param.is_cuda
             and torch.cuda.is_current_stream_capturing()
@@ -204,10 +211,18 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             tensors = tuple([state[layout.name] for layout in layouts])
             rows = group["rows"]
             rows = None if rows is None else rows.to(param.device)
+            if rows is not None and len(rows) != num_rows_of(param):
+                raise RuntimeError(
+                    f"{name}: rows were chosen among {len(rows)}, but the table has {num_rows_of(param)} now; {_GROWN}"
+                )
             if isinstance(grad, TableGradient):
                 assert row_range is not None
                 # Rows of other tables are then out of range, and take no part.
-                entries = grad.entries.within(row_range)
+                entries = grad.entries
+                if entries.num_rows != parent.row_range.num_rows:  # type: ignore[attr-defined]
+                    # Into what lies between tables whose rows are no multiple of 8 elements.
+                    raise self._of_smaller_tables()
+                entries = entries.within(row_range)
                 if finite is not None:
                     entries = entries._replace(rows=torch.where(finite, entries.rows, -1))
                 if entries.rows.numel():
@@ -225,7 +240,12 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             state["step"] -= 1
             raise
         # The kernels write behind autograd's back.
-        torch.autograd.graph.increment_version(parent_of(param))
+        torch.autograd.graph.increment_version(parent)
+
+    def _of_smaller_tables(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__}: the gradient was computed before the tables have grown; drop it by zero_grad()"
+        )
 
     def _state_of(
         self, group: dict[str, Any], param: Tensor, layouts: tuple[StateLayout, ...]
@@ -250,7 +270,7 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
             if value.shape != shape:
                 raise RuntimeError(
                     f"{type(self).__name__}: the table is of shape {list(param.shape)} now, but its state "
-                    f"{layout.name} was made for another, {list(value.shape)}"
+                    f"{layout.name} was made for another, {list(value.shape)}; {_GROWN}"
                 )
             # The kernels rely on both.
             if value.dtype != dtype or value.device != param.device:

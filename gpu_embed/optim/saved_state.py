@@ -110,7 +110,7 @@ def put_together(
         if not fits:
             raise ValueError(
                 f"table {table!r} needs a state {layout.name} of shape {needed}, with at most that many rows, but the "
-                f"state to be loaded has {'none' if part is None else list(part.shape)}"
+                f"state to be loaded has {'none' if part is None else list(part.shape)}; layer.grow() adds rows"
             )
     if isinstance(present, Tensor) and (present.shape, present.dtype) == (shape, dtype):
         views = row_range.views(present, layout.per_row)

@@ -103,6 +103,9 @@ def table_batched_embedding_dense_backward(
             assert max_positions is not None
             bag, column = np.nonzero(max_positions[:, part.columns] >= 0)
             rows = indices[max_positions[:, part.columns][bag, column]]
+            # Ids of a table without rows have maxima where it has them in the lookup alone.
+            named = (rows >= 0) & (rows < num_embeddings)
+            bag, column, rows = bag[named], column[named], rows[named]
             total = np.zeros(part.weight.shape)
             np.add.at(total, (rows, column), grad_output[:, part.columns][bag, column])
             part.weight[:] += total

@@ -29,6 +29,8 @@ class TableBatch:
     # int32 or int64 [B, sum D]: the argmax of max-pooled columns, a position, -1: none. With it fixed, the lookup is
     # linear in the tables. None: no table has mode "max".
     max_positions: Tensor | None = None
+    # int64 [T, 8]: as fields, but frozen tables have no rows. None: no table is frozen.
+    trained_fields: Tensor | None = None
 
     num_tables: int = dataclasses.field(init=False)  # T
     bags_per_table: int = dataclasses.field(init=False)  # B
@@ -51,6 +53,12 @@ class TableBatch:
     def buffer_shape(self, length: int) -> tuple[int, ...]:
         """`TableLayout.buffer_shape`, given the first of it."""
         return (length, self.shape.widest) if self.is_uniform else (length,)
+
+    def first_row(self) -> Tensor:
+        """The first row of the tables that have rows, int64 []."""
+        first_row = self.fields[:, TableColumn.FIRST_ROW]
+        has_rows = self.fields[:, TableColumn.NUM_ROWS] > 0
+        return torch.where(has_rows, first_row, self.shape.num_rows - 1).amin()
 
     def places(self) -> "Places":
         """Where each position belongs, with torch's operators, differentiating nothing."""

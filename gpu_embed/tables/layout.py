@@ -1,7 +1,7 @@
 """Where the tables of one buffer lie, and which features look up in them."""
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -46,6 +46,27 @@ class RowRange(NamedTuple):
     num_embeddings: tuple[int, ...]
     embedding_dims: tuple[int, ...]
 
+    def part(self, names: Sequence[str]) -> "RowRange":
+        """Some of the tables, which lie side by side in this order."""
+        first = self.names.index(names[0])
+        tables = slice(first, first + len(names))
+        rows, dims = self.num_embeddings[tables], self.embedding_dims[tables]
+        is_matrix = len(self.shape) == 2
+        sizes = [
+            aligned(count * dim, 1 if is_matrix else TABLE_ALIGNMENT)
+            for count, dim in zip(self.num_embeddings, self.embedding_dims, strict=True)
+        ]
+        alone = is_matrix or len(rows) == 1
+        return RowRange(
+            self.first_row + sum(self.num_embeddings[:first]),
+            sum(rows),
+            self.first_element + sum(sizes[:first]),
+            (sum(rows), dims[0]) if alone else (sum(sizes[tables]),),
+            self.names[tables],
+            rows,
+            dims,
+        )
+
     def views(self, values: Tensor, per_row: bool = False) -> dict[str, Tensor]:
         """Each table's part, [V, D], in the memory of values of `shape`; or of [rows], if per_row, then [V]."""
         alignment = TABLE_ALIGNMENT if len(self.shape) == 1 and not per_row else 1
@@ -55,7 +76,7 @@ class RowRange(NamedTuple):
             shape = (rows,) if per_row else (rows, dim)
             size = torch.Size(shape).numel()
             parts[name] = flat.narrow(0, begin, size).view(shape)
-            begin += -(-size // alignment) * alignment
+            begin += aligned(size, alignment)
         return parts
 
 
@@ -118,7 +139,7 @@ class TableLayout:
         """Where each table begins, and where the buffer ends."""
         alignment = 1 if self.is_uniform else TABLE_ALIGNMENT
         sizes = (
-            -(-rows * dim // alignment) * alignment
+            aligned(rows * dim, alignment)
             for rows, dim in zip(self.num_embeddings, self.embedding_dims, strict=True)
         )
         return tuple(accumulate(sizes, initial=0))
@@ -132,20 +153,9 @@ class TableLayout:
 
     def row_range(self, first: int, end: int) -> RowRange:
         """The tables from number `first` up to `end`."""
-        num_rows = sum(self.num_embeddings[first:end])
-        if self.is_uniform or end - first == 1:
-            shape: tuple[int, ...] = (num_rows, self.embedding_dims[first])
-        else:
-            shape = (self._starts[end] - self._starts[first],)
-        return RowRange(
-            self.first_rows[first],
-            num_rows,
-            self._starts[first],
-            shape,
-            self.names[first:end],
-            self.num_embeddings[first:end],
-            self.embedding_dims[first:end],
-        )
+        sizes = self.names, self.num_embeddings, self.embedding_dims
+        whole = RowRange(0, sum(self.num_embeddings), 0, self.buffer_shape, *sizes)
+        return whole.part(self.names[first:end])
 
     def shape(self, pooled: bool) -> "TableShape":
         return self._shapes[pooled]
@@ -160,15 +170,18 @@ class TableLayout:
             TableShape(num_rows, widest, divisor, mean, True),
         )
 
-    def fields(self, device: torch.device) -> Tensor:
-        """int64 [F, 8]: `TableColumn`'s values of each feature."""
+    def fields(self, device: torch.device, empty: Collection[int] = ()) -> Tensor:
+        """int64 [F, 8]: `TableColumn`'s values of each feature; the tables of these numbers have no rows."""
+        num_rows = (
+            0 if number in empty else rows for number, rows in enumerate(self.num_embeddings)
+        )
 
         def of_tables(numbers: tuple[int, ...]) -> list[int]:
             return [numbers[table] for table in self.feature_tables]
 
         columns = (
             of_tables(self.first_rows),
-            of_tables(self.num_embeddings),
+            of_tables(tuple(num_rows)),
             of_tables(self.first_elements),
             self.feature_dims,
             self.first_columns,
@@ -195,6 +208,28 @@ class Tables(NamedTuple):
     layout: TableLayout
     fields: Tensor  # int64 [F, 8]
     table_of_column: Tensor  # int32 [sum D]
+    # int64 [F, 8]: as fields, but frozen tables have no rows. None: no table is frozen.
+    trained_fields: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, layout: TableLayout, device: torch.device, frozen: Collection[int] = ()
+    ) -> "Tables":
+        return cls(layout, layout.fields(device), layout.table_of_column(device)).freezing(frozen)
+
+    def freezing(self, frozen: Collection[int]) -> "Tables":
+        """The same with the tables of these numbers frozen, and no others."""
+        fields = self.layout.fields(self.fields.device, frozen) if frozen else None
+        return self._replace(trained_fields=fields)
+
+    def in_order(self, features: Sequence[int]) -> "Tables":
+        """As the kernels read them for the ids of features in this order."""
+
+        trained = self.trained_fields
+        return self._replace(
+            fields=torch.stack([self.fields[n] for n in features]),
+            trained_fields=None if trained is None else torch.stack([trained[n] for n in features]),
+        )
 
 
 class TableShape(NamedTuple):
@@ -241,11 +276,11 @@ def make_layout(
                 f"a table's name is a string that is not empty and has no '.', got {name!r}"
             )
     sizes = [_size(name, value) for name, value in zip(names, values, strict=True)]
-    modes = _per_table("mode", mode, names, "sum")
+    modes = per_table("mode", mode, names, "sum")
     for name, one in zip(names, modes, strict=True):
         if one not in MODES:
             raise ValueError(f"table {name!r}: mode has to be one of sum, mean, max, got {one!r}")
-    paddings = _per_table("padding_idx", padding_idx, names, None)
+    paddings = per_table("padding_idx", padding_idx, names, None)
     of_features = _check_features(features, names)
     return TableLayout(
         names,
@@ -259,6 +294,11 @@ def make_layout(
         tuple(of_features),
         tuple(names.index(table) for table in of_features.values()),
     )
+
+
+def aligned(size: int, alignment: int) -> int:
+    """The next multiple of the alignment."""
+    return -(-size // alignment) * alignment
 
 
 def _size(name: str, value: object) -> tuple[int, int]:
@@ -318,7 +358,8 @@ def quoted(names: Iterable[str], most: int = 8) -> str:
     return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
-def _per_table(argument: str, value: object, names: tuple[str, ...], default: object) -> list:
+def per_table(argument: str, value: object, names: tuple[str, ...], default: object) -> list:
+    """A value for each table, given one for all, by name, or in a sequence."""
     if isinstance(value, Mapping):
         unknown = [name for name in value if name not in names]
         if unknown:

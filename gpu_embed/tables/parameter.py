@@ -18,28 +18,40 @@ class TableSlice(torch.nn.Parameter):
 
     Attributes:
         parent: the layer's parameter.
-        row_range: which of its rows these are.
+        row_range: which of its rows these are; it follows a layer that grows.
         grad: their part of the parent's gradient; of a sparse one a `TableGradient`, which shares its memory.
             `.grad = None` also clears the parent's. Dense zeros can be set, which are these rows' own gradient
             then, while the parent's stays; other values raise ValueError.
     """
 
     parent: torch.nn.Parameter
-    row_range: RowRange
     zeros: Tensor | None  # a gradient of their own
+    _row_range: RowRange
+    _seen: RowRange | None  # the parent's of that time
 
     def __new__(cls, parent: torch.nn.Parameter, row_range: RowRange) -> "TableSlice":
         rows = _rows_of(parent, row_range)
         self: TableSlice = torch.Tensor._make_subclass(cls, rows, parent.requires_grad)
         self.parent = parent
-        self.row_range = row_range
+        self._row_range = row_range
+        self._seen = row_range_of(parent)
         self.zeros = None
         return self
 
+    @property
+    def row_range(self) -> RowRange:
+        whole, own = row_range_of(self.parent), self._row_range
+        if whole is not self._seen and whole is not None:
+            self._seen = whole
+            now = whole.part(own.names)
+            if now._replace(shape=own.shape) != own:
+                self._row_range = now
+        return self._row_range
+
     def rebind(self) -> None:
-        """View the parent's memory of now: `layer.to(...)` gives it other memory."""
+        """View the parent's memory of now: `layer.to(...)` and `layer.grow(...)` give it other memory."""
         rows = _rows_of(self.parent, self.row_range)
-        if (rows.data_ptr(), rows.dtype, rows.device) != (self.data_ptr(), self.dtype, self.device):
+        if _place(rows) != _place(self):
             self.data = rows
 
     @property
@@ -74,6 +86,10 @@ class TableSlice(torch.nn.Parameter):
 def _rows_of(parent: Tensor, part: RowRange) -> Tensor:
     elements = torch.Size(part.shape).numel()
     return parent.detach().view(-1).narrow(0, part.first_element, elements).view(part.shape)
+
+
+def _place(rows: Tensor) -> tuple[Any, ...]:
+    return rows.data_ptr(), rows.shape, rows.dtype, rows.device
 
 
 def parent_of(param: Tensor) -> Tensor:

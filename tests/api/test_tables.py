@@ -370,7 +370,7 @@ def test_opcheck_of_maxima(target):
     layer = integer_layer([(3, 1), (2, 2)], target.device, mode=["max", "mean"])
     ids, offsets = random_input(layer, 1)
     shape = layer.layout.shape(True)
-    tables = (layer.tables.fields, layer.tables.table_of_column, *shape)
+    tables = (layer.tables.fields, layer.tables.table_of_column, None, *shape)
     op = table_ops.table_batched_embedding_max
     torch.library.opcheck(op, (layer.weight, ids, offsets, *tables, False, True))
     _, max_positions = op(layer.weight, ids, offsets, *tables, False, True)
@@ -695,6 +695,7 @@ def op_arguments(target, sizes, pooled):
         None,
         layer.tables.fields,
         layer.tables.table_of_column,
+        None,
         *layer.layout.shape(pooled),
     )
 

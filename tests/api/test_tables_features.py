@@ -467,19 +467,6 @@ def test_numpys_integers_are_integers():
     )
 
 
-@pytest.mark.parametrize("access", [lambda layer: layer["user"], lambda layer: layer.user])
-def test_one_table_alone_is_not_frozen(access, tmp_path):
-    layer = TableBatchedEmbeddingBag(SIZES["mixed"])
-    with pytest.raises(RuntimeError, match=r"table 'user' is part of .* optimizer's rows="):
-        access(layer).requires_grad_(False)
-    access(layer).requires_grad_(True)
-    assert layer.weight.requires_grad
-    layer.requires_grad_(False)
-    access(layer).requires_grad_(False)
-    with pytest.raises(RuntimeError, match="table 'user' is part of"):
-        access(layer).requires_grad_()
-
-
 def test_rows_are_saved_as_a_plain_tensor(tmp_path):
     layer = TableBatchedEmbeddingBag(SIZES["mixed"])
     torch.save(layer["user"], tmp_path / "rows.pt")

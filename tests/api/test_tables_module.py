@@ -13,6 +13,7 @@ from torch import nn
 
 import gpu_embed
 from gpu_embed import TableBatchedEmbedding, TableBatchedEmbeddingBag, batch_bags, batch_padded
+from gpu_embed.nn import growing
 
 NAMED = {"user": (7, 4), "item": (3, 12), "shop": (5, 8)}
 UNIFORM = {"user": (7, 4), "item": (3, 4), "shop": (5, 4)}
@@ -72,6 +73,36 @@ def test_parameters_begin_as_torchs(sizes):
     assert not layer["item"][1].any()
     # What lies between tables takes no part.
     assert layer.weight.count_nonzero() == sum((rows - 1) * dim for rows, dim in sizes.values())
+
+
+def test_tables_grow_and_one_is_frozen(monkeypatch):
+    """More of both, on every backend and with every optimizer: test_tables_growing.py, test_tables_frozen.py."""
+    layer = TableBatchedEmbeddingBag(NAMED, sparse=True, init={"item": nn.init.ones_})
+    optimizer = gpu_embed.optim.AdamW(layer.parameters())
+    monkeypatch.setattr(growing, "_objects", lambda: [optimizer])
+    ids, offsets = torch.tensor([6, 2, 4]), torch.arange(4)
+    for _ in range(2):
+        layer(ids, offsets).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = {name: rows.detach().clone() for name, rows in layer.items()}
+        layer.grow("item", 2)
+        assert torch.equal(layer["item"][:-2], before["item"])
+        assert (layer["item"][-2:] == 1).all()
+        layer["user"].requires_grad_(False)
+    assert optimizer.state_dict()["state"][0]["exp_avg.item"].any(1).tolist() == [
+        0,
+        0,
+        1,
+        0,
+        0,
+        0,
+        0,
+    ]
+    before = layer["user"].detach().clone()
+    layer(ids, offsets).sum().backward()
+    optimizer.step()
+    assert torch.equal(layer["user"], before)
 
 
 def test_printing():
@@ -233,7 +264,6 @@ REFUSED = {
         "one sparse, got False, True",
     ),
     "devices": ([BAG, nn.EmbeddingBag(2, 3, device="meta")], ValueError, "one device, got cpu"),
-    "frozen": ([BAG, nn.EmbeddingBag(2, 3).requires_grad_(False)], ValueError, "one requires_grad"),
 }
 
 

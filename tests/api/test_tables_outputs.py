@@ -238,7 +238,7 @@ def test_opcheck_of_another_dtype(target):
     layer = integer_layer([(3, 4), (2, 4)], target.device, FP32, mode=["max", "mean"])
     ids, offsets = random_input(layer, 1)
     shape = layer.layout.shape(True)._replace(table_dtype=FP32, output_dtype=BF16)
-    tables = (layer.tables.fields, layer.tables.table_of_column, *shape)
+    tables = (layer.tables.fields, layer.tables.table_of_column, None, *shape)
     op = table_ops.table_batched_embedding_max
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(op, (layer.weight, ids, offsets, *tables, False, True), test_utils=checks)

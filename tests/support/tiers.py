@@ -18,6 +18,8 @@ FULL_FILES = frozenset(
     for name in (
         "api/test_properties",
         "api/test_quantized",
+        "api/test_tables_frozen",
+        "api/test_tables_growing",
         "api/test_tables_properties",
         "api/test_torch_samples",
         "bench/test_candidates",

@@ -136,8 +136,8 @@ def dense_backward(
     weight_shape: tuple[int, ...],
     into: Tensor | None,
 ) -> Tensor | None:
-    """`Backend.table_batched_embedding_dense_backward` if all ids are in their tables."""
-    ids = _ids(batch, True)
+    """`Backend.table_batched_embedding_dense_backward` if all ids are in their tables, or those have no rows."""
+    ids = _ids(batch, True, drop_empty=True)
     if ids is None:
         return None
     dtype = batch.shape.table_dtype or grad_output.dtype
@@ -157,6 +157,8 @@ def dense_backward(
         scales = per_sample_weights.to(grad_output.dtype)[ids.positions][runs.order]
     max_rows = _max_rows(ids, batch)
     is_dense = len(groups) == 1 and first.num_rows <= DENSE * len(rows)
+    # A last table that has no rows is none of its group's matrix.
+    is_dense = is_dense and first.num_rows == weight_shape[0]
     if into is None and dtype == grad_output.dtype and max_rows is None and is_dense:
         # Every row is a run, if an empty one: the sums are the gradient, which is not filled with zeros first.
         counts = np.bincount(rows, minlength=first.num_rows)
@@ -312,8 +314,13 @@ def _max_rows(ids: Ids, batch: TableBatch) -> Tensor | None:
     return torch.from_numpy(np.where(bag_at[positions] == bags, row_at[positions], -1))
 
 
-def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | None:
+def _ids(
+    batch: TableBatch, drop_padding: bool, alone: float = np.inf, drop_empty: bool = False
+) -> Ids | None:
     """The ids that are in a bag, by groups; a feature of at least `alone` ids is one of its own.
+
+    Args:
+        drop_empty: without those of tables without rows, as a gradient has frozen ones.
 
     None: an id is out of range, offsets are wrong, or rows of different widths are looked up without sums.
     """
@@ -327,16 +334,22 @@ def _ids(batch: TableBatch, drop_padding: bool, alone: float = np.inf) -> Ids | 
     is_alone = num_ids >= alone
     shape = batch.shape.widest, batch.shape.dim_divisor, pooled
     plan = _plan(batch.fields.numpy().tobytes(), *shape, is_alone.tobytes())
+    positions: Integers | slice = slice(len(rows))
+    if drop_empty and not plan.num_rows.all():
+        positions = np.flatnonzero(np.repeat(plan.num_rows > 0, num_ids))
+        begins, rows = np.searchsorted(positions, begins), rows[positions]
+        first_ids = begins[::num_bags]
+        num_ids = np.diff(first_ids)
     # Of a feature that is looked up alone torch looks at the ids.
     is_checked = is_alone.all() or _in_range(rows, first_ids, num_ids, plan.num_rows)
     if not is_checked or not (pooled or batch.is_uniform):
         return None
-    positions: Integers | slice = slice(len(rows))
     if drop_padding and plan.padding is not None:
         kept = np.flatnonzero(rows != np.repeat(plan.padding, num_ids))
         if len(kept) < len(rows):
             begins = np.searchsorted(kept, begins)
-            rows, positions, first_ids = rows[kept], kept, begins[::num_bags]
+            rows, first_ids = rows[kept], begins[::num_bags]
+            positions = kept if isinstance(positions, slice) else positions[kept]
             num_ids = np.diff(first_ids)
     if plan.features is not None:
         lengths = np.diff(begins).reshape(-1, num_bags)[plan.features].ravel()

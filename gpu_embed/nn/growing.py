@@ -1,0 +1,234 @@
+"""More rows for tables of a batched layer, and for what its optimizers keep of them."""
+
+import gc
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tables.layout import RowRange, TableLayout, Tables, as_int
+from ..tables.parameter import num_rows_of, parent_of, row_range_of
+
+if TYPE_CHECKING:
+    from .tables import BatchedTables
+
+# What an optimizer's state begins with where that is not 0: the setting of its group that says it.
+_FIRST_VALUES = {"sum": "initial_accumulator_value", "step_size": "lr"}
+
+
+class _Write(NamedTuple):
+    """An entry of an optimizer's state or group, made and not yet put there."""
+
+    into: Any
+    key: str
+    value: Tensor
+
+
+def grow(layer: "BatchedTables", more: Mapping[str, Any]) -> None:
+    """`BatchedTables.grow`: all that is new is made first, so that an error leaves everything as it was."""
+    extra = {
+        layer._number(name): as_int(f"grow: rows of table {name!r}", rows)
+        for name, rows in more.items()
+    }
+    for number, rows in extra.items():
+        if rows < 0:
+            raise ValueError(
+                f"grow: table {layer.layout.names[number]!r} cannot grow by {rows} rows: tables do not shrink"
+            )
+    if not any(extra.values()):
+        return
+    weight = _growable(layer)
+    optimizers = _optimizers_of(layer, weight)
+    old = layer.layout
+    rows_of = [rows + extra.get(number, 0) for number, rows in enumerate(old.num_embeddings)]
+    layout = replace(old, num_embeddings=tuple(rows_of))
+    # Memory of the kind that the parameter was made of, whatever mode is on.
+    is_inference = weight.is_inference()
+    with torch.inference_mode(is_inference), torch.no_grad():
+        tables = Tables.of(layout, weight.device, layer._frozen)
+        whole = layout.row_range(0, layout.num_tables)
+        buffer = _grown(weight.detach(), old.row_range(0, old.num_tables), whole)
+        for number, rows in extra.items():
+            if rows:
+                layer._fill(number, layout.view(buffer, number)[-rows:])
+        writes = [write for optimizer in optimizers for write in _writes(optimizer, weight, whole)]
+        # Of another dtype in between: so torch drops the node that expects gradients of the former shape.
+        other = torch.float32 if weight.dtype == torch.float64 else torch.float64
+        weight.data = buffer.new_empty(0, dtype=other)
+        weight.data = buffer
+        if not is_inference:
+            # Graphs of before must not read it.
+            torch.autograd.graph.increment_version(weight)
+        layer._take_layout(layout, tables)
+        for write in writes:
+            write.into[write.key] = write.value
+        for optimizer in optimizers:
+            for _, param in _params_of(optimizer, weight):
+                if param is not weight:
+                    param.rebind()  # type: ignore[attr-defined]
+
+
+def _growable(layer: "BatchedTables") -> torch.nn.Parameter:
+    """The parameter that is to grow; RuntimeError where others rely on its size."""
+    name = f"{type(layer).__name__}.grow"
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise RuntimeError(
+            f"{name}: the tables are no parameter but computed, by a parametrization, by pruning or by FSDP; grow them "
+            "before"
+        )
+    if any(kind.__name__ == "DTensor" for kind in type(weight).__mro__):
+        raise RuntimeError(
+            f"{name}: the parameter is sharded; grow the tables before fully_shard, or keep this layer out of it "
+            "(fully_shard(..., ignored_params=...))"
+        )
+    if layer._replaced:
+        raise RuntimeError(
+            f"{name}: some tables look up in other rows, as under torch.func.functional_call or while a checkpoint is "
+            "read into a meta layer; grow them afterwards"
+        )
+    if weight.grad is not None:
+        raise RuntimeError(
+            f"{name}: .grad has a gradient of the smaller tables; let the optimizer step, and call "
+            "zero_grad(set_to_none=True) first"
+        )
+    for hook in (weight._backward_hooks or {}).values():
+        if getattr(getattr(hook, "__self__", None), "held", None):
+            raise RuntimeError(
+                f"{name}: apply_in_backward holds gradients of the smaller tables, of micro_steps; call finish() or "
+                "discard() of what it returned first"
+            )
+    if weight.device.type == "cpu" and weight.is_shared():
+        raise RuntimeError(
+            f"{name}: the tables lie in memory that is shared with other processes, which would go on with the "
+            "smaller ones; grow them before share_memory()"
+        )
+    return weight
+
+
+def _optimizers_of(
+    layer: "BatchedTables", weight: torch.nn.Parameter
+) -> list[torch.optim.Optimizer]:
+    """Those that update the parameter, or rows of it; RuntimeError where a module relies on its size."""
+    name = f"{type(layer).__name__}.grow"
+    holders = _holders(layer, weight)
+    if any(isinstance(one, torch.nn.Module) for one in holders):
+        # Those that nobody uses any more are no hindrance.
+        del holders
+        gc.collect()
+        holders = _holders(layer, weight)
+    for one in holders:
+        if isinstance(one, torch.nn.parallel.DistributedDataParallel):
+            raise RuntimeError(
+                f"{name}: DistributedDataParallel averages gradients of the smaller tables; delete the wrapper, grow "
+                "the tables alike on every rank, and wrap the module anew"
+            )
+        if isinstance(one, torch.nn.Module):
+            raise RuntimeError(
+                f"{name}: another batched layer has the same parameter, and would take its rows for others; grow the "
+                "tables before they are shared"
+            )
+    return [one for one in holders if isinstance(one, torch.optim.Optimizer)]
+
+
+def _holders(layer: "BatchedTables", weight: torch.nn.Parameter) -> list[Any]:
+    """Optimizers, DistributedDataParallels and other batched layers that have the parameter."""
+    ddp = torch.nn.parallel.DistributedDataParallel
+    found: list[Any] = []
+    # torch keeps no list of them.
+    for one in _objects():
+        kind = type(one)
+        if issubclass(kind, torch.optim.Optimizer):
+            is_holder = any(True for _ in _params_of(one, weight))
+        elif issubclass(kind, ddp):
+            params = one.__dict__.get("_module_parameters", ())
+            is_holder = any(param is weight for param in params)
+        elif issubclass(kind, torch.nn.Module) and one is not layer:
+            is_batched = isinstance(one.__dict__.get("layout"), TableLayout)
+            is_holder = is_batched and one._parameters.get("weight") is weight
+        else:
+            continue
+        if is_holder:
+            found.append(one)
+    return found
+
+
+def _objects() -> list[Any]:
+    """All that the garbage collector knows of, what `gc.freeze()` hid from it among them."""
+    is_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    try:
+        return gc.get_objects()
+    finally:
+        if is_frozen:
+            gc.freeze()
+
+
+def _params_of(
+    optimizer: torch.optim.Optimizer, weight: Tensor
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Which of an optimizer's parameters are rows of a layer's, with their groups."""
+    for group in getattr(optimizer, "param_groups", ()):
+        for param in group["params"]:
+            if parent_of(param) is weight:
+                yield group, param
+
+
+def _writes(optimizer: torch.optim.Optimizer, weight: Tensor, whole: RowRange) -> Iterator[_Write]:
+    """An optimizer's state for tables that have grown to `whole`; new rows begin as at its first step."""
+    name = type(optimizer).__name__
+    for group, param in _params_of(optimizer, weight):
+        old = row_range_of(param)
+        assert old is not None
+        new = whole.part(old.names)
+        if new.num_embeddings == old.num_embeddings:
+            continue
+        rows = group.get("rows")
+        if isinstance(rows, Tensor):
+            if len(group["params"]) > 1:
+                raise RuntimeError(
+                    f"grow: a group of {name} has rows= for {len(group['params'])} parameters, whose rows must stay "
+                    "equal in number; give the tables groups of their own"
+                )
+            yield _Write(group, "rows", _grown(rows, old, new, 1))
+        state = optimizer.state.get(param, {})
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape == (1,):
+                continue
+            if value.shape not in (param.shape, (num_rows_of(param),)):
+                raise RuntimeError(
+                    f"grow: {name} keeps a state {key} of shape {list(value.shape)} for a parameter of shape "
+                    f"{list(param.shape)}, and only a number for each element or row can grow; make it anew "
+                    "afterwards, and delete the present one before"
+                )
+            first = group.get(_FIRST_VALUES.get(key, ""), 0)
+            yield _Write(state, key, _grown(value, old, new, first))
+
+
+def _grown(values: Tensor, old: RowRange, new: RowRange, first: Any = 0) -> Tensor:
+    """A number for each element, or for each row, of tables that have grown; those of new rows are `first`."""
+    per_row = values.shape != old.shape
+    if values.is_sparse:
+        # torch's momentum of sparse gradients.
+        ends = torch.tensor([*accumulate(old.num_embeddings)], device=values.device)
+        moved = ends.new_tensor([*accumulate(new.num_embeddings)]) - ends
+        rows = values._indices()
+        shift = torch.cat([moved.new_zeros(1), moved])[torch.bucketize(rows, ends, right=True)]
+        return torch.sparse_coo_tensor(
+            rows + shift,
+            values._values(),
+            new.shape,
+            device=values.device,
+            is_coalesced=values.is_coalesced(),
+            check_invariants=False,
+        )
+    shape = (new.num_rows,) if per_row else new.shape
+    with torch.inference_mode(values.is_inference()):
+        whole = torch.full(shape, float(first), dtype=values.dtype, device=values.device)
+        parts = old.views(values.contiguous(), per_row)
+        for view, part in zip(new.views(whole, per_row).values(), parts.values(), strict=True):
+            view[: len(part)].copy_(part)
+    return whole
