@@ -1,0 +1,331 @@
+"""Any model type of transformers, small and with random weights: no file and no network is needed."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+# What a model may hold at most; a larger one is not built.
+MOST_PARAMETERS = 200_000_000
+VOCABULARY = 300
+# How much of a config is made small: the widths too, the rest, layers and vocabularies alone, nothing.
+LEVELS = range(4)
+
+LAYERS = re.compile(
+    r"(num_|n_)?(\w+_)?(hidden_|encoder_|decoder_)?(layers?|blocks)|(\w+_)?depth|layers"
+)
+EXPERTS = re.compile(r"(\w+_)?(num|n|moe_num)_(\w+_)?experts")
+PER_TOKEN = re.compile(r"(moe_)?(num_experts_per_tok|topk|top_k_experts|top_k|moe_k)|experts_per_token")
+INNER = re.compile(
+    r"(\w+_)?(intermediate_(size|dim)|ffn_dim|ffn_hidden_size|feedforward_dim|mlp_dim|mlp_hidden_size|d_ff|n_inner)|dim_feedforward|d_inner"
+)
+POSITIONS = re.compile(r"(\w+_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length)")
+TOKEN = re.compile(r"\w*(token_id|token_index|_id|token_idx|_token)")
+# What a type's own defaults leave out.
+GIVEN: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 4, "context_length": 8},
+    "informer": {"prediction_length": 4, "context_length": 8},
+    "time_series_transformer": {"prediction_length": 4, "context_length": 8},
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
+}
+# Widths, each with the heads that they are cut into.
+WIDTHS = {
+    "hidden_size": ("num_attention_heads", "num_key_value_heads", "attention_heads", "num_heads"),
+    "d_model": ("encoder_attention_heads", "decoder_attention_heads", "num_attention_heads", "num_heads", "n_head"),
+    "n_embd": ("n_head",),
+    "embed_dim": ("num_heads", "num_attention_heads"),
+    "dim": ("n_heads",),
+    "emb_dim": ("n_heads",),
+    "hidden_dim": ("num_attention_heads", "num_heads"),
+}
+KEY_VALUE = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+
+
+def model_types() -> list[str]:
+    return sorted(CONFIG_MAPPING)
+
+
+def model_class(model_type: str) -> type[PreTrainedModel] | None:
+    """The plainest class of a model type; None: the type is a part of another model's."""
+    config_class = CONFIG_MAPPING[model_type]
+    known = MODEL_MAPPING_NAMES.get(model_type)
+    if known is not None:
+        found = getattr(transformers, known if isinstance(known, str) else known[0], None)
+        if found is not None:
+            return found
+    module_name = config_class.__module__.replace(".configuration_", ".modeling_")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError:
+        return None
+    found = [
+        kind
+        for kind in vars(module).values()
+        if inspect.isclass(kind)
+        and issubclass(kind, PreTrainedModel)
+        and kind.__module__ == module_name
+        and getattr(kind, "config_class", None) is config_class
+        and not kind.__name__.endswith("PreTrainedModel")
+    ]
+    # A stable sort: a whole model before one with a head, and this before its parts.
+    found.sort(key=lambda kind: (not kind.__name__.endswith("Model"), "For" not in kind.__name__))
+    return found[0] if found else None
+
+
+def shrunk(config: PreTrainedConfig, level: int) -> PreTrainedConfig:
+    """The same kind of config with small sizes; a higher level shrinks less."""
+    changes: dict[str, Any] = {}
+    values = vars(config)
+    for name, value in values.items():
+        if isinstance(value, PreTrainedConfig):
+            changes[name] = shrunk(value, level)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            if level < 3 and LAYERS.fullmatch(name):
+                changes[name] = min(value, 2)
+            elif level < 3 and "vocab_size" in name:
+                changes[name] = min(value, VOCABULARY)
+            elif level < 2 and EXPERTS.fullmatch(name):
+                changes[name] = min(value, 16)
+            elif level < 2 and PER_TOKEN.fullmatch(name):
+                changes[name] = min(value, 2)
+            elif level < 2 and INNER.fullmatch(name):
+                changes[name] = min(value, 64)
+            elif level < 2 and name in ("n_group", "topk_group"):
+                changes[name] = 1
+            elif level < 2 and POSITIONS.fullmatch(name):
+                changes[name] = min(value, 512)
+    if level < 1:
+        for width, heads in WIDTHS.items():
+            counts = {
+                name: values[name]
+                for name in heads
+                if isinstance(values.get(name), int) and name not in KEY_VALUE
+            }
+            if not counts or not isinstance(values.get(width), int):
+                continue
+            most = max(counts.values())
+            changes[width] = values[width] // most * min(most, 4)
+            for name in counts:
+                changes[name] = min(values[name], 4)
+            for name in KEY_VALUE:
+                if isinstance(values.get(name), int):
+                    changes[name] = max(1, min(most, 4) * values[name] // most)
+    if level < 3:
+        vocabulary = changes.get("vocab_size", values.get("vocab_size"))
+        changes |= special_ids(values, vocabulary)
+        changes |= lists_of_layers(config, changes)
+    return type(config)(**{n: v for n, v in changes.items() if n in fields(type(config))})
+
+
+def fields(kind: type) -> set[str]:
+    return set(inspect.signature(kind.__init__).parameters)
+
+
+def special_ids(values: dict[str, Any], vocabulary: Any) -> dict[str, Any]:
+    """Small ids, each its own, for tokens that a small vocabulary lacks."""
+    if not isinstance(vocabulary, int):
+        vocabulary = VOCABULARY
+    found, last = {}, vocabulary - 1
+    for name, value in values.items():
+        if TOKEN.fullmatch(name) and isinstance(value, int) and not isinstance(value, bool):
+            if value >= vocabulary:
+                found[name] = last
+                last -= 1
+        elif TOKEN.fullmatch(name) and isinstance(value, list):
+            if any(isinstance(one, int) and one >= vocabulary for one in value):
+                found[name] = [last]
+                last -= 1
+    return found
+
+
+def lists_of_layers(config: PreTrainedConfig, changes: dict[str, Any]) -> dict[str, Any]:
+    """Lists with one entry a layer that do not follow from the number of layers."""
+    found = {}
+    given = {
+        field.name: field
+        for field in (dataclasses.fields(config) if dataclasses.is_dataclass(config) else ())
+    }
+    cut = {
+        vars(config)[name]: new
+        for name, new in changes.items()
+        if LAYERS.fullmatch(name) and isinstance(new, int)
+    }
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) > 2 and len(value) in cut:
+            field = given.get(name)
+            if field is not None and field.default is None:
+                continue
+            found[name] = value[: cut[len(value)]]
+    return found
+
+
+def build(model_type: str, level: int) -> PreTrainedModel:
+    """A model with random weights, always the same ones.
+
+    Raises:
+        ValueError: it would be too large.
+
+    Whatever the config or the model raises comes through.
+    """
+    kind = model_class(model_type)
+    config = shrunk(CONFIG_MAPPING[model_type](**GIVEN.get(model_type, {})), level)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        size = sum(one.numel() for one in kind(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"{size // 1_000_000} million parameters, which no size that we know makes fewer")
+    torch.manual_seed(0)
+    return kind(config).eval()
+
+
+# Inputs.
+
+
+def wanted(config: Any, *names: str) -> Any:
+    """The first of these that the config or a config in it has, its own before those of its parts."""
+    parts = [config, *(v for v in vars(config).values() if isinstance(v, PreTrainedConfig))]
+    for part in parts:
+        for name in names:
+            value = getattr(part, name, None)
+            if value is not None and not isinstance(value, PreTrainedConfig):
+                return value
+    return None
+
+
+def number(config: Any, default: int, *names: str) -> int:
+    value = wanted(config, *names)
+    if isinstance(value, dict):
+        value = next(iter(value.values()), None)
+    if isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return value if isinstance(value, int) and value > 0 else default
+
+
+def offers(module: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """Inputs that the module's forward may take, the fullest first; most of them it will refuse."""
+    config = module.config
+    parameters = inspect.signature(module.forward).parameters
+    required = {
+        name
+        for name, one in parameters.items()
+        if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    }
+    makers = {name: made(name, module) for name in parameters}
+    makers = {name: values for name, values in makers.items() if values}
+    main = module.main_input_name if isinstance(module.main_input_name, str) else "input_ids"
+    if main not in parameters and parameters:
+        main = next(iter(parameters))
+    fullest = [name for name in makers if name not in ("inputs_embeds", "decoder_inputs_embeds", "hidden_states") or name in required]
+    least = [name for name in makers if name in required or name in (main, "decoder_input_ids", "bbox")]
+    tried = set()
+    for names in (fullest, least, [*required & makers.keys()]):
+        for turn in range(max([len(makers[name]) for name in names], default=0)):
+            chosen = {name: makers[name][min(turn, len(makers[name]) - 1)] for name in names}
+            key = str({name: getattr(value, "shape", value) for name, value in chosen.items()})
+            if chosen and key not in tried:
+                tried.add(key)
+                yield chosen
+
+
+def made(name: str, module: PreTrainedModel) -> list[Any]:
+    """Values for an argument of this name, the likeliest first; none: it is left out."""
+    config = module.config
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(*shape: int) -> torch.Tensor:
+        return torch.randint(3, max(4, vocabulary - 40), shape, generator=generator)
+
+    def floats(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator)
+
+    try:
+        words = module.get_input_embeddings()
+    except Exception:
+        words = None
+    vocabulary = getattr(words, "num_embeddings", None) or number(config, 100, "vocab_size")
+    vocabulary = min(vocabulary, number(config, vocabulary, "vocab_size"))
+    width = number(config, 32, "hidden_size", "d_model", "n_embd", "embed_dim", "dim")
+    height = number(config, 64, "image_size", "pretrain_image_size", "input_size")
+    channels = number(config, 3, "num_channels", "in_channels", "in_chans")
+    patch = number(config, 16, "patch_size")
+    frames = number(config, 4, "num_frames", "frames_per_clip")
+    mels = number(config, 80, "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "num_mel_bins", "mel_bins", "input_dim")
+    sources = number(config, 32, "max_source_positions")
+    codebooks = number(config, 4, "num_codebooks", "num_code_groups", "audio_codebooks")
+    temporal = number(config, 1, "temporal_patch_size")
+    patches = floats(1, 16, channels * patch * patch)
+    flat = floats(16, channels * temporal * patch * patch)
+    images = [floats(1, channels, height, height), floats(1, 1, channels, height, height), patches, flat]
+    match name:
+        case "input_ids":
+            return [ids(2, 8), ids(1, 8, codebooks), ids(2 * codebooks, 8), ids(1, codebooks, 8), ids(2, 128)]
+        case "decoder_input_ids":
+            return [ids(2, 5), ids(1, 5), ids(2 * codebooks, 5), ids(1, 5, codebooks)]
+        case "bbox":
+            return [torch.tensor([1, 2, 3, 4]).expand(2, 8, 4)]
+        case "pixel_values" | "images":
+            return images
+        case "hidden_states":
+            return [floats(2, 8, width), flat, floats(1, channels, height, height), floats(16, width)]
+        case "inputs_embeds" | "decoder_inputs_embeds" | "input_embeds":
+            return [floats(2, 8, width)]
+        case "encoder_hidden_states":
+            return [floats(2, 8, number(config, width, "cross_attention_hidden_size", "encoder_hidden_size"))]
+        case "grid_thw" | "image_grid_thw" if name == "grid_thw":
+            return [torch.tensor([[1, 4, 4]])]
+        case "spatial_shapes":
+            return [torch.tensor([[4, 4]])]
+        case "pixel_values_videos" | "pixel_values_video":
+            return [floats(1, frames, channels, height, height)]
+        case "input_features":
+            return [floats(1, mels, 2 * sources), floats(1, 2 * sources, mels), floats(1, 64, mels), floats(1, mels, 3000), floats(1, 1, 1024, mels)]
+        case "input_values":
+            return [floats(1, 16000), floats(1, 1, 16000), floats(1, number(config, 64, "max_length"), mels), floats(1, 64, mels)]
+        case "padding_mask":
+            return []
+        case "past_values":
+            length = number(config, 32, "context_length") + max(wanted(config, "lags_sequence") or [0])
+            size = number(config, 1, "input_size", "num_input_channels")
+            return [floats(1, length), floats(1, length, size)]
+        case "past_time_features" | "past_observed_mask":
+            length = number(config, 32, "context_length") + max(wanted(config, "lags_sequence") or [0])
+            if name == "past_observed_mask":
+                return [torch.ones(1, length)]
+            return [floats(1, length, number(config, 1, "num_time_features") if wanted(config, "num_time_features") else 0)]
+        case "future_time_features":
+            return [floats(1, number(config, 1, "prediction_length"), wanted(config, "num_time_features") or 0)]
+        case "audio_codes" | "codes":
+            return [ids(1, codebooks, 8)]
+        case "timestep" | "timesteps":
+            return [torch.tensor([1])]
+        case "attention_mask":
+            return []
+    return []
+
+
+def parts(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
+    """The model and each model in it, with the beginning of the names of what it holds."""
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel):
+            yield f"{name}." if name else "", part
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> None:
+    with torch.no_grad():
+        model(**inputs)
+
+
+def name_of(model: nn.Module, place: int) -> str:
+    """The parameter or buffer whose memory begins there."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.untyped_storage().data_ptr() == place:
+            return name
+    return "(computed)"
