@@ -2,58 +2,54 @@
 
     python tests/support/families.py [TYPE ...]
 
-builds each in a process of its own, replaces its embeddings, verifies them, and writes tests/support/families.csv and
+builds each in a process of its own, replaces its embeddings, verifies them, and writes tests/support/families.json and
 docs/families.md. With types, it prints what became of these and writes nothing. No GPU and no network are needed.
 """
 
 import argparse
-import csv
-import io
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from importlib import metadata
+from inspect import signature
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from families_page import (
+    ALONE,
+    IDLE,
+    NO_TABLE,
+    NOT_BUILT,
+    NOT_RUN,
+    OVERRIDDEN,
+    SWAPPED,
+    WHOLE,
+    WRONG,
+    Line,
+    page,
+    read_data,
+    summary,
+    write_data,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT / "tests/support/families.csv"
+DATA = ROOT / "tests/support/families.json"
 PAGE = ROOT / "docs/families.md"
 # A model that takes longer, or more memory, becomes a line that says so.
-MOST_SECONDS = 60
+MOST_SECONDS = 120
+# What inputs are tried for, of the CPU's time; what was found until then stays.
+MOST_TRYING = 15
 MOST_BYTES = 10 * 2**30
-
-
-class Line(NamedTuple):
-    """What became of one table of a model type, or of the type as a whole; a line of families.csv."""
-
-    model_type: str
-    model: str  # its class
-    state: str
-    table: str = ""  # its name in the model
-    kind: str = ""  # the class of its module
-    note: str = ""
-
-
-# Of a table.
-SWAPPED = "swapped"  # looked up with our op after the swap, bit-equal to torch's lookup
-OVERRIDDEN = "overridden"  # looked up with our op under override_aten alone
-ALONE = "alone"  # looked up, and never with our op
-WHOLE = "whole"  # the model reads its weight, and never looks up
-IDLE = "idle"  # no input that was tried reaches it
-WRONG = "wrong"  # our op, and another result than torch's
-# Of a type.
-NO_TABLE = "no table"
-NOT_RUN = "not run"
-NOT_BUILT = "not built"
 
 
 # In the process of one type.
@@ -75,7 +71,9 @@ def examine(model_type: str) -> list[Line]:
 
     kind = small_models.model_class(model_type)
     if kind is None:
-        return [Line(model_type, "", NOT_BUILT, note="a part of another model, without a model class")]
+        return [
+            Line(model_type, "", NOT_BUILT, note="a part of another model, without a model class")
+        ]
     best: list[Line] = []
     failures = []
     for level in small_models.LEVELS:
@@ -99,11 +97,13 @@ def open_questions(lines: Iterable[Line]) -> int:
 def in_short(error: BaseException) -> str:
     """The type of an error and the beginning of what it says, without what differs from run to run."""
     text = " ".join(str(error).split())
-    for library in ("timm", "natten", "torchaudio", "detectron2", "torchvision"):
-        if isinstance(error, ImportError) and library in text:
-            return f"needs {library}"
-    text = text if len(text) <= 100 else f"{text[:97]}..."
-    return f"{type(error).__name__}: {text}"
+    missing = re.search(r"requires the (\w+) library", text)
+    if missing:
+        return f"needs {missing[1]}"
+    # Of a config that was checked, what the check said.
+    kind, _, said = text.rpartition("validator 'validate_architecture': ")[2].rpartition("Error: ")
+    text = f"{kind or type(error).__name__.removesuffix('Error')}Error: {said}"
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def examined(model_type: str, model: Any) -> list[Line]:
@@ -120,7 +120,9 @@ def examined(model_type: str, model: Any) -> list[Line]:
         names = tables.setdefault(place_of(module.weight), Table([], type(module).__name__, set()))
         names.names.append(one.name)
     left_alone = [model.get_submodule(one.name) for one in report.skipped]
-    ran, refused = False, ""
+    ran, refused = False, f"no input is known for forward{signature(model.forward)}"
+    refusals = 0
+    spent = time.process_time() + MOST_TRYING
     for prefix, root in small_models.parts(model):
         inside = {f"{prefix}{name}" for name, _ in root.named_modules()}
         own = [table for table in tables.values() if inside.intersection(table.names)]
@@ -129,6 +131,8 @@ def examined(model_type: str, model: Any) -> list[Line]:
         swapped = tuple(one for one in report.replaced if one.name in inside)
         part = replace(report, model=root, replaced=swapped)
         for inputs in small_models.offers(root):
+            if time.process_time() > spent:
+                break
             watch = Watch(left_alone)
             try:
                 with watch, watch.hooks():
@@ -136,7 +140,9 @@ def examined(model_type: str, model: Any) -> list[Line]:
                     if not swapped:
                         small_models.run(root, inputs)
             except Exception as error:
-                refused = refused or in_short(error)
+                if root is model and not refusals:
+                    refused = in_short(error)
+                refusals += 1
                 continue
             ran = True
             expected = Counter(watch.lookups)
@@ -162,7 +168,7 @@ def examined(model_type: str, model: Any) -> list[Line]:
 
 def lines_of(model_type, kind, tables, ran, refused) -> Iterator[Line]:
     if not ran:
-        yield Line(model_type, kind, NOT_RUN, note=refused or "its inputs are not known")
+        yield Line(model_type, kind, NOT_RUN, note=refused)
         return
     if not tables:
         yield Line(model_type, kind, NO_TABLE)
@@ -189,7 +195,9 @@ def child(model_type: str, connection: Connection) -> None:
     connection.send(lines)
 
 
-def examine_all(model_types: Sequence[str], processes: int) -> Iterator[tuple[str, list[Line]]]:
+def examine_all(
+    model_types: Sequence[str], processes: int, seconds: float
+) -> Iterator[tuple[str, list[Line]]]:
     """Each type with its lines, as they end."""
     fork = multiprocessing.get_context("fork")
     left = list(reversed(model_types))
@@ -201,7 +209,7 @@ def examine_all(model_types: Sequence[str], processes: int) -> Iterator[tuple[st
                 process = fork.Process(target=child, args=(left[-1], there), daemon=True)
                 process.start()
                 there.close()
-                running[here] = (left.pop(), process, time.monotonic() + MOST_SECONDS)
+                running[here] = (left.pop(), process, time.monotonic() + seconds)
             first = min(end for _, _, end in running.values())
             ready = wait(list(running), timeout=max(0.0, first - time.monotonic()))
             late = [one for one, (_, _, end) in running.items() if end <= time.monotonic()]
@@ -209,12 +217,21 @@ def examine_all(model_types: Sequence[str], processes: int) -> Iterator[tuple[st
                 model_type, process, _ = running.pop(connection)
                 try:
                     if connection not in ready:
-                        lines = [Line(model_type, "", NOT_RUN, note=f"took more than {MOST_SECONDS} s")]
+                        lines = [
+                            Line(model_type, "", NOT_RUN, note=f"took more than {seconds:g} s")
+                        ]
                     else:
                         lines = connection.recv()
                 except EOFError:
                     process.join()
-                    lines = [Line(model_type, "", NOT_RUN, note=f"its process ended with {process.exitcode}")]
+                    lines = [
+                        Line(
+                            model_type,
+                            "",
+                            NOT_RUN,
+                            note=f"its process ended with {process.exitcode}",
+                        )
+                    ]
                 process.kill()
                 process.join()
                 connection.close()
@@ -241,24 +258,87 @@ def warm_up(chosen: Iterable[str]) -> None:
         gpu_embed.functional.embedding(torch.tensor([0]), torch.zeros(1, 4))
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args(arguments)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
-    import small_models
+def versions() -> dict[str, str]:
+    return {name: metadata.version(name).partition("+")[0] for name in ("transformers", "torch")}
 
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "types", nargs="*", help="model types, as in a config.json; none: all of them"
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="put these types' lines in place of those that are kept",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="how many at once"
+    )
+    parser.add_argument("--seconds", type=float, default=MOST_SECONDS, help="that one may take")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse_args(arguments)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+    try:
+        import small_models
+    except ImportError as error:
+        print(f"families: {error}; install the integration extra", file=sys.stderr)
+        return 1
     known = small_models.model_types()
+    unknown = [one for one in options.types if one not in known]
+    if unknown:
+        near = get_close_matches(unknown[0], known)
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        print(f"families: transformers has no model type {unknown[0]}{hint}", file=sys.stderr)
+        return 2
     chosen = options.types or known
-    for one in chosen:
-        if one not in known:
-            parser.error(f"{one} is no model type")
-    warm_up(chosen)
-    for _, lines in examine_all(chosen, options.processes):
+    try:
+        lines = examine_shown(chosen, options.processes, options.seconds)
+    except KeyboardInterrupt:
+        print("families: stopped; nothing was written", file=sys.stderr)
+        return 130
+    if options.types:
         for line in lines:
-            print(*line, sep=" | ", flush=True)
+            print(*filter(None, line), sep="  ")
+    if options.types and options.write:
+        kept, of = read_data(DATA.read_text())
+        if of != versions():
+            print(f"families: what is kept is of {of}; write all types anew", file=sys.stderr)
+            return 1
+        lines += [line for line in kept if line.model_type not in chosen]
+    print(summary(lines))
+    if options.write or not options.types:
+        replace_file(DATA, write_data(lines, versions()))
+        replace_file(PAGE, page(lines, versions()))
+        print(f"wrote {DATA.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
     return 0
+
+
+def examine_shown(chosen: Sequence[str], processes: int, seconds: float) -> list[Line]:
+    """What became of each type, with a bar that moves meanwhile."""
+    from gpu_embed.bench.console import make_console, progress_bar
+
+    warm_up(chosen)
+    with progress_bar(make_console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(chosen))
+        found = []
+        for model_type, lines in examine_all(chosen, processes, seconds):
+            found += lines
+            progress.update(task, description=model_type, advance=1)
+    return sorted(found)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -16,30 +16,75 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 # What a model may hold at most; a larger one is not built.
 MOST_PARAMETERS = 200_000_000
 VOCABULARY = 300
-# How much of a config is made small: the widths too, the rest, layers and vocabularies alone, nothing.
-LEVELS = range(4)
+
+
+class Level(NamedTuple):
+    """How a config is made small."""
+
+    widths: bool  # hidden sizes and heads too
+    layers: int  # at most so many
+    others: bool = True  # vocabulary, experts, inner sizes
+
+
+# From the smallest on: not every model can be made as small.
+LEVELS = (Level(True, 2), Level(True, 1000), Level(False, 2), Level(False, 1000, False))
 
 LAYERS = re.compile(
     r"(num_|n_)?(\w+_)?(hidden_|encoder_|decoder_)?(layers?|blocks)|(\w+_)?depth|layers"
 )
-EXPERTS = re.compile(r"(\w+_)?(num|n|moe_num)_(\w+_)?experts")
-PER_TOKEN = re.compile(r"(moe_)?(num_experts_per_tok|topk|top_k_experts|top_k|moe_k)|experts_per_token")
+# Sizes, each with what it is made at most.
+MOST = {
+    re.compile(names): most
+    for names, most in {
+        r"(\w+_)?vocab_size(_\w+)?": VOCABULARY,
+        r"(\w+_)?(num|n|moe_num)_(\w+_)?experts": 16,
+        r"(moe_)?(num_experts_per_tok|topk|top_k_experts|top_k|moe_k)|experts_per_token": 2,
+        r"(\w+_)?(intermediate_(size|dim)|ffn_dim|ffn_hidden_size|feedforward_dim|d_ff|n_inner)": 64,
+        r"(\w+_)?(mlp_dim|mlp_hidden_size)|dim_feedforward|d_inner": 64,
+        r"image_size|pretrain_image_size": 224,
+        r"(\w+_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length)": 512,
+    }.items()
+}
+TOKEN = re.compile(r"(moe_)?(num_experts_per_tok|topk|top_k_experts|top_k|moe_k)|experts_per_token")
 INNER = re.compile(
     r"(\w+_)?(intermediate_(size|dim)|ffn_dim|ffn_hidden_size|feedforward_dim|mlp_dim|mlp_hidden_size|d_ff|n_inner)|dim_feedforward|d_inner"
 )
-POSITIONS = re.compile(r"(\w+_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length)")
+POSITIONS = re.compile(
+    r"(\w+_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length)"
+)
 TOKEN = re.compile(r"\w*(token_id|token_index|_id|token_idx|_token)")
-# What a type's own defaults leave out.
+# What the defaults of a type lack or need otherwise when it is small.
 GIVEN: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4, "context_length": 8},
-    "informer": {"prediction_length": 4, "context_length": 8},
-    "time_series_transformer": {"prediction_length": 4, "context_length": 8},
+    "bamba": {"mamba_n_heads": 16, "mamba_d_head": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_ocr2_text": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
+    "dots1": {"n_routed_experts": 8},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6}},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "hunyuan_v1_dense": {"head_dim": 32},
+    "hunyuan_v1_moe": {"head_dim": 32},
+    "hunyuan_vl_text": {"head_dim": 32},
+    "informer": {"prediction_length": 4, "context_length": 8},
+    "ministral": {"head_dim": 32},
+    "time_series_transformer": {"prediction_length": 4, "context_length": 8},
 }
+# A part's names for a width of the model around it.
+OUTER = re.compile(
+    r"(out|text|output|llm|lm|language|target|projector)_(hidden_size|hidden_dim|dim)"
+)
 # Widths, each with the heads that they are cut into.
 WIDTHS = {
-    "hidden_size": ("num_attention_heads", "num_key_value_heads", "attention_heads", "num_heads"),
-    "d_model": ("encoder_attention_heads", "decoder_attention_heads", "num_attention_heads", "num_heads", "n_head"),
+    "hidden_size": ("num_attention_heads", "attention_heads", "num_heads"),
+    "d_model": (
+        "encoder_attention_heads",
+        "decoder_attention_heads",
+        "num_attention_heads",
+        "num_heads",
+        "n_head",
+    ),
     "n_embd": ("n_head",),
     "embed_dim": ("num_heads", "num_attention_heads"),
     "dim": ("n_heads",),
@@ -56,16 +101,18 @@ def model_types() -> list[str]:
 def model_class(model_type: str) -> type[PreTrainedModel] | None:
     """The plainest class of a model type; None: the type is a part of another model's."""
     config_class = CONFIG_MAPPING[model_type]
-    known = MODEL_MAPPING_NAMES.get(model_type)
-    if known is not None:
-        found = getattr(transformers, known if isinstance(known, str) else known[0], None)
-        if found is not None:
-            return found
+    name = MODEL_MAPPING_NAMES.get(model_type)
+    known = getattr(transformers, name if isinstance(name, str) else (name or [""])[0], None)
+    try:
+        if known is not None and known.config_class is config_class:
+            return known
+    except ImportError:  # a stand-in; what it needs, it says when it is built
+        return known
     module_name = config_class.__module__.replace(".configuration_", ".modeling_")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError:
-        return None
+        return known
     found = [
         kind
         for kind in vars(module).values()
@@ -77,56 +124,88 @@ def model_class(model_type: str) -> type[PreTrainedModel] | None:
     ]
     # A stable sort: a whole model before one with a head, and this before its parts.
     found.sort(key=lambda kind: (not kind.__name__.endswith("Model"), "For" not in kind.__name__))
-    return found[0] if found else None
+    return found[0] if found else known
 
 
-def shrunk(config: PreTrainedConfig, level: int) -> PreTrainedConfig:
-    """The same kind of config with small sizes; a higher level shrinks less."""
-    changes: dict[str, Any] = {}
+def shrunk(
+    config: PreTrainedConfig, level: Level, outer: dict[int, int] | None = None
+) -> PreTrainedConfig:
+    """The same kind of config with small sizes, for its parts too.
+
+    Args:
+        config: left as it is.
+        level: how small.
+        outer: for a part, widths of the model around it, and what they are made.
+    """
     values = vars(config)
+    changes = set_apart(config)
+    words = values.get("text_config")
+    if isinstance(words, PreTrainedConfig):
+        changes["text_config"] = shrunk(words, level)
+        outer = {width_of(words): width_of(changes["text_config"])}
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
-            changes[name] = shrunk(value, level)
-        elif isinstance(value, int) and not isinstance(value, bool):
-            if level < 3 and LAYERS.fullmatch(name):
-                changes[name] = min(value, 2)
-            elif level < 3 and "vocab_size" in name:
-                changes[name] = min(value, VOCABULARY)
-            elif level < 2 and EXPERTS.fullmatch(name):
-                changes[name] = min(value, 16)
-            elif level < 2 and PER_TOKEN.fullmatch(name):
-                changes[name] = min(value, 2)
-            elif level < 2 and INNER.fullmatch(name):
-                changes[name] = min(value, 64)
-            elif level < 2 and name in ("n_group", "topk_group"):
+            if value is not words:
+                changes[name] = shrunk(value, level, outer)
+        elif outer and is_int(value) and value in outer and OUTER.fullmatch(name):
+            changes[name] = outer[value]
+        elif is_int(value):
+            if LAYERS.fullmatch(name):
+                changes[name] = min(value, level.layers)
+            elif level.others and name in ("n_group", "topk_group"):
                 changes[name] = 1
-            elif level < 2 and POSITIONS.fullmatch(name):
-                changes[name] = min(value, 512)
-    if level < 1:
-        for width, heads in WIDTHS.items():
-            counts = {
-                name: values[name]
-                for name in heads
-                if isinstance(values.get(name), int) and name not in KEY_VALUE
-            }
-            if not counts or not isinstance(values.get(width), int):
-                continue
-            most = max(counts.values())
-            changes[width] = values[width] // most * min(most, 4)
-            for name in counts:
-                changes[name] = min(values[name], 4)
-            for name in KEY_VALUE:
-                if isinstance(values.get(name), int):
-                    changes[name] = max(1, min(most, 4) * values[name] // most)
-    if level < 3:
-        vocabulary = changes.get("vocab_size", values.get("vocab_size"))
-        changes |= special_ids(values, vocabulary)
+            elif level.others:
+                most = next((most for names, most in MOST.items() if names.fullmatch(name)), value)
+                changes[name] = min(value, most)
+    if level.widths:
+        changes |= narrow(values)
+    changes |= GIVEN.get(config.model_type, {})
+    if level.others:
+        changes |= special_ids(values, changes.get("vocab_size"))
         changes |= lists_of_layers(config, changes)
-    return type(config)(**{n: v for n, v in changes.items() if n in fields(type(config))})
+    taken = inspect.signature(type(config).__init__).parameters
+    small = type(config)(**{name: value for name, value in changes.items() if name in taken})
+    for name, value in values.items():
+        if name not in vars(small):
+            setattr(small, name, changes.get(name, value))
+    return small
 
 
-def fields(kind: type) -> set[str]:
-    return set(inspect.signature(kind.__init__).parameters)
+def width_of(config: PreTrainedConfig) -> int:
+    return number(config, 0, *WIDTHS)
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def narrow(values: dict[str, Any]) -> dict[str, Any]:
+    """Few heads, each as wide as it was."""
+    changes = {}
+    for width, heads in WIDTHS.items():
+        counts = {name: values[name] for name in heads if is_int(values.get(name))}
+        if counts and is_int(values.get(width)):
+            most = max(counts.values())
+            few = min(most, 4)
+            changes[width] = values[width] // most * few
+            changes |= {name: min(count, 4) for name, count in counts.items()}
+            for name in KEY_VALUE:
+                if is_int(values.get(name)):
+                    changes[name] = max(1, few * values[name] // most)
+    return changes
+
+
+def set_apart(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config has otherwise than its class has it by itself, as a part of a larger one does."""
+    try:
+        usual = vars(type(config)())
+    except Exception:
+        usual = {}
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if not (name in usual and repr(usual[name]) == repr(value))
+    }
 
 
 def special_ids(values: dict[str, Any], vocabulary: Any) -> dict[str, Any]:
@@ -139,10 +218,9 @@ def special_ids(values: dict[str, Any], vocabulary: Any) -> dict[str, Any]:
             if value >= vocabulary:
                 found[name] = last
                 last -= 1
-        elif TOKEN.fullmatch(name) and isinstance(value, list):
-            if any(isinstance(one, int) and one >= vocabulary for one in value):
-                found[name] = [last]
-                last -= 1
+        elif TOKEN.fullmatch(name) and isinstance(value, list) and value:
+            found[name] = [last]
+            last -= 1
     return found
 
 
@@ -167,7 +245,7 @@ def lists_of_layers(config: PreTrainedConfig, changes: dict[str, Any]) -> dict[s
     return found
 
 
-def build(model_type: str, level: int) -> PreTrainedModel:
+def build(model_type: str, level: Level) -> PreTrainedModel:
     """A model with random weights, always the same ones.
 
     Raises:
@@ -176,17 +254,20 @@ def build(model_type: str, level: int) -> PreTrainedModel:
     Whatever the config or the model raises comes through.
     """
     kind = model_class(model_type)
-    config = shrunk(CONFIG_MAPPING[model_type](**GIVEN.get(model_type, {})), level)
+    config = shrunk(CONFIG_MAPPING[model_type](), level)
     config._attn_implementation = "eager"
     with torch.device("meta"):
         size = sum(one.numel() for one in kind(config).parameters())
     if size > MOST_PARAMETERS:
-        raise ValueError(f"{size // 1_000_000} million parameters, which no size that we know makes fewer")
+        raise ValueError(f"{size // 1_000_000} million parameters")
     torch.manual_seed(0)
     return kind(config).eval()
 
 
 # Inputs.
+
+# Arguments that a model is given even where it can do without.
+ALWAYS = ("decoder_input_ids", "bbox", "use_cache")
 
 
 def wanted(config: Any, *names: str) -> Any:
@@ -211,7 +292,6 @@ def number(config: Any, default: int, *names: str) -> int:
 
 def offers(module: PreTrainedModel) -> Iterator[dict[str, Any]]:
     """Inputs that the module's forward may take, the fullest first; most of them it will refuse."""
-    config = module.config
     parameters = inspect.signature(module.forward).parameters
     required = {
         name
@@ -220,11 +300,18 @@ def offers(module: PreTrainedModel) -> Iterator[dict[str, Any]]:
     }
     makers = {name: made(name, module) for name in parameters}
     makers = {name: values for name, values in makers.items() if values}
+    if not required <= makers.keys():
+        return
     main = module.main_input_name if isinstance(module.main_input_name, str) else "input_ids"
     if main not in parameters and parameters:
         main = next(iter(parameters))
-    fullest = [name for name in makers if name not in ("inputs_embeds", "decoder_inputs_embeds", "hidden_states") or name in required]
-    least = [name for name in makers if name in required or name in (main, "decoder_input_ids", "bbox")]
+    fullest = [
+        name
+        for name in makers
+        if name not in ("inputs_embeds", "decoder_inputs_embeds", "hidden_states")
+        or name in required
+    ]
+    least = [name for name in makers if name in required or name in (main, *ALWAYS)]
     tried = set()
     for names in (fullest, least, [*required & makers.keys()]):
         for turn in range(max([len(makers[name]) for name in names], default=0)):
@@ -257,16 +344,37 @@ def made(name: str, module: PreTrainedModel) -> list[Any]:
     channels = number(config, 3, "num_channels", "in_channels", "in_chans")
     patch = number(config, 16, "patch_size")
     frames = number(config, 4, "num_frames", "frames_per_clip")
-    mels = number(config, 80, "num_mel_bins", "feature_size", "n_mels", "input_feat_per_channel", "num_mel_bins", "mel_bins", "input_dim")
+    mels = number(
+        config,
+        80,
+        "num_mel_bins",
+        "feature_size",
+        "n_mels",
+        "input_feat_per_channel",
+        "num_mel_bins",
+        "mel_bins",
+        "input_dim",
+    )
     sources = number(config, 32, "max_source_positions")
     codebooks = number(config, 4, "num_codebooks", "num_code_groups", "audio_codebooks")
     temporal = number(config, 1, "temporal_patch_size")
     patches = floats(1, 16, channels * patch * patch)
     flat = floats(16, channels * temporal * patch * patch)
-    images = [floats(1, channels, height, height), floats(1, 1, channels, height, height), patches, flat]
+    images = [
+        floats(1, channels, height, height),
+        floats(1, 1, channels, height, height),
+        patches,
+        flat,
+    ]
     match name:
         case "input_ids":
-            return [ids(2, 8), ids(1, 8, codebooks), ids(2 * codebooks, 8), ids(1, codebooks, 8), ids(2, 128)]
+            return [
+                ids(2, 8),
+                ids(1, 8, codebooks),
+                ids(2 * codebooks, 8),
+                ids(1, codebooks, 8),
+                ids(2, 128),
+            ]
         case "decoder_input_ids":
             return [ids(2, 5), ids(1, 5), ids(2 * codebooks, 5), ids(1, 5, codebooks)]
         case "bbox":
@@ -274,11 +382,22 @@ def made(name: str, module: PreTrainedModel) -> list[Any]:
         case "pixel_values" | "images":
             return images
         case "hidden_states":
-            return [floats(2, 8, width), flat, floats(1, channels, height, height), floats(16, width)]
+            return [
+                floats(2, 8, width),
+                flat,
+                floats(1, channels, height, height),
+                floats(16, width),
+            ]
         case "inputs_embeds" | "decoder_inputs_embeds" | "input_embeds":
             return [floats(2, 8, width)]
         case "encoder_hidden_states":
-            return [floats(2, 8, number(config, width, "cross_attention_hidden_size", "encoder_hidden_size"))]
+            return [
+                floats(
+                    2,
+                    8,
+                    number(config, width, "cross_attention_hidden_size", "encoder_hidden_size"),
+                )
+            ]
         case "grid_thw" | "image_grid_thw" if name == "grid_thw":
             return [torch.tensor([[1, 4, 4]])]
         case "spatial_shapes":
@@ -286,28 +405,70 @@ def made(name: str, module: PreTrainedModel) -> list[Any]:
         case "pixel_values_videos" | "pixel_values_video":
             return [floats(1, frames, channels, height, height)]
         case "input_features":
-            return [floats(1, mels, 2 * sources), floats(1, 2 * sources, mels), floats(1, 64, mels), floats(1, mels, 3000), floats(1, 1, 1024, mels)]
+            return [
+                floats(1, mels, 2 * sources),
+                floats(1, 2 * sources, mels),
+                floats(1, 64, mels),
+                floats(1, mels, 3000),
+                floats(1, 1, 1024, mels),
+            ]
         case "input_values":
-            return [floats(1, 16000), floats(1, 1, 16000), floats(1, number(config, 64, "max_length"), mels), floats(1, 64, mels)]
-        case "padding_mask":
-            return []
+            return [
+                floats(1, 16000),
+                floats(1, 1, 16000),
+                floats(1, number(config, 64, "max_length"), mels),
+                floats(1, 64, mels),
+            ]
+        case "image" | "img" | "pixel_value" | "x" | "pixels":
+            return images
+        case "input_features_mask" | "feature_attention_mask":
+            return [
+                torch.ones(1, 2 * sources, dtype=torch.int64),
+                torch.ones(1, 64, dtype=torch.int64),
+            ]
+        case "task_inputs":
+            return [ids(1, 77)]
+        case "flattened_patches":
+            return [floats(1, 16, channels * patch * patch + 2)]
+        case "query_embeds":
+            return [floats(1, 8, width)]
+        case "codebook_idx":
+            return [2]
+        case "use_cache":
+            return [False]
         case "past_values":
-            length = number(config, 32, "context_length") + max(wanted(config, "lags_sequence") or [0])
+            length = number(config, 32, "context_length") + max(
+                wanted(config, "lags_sequence") or [0]
+            )
             size = number(config, 1, "input_size", "num_input_channels")
             return [floats(1, length), floats(1, length, size)]
         case "past_time_features" | "past_observed_mask":
-            length = number(config, 32, "context_length") + max(wanted(config, "lags_sequence") or [0])
+            length = number(config, 32, "context_length") + max(
+                wanted(config, "lags_sequence") or [0]
+            )
             if name == "past_observed_mask":
                 return [torch.ones(1, length)]
-            return [floats(1, length, number(config, 1, "num_time_features") if wanted(config, "num_time_features") else 0)]
+            return [
+                floats(
+                    1,
+                    length,
+                    number(config, 1, "num_time_features")
+                    if wanted(config, "num_time_features")
+                    else 0,
+                )
+            ]
         case "future_time_features":
-            return [floats(1, number(config, 1, "prediction_length"), wanted(config, "num_time_features") or 0)]
+            return [
+                floats(
+                    1,
+                    number(config, 1, "prediction_length"),
+                    wanted(config, "num_time_features") or 0,
+                )
+            ]
         case "audio_codes" | "codes":
             return [ids(1, codebooks, 8)]
         case "timestep" | "timesteps":
             return [torch.tensor([1])]
-        case "attention_mask":
-            return []
     return []
 
 
