@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
@@ -53,6 +53,13 @@ POSITIONS = re.compile(
     r"(\w+_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length)"
 )
 TOKEN = re.compile(r"\w*(token_id|token_index|_id|token_idx|_token)")
+# transformers' own, in place of timm's.
+RESNET = {
+    "use_timm_backbone": False,
+    "use_pretrained_backbone": False,
+    "backbone": None,
+    "backbone_config": {"model_type": "resnet", "out_features": ["stage4"]},
+}
 # What the defaults of a type lack or need otherwise when it is small.
 GIVEN: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4, "context_length": 8},
@@ -69,6 +76,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": {"head_dim": 32},
     "informer": {"prediction_length": 4, "context_length": 8},
     "ministral": {"head_dim": 32},
+    **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr"), RESNET),
+    **dict.fromkeys(("omdet-turbo", "table-transformer"), RESNET),
     "time_series_transformer": {"prediction_length": 4, "context_length": 8},
 }
 # A part's names for a width of the model around it.
@@ -268,6 +277,8 @@ def build(model_type: str, level: Level) -> PreTrainedModel:
 
 # Arguments that a model is given even where it can do without.
 ALWAYS = ("decoder_input_ids", "bbox", "use_cache")
+# Those that stand for others, and are left out where they are not required.
+RATHER_NOT = ("inputs_embeds", "decoder_inputs_embeds", "hidden_states")
 
 
 def wanted(config: Any, *names: str) -> Any:
@@ -291,185 +302,118 @@ def number(config: Any, default: int, *names: str) -> int:
 
 
 def offers(module: PreTrainedModel) -> Iterator[dict[str, Any]]:
-    """Inputs that the module's forward may take, the fullest first; most of them it will refuse."""
+    """Inputs that the module's forward may take, the fullest first; it refuses some. None: no input is known."""
     parameters = inspect.signature(module.forward).parameters
     required = {
         name
         for name, one in parameters.items()
         if one.default is one.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
     }
-    makers = {name: made(name, module) for name in parameters}
-    makers = {name: values for name, values in makers.items() if values}
-    if not required <= makers.keys():
+    values = {name: made for name, made in made_up(module).items() if name in parameters}
+    if not required <= values.keys():
         return
-    main = module.main_input_name if isinstance(module.main_input_name, str) else "input_ids"
-    if main not in parameters and parameters:
-        main = next(iter(parameters))
-    fullest = [
-        name
-        for name in makers
-        if name not in ("inputs_embeds", "decoder_inputs_embeds", "hidden_states")
-        or name in required
-    ]
-    least = [name for name in makers if name in required or name in (main, *ALWAYS)]
+    main = module.main_input_name
+    fullest = [name for name in values if name in required or name not in RATHER_NOT]
+    least = [name for name in values if name in required or name in (main, *ALWAYS)]
     tried = set()
-    for names in (fullest, least, [*required & makers.keys()]):
-        for turn in range(max([len(makers[name]) for name in names], default=0)):
-            chosen = {name: makers[name][min(turn, len(makers[name]) - 1)] for name in names}
+    for names in (fullest, least, sorted(required)):
+        for turn in range(max([len(values[name]) for name in names], default=0)):
+            chosen = {name: values[name][min(turn, len(values[name]) - 1)] for name in names}
             key = str({name: getattr(value, "shape", value) for name, value in chosen.items()})
-            if chosen and key not in tried:
+            if key not in tried:
                 tried.add(key)
                 yield chosen
 
 
-def made(name: str, module: PreTrainedModel) -> list[Any]:
-    """Values for an argument of this name, the likeliest first; none: it is left out."""
+def made_up(module: PreTrainedModel) -> dict[str, list[Any]]:
+    """For each argument that we know some values, the likeliest first."""
     config = module.config
     generator = torch.Generator().manual_seed(0)
+    try:
+        rows = module.get_input_embeddings().num_embeddings
+    except Exception:
+        rows = number(config, 100, "vocab_size")
+    vocabulary = min(rows, number(config, rows, "vocab_size"))
 
-    def ids(*shape: int) -> torch.Tensor:
+    def ids(*shape: int) -> Tensor:
+        # Neither padding and the like, which come first, nor images and the like, which come last.
         return torch.randint(3, max(4, vocabulary - 40), shape, generator=generator)
 
-    def floats(*shape: int) -> torch.Tensor:
+    def floats(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator)
 
-    try:
-        words = module.get_input_embeddings()
-    except Exception:
-        words = None
-    vocabulary = getattr(words, "num_embeddings", None) or number(config, 100, "vocab_size")
-    vocabulary = min(vocabulary, number(config, vocabulary, "vocab_size"))
     width = number(config, 32, "hidden_size", "d_model", "n_embd", "embed_dim", "dim")
-    height = number(config, 64, "image_size", "pretrain_image_size", "input_size")
+    outer = number(config, width, "cross_attention_hidden_size", "encoder_hidden_size")
+    size = number(config, 64, "image_size", "pretrain_image_size", "input_size")
     channels = number(config, 3, "num_channels", "in_channels", "in_chans")
     patch = number(config, 16, "patch_size")
-    frames = number(config, 4, "num_frames", "frames_per_clip")
-    mels = number(
-        config,
-        80,
-        "num_mel_bins",
-        "feature_size",
-        "n_mels",
-        "input_feat_per_channel",
-        "num_mel_bins",
-        "mel_bins",
-        "input_dim",
-    )
-    sources = number(config, 32, "max_source_positions")
+    frames = number(config, 2, "num_frames", "frames_per_clip")
+    mels = number(config, 80, "num_mel_bins", "feature_size", "n_mels", "mel_bins", "input_dim")
+    length = 2 * number(config, 32, "max_source_positions")
     codebooks = number(config, 4, "num_codebooks", "num_code_groups", "audio_codebooks")
-    temporal = number(config, 1, "temporal_patch_size")
-    patches = floats(1, 16, channels * patch * patch)
-    flat = floats(16, channels * temporal * patch * patch)
-    images = [
-        floats(1, channels, height, height),
-        floats(1, 1, channels, height, height),
-        patches,
-        flat,
-    ]
-    match name:
-        case "input_ids":
-            return [
-                ids(2, 8),
-                ids(1, 8, codebooks),
-                ids(2 * codebooks, 8),
-                ids(1, codebooks, 8),
-                ids(2, 128),
-            ]
-        case "decoder_input_ids":
-            return [ids(2, 5), ids(1, 5), ids(2 * codebooks, 5), ids(1, 5, codebooks)]
-        case "bbox":
-            return [torch.tensor([1, 2, 3, 4]).expand(2, 8, 4)]
-        case "pixel_values" | "images":
-            return images
-        case "hidden_states":
-            return [
-                floats(2, 8, width),
-                flat,
-                floats(1, channels, height, height),
-                floats(16, width),
-            ]
-        case "inputs_embeds" | "decoder_inputs_embeds" | "input_embeds":
-            return [floats(2, 8, width)]
-        case "encoder_hidden_states":
-            return [
-                floats(
-                    2,
-                    8,
-                    number(config, width, "cross_attention_hidden_size", "encoder_hidden_size"),
-                )
-            ]
-        case "grid_thw" | "image_grid_thw" if name == "grid_thw":
-            return [torch.tensor([[1, 4, 4]])]
-        case "spatial_shapes":
-            return [torch.tensor([[4, 4]])]
-        case "pixel_values_videos" | "pixel_values_video":
-            return [floats(1, frames, channels, height, height)]
-        case "input_features":
-            return [
-                floats(1, mels, 2 * sources),
-                floats(1, 2 * sources, mels),
-                floats(1, 64, mels),
-                floats(1, mels, 3000),
-                floats(1, 1, 1024, mels),
-            ]
-        case "input_values":
-            return [
-                floats(1, 16000),
-                floats(1, 1, 16000),
-                floats(1, number(config, 64, "max_length"), mels),
-                floats(1, 64, mels),
-            ]
-        case "image" | "img" | "pixel_value" | "x" | "pixels":
-            return images
-        case "input_features_mask" | "feature_attention_mask":
-            return [
-                torch.ones(1, 2 * sources, dtype=torch.int64),
-                torch.ones(1, 64, dtype=torch.int64),
-            ]
-        case "task_inputs":
-            return [ids(1, 77)]
-        case "flattened_patches":
-            return [floats(1, 16, channels * patch * patch + 2)]
-        case "query_embeds":
-            return [floats(1, 8, width)]
-        case "codebook_idx":
-            return [2]
-        case "use_cache":
-            return [False]
-        case "past_values":
-            length = number(config, 32, "context_length") + max(
-                wanted(config, "lags_sequence") or [0]
-            )
-            size = number(config, 1, "input_size", "num_input_channels")
-            return [floats(1, length), floats(1, length, size)]
-        case "past_time_features" | "past_observed_mask":
-            length = number(config, 32, "context_length") + max(
-                wanted(config, "lags_sequence") or [0]
-            )
-            if name == "past_observed_mask":
-                return [torch.ones(1, length)]
-            return [
-                floats(
-                    1,
-                    length,
-                    number(config, 1, "num_time_features")
-                    if wanted(config, "num_time_features")
-                    else 0,
-                )
-            ]
-        case "future_time_features":
-            return [
-                floats(
-                    1,
-                    number(config, 1, "prediction_length"),
-                    wanted(config, "num_time_features") or 0,
-                )
-            ]
-        case "audio_codes" | "codes":
-            return [ids(1, codebooks, 8)]
-        case "timestep" | "timesteps":
-            return [torch.tensor([1])]
-    return []
+    pixels = channels * patch * patch
+    flat = floats(16, pixels * number(config, 1, "temporal_patch_size"))
+    image = floats(1, channels, size, size)
+    video = floats(1, frames, channels, size, size)
+    images = [image, video, floats(1, 16, pixels), flat, image[:, None]]
+    past = number(config, 32, "context_length") + max(wanted(config, "lags_sequence") or [0])
+    times = wanted(config, "num_time_features") or 0
+    hidden = floats(1, 8, width)
+    return {
+        "input_ids": [
+            ids(1, 8),
+            ids(1, 8, codebooks),
+            ids(codebooks, 8),
+            ids(1, codebooks, 8),
+            ids(1, 128),
+        ],
+        "decoder_input_ids": [ids(1, 5), ids(1, 5, codebooks), ids(codebooks, 5)],
+        "bbox": [torch.tensor([[[1, 2, 3, 4]] * 8])],
+        "entity_ids": [ids(1, 4)],
+        "entity_position_ids": [torch.arange(8).expand(1, 4, 8)],
+        "task_inputs": [ids(1, 77)],
+        "pixel_values": images,
+        "images": images,
+        "image": images,
+        "pixel_values_videos": [video],
+        "flattened_patches": [floats(1, 16, pixels + 2)],
+        "pixel_attention_mask": [torch.ones(1, 16, dtype=torch.int64)],
+        "spatial_shapes": [torch.tensor([[4, 4]])],
+        "grid_thw": [torch.tensor([[1, 4, 4]])],
+        "hidden_states": [hidden, flat, image, hidden[0]],
+        "inputs_embeds": [hidden],
+        "decoder_inputs_embeds": [hidden],
+        "query_embeds": [hidden],
+        "encoder_hidden_states": [floats(1, 8, outer)],
+        "input_features": [
+            floats(1, mels, length),
+            floats(1, length, mels),
+            floats(1, 64, mels),
+            floats(1, mels, 3000),
+            floats(1, 1, 1024, mels),
+        ],
+        "input_features_mask": [torch.ones(1, n, dtype=torch.int64) for n in (length, length, 64)],
+        "feature_attention_mask": [
+            torch.ones(1, n, dtype=torch.int64) for n in (length, length, 64)
+        ],
+        "input_values": [
+            floats(1, 16000),
+            floats(1, 1, 16000),
+            floats(1, number(config, 64, "max_length"), mels),
+            floats(1, 64, mels),
+        ],
+        "past_values": [
+            floats(1, past),
+            floats(1, past, number(config, 1, "input_size", "num_input_channels")),
+        ],
+        "past_observed_mask": [torch.ones(1, past)],
+        "past_time_features": [floats(1, past, times)],
+        "future_time_features": [floats(1, number(config, 1, "prediction_length"), times)],
+        "audio_codes": [ids(1, codebooks, 8)],
+        "codebook_idx": [2],
+        "timestep": [torch.tensor([1])],
+        "use_cache": [False],
+    }
 
 
 def parts(model: PreTrainedModel) -> Iterator[tuple[str, PreTrainedModel]]:
