@@ -292,6 +292,14 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse_args(arguments)
+    try:
+        return make(options)
+    except KeyboardInterrupt:
+        print("families: stopped; nothing was written", file=sys.stderr)
+        return 130
+
+
+def make(options: argparse.Namespace) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
     try:
         import small_models
@@ -306,11 +314,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"families: transformers has no model type {unknown[0]}{hint}", file=sys.stderr)
         return 2
     chosen = options.types or known
-    try:
-        lines = examine_shown(chosen, options.processes, options.seconds)
-    except KeyboardInterrupt:
-        print("families: stopped; nothing was written", file=sys.stderr)
-        return 130
+    lines = examine_shown(chosen, options.processes, options.seconds)
     if options.types:
         for line in lines:
             print(*filter(None, line), sep="  ")

@@ -52,12 +52,16 @@ def outcome(lines: Sequence[Line]) -> str:
     return NO_TABLE
 
 
-def by_outcome(lines: Iterable[Line]) -> dict[str, dict[str, list[Line]]]:
+def by_type(lines: Iterable[Line]) -> dict[str, list[Line]]:
     types = defaultdict(list)
     for line in sorted(lines):
         types[line.model_type].append(line)
+    return types
+
+
+def by_outcome(lines: Iterable[Line]) -> dict[str, dict[str, list[Line]]]:
     found: dict[str, dict[str, list[Line]]] = defaultdict(dict)
-    for model_type, own in types.items():
+    for model_type, own in by_type(lines).items():
         found[outcome(own)][model_type] = own
     return found
 
@@ -173,7 +177,7 @@ and run on inputs that we made up. Every lookup of ours was compared with torch'
     text += """
 A table is what `torch.nn.Embedding`, `torch.nn.EmbeddingBag`, their subclasses or `torch.nn.functional.embedding` look
 up in. A parameter that a model adds as a whole, such as the positions of many vision models, is none. What reaches a
-table depends on its class, and not on sizes.
+table depends on its class, and not on sizes. Detectors whose backbone is timm's got transformers' ResNet in its place.
 
 ```
 make families
