@@ -103,7 +103,7 @@ def in_short(error: BaseException) -> str:
     if missing:
         return f"needs {missing[1]}"
     # Of a config that was checked, what the check said.
-    kind, _, said = text.rpartition("validator 'validate_architecture': ")[2].rpartition("Error: ")
+    kind, _, said = re.sub(r".*validator '\w+': ", "", text).rpartition("Error: ")
     text = f"{kind or type(error).__name__.removesuffix('Error')}Error: {said}"
     return text if len(text) <= 120 else f"{text[:117]}..."
 

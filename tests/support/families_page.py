@@ -146,7 +146,8 @@ Nothing is to be done: such a table works as before, and the other tables of the
     NOT_BUILT: Section(
         "not built",
         "Not built",
-        "Most need another package, or files, or are parts of a model and have no class of their own.",
+        "They need another package, are parts of a model without a class of their own, or the sizes that a\n"
+        "configuration has by itself, or that we made small, do not fit each other.",
     ),
     WRONG: Section(
         "a lookup of ours differs from torch's", "Wrong", "Do not swap these, and tell us."

@@ -75,6 +75,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 32},
     "hunyuan_vl_text": {"head_dim": 32},
     "informer": {"prediction_length": 4, "context_length": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "ministral": {"head_dim": 32},
     **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr"), RESNET),
     **dict.fromkeys(("omdet-turbo", "table-transformer"), RESNET),
@@ -129,7 +130,7 @@ def model_class(model_type: str) -> type[PreTrainedModel] | None:
         and issubclass(kind, PreTrainedModel)
         and kind.__module__ == module_name
         and getattr(kind, "config_class", None) is config_class
-        and not kind.__name__.endswith("PreTrainedModel")
+        and "PreTrainedModel" not in kind.__name__
     ]
     # A stable sort: a whole model before one with a head, and this before its parts.
     found.sort(key=lambda kind: (not kind.__name__.endswith("Model"), "For" not in kind.__name__))
