@@ -203,6 +203,14 @@ def examine_all(
     fork = multiprocessing.get_context("fork")
     left = list(reversed(model_types))
     running: dict[Connection, tuple[str, Any, float]] = {}
+    stopped = []
+
+    def stop(*_: object) -> None:
+        # Python drops an exception that is raised just when it forks; this stays.
+        stopped.append(True)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
         while left or running:
             while left and len(running) < processes:
@@ -211,6 +219,8 @@ def examine_all(
                 process.start()
                 there.close()
                 running[here] = (left.pop(), process, time.monotonic() + seconds)
+            if stopped:
+                raise KeyboardInterrupt
             first = min(end for _, _, end in running.values())
             ready = wait(list(running), timeout=max(0.0, first - time.monotonic()))
             late = [one for one, (_, _, end) in running.items() if end <= time.monotonic()]
@@ -238,6 +248,7 @@ def examine_all(
                 connection.close()
                 yield model_type, lines
     finally:
+        signal.signal(signal.SIGINT, before)
         for _, process, _ in running.values():
             process.kill()
             process.join()

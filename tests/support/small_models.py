@@ -79,6 +79,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 32},
     **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr"), RESNET),
     **dict.fromkeys(("omdet-turbo", "table-transformer"), RESNET),
+    "xmod": {"default_language": "en_XX"},
     "time_series_transformer": {"prediction_length": 4, "context_length": 8},
 }
 # A part's names for a width of the model around it.
@@ -410,6 +411,13 @@ def made_up(module: PreTrainedModel) -> dict[str, list[Any]]:
         "past_observed_mask": [torch.ones(1, past)],
         "past_time_features": [floats(1, past, times)],
         "future_time_features": [floats(1, number(config, 1, "prediction_length"), times)],
+        "visual_feats": [floats(1, 4, number(config, 2048, "visual_feat_dim"))],
+        "visual_pos": [floats(1, 4, number(config, 4, "visual_pos_dim"))],
+        "states": [floats(1, 4, number(config, 1, "state_dim"))],
+        "actions": [floats(1, 4, number(config, 1, "act_dim"))],
+        "rewards": [floats(1, 4, 1)],
+        "returns_to_go": [floats(1, 4, 1)],
+        "timesteps": [torch.arange(4)[None]],
         "audio_codes": [ids(1, codebooks, 8)],
         "codebook_idx": [2],
         "timestep": [torch.tensor([1])],
