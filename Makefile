@@ -8,6 +8,8 @@ DEMO_ARGS ?=
 RESULTS ?= bench/results
 # Which versions make versions tries: a name in ROWS of tests/support/versions.py.
 ROW ?= newest
+# Which model types make families prints; none: all are tried, and the page is written.
+FAMILIES ?=
 # An empty VENV would otherwise name the system's /bin/python3.
 env_dir := $(or $(strip $(VENV)),.venv)
 env_python := $(env_dir)/bin/python3
@@ -15,7 +17,7 @@ env_python := $(env_dir)/bin/python3
 .DEFAULT_GOAL := help
 # Two pips at once in one environment break it.
 .NOTPARALLEL:
-.PHONY: help demo test test-all torchrec lint format docs gpu versions release clean FORCE
+.PHONY: help demo test test-all torchrec lint format docs gpu versions families release clean FORCE
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -142,6 +144,9 @@ gpu: ## in the current python3, no download: self-check, GPU tests that must not
 
 versions: ## try another torch, Triton and NumPy in an environment of its own: ROW=newest PYTHON=python3.13
 	$(PYTHON) tests/support/versions.py $(ROW)
+
+families: $(test_env) ## swap every model type of transformers and write docs/families.md: FAMILIES="bert gemma" for some
+	OMP_NUM_THREADS=1 $(env_python) tests/support/families.py $(FAMILIES)
 
 release: $(demo_env) ## check the version, build sdist and wheel into dist/ and tag; uploads nothing
 	.ci/release $(env_python)

@@ -145,7 +145,8 @@ def replace_embeddings(
     """Let each `torch.nn.Embedding` and `torch.nn.EmbeddingBag` in a model look up with our op.
 
     In place, and by the module's class alone: the Parameter objects, hooks, names, devices, ties and optimizers
-    that hold them stay. Subclasses are left alone, as they may do more. `restore_embeddings` undoes it.
+    that hold them stay. Subclasses are left alone, as they may do more; `override_aten` reaches those that call
+    torch's lookup. `restore_embeddings` undoes it.
 
     Args:
         model: any module; on any device, before or after an optimizer, DDP or `torch.compile` got it.
@@ -328,7 +329,7 @@ def _reason_to_skip(
     if is_fsdp_module(module):
         return "sharded by a fully_shard of its own: replace before that"
     if kind not in REPLACEMENTS and kind not in ORIGINALS:
-        return f"a subclass, which may do more: {kind.__module__}.{kind.__qualname__}"
+        return _reason_of_subclass(kind, quantizes)
     if getattr(module, "weight", None) is None:
         return "it holds no weight"
     if module.num_embeddings < min_rows:
@@ -338,8 +339,26 @@ def _reason_to_skip(
         # accelerate's hooks call what they keep there.
         or (hasattr(module, "_hf_hook") and _holds_own_forward(module, "_old_forward"))
     ):
-        return "its forward was set on the module itself, and may call torch's"
+        way_round = "" if kind in ORIGINALS else _way_round(kind, quantizes)
+        return f"its forward was set on the module itself, and may call torch's{way_round}"
     return None
+
+
+def _reason_of_subclass(kind: type[torch.nn.Module], quantizes: bool) -> str:
+    """Why a class is left alone that may do more than the layer that it is made of."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    for ours in ORIGINALS:
+        if issubclass(kind, ours):
+            return f"a subclass of gpu_embed.{ours.__name__}, which may do more: {name}"
+    return f"a subclass, which may do more: {name}{_way_round(kind, quantizes)}"
+
+
+def _way_round(kind: type[torch.nn.Module], quantizes: bool) -> str:
+    """What reaches torch's lookup in a module of this kind without a swap."""
+    if issubclass(kind, torch.nn.EmbeddingBag):
+        return "; gpu_embed.override_aten() does not reach bags"
+    floats = ", which stays one of floats" if quantizes else ""
+    return f"; gpu_embed.override_aten() reaches its lookup if it calls torch's{floats}"
 
 
 def _matches(pattern: str | re.Pattern[str], names: tuple[str, ...]) -> bool:

@@ -45,6 +45,7 @@ FULL_FILES = frozenset(
         "serving/test_export",
         "serving/test_page",
         "serving/test_serve",
+        "swap/test_families",
         "swap/test_minilm",
         "swap/test_opacus",
         "swap/test_peft",

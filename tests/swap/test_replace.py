@@ -32,6 +32,10 @@ class Scaled(nn.Embedding):
         return super().forward(input) * 2
 
 
+OVERRIDE = "gpu_embed.override_aten() reaches its lookup if it calls torch's"
+SCALED_REASON = f"a subclass, which may do more: {Scaled.__module__}.Scaled; {OVERRIDE}"
+
+
 class Model(nn.Module):
     """A lookup, bags, a subclass and one of our own layers."""
 
@@ -90,13 +94,36 @@ def test_what_is_left_alone_has_its_reason():
     model = Model()
     report = replace_embeddings(model)
     assert reasons(report) == {
-        "scaled": f"a subclass, which may do more: {Scaled.__module__}.Scaled",
+        "scaled": SCALED_REASON,
         "ours": "already gpu_embed.Embedding",
     }
     assert type(model.scaled) is Scaled
     again = replace_embeddings(model)
     assert again.replaced == ()
     assert reasons(again)["words"] == "already gpu_embed.Embedding"
+
+
+def test_the_reason_names_the_way_round_that_there_is():
+    """None for bags and for layers that are ours; a table that should be quantized stays as it is."""
+
+    class Bags(nn.EmbeddingBag):
+        pass
+
+    class OurScaled(gpu_embed.Embedding):
+        pass
+
+    for bags in (Bags(7, 4), nn.EmbeddingBag(7, 4)):
+        bags.forward = bags.forward if type(bags) is Bags else lambda ids: None
+        for quantize in (None, "int8"):
+            (reason,) = reasons(replace_embeddings(bags, quantize=quantize)).values()
+            assert reason.endswith("; gpu_embed.override_aten() does not reach bags")
+    for layer in (OurScaled(7, 4), gpu_embed.Embedding(7, 4)):
+        layer.forward = lambda ids: None
+        assert "override_aten" not in reasons(replace_embeddings(layer))[""]
+    (reason,) = reasons(replace_embeddings(OurScaled(7, 4))).values()
+    assert reason.startswith("a subclass of gpu_embed.Embedding, which may do more: ")
+    (reason,) = reasons(replace_embeddings(Scaled(7, 4), quantize="int8")).values()
+    assert reason == f"{SCALED_REASON}, which stays one of floats"
 
 
 def test_it_trains_as_before(target):
@@ -256,7 +283,7 @@ def test_the_report_in_print():
     ]
     assert text.splitlines()[5:] == [
         "left alone",
-        f"  scaled  a subclass, which may do more: {Scaled.__module__}.Scaled",
+        f"  scaled  {SCALED_REASON}",
         "  ours    already gpu_embed.Embedding",
     ]
 
@@ -269,7 +296,7 @@ def test_a_forward_set_on_the_module_is_left_alone():
     model.words.forward = lambda ids, old=model.words.forward: old(ids) + 1
     report = replace_embeddings(model)
     assert reasons(report)["words"] == (
-        "its forward was set on the module itself, and may call torch's"
+        f"its forward was set on the module itself, and may call torch's; {OVERRIDE}"
     )
     assert type(model.words) is nn.Embedding
 
