@@ -348,7 +348,9 @@ class RowOptimizer(torch.optim.Optimizer, ABC):
         for group in self.param_groups:
             # The state_dict of torch's optimizer knows less.
             for name, value in self.defaults.items():
-                group.setdefault(name, value)
+                # torch adds it to the defaults here: what was loaded would be saved with a setting more.
+                if name != "differentiable":
+                    group.setdefault(name, value)
             # A copy's masks are cut to this rank's rows, and those of a state_dict are the whole table's.
             if present or any(sharding_of(param) is None for param in group["params"]):
                 group["rows"] = _row_mask(group["rows"], group["params"])

@@ -136,6 +136,17 @@ def test_training_goes_on_from_a_distributed_checkpoint(
     assert_goes_on(layer, optimizer, fresh_layer, fresh)
 
 
+@every_class
+def test_loading_and_copying_add_no_setting(optimizer_class):
+    """A full state that has one more cannot be loaded by torch.distributed.checkpoint."""
+    layer = gpu_embed.Embedding(5, 2, sparse=True)
+    optimizer, fresh = (optimizer_class(layer.parameters(), lr=0.25) for _ in range(2))
+    saved = optimizer.state_dict()
+    fresh.load_state_dict(saved)
+    for other in (fresh, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(fresh))):
+        assert other.state_dict()["param_groups"][0].keys() == saved["param_groups"][0].keys()
+
+
 @every_layer
 @every_class
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
