@@ -105,6 +105,9 @@ def writable_file(text: str) -> Path:
         )
     if out.is_dir():
         raise argparse.ArgumentTypeError(f"{out}: this is a folder, name a file in it")
+    if out.exists() and not out.is_file():
+        # It would be replaced: as root, also /dev/null.
+        raise argparse.ArgumentTypeError(f"{out}: this is no ordinary file, name another")
     probe = part_file(out)
     try:
         probe.touch()
