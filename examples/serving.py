@@ -7,7 +7,6 @@ A model learns whom a user likes. Its tables are quantized to 4 bits, it is writ
 programs of their own, which cannot import gpu_embed, answer from these files.
 """
 
-import argparse
 import logging
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import gpu_embed
+from gpu_embed.demo.options import example_parser, writable_folder
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 # Whoever serves has neither this package nor this file.
@@ -78,9 +78,9 @@ def serve(program: str, missing: list[str], folder: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer steps, to see that it runs")
-    parser.add_argument("--out", type=Path, help="a folder for both files (default: none is kept)")
+    parser = example_parser(__doc__, "fewer steps, to see that it runs", device=False)
+    out = "a folder for both files (default: none is kept)"
+    parser.add_argument("--out", type=writable_folder, help=out)
     args = parser.parse_args()
     console = Console(highlight=False, soft_wrap=True)
     console.print(describe_backend("cpu"))

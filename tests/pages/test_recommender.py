@@ -293,6 +293,8 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
         with pytest.raises(ArgumentTypeError, match=r"pipe\.png: this is no ordinary file"):
             option(str(pipe))
     assert pipe.is_fifo()
+    with pytest.raises(ArgumentTypeError, match="File name too long"):
+        out_file(f"{'a' * 300}.png")
 
 
 def test_history_is_the_users_own_and_the_latest_first(clicks):
