@@ -204,7 +204,9 @@ class Checkpoint:
         try:
             write_whole(self.path, write)
         except (OSError, RuntimeError) as problem:
-            reason = str(problem).splitlines()[0]
+            # What torch raises itself tells of the end of the file that it cannot write then either.
+            first = problem.__context__ or problem
+            reason = str(first).splitlines()[0]
             raise CannotRunError(f"cannot write the checkpoint {self.path}: {reason}") from None
         self.has_ours = True
 

@@ -534,12 +534,17 @@ def test_checkpoint_of_a_finished_training_needs_no_further_epoch(training, smal
     assert checkpoint.read(2)["steps"] == 6
 
 
-def test_full_disk_leaves_the_former_checkpoint(training, small, made, monkeypatch):
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_full_disk_leaves_the_former_checkpoint(training, small, made, monkeypatch, by_torch):
     before = made.path.read_bytes()
 
     def full(_: object, file: BinaryIO) -> None:
         file.write(before[:100])
-        raise OSError(28, "No space left on device")
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            if by_torch:
+                raise RuntimeError("[enforce fail at inline_container.cc:672]")
 
     monkeypatch.setattr(torch, "save", full)
     trainer = training.Trainer(small, 64, training.OURS, CPU, seed=3)
