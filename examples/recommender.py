@@ -51,6 +51,8 @@ def main() -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     args = parser.parse_args()
+    if args.out.resolve() == args.checkpoint.resolve():
+        parser.error(f"--out and --checkpoint name one file, {args.out}")
     launched = dist.is_available() and dist.is_torchelastic_launched()
     with process_group(args.device, LEFT) if launched else contextlib.nullcontext():
         run(args)

@@ -9,7 +9,6 @@ answer. Where they do, gpu_embed need not be installed, and for the latter torch
 
 import logging
 import warnings
-from pathlib import Path
 
 import onnxruntime
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import gpu_embed
-from gpu_embed.demo.options import example_parser
+from gpu_embed.demo.options import example_parser, writable_folder
 from gpu_embed.demo.running import describe_backend, end_on_ctrl_c
 
 SHOW = "{:+.2f}".format
@@ -38,7 +37,9 @@ class Likes(nn.Module):
 
 def main() -> None:
     parser = example_parser(__doc__, "fewer steps, to see that it runs", device=False)
-    parser.add_argument("--out", type=Path, default=Path("served"), help="folder (default: served)")
+    parser.add_argument(
+        "--out", type=writable_folder, default="served", help="folder (default: served)"
+    )
     args = parser.parse_args()
     print(describe_backend("cpu"))
 

@@ -48,14 +48,14 @@ def hash_ids(
         `1 + hash_ids(values, rows - 1)`.
 
     Raises:
-        TypeError: values are neither strings nor integers; rows or hashes is no integer.
+        TypeError: values are neither strings nor integers; rows, seed or hashes is no integer.
         ValueError: rows or hashes is less than 1.
 
     **Collisions.** Of n different values, 1 - (1 - 1 / rows) ** (n - 1) share their row with another one, which is
     about n / rows where that is small. With several hashes, 1 - (1 - 1 / rows ** hashes) ** (n - 1) share all of
     theirs: the sum of their rows tells the others apart.
     """
-    rows, hashes = operator.index(rows), operator.index(hashes)
+    rows, seed, hashes = map(operator.index, (rows, seed, hashes))
     if not 1 <= rows < 2**63 or hashes < 1:
         raise ValueError(
             f"hash_ids: rows and hashes must be at least 1, got rows={rows} and hashes={hashes}; rows less than 2**63"
@@ -84,9 +84,12 @@ def _codes(values: Any) -> Tensor:
     if array.dtype.kind == "U" and not isinstance(values, np.ndarray):
         # As NumPy's strings, numbers would become strings, and NULs at the end be lost.
         array = np.asarray(values, object)
+    if array.dtype.kind == "O" and array.size and all(isinstance(one, int) for one in array.flat):
+        # As pandas has integers in some columns.
+        array = np.asarray(array.tolist())
     if array.dtype.kind in "iu" or array.size == 0:
         return torch.from_numpy(array.astype(np.uint64).view(np.int64))
-    if array.dtype.kind in "UO":
+    if array.dtype.kind in "UTO":
         return torch.from_numpy(_of_strings(array.ravel().tolist()).reshape(array.shape))
     raise _wrong_type(f"an array of {array.dtype}")
 

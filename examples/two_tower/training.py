@@ -181,10 +181,11 @@ class Checkpoint:
                 raise CannotRunError(
                     f"--resume: {self.path} is of another training: {what} was {theirs}, and is {ours}; {other}"
                 )
-        done = len(state["results"]) - 1
-        if done > epochs or (done == epochs and state["losses"]):
+        # One that has begun has losses.
+        epochs_begun = len(state["results"]) - 1 + bool(state["losses"])
+        if epochs_begun > epochs:
             raise CannotRunError(
-                f"--resume: {self.path} has {done} epochs and more, choose --epochs {done + 1} or more"
+                f"--resume: {self.path} has begun epoch {epochs_begun}, choose --epochs {epochs_begun} or more"
             )
         self.has_ours = True
         return state
@@ -194,10 +195,18 @@ class Checkpoint:
         state = {"made_for": self.made_for, **trainer.state()}
         if trainer.rank > 0:
             return  # the first process has it all
+
+        def write(part: Path) -> None:
+            # Into a file of Python's, which says why it cannot be written.
+            with part.open("wb") as file:
+                torch.save(state, file)
+
         try:
-            write_whole(self.path, lambda part: torch.save(state, part))
+            write_whole(self.path, write)
         except (OSError, RuntimeError) as problem:
-            reason = str(problem).splitlines()[0]
+            # What torch raises itself tells of the end of the file that it cannot write then either.
+            first = problem.__context__ or problem
+            reason = str(first).splitlines()[0]
             raise CannotRunError(f"cannot write the checkpoint {self.path}: {reason}") from None
         self.has_ours = True
 

@@ -99,21 +99,39 @@ def out_file(text: str) -> Path:
 def writable_file(text: str) -> Path:
     """Read the name of a file that can be written; for argparse's ``type=``."""
     out = Path(text)
-    if not out.parent.is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{out}: there is no folder {out.parent}, make it or choose another"
-        )
-    if out.is_dir():
-        raise argparse.ArgumentTypeError(f"{out}: this is a folder, name a file in it")
-    probe = part_file(out)
     try:
+        if not out.parent.is_dir():
+            raise argparse.ArgumentTypeError(
+                f"{out}: there is no folder {out.parent}, make it or choose another"
+            )
+        if out.is_dir():
+            raise argparse.ArgumentTypeError(f"{out}: this is a folder, name a file in it")
+        if out.exists() and not out.is_file():
+            # It would be replaced: as root, also /dev/null.
+            raise argparse.ArgumentTypeError(f"{out}: this is no ordinary file, name another")
+        probe = part_file(out)
         probe.touch()
         probe.unlink()
     except OSError as problem:
         raise argparse.ArgumentTypeError(
-            f"{out}: cannot write there ({problem.strerror}), choose another folder"
+            f"{out}: cannot write there ({problem.strerror}), choose another folder or name"
         ) from None
     return out
+
+
+def writable_folder(text: str) -> Path:
+    """Read the name of a folder that files can be written into, or that can be made; for argparse's ``type=``."""
+    folder = Path(text)
+    try:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        problem = "" if nearest.is_dir() else f"{nearest} is a file"
+        if not problem and not os.access(nearest, os.W_OK):
+            problem = f"{nearest} cannot be written"
+    except OSError as error:
+        problem = str(error.strerror)
+    if problem:
+        raise argparse.ArgumentTypeError(f"{folder}: {problem}, choose another folder")
+    return folder
 
 
 def usable_device(text: str) -> torch.device:

@@ -56,8 +56,9 @@ def test_alone_or_among_others() -> None:
         np.array(STRINGS[:2]),
         np.array(STRINGS[:2], dtype=object),
         np.array([STRINGS[:2]]),
+        np.array(STRINGS[:2], np.dtypes.StringDType()),
     ],
-    ids=["list", "tuple", "array", "objects", "matrix"],
+    ids=["list", "tuple", "array", "objects", "matrix", "of any length"],
 )
 def test_strings_of_every_kind(values) -> None:
     rows = hash_ids(values, 1000)
@@ -72,10 +73,11 @@ def test_strings_of_every_kind(values) -> None:
         [3, 4],
         np.array([3, 4], np.uint8),
         np.array([3, 4], np.uint64),
+        np.array([3, 4], object),
         torch.tensor([3, 4]),
         torch.tensor([3, 4], dtype=torch.int16),
     ],
-    ids=["list", "uint8", "uint64", "int64", "int16"],
+    ids=["list", "uint8", "uint64", "objects", "int64", "int16"],
 )
 def test_integers_of_every_kind(values) -> None:
     assert hash_ids(values, 1000).tolist() == hash_ids([3, 4], 1000).tolist()
@@ -127,6 +129,7 @@ def test_nothing(values) -> None:
         (["a", 3], "strings and 3, a int"),
         ([None], "strings and None, a NoneType"),
         ([2**80], "strings and 1208925819614629174706176, a int"),
+        (np.array([1, "a"], object), "strings and 1, a int"),
     ],
 )
 def test_what_is_neither(values, said) -> None:
@@ -134,10 +137,19 @@ def test_what_is_neither(values, said) -> None:
         hash_ids(values, 10)
 
 
-def test_rows_are_a_number() -> None:
+@pytest.mark.parametrize("name", ["rows", "seed", "hashes"])
+def test_rows_seed_and_hashes_are_integers(name) -> None:
     with pytest.raises(TypeError, match="float"):
-        hash_ids(["a"], 10.0)
-    assert hash_ids(["a"], np.int64(10)).item() < 10
+        hash_ids(["a"], **{"rows": 10, name: 3.0})
+    for number in (np.int64(3), np.uint64(3), torch.tensor(3)):
+        found = hash_ids(["a"], **{"rows": 10, name: number})
+        assert torch.equal(found, hash_ids(["a"], **{"rows": 10, name: 3}))
+
+
+def test_seed_may_be_any_integer() -> None:
+    seeds = [0, -1, 2**64, 2**64 - 1, np.int64(-1)]
+    rows = [hash_ids(["a"], 10**9, seed=seed).item() for seed in seeds]
+    assert rows[0] == rows[2] != rows[1] == rows[3] == rows[4]
 
 
 @pytest.mark.parametrize("arguments", [{"rows": 0}, {"rows": 3, "hashes": 0}])

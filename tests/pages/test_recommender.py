@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ import torch
 rich_progress = pytest.importorskip("rich.progress", reason="the demo's extra is not installed")
 image = pytest.importorskip("matplotlib.image", reason="the demo's extra is not installed")
 
+from gpu_embed.demo.options import out_file, writable_file  # noqa: E402
 from gpu_embed.demo.running import CannotRunError  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -261,6 +264,10 @@ def test_damaged_data_is_named(recommender, data, monkeypatch, capsys, kind, tex
         (["--out", "none/a.png"], "argument --out: none/a.png: there is no folder none"),
         (["--checkpoint", "none/a.pt"], "argument --checkpoint: none/a.pt: there is no folder"),
         (["--checkpoint", "."], "argument --checkpoint: .: this is a folder"),
+        (
+            ["--checkpoint", "a.png", "--out", "./a.png"],
+            "--out and --checkpoint name one file, a.png",
+        ),
         (["--device", "cuda:99"], "argument --device: cuda:99: "),
         (["--data", "/nonexist"], "error: --data /nonexist: cannot read ml-100k.user (No such"),
     ],
@@ -275,6 +282,19 @@ def test_wrong_options_are_refused(recommender, tmp_path, monkeypatch, capsys, o
     assert shown.out == ""
     assert said in shown.err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no named pipes in folders")
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """By root, /dev/null would be."""
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    for option in (writable_file, out_file):
+        with pytest.raises(ArgumentTypeError, match=r"pipe\.png: this is no ordinary file"):
+            option(str(pipe))
+    assert pipe.is_fifo()
+    with pytest.raises(ArgumentTypeError, match="File name too long"):
+        out_file(f"{'a' * 300}.png")
 
 
 def test_history_is_the_users_own_and_the_latest_first(clicks):
@@ -366,8 +386,7 @@ def everything(trainer) -> dict[str, object]:
         for key, inner in items:
             if isinstance(inner, dict | list | tuple):
                 walk(f"{name}.{key}", inner)
-            # An optimizer that has loaded may have one setting more.
-            elif key != "differentiable":
+            else:
                 named[f"{name}.{key}"] = inner
 
     walk("state", state)
@@ -414,6 +433,17 @@ def test_resumed_is_as_not_resumed(training, small, tmp_path, steps):
     training.train(resumed, 4, checkpoint, Bar())
     assert_same(everything(resumed), everything(whole))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_resumed_again_is_as_not_resumed(training, small, tmp_path):
+    checkpoint = training.Checkpoint(tmp_path / "a.pt", small, seed=3)
+    trainers = [training.Trainer(small, 64, training.OURS, CPU, seed=3) for _ in range(4)]
+    training.train(trainers[0], 3, checkpoint, Bar())
+    for epochs, trainer in enumerate(trainers[1:], start=1):
+        if epochs > 1:
+            trainer.load(checkpoint.read(epochs))
+        training.train(trainer, epochs, checkpoint, Bar())
+    assert_same(everything(trainers[3]), everything(trainers[0]))
 
 
 def test_more_epochs_go_on_from_a_finished_training(training, small, tmp_path):
@@ -491,17 +521,30 @@ def test_checkpoint_of_more_epochs(training, small, made):
     trainer = training.Trainer(small, 64, training.OURS, CPU, seed=3)
     with pytest.raises(KeyboardInterrupt):
         training.train(trainer, 4, made, Bar(interrupt_at=7))
-    with pytest.raises(CannotRunError, match=r"2 epochs and more, choose --epochs 3 or more"):
+    with pytest.raises(CannotRunError, match=r"has begun epoch 3, choose --epochs 3 or more"):
         made.read(2)
     assert made.read(3)["steps"] == 8
 
 
-def test_full_disk_leaves_the_former_checkpoint(training, small, made, monkeypatch):
+def test_checkpoint_of_a_finished_training_needs_no_further_epoch(training, small, tmp_path):
+    checkpoint = training.Checkpoint(tmp_path / "a.pt", small, seed=3)
+    training.train(training.Trainer(small, 64, training.OURS, CPU, seed=3), 2, checkpoint, Bar())
+    with pytest.raises(CannotRunError, match=r"has begun epoch 2, choose --epochs 2 or more"):
+        checkpoint.read(1)
+    assert checkpoint.read(2)["steps"] == 6
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_full_disk_leaves_the_former_checkpoint(training, small, made, monkeypatch, by_torch):
     before = made.path.read_bytes()
 
-    def full(_: object, part: Path) -> None:
-        part.write_bytes(before[:100])
-        raise OSError(28, "No space left on device")
+    def full(_: object, file: BinaryIO) -> None:
+        file.write(before[:100])
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            if by_torch:
+                raise RuntimeError("[enforce fail at inline_container.cc:672]")
 
     monkeypatch.setattr(torch, "save", full)
     trainer = training.Trainer(small, 64, training.OURS, CPU, seed=3)
