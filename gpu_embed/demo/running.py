@@ -49,7 +49,8 @@ def end_on_ctrl_c(main: Callable[[], None], left: str = "no picture was written"
     """Run a program's `main`; what ends it early becomes one line.
 
     Ctrl-C ends it with code 130 and a line that says what is `left`, or the message of the KeyboardInterrupt, if it
-    has one; a CannotRunError with code 2 and its message; an OSError about a file with code 2 and what it says.
+    has one; a CannotRunError with code 2 and its message; an OSError about a file with code 2 and what it says;
+    a reader of its output that has left, such as head, with code 1.
     """
     try:
         main()
@@ -59,6 +60,10 @@ def end_on_ctrl_c(main: Callable[[], None], left: str = "no picture was written"
     except CannotRunError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has left; on the way out Python would flush it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as problem:
         if problem.filename is None:
             raise

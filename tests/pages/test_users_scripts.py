@@ -253,6 +253,19 @@ def test_a_folder_that_cannot_be_made(
 
 
 @pytest.mark.full
+@posix
+def test_a_reader_that_leaves_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    """As head does, after one line."""
+    with start(tmp_path, "hashed_features") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("backend: ")
+        process.stdout.close()
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+
+
+@pytest.mark.full
 def test_keras_knows_pretrained_words_that_it_never_saw(tmp_path: Path) -> None:
     need("keras", "gensim", "pyarrow", "tokenizers", "matplotlib")
     from matplotlib import image
