@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gpu_embed import TableBatchedEmbeddingBag, batch_padded, optim
 from gpu_embed.demo.options import example_parser, writable_file
-from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, write_whole
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, read_checkpoint, write_whole
 from gpu_embed.text import hash_ids
 
 FEATURES, ROWS, WIDTH, USERS = 200, 2000, 8, 256
@@ -37,8 +37,6 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     parser.add_argument("--checkpoint", type=writable_file, default="hashed_features.pt")
     args = parser.parse_args()
-    if args.resume and not args.checkpoint.exists():
-        parser.error(f"--resume: there is no {args.checkpoint}")
     print(describe_backend(args.device))
 
     torch.manual_seed(0)
@@ -47,11 +45,13 @@ def main() -> None:
     head = nn.Linear(FEATURES * WIDTH, 1, device=args.device)
     adam = torch.optim.Adam(head.parameters())
     parts = {"tables": tables, "updates": updates.optimizer, "head": head, "adam": adam}
-    saved = torch.load(args.checkpoint, map_location=args.device) if args.resume else {"step": 0}
+    saved = read_checkpoint(args.checkpoint, "step", *parts) if args.resume else {"step": 0}
     for name in parts.keys() & saved.keys():
         parts[name].load_state_dict(saved[name])
 
     right, steps = 0, range(saved["step"], 100 if args.quick else 1000)
+    if not steps:
+        parser.error(f"--resume: {args.checkpoint} has all {steps.stop} steps, leave out --resume")
     for step in track(steps, "training", console=Console(soft_wrap=True)):
         strings, clicked = users(step)
         # Feature after feature, a bag of one row for each user.
@@ -71,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end_on_ctrl_c(main, left="--resume goes on from the last checkpoint")
+    end_on_ctrl_c(main, left="--resume goes on from the last checkpoint, if there is one")

@@ -11,6 +11,7 @@ import logging
 import warnings
 
 import onnxruntime
+import onnxscript  # noqa: F401  (the exporter needs it; better missed now than after the training)
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -41,6 +42,7 @@ def main() -> None:
         "--out", type=writable_folder, default="served", help="folder (default: served)"
     )
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     print(describe_backend("cpu"))
 
     torch.manual_seed(0)
@@ -60,7 +62,6 @@ def main() -> None:
     print(gpu_embed.replace_embeddings(model, quantize="int4"))
     print("in 4 bits: ", *map(SHOW, model(user, item)))
 
-    args.out.mkdir(parents=True, exist_ok=True)
     shapes = {"user": {0: Dim("batch")}, "item": {0: Dim("batch")}}
     program = torch.export.export(model.eval(), (user, item), dynamic_shapes=shapes)
     torch.export.save(program, args.out / "model.pt2")

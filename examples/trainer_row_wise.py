@@ -20,7 +20,7 @@ import transformers
 
 import gpu_embed
 from gpu_embed.demo.options import example_parser
-from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, write_whole
+from gpu_embed.demo.running import describe_backend, end_on_ctrl_c, read_checkpoint, write_whole
 
 
 class SaveTables(transformers.TrainerCallback):
@@ -48,8 +48,9 @@ def main() -> None:
     args = parser.parse_args()
     words, steps, folder = (200, 200, "runs/quick") if args.quick else (5000, 2000, "runs/full")
     saved = sorted(Path(folder).glob("*/tables.pt"), key=os.path.getmtime)
-    if args.resume and not saved:
-        parser.error(f"--resume: there is no checkpoint in {folder}")
+    # A Trainer that resumes a training that has ended makes one step more.
+    if args.resume and (not saved or saved[-1].parent.name == f"checkpoint-{steps}"):
+        parser.error(f"--resume: there is no checkpoint in {folder}, or its training has ended")
     print(describe_backend())
 
     transformers.logging.disable_progress_bar()
@@ -66,11 +67,11 @@ def main() -> None:
     trainer = transformers.Trainer(model, settings, train_dataset=reviews(4000, words))
     trainer.add_callback(SaveTables(updates.optimizer))
     if args.resume:
-        updates.optimizer.load_state_dict(torch.load(saved[-1]))
+        updates.optimizer.load_state_dict(read_checkpoint(saved[-1], "state"))
     trainer.train(resume_from_checkpoint=str(saved[-1].parent) if args.resume else None)
     scores, is_good, _ = trainer.predict(reviews(1000, words))
     print(f"right about {(scores.argmax(1) == is_good).mean():.1%} of the reviews it never saw")
 
 
 if __name__ == "__main__":
-    end_on_ctrl_c(main, left="--resume goes on from the last checkpoint")
+    end_on_ctrl_c(main, left="--resume goes on from the last checkpoint, if there is one")

@@ -1,4 +1,4 @@
-"""What the demo and the examples share: the backend in words, a clean end, files in one piece, checks."""
+"""What the demo and the examples share: the backend in words, a clean end, files, checkpoints, checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -49,7 +49,8 @@ def end_on_ctrl_c(main: Callable[[], None], left: str = "no picture was written"
     """Run a program's `main`; what ends it early becomes one line.
 
     Ctrl-C ends it with code 130 and a line that says what is `left`, or the message of the KeyboardInterrupt, if it
-    has one; a CannotRunError with code 2 and its message.
+    has one; a CannotRunError with code 2 and its message; an OSError about a file with code 2 and what it says;
+    a reader of its output that has left, such as head, with code 1.
     """
     try:
         main()
@@ -58,6 +59,15 @@ def end_on_ctrl_c(main: Callable[[], None], left: str = "no picture was written"
         sys.exit(130)
     except CannotRunError as problem:
         print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has left; on the way out Python would flush it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as problem:
+        if problem.filename is None:
+            raise
+        print(f"error: {problem.filename}: {problem.strerror}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -96,6 +106,25 @@ def write_whole(out: Path, write: Callable[[Path], object]) -> None:
         os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, *names: str) -> dict[str, Any]:
+    """Read a dict that torch.save wrote, with these names in it, to the CPU.
+
+    Raises CannotRunError if the file is not there, or is no such dict.
+    """
+    if not path.is_file():
+        raise CannotRunError(f"--resume: there is no checkpoint {path}")
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not saved.keys() >= set(names):
+            raise KeyError(names)
+    # A damaged file may raise anything.
+    except Exception:
+        raise CannotRunError(
+            f"--resume: {path} is damaged, or no checkpoint of this program; start anew without --resume"
+        ) from None
+    return saved
 
 
 def part_file(out: Path) -> Path:

@@ -357,7 +357,7 @@ def _way_round(kind: type[torch.nn.Module], quantizes: bool) -> str:
     """What reaches torch's lookup in a module of this kind without a swap."""
     if issubclass(kind, torch.nn.EmbeddingBag):
         return "; gpu_embed.override_aten() does not reach bags"
-    floats = ", which stays one of floats" if quantizes else ""
+    floats = ", and leaves its table in floats" if quantizes else ""
     return f"; gpu_embed.override_aten() reaches its lookup if it calls torch's{floats}"
 
 

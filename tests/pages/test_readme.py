@@ -54,7 +54,12 @@ def test_the_api_table_is_complete():
 
 def test_every_link_leads_to_a_file():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+        file, _, place = target.partition("#")
+        assert (ROOT / file).exists(), target
+        if place:
+            headings = re.findall(r"^#+ (.*)", (ROOT / file).read_text(encoding="utf-8"), re.M)
+            places = [re.sub(r"[^\w -]", "", one).lower().replace(" ", "-") for one in headings]
+            assert place in places, target
 
 
 def test_every_picture_is_there():

@@ -60,7 +60,9 @@ def interrupt(folder: Path, script: str, checkpoint: str) -> None:
             time.sleep(0.01)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors.strip() == "interrupted, --resume goes on from the last checkpoint"
+    assert errors.strip() == (
+        "interrupted, --resume goes on from the last checkpoint, if there is one"
+    )
 
 
 def is_same(one: object, other: object) -> bool:
@@ -174,21 +176,93 @@ def test_hashed_features_resume_as_if_they_had_not_stopped(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("script", "missing"),
     [
-        ("hashed_features", "no hashed_features.pt"),
+        ("hashed_features", "no checkpoint hashed_features.pt"),
         pytest.param("trainer_row_wise", "no checkpoint in runs/quick", marks=pytest.mark.full),
     ],
 )
 def test_there_is_nothing_to_resume(
     script: str, missing: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    need(*(["accelerate", "transformers"] if script == "trainer_row_wise" else []))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, "--quick", "--resume"])
+    assert f"error: --resume: there is {missing}" in refusal(script, monkeypatch, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def refusal(script: str, monkeypatch, capsys, *options: str) -> str:
+    """What a script says that does not start, by default with --resume."""
+    need(*(["accelerate", "transformers"] if script == "trainer_row_wise" else []))
+    monkeypatch.setattr(sys, "argv", [script, "--quick", *(options or ["--resume"])])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
     assert end.value.code == 2
-    assert f"error: --resume: there is {missing}" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    return capsys.readouterr().err
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["cut", "text", "tensor", "other"])
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [
+        ("hashed_features", "hashed_features.pt"),
+        ("trainer_row_wise", "runs/quick/checkpoint-50/tables.pt"),
+    ],
+)
+def test_a_checkpoint_that_is_damaged_or_of_others(
+    script: str, name: str, kind: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(torch.ones(9) if kind == "tensor" else {"weights": torch.ones(9)}, file)
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "text":
+        file.write_text("hi\n")
+    assert refusal(script, monkeypatch, capsys) == (
+        f"error: --resume: {file} is damaged, or no checkpoint of this program; "
+        "start anew without --resume\n"
+    )
+
+
+@pytest.mark.full
+def test_a_training_that_has_ended_is_not_resumed(tmp_path: Path, monkeypatch, capsys) -> None:
+    """transformers' Trainer would make one step more."""
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, "hashed_features")
+    said = refusal("hashed_features", monkeypatch, capsys)
+    assert "hashed_features.pt has all 100 steps, leave out --resume" in said
+    last = tmp_path / "runs/quick/checkpoint-200"
+    last.mkdir(parents=True)
+    (last / "tables.pt").touch()
+    assert "or its training has ended" in refusal("trainer_row_wise", monkeypatch, capsys)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("script", "name", "options"),
+    [("serving", "served", ["--out", "served"]), ("trainer_row_wise", "runs", ["--quick"])],
+)
+def test_a_folder_that_cannot_be_made(
+    script: str, name: str, options: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    need(*(["onnxruntime", "onnxscript"] if script == "serving" else []))
+    monkeypatch.chdir(tmp_path)
+    Path(name).touch()
+    said = refusal(script, monkeypatch, capsys, *options)
+    assert re.fullmatch(rf"error: {name}\S*: (File exists|Not a directory)\n", said), said
+
+
+@pytest.mark.full
+@posix
+def test_a_reader_that_leaves_ends_it_without_a_traceback(tmp_path: Path) -> None:
+    """As head does, after one line."""
+    with start(tmp_path, "hashed_features") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("backend: ")
+        process.stdout.close()
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
 
 
 @pytest.mark.full

@@ -298,7 +298,10 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         "--processes", type=int, default=os.cpu_count() or 1, help="how many at once"
     )
     parser.add_argument("--seconds", type=float, default=MOST_SECONDS, help="that one may take")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.processes < 1:
+        parser.error(f"--processes {options.processes}: at least 1 is needed")
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -320,11 +323,17 @@ def make(options: argparse.Namespace) -> int:
     known = small_models.model_types()
     unknown = [one for one in options.types if one not in known]
     if unknown:
-        near = get_close_matches(unknown[0], known)
+        near = get_close_matches(unknown[0].lower(), known)
         hint = f"; near it: {', '.join(near)}" if near else ""
-        print(f"families: transformers has no model type {unknown[0]}{hint}", file=sys.stderr)
+        print(f"families: transformers has no model type {unknown[0]!r}{hint}", file=sys.stderr)
         return 2
     chosen = options.types or known
+    writes = options.write or not options.types
+    # All types take minutes, which would be lost.
+    locked = [path for path in (DATA, PAGE) if not os.access(path.parent, os.W_OK)]
+    if writes and locked:
+        print(f"families: cannot write in {locked[0].parent}", file=sys.stderr)
+        return 1
     lines = examine_shown(chosen, options.processes, options.seconds)
     if options.types:
         for line in lines:
@@ -336,7 +345,7 @@ def make(options: argparse.Namespace) -> int:
             return 1
         lines += [line for line in kept if line.model_type not in chosen]
     print(summary(lines))
-    if options.write or not options.types:
+    if writes:
         replace_file(DATA, write_data(lines, versions()))
         replace_file(PAGE, page(lines, versions()))
         print(f"wrote {DATA.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")

@@ -147,7 +147,8 @@ Nothing is to be done: such a table works as before, and the other tables of the
         "not built",
         "Not built",
         "They need another package, are parts of a model without a class of their own, or the sizes that a\n"
-        "configuration has by itself, or that we made small, do not fit each other.",
+        "configuration has by itself, or that we made small, do not fit each other. Swap yours: the report says what\n"
+        "was reached, and `report.verify(...)` proves it.",
     ),
     WRONG: Section(
         "a lookup of ours differs from torch's", "Wrong", "Do not swap these, and tell us."
@@ -186,7 +187,9 @@ make families FAMILIES="bert gemma"
 ```
 
 The first writes this page anew, for the versions that are installed. The second prints what becomes of these two.
-In names, `N` stands for the number of a layer.
+
+Search this page for the type of your model, `model.config.model_type`. In names of tables, `N` stands for the number
+of a layer; `(computed)` is a table that is no parameter and no buffer.
 """
     for state in counts:
         _, heading, advice = SECTIONS[state]

@@ -80,11 +80,28 @@ def test_types_of_every_outcome(kept):
 
 
 def test_an_unknown_type(kept):
-    code, output, errors = run("brt")
+    for name in ("brt", "BERT"):
+        code, output, errors = run(name)
+        assert code == 2
+        assert output == ""
+        assert errors.startswith(f"families: transformers has no model type '{name}'; near it: ")
+        assert "bert" in errors
+
+
+def test_no_processes(kept):
+    code, output, errors = run("--processes", "0", "bert")
     assert code == 2
     assert output == ""
-    assert errors.startswith("families: transformers has no model type brt; near it: ")
-    assert "bert" in errors
+    assert errors.endswith("error: --processes 0: at least 1 is needed\n")
+
+
+def test_a_tree_that_cannot_be_written(monkeypatch, capsys):
+    """It is said before the types are tried."""
+    monkeypatch.setattr(families.os, "access", lambda path, _: path != families.PAGE.parent)
+    monkeypatch.setattr(families, "examine_shown", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(families.os, "environ", dict(os.environ))
+    assert families.main([]) == 1
+    assert capsys.readouterr().err == f"families: cannot write in {families.PAGE.parent}\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="it reads Linux's /proc")

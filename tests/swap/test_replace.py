@@ -123,7 +123,7 @@ def test_the_reason_names_the_way_round_that_there_is():
     (reason,) = reasons(replace_embeddings(OurScaled(7, 4))).values()
     assert reason.startswith("a subclass of gpu_embed.Embedding, which may do more: ")
     (reason,) = reasons(replace_embeddings(Scaled(7, 4), quantize="int8")).values()
-    assert reason == f"{SCALED_REASON}, which stays one of floats"
+    assert reason == f"{SCALED_REASON}, and leaves its table in floats"
 
 
 def test_it_trains_as_before(target):
