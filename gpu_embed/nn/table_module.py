@@ -143,11 +143,16 @@ class _Rows(dict[str, Any]):
 
 def freezable(layer: "BatchedTables", number: int, rows: Tensor) -> Tensor:
     """The rows of a table, whose `requires_grad_` freezes the table or trains it again."""
-    # Not over the rows themselves, a cycle that would keep their memory.
-    rows.requires_grad_ = _OfTable(layer, number)  # type: ignore[method-assign, assignment]
-    # Saved without it.
-    rows.__getstate__ = dict  # type: ignore[method-assign]
+    # Not over the rows themselves, a cycle that would keep their memory. Saved without it.
+    rows.__dict__ = _OfRows(requires_grad_=_OfTable(layer, number), __getstate__=dict)
     return rows
+
+
+class _OfRows(dict[str, Any]):
+    """The attributes of a table's rows, which a copy of them has not."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return {}
 
 
 class _OfTable:

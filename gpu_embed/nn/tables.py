@@ -54,6 +54,7 @@ class BatchedTables(torch.nn.Module, ABC):
                 f"{output_dtype!r}"
             )
         self.layout = layout
+        self._frozen = frozenset()
         self._init = _initializers(init, layout)
         self.sparse = sparse
         self.output_dtype = output_dtype
@@ -163,7 +164,8 @@ class BatchedTables(torch.nn.Module, ABC):
             rows.normal_()
             return
         made = init(rows)
-        if made is not rows and isinstance(made, Tensor) and made.shape == rows.shape:
+        is_another = isinstance(made, Tensor) and not torch._C._is_alias_of(made, rows)
+        if is_another and made.shape == rows.shape:
             raise TypeError(
                 f"init: the function of table {self.layout.names[number]!r} returned another tensor, and nobody "
                 "reads that; let it fill the rows that it is given in place and return them, or nothing, as the "
@@ -199,13 +201,16 @@ class BatchedTables(torch.nn.Module, ABC):
             if rows is not None:
                 raise TypeError("grow takes a name and its rows, or a mapping alone")
             grow(self, tables)
-        else:
+        elif isinstance(tables, str):
             grow(self, {tables: rows})
+        else:
+            raise TypeError(
+                f"grow takes the name of a table and its rows, or a mapping from names to rows, got {tables!r}"
+            )
 
     def _take_layout(self, layout: TableLayout, tables: Tables) -> None:
         """Look up by another layout, which the parameter has by now."""
-        # A table may have that name.
-        self.__dict__["layout"] = layout
+        self.layout = layout
         self._tables_on = {self.weight.device: tables}
         self._given_out.clear()
         self._prepare()
@@ -293,6 +298,10 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         place = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(place, Table) and name in self.__dict__:
+            # A table may be named as what the layer keeps, such as "training".
+            self.__dict__[name] = value
+            return
         if isinstance(place, Table) and not isinstance(value, Table):
             raise TypeError(
                 f"{name!r} is a table of this layer and is not replaced; write to layer[{name!r}], or give "
@@ -346,7 +355,10 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def _set_buffer(self, buffer: Tensor) -> None:
         former = self._parameters.get("weight")
-        self.weight = torch.nn.Parameter(buffer, former is None or former.requires_grad)
+        # A table may have that name.
+        self._parameters["weight"] = torch.nn.Parameter(
+            buffer, former is None or former.requires_grad
+        )
         self._prepare()
 
     def _prepare(self) -> None:
