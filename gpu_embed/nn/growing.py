@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 # The states of torch's optimizers and ours that can grow, and what they begin with: 0, or what a setting of the group
 # says. Others, such as averages of the rows themselves, begin with nobody knows what.
-_FIRST_VALUES: dict[str, str | None] = {
-    "exp_avg": None,
-    "exp_avg_sq": None,
-    "max_exp_avg_sq": None,
-    "exp_inf": None,
-    "momentum_buffer": None,
-    "square_avg": None,
-    "grad_avg": None,
-    "acc_delta": None,
-    "variance": None,
-    "prev": None,
+_FIRST_VALUES: dict[str, str] = {
+    "exp_avg": "",
+    "exp_avg_sq": "",
+    "max_exp_avg_sq": "",
+    "exp_inf": "",
+    "momentum_buffer": "",
+    "square_avg": "",
+    "grad_avg": "",
+    "acc_delta": "",
+    "variance": "",
+    "prev": "",
     "sum": "initial_accumulator_value",
     "step_size": "lr",
 }
@@ -43,6 +43,8 @@ class _Write(NamedTuple):
     value: Tensor
 
 
+# Not traced: a compiled function calls it between two graphs.
+@torch._disable_dynamo
 def grow(layer: "BatchedTables", more: Mapping[str, Any]) -> None:
     """`BatchedTables.grow`: all that is new is made first, so that an error leaves everything as it was."""
     extra = {
@@ -216,7 +218,11 @@ def _holders(layer: "BatchedTables", weight: torch.nn.Parameter) -> list[Any]:
     for one in _objects():
         kind = type(one)
         if issubclass(kind, torch.optim.Optimizer):
-            is_holder = any(True for _ in _params_of(one, weight))
+            try:
+                is_holder = any(True for _ in _params_of(one, weight))
+            except Exception:
+                # Half made, or a wrapper of what is gone: it has no parameters to show.
+                is_holder = False
         elif issubclass(kind, ddp):
             params = one.__dict__.get("_module_parameters", ())
             is_holder = any(param is weight for param in params)
@@ -285,8 +291,9 @@ def _writes(optimizer: torch.optim.Optimizer, weight: Tensor, whole: RowRange) -
             for part in tree_leaves(value):
                 if isinstance(part, Tensor) and part.dim() > 0 and part.shape != (1,):
                     raise RuntimeError(
-                        f"grow: {name} keeps a state {key} of shape {list(part.shape)}, but new rows are known to begin "
-                        f"with nothing but a number for each element or row of torch's own optimizers; {_ANEW}"
+                        f"grow: {name} keeps a state {key} of shape {list(part.shape)}, and what new rows have of it "
+                        f"is not known: it is of those states of torch's optimizers that are a number for each "
+                        f"element or row and begin with a constant; {_ANEW}"
                     )
 
 

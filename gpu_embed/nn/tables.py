@@ -34,6 +34,7 @@ Initializer = Callable[[Tensor], Any]
 class BatchedTables(torch.nn.Module, ABC):
     """What both layers are: many tables in one parameter, known to `state_dict` by their names."""
 
+    weight: torch.nn.Parameter
     _module_type: type[torch.nn.Module]  # torch's layer for one of these tables
     # The numbers of tables that are frozen while the parameter is not.
     _frozen: frozenset[int] = frozenset()
@@ -164,8 +165,11 @@ class BatchedTables(torch.nn.Module, ABC):
             rows.normal_()
             return
         made = init(rows)
-        is_another = isinstance(made, Tensor) and not torch._C._is_alias_of(made, rows)
-        if is_another and made.shape == rows.shape:
+        if (
+            isinstance(made, Tensor)
+            and made.shape == rows.shape
+            and not torch._C._is_alias_of(made, rows)  # type: ignore[attr-defined]
+        ):
             raise TypeError(
                 f"init: the function of table {self.layout.names[number]!r} returned another tensor, and nobody "
                 "reads that; let it fill the rows that it is given in place and return them, or nothing, as the "
@@ -183,7 +187,8 @@ class BatchedTables(torch.nn.Module, ABC):
 
         For that moment old and new memory are both there. What points to the old one goes on with it: views that were
         given out before, captured CUDA graphs, and `state_dict()`s. A graph of before the growth cannot run backward
-        to these tables. Compiled functions are compiled anew.
+        to these tables. Compiled functions are compiled anew. No
+        other thread may use the layer meanwhile. Ctrl-C leaves it as it was, or grown.
 
         Args:
             tables: a name, or how many rows each table gets, by name.
@@ -195,7 +200,8 @@ class BatchedTables(torch.nn.Module, ABC):
             ValueError: they are negative.
             RuntimeError: `.grad` is there, or gradients that `micro_steps` holds; the parameter is sharded, shared
                 with other processes, with another batched layer or with a DistributedDataParallel; an optimizer keeps
-                something that is no number for each element or row; no memory.
+                something that is no number for each element or row, or begins with no constant, such as a copy of the
+                rows; no memory.
         """
         if isinstance(tables, Mapping):
             if rows is not None:
