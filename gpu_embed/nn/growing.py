@@ -1,22 +1,38 @@
 """More rows for tables of a batched layer, and for what its optimizers keep of them."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..tables.layout import RowRange, TableLayout, Tables, as_int
-from ..tables.parameter import num_rows_of, parent_of, row_range_of
+from ..tables.parameter import TableSlice, num_rows_of, parent_of, row_range_of
 
 if TYPE_CHECKING:
     from .tables import BatchedTables
 
-# What an optimizer's state begins with where that is not 0: the setting of its group that says it.
-_FIRST_VALUES = {"sum": "initial_accumulator_value", "step_size": "lr"}
+# The states of torch's optimizers and ours that can grow, and what they begin with: 0, or what a setting of the group
+# says. Others, such as averages of the rows themselves, begin with nobody knows what.
+_FIRST_VALUES: dict[str, str] = {
+    "exp_avg": "",
+    "exp_avg_sq": "",
+    "max_exp_avg_sq": "",
+    "exp_inf": "",
+    "momentum_buffer": "",
+    "square_avg": "",
+    "grad_avg": "",
+    "acc_delta": "",
+    "variance": "",
+    "prev": "",
+    "sum": "initial_accumulator_value",
+    "step_size": "lr",
+}
+_ANEW = "make it anew afterwards, and delete the present one before"
 
 
 class _Write(NamedTuple):
@@ -27,6 +43,8 @@ class _Write(NamedTuple):
     value: Tensor
 
 
+# Not traced: a compiled function calls it between two graphs.
+@torch._disable_dynamo
 def grow(layer: "BatchedTables", more: Mapping[str, Any]) -> None:
     """`BatchedTables.grow`: all that is new is made first, so that an error leaves everything as it was."""
     extra = {
@@ -41,34 +59,82 @@ def grow(layer: "BatchedTables", more: Mapping[str, Any]) -> None:
     if not any(extra.values()):
         return
     weight = _growable(layer)
-    optimizers = _optimizers_of(layer, weight)
     old = layer.layout
     rows_of = [rows + extra.get(number, 0) for number, rows in enumerate(old.num_embeddings)]
     layout = replace(old, num_embeddings=tuple(rows_of))
     # Memory of the kind that the parameter was made of, whatever mode is on.
-    is_inference = weight.is_inference()
-    with torch.inference_mode(is_inference), torch.no_grad():
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
         tables = Tables.of(layout, weight.device, layer._frozen)
         whole = layout.row_range(0, layout.num_tables)
         buffer = _grown(weight.detach(), old.row_range(0, old.num_tables), whole)
         for number, rows in extra.items():
             if rows:
                 layer._fill(number, layout.view(buffer, number)[-rows:])
-        writes = [write for optimizer in optimizers for write in _writes(optimizer, weight, whole)]
-        # Of another dtype in between: so torch drops the node that expects gradients of the former shape.
-        other = torch.float32 if weight.dtype == torch.float64 else torch.float64
-        weight.data = buffer.new_empty(0, dtype=other)
-        weight.data = buffer
-        if not is_inference:
-            # Graphs of before must not read it.
-            torch.autograd.graph.increment_version(weight)
-        layer._take_layout(layout, tables)
-        for write in writes:
-            write.into[write.key] = write.value
-        for optimizer in optimizers:
-            for _, param in _params_of(optimizer, weight):
-                if param is not weight:
-                    param.rebind()  # type: ignore[attr-defined]
+        found = _followers(layer, weight, whole)
+        if isinstance(found, RuntimeError):
+            # What nobody uses any more is no hindrance.
+            del found
+            gc.collect()
+            found = _followers(layer, weight, whole)
+            if isinstance(found, RuntimeError):
+                raise found
+        slices, writes = found
+        former = [write._replace(value=write.into[write.key]) for write in writes]
+        present = weight.data, old, layer.tables
+        refusal = None
+        try:
+            refusal = _refuse_graphs(layer, weight)
+            _put(layer, weight, buffer, layout, tables, writes, slices)
+        except BaseException:
+            # Ctrl-C, for one.
+            _put(layer, weight, *present, former, slices)
+            if refusal is not None:
+                refusal.remove()
+            raise
+
+
+def _put(
+    layer: "BatchedTables",
+    weight: torch.nn.Parameter,
+    buffer: Tensor,
+    layout: TableLayout,
+    tables: Tables,
+    writes: Iterable[_Write],
+    slices: Iterable[TableSlice],
+) -> None:
+    """Give the layer, and what follows it, other memory."""
+    # Of another dtype in between: so torch drops the node that expects gradients of the former shape.
+    other = torch.float32 if buffer.dtype == torch.float64 else torch.float64
+    weight.data = buffer.new_empty(0, dtype=other)
+    weight.data = buffer
+    if not weight.is_inference():
+        # Graphs of before must not read it.
+        torch.autograd.graph.increment_version(weight)
+    layer._take_layout(layout, tables)
+    for write in writes:
+        write.into[write.key] = write.value
+    for param in slices:
+        param.rebind()
+
+
+def _refuse_graphs(layer: "BatchedTables", weight: torch.nn.Parameter) -> Any:
+    """Let graphs of before raise where they come to the parameter; the handle that takes this back, or None."""
+    if not weight.requires_grad or weight.is_inference():
+        return None
+    name = type(layer).__name__
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError(
+            f"{name}: this gradient was computed before the tables have grown; look up anew after grow(), and call "
+            "backward on that"
+        )
+
+    with torch.enable_grad():
+        view = weight.view_as(weight)
+    assert view.grad_fn is not None
+    accumulates = view.grad_fn.next_functions[0][0]
+    assert accumulates is not None
+    return accumulates.register_prehook(refuse)
 
 
 def _growable(layer: "BatchedTables") -> torch.nn.Parameter:
@@ -95,6 +161,11 @@ def _growable(layer: "BatchedTables") -> torch.nn.Parameter:
             f"{name}: .grad has a gradient of the smaller tables; let the optimizer step, and call "
             "zero_grad(set_to_none=True) first"
         )
+    if hasattr(weight, "_in_backward_optimizers"):
+        raise RuntimeError(
+            f"{name}: torch's _apply_optimizer_in_backward hooks into a node of autograd that is replaced as the "
+            "parameter grows, and would train it no more; take gpu_embed.optim.apply_in_backward, or grow before"
+        )
     for hook in (weight._backward_hooks or {}).values():
         if getattr(getattr(hook, "__self__", None), "held", None):
             raise RuntimeError(
@@ -109,29 +180,34 @@ def _growable(layer: "BatchedTables") -> torch.nn.Parameter:
     return weight
 
 
-def _optimizers_of(
-    layer: "BatchedTables", weight: torch.nn.Parameter
-) -> list[torch.optim.Optimizer]:
-    """Those that update the parameter, or rows of it; RuntimeError where a module relies on its size."""
+def _followers(
+    layer: "BatchedTables", weight: torch.nn.Parameter, whole: RowRange
+) -> tuple[list[TableSlice], list[_Write]] | RuntimeError:
+    """What optimizers have of tables that grow to `whole`: the parts of the parameter, and their state anew.
+
+    RuntimeError, returned: a module relies on the size, or an optimizer's state cannot grow. Raised, it would keep the
+    objects it is about.
+    """
     name = f"{type(layer).__name__}.grow"
-    holders = _holders(layer, weight)
-    if any(isinstance(one, torch.nn.Module) for one in holders):
-        # Those that nobody uses any more are no hindrance.
-        del holders
-        gc.collect()
-        holders = _holders(layer, weight)
-    for one in holders:
+    slices: list[TableSlice] = []
+    writes: list[_Write] = []
+    for one in _holders(layer, weight):
         if isinstance(one, torch.nn.parallel.DistributedDataParallel):
-            raise RuntimeError(
+            return RuntimeError(
                 f"{name}: DistributedDataParallel averages gradients of the smaller tables; delete the wrapper, grow "
                 "the tables alike on every rank, and wrap the module anew"
             )
         if isinstance(one, torch.nn.Module):
-            raise RuntimeError(
+            return RuntimeError(
                 f"{name}: another batched layer has the same parameter, and would take its rows for others; grow the "
                 "tables before they are shared"
             )
-    return [one for one in holders if isinstance(one, torch.optim.Optimizer)]
+        slices += [param for _, param in _params_of(one, weight) if isinstance(param, TableSlice)]
+        try:
+            writes += _writes(one, weight, whole)
+        except RuntimeError as error:
+            return error.with_traceback(None)
+    return slices, writes
 
 
 def _holders(layer: "BatchedTables", weight: torch.nn.Parameter) -> list[Any]:
@@ -142,7 +218,11 @@ def _holders(layer: "BatchedTables", weight: torch.nn.Parameter) -> list[Any]:
     for one in _objects():
         kind = type(one)
         if issubclass(kind, torch.optim.Optimizer):
-            is_holder = any(True for _ in _params_of(one, weight))
+            try:
+                is_holder = any(True for _ in _params_of(one, weight))
+            except Exception:
+                # Half made, or a wrapper of what is gone: it has no parameters to show.
+                is_holder = False
         elif issubclass(kind, ddp):
             params = one.__dict__.get("_module_parameters", ())
             is_holder = any(param is weight for param in params)
@@ -194,18 +274,27 @@ def _writes(optimizer: torch.optim.Optimizer, weight: Tensor, whole: RowRange) -
                     "equal in number; give the tables groups of their own"
                 )
             yield _Write(group, "rows", _grown(rows, old, new, 1))
+        if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+            raise RuntimeError(
+                f"grow: {name} keeps vectors through all of its parameters, which cannot grow; {_ANEW}"
+            )
         state = optimizer.state.get(param, {})
         for key, value in state.items():
-            if not isinstance(value, Tensor) or value.dim() == 0 or value.shape == (1,):
+            is_whole = isinstance(value, Tensor) and value.shape in (
+                param.shape,
+                (num_rows_of(param),),
+            )
+            if is_whole and key in _FIRST_VALUES:
+                first = group.get(_FIRST_VALUES[key], 0)
+                yield _Write(state, key, _grown(value, old, new, first))
                 continue
-            if value.shape not in (param.shape, (num_rows_of(param),)):
-                raise RuntimeError(
-                    f"grow: {name} keeps a state {key} of shape {list(value.shape)} for a parameter of shape "
-                    f"{list(param.shape)}, and only a number for each element or row can grow; make it anew "
-                    "afterwards, and delete the present one before"
-                )
-            first = group.get(_FIRST_VALUES.get(key, ""), 0)
-            yield _Write(state, key, _grown(value, old, new, first))
+            for part in tree_leaves(value):
+                if isinstance(part, Tensor) and part.dim() > 0 and part.shape != (1,):
+                    raise RuntimeError(
+                        f"grow: {name} keeps a state {key} of shape {list(part.shape)}, and what new rows have of it "
+                        f"is not known: it is of those states of torch's optimizers that are a number for each "
+                        f"element or row and begin with a constant; {_ANEW}"
+                    )
 
 
 def _grown(values: Tensor, old: RowRange, new: RowRange, first: Any = 0) -> Tensor:

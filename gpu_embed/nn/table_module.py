@@ -1,5 +1,6 @@
 """One table of a batched layer as a submodule, so that the keys of its state_dict are paths to tensors."""
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -143,11 +144,18 @@ class _Rows(dict[str, Any]):
 
 def freezable(layer: "BatchedTables", number: int, rows: Tensor) -> Tensor:
     """The rows of a table, whose `requires_grad_` freezes the table or trains it again."""
-    # Not over the rows themselves, a cycle that would keep their memory.
-    rows.requires_grad_ = _OfTable(layer, number)  # type: ignore[method-assign, assignment]
-    # Saved without it.
-    rows.__getstate__ = dict  # type: ignore[method-assign]
+    # Not over the rows themselves, a cycle that would keep their memory. Saved without it.
+    own = {"requires_grad_": _OfTable(layer, number), "__getstate__": dict}
+    rows.__dict__ = _OfRows(rows.__dict__ | own)
     return rows
+
+
+class _OfRows(dict[str, Any]):
+    """The attributes of a table's rows, of which a copy is no table's."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        others = self.keys() - {"requires_grad_", "__getstate__"}
+        return {name: copy.deepcopy(self[name], memo) for name in others}
 
 
 class _OfTable:

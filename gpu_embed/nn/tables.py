@@ -34,6 +34,7 @@ Initializer = Callable[[Tensor], Any]
 class BatchedTables(torch.nn.Module, ABC):
     """What both layers are: many tables in one parameter, known to `state_dict` by their names."""
 
+    weight: torch.nn.Parameter
     _module_type: type[torch.nn.Module]  # torch's layer for one of these tables
     # The numbers of tables that are frozen while the parameter is not.
     _frozen: frozenset[int] = frozenset()
@@ -54,6 +55,7 @@ class BatchedTables(torch.nn.Module, ABC):
                 f"{output_dtype!r}"
             )
         self.layout = layout
+        self._frozen = frozenset()
         self._init = _initializers(init, layout)
         self.sparse = sparse
         self.output_dtype = output_dtype
@@ -163,7 +165,11 @@ class BatchedTables(torch.nn.Module, ABC):
             rows.normal_()
             return
         made = init(rows)
-        if made is not rows and isinstance(made, Tensor) and made.shape == rows.shape:
+        if (
+            isinstance(made, Tensor)
+            and made.shape == rows.shape
+            and not torch._C._is_alias_of(made, rows)  # type: ignore[attr-defined]
+        ):
             raise TypeError(
                 f"init: the function of table {self.layout.names[number]!r} returned another tensor, and nobody "
                 "reads that; let it fill the rows that it is given in place and return them, or nothing, as the "
@@ -181,7 +187,8 @@ class BatchedTables(torch.nn.Module, ABC):
 
         For that moment old and new memory are both there. What points to the old one goes on with it: views that were
         given out before, captured CUDA graphs, and `state_dict()`s. A graph of before the growth cannot run backward
-        to these tables. Compiled functions are compiled anew.
+        to these tables. Compiled functions are compiled anew. No
+        other thread may use the layer meanwhile. Ctrl-C leaves it as it was, or grown.
 
         Args:
             tables: a name, or how many rows each table gets, by name.
@@ -193,19 +200,23 @@ class BatchedTables(torch.nn.Module, ABC):
             ValueError: they are negative.
             RuntimeError: `.grad` is there, or gradients that `micro_steps` holds; the parameter is sharded, shared
                 with other processes, with another batched layer or with a DistributedDataParallel; an optimizer keeps
-                something that is no number for each element or row; no memory.
+                something that is no number for each element or row, or begins with no constant, such as a copy of the
+                rows; no memory.
         """
         if isinstance(tables, Mapping):
             if rows is not None:
                 raise TypeError("grow takes a name and its rows, or a mapping alone")
             grow(self, tables)
-        else:
+        elif isinstance(tables, str):
             grow(self, {tables: rows})
+        else:
+            raise TypeError(
+                f"grow takes the name of a table and its rows, or a mapping from names to rows, got {tables!r}"
+            )
 
     def _take_layout(self, layout: TableLayout, tables: Tables) -> None:
         """Look up by another layout, which the parameter has by now."""
-        # A table may have that name.
-        self.__dict__["layout"] = layout
+        self.layout = layout
         self._tables_on = {self.weight.device: tables}
         self._given_out.clear()
         self._prepare()
@@ -293,6 +304,10 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         place = self.__dict__.get("_modules", {}).get(name)
+        if isinstance(place, Table) and name in self.__dict__:
+            # A table may be named as what the layer keeps, such as "training".
+            self.__dict__[name] = value
+            return
         if isinstance(place, Table) and not isinstance(value, Table):
             raise TypeError(
                 f"{name!r} is a table of this layer and is not replaced; write to layer[{name!r}], or give "
@@ -346,7 +361,10 @@ class BatchedTables(torch.nn.Module, ABC):
 
     def _set_buffer(self, buffer: Tensor) -> None:
         former = self._parameters.get("weight")
-        self.weight = torch.nn.Parameter(buffer, former is None or former.requires_grad)
+        # A table may have that name.
+        self._parameters["weight"] = torch.nn.Parameter(
+            buffer, former is None or former.requires_grad
+        )
         self._prepare()
 
     def _prepare(self) -> None:

@@ -54,6 +54,13 @@ class TableSlice(torch.nn.Parameter):
         if _place(rows) != _place(self):
             self.data = rows
 
+    def requires_grad_(self, requires_grad: bool = True) -> "TableSlice":
+        """RuntimeError: the gradient is the parent's, whatever is said here."""
+        raise RuntimeError(
+            "rows as a parameter have no gradient of their own to turn off; freeze a table by "
+            "layer[name].requires_grad_(False)"
+        )
+
     @property
     def grad(self) -> Tensor | None:
         if self.zeros is not None:

@@ -379,3 +379,17 @@ def test_opcheck(sizes):
     torch.library.opcheck(table_ops.table_batched_embedding_dense_backward, arguments)
     arguments = (layer.weight, None, *batch, False, False)
     torch.library.opcheck(table_ops.table_batched_embedding, arguments)
+
+
+def test_copied_rows_are_no_table():
+    layer = TableBatchedEmbeddingBag({"user": (3, 4), "item": (2, 4)}, sparse=True)
+    layer["user"].requires_grad_(False)
+    rows = copy.deepcopy(layer["user"]).requires_grad_(True)
+    assert rows.requires_grad
+    assert not layer["user"].requires_grad
+
+
+def test_rows_as_a_parameter_say_how_to_freeze_them():
+    layer = TableBatchedEmbeddingBag({"user": (3, 4), "item": (2, 4)}, sparse=True)
+    with pytest.raises(RuntimeError, match=r"layer\[name\].requires_grad_\(False\)"):
+        layer.parameters_of("user")[0].requires_grad_(False)

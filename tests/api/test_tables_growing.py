@@ -347,6 +347,23 @@ def test_inference_mode_when_made_or_grown(made, grown_in, sparse):
         assert (layer.weight != before)[8].all()
 
 
+def test_a_table_of_one_row_grows_with_its_state():
+    sizes = {"user": (1, 4), "item": (3, 4)}
+    layers = [TableBatchedEmbeddingBag(dict(sizes, user=(rows, 4)), sparse=True) for rows in (1, 4)]
+    optimizers = []
+    for layer in layers:
+        with torch.no_grad():
+            layer.weight.fill_(0.5)
+        groups = [{"params": layer.parameters_of(name)} for name in sizes]
+        optimizers.append(optim.RowWiseAdagrad(groups, lr=0.5, initial_accumulator_value=0.25))
+        step(layer, optimizers[-1], [1, 3], 0)
+    layers[0]._init = (functools.partial(nn.init.constant_, val=0.5), None)
+    layers[0].grow("user", 3)
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        step(layer, optimizer, [4, 3], 1)
+    assert_equal(layers[0], optimizers[0], layers[1], optimizers[1])
+
+
 # What else has the parameter, and what is left of before.
 
 
@@ -372,6 +389,168 @@ def test_a_graph_of_before_that_reads_the_rows_raises():
     layer.grow("user", 2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@every_size
+def test_a_backward_that_runs_while_the_tables_grow_raises(sizes, sparse):
+    layer = make_layer(sizes, sparse)
+    output = layer(torch.tensor([6, 2, 4]), torch.arange(4))
+    output.register_hook(lambda _: layer.grow("user", 1))
+    with pytest.raises(RuntimeError, match="computed before the tables have grown; look up anew"):
+        output.sum().backward()
+    assert layer.weight.grad is None
+    layer(torch.tensor([7, 2, 4]), torch.arange(4)).sum().backward()
+    assert layer.weight.grad.shape == layer.weight.shape
+
+
+# Growth that is interrupted.
+
+
+def everything(layer, optimizer):
+    """What a growth changes, copied."""
+    groups = optimizer.param_groups
+    return copy.deepcopy(
+        {
+            "layout": layer.layout,
+            "rows": layer.weight.row_range,
+            "weight": layer.weight.detach(),
+            "fields": tuple(layer.tables[1:]),
+            "state": optimizer.state_dict()["state"],
+            "params": [param.detach() for group in groups for param in group["params"]],
+            "masks": [group["rows"] for group in groups],
+        }
+    )
+
+
+def assert_same_tree(one, other):
+    ones, spec = torch.utils._pytree.tree_flatten(one)
+    others, others_spec = torch.utils._pytree.tree_flatten(other)
+    assert spec == others_spec
+    for value, expected in zip(ones, others, strict=True):
+        if isinstance(expected, torch.Tensor):
+            assert torch.equal(value, expected)
+        else:
+            assert value == expected
+
+
+@every_size
+def test_growth_that_is_interrupted_is_undone(sizes, monkeypatch):
+    """At each line from where the first thing changes."""
+    optimizer = None
+    monkeypatch.setattr(growing, "_objects", lambda: [optimizer])
+    lines = {"_put", "_refuse_graphs", "_take_layout", "_prepare", "_set_frozen", "rebind"}
+
+    def grow_interrupted(layer, at):
+        """Whether it came to that line."""
+        left = at
+
+        def trace(frame, event, _):
+            nonlocal left
+            if frame.f_code.co_name not in lines:
+                return None
+            if event == "line":
+                left -= 1
+                if left < 0:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace
+
+        former = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            layer.grow({"user": 2, "shop": 1})
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(former)
+        return False
+
+    at = 0
+    while True:
+        layer = make_layer(sizes, True)
+        layer["item"].requires_grad_(False)
+        groups = [
+            {"params": layer.parameters_of("user"), "rows": torch.ones(7, dtype=torch.bool)},
+            {"params": layer.parameters_of("shop", "item")},
+        ]
+        optimizer = optim.Adam(groups, lr=0.5)
+        step(layer, optimizer, [7, 3, 5], 0)
+        before = everything(layer, optimizer)
+        loss = layer(torch.tensor([6, 2, 4]), torch.arange(4)).sum()
+        if not grow_interrupted(layer, at):
+            break
+        assert_same_tree(everything(layer, optimizer), before)
+        # Graphs of before are of now again.
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        layer.grow({"user": 2, "shop": 1})
+        step(layer, optimizer, [9, 3, 6], 1)
+        at += 1
+    assert at > 20
+
+
+def test_an_optimizer_that_nobody_uses_is_no_hindrance():
+    layer = make_layer(UNIFORM, False)
+    optimizer = with_rows_of_its_own(layer)
+    optimizer.itself = optimizer
+    with pytest.raises(RuntimeError, match="keeps a state z"):
+        layer.grow("user", 1)
+    del optimizer
+    layer.grow("user", 1)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """One that keeps nothing itself, and has what it wraps later, or no more."""
+
+    def __init__(self):
+        self.wrapped = None
+
+    def __getattr__(self, name):
+        if self.wrapped is None:
+            raise ReferenceError(name)
+        return getattr(self.wrapped, name)
+
+
+def test_wrappers_of_optimizers_are_seen_through():
+    layer = make_layer(UNIFORM, False)
+    wrapper, empty = Wrapper(), Wrapper()
+    half = torch.optim.Adam.__new__(torch.optim.Adam)
+    half.param_groups = [{}]
+    wrapper.wrapped = torch.optim.Adam(layer.parameters())
+    step(layer, wrapper.wrapped, [7, 3, 5], 0)
+    layer.grow("user", 1)
+    assert wrapper.state[layer.weight]["exp_avg"].shape == (16, 4)
+    assert empty.wrapped is None
+
+
+def test_a_compiled_function_may_grow_tables():
+    layer = make_layer(UNIFORM, False)
+
+    @torch.compile(backend="eager")
+    def grow():
+        layer.grow("user", 1)
+        return layer(torch.tensor([7, 2, 4]), torch.arange(4))
+
+    assert torch.equal(grow()[0, :4], layer["user"][7])
+
+
+OWN_NAMES = ["training", "weight", "sparse", "grow", "_frozen", "_tables_on", "_is_applying"]
+
+
+@pytest.mark.parametrize("name", OWN_NAMES)
+def test_tables_named_as_what_a_layer_has(name):
+    layer = TableBatchedEmbeddingBag({name: (3, 4), "other": (2, 4)}, sparse=True)
+    layer.eval().train().double()
+    layer[name].requires_grad_(False)
+    layer.grow(name, 2)
+    layer[name].requires_grad_(True)
+    modules = {one: nn.EmbeddingBag(*rows.shape, sparse=True) for one, rows in layer.items()}
+    other = TableBatchedEmbeddingBag.from_modules(modules)
+    other.load_state_dict(copy.deepcopy(layer.state_dict()), assign=True)
+    assert torch.equal(other[name], layer[name])
+    assert layer[name].shape == (5, 4)
 
 
 def test_hooks_and_new_graphs_go_on():
@@ -409,6 +588,33 @@ def with_factors(layer):
     return optimizer
 
 
+def with_rows_of_its_own(layer):
+    """As optimizers without a schedule keep a second copy of the rows."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    optimizer.state[layer.weight]["z"] = layer.weight.detach().clone()
+    return optimizer
+
+
+def with_a_list(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    optimizer.state[layer.weight]["history"] = [torch.zeros(15, 4)]
+    return optimizer
+
+
+def with_lbfgs(layer):
+    linear = nn.Linear(3, 1)
+    optimizer = torch.optim.LBFGS([*linear.parameters(), layer.weight])
+    optimizer.state[linear.weight]["d"] = torch.zeros(64)
+    return optimizer
+
+
+def with_hooks_of_torch(layer):
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    _apply_optimizer_in_backward(torch.optim.SGD, layer.parameters(), {"lr": 1.0})
+    return layer
+
+
 def with_group_of_two(layer):
     other = make_layer(UNIFORM, True)
     return optim.SGD([layer.weight, other.weight], lr=1.0, rows=torch.ones(15, dtype=torch.bool))
@@ -420,6 +626,10 @@ CANNOT = {
     "another layer": (tied, "another batched layer has the same parameter"),
     "shared memory": (lambda layer: layer.share_memory(), r"before share_memory\(\)"),
     "a state of factors": (with_factors, r"SGD keeps a state row_var of shape \[15, 1\]"),
+    "a state that begins somehow": (with_rows_of_its_own, "SGD keeps a state z of shape"),
+    "a list of states": (with_a_list, "SGD keeps a state history of shape"),
+    "LBFGS": (with_lbfgs, "LBFGS keeps vectors through all of its parameters"),
+    "a node that is replaced": (with_hooks_of_torch, "torch's _apply_optimizer_in_backward"),
     "rows of two tables": (with_group_of_two, "rows= for 2 parameters"),
     "computed": (
         lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity()),
@@ -500,6 +710,7 @@ WRONG = {
     "none": (("user",), TypeError, "rows of table 'user' must be an int, got None"),
     "no table": (("nobody", 1), KeyError, "no table is named 'nobody'"),
     "no table of several": (({"user": 1, "x": 1},), KeyError, "no table is named 'x'"),
+    "a list": ((["user"], 1), TypeError, r"the name of a table and its rows.* got \['user'\]"),
     "both": (({"user": 1}, 2), TypeError, "a name and its rows, or a mapping alone"),
 }
 
@@ -744,6 +955,17 @@ WRONG_INITIALIZERS = {
     "too few": ([nn.init.ones_], ValueError, "init: 1 values for 3 tables"),
     "not in place": (torch.rand_like, TypeError, "of table 'user' returned another tensor"),
 }
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_initializers_may_return_a_view_of_the_rows(device):
+    layer = TableBatchedEmbedding(
+        UNIFORM,
+        init=[nn.init.ones_, lambda rows: rows.data.fill_(1), lambda rows: rows[:].fill_(1)],
+        device=device,
+    )
+    layer.grow({"item": 1, "shop": 1})
+    assert layer.weight.is_meta or (layer.weight == 1).all()
 
 
 @pytest.mark.parametrize(
