@@ -187,8 +187,8 @@ class BatchedTables(torch.nn.Module, ABC):
 
         For that moment old and new memory are both there. What points to the old one goes on with it: views that were
         given out before, captured CUDA graphs, and `state_dict()`s. A graph of before the growth cannot run backward
-        to these tables. Compiled functions are compiled anew. No
-        other thread may use the layer meanwhile. Ctrl-C leaves it as it was, or grown.
+        to these tables. Compiled functions are compiled anew. No other thread may use the layer meanwhile. Ctrl-C
+        leaves it as it was, or grown.
 
         Args:
             tables: a name, or how many rows each table gets, by name.
