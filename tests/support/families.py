@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import metadata
-from inspect import signature
+from inspect import Parameter, signature
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,10 @@ def open_questions(lines: Iterable[Line]) -> int:
     return sum(line.state in (IDLE, NOT_RUN) for line in lines)
 
 
+def is_needed(one: Parameter) -> bool:
+    return one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+
+
 def in_short(error: BaseException) -> str:
     """The type of an error and the beginning of what it says, without what differs from run to run."""
     text = " ".join(str(error).split())
@@ -122,7 +126,8 @@ def examined(model_type: str, model: Any) -> list[Line]:
         names = tables.setdefault(place_of(module.weight), Table([], type(module).__name__, set()))
         names.names.append(one.name)
     left_alone = [model.get_submodule(one.name) for one in report.skipped]
-    ran, refused = False, f"no input is known for forward{signature(model.forward)}"
+    needed = [name for name, one in signature(model.forward).parameters.items() if is_needed(one)]
+    ran, refused = False, f"no input is known for forward({', '.join(needed)})"
     refusals = 0
     for prefix, root in small_models.parts(model):
         inside = {f"{prefix}{name}" for name, _ in root.named_modules()}
@@ -133,6 +138,8 @@ def examined(model_type: str, model: Any) -> list[Line]:
         part = replace(report, model=root, replaced=swapped)
         for inputs in small_models.offers(root):
             if time.process_time() > MOST_TRYING:
+                if not ran and not refusals:
+                    refused = "building took so long that no input was tried"
                 break
             watch = Watch(left_alone)
             try:

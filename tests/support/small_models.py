@@ -45,13 +45,6 @@ MOST = {
         r"(\w+_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length)": 512,
     }.items()
 }
-TOKEN = re.compile(r"(moe_)?(num_experts_per_tok|topk|top_k_experts|top_k|moe_k)|experts_per_token")
-INNER = re.compile(
-    r"(\w+_)?(intermediate_(size|dim)|ffn_dim|ffn_hidden_size|feedforward_dim|mlp_dim|mlp_hidden_size|d_ff|n_inner)|dim_feedforward|d_inner"
-)
-POSITIONS = re.compile(
-    r"(\w+_)?(max_position_embeddings|n_positions|max_seq_len|max_sequence_length)"
-)
 TOKEN = re.compile(r"\w*(token_id|token_index|_id|token_idx|_token)")
 # transformers' own, in place of timm's.
 RESNET = {
@@ -79,6 +72,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 32},
     **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr"), RESNET),
     **dict.fromkeys(("omdet-turbo", "table-transformer"), RESNET),
+    "rwkv": {"hidden_size": 64, "attention_hidden_size": 64},
     "xmod": {"default_language": "en_XX"},
     "time_series_transformer": {"prediction_length": 4, "context_length": 8},
 }
