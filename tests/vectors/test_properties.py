@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from gpu_embed.vectors import Vectors, load
+from gpu_embed.vectors.binary_file import USUAL
 
 # A file of words in a format where a space ends a word.
 CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters=" \t\r\n\v\f\0")
@@ -22,6 +23,9 @@ def test_words_and_numbers_come_back(tmp_path_factory, data, words, dim, end):
         data.draw(st.sampled_from(["float16", "float32"] + ["float64"] * (end != ".bin")))
     )
     elements = st.floats(width=8 * dtype.itemsize, **FINITE)
+    if end == ".bin":
+        # Others may be refused, as those that begin with the rest of a word that holds a space.
+        elements = elements.filter(lambda x: x == 0 or USUAL[0] < abs(x) < USUAL[1])
     rows = data.draw(arrays.arrays(dtype, (len(words), dim), elements=elements))
     path = tmp_path_factory.mktemp("words") / f"words{end}"
     Vectors(words, rows).save(path)
