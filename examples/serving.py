@@ -38,9 +38,7 @@ class Likes(nn.Module):
 
 def main() -> None:
     parser = example_parser(__doc__, "fewer steps, to see that it runs", device=False)
-    parser.add_argument(
-        "--out", type=writable_folder, default="served", help="folder (default: served)"
-    )
+    parser.add_argument("--out", type=writable_folder, default="served", help="the folder")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     print(describe_backend("cpu"))

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from .library import define
 
@@ -35,10 +34,11 @@ def _sparse_gradient(
     indices: Sequence[Tensor], values: Sequence[Tensor], num_embeddings: int
 ) -> Tensor:
     """Copies, one part after the other."""
-    return _coo(torch.cat(tuple(indices)), torch.cat(tuple(values)), num_embeddings)
+    return coo(torch.cat(tuple(indices)), torch.cat(tuple(values)), num_embeddings)
 
 
-def _coo(ids: Tensor, values: Tensor, num_embeddings: int) -> Tensor:
+def coo(ids: Tensor, values: Tensor, num_embeddings: int) -> Tensor:
+    """The gradient [num_embeddings, D] with these entries: ids [N], int64, and values [N, D]; not coalesced."""
     size = (num_embeddings, values.shape[1])
     return torch.sparse_coo_tensor(
         ids[None], values, size, device=values.device, check_invariants=False
@@ -52,11 +52,11 @@ sparse_gradient = define(
 )
 
 
-def sparse_tensor(ids: Tensor, values: Tensor, num_embeddings: int) -> Tensor:
-    """The gradient [num_embeddings, D] with these entries: ids [N], int64, and values [N, D]; not coalesced."""
+def traced_sparse_tensor(ids: Tensor, values: Tensor, num_embeddings: int) -> Tensor:
+    """`coo` in a graph."""
     # Our operator has no derivative: with create_graph torch's makes the tensor.
-    if torch.is_grad_enabled() or not (is_compiling() or is_traced(values)):
-        return _coo(ids, values, num_embeddings)
+    if torch.is_grad_enabled():
+        return coo(ids, values, num_embeddings)
     return _joined([(ids, values)], num_embeddings)
 
 

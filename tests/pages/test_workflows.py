@@ -61,11 +61,9 @@ def test_gpu_job_can_collect_every_test():
     known = {*held, "gpu_embed", "numpy", "filelock", *sys.stdlib_module_names}
     files = list((ROOT / "tests").rglob("*.py"))
     known |= {file.stem for file in files}
-    # Not read where TorchRec, or the extra "vectors", is not installed.
-    others = {
-        ROOT / f"tests/{name}"
-        for name in ("torchrec", "vectors", "support/collections_of_tables.py")
-    }
+    # Not read where TorchRec, the extra "vectors", or transformers is not installed.
+    names = ("torchrec", "vectors", "support/collections_of_tables.py", "support/small_models.py")
+    others = {ROOT / f"tests/{name}" for name in names}
     files = [file for file in files if not {file, file.parent} & others]
     for file in files:
         # What is imported on its own, not from within another statement.
