@@ -219,7 +219,7 @@ def test_small_tables_answer_as_the_large_one(device: str):
 
 # The packages that each needs, and what it leaves when it is interrupted.
 PROGRAMS = {
-    "hashed_features.py": ((), "--resume goes on from the last checkpoint"),
+    "hashed_features.py": ((), "--resume goes on from the last checkpoint, if there is one"),
     "keras_phrases.py": (("keras", "tokenizers"), "no picture was written"),
     "keras_pretrained.py": (("keras", "gensim", "pyarrow", "tokenizers"), "no picture was written"),
     "keras_text_classifier.py": (("keras", "tokenizers"), "no picture was written"),
@@ -235,7 +235,7 @@ PROGRAMS = {
     "swap_transformers.py": (("transformers",), "nothing was written"),
     "trainer_row_wise.py": (
         ("transformers", "accelerate"),
-        "--resume goes on from the last checkpoint",
+        "--resume goes on from the last checkpoint, if there is one",
     ),
     "word_vectors.py": (("gensim", "tokenizers"), "no picture was written"),
 }
