@@ -239,7 +239,6 @@ def test_a_training_that_has_ended_is_not_resumed(tmp_path: Path, monkeypatch, c
 
 @pytest.mark.full
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch, capsys) -> None:
-    need("transformers", "accelerate")
     monkeypatch.chdir(tmp_path)
     Path("runs").touch()
     said = refusal("trainer_row_wise", monkeypatch, capsys, "--quick")
