@@ -48,24 +48,15 @@ def example_parser(
     return parser
 
 
-def whole_number(text: str, least: int) -> int:
+def positive(text: str) -> int:
+    """Read a count that is at least 1; for argparse's ``type=``."""
     try:
         number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{number} is too few, choose {least} or more")
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too few, choose 1 or more")
     return number
-
-
-def positive(text: str) -> int:
-    """Read a count that is at least 1; for argparse's ``type=``."""
-    return whole_number(text, 1)
-
-
-def not_negative(text: str) -> int:
-    """Read a count that may be 0; for argparse's ``type=``."""
-    return whole_number(text, 0)
 
 
 def seed_number(text: str) -> int:

@@ -37,7 +37,7 @@ class BatchedTables(torch.nn.Module, ABC):
     weight: torch.nn.Parameter
     _module_type: type[torch.nn.Module]  # torch's layer for one of these tables
     # The numbers of tables that are frozen while the parameter is not.
-    _frozen: frozenset[int] = frozenset()
+    _frozen: frozenset[int]
 
     def __init__(
         self,

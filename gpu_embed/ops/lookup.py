@@ -25,7 +25,7 @@ from ..shard import Shard
 from .autograd import loop, register_multilinear
 from .library import define, library
 from .plain import PLAIN_MODES, included_keys
-from .sparse import traced_sparse_tensor
+from .sparse import joined_gradient
 
 # Dispatcher kernels (CompositeExplicitAutograd).
 
@@ -296,9 +296,9 @@ def sparse_gradient(
             ids, values = ids.clone(), values.clone(memory_format=torch.contiguous_format)
     else:
         ids, values = _zeroed(ids, values, _kept(ids, num_embeddings, padding_idx), spare)
-    if type(values) is not Tensor or is_compiling():
-        return traced_sparse_tensor(ids, values, num_embeddings)
-    # As `coo` does, without one more call.
+    # In a graph; but that operator has no derivative, and with create_graph torch's makes the tensor.
+    if (type(values) is not Tensor or is_compiling()) and not torch.is_grad_enabled():
+        return joined_gradient([(ids, values)], num_embeddings)
     size = (num_embeddings, grad_output.shape[-1])
     return torch.sparse_coo_tensor(
         ids[None], values, size, device=values.device, check_invariants=False

@@ -34,14 +34,10 @@ def _sparse_gradient(
     indices: Sequence[Tensor], values: Sequence[Tensor], num_embeddings: int
 ) -> Tensor:
     """Copies, one part after the other."""
-    return coo(torch.cat(tuple(indices)), torch.cat(tuple(values)), num_embeddings)
-
-
-def coo(ids: Tensor, values: Tensor, num_embeddings: int) -> Tensor:
-    """The gradient [num_embeddings, D] with these entries: ids [N], int64, and values [N, D]; not coalesced."""
-    size = (num_embeddings, values.shape[1])
+    ids, entries = torch.cat(tuple(indices)), torch.cat(tuple(values))
+    size = (num_embeddings, entries.shape[1])
     return torch.sparse_coo_tensor(
-        ids[None], values, size, device=values.device, check_invariants=False
+        ids[None], entries, size, device=entries.device, check_invariants=False
     )
 
 
@@ -52,15 +48,8 @@ sparse_gradient = define(
 )
 
 
-def traced_sparse_tensor(ids: Tensor, values: Tensor, num_embeddings: int) -> Tensor:
-    """`coo` in a graph."""
-    # Our operator has no derivative: with create_graph torch's makes the tensor.
-    if torch.is_grad_enabled():
-        return coo(ids, values, num_embeddings)
-    return _joined([(ids, values)], num_embeddings)
-
-
-def _joined(parts: Sequence[tuple[Tensor, Tensor]], num_embeddings: int) -> Tensor:
+def joined_gradient(parts: Sequence[tuple[Tensor, Tensor]], num_embeddings: int) -> Tensor:
+    """The gradient [num_embeddings, D] with the entries of all parts: ids [N], int64, and values [N, D] each."""
     ids, values = zip(*parts, strict=True)
     gradient: Tensor = sparse_gradient(list(ids), list(values), num_embeddings)
     if is_traced(gradient):
@@ -83,7 +72,7 @@ class _Link(torch.autograd.Function):
         own_parts, rest_parts = getattr(own, _PARTS, None), getattr(rest, _PARTS, None)
         if own_parts is None or rest_parts is None:
             return own + rest
-        return _joined([*own_parts, *rest_parts], own.shape[0])
+        return joined_gradient([*own_parts, *rest_parts], own.shape[0])
 
 
 def linked(function: type[Any]) -> Callable[..., Any]:
